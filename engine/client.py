@@ -1,0 +1,75 @@
+"""What the server holds of an engine: start it, watch it, ask it to generate.
+
+`Engine` is the face; `SubprocessEngine` (in `engine.supervisor`) is the engine that serves.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+import msgspec
+
+from engine.protocol import Capacity, Delta, EngineStats, Loading, ModelInfo, Submit
+
+
+class EngineState(enum.StrEnum):
+    """Where an engine is in its life. Only `READY` takes requests."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DOWN = "down"  # died; a fresh one is on its way
+    FAILED = "failed"  # cannot start: the message says why; nothing will change by itself
+    STOPPED = "stopped"  # asked to stop
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot; `message` is one sentence for a human whenever the state is not `READY`."""
+
+    state: EngineState
+    message: str = ""
+    loading: Loading | None = None
+    model: ModelInfo | None = None  # known once ready, kept while a fresh engine starts
+    capacity: Capacity | None = None
+    stats: EngineStats = EngineStats()
+    restarts: int = 0
+    pid: int | None = None
+
+
+class Engine(Protocol):
+    """An engine that runs somewhere."""
+
+    @property
+    def status(self) -> EngineStatus:
+        """The newest snapshot; never blocks."""
+        ...
+
+    async def start(self) -> None:
+        """Begin to load. Returns at once; `wait_ready` waits."""
+        ...
+
+    async def wait_ready(self) -> None:
+        """Return when the engine is ready.
+
+        Raises:
+            EngineUnavailableError: it failed or was stopped; the message says why.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """End the engine; requests still running get their `abort` delta. Idempotent."""
+        ...
+
+    def generate(self, request: Submit) -> AsyncGenerator[Delta, None]:
+        """Run one request; the last delta, and only it, has a finish reason.
+
+        Closing the generator early, or cancelling the task that reads it, aborts the request: its
+        pages are free within one step.
+
+        Raises:
+            EngineUnavailableError: the engine takes no requests now.
+            EngineDiedError: the engine ended while this request ran.
+        """
+        ...

@@ -1,0 +1,45 @@
+"""The engine's settings: read once by the server's command line, sent in `Start`, never changed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+PAGE_SIZE = 64
+"""Tokens a page. DeepSeek's kernels (FlashMLA, DeepGEMM) page by 64 on CUDA, and so does everything here."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to load and how to run it.
+
+    Raises:
+        ValueError: from `__post_init__`, in a sentence that says what to change.
+    """
+
+    weights: str  # a .gguf file, or a folder with config.json and safetensors
+    overlay: str | None = None  # an indexer overlay (safetensors) laid over the checkpoint
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_model_len: int | None = None  # None: what the checkpoint was trained for
+    kv_cache_bytes: int = 1 << 30
+    token_budget: int = 512  # tokens computed in one step, prefill and decode together
+    max_running: int = 64  # requests in one step
+    prefix_caching: bool = True
+    score_budget_bytes: int = 64 << 20  # upper bound of one tile of index or attention scores
+    threads: int | None = None  # CPU threads; None: what torch finds
+    sparse_form: Literal["auto", "gather", "mask"] = "auto"  # how rows longer than top_k are attended
+
+    def __post_init__(self) -> None:
+        if self.token_budget < self.max_running:
+            raise ValueError(
+                f"token_budget ({self.token_budget}) must be at least max_running ({self.max_running}), "
+                "so that every running request can decode one token a step"
+            )
+        for name in ("max_running", "kv_cache_bytes", "score_budget_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, not {self.threads}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError(f"max_model_len must be at least 2 (a prompt token and an output token), not {self.max_model_len}")

@@ -1,0 +1,59 @@
+"""One step's work, as integers: what the scheduler decides, the runner runs and the scheduler applies.
+
+Token-major and without phases: a request has computed `start` tokens and gets `token_ids` more, be
+that a chunk of its prompt or the one token that it sampled last.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.protocol import SamplingParams, TokenLogprob
+
+
+class SampleSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Draw one token from the logits of a scheduled request's last row."""
+
+    params: SamplingParams
+    output_index: int  # how many tokens this request has generated before: the random stream's position
+    prompt_len: int
+    history: tuple[int, ...]  # prompt and output so far; empty unless a penalty needs it
+
+
+class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The rows of one request in one step: positions `start` to `start + len(token_ids) - 1`."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    start: int
+    page_ids: tuple[int, ...]  # page i holds positions [64 i, 64 i + 64); covers every row of this step
+    top_k: int | None  # None: dense
+    sample: SampleSpec | None  # None: a chunk that does not reach the end of the known tokens
+    prompt_targets: tuple[int, ...] = ()  # next known token of each row, where its logprob is asked for
+    prompt_alternatives: int = 0  # how many alternatives to report with each of them
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """A step: never empty, each request in it once."""
+
+    requests: tuple[ScheduledRequest, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the step's batch, over all requests."""
+        return sum(len(request.token_ids) for request in self.requests)
+
+
+class Sampled(msgspec.Struct, frozen=True, kw_only=True):
+    """What the runner drew for one scheduled request."""
+
+    token_id: int | None = None  # set exactly where the request had a `sample`
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # one a prompt target
+    error: str | None = None  # this request alone failed (its logits are not finite, say)
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One `Sampled` a scheduled request, in the plan's order."""
+
+    sampled: tuple[Sampled, ...]

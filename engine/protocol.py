@@ -1,0 +1,197 @@
+"""The messages between the server process and the engine process.
+
+Frozen msgspec structs, encoded as msgpack, one message a frame (see `engine.channel`). Both sides
+decode into these types, so a malformed message is an error at the door and never a half-filled
+object inside. Token ids only: text is the server's, and so is the meaning of a stop string or of an
+end-of-sequence token (it arrives here as one of `stop_token_ids`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from engine.config import EngineConfig
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""Why a request ended: a stop token, its token limit, the server's abort, or a fault of its own."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of everything that crosses the socket; the class name is the tag on the wire."""
+
+
+class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the parts of messages."""
+
+
+# ---- server to engine ---------------------------------------------------------------------------
+
+
+class SamplingParams(Value):
+    """How to choose each next token. Validated by the server; ranges are repeated here as facts.
+
+    `seed` is always set (the server draws one where the client gave none), so that a request can be
+    recomputed after a preemption and give the same text.
+    """
+
+    max_tokens: int  # >= 1; prompt + max_tokens <= max_model_len
+    seed: int  # 0 <= seed < 2**64
+    temperature: float = 1.0  # >= 0; 0 is greedy
+    top_p: float = 1.0  # (0, 1]
+    top_k: int = 0  # 0 switches it off
+    min_p: float = 0.0  # [0, 1]
+    presence_penalty: float = 0.0  # [-2, 2], over the tokens generated so far
+    frequency_penalty: float = 0.0  # [-2, 2], over the tokens generated so far
+    repetition_penalty: float = 1.0  # > 0, over prompt and generated tokens
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # alternatives to report per generated token; None reports nothing
+    prompt_logprobs: int | None = None  # likewise per prompt token; switches prefix reuse off
+
+
+class Submit(Message):
+    """Start a request. `top_k` is how many earlier tokens attention may read; None is dense."""
+
+    request_id: str  # made by the server, unique for the life of the engine process
+    prompt_token_ids: tuple[int, ...]  # >= 1 token, each in [0, vocab_size)
+    sampling: SamplingParams
+    top_k: int | None
+    namespace: str = ""  # cached prefixes are shared only inside one namespace
+
+
+class Abort(Message):
+    """End a request now; unknown ids are ignored, because it may have just finished."""
+
+    request_id: str
+
+
+class Start(Message):
+    """The first message: what to load and how to run."""
+
+    config: EngineConfig
+
+
+class Stop(Message):
+    """Leave after the current step; what still runs ends with `abort`."""
+
+
+ToEngine = Start | Submit | Abort | Stop
+
+
+# ---- engine to server ---------------------------------------------------------------------------
+
+
+class IndexerInfo(Value):
+    """The lightning indexer that was laid over the checkpoint."""
+
+    num_heads: int
+    head_dim: int
+    rope_dim: int
+    default_top_k: int  # what its training and evaluation justify
+    source: str  # file name of the overlay
+
+
+class ModelInfo(Value):
+    """What was loaded."""
+
+    architecture: str
+    num_layers: int
+    num_parameters: int
+    vocab_size: int
+    max_model_len: int  # positions that one request may use, prompt and output together
+    device: str
+    dtype: str
+    indexer: IndexerInfo | None  # None: attention is always dense, whatever top_k says
+
+
+class Capacity(Value):
+    """What the engine can hold."""
+
+    num_pages: int
+    page_size: int  # tokens a page
+    page_bytes: int
+    token_budget: int  # tokens a step
+    max_running: int
+
+
+class Loading(Message):
+    """Progress before `Ready`."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Ready(Message):
+    """The engine takes requests from now on."""
+
+    model: ModelInfo
+    capacity: Capacity
+
+
+class Failed(Message):
+    """The engine could not start, or met a fault that it cannot survive; the process ends after it."""
+
+    message: str
+
+
+class TokenLogprob(Value):
+    """Log-probability (nats, before temperature and penalties) of one token and its alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the most likely
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+
+
+class RequestUsage(Value):
+    """What a request used, sent with its terminal delta. Times are seconds on the engine's clock."""
+
+    prompt_tokens: int
+    cached_tokens: int  # prompt tokens whose pages were reused at first admission
+    completion_tokens: int
+    preemptions: int
+    top_k: int | None  # effective: None is dense
+    queue_seconds: float  # submit to first scheduled
+    prefill_seconds: float  # first scheduled to first token
+    decode_seconds: float  # first token to end
+
+
+class Delta(Value):
+    """New tokens of one request. The last one, and only it, has a finish reason."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one a token, if asked for
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # whole prompt, once; first: None
+    finish_reason: FinishReason | None = None
+    error: str | None = None  # with finish_reason "error"
+    usage: RequestUsage | None = None  # with any finish reason
+
+
+class EngineStats(Value):
+    """Gauges of now and counters since the engine process started (names end in `_total`)."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0  # held by at least one request
+    pages_cached: int = 0  # held by none, content kept for prefix hits
+    pages_free: int = 0  # content worthless
+    steps_total: int = 0
+    prefill_tokens_total: int = 0  # prompt tokens computed, recomputation included
+    decode_tokens_total: int = 0
+    preemptions_total: int = 0
+    prefix_queries_total: int = 0  # tokens looked up
+    prefix_hits_total: int = 0  # tokens found
+
+
+class StepOutput(Message):
+    """Everything that one step produced, and the state after it."""
+
+    deltas: tuple[Delta, ...]
+    stats: EngineStats
+
+
+ToServer = Loading | Ready | Failed | StepOutput
