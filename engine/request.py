@@ -1,0 +1,184 @@
+"""The scheduler's record of one request: its tokens, how many are computed, and where.
+
+There are no phases: `num_computed` tokens have their keys and values in `page_ids`, `num_tokens` are known,
+and the scheduler closes the gap. Queues, pages and budgets are the scheduler's; this knows what a result
+means for its own request.
+"""
+
+from __future__ import annotations
+
+from engine.kv.prefix import HashFunction, PageKeys, sha256
+from engine.plan import Sampled, SampleSpec, ScheduledRequest
+from engine.protocol import Delta, FinishReason, RequestUsage, Submit, TokenLogprob
+
+
+class Request:
+    """One live request. Mutable, and owned by the scheduler.
+
+    Args:
+        submit: what was asked for.
+        arrival: its place in the order of arrival; larger is later.
+        now: seconds on the engine's clock.
+        hash_function: for the keys of its pages.
+    """
+
+    def __init__(
+        self, submit: Submit, *, arrival: int, now: float, hash_function: HashFunction = sha256
+    ) -> None:
+        self.request_id = submit.request_id
+        self.sampling = submit.sampling
+        self.top_k = submit.top_k
+        self.arrival = arrival
+        self.num_prompt = len(submit.prompt_token_ids)
+        self.token_ids = list(submit.prompt_token_ids)  # prompt, then output
+        self.num_computed = 0
+        self.peak_computed = 0  # the most that was ever computed: what lies below is recomputation
+        self.page_ids: list[int] = []
+        self.num_registered = 0  # leading pages that the prefix cache has been told of
+        self.keys = PageKeys(
+            self.token_ids, namespace=submit.namespace, top_k=submit.top_k, hash_function=hash_function
+        )
+        self.cached_tokens: int | None = None  # found at first admission; None before it
+        self.preemptions = 0
+        self._stop_token_ids = frozenset(submit.sampling.stop_token_ids)
+        self._prompt_logprobs: list[TokenLogprob] = []  # of prompt positions 1, 2, ...
+        self._submitted = now
+        self._first_scheduled: float | None = None
+        self._first_token: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known: prompt and output so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens known but not computed; 1 when decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Output tokens so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether it may start from cached pages: prompt logprobs need every prompt row computed."""
+        return self.sampling.prompt_logprobs is None
+
+    def admit(self, page_ids: tuple[int, ...], cached_tokens: int, now: float) -> None:
+        """Start, or start again, from `page_ids`, which hold the first `cached_tokens` tokens."""
+        self.page_ids = list(page_ids)
+        self.num_registered = len(page_ids)
+        self.num_computed = cached_tokens
+        if self.cached_tokens is None:
+            self.cached_tokens = cached_tokens
+            self._first_scheduled = now
+
+    def preempt(self) -> tuple[int, ...]:
+        """Forget what is computed, keep every token, and return the pages that are given up."""
+        page_ids = tuple(self.page_ids)
+        self.page_ids = []
+        self.num_registered = 0
+        self.num_computed = 0
+        self.preemptions += 1
+        return page_ids
+
+    def plan(self, count: int) -> ScheduledRequest:
+        """The next `count` tokens as a part of a step; sampled from if they are the last that are known."""
+        start, end = self.num_computed, self.num_computed + count
+        # Targets begin with the step's first row and end with the prompt, so target i is row i's. Where
+        # recomputation repeats rows whose result is in hand, `accept` drops them.
+        targets: list[int] = []
+        if self.sampling.prompt_logprobs is not None:
+            known, last = len(self._prompt_logprobs), min(end, self.num_prompt - 1)
+            targets = self.token_ids[start + 1 : last + 1] if known < last else []
+        return ScheduledRequest(
+            request_id=self.request_id,
+            token_ids=tuple(self.token_ids[start:end]),
+            start=start,
+            page_ids=tuple(self.page_ids),
+            top_k=self.top_k,
+            sample=self._sample_spec() if end == self.num_tokens else None,
+            prompt_targets=tuple(targets),
+            prompt_alternatives=(self.sampling.prompt_logprobs or 0) if targets else 0,
+        )
+
+    def accept(self, scheduled: ScheduledRequest, sampled: Sampled, now: float) -> Delta | None:
+        """Take in one step's result; returns what the client must hear of it, if anything.
+
+        Raises:
+            ValueError: the result does not answer what was scheduled.
+        """
+        if sampled.error is not None:
+            return self.end("error", now, error=sampled.error)
+        self._refuse_mismatch(scheduled, sampled)
+        known = len(self._prompt_logprobs) - scheduled.start
+        self._prompt_logprobs.extend(sampled.prompt_logprobs[max(known, 0) :])
+        self.num_computed = scheduled.start + len(scheduled.token_ids)
+        self.peak_computed = max(self.peak_computed, self.num_computed)
+        if sampled.token_id is None:
+            return None
+
+        prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+        if self._first_token is None:
+            self._first_token = now
+            if self.sampling.prompt_logprobs is not None:
+                prompt_logprobs = (None, *self._prompt_logprobs)
+        self.token_ids.append(sampled.token_id)
+        reason: FinishReason | None = None
+        if sampled.token_id in self._stop_token_ids:
+            reason = "stop"
+        elif self.num_generated >= self.sampling.max_tokens:
+            reason = "length"
+        return Delta(
+            request_id=self.request_id,
+            token_ids=(sampled.token_id,),
+            logprobs=(sampled.logprob,) if self.sampling.logprobs is not None and sampled.logprob else None,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            usage=self.usage(now) if reason else None,
+        )
+
+    def end(self, reason: FinishReason, now: float, *, error: str | None = None) -> Delta:
+        """The terminal delta of a request that ends without a new token."""
+        return Delta(request_id=self.request_id, finish_reason=reason, error=error, usage=self.usage(now))
+
+    def usage(self, now: float) -> RequestUsage:
+        """What it used until `now`; a stage that it did not reach took no time."""
+        first_scheduled = now if self._first_scheduled is None else self._first_scheduled
+        first_token = now if self._first_token is None else self._first_token
+        return RequestUsage(
+            prompt_tokens=self.num_prompt,
+            cached_tokens=self.cached_tokens or 0,
+            completion_tokens=self.num_generated,
+            preemptions=self.preemptions,
+            top_k=self.top_k,
+            queue_seconds=first_scheduled - self._submitted,
+            prefill_seconds=first_token - first_scheduled,
+            decode_seconds=now - first_token,
+        )
+
+    def _sample_spec(self) -> SampleSpec:
+        params = self.sampling
+        penalised = bool(
+            params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+        )
+        return SampleSpec(
+            params=params,
+            output_index=self.num_generated,
+            prompt_len=self.num_prompt,
+            history=tuple(self.token_ids) if penalised else (),
+        )
+
+    def _refuse_mismatch(self, scheduled: ScheduledRequest, sampled: Sampled) -> None:
+        name = f"the result of request {self.request_id!r}"
+        if (sampled.token_id is None) != (scheduled.sample is None):
+            raise ValueError(f"{name} must have a token exactly where one was asked for")
+        if sampled.token_id is not None and self.sampling.logprobs is not None and sampled.logprob is None:
+            raise ValueError(f"{name} must have the logprob of its token, which was asked for")
+        if len(sampled.prompt_logprobs) != len(scheduled.prompt_targets):
+            raise ValueError(
+                f"{name} has {len(sampled.prompt_logprobs)} prompt logprobs for "
+                f"{len(scheduled.prompt_targets)} prompt targets"
+            )
