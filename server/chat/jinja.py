@@ -1,0 +1,159 @@
+"""The chat template that comes with a checkpoint, in a sandbox.
+
+Never a template from a request. The environment (trimmed blocks, `raise_exception`, `tojson`,
+`strftime_now`, loop controls) is what the ecosystem's templates are written for.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from server.chat.errors import PromptError
+from server.text.gguf import GGUFError, read_metadata
+from server.text.loading import read_json, token_content
+from server.text.tokenizer import TokenizerError
+
+_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class JinjaFormat:
+    """A compiled template and the names of the control tokens that it may use."""
+
+    def __init__(self, template: str, tokens: Mapping[str, str] | None = None) -> None:
+        self._tokens = dict(tokens or {})
+        try:
+            self._template: Template = _environment().from_string(template)
+        except TemplateError as error:
+            raise PromptError(f"the checkpoint's chat template is not valid: {_reason(error)}") from error
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """Return the prompt's text.
+
+        Raises:
+            PromptError: the template refuses these messages or does not know what to do with them.
+        """
+        if not messages:
+            raise PromptError("messages must hold at least one message")
+        flat = [_flat(message) for message in messages]
+        try:
+            return self._template.render(
+                messages=flat,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._tokens,
+            )
+        except PromptError:
+            raise
+        # A template is a program: what it does with messages that it was not written for can be any error.
+        except Exception as error:
+            raise PromptError(
+                f"the model's chat template cannot write these messages: {_reason(error)}"
+            ) from error
+
+
+class NoTemplate:
+    """Stands for the template of a checkpoint that has none."""
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """Refuse.
+
+        Raises:
+            PromptError: always.
+        """
+        raise PromptError("this model has no chat template; send a plain prompt to /v1/completions instead")
+
+
+def build(weights: Path) -> JinjaFormat | NoTemplate:
+    """Read the template of a .gguf file or of a checkpoint folder.
+
+    Raises:
+        PromptError: the files are damaged.
+    """
+    try:
+        template, tokens = _from_gguf(weights) if weights.is_file() else _from_folder(weights)
+    except (GGUFError, TokenizerError, OSError) as error:
+        raise PromptError(str(error)) from error
+    return NoTemplate() if template is None else JinjaFormat(template, tokens)
+
+
+def _from_gguf(path: Path) -> tuple[str | None, dict[str, str]]:
+    metadata = read_metadata(path)
+    vocabulary = metadata.get("tokenizer.ggml.tokens", [])
+    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    tokens = {
+        name: vocabulary[index]
+        for name, index in ids.items()
+        if index is not None and index < len(vocabulary)
+    }
+    return metadata.get("tokenizer.chat_template"), tokens
+
+
+def _from_folder(folder: Path) -> tuple[str | None, dict[str, str]]:
+    config = read_json(folder / "tokenizer_config.json")
+    contents = {name: token_content(config.get(name)) for name in _TOKEN_NAMES}
+    tokens = {name: content for name, content in contents.items() if content is not None}
+    own_file = folder / "chat_template.jinja"
+    template = own_file.read_text("utf-8") if own_file.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # several, each with a name
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return template, tokens
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja's own filter escapes <, >, & and ' for HTML, which is not what models were trained on.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise PromptError(f"the model's chat template refuses these messages: {message}")
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().astimezone().strftime(form)
+
+
+def _flat(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with content given as a list of text parts joined into one string."""
+    content = message.get("content")
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        return dict(message)
+    for part in content:
+        if (
+            not isinstance(part, Mapping)
+            or part.get("type") != "text"
+            or not isinstance(part.get("text"), str)
+        ):
+            raise PromptError("a message's content must be text, or a list of parts of type 'text'")
+    return {**message, "content": "\n".join(part["text"] for part in content)}
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).rstrip(".")

@@ -1,0 +1,72 @@
+"""How text is cut into pieces before byte pair encoding, by the name that GGUF gives to each way.
+
+Only ways whose definition is certain are here; a wrong one would give ids that look right and are
+not. To add one: a function and a line in `PRE_TOKENIZERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tokenizers import Regex
+from tokenizers.normalizers import NFC, Normalizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+
+
+class Splitting(NamedTuple):
+    """One way of cutting text, with what else the checkpoints that use it have in common."""
+
+    pre_tokenizer: PreTokenizer
+    normalizer: Normalizer | None = None
+    ignore_merges: bool = False  # a piece that is a token as a whole is not merged up from bytes
+    add_bos: bool = False  # where the file does not say
+
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
+_DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+
+def _by_regex(*patterns: str) -> PreTokenizer:
+    splits = [Split(Regex(pattern), "isolated") for pattern in patterns]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _gpt2() -> Splitting:
+    return Splitting(ByteLevel(add_prefix_space=False, use_regex=True))
+
+
+def _digits_apart() -> Splitting:
+    split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
+    return Splitting(split)
+
+
+def _llama3() -> Splitting:
+    return Splitting(_by_regex(_LLAMA3), ignore_merges=True, add_bos=True)
+
+
+def _qwen2() -> Splitting:
+    return Splitting(_by_regex(_QWEN2), normalizer=NFC())
+
+
+def _deepseek_v3() -> Splitting:
+    return Splitting(_by_regex(*_DEEPSEEK_V3), add_bos=True)
+
+
+PRE_TOKENIZERS: dict[str, Callable[[], Splitting]] = {
+    "gpt-2": _gpt2,
+    "smollm": _digits_apart,
+    "starcoder": _digits_apart,
+    "llama-bpe": _llama3,
+    "qwen2": _qwen2,
+    "deepseek-v3": _deepseek_v3,
+}
+"""`tokenizer.ggml.pre` to the way of splitting."""

@@ -1,0 +1,88 @@
+"""Incremental decoding: the text of tokens that come one at a time.
+
+Not `tokenizers.decoders.DecodeStream`: it has no way to give out what it holds at the end, and it
+holds back everything after bytes that can never become a character, until the next complete one.
+"""
+
+from __future__ import annotations
+
+import codecs
+from typing import Protocol
+
+from server.text.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+
+
+class TextStream(Protocol):
+    """Gives out each character once it is complete; joined, it is `Tokenizer.decode` of all tokens."""
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the characters that are now complete."""
+        ...
+
+    def finish(self) -> str:
+        """Return the rest: U+FFFD for bytes that never became a character."""
+        ...
+
+
+def text_stream(tokenizer: Tokenizer, *, skip_special: bool) -> TextStream:
+    """The stream that fits the tokenizer's vocabulary."""
+    kind = ByteStream if tokenizer.byte_level else WindowStream
+    return kind(tokenizer, skip_special=skip_special)
+
+
+class ByteStream:
+    """For byte-level vocabularies, where decoding is joining bytes: Python's own incremental decoder."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
+        self._raw = tokenizer.raw
+        self._skip = tokenizer.special_ids if skip_special else frozenset[int]()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the characters that are now complete."""
+        return "" if token_id in self._skip else self._utf8.decode(self._raw(token_id))
+
+    def finish(self) -> str:
+        """Return U+FFFD for bytes that never became a character."""
+        return self._utf8.decode(b"", final=True)
+
+
+class WindowStream:
+    """For every other vocabulary, where a token's text may depend on its neighbours.
+
+    Decodes a window of the newest tokens with and without the new one; the difference is the new
+    text. Nothing is given out while the text ends in U+FFFD or the newest token is a single byte,
+    because both may still become another character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._context: list[int] = []  # given out already; the text after them depends on them
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the characters that are now complete."""
+        self._pending.append(token_id)
+        if self._tokenizer.is_byte(token_id):
+            return ""
+        text = self._difference()
+        if not text or text.endswith(_REPLACEMENT):
+            return ""
+        self._context, self._pending = self._pending, []
+        return text
+
+    def finish(self) -> str:
+        """Return the text that was held back."""
+        text = self._difference()
+        self._context, self._pending = self._pending, []
+        return text
+
+    def _difference(self) -> str:
+        before = self._decode(self._context)
+        return self._decode(self._context + self._pending)[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=self._skip_special)

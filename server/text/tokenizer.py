@@ -1,0 +1,179 @@
+"""Text to token ids and back. What is a control token is decided here, and nowhere else.
+
+A control token ends a turn, names a role or otherwise steers the model. Text that a client wrote
+must never become one: `encode` leaves such text as ordinary characters unless told otherwise.
+Loading a tokenizer from a checkpoint's files is `server.text.loading`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+_MARKER = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer cannot be read, or a text cannot be encoded; the message says why."""
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The 256 printable characters that stand for bytes in byte-level vocabularies (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+_ALPHABET = _byte_alphabet()
+
+
+class Tokenizer:
+    """Encodes and decodes with one checkpoint's vocabulary. Safe to share between threads.
+
+    Attributes:
+        vocab_size: one more than the largest token id.
+        eos_token_ids: tokens that end a generation.
+        bos_token_id: the token that begins a sequence, if the vocabulary names one. Whether `encode`
+            puts it in front is the checkpoint's convention (`adds_bos`).
+        special_ids: tokens that `decode` leaves out.
+        control_tokens: text to id of the tokens that steer the model.
+        control_ids: the ids of those.
+        byte_level: every token is a string of bytes, independent of its neighbours.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        eos_token_ids: Iterable[int],
+        bos_token_id: int | None = None,
+        adds_bos: bool = False,
+    ) -> None:
+        added = backend.get_added_tokens_decoder()
+        self._backend = backend
+        self._bytes: dict[int, bytes] = {}
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
+        self.bos_token_id = bos_token_id
+        self.adds_bos = adds_bos and bos_token_id is not None
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        # Some checkpoints (DeepSeek's) do not flag their role markers as special; their shape tells.
+        self.control_tokens = {
+            token.content: token_id
+            for token_id, token in added.items()
+            if token.content and (token.special or _MARKER.fullmatch(token.content))
+        }
+        self.control_ids = frozenset(self.control_tokens.values())
+        description = json.loads(backend.to_str())
+        self.byte_level = _is_byte_level(description["decoder"])
+        self._plain = self._without_control_tokens(description)
+        unknown = [token_id for token_id in self.eos_token_ids if not 0 <= token_id < self.vocab_size]
+        if unknown:
+            raise TokenizerError(f"the end-of-sequence token {unknown[0]} is not in the vocabulary")
+
+    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
+        """Return the ids of `text`.
+
+        Args:
+            text: what to encode.
+            add_bos: begin with the beginning-of-sequence token where the checkpoint's convention has one.
+            parse_special: turn control tokens written in the text into control tokens. Only for text
+                that no client wrote.
+
+        Raises:
+            TokenizerError: the text is not valid Unicode (it has half of a surrogate pair).
+        """
+        backend = self._backend if parse_special else self._plain
+        try:
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
+                raise TokenizerError(
+                    "the text has half of a surrogate pair, which is not a character"
+                ) from error
+            raise
+        if not parse_special and not self.control_ids.isdisjoint(ids):
+            ids = [part for token_id in ids for part in self._as_plain(token_id)]
+        if add_bos and self.adds_bos and self.bos_token_id is not None:
+            return [self.bos_token_id, *ids]
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Return the text of `ids`; bytes that are no character become U+FFFD."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """Return one token's text; a part of a character shows as U+FFFD."""
+        return self.raw(token_id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> list[int]:
+        """Return one token's bytes; those of neighbouring tokens may be needed to make a character."""
+        return list(self.raw(token_id))
+
+    def raw(self, token_id: int) -> bytes:
+        """Return one token's bytes, b"" for an id that the vocabulary does not have."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._compute_raw(token_id)
+        return known
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether the token stands for one byte in a vocabulary that is not byte-level ("<0x0A>")."""
+        token = None if self.byte_level else self._backend.id_to_token(token_id)
+        return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+
+    def _compute_raw(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id) if token_id >= 0 else None
+        if token is None:
+            return b""
+        if self.byte_level:
+            # As the decoder does it: a token with a character outside the alphabet is plain text.
+            values = [_ALPHABET.get(character, -1) for character in token]
+            return token.encode() if -1 in values else bytes(values)
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match[1], 16)])
+        return str(token).replace("\u2581", " ").encode()
+
+    def _without_control_tokens(self, description: dict[str, object]) -> Backend:
+        """A copy that reads every control token as ordinary text."""
+        added = description["added_tokens"]
+        assert isinstance(added, list)
+        for token in added:
+            token["special"] = token["content"] in self.control_tokens
+        plain = Backend.from_str(json.dumps(description))
+        plain.encode_special_tokens = True
+        return plain
+
+    def _as_plain(self, token_id: int) -> list[int]:
+        # Merges can lead to a control token's very string; then its characters are encoded one by one.
+        if token_id not in self.control_ids:
+            return [token_id]
+        ids: list[int] = []
+        for character in self.token_text(token_id):
+            ids += self._plain.encode(character, add_special_tokens=False).ids
+        return [part for part in ids if part not in self.control_ids]
+
+
+def load_tokenizer(weights: Path) -> Tokenizer:
+    """Read the tokenizer of a .gguf file, or of a folder with tokenizer.json.
+
+    Raises:
+        TokenizerError: it is missing, damaged, or of a kind that is not known.
+    """
+    from server.text import loading  # it builds on this module
+
+    return loading.from_gguf(weights) if weights.is_file() else loading.from_folder(weights)
+
+
+def _is_byte_level(decoder: dict[str, object] | None) -> bool:
+    if decoder is None:
+        return False
+    parts = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    assert isinstance(parts, list)
+    return [part["type"] for part in parts] == ["ByteLevel"]

@@ -1,0 +1,22 @@
+"""Fixtures that every test may use. The markers are declared in pyproject.toml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from server.models import resolve
+from server.text.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The default model's .gguf file, fetched into the user's cache if it is not there yet."""
+    return resolve("smollm2-135m-instruct").weights
+
+
+@pytest.fixture(scope="session")
+def tokenizer(default_model: Path) -> Tokenizer:
+    """The default model's tokenizer."""
+    return load_tokenizer(default_model)
