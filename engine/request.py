@@ -79,7 +79,6 @@ class Request:
         """Forget what is computed, keep every token, and return the pages that are given up."""
         page_ids = tuple(self.page_ids)
         self.page_ids = []
-        self.num_registered = 0
         self.num_computed = 0
         self.preemptions += 1
         return page_ids

@@ -9,8 +9,9 @@ gap. The rules, in order:
    request that arrived last gives up its pages and waits again, to be recomputed. So the oldest request
    never waits for a younger one, and finishes whatever the load.
 3. If nobody was preempted, waiting requests start strictly in order of arrival, each from the longest
-   prefix that is cached, while the budget lasts and the pages left can hold all its known tokens beside
-   those of the running requests. (Starting with less would only buy a preemption.)
+   prefix that is cached, while the budget lasts and the pages left can hold all its known tokens.
+   (Starting with less would only buy a preemption. The running requests have what they need by then: a
+   chunk that was cut short has spent the budget.)
 
 As a consequence every running request arrived before every waiting one. Integers only: no tensors here.
 """
@@ -240,7 +241,6 @@ class Scheduler:
     def _admit(self, granted: list[tuple[Request, int]], now: float) -> None:
         """Start waiting requests in order of arrival, and grant them what is left of the budget."""
         budget = self._token_budget - sum(count for _, count in granted)
-        reserved = sum(self._pages_missing(request) for request in self._running)
         while self._waiting and budget and len(self._running) < self._max_running:
             request = self._waiting[0]
             hits: tuple[int, ...] = ()
@@ -250,7 +250,7 @@ class Scheduler:
                 hits = self._prefix.lookup(request.keys, (request.num_tokens - 1) // PAGE_SIZE)
             unheld = sum(self._pages.references(page_id) == 0 for page_id in hits)
             needed = pages_for(request.num_tokens) - len(hits)
-            if self._pages.num_available - unheld - reserved < needed:
+            if self._pages.num_available - unheld < needed:
                 break
             self._waiting.popleft()
             self._running.append(request)
@@ -266,7 +266,6 @@ class Scheduler:
                 )
             granted.append((request, count))
             budget -= count
-            reserved += self._pages_missing(request)
 
     def _extend(self, request: Request, count: int) -> bool:
         """Let the request hold pages for `count` more tokens; False, and no change, if they are not there."""
@@ -310,9 +309,6 @@ class Scheduler:
         else:
             self._waiting.remove(request)
         self._pages.release(request.page_ids)
-
-    def _pages_missing(self, request: Request) -> int:
-        return pages_for(request.num_tokens) - len(request.page_ids)
 
     def _is_running(self, request: Request) -> bool:
         # Only the last of the running ever leaves while pages are taken.

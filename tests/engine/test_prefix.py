@@ -55,6 +55,30 @@ def test_the_first_page_with_a_content_stays() -> None:
     assert second.key(1) is first.key(1)  # chains meet in one object
 
 
+def test_keys_that_follow_an_adopted_key_chain_to_it() -> None:
+    cache = PrefixCache()
+    before, owner = keys_of(1, 2, 3), keys_of(1, 2, 3)
+    before.key(2)
+    register_all(cache, owner, (10, 11, 12))
+    assert cache.lookup(before, 1) == (10,)
+    assert before.key(2).parent is before.key(1)
+    assert before.key(1).parent is owner.key(0)
+
+
+def test_everything_in_a_key_changes_its_digest() -> None:
+    """A compare would decide anyway, but keys with one digest displace each other."""
+    keys = [
+        keys_of(1, 2),
+        keys_of(1, 3),
+        keys_of(2, 2),
+        keys_of(1, 2, namespace="a"),
+        keys_of(1, 2, top_k=1),
+        keys_of(1, 2, top_k=2),
+    ]
+    assert len({key.key(1).digest for key in keys}) == len(keys)
+    assert keys_of(1, 2, top_k=64).key(0).digest == keys[0].key(0).digest
+
+
 def test_a_page_cannot_hold_two_contents() -> None:
     cache = PrefixCache()
     cache.register(keys_of(1), 0, 10)

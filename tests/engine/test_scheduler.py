@@ -57,11 +57,11 @@ def test_the_head_of_the_queue_is_never_overtaken() -> None:
     driver.drain()
 
 
-def test_a_request_starts_only_beside_what_the_running_still_need() -> None:
-    driver = Driver(5, budget=64)
-    driver.add(make("a", 200), make("b", 100))  # 4 pages and 2
-    driver.step()
-    assert driver.step().keys() == {"a"}
+def test_a_request_starts_only_where_its_whole_prompt_finds_pages() -> None:
+    driver = Driver(5, budget=130)
+    driver.add(make("a", 120, 5), make("b", 200, 5))  # 2 pages, and 4 of the 3 that are left
+    while "a" not in driver.last:
+        assert driver.step().keys() == {"a"}
     driver.drain()
     assert driver.scheduler.stats().preemptions_total == 0
 
@@ -83,6 +83,9 @@ def test_who_arrived_last_is_preempted_and_resumes_from_its_own_pages() -> None:
     driver.drain()
     assert (usage_of(driver, "a"), usage_of(driver, "b")) == ((0, 0), (0, 0))
     assert usage_of(driver, "c") == (0, driver.scheduler.stats().preemptions_total)
+    stats = driver.scheduler.stats()
+    assert stats.decode_tokens_total == 9 + 79 + 79  # the first token of each comes with its prompt
+    assert stats.prefill_tokens_total > 60 + 64 + 65  # recomputation is prefill, outputs included
 
 
 def test_a_request_preempts_itself_if_it_arrived_last() -> None:
@@ -159,6 +162,19 @@ def test_a_faulty_request_ends_alone_and_leaves_nothing_in_the_cache() -> None:
     assert driver.last["b"].finish_reason == "length"
     driver.add(make("c", prompt))
     assert driver.step() == {"c": (0, 150)}  # what a computed is not to be trusted
+
+
+def test_a_page_shared_with_a_faulty_request_is_not_trusted_again() -> None:
+    driver = Driver(budget=500)
+    prompt = tuple(range(150))
+    driver.add(make("a", prompt, 90))
+    driver.step()
+    driver.add(make("b", prompt, 90, seed=FAULTY_SEED))
+    assert driver.step()["b"] == (128, 22)
+    driver.drain()  # a filled more pages after b had failed
+    assert driver.last["b"].finish_reason == "error"
+    driver.add(make("c", prompt))
+    assert driver.step() == {"c": (0, 150)}
 
 
 def test_abort_frees_pages_at_once_wherever_the_request_is() -> None:
