@@ -1,0 +1,64 @@
+"""The lightning indexer: a small scorer that rates every earlier token for the current one.
+
+As DeepSeek-V3.2-Exp's (arXiv 2512.02556, section 2), sized for its host: several ReLU-scored query
+heads, one key shared by them all, LayerNorm on the key, rotary embedding on the first `rope_dim` dims
+(half-split), and per-head weights computed from the same hidden state. The host here has no query
+latent, so queries too come from the hidden state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.layers.norm import layer_norm
+from engine.layers.rope import rotate
+
+KEY_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class IndexerWeights:
+    """One layer's indexer of H heads of d dims over a hidden size of E."""
+
+    wq: Tensor  # [H * d, E]
+    wk: Tensor  # [d, E]
+    k_norm_weight: Tensor  # [d]
+    k_norm_bias: Tensor  # [d]
+    weights_proj: Tensor  # [H, E]
+
+
+@dataclass(frozen=True)
+class IndexQueries:
+    """What scores a batch's rows against cached index keys."""
+
+    query: Tensor  # [T, H, d]
+    head_weights: Tensor  # [T, H] float32, scaled by H^-0.5 * d^-0.5
+
+
+class LightningIndexer:
+    """One layer's indexer."""
+
+    def __init__(self, weights: IndexerWeights, num_heads: int) -> None:
+        self.weights = weights
+        self.num_heads = num_heads
+        self.head_dim = weights.wk.shape[0]
+
+    def keys(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Index keys to be cached: hidden [T, E] -> [T, d], whatever the row's top_k.
+
+        A token that was computed densely may be scored by a sparse row later.
+        """
+        w = self.weights
+        key = layer_norm(F.linear(hidden, w.wk), w.k_norm_weight, w.k_norm_bias, KEY_NORM_EPS)
+        return rotate(key.unsqueeze(1), rotation).squeeze(1)
+
+    def queries(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> IndexQueries:
+        """Index queries and head weights of rows [T, E]."""
+        w = self.weights
+        query = F.linear(hidden, w.wq).view(-1, self.num_heads, self.head_dim)
+        scale = self.num_heads**-0.5 * self.head_dim**-0.5
+        head_weights = F.linear(hidden.float(), w.weights_proj.float()) * scale
+        return IndexQueries(query=rotate(query, rotation), head_weights=head_weights)

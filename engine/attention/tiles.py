@@ -1,0 +1,155 @@
+"""How one step's rows are cut into tiles of attention work. Integers only.
+
+A tile is either many rows of one request (a prefill chunk) or one row of each of several requests
+(decodes), all attended in the same form:
+
+- `dense`: every earlier token is within the row's top_k, so selection would choose them all. This is
+  exact, not an approximation, and the indexer has nothing to say.
+- `gather`: score, select, gather the selected tokens, attend over those.
+- `mask`: score, select, then attend over the whole context with the rest masked out. Equal to
+  `gather`, and cheaper where many rows share a context hardly longer than top_k.
+
+Tiles bound memory: what a tile materialises stays under the byte budget however long the context and
+the chunk are (unless a single row is over it, which no cutting helps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.config import PAGE_SIZE
+
+Form = Literal["dense", "gather", "mask"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive rows of one request in the batch."""
+
+    first_row: int  # index into the batch
+    num_rows: int
+    start: int  # position of the first row
+    page_ids: tuple[int, ...]
+    top_k: int | None  # None: dense
+
+    @property
+    def dense_rows(self) -> int:
+        """How many leading rows see no more than top_k tokens (themselves included)."""
+        if self.top_k is None:
+            return self.num_rows
+        return max(0, min(self.num_rows, self.top_k - self.start))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """R requests x Q rows; R = 1 or Q = 1."""
+
+    form: Form
+    rows: tuple[tuple[int, ...], ...]  # [R][Q] indices into the batch
+    positions: tuple[tuple[int, ...], ...]  # [R][Q]
+    page_ids: tuple[tuple[int, ...], ...]  # [R], each as long as its own context needs
+    top_k: tuple[int, ...]  # [R]; in dense tiles, where no row reaches its bound, the context instead
+
+    @property
+    def context_pages(self) -> int:
+        """Pages of the longest context in the tile."""
+        return max(len(pages) for pages in self.page_ids)
+
+
+@dataclass(frozen=True)
+class TileCosts:
+    """What sizes a tile and chooses its form, for one model on one device.
+
+    The three unit costs are relative; only their ratios matter. They are measured by
+    `python -m benchmarks.forms` and used nowhere but in `sparse_form`.
+    """
+
+    budget_bytes: int
+    index_row_bytes: int  # per (row, context position) while scoring: index heads x 4
+    attention_row_bytes: int  # per (row, context position) while attending masked: query heads x 4
+    token_bytes: int  # keys and values of one token, one layer
+    gather_cost: float = 1.0  # per (row, selected token) of `gather`
+    mask_cost: float = 0.1  # per (row, context position) of `mask`
+    forced: Literal["auto", "gather", "mask"] = "auto"
+
+    def sparse_form(self, rows: int, context: int, top_k: int) -> Form:
+        """The cheaper sparse form for `rows` rows of one request; a lone row always gathers."""
+        if self.forced != "auto":
+            return self.forced
+        if rows == 1:
+            return "gather"
+        return "gather" if top_k * self.gather_cost < context * self.mask_cost else "mask"
+
+    def row_bytes(self, form: Form, context: int, top_k: int) -> int:
+        """Bytes that one more row of a tile materialises at its peak."""
+        scores = 0 if form == "dense" else context * (self.index_row_bytes + 4)
+        if form == "gather":
+            return max(scores, min(top_k, context) * self.token_bytes)
+        return max(scores, context * self.attention_row_bytes)
+
+
+def cut(segments: Sequence[Segment], costs: TileCosts) -> tuple[Tile, ...]:
+    """Tiles that cover each row of `segments` exactly once."""
+    lone_dense = [s for s in segments if s.num_rows == 1 and s.dense_rows == 1]
+    lone_sparse = [s for s in segments if s.num_rows == 1 and s.dense_rows == 0]
+    tiles = [*_decode_tiles("dense", lone_dense, costs), *_decode_tiles("gather", lone_sparse, costs)]
+    for segment in segments:
+        if segment.num_rows > 1:
+            tiles.extend(_prefill_tiles(segment, costs))
+    return tuple(tiles)
+
+
+def _pages_for(position: int) -> int:
+    return position // PAGE_SIZE + 1
+
+
+def _decode_tiles(form: Form, segments: Iterable[Segment], costs: TileCosts) -> Iterator[Tile]:
+    """Group lone rows of similar context, so that padding to the longest wastes at most about half."""
+    if form == "gather" and costs.forced == "mask":
+        form = "mask"
+    group: list[Segment] = []
+    used = 0
+    for segment in sorted(segments, key=lambda s: -s.start):
+        context = _pages_for(group[0].start if group else segment.start) * PAGE_SIZE
+        need = context * costs.token_bytes + costs.row_bytes(form, context, segment.top_k or context)
+        short = _pages_for(segment.start) * 2 * PAGE_SIZE < context and context > 4 * PAGE_SIZE
+        if group and (used + need > costs.budget_bytes or short):
+            yield _decode_tile(form, group)
+            group, used = [], 0
+        group.append(segment)
+        used += need
+    if group:
+        yield _decode_tile(form, group)
+
+
+def _decode_tile(form: Form, group: Sequence[Segment]) -> Tile:
+    return Tile(
+        form=form,
+        rows=tuple((s.first_row,) for s in group),
+        positions=tuple((s.start,) for s in group),
+        page_ids=tuple(s.page_ids[: _pages_for(s.start)] for s in group),
+        top_k=tuple(s.start + 1 if s.top_k is None else s.top_k for s in group),
+    )
+
+
+def _prefill_tiles(segment: Segment, costs: TileCosts) -> Iterator[Tile]:
+    """Cut one request's rows where they turn sparse, and wherever the budget is full."""
+    row = 0
+    while row < segment.num_rows:
+        dense = row < segment.dense_rows
+        end = segment.dense_rows if dense else segment.num_rows
+        context = _pages_for(segment.start + end - 1) * PAGE_SIZE
+        top_k = context if segment.top_k is None else segment.top_k
+        form: Form = "dense" if dense else costs.sparse_form(end - row, context, top_k)
+        count = max(1, min(end - row, costs.budget_bytes // costs.row_bytes(form, context, top_k)))
+        last = segment.start + row + count - 1
+        yield Tile(
+            form=form,
+            rows=(tuple(range(segment.first_row + row, segment.first_row + row + count)),),
+            positions=(tuple(range(segment.start + row, last + 1)),),
+            page_ids=(segment.page_ids[: _pages_for(last)],),
+            top_k=(top_k,),
+        )
+        row += count

@@ -1,0 +1,138 @@
+"""From an `EngineConfig` to a running core: checkpoint, model, cache, scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.loader import load
+from engine.checkpoint.overlay import read_overlay
+from engine.checkpoint.source import open_source
+from engine.config import PAGE_SIZE, EngineConfig
+from engine.core import EngineCore
+from engine.errors import ConfigError
+from engine.kernels import load_backend
+from engine.kv.planes import PagedCache, page_bytes
+from engine.models import build_model
+from engine.protocol import Capacity, ModelInfo, Ready
+from engine.runner import Runner
+from engine.scheduler import Scheduler
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total) while a model loads."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine that is ready to step, and what it is."""
+
+    core: EngineCore
+    runner: Runner
+    ready: Ready
+    unused_tensors: tuple[str, ...]
+
+
+def build(config: EngineConfig, progress: Progress = lambda stage, done, total: None) -> Built:
+    """Load everything that `config` names.
+
+    Raises:
+        CheckpointError: the model's files.
+        ConfigError: settings that do not fit the model or the machine.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    progress("opening the checkpoint", 0, 1)
+    source = open_source(Path(config.weights))
+    overlay = None if config.overlay is None else read_overlay(Path(config.overlay), source)
+    indexer = None if overlay is None else overlay.info
+    max_positions = int(source.config["max_position_embeddings"])
+    if config.max_model_len is not None and config.max_model_len > max_positions:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but this checkpoint has {max_positions} positions; "
+            "ask for no more than that"
+        )
+    max_model_len = config.max_model_len or max_positions
+    model, report = build_model(
+        source if overlay is None else overlay.over(source),
+        indexer,
+        load_backend("torch"),
+        max_model_len,
+        dtype=dtype,
+        device=device,
+        progress=lambda done, total: progress("loading weights", done, total),
+    )
+    specs = model.plane_specs()
+    size = page_bytes(specs, model.num_layers)
+    num_pages = config.kv_cache_bytes // size
+    needed = -(-max_model_len // PAGE_SIZE)
+    if num_pages < needed:
+        raise ConfigError(
+            f"the KV cache of {config.kv_cache_bytes} bytes holds {num_pages * PAGE_SIZE} tokens, but one request "
+            f"may use {max_model_len}; give it at least {needed * size} bytes or lower max_model_len"
+        )
+    cache = PagedCache(num_pages, specs, model.num_layers, device)
+    runner = Runner(model, cache, model.tile_costs(config.score_budget_bytes, config.sparse_form), device)
+    scheduler = Scheduler(
+        num_pages,
+        token_budget=config.token_budget,
+        max_running=config.max_running,
+        max_model_len=max_model_len,
+        prefix_caching=config.prefix_caching,
+    )
+    ready = Ready(
+        model=ModelInfo(
+            architecture=model.architecture,
+            num_layers=model.num_layers,
+            num_parameters=model.num_parameters,
+            vocab_size=model.vocab_size,
+            max_model_len=max_model_len,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            indexer=indexer,
+        ),
+        capacity=Capacity(
+            num_pages=num_pages,
+            page_size=PAGE_SIZE,
+            page_bytes=size,
+            token_budget=config.token_budget,
+            max_running=config.max_running,
+        ),
+    )
+    core = EngineCore(scheduler, runner, sparse=indexer is not None)
+    return Built(core=core, runner=runner, ready=ready, unused_tensors=tuple(report.unused))
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device {name!r} was asked for, but torch sees {count} CUDA devices; try --device cpu")
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it, float32 elsewhere."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda" or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32

@@ -1,0 +1,115 @@
+"""Frames on a stream socket: a 4-byte big-endian length, then one msgpack message. No pickle, no ports."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from typing import Any
+
+import msgspec
+
+from engine.errors import ProtocolError
+from engine.protocol import Message, ToEngine, ToServer
+
+MAX_FRAME_BYTES = 256 << 20
+"""Far above any real message; a length beyond it means that the stream is out of step."""
+
+_HEADER = struct.Struct(">I")
+_encoder = msgspec.msgpack.Encoder()
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_to_server: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+
+
+def frame(message: Message) -> bytes:
+    """A message as bytes on the wire."""
+    body = _encoder.encode(message)
+    return _HEADER.pack(len(body)) + body
+
+
+def _body_length(header: bytes) -> int:
+    (length,) = _HEADER.unpack(header)
+    if length > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a frame announced {length} bytes, more than the {MAX_FRAME_BYTES} that any message has")
+    return int(length)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ProtocolError(f"not a message: {error}") from None
+
+
+class EngineEnd:
+    """The engine's side: blocking, one reader thread and one writer thread at most."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def send(self, message: ToServer) -> None:
+        """Write a message; raises OSError when the server is gone."""
+        self._sock.sendall(frame(message))
+
+    def receive(self) -> ToEngine | None:
+        """The next message, or None when the server has closed its end.
+
+        Raises:
+            ProtocolError: what came is not a message.
+        """
+        header = self._read(_HEADER.size)
+        if header is None:
+            return None
+        body = self._read(_body_length(header))
+        if body is None:
+            return None
+        message: ToEngine = _decode(_to_engine, body)
+        return message
+
+    def _read(self, count: int) -> bytes | None:
+        parts = bytearray()
+        while len(parts) < count:
+            try:
+                part = self._sock.recv(min(count - len(parts), 1 << 20))
+            except ConnectionResetError:
+                return None
+            if not part:
+                return None
+            parts += part
+        return bytes(parts)
+
+
+class ServerEnd:
+    """The server's side: asyncio."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def over(cls, sock: socket.socket) -> ServerEnd:
+        """Wrap a connected AF_UNIX stream socket; owns it from now on."""
+        return cls(*await asyncio.open_unix_connection(sock=sock))
+
+    def send(self, message: ToEngine) -> None:
+        """Queue a message for writing; messages are few and small, so nobody waits for the drain."""
+        if not self._writer.is_closing():
+            self._writer.write(frame(message))
+
+    async def receive(self) -> ToServer | None:
+        """The next message, or None when the engine is gone.
+
+        Raises:
+            ProtocolError: what came is not a message.
+        """
+        try:
+            header = await self._reader.readexactly(_HEADER.size)
+            body = await self._reader.readexactly(_body_length(header))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        message: ToServer = _decode(_to_server, body)
+        return message
+
+    def close(self) -> None:
+        """Close the socket; the engine sees the end of the stream and leaves."""
+        self._writer.close()

@@ -1,0 +1,103 @@
+"""The engine's step: schedule, run, apply."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.plan import Sampled, StepPlan, StepResult
+from engine.protocol import Delta, EngineStats, StepOutput, Submit
+from engine.scheduler import Scheduler
+
+MAX_FAILED_STEPS = 3
+"""Failed steps in a row after which the device is thought broken and the process should be replaced."""
+
+
+class StepRunner(Protocol):
+    """What computes a plan: `engine.runner.Runner`, or a stand-in in tests of the loop."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute the plan."""
+        ...
+
+
+class EngineCore:
+    """One synchronous loop body around a scheduler and a runner."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        *,
+        sparse: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`sparse`: the model has an indexer; without one every request runs dense, whatever it asks."""
+        self._scheduler = scheduler
+        self._runner = runner
+        self._sparse = sparse
+        self._clock = clock
+        self._failed_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Some request is waiting or running."""
+        return self._scheduler.has_work
+
+    @property
+    def broken(self) -> bool:
+        """Too many steps failed in a row."""
+        return self._failed_steps >= MAX_FAILED_STEPS
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters of now."""
+        return self._scheduler.stats()
+
+    def submit(self, request: Submit) -> tuple[Delta, ...]:
+        """Queue a request; one that can never run ends at once, with the reason."""
+        if not self._sparse and request.top_k is not None:
+            request = Submit(
+                request_id=request.request_id,
+                prompt_token_ids=request.prompt_token_ids,
+                sampling=request.sampling,
+                top_k=None,
+                namespace=request.namespace,
+            )
+        try:
+            self._scheduler.add(request, self._clock())
+        except ValueError as error:
+            return (Delta(request_id=request.request_id, finish_reason="error", error=str(error)),)
+        return ()
+
+    def abort(self, request_id: str) -> tuple[Delta, ...]:
+        """End a request between steps; nothing if it is not here any more."""
+        delta = self._scheduler.abort(request_id, self._clock())
+        return () if delta is None else (delta,)
+
+    def abort_all(self) -> tuple[Delta, ...]:
+        """End everything."""
+        return self._scheduler.abort_all(self._clock())
+
+    def step(self) -> StepOutput | None:
+        """One step, or None when there is nothing to do."""
+        plan = self._scheduler.schedule(self._clock())
+        if plan is None:
+            return None
+        result = self._run(plan)
+        deltas = self._scheduler.apply(plan, result, self._clock())
+        return StepOutput(deltas=deltas, stats=self._scheduler.stats())
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        """Run the plan; a fault ends the requests that were in it, with the reason, and no others."""
+        try:
+            result = self._runner.run(plan)
+        except Exception as error:
+            self._failed_steps += 1
+            traceback.print_exc(file=sys.stderr)
+            reason = f"the engine failed to compute this request's step: {type(error).__name__}: {error}"
+            return StepResult(sampled=tuple(Sampled(error=reason) for _ in plan.requests))
+        self._failed_steps = 0
+        return result

@@ -1,0 +1,71 @@
+"""The paged cache itself: one allocation, and named planes over its pages.
+
+A page holds, for its 64 tokens and every layer, everything that attention will want of them: keys,
+values and index keys. So a page is written, shared, evicted and copied as one piece, and its KV can
+never be separated from its index keys (parting them is how DSA servers get silent wrong answers).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.config import PAGE_SIZE
+
+_ALIGNMENT = 64  # bytes: each plane of a page starts on a cache line
+
+
+@dataclass(frozen=True)
+class PlaneSpec:
+    """What one layer stores of one token under `name`: a tensor of `shape` and `dtype`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes a token a layer."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page's part of this plane in one layer, padded to the alignment."""
+        return -(-self.token_bytes * PAGE_SIZE // _ALIGNMENT) * _ALIGNMENT
+
+
+def page_bytes(specs: Sequence[PlaneSpec], num_layers: int) -> int:
+    """Bytes of a whole page, over all planes and layers."""
+    return num_layers * sum(spec.page_bytes for spec in specs)
+
+
+class PagedCache:
+    """`num_pages` pages in one tensor; `plane(layer, name)` is a view of them all."""
+
+    def __init__(
+        self, num_pages: int, specs: Sequence[PlaneSpec], num_layers: int, device: torch.device
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_bytes = page_bytes(specs, num_layers)
+        # Zeros and not garbage: a masked position's value is multiplied by a weight of 0, and 0 * NaN is NaN.
+        self._storage = torch.zeros(num_pages, self.page_bytes, dtype=torch.uint8, device=device)
+        self._planes: dict[tuple[int, str], Tensor] = {}
+        offset = 0
+        for layer in range(num_layers):
+            for spec in specs:
+                used = spec.token_bytes * PAGE_SIZE
+                flat = self._storage[:, offset : offset + used].view(spec.dtype)
+                self._planes[layer, spec.name] = flat.view(num_pages, PAGE_SIZE, *spec.shape)
+                offset += spec.page_bytes
+
+    def plane(self, layer: int, name: str) -> Tensor:
+        """[num_pages, 64, *shape], a view: writing to it writes the cache."""
+        return self._planes[layer, name]
+
+    def write(self, layer: int, name: str, pages: Tensor, offsets: Tensor, values: Tensor) -> None:
+        """Store row t of `values` [T, *shape] at (pages[t], offsets[t]) [T] int64."""
+        self._planes[layer, name][pages, offsets] = values

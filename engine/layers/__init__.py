@@ -1,0 +1,1 @@
+"""The small parts that models are wired from."""

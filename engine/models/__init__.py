@@ -1,0 +1,56 @@
+"""The architectures. `ARCHITECTURES` is the whole list: one file and one line to add another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from engine.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.checkpoint.loader import LoadReport
+    from engine.checkpoint.source import Source
+    from engine.kernels.interface import Kernels
+    from engine.models.interface import Model
+    from engine.protocol import IndexerInfo
+
+ARCHITECTURES: dict[str, str] = {
+    "llama": "engine.models.llama",
+}
+"""`model_type` of a checkpoint's config -> the module whose `build` makes it; imported only when served."""
+
+
+def build_model(
+    source: Source,
+    indexer: IndexerInfo | None,
+    kernels: Kernels,
+    max_positions: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> tuple[Model, LoadReport]:
+    """Load the model that `source` holds.
+
+    Args:
+        source: the checkpoint, with an overlay's tensors already laid over it
+        indexer: the overlay's indexer, or None for a dense model
+        max_positions: positions that one request may use
+        progress: called with (tensors loaded, tensors in all)
+
+    Raises:
+        CheckpointError: an architecture that is not in the table, or a fault in the files.
+    """
+    kind = str(source.config.get("model_type"))
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{source.description} is of architecture {kind!r}, which is not supported; "
+            f"supported are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    built: tuple[Model, LoadReport] = import_module(ARCHITECTURES[kind]).build(
+        source, indexer, kernels, max_positions, dtype=dtype, device=device, progress=progress
+    )
+    return built

@@ -1,0 +1,37 @@
+"""What the runner needs of a model, whatever its architecture."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from engine.attention.tiles import TileCosts
+from engine.batch import Batch
+from engine.kv.planes import PagedCache, PlaneSpec
+
+
+class Model(Protocol):
+    """A decoder over a paged cache."""
+
+    architecture: str
+    num_layers: int
+    num_parameters: int
+    vocab_size: int
+    max_positions: int
+
+    def plane_specs(self) -> tuple[PlaneSpec, ...]:
+        """What each layer caches of a token."""
+        ...
+
+    def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> TileCosts:
+        """How attention work of this model is sized and cut."""
+        ...
+
+    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """Write the batch's rows to the cache; hidden states after the last norm, [T, hidden]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] -> [N, vocab_size] float32."""
+        ...

@@ -1,0 +1,292 @@
+"""Llama-family decoders (SmolLM2 among them), dense or with a lightning indexer in every layer.
+
+Per layer: x = x + Wo Attention(norm(x)); x = x + Wdown(silu(Wgate norm(x)) * Wup norm(x)).
+Attention is grouped-query with half-split rotary embedding. All query heads of a layer read the tokens
+that the layer's indexer selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.attention.indexer import IndexerWeights, LightningIndexer
+from engine.attention.sparse import attend
+from engine.attention.tiles import TileCosts
+from engine.batch import Batch
+from engine.checkpoint.loader import LoadReport, Weight, load
+from engine.checkpoint.source import Source
+from engine.errors import CheckpointError
+from engine.kernels.interface import Kernels
+from engine.kv.planes import PagedCache, PlaneSpec
+from engine.layers.norm import rms_norm
+from engine.layers.rope import RotaryTable, rotate
+from engine.protocol import IndexerInfo
+
+_OFF = ("attention_bias", "mlp_bias")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of a Hugging Face `config.json` that shape the model."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_positions: int
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None
+    tied: bool
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> LlamaConfig:
+        """From a config as `engine.checkpoint` normalises it.
+
+        Raises:
+            CheckpointError: a field is missing, or asks for something that this model does not do.
+        """
+        for name in _OFF:
+            if config.get(name):
+                raise CheckpointError(f"config.json sets {name}, which the llama architecture here does not have")
+        if config.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"hidden_act {config['hidden_act']!r} is not supported; llama uses silu")
+        try:
+            heads = int(config["num_attention_heads"])
+            hidden = int(config["hidden_size"])
+            kv_heads = int(config.get("num_key_value_heads") or heads)
+            shape = cls(
+                vocab_size=int(config["vocab_size"]),
+                hidden_size=hidden,
+                intermediate_size=int(config["intermediate_size"]),
+                num_layers=int(config["num_hidden_layers"]),
+                num_heads=heads,
+                num_kv_heads=kv_heads,
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                rms_norm_eps=float(config["rms_norm_eps"]),
+                max_positions=int(config["max_position_embeddings"]),
+                rope_theta=float(config.get("rope_theta") or 10000.0),
+                rope_scaling=config.get("rope_scaling"),
+                tied=bool(config.get("tie_word_embeddings", False)),
+            )
+        except KeyError as missing:
+            raise CheckpointError(f"config.json lacks {missing.args[0]!r}, which a llama model needs") from None
+        if heads % kv_heads:
+            raise CheckpointError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
+        return shape
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def weight_table(config: LlamaConfig, indexer: IndexerInfo | None) -> dict[str, Weight]:
+    """Every parameter of the model: its name here -> the checkpoint tensors that it is made of, and its shape."""
+    c = config
+    attn_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    table = {
+        "embed": Weight(("model.embed_tokens.weight",), (c.vocab_size, c.hidden_size)),
+        "norm": Weight(("model.norm.weight",), (c.hidden_size,)),
+    }
+    if not c.tied:
+        table["head"] = Weight(("lm_head.weight",), (c.vocab_size, c.hidden_size))
+    for i in range(c.num_layers):
+        at, layer = f"model.layers.{i}", f"layers.{i}"
+        qkv = tuple(f"{at}.self_attn.{part}_proj.weight" for part in "qkv")
+        gate_up = (f"{at}.mlp.gate_proj.weight", f"{at}.mlp.up_proj.weight")
+        table[f"{layer}.input_norm"] = Weight((f"{at}.input_layernorm.weight",), (c.hidden_size,))
+        table[f"{layer}.qkv"] = Weight(qkv, (attn_rows, c.hidden_size))
+        table[f"{layer}.o"] = Weight(
+            (f"{at}.self_attn.o_proj.weight",), (c.hidden_size, c.num_heads * c.head_dim)
+        )
+        table[f"{layer}.post_norm"] = Weight((f"{at}.post_attention_layernorm.weight",), (c.hidden_size,))
+        table[f"{layer}.gate_up"] = Weight(gate_up, (2 * c.intermediate_size, c.hidden_size))
+        table[f"{layer}.down"] = Weight((f"{at}.mlp.down_proj.weight",), (c.hidden_size, c.intermediate_size))
+        if indexer is not None:
+            h, d, inside = indexer.num_heads, indexer.head_dim, f"{at}.self_attn.indexer"
+            table[f"{layer}.indexer.wq"] = Weight((f"{inside}.wq.weight",), (h * d, c.hidden_size))
+            table[f"{layer}.indexer.wk"] = Weight((f"{inside}.wk.weight",), (d, c.hidden_size))
+            table[f"{layer}.indexer.k_norm_weight"] = Weight((f"{inside}.k_norm.weight",), (d,))
+            table[f"{layer}.indexer.k_norm_bias"] = Weight((f"{inside}.k_norm.bias",), (d,))
+            table[f"{layer}.indexer.weights_proj"] = Weight(
+                (f"{inside}.weights_proj.weight",), (h, c.hidden_size)
+            )
+    return table
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's weights; E hidden, F intermediate."""
+
+    input_norm: Tensor  # [E]
+    qkv: Tensor  # [(Hq + 2 Hkv) * D, E]
+    o: Tensor  # [E, Hq * D]
+    post_norm: Tensor  # [E]
+    gate_up: Tensor  # [2 F, E]
+    down: Tensor  # [E, F]
+    indexer: LightningIndexer | None
+
+
+class Llama:
+    """The model, its weights and its rotation tables."""
+
+    architecture = "llama"
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: Mapping[str, Tensor],
+        indexer: IndexerInfo | None,
+        kernels: Kernels,
+        max_positions: int,
+    ) -> None:
+        """Wire `weights` (named as in `weight_table`, all of one dtype and device).
+
+        Args:
+            max_positions: positions to prepare rotation tables for; at most `config.max_positions`
+        """
+        self.config = config
+        self.indexer = indexer
+        self.num_layers = config.num_layers
+        self.vocab_size = config.vocab_size
+        self.max_positions = max_positions
+        self.num_parameters = sum(weight.numel() for weight in weights.values())
+        self._kernels = kernels
+        self._embed = weights["embed"]
+        self._norm = weights["norm"]
+        # Logits are compared with one another to the last digit, so the head runs in float32.
+        self._head = weights["embed" if config.tied else "head"].float()
+        self._layers = [self._layer(weights, i) for i in range(config.num_layers)]
+        device = self._embed.device
+        self._rotary = RotaryTable(
+            config.head_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
+        )
+        self._index_rotary = None if indexer is None else RotaryTable(
+            indexer.rope_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
+        )
+
+    def _layer(self, weights: Mapping[str, Tensor], i: int) -> _Layer:
+        def of(name: str) -> Tensor:
+            return weights[f"layers.{i}.{name}"]
+
+        indexer = None
+        if self.indexer is not None:
+            parts = IndexerWeights(
+                wq=of("indexer.wq"),
+                wk=of("indexer.wk"),
+                k_norm_weight=of("indexer.k_norm_weight"),
+                k_norm_bias=of("indexer.k_norm_bias"),
+                weights_proj=of("indexer.weights_proj"),
+            )
+            indexer = LightningIndexer(parts, self.indexer.num_heads)
+        return _Layer(
+            input_norm=of("input_norm"),
+            qkv=of("qkv"),
+            o=of("o"),
+            post_norm=of("post_norm"),
+            gate_up=of("gate_up"),
+            down=of("down"),
+            indexer=indexer,
+        )
+
+    def plane_specs(self) -> tuple[PlaneSpec, ...]:
+        """Keys and values of every KV head, and the index key."""
+        c, dtype = self.config, self._embed.dtype
+        kv = PlaneSpec("kv", (c.num_kv_heads, 2, c.head_dim), dtype)
+        if self.indexer is None:
+            return (kv,)
+        return kv, PlaneSpec("index_key", (self.indexer.head_dim,), dtype)
+
+    def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> TileCosts:
+        """See `TileCosts`."""
+        return TileCosts(
+            budget_bytes=budget_bytes,
+            index_row_bytes=0 if self.indexer is None else 4 * self.indexer.num_heads,
+            attention_row_bytes=4 * self.config.num_heads,
+            token_bytes=self.plane_specs()[0].token_bytes,
+            forced=forced,
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
+        x = F.embedding(batch.token_ids, self._embed)
+        rotation = self._rotary.at(batch.positions)
+        index_rotation = None if self._index_rotary is None else self._index_rotary.at(batch.positions)
+        eps = self.config.rms_norm_eps
+        for i, layer in enumerate(self._layers):
+            hidden = rms_norm(x, layer.input_norm, eps)
+            x = x + self._attention(i, layer, hidden, rotation, index_rotation, batch, cache)
+            gate, up = F.linear(rms_norm(x, layer.post_norm, eps), layer.gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, layer.down)
+        return rms_norm(x, self._norm, eps)
+
+    def _attention(
+        self,
+        i: int,
+        layer: _Layer,
+        hidden: Tensor,  # [T, E]
+        rotation: tuple[Tensor, Tensor],
+        index_rotation: tuple[Tensor, Tensor] | None,
+        batch: Batch,
+        cache: PagedCache,
+    ) -> Tensor:
+        c = self.config
+        heads = F.linear(hidden, layer.qkv).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        query, key, value = heads.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        cache.write(i, "kv", batch.pages, batch.offsets, torch.stack((key, value), dim=2))
+        index = index_plane = None
+        if layer.indexer is not None and index_rotation is not None:
+            cache.write(
+                i, "index_key", batch.pages, batch.offsets, layer.indexer.keys(hidden, index_rotation)
+            )
+            index_plane = cache.plane(i, "index_key")
+            if any(tile.form != "dense" for tile in batch.tiles):
+                index = layer.indexer.queries(hidden, index_rotation)
+        out = attend(
+            query.view(-1, c.num_kv_heads, c.group, c.head_dim),
+            index,
+            cache.plane(i, "kv"),
+            index_plane,
+            batch,
+            self._kernels,
+            c.head_dim**-0.5,
+        )
+        return F.linear(out.flatten(1), layer.o)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, E] -> [N, vocab_size] float32."""
+        return F.linear(hidden.float(), self._head)
+
+
+def build(
+    source: Source,
+    indexer: IndexerInfo | None,
+    kernels: Kernels,
+    max_positions: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> tuple[Llama, LoadReport]:
+    """Load a checkpoint of this family; arguments as in `engine.models.build_model`.
+
+    Raises:
+        CheckpointError: the config or the tensors are not what this architecture needs.
+    """
+    config = LlamaConfig.read(source.config)
+    table = weight_table(config, indexer)
+    weights, report = load(table, source, dtype=dtype, device=device, progress=progress)
+    return Llama(config, weights, indexer, kernels, max_positions), report

@@ -1,0 +1,79 @@
+"""Runs a step plan: batch, forward, logits of the rows that matter, tokens."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from engine.attention.tiles import TileCosts
+from engine.batch import build_batch
+from engine.kv.planes import PagedCache
+from engine.models.interface import Model
+from engine.plan import Sampled, SampleSpec, StepPlan, StepResult
+from engine.protocol import TokenLogprob
+from engine.sampler import sample, token_logprob
+
+_LOGIT_ROWS = 64  # rows of prompt logits held at once: 64 x 49152 float32 is 12 MiB
+
+
+class Runner:
+    """One model and its cache on one device."""
+
+    def __init__(self, model: Model, cache: PagedCache, costs: TileCosts, device: torch.device) -> None:
+        self._model = model
+        self._cache = cache
+        self._costs = costs
+        self._device = device
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute the plan's rows, write their cache entries, draw the tokens that it asks for."""
+        hidden = self.hidden(plan)
+        ends = list(accumulate(len(request.token_ids) for request in plan.requests))
+        wanted = [i for i, request in enumerate(plan.requests) if request.sample is not None]
+        drawn: dict[int, Sampled] = {}
+        if wanted:
+            logits = self._model.logits(hidden[[ends[i] - 1 for i in wanted]])
+            specs = [spec for i in wanted if (spec := plan.requests[i].sample) is not None]
+            drawn = dict(zip(wanted, _sample_each(logits, specs), strict=True))
+        results: list[Sampled] = []
+        for i, request in enumerate(plan.requests):
+            one = drawn.get(i, Sampled())
+            if request.prompt_targets:
+                first = ends[i] - len(request.token_ids)
+                rows = hidden[first : first + len(request.prompt_targets)]
+                scored = self._score(rows, request.prompt_targets, request.prompt_alternatives)
+                one = Sampled(
+                    token_id=one.token_id, logprob=one.logprob, error=one.error, prompt_logprobs=scored
+                )
+            results.append(one)
+        return StepResult(sampled=tuple(results))
+
+    def hidden(self, plan: StepPlan) -> Tensor:
+        """Hidden states after the last norm, one a row of the plan: [T, hidden]."""
+        return self._model.forward(build_batch(plan, self._costs, self._device), self._cache)
+
+    def _score(self, rows: Tensor, targets: tuple[int, ...], alternatives: int) -> tuple[TokenLogprob, ...]:
+        """Log-probability of each row's known next token."""
+        scored: list[TokenLogprob] = []
+        for start in range(0, len(targets), _LOGIT_ROWS):
+            logits = self._model.logits(rows[start : start + _LOGIT_ROWS])
+            for row, target in zip(logits, targets[start : start + _LOGIT_ROWS], strict=True):
+                scored.append(token_logprob(row, target, alternatives))
+        return tuple(scored)
+
+
+def _sample_each(logits: Tensor, specs: list[SampleSpec]) -> list[Sampled]:
+    """All rows together; should that fail, one by one, so that one bad request fails alone."""
+    try:
+        return sample(logits, specs)
+    except (RuntimeError, IndexError, ValueError):
+        drawn: list[Sampled] = []
+        for row, spec in enumerate(specs):
+            try:
+                drawn.extend(sample(logits[row : row + 1], [spec]))
+            except (RuntimeError, IndexError, ValueError) as error:
+                drawn.append(Sampled(error=f"sampling failed: {error}"))
+        return drawn

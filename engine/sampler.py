@@ -1,0 +1,140 @@
+"""From logits to tokens. Each request's choice is a function of its own row, seed and position only.
+
+The random number of a request's n-th token is a hash of (seed, n), so neither the batch around it nor
+a preemption and recomputation can change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.plan import Sampled, SampleSpec
+from engine.protocol import SamplingParams, TokenLogprob
+
+_FIRST_GUESS = 256  # how many of the best tokens are looked at before a full sort
+
+
+def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
+    """Draw one token a row; a row whose logits are not finite gets an error and harms no other.
+
+    Args:
+        logits: [N, vocab] float32
+        specs: N of them, in the rows' order
+    """
+    finite = torch.isfinite(logits).all(-1).tolist()
+    drawn: list[Sampled] = []
+    greedy = logits.argmax(-1).tolist()
+    for row, spec in enumerate(specs):
+        if not finite[row]:
+            drawn.append(Sampled(error="the model's logits are not finite, so no token can be drawn from them"))
+            continue
+        token = greedy[row] if _is_plain_greedy(spec.params) else _draw(logits[row], spec)
+        report = spec.params.logprobs
+        logprob = None if report is None else token_logprob(logits[row], token, report)
+        drawn.append(Sampled(token_id=token, logprob=logprob))
+    return drawn
+
+
+def token_logprob(logits: Tensor, token: int, alternatives: int) -> TokenLogprob:
+    """Natural log-probability of `token` under the unmodified distribution of `logits` [vocab]."""
+    logprobs = logits.log_softmax(-1)
+    own = logprobs[token]
+    top: tuple[tuple[int, float], ...] = ()
+    if alternatives:
+        values, ids = logprobs.topk(min(alternatives, logprobs.shape[0]))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    rank = int((logprobs > own).sum()) + 1
+    return TokenLogprob(token_id=token, logprob=float(own), rank=rank, top=top)
+
+
+def uniform(seed: int, index: int) -> float:
+    """The request's `index`-th random number, in [0, 1)."""
+    digest = hashlib.sha256(seed.to_bytes(8, "little") + index.to_bytes(8, "little")).digest()
+    return (int.from_bytes(digest[:8], "little") >> 11) / 2**53  # 53 bits: what a double holds exactly
+
+
+def _is_plain_greedy(params: SamplingParams) -> bool:
+    return params.temperature == 0 and not _has_penalty(params) and not params.logit_bias
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+
+
+def _draw(logits: Tensor, spec: SampleSpec) -> int:
+    """One token from one row [vocab]: penalties, temperature, filters, then the inverse of the CDF."""
+    params = spec.params
+    logits = penalised(logits, spec)
+    if params.temperature == 0:
+        return int(logits.argmax())
+    probs = (logits / params.temperature).double().softmax(-1)
+    keep = kept(probs, params)
+    if keep is not None:
+        probs = probs.where(keep, 0.0)
+    cumulative = probs.cumsum(-1)
+    target = uniform(spec.params.seed, spec.output_index) * float(cumulative[-1])
+    token = int(torch.searchsorted(cumulative, target, right=True))
+    # Rounding can put the target at the very end; the last token of non-zero mass is meant then.
+    return token if token < probs.shape[0] else int(probs.nonzero()[-1])
+
+
+def penalised(logits: Tensor, spec: SampleSpec) -> Tensor:
+    """Logit bias, then repetition (prompt and output), frequency and presence (output) penalties.
+
+    Repetition penalty divides a positive logit and multiplies a negative one (Keskar et al.,
+    arXiv 1909.05858); presence and frequency subtract (OpenAI's API reference).
+    """
+    params = spec.params
+    if not params.logit_bias and not _has_penalty(params):
+        return logits
+    logits = logits.clone()
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(spec.history)), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(
+            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+        )
+    generated = spec.history[spec.prompt_len :]
+    if generated and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = torch.tensor(generated, device=logits.device).unique(return_counts=True)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts.float()
+    return logits
+
+
+def kept(probs: Tensor, params: SamplingParams) -> Tensor | None:
+    """Which tokens top_k, top_p and min_p leave: [vocab] bool, or None for all.
+
+    Applied one after the other, as vLLM does: top_k on all, top_p on the renormalised rest; min_p is
+    relative to the best token, so its order does not matter. Equal probabilities at an edge all stay.
+    """
+    keep: Tensor | None = None
+    if 0 < params.top_k < probs.shape[0]:
+        keep = probs >= probs.topk(params.top_k).values[-1]
+    if params.top_p < 1:
+        left = probs if keep is None else probs.where(keep, 0.0)
+        edge = _nucleus_edge(left, params.top_p * float(left.sum()))
+        keep = (left >= edge) & (left > 0)
+    if params.min_p > 0:
+        enough = probs >= params.min_p * float(probs.max())
+        keep = enough if keep is None else keep & enough
+    return keep
+
+
+def _nucleus_edge(probs: Tensor, mass: float) -> float:
+    """The smallest probability in the smallest set of best tokens whose sum reaches `mass`."""
+    count = min(_FIRST_GUESS, probs.shape[0])
+    while True:
+        best = probs.topk(count).values
+        reached = (best.cumsum(-1) >= mass).nonzero()
+        if reached.numel():
+            return float(best[int(reached[0])])
+        if count == probs.shape[0]:
+            return -math.inf
+        count = min(count * 16, probs.shape[0])

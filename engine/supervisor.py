@@ -1,0 +1,194 @@
+"""The engine in a process of its own, kept alive.
+
+If it dies, every request that waits for it gets one error at once, and a fresh engine starts by
+itself. If it says that it cannot start, it is not tried again: nothing would change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+
+import msgspec
+
+from engine.channel import ServerEnd
+from engine.client import EngineState, EngineStatus
+from engine.config import EngineConfig
+from engine.errors import EngineDiedError, EngineUnavailableError, ProtocolError
+from engine.protocol import Abort, Delta, Failed, Loading, Ready, Start, StepOutput, Stop, Submit
+
+_STOP_SECONDS = 5.0  # what a step may take to end before the process is killed
+_BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)  # before the n-th start in a row that did not become ready
+_MAX_FAILED_STARTS = len(_BACKOFF_SECONDS)
+
+
+class SubprocessEngine:
+    """An `engine.client.Engine` over `python -m engine.process`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._status = EngineStatus(state=EngineState.STARTING, message="the engine has not been started yet")
+        self._changed = asyncio.Condition()
+        self._supervisor: asyncio.Task[None] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._end: ServerEnd | None = None
+        self._streams: dict[str, asyncio.Queue[Delta | None]] = {}
+
+    @property
+    def status(self) -> EngineStatus:
+        """The newest snapshot."""
+        return self._status
+
+    async def start(self) -> None:
+        """Begin to load, and to watch."""
+        if self._supervisor is None:
+            await self._set(EngineState.STARTING, "the engine is starting")
+            self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+
+    async def wait_ready(self) -> None:
+        """Return once the engine takes requests; raise `EngineUnavailableError` if it never will."""
+        over = (EngineState.READY, EngineState.FAILED, EngineState.STOPPED)
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._status.state in over)
+        if self._status.state is not EngineState.READY:
+            raise EngineUnavailableError(self._status.message)
+
+    async def stop(self) -> None:
+        """End the engine: what runs gets its `abort`, then the process leaves or is killed."""
+        if self._status.state is EngineState.STOPPED:
+            return
+        await self._set(EngineState.STOPPED, "the engine was stopped")
+        if self._end is not None:
+            self._end.send(Stop())
+        if self._process is not None:
+            try:
+                await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
+            except TimeoutError:
+                self._kill()
+        if self._supervisor is not None:
+            with suppress(TimeoutError, asyncio.CancelledError):
+                await asyncio.wait_for(self._supervisor, _STOP_SECONDS)
+        self._fail_streams()
+
+    async def generate(self, request: Submit) -> AsyncGenerator[Delta, None]:
+        """Run one request; see `engine.client.Engine.generate`."""
+        if self._status.state is not EngineState.READY or self._end is None:
+            raise EngineUnavailableError(self._status.message or "the engine is not ready")
+        end = self._end
+        stream: asyncio.Queue[Delta | None] = asyncio.Queue()
+        self._streams[request.request_id] = stream
+        finished = False
+        try:
+            end.send(request)
+            while not finished:
+                delta = await stream.get()
+                if delta is None:
+                    finished = True
+                    raise EngineDiedError(
+                        "the engine process ended while this request was running; a new one is starting, so try again"
+                    )
+                finished = delta.finish_reason is not None
+                yield delta
+        finally:
+            self._streams.pop(request.request_id, None)
+            if not finished:
+                end.send(Abort(request_id=request.request_id))
+
+    async def _supervise(self) -> None:
+        """Start, listen until the end, start again."""
+        failed_starts = 0
+        while self._status.state not in (EngineState.STOPPED, EngineState.FAILED):
+            await asyncio.sleep(_BACKOFF_SECONDS[failed_starts])
+            if self._status.state is EngineState.STOPPED:
+                break
+            was_ready, code = await self._run_once()
+            self._fail_streams()
+            if self._status.state in (EngineState.STOPPED, EngineState.FAILED):
+                break
+            failed_starts = 0 if was_ready else failed_starts + 1
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            if failed_starts >= _MAX_FAILED_STARTS:
+                message = f"the engine process ended {failed_starts} times before it was ready, at last with {how}"
+                await self._set(EngineState.FAILED, message)
+            else:
+                message = f"the engine process ended with {how}; a new one is starting"
+                await self._set(EngineState.DOWN, message, restarts=self._status.restarts + 1)
+
+    async def _run_once(self) -> tuple[bool, int]:
+        """One life of the process: (became ready, exit status; negative for a signal)."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                # A session of its own: Ctrl-C in the terminal reaches the server alone, which decides.
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "engine.process",
+                    "--fd",
+                    str(theirs.fileno()),
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+        except BaseException:
+            ours.close()
+            raise
+        self._process = process
+        end = self._end = await ServerEnd.over(ours)
+        self._status = msgspec.structs.replace(self._status, pid=process.pid)
+        ready = False
+        try:
+            end.send(Start(config=self._config))
+            while (message := await end.receive()) is not None:
+                ready = ready or isinstance(message, Ready)
+                await self._handle(message)
+        except ProtocolError as error:
+            print(f"engine supervisor: {error}; the engine is replaced", file=sys.stderr)
+        finally:
+            self._end = None
+            end.close()
+            if process.returncode is None:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+            self._kill()
+            code = await process.wait()
+            self._process = None
+        return ready, code
+
+    async def _handle(self, message: Loading | Ready | Failed | StepOutput) -> None:
+        if isinstance(message, StepOutput):
+            self._status = msgspec.structs.replace(self._status, stats=message.stats)
+            for delta in message.deltas:
+                # Unknown ids are requests that the server gave up before the engine heard of it.
+                stream = self._streams.get(delta.request_id)
+                if stream is not None:
+                    stream.put_nowait(delta)
+        elif isinstance(message, Loading):
+            if self._status.state is not EngineState.STOPPED:
+                self._status = msgspec.structs.replace(
+                    self._status, loading=message, message=f"the engine is starting: {message.stage}"
+                )
+        elif isinstance(message, Ready):
+            if self._status.state is not EngineState.STOPPED:
+                await self._set(EngineState.READY, "", model=message.model, capacity=message.capacity, loading=None)
+        elif self._status.state is EngineState.READY:
+            print(f"engine: {message.message}", file=sys.stderr)
+        else:
+            await self._set(EngineState.FAILED, message.message)
+
+    async def _set(self, state: EngineState, message: str, **changes: object) -> None:
+        async with self._changed:
+            self._status = msgspec.structs.replace(self._status, state=state, message=message, **changes)
+            self._changed.notify_all()
+
+    def _fail_streams(self) -> None:
+        for stream in self._streams.values():
+            stream.put_nowait(None)
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
