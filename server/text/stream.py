@@ -59,12 +59,14 @@ class WindowStream:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._skip = tokenizer.special_ids if skip_special else frozenset[int]()
         self._context: list[int] = []  # given out already; the text after them depends on them
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
         """Add a token; return the characters that are now complete."""
+        if token_id in self._skip:  # and so the bytes before and after it are neighbours
+            return ""
         self._pending.append(token_id)
         if self._tokenizer.is_byte(token_id):
             return ""
@@ -85,4 +87,4 @@ class WindowStream:
         return self._decode(self._context + self._pending)[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special=self._skip_special)
+        return self._tokenizer.decode(ids, skip_special=False)
