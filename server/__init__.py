@@ -1,0 +1,1 @@
+"""The HTTP server. Of `engine` it imports the face only, and never torch."""

@@ -1,0 +1,100 @@
+"""The application: parts, middleware, routes and the table of errors. Runs nowhere by itself.
+
+`app.state.lifecycle` is for the process that runs it (`server.lifecycle.Lifecycle`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from engine.client import Engine
+from server.admission import Admission
+from server.chat import ChatFormat
+from server.config import ServerConfig
+from server.intake import Intake
+from server.lifecycle import Lifecycle
+from server.metrics import Metrics
+from server.middleware import BodyLimitMiddleware, RecordMiddleware
+from server.protocol.errors import ApiError, bad_request
+from server.protocol.openapi import openapi_of
+from server.routes import ROUTERS
+from server.services import Services
+from server.text.tokenizer import Tokenizer
+
+
+def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: ChatFormat) -> FastAPI:
+    """Build the application around an engine, which its lifespan starts and stops.
+
+    Args:
+        config: the server's settings.
+        engine: not started yet.
+        text: the model's tokenizer.
+        chat: the model's way of writing a conversation.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        try:
+            await engine.start()  # loading goes on behind; until it is done, requests get 503
+            yield
+        finally:
+            await engine.stop()
+
+    metrics = Metrics(config.model_name, lambda: engine.status)
+    services = Services(
+        config=config,
+        engine=engine,
+        text=text,
+        intake=Intake(config, text, chat),
+        admission=Admission(config.max_queue),
+        lifecycle=Lifecycle(),
+        metrics=metrics,
+    )
+    app = FastAPI(
+        title="dsa-serve",
+        description="OpenAI-compatible inference with DeepSeek Sparse Attention.",
+        version="0.1.0",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        exception_handlers={
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            RequestValidationError: _validation_error,
+        },
+    )
+    app.state.services = services
+    app.state.lifecycle = services.lifecycle
+    app.add_middleware(BodyLimitMiddleware, limit=config.max_body_bytes)
+    app.add_middleware(RecordMiddleware, metrics=metrics)  # added last: the outermost
+    for router in ROUTERS:
+        app.include_router(router)
+    app.openapi = openapi_of(app)  # type: ignore[method-assign]
+    return app
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.to_response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: ("there is no such endpoint; GET /openapi.json lists them all", "not_found"),
+        405: (f"this endpoint does not take {request.method}", "method_not_allowed"),
+    }
+    message, code = messages.get(error.status_code, (str(error.detail), "http_error"))
+    return ApiError(error.status_code, message, code=code, headers=error.headers).to_response()
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    param = str(problem["loc"][-1])
+    return bad_request(f"{param}: {problem['msg']}", param=param, code="invalid_value").to_response()

@@ -1,0 +1,237 @@
+"""The heart: prompt ids to the engine, its deltas back as text. Knows no HTTP.
+
+A `Job` is one choice of one request. A `Generation` runs a request's jobs side by side and gives
+out what they produce in the order in which it comes. Closing it aborts what still runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+from engine.client import Engine
+from engine.errors import EngineDiedError
+from engine.protocol import Delta, Submit, TokenLogprob
+from server.text.detokenizer import Detokenizer
+from server.text.tokenizer import Tokenizer
+
+Finish = Literal["stop", "length"]
+
+
+class GenerationFailedError(Exception):
+    """The engine ended one request because of a fault of that request's own."""
+
+
+class GenerationAbortedError(Exception):
+    """The engine ended a request that nobody here had given up: it is stopping."""
+
+
+class QuietError(Exception):
+    """Nothing happened for as long as the reader wanted to wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One choice to generate.
+
+    Attributes:
+        index: the choice's number in its request.
+        submit: what the engine gets.
+        stop: texts that end the choice.
+        prompt_only: only the prompt is of interest; the engine makes one token, which is dropped.
+    """
+
+    index: int
+    submit: Submit
+    stop: tuple[str, ...] = ()
+    prompt_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceUsage:
+    """What one choice used. Where a stop string ended it, the engine's share is not known.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: those of them that the engine reused; 0 where not known.
+        completion_tokens: tokens generated, up to and including the one that completed a stop string.
+        top_k: tokens that attention could read; None is all.
+        queue_seconds: time between submission and first step, where known.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    top_k: int | None
+    queue_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What is new in one choice. Its last one, and only it, has a finish reason and usage.
+
+    The text may lag behind the tokens: half characters and possible starts of stop strings are held
+    back. A stop token is in neither.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: Finish | None = None
+    usage: ChoiceUsage | None = None
+
+
+async def generate_text(engine: Engine, tokenizer: Tokenizer, job: Job) -> AsyncGenerator[TextDelta, None]:
+    """Run one job.
+
+    Raises:
+        EngineUnavailableError: the engine takes no requests now.
+        EngineDiedError: the engine ended while the job ran.
+        GenerationFailedError: the job failed by itself.
+        GenerationAbortedError: the engine is stopping.
+    """
+    choice = _Choice(tokenizer, job)
+    async with contextlib.aclosing(engine.generate(job.submit)) as deltas:
+        async for delta in deltas:
+            if delta.finish_reason == "error":
+                raise GenerationFailedError(delta.error or "the engine could not run this request")
+            if delta.finish_reason == "abort":
+                raise GenerationAbortedError("the server is stopping and ended this request; send it again")
+            text = choice.read(delta)
+            yield text
+            if text.finish_reason is not None:
+                return  # after a stop string, leaving the block aborts the rest
+    raise EngineDiedError("the engine ended before this request did; send it again")
+
+
+class _Choice:
+    """The state of one choice between deltas."""
+
+    def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
+        self._job = job
+        self._detokenizer = Detokenizer(tokenizer, stop=job.stop)
+        self._seen = 0
+
+    def read(self, delta: Delta) -> TextDelta:
+        if self._job.prompt_only:
+            return self._read_prompt(delta)
+        token_ids = self._without_stop_token(delta)
+        detokenizer = self._detokenizer
+        text = detokenizer.push(token_ids)
+        finish: Finish | None = None
+        if delta.finish_reason is not None:
+            finish = "length" if delta.finish_reason == "length" else "stop"
+            text += detokenizer.finish()
+        completion_tokens = self._seen + len(delta.token_ids)
+        if detokenizer.stopped is not None:
+            finish = "stop"
+            token_ids = token_ids[: detokenizer.tokens_consumed - self._seen]
+            completion_tokens = detokenizer.tokens_consumed
+        self._seen += len(delta.token_ids)
+        return TextDelta(
+            index=self._job.index,
+            text=text,
+            token_ids=token_ids,
+            logprobs=delta.logprobs[: len(token_ids)] if delta.logprobs is not None else None,
+            prompt_logprobs=delta.prompt_logprobs,
+            finish_reason=finish,
+            usage=self._usage(delta, completion_tokens) if finish else None,
+        )
+
+    def _read_prompt(self, delta: Delta) -> TextDelta:
+        return TextDelta(
+            index=self._job.index,
+            text="",
+            token_ids=(),
+            prompt_logprobs=delta.prompt_logprobs,
+            finish_reason="length" if delta.finish_reason else None,
+            usage=self._usage(delta, 0) if delta.finish_reason else None,
+        )
+
+    def _without_stop_token(self, delta: Delta) -> tuple[int, ...]:
+        ids = delta.token_ids
+        if delta.finish_reason == "stop" and ids and ids[-1] in self._job.submit.sampling.stop_token_ids:
+            return ids[:-1]
+        return ids
+
+    def _usage(self, delta: Delta, completion_tokens: int) -> ChoiceUsage:
+        known = delta.usage
+        return ChoiceUsage(
+            prompt_tokens=len(self._job.submit.prompt_token_ids),
+            cached_tokens=known.cached_tokens if known else 0,
+            completion_tokens=completion_tokens,
+            top_k=known.top_k if known else self._job.submit.top_k,
+            queue_seconds=known.queue_seconds if known else None,
+        )
+
+
+class Generation:
+    """The jobs of one request, running side by side. Leaving the block aborts what still runs."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, jobs: Sequence[Job]) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._jobs = jobs
+        self._events: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._running = len(jobs)
+        self._early: TextDelta | None = None
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._run(job)) for job in self._jobs]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def settle(self, seconds: float) -> None:
+        """Wait for the first sign of the engine, at most `seconds`: it refuses at once or not at all.
+
+        Raises:
+            Exception: what `next` would raise.
+        """
+        with contextlib.suppress(QuietError):
+            self._early = await self.next(seconds)
+
+    async def next(self, seconds: float | None = None) -> TextDelta | None:
+        """Return the next delta of any choice; None after the last one of every choice.
+
+        Raises:
+            QuietError: nothing came for `seconds`; call again.
+            Exception: what `generate_text` raises; the request is over, for all its choices.
+        """
+        if self._early is not None:
+            early, self._early = self._early, None
+            return early
+        while self._running:
+            try:
+                async with asyncio.timeout(seconds):
+                    event = await self._events.get()
+            except TimeoutError:
+                raise QuietError from None
+            if isinstance(event, Exception):
+                raise event
+            if event is not None:
+                return event
+            self._running -= 1
+        return None
+
+    async def _run(self, job: Job) -> None:
+        try:
+            async with contextlib.aclosing(generate_text(self._engine, self._tokenizer, job)) as deltas:
+                async for delta in deltas:
+                    self._events.put_nowait(delta)
+        except Exception as error:  # handed to the reader, who knows what it means
+            self._events.put_nowait(error)
+        else:
+            self._events.put_nowait(None)

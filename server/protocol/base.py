@@ -1,0 +1,60 @@
+"""What request bodies are made of: strict models, and fields accepted only at a neutral value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, StringConstraints
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+
+class Body(BaseModel):
+    """Base of what clients send: no coercion, no unknown names, no NaN or infinity."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+Label = Annotated[str, StringConstraints(max_length=512)]
+"""Text that the client attaches for its own bookkeeping; it changes nothing here."""
+
+
+class Neutral:
+    """Annotation of a field that accepts null and the values that ask for nothing.
+
+    Args:
+        allowed: the neutral values besides null.
+        advice: what is accepted, what this server lacks and what to do instead, to follow the field's name.
+    """
+
+    def __init__(self, *allowed: Any, advice: str) -> None:
+        self._allowed = (None, *allowed)
+        self._advice = advice
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": list(self._allowed), "description": self._advice}
+
+    def _check(self, value: Any) -> Any:
+        if any(type(value) is type(item) and value == item for item in self._allowed):
+            return value
+        raise PydanticCustomError("not_neutral", "{advice}", {"advice": self._advice})
+
+
+TAG = "\x00"
+"""Begins the tag of every member of a union, so that a location tells tags from names."""
+
+
+def tag_of_list(value: Any, *, text: str, empty: str, kinds: Sequence[tuple[type, str]]) -> str | None:
+    """Tell which member of a union a JSON value means by its type, or by that of its first element."""
+    if isinstance(value, str):
+        return text
+    if not isinstance(value, list):
+        return None
+    if not value:
+        return empty
+    return next((tag for kind, tag in kinds if isinstance(value[0], kind)), None)

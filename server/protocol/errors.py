@@ -1,0 +1,80 @@
+"""Errors as clients see them: always OpenAI's `{"error": {...}}`, whatever went wrong.
+
+Messages are one sentence that says what to change. What raises them is everyone else's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+INVALID_REQUEST = "invalid_request_error"
+UNAVAILABLE = "service_unavailable_error"
+ENGINE = "engine_error"
+SERVER = "server_error"
+RATE_LIMIT = "rate_limit_error"
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str = Field(description="One sentence for a human: what is wrong and what to change.")
+    type: str = Field(description="The class of the error, such as `invalid_request_error`.")
+    param: str | None = Field(description="The field of the request that is at fault, if one is.")
+    code: str | None = Field(description="A stable word for programs, such as `context_length_exceeded`.")
+
+
+class ErrorResponse(BaseModel):
+    """The body of every response that is not a success."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer other than success. Raised anywhere below a route, rendered by the app."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = INVALID_REQUEST,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = ErrorDetail(message=message, type=kind, param=param, code=code)
+        self.headers = dict(headers or {})
+
+    def to_json(self) -> str:
+        """The body. Pure ASCII, so that no text from a client can make it impossible to encode."""
+        return json.dumps({"error": self.detail.model_dump()}, separators=(",", ":"))
+
+    def to_response(self) -> Response:
+        """The HTTP response."""
+        return Response(self.to_json(), self.status, self.headers, media_type="application/json")
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the client must change its request."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def unavailable(message: str, *, code: str, kind: str = UNAVAILABLE, retry_after: int = 5) -> ApiError:
+    """503: the same request may succeed later."""
+    return ApiError(503, message, kind=kind, code=code, headers={"retry-after": str(retry_after)})
+
+
+def internal_error() -> ApiError:
+    """500: a fault of the server; its log has the details, the client gets none."""
+    return ApiError(
+        500,
+        "the server met an unexpected fault; its log has the details under this response's x-request-id",
+        kind=SERVER,
+        code="internal_error",
+    )

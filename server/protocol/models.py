@@ -1,0 +1,50 @@
+"""The objects of /v1/models and the health endpoints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+
+class ModelObject(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="When this server started, in seconds since 1970.")
+    owned_by: str = "dsa-serve"
+    max_model_len: int | None = Field(
+        description="Tokens that prompt and output together may have; null while the model loads."
+    )
+
+
+class ModelList(BaseModel):
+    """Every model that is served: one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class LoadingProgress(BaseModel):
+    """How far the model is loaded."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Liveness(BaseModel):
+    """The process answers."""
+
+    state: Literal["alive"] = "alive"
+
+
+class Readiness(BaseModel):
+    """Whether requests are taken now, and why not."""
+
+    ready: bool
+    state: str = Field(description="`ready`, `starting`, `down`, `failed`, `stopped` or `draining`.")
+    model: str
+    reason: str | None = Field(description="One sentence when not ready.")
+    loading: LoadingProgress | None

@@ -1,0 +1,259 @@
+"""Text deltas to OpenAI's objects: whole answers and the chunks of a stream. Knows no engine."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from pydantic import BaseModel
+
+from engine.protocol import TokenLogprob
+from server.generate import ChoiceUsage, TextDelta
+from server.protocol.chat import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    MessageDelta,
+    TopLogprob,
+)
+from server.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
+from server.protocol.usage import PromptTokensDetails, SparsityUsage, Usage
+from server.text.tokenizer import Tokenizer
+
+_LEAST = -9999.0
+"""Stands for minus infinity, which JSON cannot write."""
+
+NO_INDEXER = "this model has no trained indexer, so attention was dense"
+
+
+class Renderer(Protocol):
+    """One endpoint's objects for one request."""
+
+    def chunk(self, delta: TextDelta) -> BaseModel | None:
+        """The chunk for a delta, None where it has nothing to show. Call in the order of arrival."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> BaseModel:
+        """The chunk without choices that ends a stream."""
+        ...
+
+    def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> BaseModel:
+        """The response without streaming, from every choice's deltas."""
+        ...
+
+
+def total_usage(usages: Sequence[ChoiceUsage], requested: int | None) -> Usage:
+    """Sum over choices.
+
+    Args:
+        usages: at least one.
+        requested: the client's top_k where the model could not grant it.
+    """
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    completion = sum(usage.completion_tokens for usage in usages)
+    top_k = usages[0].top_k
+    dsa = SparsityUsage(top_k="dense" if top_k is None else top_k)
+    if requested is not None:
+        dsa = SparsityUsage(top_k=dsa.top_k, requested=requested, note=NO_INDEXER)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(usage.cached_tokens for usage in usages)),
+        dsa=dsa,
+    )
+
+
+class ChatRenderer:
+    """Renders /v1/chat/completions."""
+
+    def __init__(
+        self, *, response_id: str, created: int, model: str, text: Tokenizer, include_usage: bool
+    ) -> None:
+        self._id = response_id
+        self._created = created
+        self._model = model
+        self._text = text
+        self._include_usage = include_usage
+        self._opened: set[int] = set()
+
+    def chunk(self, delta: TextDelta) -> BaseModel | None:
+        """The chunk for a delta; a choice's first one names the role."""
+        message = MessageDelta()
+        if delta.index not in self._opened:
+            self._opened.add(delta.index)
+            message = MessageDelta(role="assistant", content=delta.text, refusal=None)
+        elif delta.text:
+            message = MessageDelta(content=delta.text)
+        elif not delta.logprobs and delta.finish_reason is None:
+            return None
+        choice = ChatChunkChoice(
+            index=delta.index,
+            delta=message,
+            logprobs=self._logprobs([delta]),
+            finish_reason=delta.finish_reason,
+        )
+        return self._chunk([choice])
+
+    def usage_chunk(self, usage: Usage) -> BaseModel:
+        """The chunk without choices that ends a stream."""
+        return self._chunk([], usage)
+
+    def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> BaseModel:
+        """The response without streaming."""
+        return ChatCompletion(
+            id=self._id,
+            object="chat.completion",
+            created=self._created,
+            model=self._model,
+            choices=[
+                ChatChoice(
+                    index=index,
+                    message=AssistantMessage(
+                        role="assistant", content="".join(delta.text for delta in deltas), refusal=None
+                    ),
+                    logprobs=self._logprobs(deltas),
+                    finish_reason=deltas[-1].finish_reason or "stop",
+                )
+                for index, deltas in enumerate(choices)
+            ],
+            usage=usage,
+        )
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatCompletionChunk:
+        chunk = ChatCompletionChunk(
+            id=self._id,
+            object="chat.completion.chunk",
+            created=self._created,
+            model=self._model,
+            choices=choices,
+        )
+        return chunk.model_copy(update={"usage": usage}) if self._include_usage else chunk
+
+    def _logprobs(self, deltas: Sequence[TextDelta]) -> ChatLogprobs | None:
+        if all(delta.logprobs is None for delta in deltas):
+            return None
+        return ChatLogprobs(
+            content=[self._token(token) for delta in deltas for token in delta.logprobs or ()]
+        )
+
+    def _token(self, token: TokenLogprob) -> ChatTokenLogprob:
+        top = [self._alternative(token_id, logprob) for token_id, logprob in token.top]
+        own = self._alternative(token.token_id, token.logprob)
+        return ChatTokenLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=top)
+
+    def _alternative(self, token_id: int, logprob: float) -> TopLogprob:
+        return TopLogprob(
+            token=self._text.token_text(token_id),
+            logprob=max(logprob, _LEAST),
+            bytes=self._text.token_bytes(token_id),
+        )
+
+
+class CompletionRenderer:
+    """Renders /v1/completions."""
+
+    def __init__(
+        self,
+        *,
+        response_id: str,
+        created: int,
+        model: str,
+        text: Tokenizer,
+        include_usage: bool,
+        echoes: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+    ) -> None:
+        self._id = response_id
+        self._created = created
+        self._model = model
+        self._text = text
+        self._include_usage = include_usage
+        self._echoes = echoes
+        self._prompts = prompts
+        self._offsets = [_Offsets(text) for _ in echoes]
+        self._opened: set[int] = set()
+
+    def chunk(self, delta: TextDelta) -> BaseModel | None:
+        """The chunk for a delta; a choice's first one has the echo."""
+        text = self._with_echo(delta.index, delta.text)
+        if not text and not delta.logprobs and not delta.prompt_logprobs and delta.finish_reason is None:
+            return None
+        return self._completion([self._choice(delta.index, text, [delta])])
+
+    def usage_chunk(self, usage: Usage) -> BaseModel:
+        """The chunk without choices that ends a stream."""
+        return self._completion([], usage)
+
+    def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> BaseModel:
+        """The response without streaming."""
+        rendered = []
+        for index, deltas in enumerate(choices):
+            text = self._with_echo(index, "".join(delta.text for delta in deltas))
+            rendered.append(self._choice(index, text, deltas))
+        return self._completion(rendered).model_copy(update={"usage": usage})
+
+    def _with_echo(self, index: int, text: str) -> str:
+        if index in self._opened:
+            return text
+        self._opened.add(index)
+        return self._echoes[index] + text
+
+    def _choice(self, index: int, text: str, deltas: Sequence[TextDelta]) -> CompletionChoice:
+        return CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=self._logprobs(index, deltas),
+            finish_reason=deltas[-1].finish_reason,
+        )
+
+    def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+        completion = Completion(
+            id=self._id, object="text_completion", created=self._created, model=self._model, choices=choices
+        )
+        return completion.model_copy(update={"usage": usage}) if self._include_usage else completion
+
+    def _logprobs(self, index: int, deltas: Sequence[TextDelta]) -> CompletionLogprobs | None:
+        if all(delta.logprobs is None and delta.prompt_logprobs is None for delta in deltas):
+            return None
+        out = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for delta in deltas:
+            prompt = delta.prompt_logprobs or ()
+            for token_id, entry in zip(self._prompts[index], prompt, strict=False):
+                self._add(out, index, token_id, entry)
+            for token in delta.logprobs or ():
+                self._add(out, index, token.token_id, token)
+        return out
+
+    def _add(self, out: CompletionLogprobs, index: int, token_id: int, entry: TokenLogprob | None) -> None:
+        out.tokens.append(self._text.token_text(token_id))
+        out.text_offset.append(self._offsets[index].next(token_id))
+        out.token_logprobs.append(None if entry is None else max(entry.logprob, _LEAST))
+        out.top_logprobs.append(None if entry is None else self._top(entry))
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+            # Two tokens may look alike (halves of characters); the likelier one is shown.
+            top.setdefault(self._text.token_text(token_id), max(logprob, _LEAST))
+        return top
+
+
+class _Offsets:
+    """Where each token begins in the text, counted in characters."""
+
+    def __init__(self, text: Tokenizer) -> None:
+        self._text = text
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._length = 0
+
+    def next(self, token_id: int) -> int:
+        start = self._length
+        if token_id not in self._text.special_ids:
+            self._length += len(self._utf8.decode(bytes(self._text.token_bytes(token_id))))
+        return start

@@ -1,0 +1,37 @@
+"""Everything that a route needs, in one frozen object of the app."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from engine.client import Engine
+from server.admission import Admission
+from server.config import ServerConfig
+from server.intake import Intake
+from server.lifecycle import Lifecycle
+from server.metrics import Metrics
+from server.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """One app's parts."""
+
+    config: ServerConfig
+    engine: Engine
+    text: Tokenizer
+    intake: Intake
+    admission: Admission
+    lifecycle: Lifecycle
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def services_of(request: Request) -> Services:
+    """The services of the app that got a request."""
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services

@@ -1,0 +1,141 @@
+"""Parts for tests of the app: a small real tokenizer, a plain chat format, clients of several kinds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from engine.protocol import SamplingParams, Submit
+from server.config import ServerConfig
+
+try:
+    import server.config
+except ModuleNotFoundError:
+    import dataclasses
+    import sys
+    import types
+
+    _m = types.ModuleType("server.config")
+
+    @dataclasses.dataclass(frozen=True)
+    class _C:
+        host: str
+        port: int
+        model_name: str
+        max_queue: int
+        default_max_tokens: int | None
+        default_top_k: Any
+        max_body_bytes: int
+        drain_seconds: float
+        max_n: int
+        max_prompts: int
+
+    _m.ServerConfig = _C
+    sys.modules["server.config"] = _m
+from server.app import create_app
+from server.chat import PromptError
+from server.text.tokenizer import Tokenizer
+from tests.server.fake_engine import FakeEngine, Script
+
+MODEL = "fake-model"
+
+
+def make_tokenizer() -> Tokenizer:
+    """A token a byte, and three control tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken(text, special=True) for text in ("<|bos|>", "<|eos|>", "<|user|>")]
+    )
+    return Tokenizer(backend, eos_token_ids=[257], bos_token_id=256, adds_bos=True)
+
+
+TEXT = make_tokenizer()
+BOS, EOS = 256, 257
+
+
+def ids(text: str) -> list[int]:
+    return TEXT.encode(text, add_bos=False)
+
+
+def say(text: str, *, end: bool = True, **script: Any) -> Script:
+    return Script(token_ids=[*ids(text), *([EOS] if end else [])], **script)
+
+
+class PlainChat:
+    """Each message behind a control token."""
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        if messages[0]["role"] == "assistant":
+            raise PromptError("the conversation must not begin with the assistant")
+        return "<|bos|>" + "".join(f"<|user|>{message['content']}" for message in messages)
+
+
+def make_config(**changes: Any) -> ServerConfig:
+    values: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "port": 0,
+        "model_name": MODEL,
+        "max_queue": 32,
+        "default_max_tokens": None,
+        "default_top_k": None,
+        "max_body_bytes": 1 << 16,
+        "drain_seconds": 1.0,
+        "max_n": 8,
+        "max_prompts": 16,
+    }
+    return ServerConfig(**(values | changes))
+
+
+def make_app(engine: FakeEngine, **config: Any) -> FastAPI:
+    return create_app(make_config(**config), engine, TEXT, PlainChat())
+
+
+def speaking(text: str = "hello", **script: Any) -> FakeEngine:
+    """An engine that says one thing to everybody."""
+    return FakeEngine(lambda submit: say(text, **script))
+
+
+def client(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
+
+
+def chat_body(content: str = "hi", **fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
+
+
+def completion_body(prompt: Any = "hi", **fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "prompt": prompt, **fields}
+
+
+@contextlib.asynccontextmanager
+async def serving(app: FastAPI) -> AsyncGenerator[str, None]:
+    """The app on a real server; gives its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0.005)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await task
+        listener.close()
+
+
+def submit(prompt: Sequence[int] = (1, 2), **changes: Any) -> Submit:
+    values: dict[str, Any] = {"max_tokens": 100, "seed": 1, "stop_token_ids": (EOS,)}
+    sampling = SamplingParams(**(values | changes))
+    return Submit(request_id="r", prompt_token_ids=tuple(prompt), sampling=sampling, top_k=None)
