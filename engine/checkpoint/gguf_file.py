@@ -1,0 +1,233 @@
+"""A GGUF file: its metadata, its tensors' places, and their numbers. What they mean is `gguf.py`'s.
+
+The `gguf` package has a reader too, but it makes several array objects of each of a tokenizer's hundred
+thousand strings (seconds at every start), and a damaged file can keep it busy without end. So the header
+is walked here, stepping over tokenizers and checking every length; the table of block formats and their
+dequantisation are the package's.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import CheckpointError
+
+_SCALARS: Mapping[gguf.GGUFValueType, str] = {
+    gguf.GGUFValueType.UINT8: "B",
+    gguf.GGUFValueType.INT8: "b",
+    gguf.GGUFValueType.UINT16: "H",
+    gguf.GGUFValueType.INT16: "h",
+    gguf.GGUFValueType.UINT32: "I",
+    gguf.GGUFValueType.INT32: "i",
+    gguf.GGUFValueType.FLOAT32: "f",
+    gguf.GGUFValueType.UINT64: "Q",
+    gguf.GGUFValueType.INT64: "q",
+    gguf.GGUFValueType.FLOAT64: "d",
+    gguf.GGUFValueType.BOOL: "?",
+}
+_MAX_DIMS = 4  # GGML's own limit
+_SKIPPED = "tokenizer."  # the server's business, and large
+
+
+class TensorPlace(NamedTuple):
+    """Where a tensor lies."""
+
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]  # outermost first, as torch has it; the file has it the other way round
+    offset: int  # bytes from the start of the file
+    size: int  # bytes
+
+
+class GGUFFile:
+    """An open, memory-mapped GGUF file (versions 2 and 3, little-endian)."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file and walk its header.
+
+        Raises:
+            CheckpointError: it cannot be read, is no GGUF file, or is damaged or cut off.
+        """
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as fault:  # ValueError: an empty file cannot be mapped
+            raise CheckpointError(f"{path} cannot be read: {fault}") from None
+        cursor = _Cursor(self._data, path)
+        if self._data[:4] != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
+        cursor.at = 4
+        version = cursor.scalar("I")
+        if version not in (2, 3):
+            raise CheckpointError(
+                f"{path} has GGUF version {version}; versions 2 and 3 are supported, little-endian"
+            )
+        num_tensors, num_values = cursor.scalar("Q"), cursor.scalar("Q")
+        self.metadata: Mapping[str, Any] = _metadata(cursor, num_values)
+        places = [_place(cursor) for _ in range(num_tensors)]
+        self.tensors: Mapping[str, TensorPlace] = self._checked(places, cursor.at)
+
+    def _checked(self, places: list[tuple[str, TensorPlace]], header_end: int) -> dict[str, TensorPlace]:
+        """Offsets made absolute, each tensor inside the file and named once."""
+        align = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        if isinstance(align, bool) or not isinstance(align, int) or align < 1 or align & (align - 1):
+            raise CheckpointError(f"{self.path} has general.alignment {align!r}, which is not a power of two")
+        start = -(-header_end // align) * align
+        tensors: dict[str, TensorPlace] = {}
+        for name, place in places:
+            if name in tensors:
+                raise CheckpointError(f"{self.path} is damaged: it names tensor {name} twice")
+            end = start + place.offset + place.size
+            if end > len(self._data):
+                raise CheckpointError(
+                    f"{self.path} is truncated: tensor {name} ends at byte {end}, "
+                    f"but the file has {len(self._data)}; download it again"
+                )
+            tensors[name] = place._replace(offset=start + place.offset)
+        return tensors
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor's numbers, dequantised; read-only where they are stored as float32.
+
+        Args:
+            name: one of `tensors`
+
+        Raises:
+            CheckpointError: it is stored in a way that the gguf package cannot dequantise.
+        """
+        place = self.tensors[name]
+        rows = np.frombuffer(self._data, np.uint8, place.size, place.offset)
+        rows = rows.reshape(*place.shape[:-1], -1)
+        try:
+            numbers = gguf.dequantize(rows, place.kind)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{self.path} stores tensor {name} as {place.kind.name}, which cannot be dequantised; "
+                "use a file with another quantisation (Q8_0 or Q4_K, for example)"
+            ) from None
+        return np.asarray(numbers, np.float32).reshape(place.shape)
+
+
+class _Cursor:
+    """A place in the header that moves on with every read, and never past the end of the file."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.at = 0
+        self.path = path
+        self._data = data
+
+    def scalar(self, code: str) -> Any:
+        """One little-endian number of `struct`'s format `code`."""
+        return self.scalars(code, 1)[0]
+
+    def scalars(self, code: str, count: int) -> tuple[Any, ...]:
+        """`count` of them."""
+        size = count * struct.calcsize(f"<{code}")
+        self._need(size)  # first of all: `count` may be anything in a damaged file
+        found = struct.unpack_from(f"<{count}{code}", self._data, self.at)
+        self.at += size
+        return found
+
+    def string(self) -> str:
+        """A string: its length in bytes, then UTF-8."""
+        size = self.scalar("Q")
+        self._need(size)
+        self.at += size
+        return self._data[self.at - size : self.at].decode("utf-8", errors="replace")
+
+    def skip_strings(self, count: int) -> None:
+        """Step over `count` strings. This loop is most of the time that a header takes."""
+        length = struct.Struct("<Q").unpack_from
+        data, at, last = self._data, self.at, len(self._data) - 8
+        for _ in range(count):
+            if at > last:
+                self._need(len(data))
+            at += 8 + length(data, at)[0]
+        self.at = at
+        self._need(0)
+
+    def skip_scalars(self, code: str, count: int) -> None:
+        """Step over `count` numbers."""
+        size = count * struct.calcsize(f"<{code}")
+        self._need(size)
+        self.at += size
+
+    def _need(self, size: int) -> None:
+        if self.at + size > len(self._data):
+            raise CheckpointError(
+                f"{self.path} is truncated or damaged: its header runs past the end of the file "
+                f"({len(self._data)} bytes); download it again"
+            )
+
+
+def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+    """The key-value pairs; of arrays under `tokenizer.`, None instead of their content."""
+    found: dict[str, Any] = {}
+    for _ in range(count):
+        key = cursor.string()
+        if key in found:
+            raise CheckpointError(f"{cursor.path} is damaged: it sets {key} twice")
+        found[key] = _value(cursor, key, keep=not key.startswith(_SKIPPED))
+    return found
+
+
+def _value(cursor: _Cursor, key: str, *, keep: bool) -> Any:
+    kind = _value_type(cursor, key)
+    if kind in _SCALARS:
+        return cursor.scalar(_SCALARS[kind])
+    if kind is gguf.GGUFValueType.STRING:
+        return cursor.string()
+    kind, count = _value_type(cursor, key), cursor.scalar("Q")
+    if kind is gguf.GGUFValueType.ARRAY:
+        raise CheckpointError(f"{cursor.path} is damaged: {key} is an array of arrays")
+    if kind is gguf.GGUFValueType.STRING:
+        if keep:
+            return [cursor.string() for _ in range(count)]
+        return cursor.skip_strings(count)
+    if keep:
+        return list(cursor.scalars(_SCALARS[kind], count))
+    return cursor.skip_scalars(_SCALARS[kind], count)
+
+
+def _value_type(cursor: _Cursor, key: str) -> gguf.GGUFValueType:
+    code = cursor.scalar("I")
+    try:
+        return gguf.GGUFValueType(code)
+    except ValueError:
+        raise CheckpointError(
+            f"{cursor.path} is damaged: {key} has value type {code}, which GGUF lacks"
+        ) from None
+
+
+def _place(cursor: _Cursor) -> tuple[str, TensorPlace]:
+    """One entry of the tensor table; its offset counts from the start of the data."""
+    name = cursor.string()
+    num_dims = cursor.scalar("I")
+    if not 1 <= num_dims <= _MAX_DIMS:
+        raise CheckpointError(f"{cursor.path} is damaged: tensor {name} has {num_dims} dimensions")
+    shape = tuple(reversed(cursor.scalars("Q", num_dims)))
+    if 0 in shape:
+        raise CheckpointError(f"{cursor.path} is damaged: tensor {name} has shape {shape}")
+    code, offset = cursor.scalar("I"), cursor.scalar("Q")
+    try:
+        kind = gguf.GGMLQuantizationType(code)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        raise CheckpointError(
+            f"{cursor.path} stores tensor {name} as type {code}, which this version of the gguf package lacks"
+        ) from None
+    if shape[-1] % block:
+        raise CheckpointError(
+            f"{cursor.path} is damaged: rows of tensor {name} have {shape[-1]} numbers, not a multiple of the "
+            f"{block} in a block of {kind.name}"
+        )
+    return name, TensorPlace(kind, shape, offset, math.prod(shape) // block * block_bytes)

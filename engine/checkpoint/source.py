@@ -1,0 +1,115 @@
+"""One face for weights: Hugging Face's names, layout and config, whatever the files are.
+
+The formats are `engine.checkpoint.gguf` and `engine.checkpoint.safetensors`; what a model does with the
+tensors is `engine.checkpoint.loader`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.errors import CheckpointError
+
+
+class Source(Protocol):
+    """An open checkpoint. Opening it has checked the files; tensors are read when they are asked for."""
+
+    @property
+    def description(self) -> str:
+        """For people: the file or folder, and how it is stored."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """As `engine.checkpoint.hf_config` normalises it."""
+        ...
+
+    def names(self) -> frozenset[str]:
+        """Every tensor, in Hugging Face's names; what has none there keeps its own."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that `read` gives.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        ...
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor on the CPU, contiguous, in Hugging Face's layout and in memory of its own.
+
+        Raises:
+            CheckpointError: no such tensor, or one stored in a way that cannot be read.
+        """
+        ...
+
+
+class LaidSource:
+    """A base checkpoint with other tensors laid over it: theirs first, the base's where they have none."""
+
+    def __init__(self, base: Source, top: Mapping[str, Tensor], description: str) -> None:
+        """Lay `top` over `base`.
+
+        Args:
+            base: the checkpoint below
+            top: tensors on the CPU that add to the base's or replace them
+            description: where `top` comes from
+        """
+        self._base = base
+        self._top = dict(top)
+        self.description = f"{base.description}, with {description} laid over it"
+        self.config = base.config
+        self.replaced = tuple(sorted(base.names() & top.keys()))
+
+    def names(self) -> frozenset[str]:
+        """The tensors of both."""
+        return self._base.names() | self._top.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that `read` gives; raises CheckpointError where neither has the tensor."""
+        top = self._top.get(name)
+        return self._base.shape(name) if top is None else tuple(top.shape)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor that lies on top; raises CheckpointError where neither has it."""
+        top = self._top.get(name)
+        return self._base.read(name, dtype) if top is None else top.to(dtype, copy=True)
+
+
+def open_source(path: Path) -> Source:
+    """Open a .gguf file, a folder with one .gguf file, or a folder with config.json and safetensors.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged, or of an unknown kind.
+    """
+    # Imported when needed: neither format should cost the start-up time of the other.
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if ggufs and not any(path.glob("*.safetensors")):
+            if len(ggufs) > 1:
+                listed = ", ".join(file.name for file in ggufs)
+                raise CheckpointError(f"{path} holds several .gguf files ({listed}); name the one to serve")
+            from engine.checkpoint.gguf import GGUFSource
+
+            return GGUFSource(ggufs[0])
+        from engine.checkpoint.safetensors import SafetensorsSource
+
+        return SafetensorsSource(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; give a .gguf file or a folder with config.json and safetensors"
+        )
+    if path.suffix.lower() != ".gguf":
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be opened; give a .gguf file, "
+            "or the folder that holds config.json and the *.safetensors files"
+        )
+    from engine.checkpoint.gguf import GGUFSource
+
+    return GGUFSource(path)
