@@ -94,6 +94,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_body: str = "8MiB"
     drain_seconds: Seconds = 30.0
 
+    def overlay_path(self) -> Path | None:
+        """The overlay that was asked for."""
+        return None if self.overlay is None else Path(self.overlay).expanduser()
+
     def server(self, model_name: str) -> ServerConfig:
         """The HTTP side's part.
 

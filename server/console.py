@@ -1,0 +1,52 @@
+"""What the command line shows while something takes long: a bar on a terminal, else a few lines."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+class Stages:
+    """Shows one stage after the other; calling it is a `server.download.Report`."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._stage = ""
+        self._quarter = 0
+
+    def __enter__(self) -> Stages:
+        if self._stream.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(file=self._stream), transient=True)
+            self._task = self._bar.add_task("starting", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show how far a stage is; 0 of 0 is a stage whose length is not known."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=stage, completed=done, total=total or None)
+            return
+        quarter = 4 * done // total if total else 0
+        if stage != self._stage or quarter > self._quarter:
+            share = f" {25 * quarter} %" if quarter else ""
+            print(f"{stage}{share}", file=self._stream, flush=True)
+            self._stage, self._quarter = stage, quarter

@@ -1,0 +1,205 @@
+"""The life of the server process: bind, load, listen, drain, leave.
+
+uvicorn's own signal handling is not used: it stops accepting at once and re-raises the signal at
+the end. Here a signal makes the server refuse new work with a clear 503 while it finishes what runs;
+then the process leaves with 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import importlib.util
+import json
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from engine.client import Engine, EngineState
+from server.app import create_app
+from server.chat import ChatFormat, load_chat_format
+from server.config import ServerConfig, Settings
+from server.console import Stages
+from server.lifecycle import Lifecycle
+from server.models import resolve
+from server.text.tokenizer import Tokenizer, load_tokenizer
+
+_POLL_SECONDS = 0.1
+_CLOSE_SECONDS = 2  # what connections may take to close once their requests have ended
+_HEADER_BYTES = 64 << 10
+
+
+class ServeError(Exception):
+    """The server cannot run; the message says why."""
+
+
+def serve(settings: Settings) -> int:
+    """Run a server until a signal ends it; return the process's exit code.
+
+    Raises:
+        ServeError: the port is taken, or the engine failed.
+        ModelError, TokenizerError, PromptError, SettingsError: the model or a setting is not valid.
+    """
+    with bind(settings.host, settings.port) as listener:  # first: loading takes long, a taken port does not
+        with Stages() as stages:
+            files = resolve(settings.model, overlay=settings.overlay_path(), report=stages)
+            stages("reading the tokenizer", 0, 0)
+            text = load_tokenizer(files.weights)
+            chat = load_chat_format(files.weights)
+        config = settings.server(files.name)
+        from engine.supervisor import SubprocessEngine  # not before the port and the model are sure
+
+        engine = SubprocessEngine(settings.engine(files))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(run(config, engine, text, chat, listener))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take the address, so that nothing is loaded in vain.
+
+    Raises:
+        ServeError: it is taken, or not of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen()
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ServeError(
+                f"port {port} of {host} is in use by another process; stop that one, or choose another with --port"
+            ) from error
+        raise ServeError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+    listener.setblocking(False)
+    return listener
+
+
+async def run(
+    config: ServerConfig, engine: Engine, text: Tokenizer, chat: ChatFormat, listener: socket.socket
+) -> int:
+    """Serve on a bound socket until a signal, or until the engine has failed for good.
+
+    Raises:
+        ServeError: the engine failed.
+    """
+    app = create_app(config, engine, text, chat)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,  # longer than the usual 60 s of proxies, so that they close first
+            timeout_graceful_shutdown=_CLOSE_SECONDS,
+            h11_max_incomplete_event_size=_HEADER_BYTES,
+        )
+    )
+    signals = _Signals()
+    with signals.caught():
+        serving = asyncio.create_task(server.serve(sockets=[listener]), name="http server")
+        watching = asyncio.create_task(_watch(engine, config, listener), name="engine watch")
+        leaving = asyncio.create_task(signals.first.wait(), name="first signal")
+        await asyncio.wait((serving, watching, leaving), return_when=asyncio.FIRST_COMPLETED)
+        failure = watching.exception() if watching.done() else None
+        watching.cancel()
+        if leaving.done():
+            await _drain(app.state.lifecycle, signals, config.drain_seconds)
+        leaving.cancel()
+        await engine.stop()  # ends what still runs, each with its last event
+        server.should_exit = True
+        await serving
+    if failure is not None:
+        raise failure
+    return 0
+
+
+async def _watch(engine: Engine, config: ServerConfig, listener: socket.socket) -> None:
+    """Show how loading goes, say when it is done, and fail when the engine has."""
+    with Stages() as stages:
+        while (status := engine.status).state is not EngineState.READY:
+            if status.state is EngineState.FAILED:
+                raise ServeError(status.message)
+            if status.loading is not None:
+                stages(status.loading.stage, status.loading.done, status.loading.total)
+            await asyncio.sleep(_POLL_SECONDS)
+    print(greeting(config.model_name, *listener.getsockname()[:2]), flush=True)
+    while engine.status.state is not EngineState.FAILED:  # noqa: ASYNC110 - an engine's face is a snapshot
+        await asyncio.sleep(_POLL_SECONDS)
+    raise ServeError(engine.status.message)
+
+
+async def _drain(lifecycle: Lifecycle, signals: _Signals, seconds: float) -> None:
+    lifecycle.begin_drain()
+    if not lifecycle.active_requests:
+        return
+    print(
+        f"stopping: {lifecycle.active_requests} requests have up to {seconds:g} s to finish; "
+        "a second signal ends them now",
+        file=sys.stderr,
+        flush=True,
+    )
+    idle = asyncio.create_task(lifecycle.wait_idle(seconds))
+    second = asyncio.create_task(signals.second.wait())
+    await asyncio.wait((idle, second), return_when=asyncio.FIRST_COMPLETED)
+    for task in (idle, second):
+        task.cancel()
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed; it is not for every platform."""
+    if importlib.util.find_spec("uvloop") is None:
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
+def greeting(model: str, host: str, port: int) -> str:
+    """One line with the address and a command to try."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    url = f"http://{host}:{port}"
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
+    body = body.replace("'", "'\\''")
+    return f"ready at {url} - try: curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Signals:
+    """SIGTERM and SIGINT, counted."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._count)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _count(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
