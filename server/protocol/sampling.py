@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StringConstraints, Tag
+from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag
+from pydantic_core import PydanticCustomError
 
 from server.protocol.base import TAG, Body, Label, Neutral, tag_of_list
 
@@ -14,6 +16,15 @@ MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+
+
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
+
+
+def _check_key(key: str) -> str:
+    if not _TOKEN_ID.fullmatch(key):
+        raise PydanticCustomError("token_id", "must be a token id, written as a decimal number")
+    return key
 
 
 def _stop_tag(value: Any) -> str | None:
@@ -89,7 +100,7 @@ class GenerationBody(Body):
     logit_bias: (
         Annotated[
             dict[
-                Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")],
+                Annotated[str, AfterValidator(_check_key)],
                 Annotated[float, Field(ge=-100, le=100)],
             ],
             Field(max_length=MAX_BIASES),

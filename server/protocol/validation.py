@@ -39,8 +39,7 @@ def parse_body(model: type[B], content_type: str | None, raw: bytes) -> B:
 
 def _explain(model: type[Body], error: ValidationError) -> ApiError:
     problems = error.errors(include_url=False, include_input=False)
-    # A misspelt name is also a missing one; the misspelling is the better news.
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    problem = min(problems, key=_rank)
     if problem["type"] == "json_invalid":
         return bad_request(f"the body is not valid JSON: {_reason(problem)}", code="invalid_json")
     location = [part for part in problem["loc"] if not _is_tag(part)]
@@ -57,6 +56,13 @@ def _explain(model: type[Body], error: ValidationError) -> ApiError:
     return bad_request(f"{path} {_reason(problem)}", param=path, code="invalid_value")
 
 
+def _rank(problem: ErrorDetails) -> int:
+    """Which of several problems tells the client most: the lower, the more."""
+    if problem["type"] == "literal_error" and problem["loc"][-1] == "type":
+        return 0  # a part of another type has other fields, too
+    return 1 if problem["type"] == "extra_forbidden" else 2  # a misspelt name is also a missing one
+
+
 def _reason(problem: ErrorDetails) -> str:
     """Pydantic's message, worded to follow a field's name."""
     message = problem["msg"].removeprefix("Invalid JSON: ").removeprefix("Value error, ")
@@ -67,8 +73,8 @@ def _reason(problem: ErrorDetails) -> str:
 
 
 def _is_tag(part: str | int) -> bool:
-    """Whether a part of a location names the member of a union, which the client did not write."""
-    return isinstance(part, str) and part.startswith(TAG)
+    """Whether a part of a location is pydantic's own word, and not a name that the client wrote."""
+    return isinstance(part, str) and (part.startswith(TAG) or part == "[key]")
 
 
 def _path(location: Sequence[str | int]) -> str:
@@ -86,7 +92,8 @@ def _path(location: Sequence[str | int]) -> str:
 
 def _nearest(name: str, model: type[BaseModel] | None) -> str:
     known = list(model.model_fields) if model is not None else []
-    close = difflib.get_close_matches(name[:_LONGEST_NAME], known, n=1)
+    name = name[:_LONGEST_NAME]
+    close = difflib.get_close_matches(name, known, n=1) or [other for other in known if name in other]
     return f"did you mean {close[0]}?" if close else "remove it"
 
 

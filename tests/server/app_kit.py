@@ -15,34 +15,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from engine.protocol import SamplingParams, Submit
-from server.config import ServerConfig
-
-try:
-    import server.config
-except ModuleNotFoundError:
-    import dataclasses
-    import sys
-    import types
-
-    _m = types.ModuleType("server.config")
-
-    @dataclasses.dataclass(frozen=True)
-    class _C:
-        host: str
-        port: int
-        model_name: str
-        max_queue: int
-        default_max_tokens: int | None
-        default_top_k: Any
-        max_body_bytes: int
-        drain_seconds: float
-        max_n: int
-        max_prompts: int
-
-    _m.ServerConfig = _C
-    sys.modules["server.config"] = _m
 from server.app import create_app
 from server.chat import PromptError
+from server.config import ServerConfig
 from server.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, Script
 
