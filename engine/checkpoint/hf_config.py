@@ -45,7 +45,7 @@ def _llama(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     theta, scaling = _rope(raw, where)
     return {
         **{key: value for key, value in raw.items() if key != "rope_parameters"},
-        "architectures": list(raw.get("architectures") or ["LlamaForCausalLM"]),
+        "architectures": raw.get("architectures") or ["LlamaForCausalLM"],
         "hidden_size": hidden,
         "intermediate_size": _count(raw, "intermediate_size", where),
         "num_hidden_layers": _count(raw, "num_hidden_layers", where),

@@ -39,19 +39,23 @@ class SafetensorsFile:
             ) from None
         self._file = opened
         self.metadata: Mapping[str, str] = opened.metadata() or {}
-        self.names = frozenset(opened.keys())
+        self._names: frozenset[str] = frozenset(opened.keys())
+
+    def names(self) -> frozenset[str]:
+        """Every tensor."""
+        return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one of `names`."""
-        return tuple(self._file.get_slice(name).get_shape())
+        """The shape of a tensor; raises CheckpointError where there is none of that name."""
+        return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One of `names` as `dtype`, in memory of its own.
+        """A tensor as `dtype`, in memory of its own.
 
         Raises:
-            CheckpointError: its numbers are no plain floats.
+            CheckpointError: there is none of that name, or its numbers are no plain floats.
         """
-        stored = self._file.get_slice(name).get_dtype()
+        stored = self._slice(name).get_dtype()
         if stored not in _FLOATS:
             raise CheckpointError(
                 f"{self.path} stores tensor {name} as {stored}, but weights must be one of {', '.join(_FLOATS)}; "
@@ -59,6 +63,11 @@ class SafetensorsFile:
             )
         tensor: Tensor = self._file.get_tensor(name)
         return tensor.to(dtype, copy=True)  # what get_tensor gives may be a view of the file
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._names:
+            raise CheckpointError(f"{self.path} has no tensor {name}")
+        return self._file.get_slice(name)
 
 
 class SafetensorsSource:
@@ -113,7 +122,7 @@ def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
             )
         single = found[0]
     file = SafetensorsFile(single)
-    return dict.fromkeys(file.names, file)
+    return dict.fromkeys(file.names(), file)
 
 
 def _open_index(index: Path) -> dict[str, SafetensorsFile]:
@@ -132,13 +141,13 @@ def _open_index(index: Path) -> dict[str, SafetensorsFile]:
                     f"{index} puts tensor {tensor} into {shard}, but there is no such file beside it"
                 )
             shards[shard] = SafetensorsFile(index.parent / shard)
-        if tensor not in shards[shard].names:
+        if tensor not in shards[shard].names():
             raise CheckpointError(
                 f"{index} puts tensor {tensor} into {shard}, but that file does not hold it"
             )
         at[tensor] = shards[shard]
     for file in shards.values():
-        for tensor in file.names:
+        for tensor in file.names():
             at.setdefault(tensor, file)  # the index forgot it; the loader says if nobody wants it
     return at
 

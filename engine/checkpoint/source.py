@@ -16,18 +16,8 @@ from torch import Tensor
 from engine.errors import CheckpointError
 
 
-class Source(Protocol):
-    """An open checkpoint. Opening it has checked the files; tensors are read when they are asked for."""
-
-    @property
-    def description(self) -> str:
-        """For people: the file or folder, and how it is stored."""
-        ...
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """As `engine.checkpoint.hf_config` normalises it."""
-        ...
+class Tensors(Protocol):
+    """Tensors by name, read when they are asked for."""
 
     def names(self) -> frozenset[str]:
         """Every tensor, in Hugging Face's names; what has none there keeps its own."""
@@ -50,36 +40,49 @@ class Source(Protocol):
         ...
 
 
+class Source(Tensors, Protocol):
+    """An open checkpoint. Opening it has checked the files."""
+
+    @property
+    def description(self) -> str:
+        """For people: the file or folder, and how it is stored."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """As `engine.checkpoint.hf_config` normalises it."""
+        ...
+
+
 class LaidSource:
     """A base checkpoint with other tensors laid over it: theirs first, the base's where they have none."""
 
-    def __init__(self, base: Source, top: Mapping[str, Tensor], description: str) -> None:
+    def __init__(self, base: Source, top: Tensors, description: str) -> None:
         """Lay `top` over `base`.
 
         Args:
             base: the checkpoint below
-            top: tensors on the CPU that add to the base's or replace them
+            top: tensors that add to the base's or replace them
             description: where `top` comes from
         """
         self._base = base
-        self._top = dict(top)
+        self._top = top
+        self._on_top = top.names()
         self.description = f"{base.description}, with {description} laid over it"
         self.config = base.config
-        self.replaced = tuple(sorted(base.names() & top.keys()))
+        self.replaced = tuple(sorted(base.names() & self._on_top))
 
     def names(self) -> frozenset[str]:
         """The tensors of both."""
-        return self._base.names() | self._top.keys()
+        return self._base.names() | self._on_top
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that `read` gives; raises CheckpointError where neither has the tensor."""
-        top = self._top.get(name)
-        return self._base.shape(name) if top is None else tuple(top.shape)
+        return (self._top if name in self._on_top else self._base).shape(name)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor that lies on top; raises CheckpointError where neither has it."""
-        top = self._top.get(name)
-        return self._base.read(name, dtype) if top is None else top.to(dtype, copy=True)
+        return (self._top if name in self._on_top else self._base).read(name, dtype)
 
 
 def open_source(path: Path) -> Source:

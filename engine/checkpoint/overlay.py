@@ -1,0 +1,216 @@
+"""Indexer overlays: a safetensors file with a lightning indexer for each layer of a base checkpoint.
+
+Tensors, for E = hidden_size of the base, H index heads of d dimensions, in every layer i:
+
+    model.layers.{i}.self_attn.indexer.wq.weight            [H * d, E]
+    model.layers.{i}.self_attn.indexer.wk.weight            [d, E]
+    model.layers.{i}.self_attn.indexer.k_norm.weight        [d]
+    model.layers.{i}.self_attn.indexer.k_norm.bias          [d]
+    model.layers.{i}.self_attn.indexer.weights_proj.weight  [H, E]
+
+Any other tensor replaces the base's tensor of that name. The header's metadata, all strings: `format`,
+`base_model`, `num_heads`, `head_dim`, `rope_dim`, `default_top_k`, `recipe` (how it was trained), and
+optionally `base_sha256`, the `base_fingerprint` of the checkpoint that it was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.checkpoint.safetensors import SafetensorsFile
+from engine.checkpoint.source import LaidSource, Source, Tensors
+from engine.errors import CheckpointError
+from engine.protocol import IndexerInfo
+
+FORMAT = "dsa-indexer-overlay/1"
+_INDEXER_NAME = re.compile(r"model\.layers\.\d+\.self_attn\.indexer\..*")
+_SHAPE_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """An overlay that was found to fit its base."""
+
+    info: IndexerInfo
+    base_model: str  # description of the checkpoint that it was trained on
+    recipe: str
+    replaced: tuple[str, ...]  # tensors of the base that it replaces
+    tensors: Tensors
+
+    def over(self, base: Source) -> LaidSource:
+        """The base that it was read for, with this overlay on top."""
+        return LaidSource(base, self.tensors, self.info.source)
+
+
+def read_overlay(path: Path, base: Source) -> Overlay:
+    """Open an overlay and check that it fits `base`.
+
+    Raises:
+        CheckpointError: it is damaged, no overlay, of another base, or its tensors are not what its header
+            and the base ask for.
+    """
+    file = SafetensorsFile(path)
+    meta = file.metadata
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {meta.get('format')!r} in its header; an overlay has {FORMAT!r}"
+        )
+    info = IndexerInfo(
+        num_heads=_integer(meta, "num_heads", path),
+        head_dim=_integer(meta, "head_dim", path),
+        rope_dim=_integer(meta, "rope_dim", path),
+        default_top_k=_integer(meta, "default_top_k", path),
+        source=path.name,
+    )
+    _check_info(info, str(path))
+    base_model = meta.get("base_model", "an unnamed checkpoint")
+    if "base_sha256" in meta and meta["base_sha256"] != base_fingerprint(base):
+        raise CheckpointError(
+            f"{path} was trained on {base_model}, whose weights are not those of {base.description}; "
+            "serve that checkpoint, or train an overlay for this one"
+        )
+    replaced = _check_tensors(file, info, base, str(path))
+    return Overlay(info, base_model, meta.get("recipe", ""), replaced, file)
+
+
+def write_overlay(
+    path: Path, tensors: Mapping[str, Tensor], info: IndexerInfo, recipe: str, base: Source
+) -> None:
+    """Write an overlay that `read_overlay` accepts for `base`; a file of that name is replaced at once.
+
+    Args:
+        path: where to
+        tensors: named and shaped as in this module's docstring, floats, on any device
+        info: of the indexer; its `source` is not written
+        recipe: how it was trained, in free text
+        base: the checkpoint that it was trained on
+
+    Raises:
+        CheckpointError: the tensors or numbers are not what an overlay of `base` needs.
+    """
+    _check_info(info, str(path))
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "base_model": base.description,
+        "base_sha256": base_fingerprint(base),
+        "num_heads": str(info.num_heads),
+        "head_dim": str(info.head_dim),
+        "rope_dim": str(info.rope_dim),
+        "default_top_k": str(info.default_top_k),
+        "recipe": recipe,
+    }
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file(stored, part, metadata)
+        _check_tensors(SafetensorsFile(part), info, base, str(path))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def base_fingerprint(source: Source) -> str:
+    """What tells one trained model from another, however it is stored: 64 hex digits.
+
+    The sizes in the config and the norms' weights. No format quantises those, so an overlay fits the GGUF
+    files and the Hugging Face folder of one model alike, while training of all weights changes them. Norms
+    that were never trained are all ones and tell nothing: then the first key projection counts too, as it
+    is stored.
+    """
+    digest = hashlib.sha256(json.dumps([source.config[field] for field in _SHAPE_FIELDS]).encode())
+    norms = sorted(name for name in source.names() if name.endswith("norm.weight") and "indexer" not in name)
+    trained = False
+    for name in norms:
+        weight = source.read(name, torch.float32)
+        trained = trained or not bool((weight == 1).all())
+        digest.update(name.encode() + weight.numpy().tobytes())
+    if not trained:
+        digest.update(source.read("model.layers.0.self_attn.k_proj.weight", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def indexer_shapes(info: IndexerInfo, num_layers: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that the indexers of `num_layers` layers have."""
+    one = {
+        "wq.weight": (info.num_heads * info.head_dim, hidden_size),
+        "wk.weight": (info.head_dim, hidden_size),
+        "k_norm.weight": (info.head_dim,),
+        "k_norm.bias": (info.head_dim,),
+        "weights_proj.weight": (info.num_heads, hidden_size),
+    }
+    return {
+        f"model.layers.{i}.self_attn.indexer.{name}": shape
+        for i in range(num_layers)
+        for name, shape in one.items()
+    }
+
+
+def _integer(meta: Mapping[str, str], key: str, path: Path) -> int:
+    value = meta.get(key)
+    if value is None:
+        raise CheckpointError(f"{path} lacks {key} in its header")
+    if not re.fullmatch(r"[0-9]{1,9}", value):
+        raise CheckpointError(
+            f"{path} has {key} {value!r:.60} in its header, which is not a positive integer"
+        )
+    return int(value)
+
+
+def _check_info(info: IndexerInfo, where: str) -> None:
+    """The numbers make sense by themselves."""
+    for key in ("num_heads", "head_dim", "rope_dim", "default_top_k"):
+        if getattr(info, key) < 1:
+            raise CheckpointError(f"{where} has {key} {getattr(info, key)}, which is not a positive integer")
+    if info.rope_dim % 2 or info.rope_dim > info.head_dim:
+        raise CheckpointError(
+            f"{where} has rope_dim {info.rope_dim}, which must be even and at most head_dim ({info.head_dim})"
+        )
+
+
+def _check_tensors(tensors: Tensors, info: IndexerInfo, base: Source, where: str) -> tuple[str, ...]:
+    """The indexers are whole, finite and fit; everything else replaces a tensor of the base: those are returned."""
+    num_layers, names = int(base.config["num_hidden_layers"]), tensors.names()
+    needed = indexer_shapes(info, num_layers, int(base.config["hidden_size"]))
+    missing = sorted(needed.keys() - names)
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks tensor {missing[0]}; each of the base's {num_layers} layers needs a whole indexer"
+        )
+    others = tuple(sorted(names - needed.keys()))
+    for name in others:
+        if _INDEXER_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"{where} has tensor {name}, which is no part of an indexer of the base's {num_layers} layers"
+            )
+        if name not in base.names():
+            raise CheckpointError(
+                f"{where} has tensor {name}, but {base.description} has none that it could replace"
+            )
+    for name in (*needed, *others):
+        expected = needed[name] if name in needed else base.shape(name)
+        if tensors.shape(name) != expected:
+            raise CheckpointError(
+                f"{where} has tensor {name} of shape {list(tensors.shape(name))}, expected {list(expected)}"
+            )
+    for name in needed:  # small; the loader checks all tensors once more as it reads them
+        if not tensors.read(name, torch.float32).isfinite().all():
+            raise CheckpointError(f"{where} has NaN or infinite values in tensor {name}; train it again")
+    return others
