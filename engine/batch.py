@@ -78,6 +78,8 @@ def _tensors(tile: Tile, device: torch.device) -> TileTensors:
         rows=torch.tensor(tile.rows, device=device).flatten(),
         shape=shape,
         positions=torch.tensor(tile.positions, device=device),
-        block_table=torch.tensor([[*ids, *([0] * (width - len(ids)))] for ids in tile.page_ids], device=device),
+        block_table=torch.tensor(
+            [[*ids, *([0] * (width - len(ids)))] for ids in tile.page_ids], device=device
+        ),
         top_k=torch.tensor(tile.top_k, device=device).unsqueeze(1).expand(shape),
     )

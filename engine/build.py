@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.loader import load
 from engine.checkpoint.overlay import read_overlay
 from engine.checkpoint.source import open_source
 from engine.config import PAGE_SIZE, EngineConfig
@@ -124,7 +123,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise ConfigError(f"device {name!r} was asked for, but torch sees {count} CUDA devices; try --device cpu")
+            raise ConfigError(
+                f"device {name!r} was asked for, but torch sees {count} CUDA devices; try --device cpu"
+            )
         return torch.device("cuda", device.index or 0)
     return device
 
@@ -133,6 +134,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the hardware multiplies it, float32 elsewhere."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda" or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if device.type == "cuda" or _cpu_multiplies_bfloat16() else torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether oneDNN has bfloat16 products on this CPU; without them bfloat16 is slower than float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -30,7 +30,9 @@ def frame(message: Message) -> bytes:
 def _body_length(header: bytes) -> int:
     (length,) = _HEADER.unpack(header)
     if length > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a frame announced {length} bytes, more than the {MAX_FRAME_BYTES} that any message has")
+        raise ProtocolError(
+            f"a frame announced {length} bytes, more than the {MAX_FRAME_BYTES} that any message has"
+        )
     return int(length)
 
 

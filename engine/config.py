@@ -42,4 +42,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
         if self.max_model_len is not None and self.max_model_len < 2:
-            raise ValueError(f"max_model_len must be at least 2 (a prompt token and an output token), not {self.max_model_len}")
+            raise ValueError(
+                f"max_model_len must be at least 2 (a prompt token and an output token), not {self.max_model_len}"
+            )

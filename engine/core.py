@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
-import traceback
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from engine.plan import Sampled, StepPlan, StepResult
-from engine.protocol import Delta, EngineStats, StepOutput, Submit
+from engine.protocol import Delta, EngineStats, RequestUsage, StepOutput, Submit
 from engine.scheduler import Scheduler
+
+_log = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
 """Failed steps in a row after which the device is thought broken and the process should be replaced."""
@@ -59,17 +62,11 @@ class EngineCore:
     def submit(self, request: Submit) -> tuple[Delta, ...]:
         """Queue a request; one that can never run ends at once, with the reason."""
         if not self._sparse and request.top_k is not None:
-            request = Submit(
-                request_id=request.request_id,
-                prompt_token_ids=request.prompt_token_ids,
-                sampling=request.sampling,
-                top_k=None,
-                namespace=request.namespace,
-            )
+            request = msgspec.structs.replace(request, top_k=None)
         try:
             self._scheduler.add(request, self._clock())
         except ValueError as error:
-            return (Delta(request_id=request.request_id, finish_reason="error", error=str(error)),)
+            return (_refusal(request, str(error)),)
         return ()
 
     def abort(self, request_id: str) -> tuple[Delta, ...]:
@@ -96,8 +93,23 @@ class EngineCore:
             result = self._runner.run(plan)
         except Exception as error:
             self._failed_steps += 1
-            traceback.print_exc(file=sys.stderr)
+            _log.exception("a step failed")
             reason = f"the engine failed to compute this request's step: {type(error).__name__}: {error}"
             return StepResult(sampled=tuple(Sampled(error=reason) for _ in plan.requests))
         self._failed_steps = 0
         return result
+
+
+def _refusal(request: Submit, reason: str) -> Delta:
+    """The one delta of a request that was never queued."""
+    usage = RequestUsage(
+        prompt_tokens=len(request.prompt_token_ids),
+        cached_tokens=0,
+        completion_tokens=0,
+        preemptions=0,
+        top_k=request.top_k,
+        queue_seconds=0.0,
+        prefill_seconds=0.0,
+        decode_seconds=0.0,
+    )
+    return Delta(request_id=request.request_id, finish_reason="error", error=reason, usage=usage)

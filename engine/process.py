@@ -7,6 +7,7 @@ Signals are the server's business: Ctrl-C reaches it alone, and it decides what 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import queue
 import signal
@@ -20,6 +21,8 @@ from engine.channel import EngineEnd
 from engine.errors import EngineError, ProtocolError
 from engine.protocol import Abort, Delta, Failed, Loading, Start, StepOutput, Stop, Submit, ToEngine
 
+_log = logging.getLogger(__name__)
+
 _PROGRESS_SECONDS = 0.1
 
 
@@ -28,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The engine process. Started by the server, not by hand.")
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the server")
     end = EngineEnd(socket.socket(fileno=parser.parse_args().fd))
+    logging.basicConfig(format="engine: %(message)s", level=logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     first = end.receive()
@@ -44,7 +48,7 @@ def main() -> None:
         sys.exit(1)
     if built.unused_tensors:
         names = ", ".join(built.unused_tensors[:5])
-        print(f"unused tensors in the checkpoint: {len(built.unused_tensors)} ({names}, ...)", file=sys.stderr)
+        _log.warning("%d tensors of the checkpoint were not used: %s ...", len(built.unused_tensors), names)
     end.send(built.ready)
     _loop(end, inbox, built)
 
@@ -69,7 +73,7 @@ def _read(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine]) -> None:
         try:
             message = end.receive()
         except ProtocolError as error:
-            print(f"engine: {error}", file=sys.stderr)
+            _log.error("%s", error)
             os._exit(2)
         if message is None:
             os._exit(0)

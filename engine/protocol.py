@@ -29,7 +29,7 @@ class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 # ---- server to engine ---------------------------------------------------------------------------
 
 
-class SamplingParams(Value):
+class SamplingParams(Value, frozen=True, kw_only=True):
     """How to choose each next token. Validated by the server; ranges are repeated here as facts.
 
     `seed` is always set (the server draws one where the client gave none), so that a request can be
@@ -51,7 +51,7 @@ class SamplingParams(Value):
     prompt_logprobs: int | None = None  # likewise per prompt token; switches prefix reuse off
 
 
-class Submit(Message):
+class Submit(Message, frozen=True, kw_only=True):
     """Start a request. `top_k` is how many earlier tokens attention may read; None is dense."""
 
     request_id: str  # made by the server, unique for the life of the engine process
@@ -61,19 +61,19 @@ class Submit(Message):
     namespace: str = ""  # cached prefixes are shared only inside one namespace
 
 
-class Abort(Message):
+class Abort(Message, frozen=True, kw_only=True):
     """End a request now; unknown ids are ignored, because it may have just finished."""
 
     request_id: str
 
 
-class Start(Message):
+class Start(Message, frozen=True, kw_only=True):
     """The first message: what to load and how to run."""
 
     config: EngineConfig
 
 
-class Stop(Message):
+class Stop(Message, frozen=True, kw_only=True):
     """Leave after the current step; what still runs ends with `abort`."""
 
 
@@ -83,7 +83,7 @@ ToEngine = Start | Submit | Abort | Stop
 # ---- engine to server ---------------------------------------------------------------------------
 
 
-class IndexerInfo(Value):
+class IndexerInfo(Value, frozen=True, kw_only=True):
     """The lightning indexer that was laid over the checkpoint."""
 
     num_heads: int
@@ -93,7 +93,7 @@ class IndexerInfo(Value):
     source: str  # file name of the overlay
 
 
-class ModelInfo(Value):
+class ModelInfo(Value, frozen=True, kw_only=True):
     """What was loaded."""
 
     architecture: str
@@ -106,7 +106,7 @@ class ModelInfo(Value):
     indexer: IndexerInfo | None  # None: attention is always dense, whatever top_k says
 
 
-class Capacity(Value):
+class Capacity(Value, frozen=True, kw_only=True):
     """What the engine can hold."""
 
     num_pages: int
@@ -116,7 +116,7 @@ class Capacity(Value):
     max_running: int
 
 
-class Loading(Message):
+class Loading(Message, frozen=True, kw_only=True):
     """Progress before `Ready`."""
 
     stage: str
@@ -124,20 +124,20 @@ class Loading(Message):
     total: int
 
 
-class Ready(Message):
+class Ready(Message, frozen=True, kw_only=True):
     """The engine takes requests from now on."""
 
     model: ModelInfo
     capacity: Capacity
 
 
-class Failed(Message):
+class Failed(Message, frozen=True, kw_only=True):
     """The engine could not start, or met a fault that it cannot survive; the process ends after it."""
 
     message: str
 
 
-class TokenLogprob(Value):
+class TokenLogprob(Value, frozen=True, kw_only=True):
     """Log-probability (nats, before temperature and penalties) of one token and its alternatives."""
 
     token_id: int
@@ -146,7 +146,7 @@ class TokenLogprob(Value):
     top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
 
 
-class RequestUsage(Value):
+class RequestUsage(Value, frozen=True, kw_only=True):
     """What a request used, sent with its terminal delta. Times are seconds on the engine's clock."""
 
     prompt_tokens: int
@@ -159,7 +159,7 @@ class RequestUsage(Value):
     decode_seconds: float  # first token to end
 
 
-class Delta(Value):
+class Delta(Value, frozen=True, kw_only=True):
     """New tokens of one request. The last one, and only it, has a finish reason."""
 
     request_id: str
@@ -171,7 +171,7 @@ class Delta(Value):
     usage: RequestUsage | None = None  # with any finish reason
 
 
-class EngineStats(Value):
+class EngineStats(Value, frozen=True, kw_only=True):
     """Gauges of now and counters since the engine process started (names end in `_total`)."""
 
     running: int = 0
@@ -187,7 +187,7 @@ class EngineStats(Value):
     prefix_hits_total: int = 0  # tokens found
 
 
-class StepOutput(Message):
+class StepOutput(Message, frozen=True, kw_only=True):
     """Everything that one step produced, and the state after it."""
 
     deltas: tuple[Delta, ...]

@@ -31,7 +31,9 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
     greedy = logits.argmax(-1).tolist()
     for row, spec in enumerate(specs):
         if not finite[row]:
-            drawn.append(Sampled(error="the model's logits are not finite, so no token can be drawn from them"))
+            drawn.append(
+                Sampled(error="the model's logits are not finite, so no token can be drawn from them")
+            )
             continue
         token = greedy[row] if _is_plain_greedy(spec.params) else _draw(logits[row], spec)
         report = spec.params.logprobs
@@ -103,7 +105,7 @@ def penalised(logits: Tensor, spec: SampleSpec) -> Tensor:
         )
     generated = spec.history[spec.prompt_len :]
     if generated and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.tensor(generated, device=logits.device).unique(return_counts=True)
+        ids, counts = torch.unique(torch.tensor(generated, device=logits.device), return_counts=True)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts.float()
     return logits
 

@@ -7,6 +7,7 @@ itself. If it says that it cannot start, it is not tried again: nothing would ch
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import sys
 from collections.abc import AsyncGenerator
@@ -19,6 +20,8 @@ from engine.client import EngineState, EngineStatus
 from engine.config import EngineConfig
 from engine.errors import EngineDiedError, EngineUnavailableError, ProtocolError
 from engine.protocol import Abort, Delta, Failed, Loading, Ready, Start, StepOutput, Stop, Submit
+
+_log = logging.getLogger(__name__)
 
 _STOP_SECONDS = 5.0  # what a step may take to end before the process is killed
 _BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)  # before the n-th start in a row that did not become ready
@@ -100,18 +103,20 @@ class SubprocessEngine:
     async def _supervise(self) -> None:
         """Start, listen until the end, start again."""
         failed_starts = 0
-        while self._status.state not in (EngineState.STOPPED, EngineState.FAILED):
+        while not self._over:
             await asyncio.sleep(_BACKOFF_SECONDS[failed_starts])
-            if self._status.state is EngineState.STOPPED:
+            if self._over:
                 break
             was_ready, code = await self._run_once()
             self._fail_streams()
-            if self._status.state in (EngineState.STOPPED, EngineState.FAILED):
+            if self._over:
                 break
             failed_starts = 0 if was_ready else failed_starts + 1
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             if failed_starts >= _MAX_FAILED_STARTS:
-                message = f"the engine process ended {failed_starts} times before it was ready, at last with {how}"
+                message = (
+                    f"the engine process ended {failed_starts} times before it was ready, at last with {how}"
+                )
                 await self._set(EngineState.FAILED, message)
             else:
                 message = f"the engine process ended with {how}; a new one is starting"
@@ -146,7 +151,7 @@ class SubprocessEngine:
                 ready = ready or isinstance(message, Ready)
                 await self._handle(message)
         except ProtocolError as error:
-            print(f"engine supervisor: {error}; the engine is replaced", file=sys.stderr)
+            _log.error("%s; the engine is replaced", error)
         finally:
             self._end = None
             end.close()
@@ -173,11 +178,17 @@ class SubprocessEngine:
                 )
         elif isinstance(message, Ready):
             if self._status.state is not EngineState.STOPPED:
-                await self._set(EngineState.READY, "", model=message.model, capacity=message.capacity, loading=None)
+                await self._set(
+                    EngineState.READY, "", model=message.model, capacity=message.capacity, loading=None
+                )
         elif self._status.state is EngineState.READY:
-            print(f"engine: {message.message}", file=sys.stderr)
+            _log.error("the engine ends: %s", message.message)
         else:
             await self._set(EngineState.FAILED, message.message)
+
+    @property
+    def _over(self) -> bool:
+        return self._status.state in (EngineState.STOPPED, EngineState.FAILED)
 
     async def _set(self, state: EngineState, message: str, **changes: object) -> None:
         async with self._changed:

@@ -34,7 +34,9 @@ def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | Non
         return speeds / float(scaling["factor"])
     if kind == "llama3":
         return _llama3(speeds, scaling)
-    raise CheckpointError(f"rope scaling of type {kind!r} is not supported; known are default, linear and llama3")
+    raise CheckpointError(
+        f"rope scaling of type {kind!r} is not supported; known are default, linear and llama3"
+    )
 
 
 def _llama3(speeds: Tensor, scaling: Mapping[str, Any]) -> Tensor:

@@ -57,7 +57,9 @@ class LlamaConfig:
         """
         for name in _OFF:
             if config.get(name):
-                raise CheckpointError(f"config.json sets {name}, which the llama architecture here does not have")
+                raise CheckpointError(
+                    f"config.json sets {name}, which the llama architecture here does not have"
+                )
         if config.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"hidden_act {config['hidden_act']!r} is not supported; llama uses silu")
         try:
@@ -79,7 +81,9 @@ class LlamaConfig:
                 tied=bool(config.get("tie_word_embeddings", False)),
             )
         except KeyError as missing:
-            raise CheckpointError(f"config.json lacks {missing.args[0]!r}, which a llama model needs") from None
+            raise CheckpointError(
+                f"config.json lacks {missing.args[0]!r}, which a llama model needs"
+            ) from None
         if heads % kv_heads:
             raise CheckpointError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
         return shape
@@ -171,8 +175,12 @@ class Llama:
         self._rotary = RotaryTable(
             config.head_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
         )
-        self._index_rotary = None if indexer is None else RotaryTable(
-            indexer.rope_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
+        self._index_rotary = (
+            None
+            if indexer is None
+            else RotaryTable(
+                indexer.rope_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
+            )
         )
 
     def _layer(self, weights: Mapping[str, Tensor], i: int) -> _Layer:
@@ -243,7 +251,7 @@ class Llama:
     ) -> Tensor:
         c = self.config
         heads = F.linear(hidden, layer.qkv).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        query, key, value = heads.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        query, key, value = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         query, key = rotate(query, rotation), rotate(key, rotation)
         cache.write(i, "kv", batch.pages, batch.offsets, torch.stack((key, value), dim=2))
         index = index_plane = None
