@@ -1,0 +1,55 @@
+# docker build --tag dsa-serve .
+# docker run --publish 8000:8000 --volume dsa-models:/models dsa-serve
+#
+# For NVIDIA GPUs: --build-arg BASE=nvidia/cuda:12.8.1-base-ubuntu24.04, and `docker run --gpus all`.
+# A pip configuration (a mirror, a certificate) goes in as a secret that stays out of the image:
+#   docker build --secret id=pip,src=$HOME/.config/pip/pip.conf .
+ARG BASE=python:3.11-slim
+
+FROM ${BASE} AS base
+# Bases without Python (NVIDIA's) get their distribution's, of whatever patch version it has.
+# hadolint ignore=DL3008
+RUN if ! command -v python3 > /dev/null; then \
+        apt-get update \
+        && apt-get install --yes --no-install-recommends python3 python3-venv \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
+
+FROM base AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PATH=/opt/dsa/bin:$PATH
+WORKDIR /src
+COPY constraints.txt ./
+# The same steps as the Makefile's: the pinned pip, torch alone, then everything else.
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    python3 -m venv /opt/dsa \
+    && pip install --constraint constraints.txt --upgrade pip setuptools \
+    && pip install --constraint constraints.txt torch
+COPY pyproject.toml LICENSE NOTICE ./
+COPY engine engine
+COPY server server
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    pip install --constraint constraints.txt --no-build-isolation .
+
+FROM base
+# Name a model here to have it in the image: --build-arg PULL=smollm2-135m-instruct
+ARG PULL=""
+ENV PATH=/opt/dsa/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    DSA_CACHE=/models \
+    DSA_HOST=0.0.0.0 \
+    DSA_PORT=8000
+RUN useradd --system --uid 10001 --create-home dsa \
+    && mkdir /models \
+    && chown dsa /models
+COPY --from=build /opt/dsa /opt/dsa
+USER 10001
+WORKDIR /home/dsa
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf,uid=10001 \
+    if [ -n "${PULL}" ]; then dsa pull "${PULL}"; fi
+VOLUME /models
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
+    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"DSA_PORT\"]}/health/ready', timeout=4)"]
+ENTRYPOINT ["dsa"]
+CMD ["serve"]

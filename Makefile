@@ -1,0 +1,73 @@
+# `make serve` is all it takes. What it installs is pinned in constraints.txt and lands in .venv, once:
+# a stamp file remembers, so that the next start needs no network.
+
+PYTHON ?= python3
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help serve chat install test test-slow test-all lint clean
+
+help: ## Show what there is.
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+serve: $(VENV)/.installed ## Serve a model. PORT=8000, MODEL=name or path, ARGS="more flags of dsa serve".
+	@exec $(BIN)/dsa serve $(MODEL) --port $(PORT) $(ARGS)
+
+chat: $(VENV)/.installed ## Talk to the server that runs on PORT.
+	@exec $(BIN)/dsa chat --url http://127.0.0.1:$(PORT) $(ARGS)
+
+install: $(VENV)/.installed ## Install what `make serve` needs, and start nothing.
+
+test: $(VENV)/.installed-test ## Run the tests. ARGS="more flags of pytest".
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed-test ## Run only the long proofs.
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all: $(VENV)/.installed-test ## Run the tests and the long proofs.
+	@$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+lint: $(VENV)/.installed-lint ## Check style, types and the Dockerfile.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+
+clean: ## Remove what make made here; fetched models stay in the cache.
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The virtual environment with the pinned pip and build tool.
+$(VENV)/.created: constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), and 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments; install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) --upgrade pip setuptools
+	@touch $@
+
+# torch first and alone, so that no range of another package chooses the build.
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	@echo "installing what dsa needs, once; torch is large"
+	@$(INSTALL) torch
+	@$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "installing what the tests need, once"
+	@$(INSTALL) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+# The type checker looks into the tests' libraries too.
+$(VENV)/.installed-lint: $(VENV)/.installed-test
+	@echo "installing what the checks need, once"
+	@$(INSTALL) --no-build-isolation --editable '.[lint]'
+	@touch $@
