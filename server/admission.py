@@ -26,6 +26,15 @@ class Admission:
         self.limit = limit
         self.admitted = 0
 
+    def check(self) -> None:
+        """Find out early, before work goes into a request, that there is no room for any.
+
+        Raises:
+            QueueFullError: others hold all of the room.
+        """
+        if self.admitted >= self.limit:
+            raise self._full()
+
     @contextmanager
     def admit(self, choices: int) -> Iterator[None]:
         """Hold room for a request's choices while it runs.
@@ -40,12 +49,15 @@ class Admission:
                 f"{self.limit} at a time; split it into smaller ones"
             )
         if self.admitted + choices > self.limit:
-            raise QueueFullError(
-                f"the server is full: {self.admitted} of at most {self.limit} choices are waiting or running; "
-                "try again later"
-            )
+            raise self._full()
         self.admitted += choices
         try:
             yield
         finally:
             self.admitted -= choices
+
+    def _full(self) -> QueueFullError:
+        return QueueFullError(
+            f"the server is full: {self.admitted} of at most {self.limit} choices are waiting or running; "
+            "try again later"
+        )

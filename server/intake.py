@@ -26,6 +26,9 @@ from server.text.tokenizer import Tokenizer, TokenizerError
 
 T = TypeVar("T")
 
+_ROLES = {"developer": "system"}
+"""OpenAI's newer name for a role; prompt formats know the older one."""
+
 _LONG_TEXT = 8192
 """Characters from which on tokenizing is left to a thread, so that others' tokens keep flowing."""
 
@@ -87,7 +90,10 @@ class Intake:
                 "max_tokens and max_completion_tokens are two names of one limit; send one of them",
                 param="max_tokens",
             )
-        messages = [{"role": message.role, "content": message.text()} for message in body.messages]
+        messages = [
+            {"role": _ROLES.get(message.role, message.role), "content": message.text()}
+            for message in body.messages
+        ]
         try:
             token_ids = await _apart(
                 sum(len(message["content"]) for message in messages),
@@ -248,6 +254,8 @@ class Intake:
 
     def _check_ids(self, token_ids: Sequence[int], param: str, *, keys: bool = False) -> None:
         size = self._text.vocab_size
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < size):
+            return
         for position, token_id in enumerate(token_ids):
             if not 0 <= token_id < size:
                 where = f"{param}.{token_id}" if keys else f"{param}[{position}]"

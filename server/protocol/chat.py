@@ -43,7 +43,7 @@ class ChatMessage(Body):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="Tool messages are not taken, because this server has no tool calling."
+        description="`developer` is `system`. There are no tool messages, because there is no tool calling."
     )
     content: Content
     name: Annotated[

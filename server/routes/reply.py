@@ -74,8 +74,10 @@ class GenerationReply(Response):
                     code="draining",
                 )
             try:
+                with _refusals():
+                    services.admission.check()
                 order = await self._prepare(Request(scope, receive))
-                with _room(services, len(order.work.jobs)):
+                with _refusals(), services.admission.admit(len(order.work.jobs)):
                     response = await unless_disconnected(receive, self._run(order, record, send))
             except (ClientDisconnect, ClientGoneError):
                 record.outcome = "disconnected"
@@ -192,18 +194,13 @@ class _Run:
 
 
 @contextmanager
-def _room(services: Services, choices: int) -> Iterator[None]:
-    """Admit a request, or say why not."""
+def _refusals() -> Iterator[None]:
+    """What admission refuses, as answers."""
     try:
-        admitted = services.admission.admit(choices)
-        admitted.__enter__()
+        yield
     except TooLargeError as error:
         raise bad_request(str(error), param="n", code="too_many_choices") from None
     except QueueFullError as error:
         raise ApiError(
             429, str(error), kind=RATE_LIMIT, code="queue_full", headers={"retry-after": "1"}
         ) from None
-    try:
-        yield
-    finally:
-        admitted.__exit__(None, None, None)

@@ -1,0 +1,156 @@
+"""What is measured, read back with Prometheus's own parser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.client import EngineState, EngineStatus
+from engine.protocol import EngineStats
+from server.metrics import ENGINE_COUNTERS, EngineTotals, Metrics
+from tests.server.app_kit import chat_body, client, completion_body, make_app, speaking
+from tests.server.fake_engine import FakeEngine
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def parse(text: str) -> Samples:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    return samples[name, tuple(sorted(labels.items()))]
+
+
+async def scrape(http: Any) -> Samples:
+    response = await http.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return parse(response.text)
+
+
+async def test_the_exposition() -> None:
+    engine = speaking("hello", cached=1)
+    engine.set_stats(
+        running=2, waiting=3, pages_used=4, pages_cached=2, pages_free=2, preemptions_total=5, steps_total=9
+    )
+    async with client(make_app(engine)) as http:
+        await http.post("/v1/chat/completions", json=chat_body(n=2))
+        await http.post("/v1/chat/completions", json=chat_body(max_tokens=2, stream=True))
+        await http.post("/v1/chat/completions", json={})
+        await http.post("/v1/completions", json=completion_body(stop="l"))
+        await http.get("/v1/models/nothing")
+        await http.get("/a/path/of/the/clients/own")
+        samples = await scrape(http)
+    chat = {"endpoint": "/v1/chat/completions"}
+    assert value(samples, "dsa_requests_total", **chat, outcome="stop") == 1
+    assert value(samples, "dsa_requests_total", **chat, outcome="length") == 1
+    assert value(samples, "dsa_requests_total", **chat, outcome="client_error") == 1
+    assert value(samples, "dsa_requests_total", endpoint="/v1/completions", outcome="stop") == 1
+    assert value(samples, "dsa_requests_total", endpoint="other", outcome="client_error") == 1
+    assert (
+        value(samples, "dsa_requests_total", endpoint="/v1/models/{model_id:path}", outcome="client_error")
+        == 1
+    )
+    assert value(samples, "dsa_tokens_total", kind="prompt_cached") == 3
+    assert value(samples, "dsa_tokens_total", kind="prompt_computed") == 3 * 3 + 3
+    assert value(samples, "dsa_tokens_total", kind="completion") == 6 + 6 + 2 + 3
+    for name, count in (
+        ("dsa_time_to_first_token_seconds", 3),
+        ("dsa_e2e_request_latency_seconds", 3),
+        ("dsa_time_per_output_token_seconds", 4),
+        ("dsa_request_queue_seconds", 3),
+    ):
+        assert value(samples, f"{name}_count") == count, name
+        bounds = [float(dict(labels)["le"]) for own, labels in samples if own == f"{name}_bucket"]
+        assert min(bounds) < 0.001
+        assert sorted(bounds)[-2] >= (60 if "token_seconds" in name and "per" in name else 3600)
+    assert value(samples, "dsa_requests_running") == 2
+    assert value(samples, "dsa_requests_waiting") == 3
+    assert value(samples, "dsa_kv_cache_usage_ratio") == 0.5
+    assert value(samples, "dsa_kv_pages", state="cached") == 2
+    assert value(samples, "dsa_preemptions_total") == 5
+    assert value(samples, "dsa_engine_steps_total") == 9
+    assert value(samples, "dsa_engine_up") == 1
+    assert value(samples, "dsa_engine_restarts_total") == 0
+    (info,) = [dict(labels) for name, labels in samples if name == "dsa_model_info"]
+    assert info["model"] == "fake-model"
+    assert info["block_size"] == "64"
+    assert info["indexer"] == "fake.safetensors"
+
+
+async def test_open_metrics_where_asked_for() -> None:
+    async with client(make_app(speaking())) as http:
+        response = await http.get(
+            "/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"}
+        )
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    assert response.text.endswith("# EOF\n")
+
+
+async def test_before_the_engine_is_ready() -> None:
+    async with client(make_app(FakeEngine(ready=False))) as http:
+        samples = await scrape(http)
+    assert value(samples, "dsa_engine_up") == 0
+    assert value(samples, "dsa_kv_cache_usage_ratio") == 0
+    assert value(samples, "dsa_model_info", model="fake-model") == 1
+
+
+async def test_prompts_of_failed_requests_count_once_they_were_computed() -> None:
+    async with client(make_app(speaking("hello", fault="die", fault_after=2))) as http:
+        await http.post("/v1/chat/completions", json=chat_body())
+        samples = await scrape(http)
+    assert value(samples, "dsa_tokens_total", kind="prompt_computed") == 4
+    assert value(samples, "dsa_tokens_total", kind="completion") == 2
+    assert value(samples, "dsa_e2e_request_latency_seconds_count") == 0
+    chat = {"endpoint": "/v1/chat/completions"}
+    assert value(samples, "dsa_requests_total", **chat, outcome="unavailable") == 1
+
+
+def test_apps_share_nothing() -> None:
+    one, other = (Metrics(name, lambda: EngineStatus(state=EngineState.READY)) for name in ("a", "b"))
+    one.request_ended("/x", "ok")
+    assert b"/x" in one.expose("")[0]
+    assert b"/x" not in other.expose("")[0]
+
+
+def status(restarts: int, state: EngineState = EngineState.READY, **stats: int) -> EngineStatus:
+    return EngineStatus(state=state, stats=EngineStats(**stats), restarts=restarts)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        # (snapshot, total): the new engine's counters are seen small, large, or after a pause at zero.
+        [(status(0, steps_total=10), 10), (status(1, steps_total=3), 13), (status(1, steps_total=20), 30)],
+        [(status(0, steps_total=10), 10), (status(1, steps_total=12), 22)],
+        [
+            (status(0, steps_total=10), 10),
+            (status(0, EngineState.DOWN), 10),
+            (status(1), 10),
+            (status(1, steps_total=4), 14),
+        ],
+        # The dead engine's last snapshot is shown until the new one has one.
+        [
+            (status(0, steps_total=10), 10),
+            (status(1, EngineState.DOWN, steps_total=10), 10),
+            (status(1, steps_total=2), 12),
+            (status(2, steps_total=1), 13),
+        ],
+    ],
+)
+def test_engine_counters_never_fall(history: list[tuple[EngineStatus, int]]) -> None:
+    totals = EngineTotals()
+    for snapshot, expected in history:
+        assert totals.update(snapshot).steps_total == expected
+
+
+def test_every_engine_counter_is_exposed() -> None:
+    totals = {name for name in EngineStats.__struct_fields__ if name.endswith("_total")}
+    assert {name for name, _, _ in ENGINE_COUNTERS} == totals
