@@ -1,0 +1,134 @@
+"""What is installed, from where, and that the files which say so agree with each other."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def named_files() -> list[Path]:
+    """The tree without what is made in it."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [path for name in tracked.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("server", "engine", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    overlay = source / "engine" / "overlays" / "smollm2-135m-instruct.safetensors"
+    overlay.parent.mkdir(exist_ok=True)
+    overlay.touch()
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+    ]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True, timeout=100)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    assert {name.split("/")[0] for name in names} == {
+        "server",
+        "engine",
+        wheel.name.split("-py3")[0] + ".dist-info",
+    }
+    assert "dsa = server.cli:main" in entry_points
+    assert "engine/overlays/smollm2-135m-instruct.safetensors" in names
+    for package in ("server", "engine"):
+        for module in (ROOT / package).rglob("*.py"):
+            assert module.relative_to(ROOT).as_posix() in names
+        for data in ("*.html", "*.css", "*.js", "*.svg", "*.safetensors"):
+            for file in (ROOT / package).rglob(data):
+                assert file.relative_to(ROOT).as_posix() in names
+
+
+def test_everything_that_is_asked_for_is_pinned_within_its_range() -> None:
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    for requirement in [Requirement(text) for group in groups for text in group]:
+        version = pins()[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement} does not allow {version}"
+
+
+def test_torch_is_pinned_without_choosing_a_build() -> None:
+    assert pins()["torch"] == "2.13.0"
+
+
+def test_make_and_docker_install_torch_before_everything_else() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert makefile.index("$(INSTALL) torch") < makefile.index("$(INSTALL) --no-build-isolation --editable .")
+    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
+    assert dockerfile.index("constraints.txt torch") < dockerfile.index("--no-build-isolation .")
+    assert "--constraint constraints.txt" in makefile
+
+
+def test_ci_runs_the_checks_the_tests_and_the_long_proofs() -> None:
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    assert re.findall(r"^make (.+)$", script, re.MULTILINE) == ["lint", "test", "test-slow"]
+    assert "set -euo pipefail" in script
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_says_what_is_wrong_with_python(tmp_path: Path) -> None:
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "python-old"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.0\nexit 1\n')
+    old.chmod(0o755)
+    for python, sentence in (
+        ("no-such-python", "was not found"),
+        (str(old), "Python 3.8.0, and 3.11 or newer is needed"),
+    ):
+        result = subprocess.run(
+            ["make", "serve", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 2
+        assert sentence in result.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_help_names_every_target() -> None:
+    listing = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("serve", "chat", "test", "test-all", "lint", "clean"):
+        assert f"make {target} " in listing
+
+
+def test_no_file_names_a_package_registry() -> None:
+    addresses = ("pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "--index" + "-url")
+    found = [
+        f"{path.relative_to(ROOT)}: {address}"
+        for path in named_files()
+        if path.suffix not in (".gz", ".safetensors", ".bin", ".npz", ".png")
+        for address in addresses
+        if address in path.read_text("utf-8", errors="replace")
+    ]
+    assert found == []
