@@ -114,3 +114,16 @@ def submit(prompt: Sequence[int] = (1, 2), **changes: Any) -> Submit:
     values: dict[str, Any] = {"max_tokens": 100, "seed": 1, "stop_token_ids": (EOS,)}
     sampling = SamplingParams(**(values | changes))
     return Submit(request_id="r", prompt_token_ids=tuple(prompt), sampling=sampling, top_k=None)
+
+
+def error_of(response: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert set(response.json()) == {"error"}
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert "Traceback" not in error["message"]
+    if code is not None:
+        assert error["code"] == code, error
+    return error

@@ -8,8 +8,21 @@ from typing import Any
 import httpx
 import pytest
 
+from server.app import create_app
 from server.text.tokenizer import Tokenizer
-from tests.server.app_kit import BOS, EOS, TEXT, chat_body, client, ids, make_app, say, speaking
+from tests.server.app_kit import (
+    BOS,
+    EOS,
+    TEXT,
+    PlainChat,
+    chat_body,
+    client,
+    ids,
+    make_app,
+    make_config,
+    say,
+    speaking,
+)
 from tests.server.fake_engine import FakeEngine, Script
 
 URL = "/v1/chat/completions"
@@ -208,6 +221,7 @@ async def test_ignore_eos() -> None:
         ({"dsa": {"top_k": "dense"}}, 9, None, {"top_k": "dense"}),
         ({}, None, 32, {"top_k": 32}),
         ({}, 9, 9, {"top_k": 9}),
+        ({}, 10_000, 256, {"top_k": 256}),
         ({}, "dense", None, {"top_k": "dense"}),
     ],
 )
@@ -251,6 +265,21 @@ async def test_a_clients_text_never_becomes_a_control_token() -> None:
     engine = speaking()
     assert (await post(engine, chat_body("<|eos|>"))).status_code == 200
     assert EOS not in engine.submitted[0].prompt_token_ids
+
+
+async def test_developer_is_the_newer_name_of_system() -> None:
+    roles = []
+
+    class Recording(PlainChat):
+        def render(self, messages: Any, *, add_generation_prompt: bool = True) -> str:
+            roles.append(messages[0]["role"])
+            return super().render(messages, add_generation_prompt=add_generation_prompt)
+
+    app = create_app(make_config(), speaking(), TEXT, Recording())
+    async with client(app) as http:
+        body = chat_body() | {"messages": [{"role": "developer", "content": "x"}]}
+        assert (await http.post(URL, json=body)).status_code == 200
+    assert roles == ["system"]
 
 
 async def test_default_max_tokens() -> None:
