@@ -289,10 +289,12 @@ def loaded_model(status: EngineStatus) -> ModelInfo:
 def why_not_ready(status: EngineStatus) -> str:
     """One sentence about an engine that takes no requests."""
     reason = status.message or f"the engine is {status.state.value}"
-    if status.loading is not None and status.state in (EngineState.STARTING, EngineState.DOWN):
-        loading = status.loading
-        progress = f" {loading.done} of {loading.total}" if loading.total else ""
-        reason += f" (loading: {loading.stage}{progress})"
+    loading = status.loading
+    if loading is not None and status.state in (EngineState.STARTING, EngineState.DOWN):
+        progress = f"{loading.done} of {loading.total}" if loading.total else ""
+        stage = "" if loading.stage in reason else f"loading: {loading.stage}"
+        details = " ".join(part for part in (stage, progress) if part)
+        reason += f" ({details})" if details else ""
     return reason
 
 

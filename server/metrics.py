@@ -49,25 +49,28 @@ class EngineTotals:
     """The engine's counters over all engine processes: they begin at 0 in each, and never fall here.
 
     What an engine did between the last look and its death is not counted.
+
+    Attributes:
+        stale: the newest snapshot is still that of an engine that is gone.
     """
 
     def __init__(self) -> None:
         self._before = EngineStats()
         self._last = EngineStats()
         self._restarts = 0
-        self._replaced = False
+        self.stale = False
 
     def update(self, status: EngineStatus) -> EngineStats:
         """Take in a snapshot; return the totals. Only the `_total` fields have a meaning."""
         stats = status.stats
         if status.restarts != self._restarts:
             self._restarts = status.restarts
-            self._replaced = True
+            self.stale = True
         fell = any(getattr(stats, name) < getattr(self._last, name) for name, _, _ in ENGINE_COUNTERS)
         # A snapshot that is still the dead engine's must not be counted twice: wait until it changes.
-        if fell or (self._replaced and stats != self._last):
+        if fell or (self.stale and stats != self._last):
             self._before = self._sum(self._before, self._last)
-            self._replaced = False
+            self.stale = False
         self._last = stats
         return self._sum(self._before, self._last)
 
@@ -92,13 +95,12 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         status = self._status()
-        stats = status.stats
         totals = self._totals.update(status)
+        up = status.state is EngineState.READY
+        stats = status.stats if up and not self._totals.stale else EngineStats()  # what is gone holds nothing
         yield GaugeMetricFamily("dsa_requests_running", "Requests in the engine's steps.", stats.running)
         yield GaugeMetricFamily("dsa_requests_waiting", "Requests waiting in the engine.", stats.waiting)
-        yield GaugeMetricFamily(
-            "dsa_engine_up", "1 when the engine takes requests.", float(status.state is EngineState.READY)
-        )
+        yield GaugeMetricFamily("dsa_engine_up", "1 when the engine takes requests.", float(up))
         yield CounterMetricFamily(
             "dsa_engine_restarts", "Engine processes started after one died.", status.restarts
         )

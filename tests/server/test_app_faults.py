@@ -53,6 +53,10 @@ async def test_while_the_engine_is_down() -> None:
         state=EngineState.DOWN, message="the engine died", loading=Loading(stage="start", done=0, total=0)
     )
     assert "the engine died (loading: start)" in error_of(await chat({}, engine), 503)["message"]
+    engine.set_status(
+        message="the engine is starting: weights", loading=Loading(stage="weights", done=1, total=4)
+    )
+    assert "the engine is starting: weights (1 of 4)" in error_of(await chat({}, engine), 503)["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -113,6 +113,24 @@ async def test_prompts_of_failed_requests_count_once_they_were_computed() -> Non
     assert value(samples, "dsa_requests_total", **chat, outcome="unavailable") == 1
 
 
+async def test_a_dead_engine_holds_nothing() -> None:
+    engine = speaking()
+    async with client(make_app(engine)) as http:
+        engine.set_stats(running=2, waiting=1, pages_used=3, pages_free=1, steps_total=7)
+        assert value(await scrape(http), "dsa_requests_running") == 2
+        for state in (EngineState.DOWN, EngineState.READY):  # ready, but no step of the new engine yet
+            engine.set_status(state=state, restarts=1)
+            samples = await scrape(http)
+            assert value(samples, "dsa_requests_running") == 0
+            assert value(samples, "dsa_requests_waiting") == 0
+            assert value(samples, "dsa_kv_cache_usage_ratio") == 0
+            assert value(samples, "dsa_engine_steps_total") == 7
+        engine.set_stats(running=1, steps_total=1)
+        samples = await scrape(http)
+    assert value(samples, "dsa_requests_running") == 1
+    assert value(samples, "dsa_engine_steps_total") == 8
+
+
 def test_apps_share_nothing() -> None:
     one, other = (Metrics(name, lambda: EngineStatus(state=EngineState.READY)) for name in ("a", "b"))
     one.request_ended("/x", "ok")
