@@ -57,18 +57,20 @@ class EngineTotals:
     def __init__(self) -> None:
         self._before = EngineStats()
         self._last = EngineStats()
-        self._restarts = 0
+        self._pid: int | None = None
         self.stale = False
 
     def update(self, status: EngineStatus) -> EngineStats:
         """Take in a snapshot; return the totals. Only the `_total` fields have a meaning."""
         stats = status.stats
-        if status.restarts != self._restarts:
-            self._restarts = status.restarts
+        if status.pid != self._pid:
+            self._pid = status.pid
             self.stale = True
+        # A new engine has no stats before it is ready and has run a step; until then they are the old
+        # one's, and must not be counted twice.
+        fresh = self.stale and status.state is EngineState.READY and stats != self._last
         fell = any(getattr(stats, name) < getattr(self._last, name) for name, _, _ in ENGINE_COUNTERS)
-        # A snapshot that is still the dead engine's must not be counted twice: wait until it changes.
-        if fell or (self.stale and stats != self._last):
+        if fell or fresh:
             self._before = self._sum(self._before, self._last)
             self.stale = False
         self._last = stats

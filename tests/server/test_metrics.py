@@ -119,7 +119,7 @@ async def test_a_dead_engine_holds_nothing() -> None:
         engine.set_stats(running=2, waiting=1, pages_used=3, pages_free=1, steps_total=7)
         assert value(await scrape(http), "dsa_requests_running") == 2
         for state in (EngineState.DOWN, EngineState.READY):  # ready, but no step of the new engine yet
-            engine.set_status(state=state, restarts=1)
+            engine.set_status(state=state, restarts=1, pid=2)
             samples = await scrape(http)
             assert value(samples, "dsa_requests_running") == 0
             assert value(samples, "dsa_requests_waiting") == 0
@@ -138,28 +138,39 @@ def test_apps_share_nothing() -> None:
     assert b"/x" not in other.expose("")[0]
 
 
-def status(restarts: int, state: EngineState = EngineState.READY, **stats: int) -> EngineStatus:
-    return EngineStatus(state=state, stats=EngineStats(**stats), restarts=restarts)
+def status(pid: int, state: EngineState = EngineState.READY, **stats: int) -> EngineStatus:
+    return EngineStatus(state=state, stats=EngineStats(**stats), pid=pid)
+
+
+DOWN = EngineState.DOWN
 
 
 @pytest.mark.parametrize(
     "history",
     [
         # (snapshot, total): the new engine's counters are seen small, large, or after a pause at zero.
-        [(status(0, steps_total=10), 10), (status(1, steps_total=3), 13), (status(1, steps_total=20), 30)],
-        [(status(0, steps_total=10), 10), (status(1, steps_total=12), 22)],
+        [(status(1, steps_total=10), 10), (status(2, steps_total=3), 13), (status(2, steps_total=20), 30)],
+        [(status(1, steps_total=10), 10), (status(2, steps_total=12), 22)],
         [
-            (status(0, steps_total=10), 10),
-            (status(0, EngineState.DOWN), 10),
-            (status(1), 10),
-            (status(1, steps_total=4), 14),
+            (status(1, steps_total=10), 10),
+            (status(1, DOWN), 10),
+            (status(2), 10),
+            (status(2, steps_total=4), 14),
         ],
-        # The dead engine's last snapshot is shown until the new one has one.
+        # The dead engine's last snapshot, not seen before it died, is shown until the new one has one.
         [
-            (status(0, steps_total=10), 10),
-            (status(1, EngineState.DOWN, steps_total=10), 10),
-            (status(1, steps_total=2), 12),
-            (status(2, steps_total=1), 13),
+            (status(1, steps_total=10), 10),
+            (status(1, DOWN, steps_total=12), 12),
+            (status(2, DOWN, steps_total=12), 12),
+            (status(2, steps_total=12), 12),
+            (status(2, steps_total=2), 14),
+            (status(3, steps_total=1), 15),
+        ],
+        [
+            (status(1, steps_total=10), 10),
+            (status(2, DOWN, steps_total=12), 12),
+            (status(2, steps_total=13), 25),
+            (status(2, steps_total=14), 26),
         ],
     ],
 )
