@@ -21,7 +21,10 @@ async def list_models(request: Request) -> ModelList:
 @router.get(
     "/v1/models/{model_id:path}",
     summary="Describe one model",
-    responses={404: {"model": ErrorResponse, "description": "It is not served here."}, "4XX": {}},
+    responses={
+        404: {"model": ErrorResponse, "description": "It is not served here."},
+        "4XX": {"model": ErrorResponse},
+    },
 )
 async def retrieve_model(model_id: str, request: Request) -> ModelObject:
     """The model of that name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
@@ -127,3 +128,11 @@ def error_of(response: httpx.Response, status: int, code: str | None = None) -> 
     if code is not None:
         assert error["code"] == code, error
     return error
+
+
+def events(response: httpx.Response) -> list[Any]:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    blocks = response.text.split("\n\n")
+    assert blocks.pop() == ""
+    data = [block.removeprefix("data: ") for block in blocks if not block.startswith(":")]
+    return [item if item == "[DONE]" else json.loads(item) for item in data]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx
@@ -17,6 +16,7 @@ from tests.server.app_kit import (
     PlainChat,
     chat_body,
     client,
+    events,
     ids,
     make_app,
     make_config,
@@ -31,14 +31,6 @@ URL = "/v1/chat/completions"
 async def post(engine: FakeEngine, body: dict[str, Any], **config: Any) -> httpx.Response:
     async with client(make_app(engine, **config)) as http:
         return await http.post(URL, json=body)
-
-
-def events(response: httpx.Response) -> list[Any]:
-    assert response.headers["content-type"].startswith("text/event-stream")
-    blocks = response.text.split("\n\n")
-    assert blocks.pop() == ""
-    data = [block.removeprefix("data: ") for block in blocks if not block.startswith(":")]
-    return [item if item == "[DONE]" else json.loads(item) for item in data]
 
 
 async def test_answers() -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.app_kit import BOS, client, completion_body, ids, make_app, say, speaking
+from tests.server.app_kit import BOS, client, completion_body, events, ids, make_app, say, speaking
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_app_chat import events
 
 
 async def post(engine: FakeEngine, body: dict[str, Any], **config: Any) -> httpx.Response:
