@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_QUIET_SECONDS = 2.0
 
 
 class Stages:
@@ -18,7 +21,7 @@ class Stages:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._stage = ""
-        self._quarter = 0
+        self._said = 0.0
 
     def __enter__(self) -> Stages:
         if self._stream.isatty():
@@ -45,8 +48,8 @@ class Stages:
         if self._bar is not None:
             self._bar.update(self._task, description=stage, completed=done, total=total or None)
             return
-        quarter = 4 * done // total if total else 0
-        if stage != self._stage or quarter > self._quarter:
-            share = f" {25 * quarter} %" if quarter else ""
+        now = time.monotonic()
+        if stage != self._stage or now - self._said > _QUIET_SECONDS:
+            share = f" {100 * done // total} %" if done and total else ""
             print(f"{stage}{share}", file=self._stream, flush=True)
-            self._stage, self._quarter = stage, quarter
+            self._stage, self._said = stage, now

@@ -21,8 +21,17 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
         {"role": "assistant", "content": "for i in range(10):\n    print(i < 5, '<b>')"},
         {"role": "user", "content": "  Now in C++: vector<int> \t"},
     ],
-    [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}, {"role": "user", "content": "\n"}],
-    [{"role": "user", "content": "émoji 👩\u200d👩\u200d👧 中文 \u0301 {{ messages }} {% if %} 'quotes' \"double\""}],
+    [
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "\n"},
+    ],
+    [
+        {
+            "role": "user",
+            "content": "émoji 👩\u200d👩\u200d👧 中文 \u0301 {{ messages }} {% if %} 'quotes' \"double\"",
+        }
+    ],
 ]
 
 
@@ -34,7 +43,11 @@ def chat_format(default_model: Path) -> ChatFormat:
 @pytest.mark.parametrize("generate", [True, False])
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_prompts_equal_those_of_transformers(
-    default_model: Path, tokenizer: Tokenizer, chat_format: ChatFormat, messages: list[dict[str, Any]], generate: bool
+    default_model: Path,
+    tokenizer: Tokenizer,
+    chat_format: ChatFormat,
+    messages: list[dict[str, Any]],
+    generate: bool,
 ) -> None:
     from transformers import PreTrainedTokenizerFast
 
@@ -71,8 +84,16 @@ def test_text_parts_are_joined() -> None:
     ("template", "messages", "sentence"),
     [
         ("{{ raise_exception('roles must alternate') }}", [{"role": "user"}], "roles must alternate"),
-        ("{{ 'a' + messages[0].content }}", [{"role": "user", "content": None}], "cannot write these messages"),
-        ("{{ messages[0].content.nothing.more }}", [{"role": "user", "content": "x"}], "cannot write these messages"),
+        (
+            "{{ 'a' + messages[0].content }}",
+            [{"role": "user", "content": None}],
+            "cannot write these messages",
+        ),
+        (
+            "{{ messages[0].content.nothing.more }}",
+            [{"role": "user", "content": "x"}],
+            "cannot write these messages",
+        ),
         ("{{ messages[0].__class__.__mro__ }}", [{"role": "user", "content": "x"}], "unsafe"),
         ("{{ messages.append(1) }}", [{"role": "user", "content": "x"}], "unsafe"),
         ("x", [], "at least one message"),
@@ -97,7 +118,10 @@ def test_templates_of_folders(tmp_path: Path) -> None:
     assert isinstance(build(tmp_path), NoTemplate)
     with pytest.raises(PromptError, match="no chat template"):
         build(tmp_path).render([{"role": "user", "content": "x"}])
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default{{ eos_token }}"}]
+    named = [
+        {"name": "tool_use", "template": "tools"},
+        {"name": "default", "template": "default{{ eos_token }}"},
+    ]
     config = {"chat_template": named, "eos_token": {"content": "</s>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert build(tmp_path).render([{"role": "user", "content": "x"}]) == "default</s>"

@@ -196,3 +196,31 @@ def test_ipv6() -> None:
             assert listener.family is socket.AF_INET6
     except ServeError:
         pytest.skip("no IPv6 address here")
+
+
+@pytest.mark.slow
+def test_the_real_thing_from_start_to_end(default_model: Path, tmp_path: Path) -> None:
+    code = "import sys; from server.cli import main; sys.argv[0] = 'dsa'; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "serve", "--port", "0", "--max-model-len", "256", "--kv-cache-memory", "64MiB"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            match = re.match(r"ready at (\S+) ", process.stdout.readline())
+            assert match, process.communicate()[1]
+            chat = [sys.executable, "-c", code, "chat", "--url", match[1], "--temperature", "0"]
+            said = subprocess.run(
+                chat,
+                cwd=ROOT,
+                input="What is the capital of France?\n",
+                capture_output=True,
+                text=True,
+                timeout=90,
+                check=True,
+            )
+            assert "Paris" in said.stdout
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()

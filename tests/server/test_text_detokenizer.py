@@ -13,7 +13,22 @@ from tokenizers import Tokenizer as Backend
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
 
-SCRIPTS = ["a", "b", " ", "\n", "é", "e\u0301", "ñ", "中", "ع", "👩\u200d👩\u200d👧", "🇫🇷", "🏽", "\ufffd", "\u200b"]
+SCRIPTS = [
+    "a",
+    "b",
+    " ",
+    "\n",
+    "é",
+    "e\u0301",
+    "ñ",
+    "中",
+    "ع",
+    "👩\u200d👩\u200d👧",
+    "🇫🇷",
+    "🏽",
+    "\ufffd",
+    "\u200b",
+]
 
 
 @cache
@@ -37,7 +52,12 @@ def fallback_vocabulary() -> Tokenizer:
     tokens = ["<unk>", "</s>", "\u2581", "\u2581a", "a", "b", "\u2581ab", "é", "中"]
     tokens += [f"<0x{byte:02X}>" for byte in range(256)]
     backend = Backend(
-        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], byte_fallback=True, unk_token="<unk>")
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[],
+            byte_fallback=True,
+            unk_token="<unk>",
+        )
     )
     backend.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -101,7 +121,9 @@ def test_complete_characters_never_show_as_replacements(data: st.DataObject, par
     stops=st.lists(st.text("abé中👩", min_size=1, max_size=4), min_size=1, max_size=4),
 )
 @settings(max_examples=150)
-def test_text_ends_before_the_first_stop(include: bool, data: st.DataObject, text: str, stops: list[str]) -> None:
+def test_text_ends_before_the_first_stop(
+    include: bool, data: st.DataObject, text: str, stops: list[str]
+) -> None:
     ids = list(text.encode("utf-8"))
     detokenizer = Detokenizer(byte_vocabulary(), stop=stops, include_stop=include)
     out = "".join(detokenizer.push(group) for group in grouped(data, ids)) + detokenizer.finish()
@@ -138,7 +160,12 @@ def test_a_stop_that_overlaps_itself() -> None:
 
 def test_text_is_held_only_while_it_may_become_a_stop() -> None:
     detokenizer = Detokenizer(byte_vocabulary(), stop=["\n\nUser:"])
-    assert [detokenizer.push(list(piece)) for piece in (b"Hi\n", b"\nUs", b"e it", b"\n")] == ["Hi", "", "\n\nUse it", ""]
+    assert [detokenizer.push(list(piece)) for piece in (b"Hi\n", b"\nUs", b"e it", b"\n")] == [
+        "Hi",
+        "",
+        "\n\nUse it",
+        "",
+    ]
     assert detokenizer.finish() == "\n"
 
 

@@ -41,7 +41,9 @@ def test_the_default_models_facts(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_token_ids == (2, 0)  # <|im_end|> as the file says, <|endoftext|> by its name
     assert tokenizer.bos_token_id == 1
     assert tokenizer.special_ids == frozenset(range(17))
-    assert tokenizer.encode("Hi", add_bos=True) == tokenizer.encode("Hi", add_bos=False)  # add_bos_token false
+    assert tokenizer.encode("Hi", add_bos=True) == tokenizer.encode(
+        "Hi", add_bos=False
+    )  # add_bos_token false
 
 
 def test_digits_stand_alone_and_spaces_belong_to_words(tokenizer: Tokenizer) -> None:
@@ -56,7 +58,11 @@ def test_decoding_undoes_encoding(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(kept), skip_special=False) == kept
 
 
-@given(st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<file_sep>", "<", "|>", "a", " "])))
+@given(
+    st.lists(
+        st.sampled_from(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<file_sep>", "<", "|>", "a", " "])
+    )
+)
 def test_text_never_becomes_a_control_token(tokenizer: Tokenizer, parts: list[str]) -> None:
     text = "".join(parts)
     ids = tokenizer.encode(text)
@@ -90,7 +96,9 @@ def test_threads_may_share_a_tokenizer(tokenizer: Tokenizer) -> None:
     texts = [f"text {n} <|im_end|> {'é' * n}" for n in range(64)]
     expected = [(tokenizer.encode(t), tokenizer.encode(t, parse_special=True)) for t in texts]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda t: (tokenizer.encode(t), tokenizer.encode(t, parse_special=True)), texts))
+        found = list(
+            pool.map(lambda t: (tokenizer.encode(t), tokenizer.encode(t, parse_special=True)), texts)
+        )
     assert found == expected
 
 
@@ -100,7 +108,9 @@ def test_role_markers_are_control_tokens_even_if_not_flagged(tmp_path: Path) -> 
         AddedToken("<｜User｜>", special=False),
         AddedToken("<think>", special=False),
     )
-    tokenizer = load_tokenizer(folder_with(tmp_path, backend, tokenizer_config={"eos_token": "<｜end▁of▁sentence｜>"}))
+    tokenizer = load_tokenizer(
+        folder_with(tmp_path, backend, tokenizer_config={"eos_token": "<｜end▁of▁sentence｜>"})
+    )
     assert sorted(tokenizer.control_tokens) == ["<｜User｜>", "<｜end▁of▁sentence｜>"]
     assert len(tokenizer.encode("<｜User｜>")) > 1
     assert tokenizer.encode("<｜User｜>", parse_special=True) == [257]
@@ -125,7 +135,9 @@ def test_merges_that_lead_to_a_control_token_are_undone(tmp_path: Path) -> None:
         ({}, False),  # no post-processor in tokenizer.json
     ],
 )
-def test_bos_follows_the_checkpoints_convention(tmp_path: Path, config: dict[str, Any], expected: bool) -> None:
+def test_bos_follows_the_checkpoints_convention(
+    tmp_path: Path, config: dict[str, Any], expected: bool
+) -> None:
     backend = letters(AddedToken("<s>", special=True), AddedToken("</s>", special=True))
     config |= {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
     tokenizer = load_tokenizer(folder_with(tmp_path, backend, tokenizer_config=config))
@@ -135,7 +147,9 @@ def test_bos_follows_the_checkpoints_convention(tmp_path: Path, config: dict[str
 
 
 def test_end_tokens_come_from_every_file_that_names_them(tmp_path: Path) -> None:
-    backend = letters(AddedToken("<a>", special=True), AddedToken("<b>", special=True), AddedToken("<c>", special=True))
+    backend = letters(
+        AddedToken("<a>", special=True), AddedToken("<b>", special=True), AddedToken("<c>", special=True)
+    )
     folder = folder_with(
         tmp_path,
         backend,
