@@ -16,6 +16,7 @@ from engine.errors import CheckpointError
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_OVERLAY = "indexer.safetensors"  # lies in the folder, but is no part of the checkpoint
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -104,6 +105,11 @@ class SafetensorsSource:
             raise CheckpointError(f"{self._folder} has no tensor {name}") from None
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, in order, less the overlay that may lie there too."""
+    return sorted(path for path in folder.glob("*.safetensors") if path.name != _OVERLAY)
+
+
 def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
     """The tensors of the checkpoint -> the file that holds each."""
     index = folder / _INDEX
@@ -111,7 +117,7 @@ def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
         return _open_index(index)
     single = folder / _SINGLE
     if not single.exists():
-        found = sorted(folder.glob("*.safetensors"))
+        found = weight_files(folder)
         if not found:
             raise CheckpointError(
                 f"{folder} holds no *.safetensors file (pickled *.bin checkpoints are not read)"

@@ -93,17 +93,15 @@ def open_source(path: Path) -> Source:
     """
     # Imported when needed: neither format should cost the start-up time of the other.
     if path.is_dir():
+        from engine.checkpoint.safetensors import SafetensorsSource, weight_files
+
         ggufs = sorted(path.glob("*.gguf"))
-        if ggufs and not any(path.glob("*.safetensors")):
-            if len(ggufs) > 1:
-                listed = ", ".join(file.name for file in ggufs)
-                raise CheckpointError(f"{path} holds several .gguf files ({listed}); name the one to serve")
-            from engine.checkpoint.gguf import GGUFSource
-
-            return GGUFSource(ggufs[0])
-        from engine.checkpoint.safetensors import SafetensorsSource
-
-        return SafetensorsSource(path)
+        if not ggufs or ((path / "config.json").exists() and weight_files(path)):
+            return SafetensorsSource(path)
+        if len(ggufs) > 1:
+            listed = ", ".join(file.name for file in ggufs)
+            raise CheckpointError(f"{path} holds several .gguf files ({listed}); name the one to serve")
+        path = ggufs[0]
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist; give a .gguf file or a folder with config.json and safetensors"
