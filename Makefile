@@ -9,7 +9,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# setuptools warns on every editable install; the rest of what pip has to say is let through.
+INSTALL := PYTHONWARNINGS=ignore $(PIP) install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help serve chat install test test-slow test-all lint clean
