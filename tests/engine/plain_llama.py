@@ -1,0 +1,95 @@
+"""An independent sparse Llama: whole sequences, explicit [T, T] masks, formulas written out.
+
+Shares no code with the engine. Given the selected sets, it says what attention over them must give;
+given none, it selects by its own scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+class PlainLlama:
+    """Float64 forward over Hugging Face tensor names."""
+
+    def __init__(self, weights: Mapping[str, Tensor], config: object, indexer: Mapping[str, Tensor]) -> None:
+        self.w = {name: tensor.double() for name, tensor in {**weights, **indexer}.items()}
+        self.c = config
+        self.theta = float(config.rope_parameters["rope_theta"])  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        tokens: Sequence[int],
+        top_k: int,
+        heads: int,
+        rope_dim: int,
+        given: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """-> logits [T, vocab], and each layer's mask [T, T] and index scores [T, T]."""
+        c, w = self.c, self.w
+        n, hq, hk, d = len(tokens), c.num_attention_heads, c.num_key_value_heads, c.head_dim  # type: ignore[attr-defined]
+        x = w["model.embed_tokens.weight"][list(tokens)]
+        causal = torch.tril(torch.ones(n, n, dtype=torch.bool))
+        masks, scores = [], []
+        for i in range(c.num_hidden_layers):  # type: ignore[attr-defined]
+            at = f"model.layers.{i}."
+            h = self._rms(x, w[at + "input_layernorm.weight"])
+            index = self._index_scores(h, at + "self_attn.indexer.", heads, rope_dim).masked_fill(
+                ~causal, -math.inf
+            )
+            mask = self._best(index, top_k) if given is None else given[i]
+            masks.append(mask)
+            scores.append(index)
+            q = self._rope((h @ w[at + "self_attn.q_proj.weight"].T).view(n, hq, d), d)
+            k = self._rope((h @ w[at + "self_attn.k_proj.weight"].T).view(n, hk, d), d)
+            v = (h @ w[at + "self_attn.v_proj.weight"].T).view(n, hk, d)
+            out = torch.empty(n, hq, d, dtype=torch.float64)
+            for head in range(hq):
+                shared = head // (hq // hk)
+                logits = (q[:, head] @ k[:, shared].T / math.sqrt(d)).masked_fill(~(mask & causal), -math.inf)
+                out[:, head] = torch.softmax(logits, -1) @ v[:, shared]
+            x = x + out.reshape(n, hq * d) @ w[at + "self_attn.o_proj.weight"].T
+            h = self._rms(x, w[at + "post_attention_layernorm.weight"])
+            gate, up = h @ w[at + "mlp.gate_proj.weight"].T, h @ w[at + "mlp.up_proj.weight"].T
+            x = x + (gate * torch.sigmoid(gate) * up) @ w[at + "mlp.down_proj.weight"].T
+        head_name = "lm_head.weight" if "lm_head.weight" in w else "model.embed_tokens.weight"
+        return self._rms(x, w["model.norm.weight"]) @ w[head_name].T, masks, scores
+
+    def _index_scores(self, h: Tensor, at: str, heads: int, rope_dim: int) -> Tensor:
+        w, n = self.w, h.shape[0]
+        key = h @ w[at + "wk.weight"].T
+        mean, var = key.mean(-1, keepdim=True), key.var(-1, keepdim=True, unbiased=False)
+        key = (key - mean) / torch.sqrt(var + 1e-6) * w[at + "k_norm.weight"] + w[at + "k_norm.bias"]
+        dim = key.shape[-1]
+        key = self._rope(key.view(n, 1, dim), rope_dim)[:, 0]
+        query = self._rope((h @ w[at + "wq.weight"].T).view(n, heads, dim), rope_dim)
+        weights = h @ w[at + "weights_proj.weight"].T / math.sqrt(heads * dim)
+        total = torch.zeros(n, n, dtype=torch.float64)
+        for j in range(heads):
+            total += weights[:, j, None] * torch.clamp(query[:, j] @ key.T, min=0)
+        return total
+
+    @staticmethod
+    def _best(scores: Tensor, top_k: int) -> Tensor:
+        """Equal scores are common (a ReLU of all heads can be 0 for many tokens): the later token wins."""
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        for t in range(scores.shape[0]):
+            row: list[float] = scores[t].tolist()
+            mask[t, sorted(range(t + 1), key=lambda s: (-row[s], -s))[:top_k]] = True
+        return mask
+
+    def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.c.rms_norm_eps) * weight  # type: ignore[attr-defined]
+
+    def _rope(self, x: Tensor, dim: int) -> Tensor:
+        half = dim // 2
+        angle = torch.arange(x.shape[0]).double()[:, None] * self.theta ** (
+            -torch.arange(half).double() / half
+        )
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        a, b = x[..., :half], x[..., half:dim]
+        return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., dim:]), -1)
