@@ -124,6 +124,7 @@ def assert_same(path: Path) -> None:
     source = open_source(path)
     with torch.device("meta"):
         model = LlamaForCausalLM(HfConfig(**source.config))  # for its parameters' names only
+    model.named_children = list  # its own names are all: transformers would map each submodule's too, slowly
     loaded = load_gguf_checkpoint(
         str(path), return_tensors=True, model_to_load=model, torch_dtype=torch.float32
     )
