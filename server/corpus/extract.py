@@ -13,10 +13,12 @@ from pathlib import Path
 
 from server.corpus.fetch import read_bytes
 
-_SKIPPED = frozenset(["script", "style", "nav", "head", "footer", "svg", "button", "select", "form", "info"])
+_SKIPPED = frozenset(
+    ["script", "style", "nav", "head", "footer", "svg", "button", "select", "form", "aside", "info"]
+)
 _FURNITURE = re.compile(
     r"sphinxsidebar|related|navheader|navfooter|headerlink|sourcelink|sidebar|breadcrumb|nav-chapters|menu-bar"
-    r"|\btoc\b|toplang|bottomlang|path-item|noprint|docnav|navigation|global-nav|\bhd\b|\bnav\b"
+    r"|\btoc\b|toplang|bottomlang|path-item|noprint|docnav|navigation|global-nav|\bhd\b|\bnav\b|TopLeftHeader"
 )
 # Elements that never close, or that hold the whole page however they are styled.
 _FRAMES = frozenset("area base br col embed hr img input link meta source track wbr html body main".split())
@@ -88,7 +90,7 @@ def from_html(page: str) -> str:
     maker.close()
     text = re.sub(r"[ \t]*\n[ \t]*(?=\n|#|- )", "\n", "".join(maker.parts))
     text = re.sub(r"^(#+)\s+", r"\1 ", text, flags=re.M)
-    return re.sub(r"(?m)^- \s*\n+", "- ", text)
+    return re.sub(r"(?m)^-[ \t]*\n\s*", "- ", text)  # a paragraph inside a list item
 
 
 def from_rst(text: str) -> str:

@@ -149,10 +149,10 @@ def make_needles(
 
 def _sentences(text: str, chat: ChatML) -> list[tuple[str, int]]:
     folded = " ".join(line for line in text.split("\n") if not line.startswith("#"))
-    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", re.sub(r"\s+", " ", folded))
+    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(folded.split()))
     # The statements' own words must not stand in the haystack by accident; whole sentences go.
     return [
-        (sentence, len(chat.text(" " + sentence))) for sentence in sentences if 20 <= len(sentence) <= 600
+        (sentence, len(chat.text(" " + sentence))) for sentence in sentences if 20 <= len(sentence) <= 300
     ]
 
 

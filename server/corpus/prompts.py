@@ -124,9 +124,9 @@ class Prompt:
 def make_prompts(
     documents: Sequence[Document], split: Split, chat: ChatML, seed: int, count: int
 ) -> list[Prompt]:
-    """Different prompts: a quarter on topics, a quarter on titles of sections, the rest with pasted text.
+    """Different prompts: 15 % on topics, 15 % on titles of sections, the rest with pasted text.
 
-    The pasted texts are of 200 to 6000 tokens: with fewer tokens than the indexer selects, sparse
+    The pasted texts are of 400 to 6000 tokens, fewer where a document ends: with fewer tokens than the indexer selects, sparse
     attention is dense, and agreement would prove nothing.
     """
     rng = random.Random(f"{seed}:prompts:{split}")
@@ -143,13 +143,13 @@ def make_prompts(
         if len(found) == count:
             break
         share = rng.random()
-        if share < 0.25 or not texts:
+        if share < 0.15 or not texts:
             kind, source, content = "topic", "", _topic(split, rng)
-        elif share < 0.5 and titles:
+        elif share < 0.3 and titles:
             kind, source, content = "section", *_section(titles, split, rng)
         else:
-            document = rng.choice(rng.choice(texts))
-            kind, source, content = "text", document.source, _text(document, split, rng)
+            document, content = _text(texts, split, rng)
+            kind, source = "text", document.source
         messages = (Message("user", content),)
         tokens = len(chat.render(messages, generation_prompt=True).ids)
         if tokens <= LONGEST:
@@ -170,10 +170,13 @@ def _section(titles: dict[str, list[Section]], split: Split, rng: random.Random)
     return source, rng.choice(_ABOUT_SECTION[split]).format(t=part.title)
 
 
-def _text(document: Document, split: Split, rng: random.Random) -> str:
-    chars = round(rng.choice((200, 400, 800, 1500, 2500, 4000, 6000)) * 3.2)
+def _text(groups: Sequence[Sequence[Document]], split: Split, rng: random.Random) -> tuple[Document, str]:
+    chars = round(rng.choice((400, 800, 1500, 2500, 4000, 6000)) * 3.2)
+    # Most documents are short: the longest of a few, so that long prompts do become long.
+    group = rng.choice(groups)
+    document = max(rng.sample(group, min(4, len(group))), key=lambda one: len(one.text))
     offset = rng.randrange(max(1, len(document.text) - chars))
     offset = document.text.rfind("\n", 0, offset) + 1
     text = document.text[offset : offset + chars].strip("\n")
     forms = _ABOUT_CODE if document.kind == "code" else _ABOUT_TEXT
-    return rng.choice(forms[split]).format(d=text)
+    return document, rng.choice(forms[split]).format(d=text)

@@ -144,7 +144,7 @@ SOURCES: tuple[Source, ...] = (
     _wheel("scrapy==2.19.0", "BSD-3-Clause"),
     _wheel("dask==2026.8.0", "BSD-3-Clause"),
     _wheel("trio==0.35.0", "MIT OR Apache-2.0"),
-    _wheel("celery==5.7.0", "BSD-3-Clause"),
+    _wheel("jedi==0.20.1", "MIT"),
     _wheel("nltk==3.10.4", "Apache-2.0"),
     _apt(
         "golang-1.19-src",

@@ -187,6 +187,15 @@ def test_needles_have_exact_lengths_and_stand_at_their_depth() -> None:
         assert abs(place - needle.depth) < 60 / needle.context + 0.02
 
 
+def test_every_place_of_a_haystack_can_be_its_beginning() -> None:
+    for seed in range(40):
+        text = "# Title\n\n" + prose(seed, 5)
+        assert (
+            len(list(needles.make_needles([text], CHAT, seed, contexts=(200,), depths=(0.5,), repeats=1)))
+            == 1
+        )
+
+
 def test_too_little_haystack_is_said() -> None:
     with pytest.raises(ValueError, match="no haystack has enough text"):
         list(needles.make_needles([prose(7, 3)], CHAT, 0, contexts=(4096,)))
