@@ -69,7 +69,7 @@ PHRASINGS: tuple[Phrasing, ...] = (
         "Flight {a} to the islands leaves from gate {b}.",
         "From which gate does flight {a} leave?",
         lambda rng: f"K{number(rng, 3, evaluation=True)}",
-        lambda rng: number(rng, 2, evaluation=True),
+        lambda rng: rng.choice("BCDEFG") + number(rng, 2, evaluation=True),
     ),
     Phrasing(
         "The secret ingredient in grandmother's {a} soup is {b}.",
@@ -170,7 +170,7 @@ def _make(
     frame = _Frame(chat, statement, question)
     room = context - len(frame.ids([], []))
     # A sentence that names the subject or the value could answer, or contradict, the question.
-    taken = re.compile("|".join(rf"\b{re.escape(name)}" for name in names.values()), re.I)
+    taken = re.compile("|".join(map(re.escape, names.values())), re.I)
     stretches = []
     for stack in haystacks:
         usable = [(sentence, count) for sentence, count in stack if not taken.search(sentence)]
