@@ -58,7 +58,7 @@ class VectorisedKernels:
             attn_mask=present.view(requests * rows, 1, 1, -1),
             scale=scale,
         )
-        return out.view(requests, rows, kv_heads, group, dim)
+        return out.reshape(requests, rows, kv_heads, group, dim)
 
     def attend_masked(
         self, query: Tensor, kv_plane: Tensor, block_table: Tensor, allowed: Tensor, scale: float
@@ -75,7 +75,7 @@ class VectorisedKernels:
             attn_mask=mask,
             scale=scale,
         )
-        return out.view(requests, kv_heads, group, rows, dim).permute(0, 3, 1, 2, 4)
+        return out.reshape(requests, kv_heads, group, rows, dim).permute(0, 3, 1, 2, 4)
 
 
 def _contexts(plane: Tensor, block_table: Tensor) -> Tensor:

@@ -1,0 +1,57 @@
+"""Held-out loss of dense and sparse attention, in the trainer's own forward: quick figures while training.
+
+The figures that are published come from a running server (`dsa eval`); these say where training stands.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+
+from engine.distill.sequences import Sequence, Split
+from engine.distill.sparse_forward import Selector, by_oracle, by_student, by_window, losses
+from engine.distill.student import Student
+from engine.distill.trunk import Trunk
+
+BEYOND = 1024
+"""Positions before it are within any top_k worth having, so they would dilute the difference."""
+
+
+def held_out(
+    trunk: Trunk,
+    student: Student,
+    split: Split,
+    device: torch.device,
+    *,
+    top_k: tuple[int, ...] = (256, 512),
+    max_length: int = 4096,
+    per_kind: int = 3,
+    baselines: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, dict[str, float]]:
+    """Mean loss beyond position 1024, nats: selection -> kind of text (and "all") -> loss."""
+    selectors: dict[str, Selector | None] = {"dense": None}
+    for k in top_k:
+        selectors[f"sparse {k}"] = by_student(student, k)
+        if baselines:
+            selectors[f"oracle {k}"] = by_oracle(trunk, k)
+            selectors[f"window {k}"] = by_window(k)
+    chosen: dict[str, list[Sequence]] = defaultdict(list)
+    for sequence in split.sequences:
+        if sequence.length >= 2 * BEYOND and len(chosen[sequence.kind]) < per_kind:
+            chosen[sequence.kind].append(sequence)
+    result: dict[str, dict[str, float]] = {}
+    for name, select in selectors.items():
+        progress(name)
+        by_kind = {
+            kind: torch.cat(
+                [losses(trunk, split.tokens(s, max_length, device), select)[BEYOND - 1 :] for s in sequences]
+            )
+            for kind, sequences in chosen.items()
+            if sequences
+        }
+        result[name] = {kind: float(values.mean()) for kind, values in by_kind.items()}
+        result[name]["all"] = float(torch.cat(list(by_kind.values())).mean())
+    return result

@@ -1,0 +1,83 @@
+"""What the indexer is trained on: targets from attention, and the KL divergence to them.
+
+Letters: n sampled query rows, T positions, Hq attention heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def attention_target(query: Tensor, keys: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """Where the layer's heads look, all together: p[t, s] in arXiv 2512.02556, eq. (3).
+
+    The heads' attention probabilities are summed and the sum L1-normalised over the positions. Every
+    head's probabilities sum to 1 over the same positions, so that is their mean.
+
+    Args:
+        query: [n, Hkv, G, D], rotated; Hq = Hkv * G
+        keys: [T, Hkv, D], rotated
+        allowed: [n, T] bool, at least one True a row
+        scale: softmax scale
+
+    Returns:
+        [n, T] float32, each row summing to 1, 0 where not allowed; carries no gradient
+    """
+    with torch.no_grad():
+        logits = torch.einsum("nhgd,thd->hgnt", query.float(), keys.float()) * scale
+        logits.masked_fill_(~allowed, -math.inf)
+        return logits.softmax(-1).mean((0, 1))
+
+
+def index_logits(query: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
+    """Index scores of rows over whole sequences, with gradient: eq. (1), unmasked.
+
+    Args:
+        query: [n, H, d]
+        head_weights: [n, H] float32, scaled
+        keys: [T, d]
+
+    Returns:
+        [n, T] float32
+    """
+    n, heads, dim = query.shape
+    per_head = torch.relu(query.reshape(n * heads, dim).float() @ keys.float().T)
+    return torch.bmm(head_weights.unsqueeze(1), per_head.view(n, heads, -1)).squeeze(1)
+
+
+def divergence(target: Tensor, scores: Tensor, support: Tensor) -> Tensor:
+    """KL(target || softmax(scores)) over `support`, the target renormalised there: eqs. (3) and (4).
+
+    With the causal positions as support this is the warm-up's loss, with the selected sets the sparse
+    stage's.
+
+    Args:
+        target: [n, T] float32
+        scores: [n, T] float32
+        support: [n, T] bool, at least one True a row
+
+    Returns:
+        [n] nats, with gradient to `scores`
+    """
+    inside = target.where(support, 0.0)
+    inside = inside / inside.sum(-1, keepdim=True).clamp_min(1e-30)
+    log_scores = scores.masked_fill(~support, -math.inf).log_softmax(-1)
+    # 0 log 0 = 0: what the target gives no mass contributes nothing, and must not make 0 * -inf.
+    terms = inside * (inside.clamp_min(1e-30).log() - log_scores.masked_fill(~support, 0.0))
+    return terms.sum(-1)
+
+
+def top_mask(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
+    """The `top_k` best allowed positions of each row: [n, T] -> [n, T] bool."""
+    if top_k >= scores.shape[-1]:
+        return allowed
+    best = scores.masked_fill(~allowed, -math.inf).topk(top_k, dim=-1).indices
+    return torch.zeros_like(allowed).scatter_(-1, best, True) & allowed
+
+
+def captured_mass(target: Tensor, selected: Tensor) -> Tensor:
+    """How much of the attention falls on the selected positions: [n], 1 is all."""
+    return target.where(selected, 0.0).sum(-1)

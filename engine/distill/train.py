@@ -1,0 +1,208 @@
+"""The training loop: both stages, one forward pass for all layers, resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+from engine.distill.objective import attention_target, captured_mass, divergence, top_mask
+from engine.distill.sequences import Sequence, Split, sample_rows
+from engine.distill.sparse_forward import attend_selected, by_student, causal
+from engine.distill.student import Student
+from engine.distill.trunk import Trunk
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that decides the result, with the corpus and the base model."""
+
+    seed: int = 0
+    max_length: int = 8192
+    min_length: int = 512
+    rows: int = 256  # query rows a sequence
+    first_row: int = 64  # rows before it see too few tokens to choose among
+    sequences_per_step: int = 4
+    warmup_steps: int = 600  # dense stage
+    sparse_steps: int = 200
+    learning_rate: float = 1e-3  # of the dense stage, arXiv 2512.02556
+    sparse_learning_rate: float = 2e-4
+    ramp_steps: int = 20
+    final_fraction: float = 0.1  # of the learning rate, at the end of each stage
+    clip: float = 1.0  # gradient norm of each layer
+    sparse_top_k: tuple[int, ...] = (128, 256, 512)  # drawn anew for each sequence
+    sparse_support: Literal["selected", "causal"] = "selected"
+    report_top_k: int = 256
+
+    @property
+    def total_steps(self) -> int:
+        """Of both stages."""
+        return self.warmup_steps + self.sparse_steps
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: linear ramp, then a cosine to `final_fraction`, in each stage anew."""
+        sparse = step >= self.warmup_steps
+        at = step - self.warmup_steps if sparse else step
+        length = self.sparse_steps if sparse else self.warmup_steps
+        peak = self.sparse_learning_rate if sparse else self.learning_rate
+        if at < self.ramp_steps:
+            return peak * (at + 1) / self.ramp_steps
+        progress = (at - self.ramp_steps) / max(1, length - self.ramp_steps)
+        return peak * (
+            self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+        )
+
+
+class StepLog(msgspec.Struct, frozen=True, kw_only=True):
+    """One optimiser step, as a line of the log. Lists have one entry a layer."""
+
+    step: int
+    stage: Literal["dense", "sparse"]
+    rate: float
+    loss: list[float]  # KL divergence, nats
+    recall: list[float]  # attention mass captured by the best `report_top_k`
+    tokens: int
+    seconds: float
+
+
+class Trainer:
+    """Owns the student, its optimiser and the position in the data."""
+
+    def __init__(self, trunk: Trunk, student: Student, split: Split, recipe: Recipe, folder: Path) -> None:
+        self._trunk = trunk
+        self.student = student
+        self._split = split
+        self._recipe = recipe
+        self._folder = folder
+        self._device = next(iter(student.parameters.values())).device
+        self._optimiser = torch.optim.AdamW(
+            list(student.parameters.values()), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        self._generator = torch.Generator().manual_seed(recipe.seed)
+        self.step = 0
+
+    def run(
+        self, on_step: Callable[[StepLog], None] = lambda log: None, *, until: int | None = None,
+        save_every: int = 50,
+    ) -> None:  # fmt: skip
+        """Train to the end of the recipe, or to step `until`; logs each step, saves now and then."""
+        end = self._recipe.total_steps if until is None else min(until, self._recipe.total_steps)
+        data = self._data()
+        for _ in range(self.step * self._recipe.sequences_per_step):
+            next(data)
+        with (self._folder / "log.jsonl").open("ab") as log_file:
+            while self.step < end:
+                log = self._step(data)
+                log_file.write(msgspec.json.encode(log) + b"\n")
+                log_file.flush()
+                on_step(log)
+                self.step += 1
+                if self.step % save_every == 0 or self.step == end:
+                    self.save()
+
+    def _data(self) -> Iterator[Sequence]:
+        return self._split.shuffled(self._recipe.seed, self._recipe.min_length)
+
+    def _step(self, data: Iterator[Sequence]) -> StepLog:
+        recipe, began = self._recipe, time.monotonic()
+        stage: Literal["dense", "sparse"] = "dense" if self.step < recipe.warmup_steps else "sparse"
+        rate = recipe.rate(self.step)
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        self._optimiser.zero_grad(set_to_none=True)
+        layers = self._trunk.config.num_layers
+        loss, recall, tokens = torch.zeros(layers), torch.zeros(layers), 0
+        for _ in range(recipe.sequences_per_step):
+            sequence = next(data)
+            ids = self._split.tokens(sequence, recipe.max_length, self._device)
+            rows = sample_rows(sequence, len(ids), recipe.rows, recipe.first_row, self._generator)
+            one_loss, one_recall = self._sequence(ids, rows.to(self._device), stage)
+            loss += one_loss.cpu() / recipe.sequences_per_step
+            recall += one_recall.cpu() / recipe.sequences_per_step
+            tokens += len(ids)
+        if not bool(loss.isfinite().all()):
+            raise FloatingPointError(f"the loss of step {self.step} is not finite; lower the learning rate")
+        self._clip()
+        self._optimiser.step()
+        return StepLog(
+            step=self.step, stage=stage, rate=rate, loss=loss.tolist(), recall=recall.tolist(), tokens=tokens,
+            seconds=time.monotonic() - began,
+        )  # fmt: skip
+
+    def _sequence(
+        self, ids: Tensor, rows: Tensor, stage: Literal["dense", "sparse"]
+    ) -> tuple[Tensor, Tensor]:
+        """Backward through every layer's loss on one sequence: (loss, recall), each [layers]."""
+        trunk, recipe = self._trunk, self._recipe
+        pick = int(torch.randint(len(recipe.sparse_top_k), (1,), generator=self._generator))
+        top_k = recipe.sparse_top_k[pick]
+        losses, recalls = [], []
+        allowed = causal(rows, len(ids))
+        with torch.no_grad():
+            x = trunk.embed(ids)
+        for layer in range(trunk.config.num_layers):
+            with torch.no_grad():
+                inputs = trunk.open(layer, x)
+            target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale)
+            scores = self.student.scores(layer, inputs, rows)
+            support = allowed
+            if stage == "sparse" and recipe.sparse_support == "selected":
+                support = top_mask(scores.detach(), allowed, top_k)
+            loss = divergence(target, scores, support).mean()
+            # Each layer's loss is its own graph, because its input is detached: free it at once.
+            torch.autograd.backward(loss / recipe.sequences_per_step)
+            with torch.no_grad():
+                best = top_mask(scores.detach(), allowed, recipe.report_top_k)
+                recalls.append(captured_mass(target, best).mean())
+                losses.append(loss.detach())
+                if stage == "dense":
+                    attended = trunk.attend(inputs, slice(None), None)
+                else:
+                    attended = attend_selected(trunk, layer, inputs, by_student(self.student, top_k), 1024)
+                x = trunk.close(layer, x, attended)
+        return torch.stack(losses), torch.stack(recalls)
+
+    def _clip(self) -> None:
+        """Bound each layer's gradient norm by itself: the layers are separate problems."""
+        for layer in range(self._trunk.config.num_layers):
+            own = [
+                p for name, p in self.student.parameters.items() if name.startswith(f"model.layers.{layer}.")
+            ]
+            torch.nn.utils.clip_grad_norm_(own, self._recipe.clip)
+
+    def save(self) -> None:
+        """Write everything that `resume` needs; the file is whole or absent."""
+        state = {
+            "step": self.step,
+            "recipe": json.loads(msgspec.json.encode(self._recipe)),
+            "parameters": {name: p.detach().cpu() for name, p in self.student.parameters.items()},
+            "optimiser": self._optimiser.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+        part = self._folder / "checkpoint.pt.part"
+        torch.save(state, part)
+        part.replace(self._folder / "checkpoint.pt")
+
+    def resume(self) -> bool:
+        """Go on from the folder's checkpoint; False if there is none.
+
+        Raises:
+            ValueError: the checkpoint was made with another recipe.
+        """
+        path = self._folder / "checkpoint.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["recipe"] != json.loads(msgspec.json.encode(self._recipe)):
+            raise ValueError(f"{path} was made with another recipe; use another folder, or the same recipe")
+        self.step = state["step"]
+        self.student.load(state["parameters"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._generator.set_state(state["generator"])
+        return True
