@@ -147,7 +147,7 @@ class TokenLogprob(Value, frozen=True, kw_only=True):
 
 
 class RequestUsage(Value, frozen=True, kw_only=True):
-    """What a request used, sent with its terminal delta. Times are seconds on the engine's clock."""
+    """What a request has used so far. Times are seconds on the engine's clock."""
 
     prompt_tokens: int
     cached_tokens: int  # prompt tokens whose pages were reused at first admission
@@ -168,7 +168,7 @@ class Delta(Value, frozen=True, kw_only=True):
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # whole prompt, once; first: None
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error"
-    usage: RequestUsage | None = None  # with any finish reason
+    usage: RequestUsage | None = None  # with the first token, and with any finish reason
 
 
 class EngineStats(Value, frozen=True, kw_only=True):

@@ -120,7 +120,8 @@ class Request:
             return None
 
         prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-        if self._first_token is None:
+        first = self._first_token is None
+        if first:
             self._first_token = now
             if self.sampling.prompt_logprobs is not None:
                 prompt_logprobs = (None, *self._prompt_logprobs)
@@ -136,7 +137,7 @@ class Request:
             logprobs=(sampled.logprob,) if self.sampling.logprobs is not None and sampled.logprob else None,
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
-            usage=self.usage(now) if reason else None,
+            usage=self.usage(now) if reason or first else None,
         )
 
     def end(self, reason: FinishReason, now: float, *, error: str | None = None) -> Delta:

@@ -19,7 +19,7 @@ from engine.channel import ServerEnd
 from engine.client import EngineState, EngineStatus
 from engine.config import EngineConfig
 from engine.errors import EngineDiedError, EngineUnavailableError, ProtocolError
-from engine.protocol import Abort, Delta, Failed, Loading, Ready, Start, StepOutput, Stop, Submit
+from engine.protocol import Abort, Delta, EngineStats, Failed, Loading, Ready, Start, StepOutput, Stop, Submit
 
 _log = logging.getLogger(__name__)
 
@@ -120,7 +120,9 @@ class SubprocessEngine:
                 await self._set(EngineState.FAILED, message)
             else:
                 message = f"the engine process ended with {how}; a new one is starting"
-                await self._set(EngineState.DOWN, message, restarts=self._status.restarts + 1)
+                await self._set(
+                    EngineState.DOWN, message, restarts=self._status.restarts + 1, stats=EngineStats()
+                )
 
     async def _run_once(self) -> tuple[bool, int]:
         """One life of the process: (became ready, exit status; negative for a signal)."""

@@ -15,7 +15,7 @@ from typing import Literal, Self
 
 from engine.client import Engine
 from engine.errors import EngineDiedError
-from engine.protocol import Delta, Submit, TokenLogprob
+from engine.protocol import Delta, RequestUsage, Submit, TokenLogprob
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
 
@@ -53,11 +53,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceUsage:
-    """What one choice used. Where a stop string ended it, the engine's share is not known.
+    """What one choice used.
 
     Attributes:
         prompt_tokens: tokens of the prompt.
-        cached_tokens: those of them that the engine reused; 0 where not known.
+        cached_tokens: those of them that the engine reused.
         completion_tokens: tokens generated, up to and including the one that completed a stop string.
         top_k: tokens that attention could read; None is all.
         queue_seconds: time between submission and first step, where known.
@@ -117,8 +117,10 @@ class _Choice:
         self._job = job
         self._detokenizer = Detokenizer(tokenizer, stop=job.stop)
         self._seen = 0
+        self._known: RequestUsage | None = None  # the newest; a stop string ends a choice before the last
 
     def read(self, delta: Delta) -> TextDelta:
+        self._known = delta.usage or self._known
         if self._job.prompt_only:
             return self._read_prompt(delta)
         token_ids = self._without_stop_token(delta)
@@ -141,7 +143,7 @@ class _Choice:
             logprobs=delta.logprobs[: len(token_ids)] if delta.logprobs is not None else None,
             prompt_logprobs=delta.prompt_logprobs,
             finish_reason=finish,
-            usage=self._usage(delta, completion_tokens) if finish else None,
+            usage=self._usage(completion_tokens) if finish else None,
         )
 
     def _read_prompt(self, delta: Delta) -> TextDelta:
@@ -151,7 +153,7 @@ class _Choice:
             token_ids=(),
             prompt_logprobs=delta.prompt_logprobs,
             finish_reason="length" if delta.finish_reason else None,
-            usage=self._usage(delta, 0) if delta.finish_reason else None,
+            usage=self._usage(0) if delta.finish_reason else None,
         )
 
     def _without_stop_token(self, delta: Delta) -> tuple[int, ...]:
@@ -160,8 +162,8 @@ class _Choice:
             return ids[:-1]
         return ids
 
-    def _usage(self, delta: Delta, completion_tokens: int) -> ChoiceUsage:
-        known = delta.usage
+    def _usage(self, completion_tokens: int) -> ChoiceUsage:
+        known = self._known
         return ChoiceUsage(
             prompt_tokens=len(self._job.submit.prompt_token_ids),
             cached_tokens=known.cached_tokens if known else 0,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FACE = ("protocol", "config", "errors", "client", "supervisor")
 WITHOUT_TORCH = (
     *(f"{name}.py" for name in FACE),
-    "channel.py", "plan.py", "request.py", "scheduler.py", "cost.py", "kv/pages.py", "kv/prefix.py",
+    "channel.py", "plan.py", "request.py", "scheduler.py", "kv/pages.py", "kv/prefix.py",
 )  # fmt: skip
 
 

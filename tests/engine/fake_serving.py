@@ -133,7 +133,8 @@ class Driver:
 
     def hear(self, delta: Delta) -> None:
         assert delta.request_id not in self.last, "nothing may follow a terminal delta"
-        assert (delta.usage is None) == (delta.finish_reason is None)
+        first = bool(delta.token_ids) and not self.output[delta.request_id]
+        assert (delta.usage is not None) == (first or delta.finish_reason is not None)
         self.output[delta.request_id] += delta.token_ids
         if delta.prompt_logprobs is not None:
             assert delta.request_id not in self.prompt_logprobs

@@ -68,7 +68,7 @@ def test_history_is_carried_only_where_a_penalty_needs_it(params: dict[str, Any]
 def test_a_stop_token_ends_the_request_and_is_part_of_it() -> None:
     request = make(2, stop_token_ids=(7, 9))
     going = step(request, 2, 8)
-    assert going == Delta(request_id="r", token_ids=(8,))
+    assert going == Delta(request_id="r", token_ids=(8,), usage=request.usage(0.0))
     last = step(request, 1, 9)
     assert last is not None
     assert (last.token_ids, last.finish_reason) == ((9,), "stop")

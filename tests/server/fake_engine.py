@@ -141,7 +141,7 @@ class FakeEngine:
                 logprobs=_logprobs(request, token_ids[start:stop]),
                 prompt_logprobs=prompt_logprobs if not start else None,
                 finish_reason=reason if last else None,
-                usage=_usage(request, script, stop) if last else None,
+                usage=_usage(request, script, stop) if last or not start else None,
             )
         await asyncio.sleep(0)
         if script.fault == "die":

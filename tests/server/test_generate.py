@@ -66,6 +66,7 @@ async def test_an_early_stop_aborts_and_counts_what_was_read() -> None:
     assert (delta.text, delta.finish_reason, delta.token_ids) == ("a", "stop", tuple(ids("ab")))
     assert delta.usage is not None
     assert (delta.usage.prompt_tokens, delta.usage.completion_tokens) == (2, 2)
+    assert delta.usage.cached_tokens == 2  # known since the first token
     assert engine.aborted == ["r"]
 
 

@@ -58,14 +58,14 @@ async def test_the_exposition() -> None:
         value(samples, "dsa_requests_total", endpoint="/v1/models/{model_id:path}", outcome="client_error")
         == 1
     )
-    assert value(samples, "dsa_tokens_total", kind="prompt_cached") == 3
-    assert value(samples, "dsa_tokens_total", kind="prompt_computed") == 3 * 3 + 3
+    assert value(samples, "dsa_tokens_total", kind="prompt_cached") == 4
+    assert value(samples, "dsa_tokens_total", kind="prompt_computed") == 3 * 3 + 2
     assert value(samples, "dsa_tokens_total", kind="completion") == 6 + 6 + 2 + 3
     for name, count in (
         ("dsa_time_to_first_token_seconds", 3),
         ("dsa_e2e_request_latency_seconds", 3),
         ("dsa_time_per_output_token_seconds", 4),
-        ("dsa_request_queue_seconds", 3),
+        ("dsa_request_queue_seconds", 4),
     ):
         assert value(samples, f"{name}_count") == count, name
         bounds = [float(dict(labels)["le"]) for own, labels in samples if own == f"{name}_bucket"]
