@@ -71,7 +71,7 @@ class TileCosts:
     attention_row_bytes: int  # per (row, context position) while attending masked: query heads x 4
     token_bytes: int  # keys and values of one token, one layer
     gather_cost: float = 1.0  # per (row, selected token) of `gather`
-    mask_cost: float = 0.1  # per (row, context position) of `mask`
+    mask_cost: float = 0.075  # per (row, context position) of `mask`
     forced: Literal["auto", "gather", "mask"] = "auto"
 
     def sparse_form(self, rows: int, context: int, top_k: int) -> Form:

@@ -1,0 +1,1 @@
+"""Measurements that published numbers and built-in constants come from."""

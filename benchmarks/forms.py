@@ -1,0 +1,81 @@
+"""What `gather` and `mask` cost, for `engine.attention.tiles.TileCosts`: python -m benchmarks.forms
+
+Times one layer's sparse attention of the default model's shape for a chunk of rows, in both forms, over
+contexts and top_k, and prints the ratio beside the one that the constants predict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from engine.attention.sparse import selection_mask
+from engine.attention.tiles import TileCosts
+from engine.config import PAGE_SIZE
+from engine.kernels import load_backend
+
+KV_HEADS, GROUP, DIM = 3, 3, 64
+
+
+def median_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Median time of a call after one to warm up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=64, help="query rows of the chunk")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    kernels, rows = load_backend("torch"), options.rows
+    table = Table("context", "top_k", "gather ms", "mask ms", "gather / mask", "predicted", "chosen")
+    costs = TileCosts(budget_bytes=64 << 20, index_row_bytes=32, attention_row_bytes=36, token_bytes=768)
+    per_selected, per_context = [], []
+    for context in (512, 1024, 2048, 4096, 8192):
+        pages = context // PAGE_SIZE
+        plane = torch.randn(pages, PAGE_SIZE, KV_HEADS, 2, DIM).to(dtype)
+        block_table = torch.randperm(pages).unsqueeze(0)
+        query = torch.randn(1, rows, KV_HEADS, GROUP, DIM).to(dtype)
+        for top_k in (64, 128, 256, 512, 1024):
+            if top_k >= context:
+                continue
+            selected = torch.rand(1, rows, context).topk(top_k, dim=-1).indices
+            allowed = selection_mask(selected, context)
+            gather = median_seconds(
+                lambda s=selected: kernels.attend_selected(query, plane, block_table, s, 0.125),
+                options.repeats,
+            )
+            mask = median_seconds(
+                lambda a=allowed: kernels.attend_masked(query, plane, block_table, a, 0.125), options.repeats
+            )
+            per_selected.append(gather / top_k)
+            per_context.append(mask / context)
+            predicted = top_k * costs.gather_cost / (context * costs.mask_cost)
+            chosen = costs.sparse_form(rows, context, top_k)
+            table.add_row(
+                str(context), str(top_k), f"{gather * 1e3:.2f}", f"{mask * 1e3:.2f}",
+                f"{gather / mask:.2f}", f"{predicted:.2f}", chosen,
+            )  # fmt: skip
+    console = Console()
+    console.print(table)
+    ratio = statistics.median(per_context) / statistics.median(per_selected)
+    console.print(f"gather_cost 1.0, mask_cost {ratio:.3f} would fit this machine")
+
+
+if __name__ == "__main__":
+    main()
