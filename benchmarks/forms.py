@@ -1,6 +1,6 @@
-"""What `gather` and `mask` cost, for `engine.attention.tiles.TileCosts`: python -m benchmarks.forms
+"""What `gather` and `mask` cost, for `engine.attention.tiles.TileCosts`.
 
-Times one layer's sparse attention of the default model's shape for a chunk of rows, in both forms, over
+`python -m benchmarks.forms` times one layer's sparse attention of the default model's shape for a chunk of rows, in both forms, over
 contexts and top_k, and prints the ratio beside the one that the constants predict.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -56,13 +57,11 @@ def main() -> None:
                 continue
             selected = torch.rand(1, rows, context).topk(top_k, dim=-1).indices
             allowed = selection_mask(selected, context)
+            shared = (query, plane, block_table)
             gather = median_seconds(
-                lambda s=selected: kernels.attend_selected(query, plane, block_table, s, 0.125),
-                options.repeats,
+                partial(kernels.attend_selected, *shared, selected, 0.125), options.repeats
             )
-            mask = median_seconds(
-                lambda a=allowed: kernels.attend_masked(query, plane, block_table, a, 0.125), options.repeats
-            )
+            mask = median_seconds(partial(kernels.attend_masked, *shared, allowed, 0.125), options.repeats)
             per_selected.append(gather / top_k)
             per_context.append(mask / context)
             predicted = top_k * costs.gather_cost / (context * costs.mask_cost)
