@@ -115,8 +115,8 @@ class Lab:
 
     def __init__(self, weights: Path, overlay: Path | None = None, **settings: object) -> None:
         config = EngineConfig(
-            weights=str(weights), overlay=None if overlay is None else str(overlay), dtype="float32", device="cpu",
-            **{"kv_cache_bytes": 256 << 20, **settings},
+            weights=str(weights), overlay=None if overlay is None else str(overlay),
+            **{"dtype": "float32", "device": "cpu", "kv_cache_bytes": 256 << 20, **settings},
         )  # fmt: skip
         self.built = build(config)
         self.sparse = overlay is not None
