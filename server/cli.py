@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from server.config import Settings, SettingsError, load_settings
+from server.distill_command import distill
 
 app = typer.Typer(
     name="dsa",
@@ -235,3 +236,6 @@ def chat(
         talk(url, model=model, top_k=sparsity, temperature=temperature)
     except ChatClientError as error:
         fail(error)
+
+
+app.command()(distill)

@@ -1,124 +1,191 @@
-"""`python -m engine.distill`: train an indexer for a dense checkpoint and write it as an overlay.
+"""Train a lightning indexer for a dense checkpoint and write it as an overlay.
 
-Started by `dsa distill`. Leaves in its folder: log.jsonl, loss.png, checkpoint.pt (to resume from),
-evaluation.json and indexer.safetensors.
+Leaves in the folder of --out: log.jsonl, loss.png, checkpoint.pt (to resume from), evaluation.json and
+indexer.safetensors. Started by `dsa distill`; alone it is `python -m engine.distill`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.build import resolve_device, resolve_dtype
 from engine.checkpoint.loader import load
-from engine.checkpoint.overlay import write_overlay
-from engine.checkpoint.source import open_source
-from engine.distill.evaluate import held_out
-from engine.distill.plot import plot_log
+from engine.checkpoint.overlay import base_fingerprint, write_overlay
+from engine.checkpoint.source import Source, open_source
+from engine.distill.evaluate import BEYOND, held_out
+from engine.distill.recipe import EXAMPLE, Recipe, read_recipe
+from engine.distill.report import Report
 from engine.distill.sequences import Split
 from engine.distill.student import Student
-from engine.distill.train import Recipe, StepLog, Trainer
+from engine.distill.train import StepLog, Trainer
 from engine.distill.trunk import Trunk
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from engine.models.llama import LlamaConfig, weight_table
 from engine.protocol import IndexerInfo
 
+STOPPED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
-def main() -> None:
-    """Parse, train, evaluate, write."""
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, train, evaluate, write; the exit status."""
+    options = parser().parse_args(arguments)
     try:
-        run(arguments())
-    except (EngineError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False)
-        sys.exit(1)
+        return run(options)
+    except torch.OutOfMemoryError:
+        error: object = "the device has too little memory; lower the recipe's rows or max_length"
+    except (EngineError, OSError) as fault:
+        error = fault
+    except KeyboardInterrupt:
+        return STOPPED
+    Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+    return 1
 
 
-def arguments() -> argparse.Namespace:
-    """The command line; each field of `Recipe` is a flag."""
-    parser = argparse.ArgumentParser(prog="dsa distill", description=__doc__)
-    parser.add_argument("--weights", type=Path, required=True, help="dense checkpoint: .gguf file or folder")
-    parser.add_argument("--corpus", type=Path, required=True, help="folder made by python -m server.corpus")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the results; resumed if it holds a run"
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    fields = json.loads(msgspec.json.encode(Recipe()))
+    made = argparse.ArgumentParser(
+        prog="python -m engine.distill",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="the recipe's fields and their defaults:\n"
+        + "\n".join(f"  {name}: {json.dumps(value)}" for name, value in fields.items()),
     )
-    parser.add_argument("--heads", type=int, default=8, help="indexer heads")
-    parser.add_argument("--dim", type=int, default=64, help="dims of an indexer head")
-    parser.add_argument("--rope", type=int, default=32, help="rotated dims of an indexer head")
-    parser.add_argument(
-        "--default-top-k", type=int, default=256, help="what the server uses where a request says nothing"
+    add = made.add_argument
+    add("--weights", type=Path, required=True, help="dense checkpoint: .gguf file or folder")
+    add("--corpus", type=Path, required=True, help="folder made by python -m server.corpus")
+    add("--out", type=Path, required=True, help="folder for the results; resumed if it holds a run")
+    add("--recipe", default="{}", help=f"JSON, such as '{EXAMPLE}'; its fields are below")
+    add("--heads", type=int, default=8, help="indexer heads (%(default)s)")
+    add("--dim", type=int, default=64, help="dims of an indexer head (%(default)s)")
+    add("--rope", type=int, default=32, help="rotated dims of an indexer head (%(default)s)")
+    add("--default-top-k", type=int, default=512, help="for requests that say nothing (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="(%(default)s)")
+    add("--until", type=int, help="stop at this step, to go on another time")
+    add(
+        "--evaluate-every", type=int, default=0, help="steps between evaluations; 0: at the end (%(default)s)"
     )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--until", type=int, help="stop at this step, to go on another time")
-    parser.add_argument(
-        "--evaluate-every", type=int, default=0, help="steps between evaluations; 0: at the end only"
-    )
-    parser.add_argument("--evaluate-kind", type=int, default=3, help="held-out sequences of each kind")
-    parser.add_argument("--recipe", type=json.loads, default={}, help="JSON, e.g. '{\"warmup_steps\": 50}'")
-    return parser.parse_args()
+    add("--evaluate-kind", type=int, default=3, help="held-out sequences of each kind (%(default)s)")
+    return made
 
 
-def run(options: argparse.Namespace) -> None:
-    """Train as the options say.
+def run(options: argparse.Namespace) -> int:
+    """Train as the options say; the exit status.
 
     Raises:
-        EngineError: the checkpoint, the corpus or the device.
-        ValueError: the recipe.
+        EngineError: the recipe, the checkpoint, the corpus or the device.
     """
-    console = Console()
-    recipe = msgspec.convert(options.recipe, Recipe)
-    info = IndexerInfo(
-        num_heads=options.heads, head_dim=options.dim, rope_dim=options.rope, default_top_k=options.default_top_k,
-        source="indexer.safetensors",
-    )  # fmt: skip
+    try:  # an extra, and better missed now than after the training
+        from engine.distill.plot import plot_log
+    except ImportError:
+        raise ConfigError(
+            "matplotlib is not installed; training needs it: pip install 'dsa-serve[train]'"
+        ) from None
+    recipe, info = read_recipe(options.recipe), _indexer(options)
     device = resolve_device(options.device)
     source = open_source(options.weights)
     config = LlamaConfig.read(source.config)
+    splits = {name: Split.open(options.corpus, name, config.vocab_size) for name in ("train", "heldout")}
     dtype = resolve_dtype(options.dtype, device)
     weights, _ = load(weight_table(config, None), source, dtype=dtype, device=device)
     trunk = Trunk(config, weights, config.max_positions, device)
     student = Student(config, info, config.max_positions, device, recipe.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(trunk, student, Split.open(options.corpus, "train"), recipe, options.out)
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(trunk, student, splits["train"], recipe, out, base_fingerprint(source))
+    console = Console()
     if trainer.resume():
-        console.print(f"resuming at step {trainer.step} of {recipe.total_steps}")
-    heldout = Split.open(options.corpus, "heldout")
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=recipe.total_steps, completed=trainer.step, status="")
+        console.print(f"resuming at step {trainer.step} of {recipe.total_steps}", highlight=False)
+
+    def table(per_kind: int, *, baselines: bool) -> dict[str, dict[str, float]]:
+        return held_out(trunk, student, splits["heldout"], device, per_kind=per_kind, baselines=baselines)
+
+    with Report(console, trainer.step, recipe.total_steps) as report:
 
         def show(log: StepLog) -> None:
-            mean = sum(log.loss) / len(log.loss)
-            recall = sum(log.recall) / len(log.recall)
-            status = f"{log.stage} KL {mean:.4f} recall {recall:.4f} {log.seconds:.2f} s"
-            bar.update(task, advance=1, status=status)
-            if not bar.console.is_terminal and log.step % 20 == 0:
-                bar.console.print(f"step {log.step} {status}")
+            report.step(log)
             if options.evaluate_every and log.step and log.step % options.evaluate_every == 0:
-                table = held_out(trunk, student, heldout, device, per_kind=1)
-                bar.console.print_json(json.dumps({name: row["all"] for name, row in table.items()}))
+                for line in _lines(table(1, baselines=False)):
+                    report.say(line)
 
-        trainer.run(show, until=options.until)
-    plot_log(options.out / "log.jsonl", options.out / "loss.png")
+        stopped = _train(trainer, show, options.until)
+    if stopped:
+        report.say(f"stopped at step {trainer.step}; the same command goes on from there")
+        return STOPPED
+    plot_log(out / "log.jsonl", out / "loss.png", recipe.report_top_k)
+    _write(out / "indexer.safetensors", trainer, info, recipe, source)
+    figures = table(options.evaluate_kind, baselines=True)
+    (out / "evaluation.json").write_text(json.dumps(figures, indent=1))
+    for line in _lines(figures):
+        report.say(line)
+    report.say(f"to serve it: dsa serve {options.weights} --overlay {out / 'indexer.safetensors'}")
+    return 0
+
+
+def _indexer(options: argparse.Namespace) -> IndexerInfo:
+    """The indexer's sizes, checked now: writing the overlay would find them wrong after all the work."""
+    for flag in ("heads", "dim", "rope", "default_top_k"):
+        if getattr(options, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(options, flag)}; expected at least 1")
+    if options.rope % 2 or options.rope > options.dim:
+        raise ConfigError(f"--rope is {options.rope}; expected an even number up to --dim ({options.dim})")
+    return IndexerInfo(
+        num_heads=options.heads, head_dim=options.dim, rope_dim=options.rope, default_top_k=options.default_top_k,
+        source="indexer.safetensors",
+    )  # fmt: skip
+
+
+def _train(trainer: Trainer, show: Callable[[StepLog], None], until: int | None) -> bool:
+    """Run; True if a signal ended it early. The first signal lets the step end, the second does not."""
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
+        stopped = True
+        trainer.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        trainer.run(show, until=until)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return stopped
+
+
+def _write(path: Path, trainer: Trainer, info: IndexerInfo, recipe: Recipe, source: Source) -> None:
+    """The overlay of what was trained so far."""
     described = json.dumps({"recipe": json.loads(msgspec.json.encode(recipe)), "steps": trainer.step})
-    tensors = {name: p.detach().to(torch.float16) for name, p in student.parameters.items()}
-    write_overlay(options.out / "indexer.safetensors", tensors, info, described, source)
-    table = held_out(trunk, student, heldout, device, per_kind=options.evaluate_kind, baselines=True)
-    (options.out / "evaluation.json").write_text(json.dumps(table, indent=1))
+    tensors = {name: p.detach().to(torch.float16) for name, p in trainer.student.parameters.items()}
+    write_overlay(path, tensors, info, described, source)
+
+
+def _lines(table: dict[str, dict[str, float]]) -> list[str]:
+    """An evaluation as text: each selection's loss, and by kind how much it is above dense."""
+    if not table:
+        return [
+            f"nothing evaluated: no held-out sequence has {2 * BEYOND} tokens that the model has room for"
+        ]
+    lines = [f"held-out loss beyond position {BEYOND}, nats, and by kind of text above dense:"]
     for name, row in table.items():
         above = "  ".join(f"{kind} {value - table['dense'][kind]:+.4f}" for kind, value in row.items())
-        console.print(f"{name:12} {row['all']:.4f}   above dense: {above}", highlight=False, soft_wrap=True)
+        lines.append(f"{name:12} {row['all']:.4f}   {above}")
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

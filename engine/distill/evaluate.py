@@ -16,7 +16,7 @@ from engine.distill.student import Student
 from engine.distill.trunk import Trunk
 
 BEYOND = 1024
-"""Positions before it are within any top_k worth having, so they would dilute the difference."""
+"""Positions before it have little to leave out at any top_k worth having: they would dilute the difference."""
 
 
 def held_out(
@@ -29,9 +29,14 @@ def held_out(
     max_length: int = 4096,
     per_kind: int = 3,
     baselines: bool = False,
+    beyond: int = BEYOND,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, float]]:
-    """Mean loss beyond position 1024, nats: selection -> kind of text (and "all") -> loss."""
+    """Mean loss beyond position `beyond`, nats: selection -> kind of text (and "all") -> loss.
+
+    Empty where the split has no sequence (or the model no room for one) of twice `beyond`.
+    """
+    max_length = min(max_length, trunk.config.max_positions)
     selectors: dict[str, Selector | None] = {"dense": None}
     for k in top_k:
         selectors[f"sparse {k}"] = by_student(student, k)
@@ -40,17 +45,18 @@ def held_out(
             selectors[f"window {k}"] = by_window(k)
     chosen: dict[str, list[Sequence]] = defaultdict(list)
     for sequence in split.sequences:
-        if sequence.length >= 2 * BEYOND and len(chosen[sequence.kind]) < per_kind:
+        if min(sequence.length, max_length) >= 2 * beyond and len(chosen[sequence.kind]) < per_kind:
             chosen[sequence.kind].append(sequence)
     result: dict[str, dict[str, float]] = {}
+    if not chosen:
+        return result
     for name, select in selectors.items():
         progress(name)
         by_kind = {
             kind: torch.cat(
-                [losses(trunk, split.tokens(s, max_length, device), select)[BEYOND - 1 :] for s in sequences]
+                [losses(trunk, split.tokens(s, max_length, device), select)[beyond - 1 :] for s in sequences]
             )
             for kind, sequences in chosen.items()
-            if sequences
         }
         result[name] = {kind: float(values.mean()) for kind, values in by_kind.items()}
         result[name]["all"] = float(torch.cat(list(by_kind.values())).mean())

@@ -71,11 +71,19 @@ def divergence(target: Tensor, scores: Tensor, support: Tensor) -> Tensor:
 
 
 def top_mask(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
-    """The `top_k` best allowed positions of each row: [n, T] -> [n, T] bool."""
+    """The `top_k` best allowed positions of each row: [n, T] -> [n, T] bool.
+
+    Of equal scores at the edge of a set the later positions are in, as in serving. They are common: a
+    token that no head's ReLU lets through has a score of exactly 0.
+    """
     if top_k >= scores.shape[-1]:
         return allowed
-    best = scores.masked_fill(~allowed, -math.inf).topk(top_k, dim=-1).indices
-    return torch.zeros_like(allowed).scatter_(-1, best, True) & allowed
+    scores = scores.masked_fill(~allowed, -math.inf)
+    edge = scores.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, level = scores > edge, scores == edge
+    free = top_k - above.sum(-1, keepdim=True)
+    latest = level.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= free
+    return (above | (level & latest)) & allowed
 
 
 def captured_mass(target: Tensor, selected: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import torch
+from msgspec import Meta
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,32 +27,66 @@ class Sequence:
     focus: tuple[tuple[int, int], ...]  # spans whose rows matter most: a chat's answers
 
 
-class Split:
-    """A token file and where its sequences lie."""
+class _Sequence(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence as the manifest lists it."""
 
-    def __init__(self, tokens: NDArray[np.uint16], sequences: tuple[Sequence, ...]) -> None:
+    start: Annotated[int, Meta(ge=0)]
+    length: Annotated[int, Meta(ge=1)]
+    kind: str
+    sources: tuple[str, ...]
+    licences: tuple[str, ...]
+    focus: tuple[tuple[int, int], ...]
+
+
+class _Split(msgspec.Struct, frozen=True):
+    file: str
+    sha256: str
+    sequences: tuple[_Sequence, ...]
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    """What is read here of a corpus folder's manifest.json."""
+
+    splits: dict[str, _Split]
+
+
+class Split:
+    """A token file, where its sequences lie, and the digest that tells it from others."""
+
+    def __init__(self, tokens: NDArray[np.uint16], sequences: tuple[Sequence, ...], digest: str = "") -> None:
         self._tokens = tokens
         self.sequences = sequences
+        self.digest = digest
 
     @classmethod
-    def open(cls, folder: Path, name: str) -> Split:
+    def open(cls, folder: Path, name: str, vocab_size: int) -> Split:
         """Map one split of a corpus folder into memory.
 
         Raises:
-            ConfigError: the folder is not a corpus.
+            ConfigError: the folder is not a corpus, or one of another vocabulary.
         """
+        rebuild = f"build one: python -m server.corpus --out {folder} --model MODEL"
         try:
-            entry = json.loads((folder / "manifest.json").read_text())["splits"][name]
-            tokens: NDArray[np.uint16] = np.load(folder / entry["file"], mmap_mode="r")
-        except (OSError, KeyError, ValueError) as error:
+            manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=_Manifest)
+            entry = manifest.splits[name]
+            tokens: NDArray[np.uint16] = np.load(folder / entry.file, mmap_mode="r")
+        except (OSError, KeyError, ValueError, EOFError) as error:
             raise ConfigError(
-                f"{folder} holds no corpus with a {name!r} split ({error}); build one: python -m server.corpus"
+                f"{folder} holds no corpus with a {name!r} split ({error}); {rebuild}"
             ) from None
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise ConfigError(f"{folder / entry.file} is not a file of tokens; {rebuild}")
+        if any(s.start + s.length > len(tokens) for s in entry.sequences):
+            raise ConfigError(f"{folder / entry.file} is shorter than its manifest says; {rebuild}")
+        if len(tokens) and int(tokens.max()) >= vocab_size:
+            raise ConfigError(
+                f"{folder} has token {int(tokens.max())}, but the model knows {vocab_size} tokens: it was built "
+                f"with another model's tokenizer; {rebuild}"
+            )
         sequences = tuple(
-            Sequence(start=start, length=length, kind=kind, focus=tuple(map(tuple, focus)))
-            for start, length, kind, _, _, focus in entry["sequences"]
+            Sequence(start=s.start, length=s.length, kind=s.kind, focus=s.focus) for s in entry.sequences
         )
-        return cls(tokens, sequences)
+        return cls(tokens, sequences, entry.sha256)
 
     def tokens(self, sequence: Sequence, max_length: int, device: torch.device) -> Tensor:
         """[min(length, max_length)] int64."""
@@ -58,11 +94,15 @@ class Split:
         return torch.from_numpy(self._tokens[sequence.start : end].astype(np.int64)).to(device)
 
     def shuffled(self, seed: int, min_length: int) -> Iterator[Sequence]:
-        """Endless passes over the sequences of at least `min_length` tokens, each in an order of its own."""
+        """Endless passes over the sequences of at least `min_length` tokens, each in an order of its own.
+
+        Raises:
+            ConfigError: from the first `next`, where no sequence is that long.
+        """
         usable = [s for s in self.sequences if s.length >= min_length]
         if not usable:
             raise ConfigError(
-                f"no sequence of the corpus has {min_length} tokens; lower the minimum or build more"
+                f"no sequence of the corpus has {min_length} tokens; lower the recipe's min_length, or build more"
             )
         for epoch in range(1 << 30):
             order = np.random.default_rng((seed, epoch)).permutation(len(usable))
@@ -78,10 +118,10 @@ def sample_rows(
         [<= count] int64, sorted, distinct
     """
     focused = [
+        # Row p predicts token p + 1, so a span's first token is the work of the row before it.
         p
         for start, end in sequence.focus
-        for p in range(max(start, first) - 1, min(end, length))
-        if p >= first
+        for p in range(max(start - 1, first), min(end, length))
     ]
     chosen = torch.tensor(focused, dtype=torch.int64)
     if len(chosen) > count // 4:

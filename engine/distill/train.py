@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,49 +14,12 @@ import torch
 from torch import Tensor
 
 from engine.distill.objective import attention_target, captured_mass, divergence, top_mask
+from engine.distill.recipe import Recipe
 from engine.distill.sequences import Sequence, Split, sample_rows
 from engine.distill.sparse_forward import attend_selected, by_student, causal
 from engine.distill.student import Student
 from engine.distill.trunk import Trunk
-
-
-class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that decides the result, with the corpus and the base model."""
-
-    seed: int = 0
-    max_length: int = 8192
-    min_length: int = 512
-    rows: int = 256  # query rows a sequence
-    first_row: int = 64  # rows before it see too few tokens to choose among
-    sequences_per_step: int = 4
-    warmup_steps: int = 600  # dense stage
-    sparse_steps: int = 200
-    learning_rate: float = 1e-3  # of the dense stage, arXiv 2512.02556
-    sparse_learning_rate: float = 2e-4
-    ramp_steps: int = 20
-    final_fraction: float = 0.1  # of the learning rate, at the end of each stage
-    clip: float = 1.0  # gradient norm of each layer
-    sparse_top_k: tuple[int, ...] = (128, 256, 512)  # drawn anew for each sequence
-    sparse_support: Literal["selected", "causal"] = "selected"
-    report_top_k: int = 256
-
-    @property
-    def total_steps(self) -> int:
-        """Of both stages."""
-        return self.warmup_steps + self.sparse_steps
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: linear ramp, then a cosine to `final_fraction`, in each stage anew."""
-        sparse = step >= self.warmup_steps
-        at = step - self.warmup_steps if sparse else step
-        length = self.sparse_steps if sparse else self.warmup_steps
-        peak = self.sparse_learning_rate if sparse else self.learning_rate
-        if at < self.ramp_steps:
-            return peak * (at + 1) / self.ramp_steps
-        progress = (at - self.ramp_steps) / max(1, length - self.ramp_steps)
-        return peak * (
-            self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-        )
+from engine.errors import ConfigError
 
 
 class StepLog(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,39 +35,90 @@ class StepLog(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Trainer:
-    """Owns the student, its optimiser and the position in the data."""
+    """Owns the student, its optimiser and the position in the data.
 
-    def __init__(self, trunk: Trunk, student: Student, split: Split, recipe: Recipe, folder: Path) -> None:
+    Args:
+        trunk: the model to learn from
+        student: the indexers to train
+        split: the data
+        recipe: how
+        folder: of the log and the checkpoint
+        base: what tells `trunk`'s weights from others; a checkpoint goes on only over the same
+    """
+
+    def __init__(
+        self, trunk: Trunk, student: Student, split: Split, recipe: Recipe, folder: Path, base: str = ""
+    ) -> None:
         self._trunk = trunk
         self.student = student
         self._split = split
         self._recipe = recipe
         self._folder = folder
+        self._length = min(recipe.max_length, trunk.config.max_positions)
+        if self._length <= recipe.first_row:
+            raise ConfigError(
+                f"the model has {self._length} positions; lower the recipe's first_row ({recipe.first_row})"
+            )
+        info = student.info
+        self._identity: dict[str, object] = {
+            "recipe": json.loads(msgspec.json.encode(recipe)),
+            "indexer": [info.num_heads, info.head_dim, info.rope_dim],
+            "corpus": split.digest,
+            "base model": base,
+        }
         self._device = next(iter(student.parameters.values())).device
         self._optimiser = torch.optim.AdamW(
             list(student.parameters.values()), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
         self._generator = torch.Generator().manual_seed(recipe.seed)
+        self._stopping = False
         self.step = 0
+
+    def stop(self) -> None:
+        """Make `run` return after the step it is at, with everything saved."""
+        self._stopping = True
 
     def run(
         self, on_step: Callable[[StepLog], None] = lambda log: None, *, until: int | None = None,
         save_every: int = 50,
     ) -> None:  # fmt: skip
-        """Train to the end of the recipe, or to step `until`; logs each step, saves now and then."""
+        """Train to the end of the recipe, or to step `until`; logs each step, saves now and then.
+
+        Raises:
+            ConfigError: the corpus has nothing to train on, or the loss is not finite.
+        """
         end = self._recipe.total_steps if until is None else min(until, self._recipe.total_steps)
         data = self._data()
         for _ in range(self.step * self._recipe.sequences_per_step):
             next(data)
+        self._cut_log()
         with (self._folder / "log.jsonl").open("ab") as log_file:
-            while self.step < end:
+            while self.step < end and not self._stopping:
                 log = self._step(data)
                 log_file.write(msgspec.json.encode(log) + b"\n")
                 log_file.flush()
                 on_step(log)
                 self.step += 1
-                if self.step % save_every == 0 or self.step == end:
+                if self.step % save_every == 0 or self.step == end or self._stopping:
                     self.save()
+
+    def _cut_log(self) -> None:
+        """Take out what a run that was killed logged after its last checkpoint: those steps come again."""
+        path = self._folder / "log.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                log = msgspec.json.decode(line, type=StepLog)
+            except msgspec.DecodeError:
+                break  # the kill came in the middle of a line
+            if log.step >= self.step:
+                break
+            kept.append(line)
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(b"".join(kept))
+        part.replace(path)
 
     def _data(self) -> Iterator[Sequence]:
         return self._split.shuffled(self._recipe.seed, self._recipe.min_length)
@@ -120,14 +134,14 @@ class Trainer:
         loss, recall, tokens = torch.zeros(layers), torch.zeros(layers), 0
         for _ in range(recipe.sequences_per_step):
             sequence = next(data)
-            ids = self._split.tokens(sequence, recipe.max_length, self._device)
+            ids = self._split.tokens(sequence, self._length, self._device)
             rows = sample_rows(sequence, len(ids), recipe.rows, recipe.first_row, self._generator)
             one_loss, one_recall = self._sequence(ids, rows.to(self._device), stage)
             loss += one_loss.cpu() / recipe.sequences_per_step
             recall += one_recall.cpu() / recipe.sequences_per_step
             tokens += len(ids)
         if not bool(loss.isfinite().all()):
-            raise FloatingPointError(f"the loss of step {self.step} is not finite; lower the learning rate")
+            raise ConfigError(f"the loss of step {self.step} is not finite; lower the recipe's learning_rate")
         self._clip()
         self._optimiser.step()
         return StepLog(
@@ -180,7 +194,7 @@ class Trainer:
         """Write everything that `resume` needs; the file is whole or absent."""
         state = {
             "step": self.step,
-            "recipe": json.loads(msgspec.json.encode(self._recipe)),
+            "identity": self._identity,
             "parameters": {name: p.detach().cpu() for name, p in self.student.parameters.items()},
             "optimiser": self._optimiser.state_dict(),
             "generator": self._generator.get_state(),
@@ -193,14 +207,21 @@ class Trainer:
         """Go on from the folder's checkpoint; False if there is none.
 
         Raises:
-            ValueError: the checkpoint was made with another recipe.
+            ConfigError: the checkpoint is damaged, or of another recipe, indexer, corpus or base model.
         """
         path = self._folder / "checkpoint.pt"
         if not path.exists():
             return False
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["recipe"] != json.loads(msgspec.json.encode(self._recipe)):
-            raise ValueError(f"{path} was made with another recipe; use another folder, or the same recipe")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            identity = state["identity"]
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+            raise ConfigError(f"{path} is not a checkpoint of this trainer; use another folder") from None
+        for name, value in self._identity.items():
+            if identity.get(name) != value:
+                raise ConfigError(
+                    f"{path} was made with another {name}; use another folder, or the same {name}"
+                )
         self.step = state["step"]
         self.student.load(state["parameters"])
         self._optimiser.load_state_dict(state["optimiser"])

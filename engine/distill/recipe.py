@@ -1,0 +1,86 @@
+"""What decides the result of a training run, with the corpus and the base model."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from engine.errors import ConfigError
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Rate = Annotated[float, Meta(gt=0)]
+
+EXAMPLE = '{"warmup_steps": 50}'
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The training loop's numbers."""
+
+    seed: Count = 0
+    max_length: Positive = 8192
+    min_length: Positive = 512
+    rows: Positive = 256  # query rows a sequence
+    first_row: Count = 64  # rows before it see too few tokens to choose among
+    sequences_per_step: Positive = 4
+    warmup_steps: Count = 600  # dense stage
+    sparse_steps: Count = 200
+    learning_rate: Rate = 1e-3  # of the dense stage, arXiv 2512.02556
+    sparse_learning_rate: Rate = 2e-4
+    ramp_steps: Count = 20
+    final_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.1  # of the learning rate, at each stage's end
+    clip: Rate = 1.0  # gradient norm of each layer
+    # drawn anew for each sequence
+    sparse_top_k: Annotated[tuple[Positive, ...], Meta(min_length=1)] = (128, 256, 512)
+    sparse_support: Literal["selected", "causal"] = "selected"
+    report_top_k: Positive = 256
+
+    def __post_init__(self) -> None:
+        if not self.first_row < self.min_length <= self.max_length:
+            raise ValueError(
+                f"first_row ({self.first_row}) must be below min_length ({self.min_length}), "
+                f"and that at most max_length ({self.max_length})"
+            )
+        if not self.total_steps:
+            raise ValueError("warmup_steps and sparse_steps are both 0")
+
+    @property
+    def total_steps(self) -> int:
+        """Of both stages."""
+        return self.warmup_steps + self.sparse_steps
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: linear ramp, then a cosine to `final_fraction`, in each stage anew."""
+        sparse = step >= self.warmup_steps
+        at = step - self.warmup_steps if sparse else step
+        length = self.sparse_steps if sparse else self.warmup_steps
+        peak = self.sparse_learning_rate if sparse else self.learning_rate
+        if at < self.ramp_steps:
+            return peak * (at + 1) / self.ramp_steps
+        progress = (at - self.ramp_steps) / max(1, length - self.ramp_steps)
+        return peak * (
+            self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+        )
+
+
+def read_recipe(text: str) -> Recipe:
+    """A recipe from JSON; what it leaves out has its default.
+
+    Raises:
+        ConfigError: it is no JSON, or a field is unknown or out of range.
+    """
+    try:
+        return msgspec.json.decode(text, type=Recipe)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$")
+        field = where.strip(".`")
+        if "unknown field" in what:
+            what += f"; there are {', '.join(Recipe.__struct_fields__)}"
+        raise ConfigError(f"the recipe cannot be used: {field + ': ' if field else ''}{what}") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(
+            f"the recipe {text!r:.80} is not JSON ({error}); expected such as {EXAMPLE}"
+        ) from None
