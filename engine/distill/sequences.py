@@ -117,12 +117,10 @@ def sample_rows(
     Returns:
         [<= count] int64, sorted, distinct
     """
-    focused = [
-        # Row p predicts token p + 1, so a span's first token is the work of the row before it.
-        p
-        for start, end in sequence.focus
-        for p in range(max(start - 1, first), min(end, length))
-    ]
+    # Row p predicts token p + 1, so a span's first token is the work of the row before it.
+    focused = sorted(
+        {p for start, end in sequence.focus for p in range(max(start - 1, first), min(end, length))}
+    )
     chosen = torch.tensor(focused, dtype=torch.int64)
     if len(chosen) > count // 4:
         chosen = chosen[torch.randperm(len(chosen), generator=generator)[: count // 4]]

@@ -1,0 +1,96 @@
+"""`dsa distill`: what it hands to the trainer, and what it refuses before."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from engine.distill.__main__ import parser
+from server.cli import app
+from server.distill_command import DEFAULTS
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: calls.append([program, *arguments]))
+    return calls
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "a model.gguf"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "manifest.json").touch()
+    return folder
+
+
+def test_it_becomes_the_trainer_with_the_options_that_were_given(
+    started: list[list[str]], model: Path, corpus: Path
+) -> None:
+    arguments = [str(model), "--corpus", str(corpus), "--out", "o", "--default-top-k", "9", "--recipe", "{}"]
+    assert CliRunner().invoke(app, ["distill", *arguments]).exit_code == 0
+    ((program, *command),) = started
+    assert program == sys.executable
+    assert command[:3] == [sys.executable, "-m", "engine.distill"]
+    options = parser().parse_args(command[3:])
+    given = {"weights": model, "corpus": corpus, "out": Path("o"), "default_top_k": 9, "recipe": "{}"}
+    assert vars(options) == vars(parser().parse_args(["--weights=", "--corpus=", "--out="])) | given
+
+
+def test_every_option_of_the_trainer_can_be_given_and_the_help_has_its_defaults(
+    started: list[list[str]], model: Path, corpus: Path
+) -> None:
+    trainer = vars(parser().parse_args(["--weights=", "--corpus=", "--out="]))
+    optional = {name: value for name, value in trainer.items() if name not in ("weights", "corpus", "out")}
+    assert {name: value for name, value in optional.items() if name not in ("recipe", "until")} == DEFAULTS
+    values = {name: "float32" if name == "dtype" else "5" for name in optional}
+    flags = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", value)]
+    result = CliRunner().invoke(app, ["distill", str(model), "--corpus", str(corpus), "--out", "o", *flags])
+    assert result.exit_code == 0, result.output
+    options = vars(parser().parse_args(started[0][4:]))
+    assert {name: str(options[name]) for name in values} == values
+
+
+def test_a_missing_corpus_is_a_sentence_with_the_command_that_builds_one(
+    started: list[list[str]], model: Path, tmp_path: Path
+) -> None:
+    missing = tmp_path / "none"
+    result = CliRunner().invoke(app, ["distill", str(model), "--corpus", str(missing), "--out", "o"])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"error: {missing} holds no corpus; build one: "
+        f"python -m server.corpus --out {missing} --model '{model}'\n"
+    )
+    assert started == []
+
+
+def test_a_missing_model_is_a_sentence(started: list[list[str]], corpus: Path) -> None:
+    result = CliRunner().invoke(app, ["distill", "nothing", "--corpus", str(corpus), "--out", "o"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: there is no model 'nothing'")
+    assert result.stderr.count("\n") == 1
+    assert started == []
+
+
+def test_the_help_says_what_a_newcomer_needs() -> None:
+    result = CliRunner().invoke(app, ["distill", "--help"], env={"COLUMNS": "160", "TERMINAL_WIDTH": "160"})
+    assert result.exit_code == 0
+    for words in (
+        "python -m server.corpus --out DIR",
+        "dsa serve --overlay",
+        "[default: 512]",
+        "goes on from there",
+    ):
+        assert words in result.output
