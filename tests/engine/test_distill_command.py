@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 from engine.distill.__main__ import parser
+from engine.distill.recipe import read_recipe
 from server.cli import app
 from server.distill_command import DEFAULTS
 
@@ -94,3 +99,21 @@ def test_the_help_says_what_a_newcomer_needs() -> None:
         "goes on from there",
     ):
         assert words in result.output
+
+
+def test_the_model_cards_command_is_the_one_that_the_overlays_header_tells_of() -> None:
+    folder = Path(__file__).parents[2] / "engine" / "overlays"
+    card = (folder / "README.md").read_text()
+    with safe_open(folder / "smollm2-135m-instruct.safetensors", "pt") as file:
+        header = file.metadata()
+    written = re.search(r"dsa distill smollm2-135m-instruct (.*?)\n\n", card, re.DOTALL)
+    assert written is not None
+    options = parser().parse_args(["--weights=x", *shlex.split(written[1].replace("\\\n", " "))])
+    made = json.loads(header["recipe"])
+    assert read_recipe(options.recipe) == read_recipe(json.dumps(made["recipe"]))
+    assert options.until == made["steps"]
+    sizes = [options.heads, options.dim, options.rope, options.default_top_k]
+    assert sizes == [int(header[name]) for name in ("num_heads", "head_dim", "rope_dim", "default_top_k")]
+    assert f"| `default_top_k` | {header['default_top_k']} |" in card
+    for picture in re.findall(r"!\[.*\]\((.*)\)", card):
+        assert (folder / picture).is_file()
