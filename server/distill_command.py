@@ -69,7 +69,8 @@ def distill(
         int | None, _flag(_RUN, "Steps between evaluations; 0 is only at the end.", "evaluate_every")
     ] = None,
     evaluate_kind: Annotated[
-        int | None, _flag(_RUN, "Held-out texts of each kind in the last evaluation.", "evaluate_kind")
+        int | None,
+        _flag(_RUN, "Held-out texts of each kind in the last evaluation; 0 is none.", "evaluate_kind"),
     ] = None,
     heads: Annotated[int | None, _flag(_INDEXER, "Heads in each layer.", "heads")] = None,
     dim: Annotated[int | None, _flag(_INDEXER, "Numbers in each head.", "dim")] = None,

@@ -77,7 +77,12 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--evaluate-every", type=int, default=0, help="steps between evaluations; 0: at the end (%(default)s)"
     )
-    add("--evaluate-kind", type=int, default=3, help="held-out sequences of each kind (%(default)s)")
+    add(
+        "--evaluate-kind",
+        type=int,
+        default=3,
+        help="held-out sequences of each kind; 0: no evaluation (%(default)s)",
+    )
     return made
 
 
@@ -126,10 +131,11 @@ def run(options: argparse.Namespace) -> int:
         return STOPPED
     plot_log(out / "log.jsonl", out / "loss.png", recipe.report_top_k)
     _write(out / "indexer.safetensors", trainer, info, recipe, source)
-    figures = table(options.evaluate_kind, baselines=True)
-    (out / "evaluation.json").write_text(json.dumps(figures, indent=1))
-    for line in _lines(figures):
-        report.say(line)
+    if options.evaluate_kind > 0:
+        figures = table(options.evaluate_kind, baselines=True)
+        (out / "evaluation.json").write_text(json.dumps(figures, indent=1))
+        for line in _lines(figures):
+            report.say(line)
     report.say(f"to serve it: dsa serve {options.weights} --overlay {out / 'indexer.safetensors'}")
     return 0
 

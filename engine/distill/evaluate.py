@@ -34,7 +34,8 @@ def held_out(
 ) -> dict[str, dict[str, float]]:
     """Mean loss beyond position `beyond`, nats: selection -> kind of text (and "all") -> loss.
 
-    Empty where the split has no sequence (or the model no room for one) of twice `beyond`.
+    Empty where the split has no sequence (or the model no room for one) of twice `beyond`, or none is
+    asked for.
     """
     max_length = min(max_length, trunk.config.max_positions)
     selectors: dict[str, Selector | None] = {"dense": None}
@@ -45,7 +46,11 @@ def held_out(
             selectors[f"window {k}"] = by_window(k)
     chosen: dict[str, list[Sequence]] = defaultdict(list)
     for sequence in split.sequences:
-        if min(sequence.length, max_length) >= 2 * beyond and len(chosen[sequence.kind]) < per_kind:
+        if (
+            per_kind > 0
+            and min(sequence.length, max_length) >= 2 * beyond
+            and len(chosen[sequence.kind]) < per_kind
+        ):
             chosen[sequence.kind].append(sequence)
     result: dict[str, dict[str, float]] = {}
     if not chosen:

@@ -253,7 +253,11 @@ def test_a_signal_stops_the_command_and_the_same_command_goes_on(
     assert main(command(bench, corpus, tmp_path, "--until=4")) == 0
     printed = capsys.readouterr().out
     assert "resuming at step 3 of 7" in printed
-    assert "nothing evaluated: no held-out sequence has 2048 tokens" in printed
+    assert (
+        "nothing evaluated: that takes held-out sequences, and room in the model, of 2048 tokens" in printed
+    )
+    assert main(command(bench, corpus, tmp_path, "--until=5", "--evaluate-kind=0", "--evaluate-every=1")) == 0
+    assert "above dense" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
