@@ -184,7 +184,7 @@ def _lines(table: dict[str, dict[str, float]]) -> list[str]:
     """An evaluation as text: each selection's loss, and by kind how much it is above dense."""
     if not table:
         return [
-            f"nothing evaluated: no held-out sequence has {2 * BEYOND} tokens that the model has room for"
+            f"nothing evaluated: that takes held-out sequences, and room in the model, of {2 * BEYOND} tokens"
         ]
     lines = [f"held-out loss beyond position {BEYOND}, nats, and by kind of text above dense:"]
     for name, row in table.items():

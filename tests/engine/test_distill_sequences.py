@@ -51,6 +51,13 @@ def test_most_rows_come_from_anywhere_though_the_focus_is_large() -> None:
     assert int((rows < 1999).sum()) in range(110, 190)  # half of the 300 that are drawn from anywhere
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_row_that_predicts_a_spans_first_token_belongs_to_it(seed: int) -> None:
+    sequence = Sequence(start=0, length=4000, kind="chat", focus=((2000, 2001),))
+    rows = sample_rows(sequence, 4000, 8, 64, torch.Generator().manual_seed(seed)).tolist()
+    assert {1999, 2000} <= set(rows)
+
+
 def test_tokens_are_those_of_the_file(tmp_path: Path) -> None:
     split = Split.open(write_corpus(tmp_path, train=(30, 50)), "train", VOCAB)
     stored = np.load(tmp_path / "train.npy")
