@@ -22,7 +22,7 @@ def small_server(default_model: Path) -> Iterator[Server]:
     """A server in float32, so that texts can be compared, with 10 pages and short steps."""
     yield from _shared(
         *("--dtype", "float32", "--max-model-len", "512", "--kv-cache-memory", "34MiB"),
-        *("--token-budget", "64", "--max-running", "16"),
+        *("--token-budget", "64", "--max-running", "16", "--threads", "1"),
     )
 
 
