@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from server.models import resolve
 from server.text.tokenizer import Tokenizer, load_tokenizer
+
+# No import above loads torch, which reads this once. Tests share the cores with the servers that they
+# start; see engine.supervisor.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")

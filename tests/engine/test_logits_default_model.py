@@ -93,9 +93,9 @@ def test_on_a_prefix_hit(default: Default) -> None:
 
 
 def test_before_and_after_a_preemption(default: Default) -> None:
-    run = default.lab.run(pages=7, budget=256, caching=False)
+    run = default.lab.run(pages=9, budget=512, caching=False)
     for name, start in (("a", 0), ("b", 500)):
-        run.submit(name, default.text[start : start + 190], 20)
+        run.submit(name, default.text[start : start + 250], 9)  # both outgrow their fourth page
     run.finish()
     assert run.core.stats().preemptions_total > 0
     for name in "ab":
@@ -105,7 +105,7 @@ def test_before_and_after_a_preemption(default: Default) -> None:
 def test_sparse_equals_masked_attention_over_the_same_sets(default: Default) -> None:
     """top_k = 64 on the real weights, with an untrained indexer: arithmetic, not quality."""
     run = default.lab.run(budget=100, caching=False)
-    run.submit("a", default.text[:200], 3, top_k=64)
+    run.submit("a", default.text[:130], 3, top_k=64)
     run.finish()
     file = SafetensorsFile(default.overlay)
     indexer = {name: file.read(name, torch.float32) for name in file.names()}
