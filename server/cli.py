@@ -141,7 +141,7 @@ def serve(
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None, _option(_ADVANCED, "Token limit for requests that name none.", "the end of the context")
+        int | None, _option(_ADVANCED, "Token limit for requests that name none.", "1024")
     ] = None,
     max_n: Annotated[
         int | None, _option(_ADVANCED, "Most choices in one request.", str(_DEFAULTS.max_n))

@@ -60,7 +60,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Port = 8000
     max_queue: Positive = 256
-    default_max_tokens: Positive | None = None
+    default_max_tokens: Positive | None = 1024  # a small model at temperature 1 may never stop by itself
     default_top_k: Sparsity | None = None
     max_body_bytes: Positive = 8 << 20
     drain_seconds: Seconds = 30.0
@@ -87,7 +87,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     score_memory: str = "64MiB"
     sparse_form: Literal["auto", "gather", "mask"] = "auto"
     top_k: Sparsity | None = None
-    max_tokens: Positive | None = None
+    max_tokens: Positive = 1024
     max_queue: Positive = 256
     max_n: Positive = 8
     max_prompts: Positive = 64

@@ -126,7 +126,19 @@ async def run(
 
 
 async def _watch(engine: Engine, config: ServerConfig, listener: socket.socket) -> None:
-    """Show how loading goes, say when it is done, and fail when the engine has."""
+    """Show how loading goes, say when the engine takes requests and when it is gone; fail when it has."""
+    await _loaded(engine)
+    print(greeting(config.model_name, *listener.getsockname()[:2]), flush=True)
+    while True:
+        while engine.status.state is EngineState.READY:  # noqa: ASYNC110 - an engine's face is a snapshot
+            await asyncio.sleep(_POLL_SECONDS)
+        if engine.status.state is not EngineState.FAILED:
+            _say(engine.status.message)
+        await _loaded(engine)
+        _say("the engine is ready again")
+
+
+async def _loaded(engine: Engine) -> None:
     with Stages() as stages:
         while (status := engine.status).state is not EngineState.READY:
             if status.state is EngineState.FAILED:
@@ -134,22 +146,20 @@ async def _watch(engine: Engine, config: ServerConfig, listener: socket.socket) 
             if status.loading is not None:
                 stages(status.loading.stage, status.loading.done, status.loading.total)
             await asyncio.sleep(_POLL_SECONDS)
-    print(greeting(config.model_name, *listener.getsockname()[:2]), flush=True)
-    while engine.status.state is not EngineState.FAILED:  # noqa: ASYNC110 - an engine's face is a snapshot
-        await asyncio.sleep(_POLL_SECONDS)
-    raise ServeError(engine.status.message)
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 async def _drain(lifecycle: Lifecycle, signals: _Signals, seconds: float) -> None:
     lifecycle.begin_drain()
-    if not lifecycle.active_requests:
+    if sys.stderr.isatty():
+        _say("")  # the terminal has written ^C into the line
+    if not (count := lifecycle.active_requests):
         return
-    print(
-        f"stopping: {lifecycle.active_requests} requests have up to {seconds:g} s to finish; "
-        "a second signal ends them now",
-        file=sys.stderr,
-        flush=True,
-    )
+    who = "1 request has" if count == 1 else f"{count} requests have"
+    _say(f"stopping: {who} up to {seconds:g} s to finish; a second signal ends them now")
     idle = asyncio.create_task(lifecycle.wait_idle(seconds))
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait((idle, second), return_when=asyncio.FIRST_COMPLETED)
@@ -170,7 +180,8 @@ def greeting(model: str, host: str, port: int) -> str:
     """One line with the address and a command to try."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
     url = f"http://{host}:{port}"
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": model, "messages": [question], "temperature": 0})
     body = body.replace("'", "'\\''")
     return f"ready at {url} - try: curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
 

@@ -129,7 +129,7 @@ def test_running_requests_finish_and_new_ones_get_503(servers: list[Server]) -> 
     assert answer.json()["choices"][0]["text"] == "a" * 20
     code, errors = server.end()
     assert code == 0
-    assert errors.startswith("stopping: 1 requests have up to 30 s to finish")
+    assert errors.startswith("stopping: 1 request has up to 30 s to finish")
 
 
 def test_a_second_signal_ends_at_once(servers: list[Server]) -> None:
@@ -185,7 +185,10 @@ def test_the_greeting_can_be_pasted() -> None:
         ["sh", "-c", command], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert said[0] == "http://127.0.0.1:8000/v1/chat/completions"
-    assert said[-1] == '{"model": "it\'s", "messages": [{"role": "user", "content": "Hello!"}]}'
+    assert (
+        said[-1]
+        == '{"model": "it\'s", "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
+    )
     assert greeting("m", "::1", 1).startswith("ready at http://[::1]:1 ")
 
 
