@@ -67,8 +67,11 @@ class SubprocessEngine:
         """End the engine: what runs gets its `abort`, then the process leaves or is killed."""
         if self._status.state is EngineState.STOPPED:
             return
+        runs = self._status.state is EngineState.READY
         await self._set(EngineState.STOPPED, "the engine was stopped")
-        if self._end is not None:
+        if not runs:
+            self._kill()  # it has nothing to finish, and would only hear of the end once it had loaded
+        elif self._end is not None:
             self._end.send(Stop())
         if self._process is not None:
             try:
@@ -94,9 +97,8 @@ class SubprocessEngine:
                 delta = await stream.get()
                 if delta is None:
                     finished = True
-                    raise EngineDiedError(
-                        "the engine process ended while this request was running; a new one is starting, so try again"
-                    )
+                    after = "the server is stopping" if self._over else "a new one is starting, so try again"
+                    raise EngineDiedError(f"the engine process ended while this request was running; {after}")
                 finished = delta.finish_reason is not None
                 yield delta
         finally:
@@ -124,6 +126,7 @@ class SubprocessEngine:
                 await self._set(EngineState.FAILED, message)
             else:
                 message = f"the engine process ended with {how}; a new one is starting"
+                _log.error("%s", message)
                 await self._set(
                     EngineState.DOWN, message, restarts=self._status.restarts + 1, stats=EngineStats()
                 )
@@ -149,6 +152,8 @@ class SubprocessEngine:
             ours.close()
             raise
         self._process = process
+        if self._over:
+            self._kill()  # stopped while the process was being made
         end = self._end = await ServerEnd.over(ours)
         self._status = msgspec.structs.replace(self._status, pid=process.pid)
         ready = False

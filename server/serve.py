@@ -126,14 +126,12 @@ async def run(
 
 
 async def _watch(engine: Engine, config: ServerConfig, listener: socket.socket) -> None:
-    """Show how loading goes, say when the engine takes requests and when it is gone; fail when it has."""
+    """Show how loading goes, say when the engine takes requests (again), and fail when it has."""
     await _loaded(engine)
     print(greeting(config.model_name, *listener.getsockname()[:2]), flush=True)
     while True:
         while engine.status.state is EngineState.READY:  # noqa: ASYNC110 - an engine's face is a snapshot
             await asyncio.sleep(_POLL_SECONDS)
-        if engine.status.state is not EngineState.FAILED:
-            _say(engine.status.message)
         await _loaded(engine)
         _say("the engine is ready again")
 
@@ -148,14 +146,18 @@ async def _loaded(engine: Engine) -> None:
             await asyncio.sleep(_POLL_SECONDS)
 
 
+def _after_ctrl_c() -> None:
+    if sys.stderr.isatty():
+        _say("")  # the terminal has written ^C into the line
+
+
 def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
 async def _drain(lifecycle: Lifecycle, signals: _Signals, seconds: float) -> None:
     lifecycle.begin_drain()
-    if sys.stderr.isatty():
-        _say("")  # the terminal has written ^C into the line
+    _after_ctrl_c()
     if not (count := lifecycle.active_requests):
         return
     who = "1 request has" if count == 1 else f"{count} requests have"
@@ -163,6 +165,8 @@ async def _drain(lifecycle: Lifecycle, signals: _Signals, seconds: float) -> Non
     idle = asyncio.create_task(lifecycle.wait_idle(seconds))
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait((idle, second), return_when=asyncio.FIRST_COMPLETED)
+    if second.done():
+        _after_ctrl_c()
     for task in (idle, second):
         task.cancel()
 
