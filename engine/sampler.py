@@ -1,6 +1,6 @@
 """From logits to tokens. Each request's choice is a function of its own row, seed and position only.
 
-The random number of a request's n-th token is a hash of (seed, n), so neither the batch around it nor
+The random numbers of a request's n-th token come from a hash of (seed, n), so neither the batch around it nor
 a preemption and recomputation can change it.
 """
 
@@ -54,10 +54,11 @@ def token_logprob(logits: Tensor, token: int, alternatives: int) -> TokenLogprob
     return TokenLogprob(token_id=token, logprob=float(own), rank=rank, top=top)
 
 
-def uniform(seed: int, index: int) -> float:
-    """The request's `index`-th random number, in [0, 1)."""
+def exponential_noise(seed: int, index: int, count: int) -> Tensor:
+    """The request's random numbers for its `index`-th token: [count] float64 on the CPU, Exp(1)."""
     digest = hashlib.sha256(seed.to_bytes(8, "little") + index.to_bytes(8, "little")).digest()
-    return (int.from_bytes(digest[:8], "little") >> 11) / 2**53  # 53 bits: what a double holds exactly
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.rand(count, dtype=torch.float64, generator=generator).log_().neg_()
 
 
 def _is_plain_greedy(params: SamplingParams) -> bool:
@@ -69,7 +70,7 @@ def _has_penalty(params: SamplingParams) -> bool:
 
 
 def _draw(logits: Tensor, spec: SampleSpec) -> int:
-    """One token from one row [vocab]: penalties, temperature, filters, then the inverse of the CDF."""
+    """One token from one row [vocab]: penalties, temperature, filters, then the race."""
     params = spec.params
     logits = penalised(logits, spec)
     if params.temperature == 0:
@@ -78,11 +79,11 @@ def _draw(logits: Tensor, spec: SampleSpec) -> int:
     keep = kept(probs, params)
     if keep is not None:
         probs = probs.where(keep, 0.0)
-    cumulative = probs.cumsum(-1)
-    target = uniform(spec.params.seed, spec.output_index) * float(cumulative[-1])
-    token = int(torch.searchsorted(cumulative, target, right=True))
-    # Rounding can put the target at the very end; the last token of non-zero mass is meant then.
-    return token if token < probs.shape[0] else int(probs.nonzero()[-1])
+    # The exponential race (Gumbel-max): token i wins with probability p_i. Unlike the inverse of the CDF,
+    # it hardly notices the last digits of the logits, which change with the batch around the row: only a
+    # near tie for the win can flip, not each of the many edges between tokens.
+    noise = exponential_noise(params.seed, spec.output_index, probs.shape[0])
+    return int((probs / noise.to(probs.device)).argmax())
 
 
 def penalised(logits: Tensor, spec: SampleSpec) -> Tensor:

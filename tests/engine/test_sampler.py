@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.plan import SampleSpec
 from engine.protocol import SamplingParams
-from engine.sampler import kept, penalised, sample, token_logprob, uniform
+from engine.sampler import exponential_noise, kept, penalised, sample, token_logprob
 
 
 def spec(
@@ -115,11 +115,25 @@ def test_a_draw_depends_on_its_own_row_seed_and_index_only(seed: int, index: int
     assert together[3] == alone
 
 
-def test_uniform_numbers_differ_by_seed_and_index_and_stay_below_one() -> None:
-    numbers = {uniform(seed, index) for seed in range(50) for index in range(50)}
-    assert len(numbers) == 2500
-    assert 0 <= min(numbers) < max(numbers) < 1
-    assert uniform(2**64 - 1, 2**40) < 1
+def test_noise_differs_by_seed_and_index_and_is_positive() -> None:
+    firsts = {float(exponential_noise(seed, index, 3)[0]) for seed in range(20) for index in range(20)}
+    assert len(firsts) == 400
+    noise = exponential_noise(2**64 - 1, 2**40, 100_000)
+    assert float(noise.min()) > 0
+    assert abs(float(noise.mean()) - 1) < 0.02
+    assert torch.equal(noise, exponential_noise(2**64 - 1, 2**40, 100_000))
+
+
+def test_the_last_digits_of_the_logits_do_not_change_the_draw() -> None:
+    """Another batch gives a row other last digits: with 49152 tokens that must not move each edge between them."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(49152, generator=generator) * 3
+    changed = 0
+    for index in range(400):
+        near = logits + 1e-5 * torch.randn(49152, generator=generator)
+        one, other = (sample(x.unsqueeze(0), [spec(seed=3, output_index=index)])[0] for x in (logits, near))
+        changed += one.token_id != other.token_id
+    assert changed == 0
 
 
 def test_a_row_that_is_not_finite_fails_alone() -> None:
