@@ -83,8 +83,7 @@ def load(
     progress(done, total)
     loaded: dict[str, Tensor] = {}
     for parameter, weight in model_table.items():
-        parts = [_read(name, weight.dtype or dtype, device, source) for name in weight.names]
-        loaded[parameter] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        loaded[parameter] = _assemble(weight, weight.dtype or dtype, device, source)
         done += sizes[parameter]
         progress(done, total)
     used = frozenset(name for weight in model_table.values() for name in weight.names)
@@ -119,6 +118,19 @@ def _check_shape(parameter: str, weight: Weight, source: Source) -> None:
             f"{source.description} has {found}, but the model's {parameter} needs{together} "
             f"shape {list(weight.shape)}{split}"
         )
+
+
+def _assemble(weight: Weight, dtype: torch.dtype, device: torch.device, source: Source) -> Tensor:
+    """A parameter; one of several tensors is filled part by part, so that it never exists twice."""
+    if len(weight.names) == 1:
+        return _read(weight.names[0], dtype, device, source)
+    whole = torch.empty(weight.shape, dtype=dtype, device=device)
+    row = 0
+    for name in weight.names:
+        part = _read(name, dtype, device, source)
+        whole[row : row + part.shape[0]] = part
+        row += part.shape[0]
+    return whole
 
 
 def _read(name: str, dtype: torch.dtype, device: torch.device, source: Source) -> Tensor:
