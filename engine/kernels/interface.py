@@ -15,8 +15,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from engine.kernels.interface_fp8 import Fp8Kernels
 
-class Kernels(Protocol):
+
+class Kernels(Fp8Kernels, Protocol):
     """The operations of sparse attention."""
 
     name: str

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from engine.kernels.reference_fp8 import ReferenceFp8
 
-class ReferenceKernels:
+
+class ReferenceKernels(ReferenceFp8):
     """See `engine.kernels.interface.Kernels` for the formulas."""
 
     name = "reference"

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.vectorised_fp8 import VectorisedFp8
 
-class VectorisedKernels:
+
+class VectorisedKernels(VectorisedFp8):
     """See `engine.kernels.interface.Kernels` for the formulas."""
 
     name = "torch"
