@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.checkpoint.quantisation import check_quantisation
 from engine.errors import CheckpointError
 
 
@@ -33,18 +34,14 @@ def normalise(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         where: the file, for messages
 
     Raises:
-        CheckpointError: an unknown model_type, quantised weights, or a field that is missing or makes no sense.
+        CheckpointError: an unknown model_type, an unknown kind of quantised weights, or a field that is missing or makes no sense.
     """
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise CheckpointError(
             f"{where} has model_type {family!r}, which is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
-    if raw.get("quantization_config"):
-        raise CheckpointError(
-            f"{where} describes quantised weights (quantization_config), which are not supported in this format; "
-            "use the unquantised checkpoint or a GGUF file of the model"
-        )
+    check_quantisation(raw, where)
     return FAMILIES[family](raw, where)
 
 

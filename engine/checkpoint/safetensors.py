@@ -1,8 +1,13 @@
-"""A Hugging Face folder as a source: config.json and safetensors files, memory-mapped, single or sharded."""
+"""A Hugging Face folder as a source: config.json and safetensors files, memory-mapped, single or sharded.
+
+Weights may be in FP8 with a scale for each block; they are read as the numbers that they stand for, and
+their scales are no tensors of their own.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +17,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.checkpoint.hf_config import normalise
+from engine.checkpoint.quantisation import SCALE_SUFFIX, check_quantisation
 from engine.errors import CheckpointError
+from engine.kernels.blocks import dequantise_blocks, num_blocks
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _OVERLAY = "indexer.safetensors"  # lies in the folder, but is no part of the checkpoint
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_FP8 = "F8_E4M3"
+_SCALES = ("F32", "BF16", "F8_E8M0")  # the last is a bare exponent, which newer checkpoints use for ue8m0
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 class SafetensorsFile:
@@ -50,20 +60,33 @@ class SafetensorsFile:
         """The shape of a tensor; raises CheckpointError where there is none of that name."""
         return tuple(self._slice(name).get_shape())
 
+    def stored(self, name: str) -> str:
+        """How a tensor is stored, in the format's own words, such as BF16; errors as `shape`."""
+        return str(self._slice(name).get_dtype())
+
+    def raw(self, name: str) -> Tensor:
+        """A tensor as it is stored, maybe a view of the file; errors as `shape`."""
+        self._slice(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of a tensor in the file; errors as `shape`."""
+        return math.prod(self.shape(name)) * _BYTES.get(self.stored(name), 1)
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor as `dtype`, in memory of its own.
 
         Raises:
             CheckpointError: there is none of that name, or its numbers are no plain floats.
         """
-        stored = self._slice(name).get_dtype()
+        stored = self.stored(name)
         if stored not in _FLOATS:
             raise CheckpointError(
                 f"{self.path} stores tensor {name} as {stored}, but weights must be one of {', '.join(_FLOATS)}; "
-                "quantised safetensors are not supported, use the unquantised checkpoint or a GGUF file"
+                "use the unquantised checkpoint or a GGUF file"
             )
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor.to(dtype, copy=True)  # what get_tensor gives may be a view of the file
+        return self.raw(name).to(dtype, copy=True)
 
     def _slice(self, name: str) -> Any:
         if name not in self._names:
@@ -81,28 +104,88 @@ class SafetensorsSource:
             CheckpointError: a file is missing or damaged, or the architecture is unknown.
         """
         self._folder = folder
-        self.config: Mapping[str, Any] = normalise(_json(folder / "config.json"), str(folder / "config.json"))
+        raw, where = _json(folder / "config.json"), str(folder / "config.json")
+        self.config: Mapping[str, Any] = normalise(raw, where)
+        self._has_blocks = check_quantisation(raw, where)
         self._at = _open_shards(folder)
+        self._scales = self._find_scales()
         files = len({file.path for file in self._at.values()})
-        self.description = f"{folder.name} (safetensors, {files} file{'s' if files > 1 else ''})"
+        kind = ", FP8 blocks" if self._scales else ""
+        self.description = f"{folder.name} (safetensors{kind}, {files} file{'s' if files > 1 else ''})"
 
     def names(self) -> frozenset[str]:
-        """Every tensor of every file."""
-        return frozenset(self._at)
+        """Every tensor of every file, less the scales that belong to another."""
+        return frozenset(self._at.keys() - self._scales)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; raises CheckpointError where there is none of that name."""
-        return self._holder(name).shape(name)
+        """The shape of a tensor.
+
+        Raises:
+            CheckpointError: there is none of that name, or it is in FP8 and its scales do not fit.
+        """
+        file = self._holder(name)
+        if file.stored(name) == _FP8:
+            self._check_scales(name)
+        return file.shape(name)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor; raises CheckpointError where there is none, or where it is quantised."""
-        return self._holder(name).read(name, dtype)
+        """A tensor, in FP8 as `engine.kernels.blocks.dequantise_blocks` makes it plain.
+
+        Raises:
+            CheckpointError: there is none of that name, or it is quantised in a way that is not supported.
+        """
+        file = self._holder(name)
+        if file.stored(name) != _FP8:
+            return file.read(name, dtype)
+        self._check_scales(name)
+        scale_name = name + SCALE_SUFFIX
+        scales = self._at[scale_name].raw(scale_name).float()
+        return dequantise_blocks(file.raw(name), scales, dtype)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor in its file, with its scales; raises CheckpointError where there is none."""
+        size = self._holder(name).num_bytes(name)
+        scale_name = name + SCALE_SUFFIX
+        return size + (self._at[scale_name].num_bytes(scale_name) if scale_name in self._scales else 0)
 
     def _holder(self, name: str) -> SafetensorsFile:
         try:
             return self._at[name]
         except KeyError:
             raise CheckpointError(f"{self._folder} has no tensor {name}") from None
+
+    def _find_scales(self) -> frozenset[str]:
+        """The scales of the weights that are in FP8."""
+        return frozenset(
+            name
+            for name in self._at
+            if (weight := name.removesuffix(SCALE_SUFFIX)) != name
+            and weight in self._at
+            and self._at[weight].stored(weight) == _FP8
+        )
+
+    def _check_scales(self, name: str) -> None:
+        """An FP8 weight has scales, and as many as it has blocks."""
+        if not self._has_blocks:
+            raise CheckpointError(
+                f"{self._at[name].path} stores tensor {name} as {_FP8}, but config.json has no quantization_config "
+                "that says how it is scaled"
+            )
+        scale_name = name + SCALE_SUFFIX
+        if scale_name not in self._scales:
+            raise CheckpointError(f"{self._folder} lacks tensor {scale_name}, the scales of the FP8 {name}")
+        holder, shape = self._at[scale_name], self._at[name].shape(name)
+        wanted = tuple(num_blocks(size) for size in shape)
+        if len(shape) != 2 or holder.shape(scale_name) != wanted:
+            raise CheckpointError(
+                f"{holder.path} has {scale_name} {list(holder.shape(scale_name))}, but {name} {list(shape)} "
+                f"needs one scale for each 128 x 128 block: {list(wanted)}"
+            )
+        if holder.stored(scale_name) not in _SCALES:
+            raise CheckpointError(
+                f"{holder.path} stores {scale_name} as {holder.stored(scale_name)}; scales must be one of "
+                f"{', '.join(_SCALES)}"
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -175,7 +175,7 @@ def test_both_generations_of_rope_settings(
         ({"model_type": "gpt2"}, "model_type 'gpt2', which is not supported; supported: .*llama"),
         ({"model_type": None}, "model_type None, which is not supported; supported: .*llama"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\], which is not supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "describes quantised weights"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights with quant_method 'gptq'"),
         ({"hidden_size": None}, "lacks 'hidden_size', which a llama model needs"),
         ({"hidden_size": "32"}, "hidden_size '32', which is not a positive integer"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0, which is not a positive integer"),
@@ -266,7 +266,7 @@ def test_an_index_without_a_map(sharded: Path, weight_map: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stored"), [(torch.int8, "I8"), (torch.int32, "I32"), (torch.float8_e4m3fn, "F8_E4M3")]
+    ("dtype", "stored"), [(torch.int8, "I8"), (torch.int32, "I32"), (torch.float8_e5m2, "F8_E5M2")]
 )
 def test_quantised_tensors_are_refused_by_name(single: Path, dtype: torch.dtype, stored: str) -> None:
     path, name = single / "model.safetensors", "model.layers.1.self_attn.v_proj.weight"

@@ -1,0 +1,55 @@
+"""`quantization_config`: the one kind of quantised safetensors that is read, and why another is not.
+
+It is DeepSeek-V3's (README_WEIGHTS.md of github.com/deepseek-ai/DeepSeek-V3): `X.weight` in e4m3 with
+`X.weight_scale_inv` beside it, one scale for each 128 x 128 block. Which tensors are stored so is the files'
+business: one in another dtype is read as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import CheckpointError
+
+SCALE_SUFFIX = "_scale_inv"
+_SIDE = 128
+_ALLOWED: Mapping[str, tuple[object, ...]] = {
+    "fmt": (None, "e4m3"),
+    "activation_scheme": (None, "dynamic"),
+    "scale_fmt": (None, "float", "ue8m0"),
+    "dequantize": (None, False, True),  # what transformers does on loading; here the engine's settings say
+}
+_FREE = ("quant_method", "weight_block_size", "modules_to_not_convert")
+
+
+def check_quantisation(raw: Mapping[str, Any], where: str) -> bool:
+    """Whether a config.json's object announces FP8 weights in 128 x 128 blocks.
+
+    Raises:
+        CheckpointError: it announces another kind of quantisation.
+    """
+    found = raw.get("quantization_config")
+    if not found:
+        return False
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{where} has quantization_config {found!r}, which is not an object")
+    method = found.get("quant_method")
+    fault = None
+    if method != "fp8":
+        fault = f"quant_method {method!r}"
+    elif found.get("weight_block_size") != [_SIDE, _SIDE]:
+        fault = f"weight_block_size {found.get('weight_block_size')!r}"
+    for key, allowed in _ALLOWED.items():
+        if fault is None and found.get(key) not in allowed:
+            fault = f"{key} {found[key]!r}"
+    for key, value in found.items():
+        if fault is None and key not in (*_ALLOWED, *_FREE) and value is not None:
+            fault = f"{key} {value!r}"
+    if fault is not None:
+        raise CheckpointError(
+            f"{where} describes quantised weights with {fault}, which are not supported; of quantised safetensors "
+            f"only fp8 (e4m3) in {_SIDE} x {_SIDE} blocks is: use such a checkpoint, the unquantised one, "
+            "or a GGUF file of the model"
+        )
+    return True
