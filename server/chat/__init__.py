@@ -1,46 +1,51 @@
-"""Chat messages to a prompt. One module a format and one line in `FORMATS`."""
+"""Conversations to prompts, and answers to their parts. One module a format and one line in `FORMATS`."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
+from server.chat.detect import detect
 from server.chat.errors import PromptError
+from server.chat.format import ChatFormat
 from server.chat.guard import encode_chat
+from server.text.tokenizer import Tokenizer
 
-__all__ = ["FORMATS", "ChatFormat", "PromptError", "encode_chat", "load_chat_format"]
-
-Messages = Sequence[Mapping[str, Any]]
-
-
-class ChatFormat(Protocol):
-    """One way of writing a conversation as a prompt."""
-
-    def render(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
-        """Return the prompt's text, control tokens written out.
-
-        Raises:
-            PromptError: the format cannot express these messages; the message says why.
-        """
-        ...
-
+__all__ = ["FORMATS", "ChatFormat", "PromptError", "choose", "encode_chat", "load_chat_format"]
 
 FORMATS: dict[str, str] = {
     "jinja": "server.chat.jinja:build",  # the template that comes with the checkpoint
+    "deepseek-v3.1": "server.chat.deepseek_v31:build",  # also V3.1-Terminus and V3.2-Exp
+    "deepseek-v3.2": "server.chat.deepseek_v32:build",
 }
-"""Name to builder, imported when asked for. A builder takes the weights' path."""
+"""Name to builder, imported when asked for. A builder takes the weights' path and the tokenizer."""
 
 
-def load_chat_format(weights: Path, name: str = "jinja") -> ChatFormat:
-    """Build a chat format for a checkpoint: a .gguf file or a folder.
+def choose(weights: Path, name: str) -> tuple[str, str]:
+    """Return a format's name, `auto` decided, and why, in a few words.
 
     Raises:
-        PromptError: the name is unknown, or the checkpoint's template is damaged.
+        PromptError: the name is unknown, or the checkpoint's files are damaged.
     """
+    if name == "auto":
+        return detect(weights)
     if name not in FORMATS:
-        raise PromptError(f"there is no chat format {name!r}; there are {', '.join(FORMATS)}")
+        raise PromptError(f"there is no chat format {name!r}; there are auto, {', '.join(FORMATS)}")
+    return name, "as set"
+
+
+def load_chat_format(weights: Path, name: str = "auto", tokenizer: Tokenizer | None = None) -> ChatFormat:
+    """Build a chat format for a checkpoint: a .gguf file or a folder.
+
+    Args:
+        weights: the checkpoint.
+        name: one of `FORMATS`, or `auto`.
+        tokenizer: the vocabulary, to check that it has what the format writes.
+
+    Raises:
+        PromptError: the name is unknown, or the format does not fit the checkpoint, or its files are damaged.
+    """
+    name, _ = choose(weights, name)
     module, _, attribute = FORMATS[name].partition(":")
-    chat_format: ChatFormat = getattr(importlib.import_module(module), attribute)(weights)
+    chat_format: ChatFormat = getattr(importlib.import_module(module), attribute)(weights, tokenizer)
     return chat_format

@@ -6,6 +6,10 @@ an unguessable word; afterwards the words are put back as ordinary text. A templ
 control token out of pieces (two parts joined, something cut out of the middle). That is found by
 rendering once more with messages in which no control token can begin: if the format then writes
 other control tokens than before, the messages made the difference, and they are refused.
+
+Markers of a format that are ordinary text to the tokenizer cannot be told by their ids. Where a
+message contains one, it is encoded letter by letter: the same text, but not the tokens that the
+format's own marker has.
 """
 
 from __future__ import annotations
@@ -13,55 +17,72 @@ from __future__ import annotations
 import re
 import secrets
 import string
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from server.chat.errors import PromptError
+from server.chat.format import ChatFormat
 from server.text.tokenizer import Tokenizer
 
-
-class _Format(Protocol):
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str: ...
+Values = Sequence[Mapping[str, Any]]
 
 
 def encode_chat(
-    chat_format: _Format,
+    chat_format: ChatFormat,
     tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Values,
     add_generation_prompt: bool = True,
+    *,
+    tools: Values = (),
+    thinking: bool | None = None,
 ) -> list[int]:
-    """Return the prompt's token ids. No text in `messages` becomes a control token.
+    """Return the prompt's token ids. No text in `messages` or `tools` becomes a control token.
 
     Raises:
         PromptError: the format cannot express the messages, or they try to make control tokens.
         TokenizerError: the messages are not valid Unicode.
     """
 
-    def render(conversation: Sequence[Mapping[str, Any]]) -> str:
-        return chat_format.render(conversation, add_generation_prompt=add_generation_prompt)
+    def render(messages: Values, tools: Values) -> str:
+        return chat_format.render(
+            messages, tools=tools, thinking=thinking, add_generation_prompt=add_generation_prompt
+        )
 
-    first_letters = {token[0] for token in tokenizer.control_tokens}
-    longest_first = sorted(tokenizer.control_tokens, key=len, reverse=True)
-    control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-    words = _Words()
-    if not any(letter in text for text in _texts(messages) for letter in first_letters):
-        return _encode(tokenizer, control, words, render(messages))
+    messages = chat_format.decode(messages)
+    plain = {marker for message in messages for marker in chat_format.plain_markers(message["role"])}
+    control = _any_of(tokenizer.control_tokens)
+    every = _any_of([*tokenizer.control_tokens, *plain])
+    first_letters = {marker[0] for marker in (*tokenizer.control_tokens, *plain)}
+    words = _Words(plain)
+    if not any(letter in text for text in _texts([messages, tools]) for letter in first_letters):
+        return _encode(tokenizer, control, words, render(messages, tools))
 
-    text = render(_map_texts(messages, lambda original: control.sub(words.hide, original)))
+    def hide(role: str, value: Any) -> Any:
+        own = _any_of([*tokenizer.control_tokens, *chat_format.plain_markers(role)])
+        return _map_texts(value, lambda original: own.sub(words.hide, original))
+
+    text = render([hide(message["role"], message) for message in messages], hide("system", tools))
     harmless = _harmless_letter(first_letters)
     letters = re.compile("[" + re.escape("".join(sorted(first_letters))) + "]")
-    certain = render(_map_texts(messages, lambda original: letters.sub(harmless, original)))
-    if control.findall(text) != control.findall(certain):
+    certain = render(
+        *(_map_texts(value, lambda text: letters.sub(harmless, text)) for value in (messages, tools))
+    )
+    if every.findall(text) != every.findall(certain):
         raise PromptError(
             "the messages contain text that would become a control token of the model's chat format"
         )
     return _encode(tokenizer, control, words, text)
 
 
+def _any_of(markers: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(markers, key=len, reverse=True))) or r"(?!)")
+
+
 class _Words:
     """Stand-ins for control tokens: a random word with a number, which survives JSON and trimming."""
 
-    def __init__(self) -> None:
+    def __init__(self, plain: Collection[str] = ()) -> None:
+        self._plain = plain
         self._secret = secrets.token_hex(16)
         self._word = re.compile(f"x{self._secret}n([0-9]+)x")
         self.used: list[str] = []
@@ -78,6 +99,17 @@ class _Words:
             )
         return shown
 
+    def pieces(self, text: str) -> Iterator[str]:
+        """What is to be encoded piece by piece: stretches of text, and the letters of plain markers."""
+        begin = 0
+        for match in self._word.finditer(text):
+            hidden = self.used[int(match[1])]
+            if hidden in self._plain:
+                yield self.show(text[begin : match.start()])
+                yield from hidden
+                begin = match.end()
+        yield self.show(text[begin:])
+
 
 def _encode(tokenizer: Tokenizer, control: re.Pattern[str], words: _Words, text: str) -> list[int]:
     """Encode a prompt in which every control token that is written out is the format's own."""
@@ -90,10 +122,14 @@ def _encode(tokenizer: Tokenizer, control: re.Pattern[str], words: _Words, text:
     ids = []
     position = 0
     for match in control.finditer(text):
-        ids += tokenizer.encode(words.show(text[position : match.start()]), add_bos=False)
+        ids += _encode_plain(tokenizer, words, text[position : match.start()])
         ids.append(tokenizer.control_tokens[match[0]])
         position = match.end()
-    return ids + tokenizer.encode(words.show(text[position:]), add_bos=False)
+    return ids + _encode_plain(tokenizer, words, text[position:])
+
+
+def _encode_plain(tokenizer: Tokenizer, words: _Words, text: str) -> list[int]:
+    return [token_id for piece in words.pieces(text) for token_id in tokenizer.encode(piece, add_bos=False)]
 
 
 def _texts(value: Any) -> list[str]:

@@ -16,14 +16,15 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.chat.errors import PromptError
+from server.chat.format import ChatFormat
 from server.text.gguf import GGUFError, read_metadata
 from server.text.loading import read_json, token_content
-from server.text.tokenizer import TokenizerError
+from server.text.tokenizer import Tokenizer, TokenizerError
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-class JinjaFormat:
+class JinjaFormat(ChatFormat):
     """A compiled template and the names of the control tokens that it may use."""
 
     def __init__(self, template: str, tokens: Mapping[str, str] | None = None) -> None:
@@ -33,7 +34,14 @@ class JinjaFormat:
         except TemplateError as error:
             raise PromptError(f"the checkpoint's chat template is not valid: {_reason(error)}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """Return the prompt's text.
 
         Raises:
@@ -59,10 +67,17 @@ class JinjaFormat:
             ) from error
 
 
-class NoTemplate:
+class NoTemplate(ChatFormat):
     """Stands for the template of a checkpoint that has none."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """Refuse.
 
         Raises:
@@ -71,17 +86,26 @@ class NoTemplate:
         raise PromptError("this model has no chat template; send a plain prompt to /v1/completions instead")
 
 
-def build(weights: Path) -> JinjaFormat | NoTemplate:
+def build(weights: Path, tokenizer: Tokenizer | None = None) -> JinjaFormat | NoTemplate:
     """Read the template of a .gguf file or of a checkpoint folder.
 
     Raises:
         PromptError: the files are damaged.
     """
+    template, tokens = read_template(weights)
+    return NoTemplate() if template is None else JinjaFormat(template, tokens)
+
+
+def read_template(weights: Path) -> tuple[str | None, dict[str, str]]:
+    """Return a checkpoint's template, None where it has none, and the control tokens that it may name.
+
+    Raises:
+        PromptError: the files are damaged.
+    """
     try:
-        template, tokens = _from_gguf(weights) if weights.is_file() else _from_folder(weights)
+        return _from_gguf(weights) if weights.is_file() else _from_folder(weights)
     except (GGUFError, TokenizerError, OSError) as error:
         raise PromptError(str(error)) from error
-    return NoTemplate() if template is None else JinjaFormat(template, tokens)
 
 
 def _from_gguf(path: Path) -> tuple[str | None, dict[str, str]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-_MARKER = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)
+_MARKER = re.compile(r"<[|｜].+[|｜]>|</?think>", re.DOTALL)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -62,7 +62,8 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.adds_bos = adds_bos and bos_token_id is not None
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        # Some checkpoints (DeepSeek's) do not flag their role markers as special; their shape tells.
+        # Some checkpoints (DeepSeek's) do not flag their role markers as special, nor the marks of
+        # reasoning; their shape tells.
         self.control_tokens = {
             token.content: token_id
             for token_id, token in added.items()

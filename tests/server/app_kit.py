@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from engine.protocol import SamplingParams, Submit
 from server.app import create_app
-from server.chat import PromptError
+from server.chat import ChatFormat, PromptError
 from server.config import ServerConfig
 from server.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, Script
@@ -49,10 +49,10 @@ def say(text: str, *, end: bool = True, **script: Any) -> Script:
     return Script(token_ids=[*ids(text), *([EOS] if end else [])], **script)
 
 
-class PlainChat:
+class PlainChat(ChatFormat):
     """Each message behind a control token."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         if messages[0]["role"] == "assistant":
             raise PromptError("the conversation must not begin with the assistant")
         return "<|bos|>" + "".join(f"<|user|>{message['content']}" for message in messages)

@@ -263,9 +263,9 @@ async def test_developer_is_the_newer_name_of_system() -> None:
     roles = []
 
     class Recording(PlainChat):
-        def render(self, messages: Any, *, add_generation_prompt: bool = True) -> str:
+        def render(self, messages: Any, **options: Any) -> str:
             roles.append(messages[0]["role"])
-            return super().render(messages, add_generation_prompt=add_generation_prompt)
+            return super().render(messages, **options)
 
     app = create_app(make_config(), speaking(), TEXT, Recording())
     async with client(app) as http:

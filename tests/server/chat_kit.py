@@ -1,0 +1,78 @@
+"""Transcripts of answers, and ways of cutting them up, for the tests of chat formats."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from server.chat.parts import CallArguments, CallStart, Parser, Part, merge
+
+CONTROL = re.compile("</?think>|<｜(?!DSML)[^｜]*｜>")
+
+
+def pieces(answer: str) -> list[tuple[bool, str]]:
+    """(is a control token, text): what a tokenizer of this family makes of an answer's text."""
+    out: list[tuple[bool, str]] = []
+    position = 0
+    for match in CONTROL.finditer(answer):
+        out += [(False, answer[position : match.start()]), (True, match[0])]
+        position = match.end()
+    return [*out, (False, answer[position:])]
+
+
+def read(parser: Parser, answer: str, cuts: Iterable[int] = ()) -> list[Part]:
+    """The parts of an answer that arrives in pieces, cut at some of its characters."""
+    wanted = sorted({0, *cuts})
+    parts: list[Part] = []
+    position = 0
+    for is_control, text in pieces(answer):
+        if is_control:
+            parts += parser.marker(text)
+        else:
+            inside = [cut - position for cut in wanted if 0 < cut - position < len(text)]
+            for begin, end in zip([0, *inside], [*inside, len(text)], strict=True):
+                parts += parser.text(text[begin:end])
+        position += len(text)
+    return merge([*parts, *parser.finish()])
+
+
+def calls(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """The calls among parts, as an assistant's message has them."""
+    found: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, CallStart):
+            found.append(
+                {"id": f"c{part.index}", "type": "function", "function": {"name": part.name, "arguments": ""}}
+            )
+        elif isinstance(part, CallArguments):
+            found[part.index]["function"]["arguments"] += part.text
+    return found
+
+
+def tool(name: str, **properties: str) -> dict[str, Any]:
+    schema = {"type": "object", "properties": {key: {"type": kind} for key, kind in properties.items()}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": f"Does {name}.", "parameters": schema},
+    }
+
+
+def assistant(
+    content: str = "", reasoning: str | None = None, *called: tuple[str, dict[str, Any]]
+) -> dict[str, Any]:
+    made = [
+        {"id": f"c{i}", "type": "function", "function": {"name": name, "arguments": json.dumps(values)}}
+        for i, (name, values) in enumerate(called)
+    ]
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    return (
+        message
+        | ({"reasoning_content": reasoning} if reasoning else {})
+        | ({"tool_calls": made} if made else {})
+    )
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
