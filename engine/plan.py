@@ -1,7 +1,8 @@
 """One step's work, as integers: what the scheduler decides, the runner runs and the scheduler applies.
 
 Token-major and without phases: a request has computed `start` tokens and gets `token_ids` more, be
-that a chunk of its prompt or the one token that it sampled last.
+that a chunk of its prompt or the one token that it sampled last. Drafts may follow the last token that is
+known: guesses of the tokens to come, which the step verifies (`engine.speculation`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from engine.protocol import SamplingParams, TokenLogprob
 
 
 class SampleSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Draw one token from the logits of a scheduled request's last row."""
+    """Draw one token from the logits of one row: of a scheduled request's last known token, or of a draft."""
 
     params: SamplingParams
     output_index: int  # how many tokens this request has generated before: the random stream's position
@@ -29,8 +30,14 @@ class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
     page_ids: tuple[int, ...]  # page i holds positions [64 i, 64 i + 64); covers every row of this step
     top_k: int | None  # None: dense
     sample: SampleSpec | None  # None: a chunk that does not reach the end of the known tokens
+    num_drafts: int = 0  # the last of `token_ids` are drafts; only where `sample` is set
     prompt_targets: tuple[int, ...] = ()  # next known token of each row, where its logprob is asked for
     prompt_alternatives: int = 0  # how many alternatives to report with each of them
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        """The last `num_drafts` of `token_ids`."""
+        return self.token_ids[len(self.token_ids) - self.num_drafts :]
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,11 +51,20 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
         return sum(len(request.token_ids) for request in self.requests)
 
 
-class Sampled(msgspec.Struct, frozen=True, kw_only=True):
-    """What the runner drew for one scheduled request."""
+class Drawn(msgspec.Struct, frozen=True, kw_only=True):
+    """What the sampler drew from one row: a token, or an error."""
 
-    token_id: int | None = None  # set exactly where the request had a `sample`
-    logprob: TokenLogprob | None = None
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None  # if asked for
+    error: str | None = None
+
+
+class Sampled(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step gave one scheduled request."""
+
+    token_ids: tuple[int, ...] = ()  # exactly where it had a `sample`: the drafts that held, and one more
+    logprobs: tuple[TokenLogprob, ...] = ()  # one a token, if asked for
+    draft_token_ids: tuple[int, ...] = ()  # the runner's guess of what follows them, for the next step
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # one a prompt target
     error: str | None = None  # this request alone failed (its logits are not finite, say)
 

@@ -185,6 +185,8 @@ class EngineStats(Value, frozen=True, kw_only=True):
     preemptions_total: int = 0
     prefix_queries_total: int = 0  # tokens looked up
     prefix_hits_total: int = 0  # tokens found
+    draft_tokens_total: int = 0  # drafts that were verified
+    draft_lengths_total: tuple[int, ...] = ()  # [n]: how often n drafts in a row held; each gave n + 1 tokens
 
 
 class StepOutput(Message, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ means for its own request.
 from __future__ import annotations
 
 from engine.kv.prefix import HashFunction, PageKeys, sha256
+from engine.lookup import PromptLookup
 from engine.plan import Sampled, SampleSpec, ScheduledRequest
 from engine.protocol import Delta, FinishReason, RequestUsage, Submit, TokenLogprob
 
@@ -20,10 +21,17 @@ class Request:
         arrival: its place in the order of arrival; larger is later.
         now: seconds on the engine's clock.
         hash_function: for the keys of its pages.
+        lookup: draft from its own text; otherwise drafts are what results propose.
     """
 
     def __init__(
-        self, submit: Submit, *, arrival: int, now: float, hash_function: HashFunction = sha256
+        self,
+        submit: Submit,
+        *,
+        arrival: int,
+        now: float,
+        hash_function: HashFunction = sha256,
+        lookup: bool = False,
     ) -> None:
         self.request_id = submit.request_id
         self.sampling = submit.sampling
@@ -40,6 +48,8 @@ class Request:
         )
         self.cached_tokens: int | None = None  # found at first admission; None before it
         self.preemptions = 0
+        self._lookup = PromptLookup(self.token_ids) if lookup else None
+        self._proposed: tuple[int, ...] = ()  # by the newest result, to follow the tokens known now
         self._stop_token_ids = frozenset(submit.sampling.stop_token_ids)
         self._prompt_logprobs: list[TokenLogprob] = []  # of prompt positions 1, 2, ...
         self._submitted = now
@@ -83,8 +93,19 @@ class Request:
         self.preemptions += 1
         return page_ids
 
-    def plan(self, count: int) -> ScheduledRequest:
-        """The next `count` tokens as a part of a step; sampled from if they are the last that are known."""
+    def draft(self, count: int) -> tuple[int, ...]:
+        """A guess of the tokens that follow the known ones, at most `count` and never the last one allowed.
+
+        The step draws one token more than it accepts, so a draft of the last one could only be thrown away.
+        """
+        count = max(0, min(count, self.sampling.max_tokens - self.num_generated - 1))
+        return self._proposed[:count] if self._lookup is None else self._lookup.propose(count)
+
+    def plan(self, count: int, drafts: tuple[int, ...] = ()) -> ScheduledRequest:
+        """The next `count` tokens as a part of a step; sampled from if they are the last that are known.
+
+        `drafts` may follow only those.
+        """
         start, end = self.num_computed, self.num_computed + count
         # Targets begin with the step's first row and end with the prompt, so target i is row i's. Where
         # recomputation repeats rows whose result is in hand, `accept` drops them.
@@ -94,7 +115,8 @@ class Request:
             targets = self.token_ids[start + 1 : last + 1] if known < last else []
         return ScheduledRequest(
             request_id=self.request_id,
-            token_ids=tuple(self.token_ids[start:end]),
+            token_ids=(*self.token_ids[start:end], *drafts),
+            num_drafts=len(drafts),
             start=start,
             page_ids=tuple(self.page_ids),
             top_k=self.top_k,
@@ -114,9 +136,9 @@ class Request:
         self._refuse_mismatch(scheduled, sampled)
         known = len(self._prompt_logprobs) - scheduled.start
         self._prompt_logprobs.extend(sampled.prompt_logprobs[max(known, 0) :])
-        self.num_computed = scheduled.start + len(scheduled.token_ids)
+        self.num_computed = scheduled.start + len(scheduled.token_ids) - scheduled.num_drafts
         self.peak_computed = max(self.peak_computed, self.num_computed)
-        if sampled.token_id is None:
+        if not sampled.token_ids:
             return None
 
         prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
@@ -125,16 +147,25 @@ class Request:
             self._first_token = now
             if self.sampling.prompt_logprobs is not None:
                 prompt_logprobs = (None, *self._prompt_logprobs)
-        self.token_ids.append(sampled.token_id)
+        kept = 0
         reason: FinishReason | None = None
-        if sampled.token_id in self._stop_token_ids:
-            reason = "stop"
-        elif self.num_generated >= self.sampling.max_tokens:
-            reason = "length"
+        while reason is None and kept < len(sampled.token_ids):
+            token_id = sampled.token_ids[kept]
+            kept += 1
+            self.token_ids.append(token_id)
+            if token_id in self._stop_token_ids:
+                reason = "stop"
+            elif self.num_generated >= self.sampling.max_tokens:
+                reason = "length"
+        # Every token but the last kept one was a draft, so its row is computed. Rows of drafts that did not
+        # hold are as good as never computed: the next step begins before them and writes over them.
+        self.num_computed += kept - 1
+        self.peak_computed = max(self.peak_computed, self.num_computed)
+        self._proposed = sampled.draft_token_ids
         return Delta(
             request_id=self.request_id,
-            token_ids=(sampled.token_id,),
-            logprobs=(sampled.logprob,) if self.sampling.logprobs is not None and sampled.logprob else None,
+            token_ids=sampled.token_ids[:kept],
+            logprobs=sampled.logprobs[:kept] if self.sampling.logprobs is not None else None,
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             usage=self.usage(now) if reason or first else None,
@@ -173,10 +204,16 @@ class Request:
 
     def _refuse_mismatch(self, scheduled: ScheduledRequest, sampled: Sampled) -> None:
         name = f"the result of request {self.request_id!r}"
-        if (sampled.token_id is None) != (scheduled.sample is None):
-            raise ValueError(f"{name} must have a token exactly where one was asked for")
-        if sampled.token_id is not None and self.sampling.logprobs is not None and sampled.logprob is None:
-            raise ValueError(f"{name} must have the logprob of its token, which was asked for")
+        tokens = sampled.token_ids
+        if (not tokens) != (scheduled.sample is None):
+            raise ValueError(f"{name} must have tokens exactly where they were asked for")
+        if (
+            len(tokens) > scheduled.num_drafts + 1
+            or tokens[:-1] != scheduled.drafts[: max(0, len(tokens) - 1)]
+        ):
+            raise ValueError(f"{name} must have drafts that held, and one token more")
+        if self.sampling.logprobs is not None and len(sampled.logprobs) != len(tokens):
+            raise ValueError(f"{name} must have the logprob of each of its tokens, which was asked for")
         if len(sampled.prompt_logprobs) != len(scheduled.prompt_targets):
             raise ValueError(
                 f"{name} has {len(sampled.prompt_logprobs)} prompt logprobs for "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -11,9 +13,10 @@ from engine.attention.tiles import TileCosts
 from engine.batch import build_batch
 from engine.kv.planes import PagedCache
 from engine.models.interface import Model
-from engine.plan import Sampled, SampleSpec, StepPlan, StepResult
+from engine.plan import Drawn, Sampled, SampleSpec, StepPlan, StepResult
 from engine.protocol import TokenLogprob
 from engine.sampler import sample, token_logprob
+from engine.speculation import row_specs, verify
 
 _LOGIT_ROWS = 64  # rows of prompt logits held at once: 64 x 49152 float32 is 12 MiB
 
@@ -32,22 +35,21 @@ class Runner:
         """Compute the plan's rows, write their cache entries, draw the tokens that it asks for."""
         hidden = self.hidden(plan)
         ends = list(accumulate(len(request.token_ids) for request in plan.requests))
-        wanted = [i for i, request in enumerate(plan.requests) if request.sample is not None]
-        drawn: dict[int, Sampled] = {}
-        if wanted:
-            logits = self._model.logits(hidden[[ends[i] - 1 for i in wanted]])
-            specs = [spec for i in wanted if (spec := plan.requests[i].sample) is not None]
-            drawn = dict(zip(wanted, _sample_each(logits, specs), strict=True))
+        specs = [row_specs(request) for request in plan.requests]
+        rows = [end - len(own) + i for end, own in zip(ends, specs, strict=True) for i in range(len(own))]
+        drawn: Iterator[Drawn] = iter(())
+        if rows:
+            drawn = iter(
+                _sample_each(self._model.logits(hidden[rows]), [spec for own in specs for spec in own])
+            )
         results: list[Sampled] = []
-        for i, request in enumerate(plan.requests):
-            one = drawn.get(i, Sampled())
+        for request, end, own in zip(plan.requests, ends, specs, strict=True):
+            one = verify(request, [next(drawn) for _ in own])
             if request.prompt_targets:
-                first = ends[i] - len(request.token_ids)
-                rows = hidden[first : first + len(request.prompt_targets)]
-                scored = self._score(rows, request.prompt_targets, request.prompt_alternatives)
-                one = Sampled(
-                    token_id=one.token_id, logprob=one.logprob, error=one.error, prompt_logprobs=scored
-                )
+                first = end - len(request.token_ids)
+                targets = hidden[first : first + len(request.prompt_targets)]
+                scored = self._score(targets, request.prompt_targets, request.prompt_alternatives)
+                one = msgspec.structs.replace(one, prompt_logprobs=scored)
             results.append(one)
         return StepResult(sampled=tuple(results))
 
@@ -65,15 +67,15 @@ class Runner:
         return tuple(scored)
 
 
-def _sample_each(logits: Tensor, specs: list[SampleSpec]) -> list[Sampled]:
+def _sample_each(logits: Tensor, specs: list[SampleSpec]) -> list[Drawn]:
     """All rows together; should that fail, one by one, so that one bad request fails alone."""
     try:
         return sample(logits, specs)
     except (RuntimeError, IndexError, ValueError):
-        drawn: list[Sampled] = []
+        drawn: list[Drawn] = []
         for row, spec in enumerate(specs):
             try:
                 drawn.extend(sample(logits[row : row + 1], [spec]))
             except (RuntimeError, IndexError, ValueError) as error:
-                drawn.append(Sampled(error=f"sampling failed: {error}"))
+                drawn.append(Drawn(error=f"sampling failed: {error}"))
         return drawn

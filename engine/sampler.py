@@ -13,13 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.plan import Sampled, SampleSpec
+from engine.plan import Drawn, SampleSpec
 from engine.protocol import SamplingParams, TokenLogprob
 
 _FIRST_GUESS = 256  # how many of the best tokens are looked at before a full sort
 
 
-def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
+def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
     """Draw one token a row; a row whose logits are not finite gets an error and harms no other.
 
     Args:
@@ -27,18 +27,16 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
         specs: N of them, in the rows' order
     """
     finite = torch.isfinite(logits).all(-1).tolist()
-    drawn: list[Sampled] = []
+    drawn: list[Drawn] = []
     greedy = logits.argmax(-1).tolist()
     for row, spec in enumerate(specs):
         if not finite[row]:
-            drawn.append(
-                Sampled(error="the model's logits are not finite, so no token can be drawn from them")
-            )
+            drawn.append(Drawn(error="the model's logits are not finite, so no token can be drawn from them"))
             continue
         token = greedy[row] if _is_plain_greedy(spec.params) else _draw(logits[row], spec)
         report = spec.params.logprobs
         logprob = None if report is None else token_logprob(logits[row], token, report)
-        drawn.append(Sampled(token_id=token, logprob=logprob))
+        drawn.append(Drawn(token_id=token, logprob=logprob))
     return drawn
 
 

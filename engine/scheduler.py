@@ -12,6 +12,8 @@ gap. The rules, in order:
    prefix that is cached, while the budget lasts and the pages left can hold all its known tokens.
    (Starting with less would only buy a preemption. The running requests have what they need by then: a
    chunk that was cut short has spent the budget.)
+4. What is left of budget and pages goes to drafts, in order of arrival. So a guess never delays a token that
+   is known, and preempts nobody. Pages taken for drafts that did not hold are given back in `apply`.
 
 As a consequence every running request arrived before every waiting one. Integers only: no tensors here.
 """
@@ -23,7 +25,7 @@ from collections import Counter, deque
 from engine.config import PAGE_SIZE
 from engine.kv.pages import PageAllocator, pages_for
 from engine.kv.prefix import HashFunction, PrefixCache, sha256
-from engine.plan import StepPlan, StepResult
+from engine.plan import ScheduledRequest, StepPlan, StepResult
 from engine.protocol import Delta, EngineStats, Submit
 from engine.request import Request
 
@@ -41,6 +43,8 @@ class Scheduler:
         max_running: requests in one step; at most `token_budget`.
         max_model_len: positions that one request may use, prompt and output together.
         prefix_caching: whether full pages are kept and found again by their content.
+        draft_tokens: the most drafts that one request gets in one step; 0 is no speculation.
+        lookup: draft from each request's own text; otherwise drafts are what the runner's results propose.
         hash_function: finds candidates in the prefix cache; a collision costs a miss only.
 
     Raises:
@@ -55,6 +59,8 @@ class Scheduler:
         max_running: int,
         max_model_len: int,
         prefix_caching: bool,
+        draft_tokens: int = 0,
+        lookup: bool = False,
         hash_function: HashFunction = sha256,
     ) -> None:
         if not 1 <= max_running <= token_budget:
@@ -66,6 +72,8 @@ class Scheduler:
         self._max_running = max_running
         self._max_model_len = max_model_len
         self._prefix_caching = prefix_caching
+        self._draft_tokens = draft_tokens
+        self._lookup = lookup
         self._hash_function = hash_function
         self._prefix = PrefixCache()
         self._pages = PageAllocator(num_pages, on_evict=self._prefix.forget)
@@ -80,6 +88,8 @@ class Scheduler:
         self._preemptions = 0
         self._prefix_queries = 0
         self._prefix_hits = 0
+        self._drafted = 0
+        self._draft_lengths = [0] * (draft_tokens + 1)
 
     @property
     def has_work(self) -> bool:
@@ -95,7 +105,13 @@ class Scheduler:
         if submit.request_id in self._requests:
             raise ValueError(f"request id {submit.request_id!r} is in use by a request that has not ended")
         self._refuse_unfit(submit)
-        request = Request(submit, arrival=self._arrivals, now=now, hash_function=self._hash_function)
+        request = Request(
+            submit,
+            arrival=self._arrivals,
+            now=now,
+            hash_function=self._hash_function,
+            lookup=self._lookup and self._draft_tokens > 0,
+        )
         self._arrivals += 1
         self._requests[request.request_id] = request
         self._waiting.append(request)
@@ -136,7 +152,12 @@ class Scheduler:
             self._admit(granted, now)
         if not granted:
             return None
-        self._in_flight = StepPlan(requests=tuple(request.plan(count) for request, count in granted))
+        drafts = self._draft(granted)
+        self._in_flight = StepPlan(
+            requests=tuple(
+                request.plan(count, guess) for (request, count), guess in zip(granted, drafts, strict=True)
+            )
+        )
         return self._in_flight
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> tuple[Delta, ...]:
@@ -157,13 +178,13 @@ class Scheduler:
         deltas = []
         for scheduled, sampled in zip(plan.requests, result.sampled, strict=True):
             request = self._requests[scheduled.request_id]
-            end = scheduled.start + len(scheduled.token_ids)
-            decoded = max(0, end - max(scheduled.start, request.num_prompt, request.peak_computed))
-            self._decode_tokens += decoded
-            self._prefill_tokens += len(scheduled.token_ids) - decoded
+            first_new = max(scheduled.start, request.num_prompt, request.peak_computed)
             delta = request.accept(scheduled, sampled, now)
+            held = max(0, len(delta.token_ids) - 1) if delta is not None else 0
+            self._count(scheduled, first_new, held)
             if sampled.error is None:
                 self._register(request)
+                self._trim(request)
             else:
                 self._distrust(request)
             if delta is not None:
@@ -176,7 +197,8 @@ class Scheduler:
         """Gauges of now and counters since construction.
 
         Every computed row counts once: as decode if it holds an output token computed for the first time,
-        as prefill otherwise. Prefix queries and hits are counted at each admission.
+        as prefill otherwise. The row of a draft that did not hold is neither: it is drafted, not accepted.
+        Prefix queries and hits are counted at each admission.
         """
         return EngineStats(
             running=len(self._running),
@@ -190,6 +212,8 @@ class Scheduler:
             preemptions_total=self._preemptions,
             prefix_queries_total=self._prefix_queries,
             prefix_hits_total=self._prefix_hits,
+            draft_tokens_total=self._drafted,
+            draft_lengths_total=tuple(self._draft_lengths),
         )
 
     def check(self) -> None:
@@ -266,6 +290,36 @@ class Scheduler:
                 )
             granted.append((request, count))
             budget -= count
+
+    def _draft(self, granted: list[tuple[Request, int]]) -> list[tuple[int, ...]]:
+        """What each granted request guesses of its next tokens, as far as budget and pages are left."""
+        budget = self._token_budget - sum(count for _, count in granted)
+        drafts: list[tuple[int, ...]] = []
+        for request, count in granted:
+            guess: tuple[int, ...] = ()
+            if count == request.num_missing:
+                guess = request.draft(min(self._draft_tokens, budget))
+                if not self._extend(request, count + len(guess)):
+                    guess = guess[: len(request.page_ids) * PAGE_SIZE - request.num_computed - count]
+            drafts.append(guess)
+            budget -= len(guess)
+        return drafts
+
+    def _count(self, scheduled: ScheduledRequest, first_new: int, held: int) -> None:
+        """Count the rows of one result: new from position `first_new` on, `held` drafts among them."""
+        known = len(scheduled.token_ids) - scheduled.num_drafts
+        decoded = max(0, scheduled.start + known + held - first_new)
+        self._decode_tokens += decoded
+        self._prefill_tokens += known + held - decoded
+        if scheduled.num_drafts:
+            self._drafted += scheduled.num_drafts
+            self._draft_lengths[held] += 1
+
+    def _trim(self, request: Request) -> None:
+        """Give back the pages that only drafts were computed in."""
+        kept = pages_for(request.num_computed)
+        self._pages.release(request.page_ids[kept:])
+        del request.page_ids[kept:]
 
     def _extend(self, request: Request, count: int) -> bool:
         """Let the request hold pages for `count` more tokens; False, and no change, if they are not there."""

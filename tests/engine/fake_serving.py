@@ -7,15 +7,18 @@ shared wrongly is seen at once, and so is a text that a preemption changed.
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine.config import PAGE_SIZE
 from engine.kv.pages import pages_for
-from engine.plan import Sampled, ScheduledRequest, StepPlan, StepResult
+from engine.plan import Drawn, Sampled, ScheduledRequest, StepPlan, StepResult
 from engine.protocol import Delta, SamplingParams, Submit, TokenLogprob
 from engine.scheduler import Scheduler
+from engine.speculation import row_specs, verify
 
 VOCABULARY = 40
 FAULTY_SEED = 9  # a request with this seed fails when its third token is due
@@ -63,6 +66,8 @@ class FakeModel:
         self.pages: dict[int, list[int]] = {}
         self.known: dict[str, list[int]] = {}  # all tokens of each request
         self.truth: dict[str, list[int]] = {}  # what their positions must hold
+        self.drafting = random.Random(0)
+        self.draft_tokens = 0  # proposed with each result: right ones, with wrong ones among them
 
     def add(self, submit: Submit) -> None:
         self.submits[submit.request_id] = submit
@@ -77,20 +82,26 @@ class FakeModel:
     def _write(self, scheduled: ScheduledRequest) -> None:
         submit, known = self.submits[scheduled.request_id], self.known[scheduled.request_id]
         truth = self.truth[scheduled.request_id]
-        end = scheduled.start + len(scheduled.token_ids)
-        assert scheduled.token_ids == tuple(known[scheduled.start : end])
-        assert len(scheduled.page_ids) == len(set(scheduled.page_ids)) == pages_for(end)
+        end = scheduled.start + len(scheduled.token_ids) - scheduled.num_drafts
+        assert (*scheduled.token_ids,) == (*known[scheduled.start : end], *scheduled.drafts)
+        assert (
+            len(scheduled.page_ids) == len(set(scheduled.page_ids)) == pages_for(end + scheduled.num_drafts)
+        )
         for position in range(len(truth), end):
             truth.append(content(truth[-1] if truth else 0, known[position], position, submit))
-        for position in range(scheduled.start, end):
+        rows = truth[:end]
+        for position, draft in enumerate(scheduled.drafts, end):
+            rows.append(content(rows[-1], draft, position, submit))
+        for position in range(scheduled.start, len(rows)):
             page = self.pages.setdefault(scheduled.page_ids[position // PAGE_SIZE], [0] * PAGE_SIZE)
-            page[position % PAGE_SIZE] = truth[position]
+            page[position % PAGE_SIZE] = rows[position]
 
     def _sample(self, scheduled: ScheduledRequest) -> Sampled:
-        name, end = scheduled.request_id, scheduled.start + len(scheduled.token_ids)
+        name = scheduled.request_id
+        end = scheduled.start + len(scheduled.token_ids) - scheduled.num_drafts
         submit, known, truth = self.submits[name], self.known[name], self.truth[name]
-        read = [entry for page_id in scheduled.page_ids for entry in self.pages[page_id]][:end]
-        assert read == truth[:end], f"{name} reads what it never wrote"
+        read = [entry for page_id in scheduled.page_ids for entry in self.pages[page_id]]
+        assert read[:end] == truth[:end], f"{name} reads what it never wrote"
         for index, target in enumerate(scheduled.prompt_targets):
             assert target == submit.prompt_token_ids[scheduled.start + index + 1]
         prompt = tuple(
@@ -100,13 +111,36 @@ class FakeModel:
         assert (scheduled.sample is not None) == (end == len(known))
         if scheduled.sample is None:
             return Sampled(prompt_logprobs=prompt)
-        index = scheduled.sample.output_index
-        assert index == len(known) - len(submit.prompt_token_ids)
-        if submit.sampling.seed == FAULTY_SEED and index == 2:
-            return Sampled(error="faulty on purpose")
-        known.append(next_token(read[-1], submit, index))
-        logprob = TokenLogprob(token_id=known[-1], logprob=-1.0, rank=1, top=())
-        return Sampled(token_id=known[-1], logprob=logprob, prompt_logprobs=prompt)
+        drawn: list[Drawn] = []
+        for row, spec in enumerate(row_specs(scheduled), end - 1):
+            index = row + 1 - len(submit.prompt_token_ids)
+            assert spec.output_index == index
+            if spec.params.presence_penalty:
+                assert spec.history == (*known, *scheduled.drafts[: row + 1 - end])
+            if submit.sampling.seed == FAULTY_SEED and index == 2:
+                drawn.append(Drawn(error="faulty on purpose"))
+                continue
+            token_id = next_token(read[row], submit, index)
+            logprob = TokenLogprob(token_id=token_id, logprob=-float(index), rank=1, top=())
+            drawn.append(Drawn(token_id=token_id, logprob=logprob))
+        result = verify(scheduled, drawn)
+        known += result.token_ids
+        return msgspec.structs.replace(
+            result, prompt_logprobs=prompt, draft_token_ids=self._propose(submit, known)
+        )
+
+    def _propose(self, submit: Submit, known: list[int]) -> tuple[int, ...]:
+        """What follows `known`, wrong from a random place on."""
+        entry = 0
+        for position, token_id in enumerate(known):
+            entry = content(entry, token_id, position, submit)
+        drafts: list[int] = []
+        for _ in range(self.draft_tokens):
+            position = len(known) + len(drafts)
+            token_id = next_token(entry, submit, position - len(submit.prompt_token_ids))
+            drafts.append(VOCABULARY if self.drafting.random() < 0.2 else token_id)
+            entry = content(entry, drafts[-1], position, submit)
+        return tuple(drafts)
 
 
 class Driver:
@@ -119,9 +153,11 @@ class Driver:
         self.scheduler = Scheduler(num_pages, token_budget=budget, max_running=max_running, **options)
         self.budget = budget
         self.model = FakeModel()
+        self.model.draft_tokens = 0 if options.get("lookup") else options.get("draft_tokens", 0)
         self.output: dict[str, list[int]] = {}
         self.prompt_logprobs: dict[str, tuple[TokenLogprob | None, ...]] = {}
         self.last: dict[str, Delta] = {}
+        self.drafts: dict[str, tuple[int, ...]] = {}  # of the last step
         self.now = 0.0
 
     def add(self, *submits: Submit) -> None:
@@ -135,10 +171,16 @@ class Driver:
         assert delta.request_id not in self.last, "nothing may follow a terminal delta"
         first = bool(delta.token_ids) and not self.output[delta.request_id]
         assert (delta.usage is not None) == (first or delta.finish_reason is not None)
+        before = len(self.output[delta.request_id])
         self.output[delta.request_id] += delta.token_ids
+        if self.model.submits[delta.request_id].sampling.logprobs is not None and delta.token_ids:
+            assert delta.logprobs is not None
+            assert [(e.token_id, -e.logprob) for e in delta.logprobs] == [
+                (token_id, before + i) for i, token_id in enumerate(delta.token_ids)
+            ]
         if delta.prompt_logprobs is not None:
             assert delta.request_id not in self.prompt_logprobs
-            assert len(self.output[delta.request_id]) == 1
+            assert before == 0
             self.prompt_logprobs[delta.request_id] = delta.prompt_logprobs
         if delta.finish_reason is not None:
             self.last[delta.request_id] = delta
@@ -160,7 +202,8 @@ class Driver:
         assert (plan is not None) == scheduler.has_work
         if plan is None:
             return {}
-        work = {s.request_id: (s.start, len(s.token_ids)) for s in plan.requests}
+        work = {s.request_id: (s.start, len(s.token_ids) - s.num_drafts) for s in plan.requests}
+        self.drafts = {s.request_id: s.drafts for s in plan.requests if s.num_drafts}
         after = scheduler.stats()
         scheduler.check()
         assert len(work) == len(plan.requests)
@@ -187,7 +230,12 @@ class Driver:
         rows = (stats.prefill_tokens_total + stats.decode_tokens_total) - (
             before.prefill_tokens_total + before.decode_tokens_total
         )
-        assert rows == plan.num_tokens
+        drafted = stats.draft_tokens_total - before.draft_tokens_total
+        held = sum(n * count for n, count in enumerate(stats.draft_lengths_total)) - sum(
+            n * count for n, count in enumerate(before.draft_lengths_total)
+        )
+        assert drafted == sum(s.num_drafts for s in plan.requests)
+        assert rows + drafted - held == plan.num_tokens
         return work
 
     def drain(self) -> None:

@@ -27,8 +27,12 @@ def step(request: Request, count: int, token_id: int | None = None, now: float =
     """Run `count` tokens; each prompt target's logprob is its row's position, negated."""
     scheduled = request.plan(count)
     prompt = tuple(logprob(t, -float(scheduled.start + i)) for i, t in enumerate(scheduled.prompt_targets))
-    sampled = None if token_id is None else logprob(token_id)
-    return request.accept(scheduled, Sampled(token_id=token_id, logprob=sampled, prompt_logprobs=prompt), now)
+    result = Sampled(
+        token_ids=() if token_id is None else (token_id,),
+        logprobs=() if token_id is None else (logprob(token_id),),
+        prompt_logprobs=prompt,
+    )
+    return request.accept(scheduled, result, now)
 
 
 def test_only_the_last_known_token_is_sampled_from() -> None:
@@ -85,7 +89,7 @@ def test_the_last_token_allowed_ends_the_request(token_id: int, reason: str) -> 
 
 def test_an_error_ends_the_request_without_a_token() -> None:
     request = make(2)
-    delta = request.accept(request.plan(2), Sampled(token_id=3, error="logits are not finite"), 11.0)
+    delta = request.accept(request.plan(2), Sampled(token_ids=(3,), error="logits are not finite"), 11.0)
     assert delta is not None
     assert (delta.token_ids, delta.finish_reason, delta.error) == ((), "error", "logits are not finite")
     assert delta.usage is not None
@@ -160,13 +164,39 @@ def test_recomputed_rows_are_not_reported_twice() -> None:
     assert delta == Delta(request_id="r", token_ids=(8,))
 
 
+def test_drafts_that_held_are_computed_and_the_others_are_as_if_they_never_were() -> None:
+    request = make(3, max_tokens=20, logprobs=0)
+    tokens = (7, 8, 9)
+    entries = tuple(logprob(t) for t in tokens)
+    first = request.plan(3, (7, 8, 5, 5))
+    assert (first.token_ids, first.drafts) == ((100, 101, 102, 7, 8, 5, 5), (7, 8, 5, 5))
+    delta = request.accept(first, Sampled(token_ids=tokens, logprobs=entries, draft_token_ids=(1, 2)), 0.0)
+    assert delta is not None
+    assert (delta.token_ids, delta.logprobs) == (tokens, entries)
+    assert (request.num_computed, request.num_tokens) == (5, 6)
+    assert request.draft(9) == (1, 2)
+    assert request.draft(1) == (1,)
+    assert request.plan(1, (1,)).token_ids == (9, 1)
+
+
+def test_nothing_follows_a_stop_token_inside_an_accepted_run() -> None:
+    request = make(3, max_tokens=20, stop_token_ids=(8,))
+    delta = request.accept(request.plan(3, (7, 8, 9)), Sampled(token_ids=(7, 8, 9, 4)), 0.0)
+    assert delta is not None
+    assert (delta.token_ids, delta.finish_reason) == ((7, 8), "stop")
+    assert delta.usage is not None
+    assert delta.usage.completion_tokens == 2
+    assert request.num_computed == 4  # the stop token was never computed, as far as anyone is told
+
+
 @pytest.mark.parametrize(
     ("count", "sampled", "sentence"),
     [
-        (1, Sampled(token_id=3, prompt_logprobs=(logprob(101),)), "exactly where one was asked for"),
-        (2, Sampled(prompt_logprobs=(logprob(101),)), "exactly where one was asked for"),
-        (2, Sampled(token_id=3, prompt_logprobs=(logprob(101),)), "the logprob of its token"),
-        (2, Sampled(token_id=3, logprob=logprob(3)), "0 prompt logprobs for 1 prompt targets"),
+        (1, Sampled(token_ids=(3,), prompt_logprobs=(logprob(101),)), "exactly where they were asked for"),
+        (2, Sampled(prompt_logprobs=(logprob(101),)), "exactly where they were asked for"),
+        (2, Sampled(token_ids=(3,), prompt_logprobs=(logprob(101),)), "the logprob of each of its tokens"),
+        (2, Sampled(token_ids=(3,), logprobs=(logprob(3),)), "0 prompt logprobs for 1 prompt targets"),
+        (2, Sampled(token_ids=(3, 4), logprobs=(logprob(3),) * 2), "drafts that held, and one token more"),
     ],
 )
 def test_a_result_that_does_not_answer_is_refused(count: int, sampled: Sampled, sentence: str) -> None:

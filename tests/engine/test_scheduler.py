@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.kv.prefix import sha256
 from engine.plan import Sampled, StepResult
 from engine.protocol import Submit
-from tests.engine.fake_serving import FAULTY_SEED, Driver, make
+from tests.engine.fake_serving import FAULTY_SEED, Driver, make, reference
 
 
 def usage_of(driver: Driver, name: str) -> tuple[int, int]:
@@ -211,6 +211,82 @@ def test_what_can_never_run_is_refused(submit: Submit, sentence: str) -> None:
     driver.drain()
 
 
+def test_drafts_come_after_every_known_token_and_in_order_of_arrival() -> None:
+    driver = Driver(budget=12, draft_tokens=3)
+    driver.model.drafting.random = lambda: 1.0  # type: ignore[method-assign]
+    driver.add(make("a", 3, 40), make("b", 3, 40))
+    assert driver.step() == {"a": (0, 3), "b": (0, 3)}
+    assert driver.drafts == {}  # nothing was proposed yet
+    assert driver.step() == {"a": (3, 1), "b": (3, 1)}
+    assert [len(driver.drafts[name]) for name in "ab"] == [3, 3]
+    driver.add(make("c", 10, 40))
+    assert driver.step() == {"a": (7, 1), "b": (7, 1), "c": (0, 10)}  # each gained 4 tokens in one step
+    assert driver.drafts == {}  # the known tokens left no room
+    driver.step()
+    assert [len(driver.drafts[name]) for name in "abc"] == [3, 3, 3]
+    driver.drain()
+
+
+def test_drafts_stop_before_the_last_token_and_end_at_a_stop_token() -> None:
+    driver = Driver(budget=64, draft_tokens=5)
+    driver.model.drafting.random = lambda: 1.0  # type: ignore[method-assign]
+    driver.add(make("a", 3, 4))
+    driver.step()
+    driver.step()
+    assert len(driver.drafts["a"]) == 2  # 3 tokens were left, and a step draws one more than it accepts
+    assert driver.last["a"].finish_reason == "length"
+    text, _ = reference(make("b", 3, 20))
+    driver.add(make("b", 3, 20, stop_token_ids=(text[3],)))
+    driver.step()
+    driver.step()  # accepts past the stop token, which hides what follows it
+    assert driver.last["b"].finish_reason == "stop"
+    assert driver.output["b"] == list(text[: text.index(text[3]) + 1])
+    driver.drain()
+
+
+def test_drafts_preempt_nobody_and_give_back_pages_that_they_did_not_need() -> None:
+    driver = Driver(3, budget=128, draft_tokens=4)
+    driver.model.drafting.random = lambda: 0.0  # type: ignore[method-assign] # every draft is wrong
+    driver.add(make("a", 62, 30), make("b", 60, 4))
+    driver.step()
+    driver.step()
+    assert len(driver.drafts["a"]) == 4  # one on the last page that is left
+    assert driver.scheduler.stats().pages_used == 2  # given back
+    driver.step()
+    driver.step()
+    assert "b" in driver.last
+    driver.add(make("c", 60, 30), make("d", 1, 30))
+    driver.drain()
+    assert driver.scheduler.stats().draft_lengths_total[1:] == (0, 0, 0, 0)
+
+
+def test_only_as_many_drafts_as_pages_are_left() -> None:
+    driver = Driver(2, budget=128, draft_tokens=4)
+    driver.model.drafting.random = lambda: 1.0  # type: ignore[method-assign]
+    driver.add(make("a", 61, 30), make("b", 30, 30))
+    driver.step()
+    driver.step()
+    assert [len(driver.drafts[name]) for name in "ab"] == [2, 4]  # a's own page has room for 2
+    driver.drain()
+
+
+def test_a_prefix_is_made_of_tokens_that_held() -> None:
+    driver = Driver(budget=256, draft_tokens=4)
+    driver.add(make("a", 60, 80))
+    driver.drain()
+    driver.add(make("b", (*driver.model.known["a"], 1)))
+    assert driver.step() == {"b": (128, 13)}
+    driver.drain()
+
+
+def test_lookup_drafts_from_the_text_itself() -> None:
+    driver = Driver(budget=64, draft_tokens=3, lookup=True)
+    driver.add(make("a", (5, 6, 7, 8, 5, 6), 3))
+    assert driver.step() == {"a": (0, 6)}
+    assert driver.drafts == {"a": (7, 8)}  # already after the prompt; the last token allowed is not drafted
+    driver.drain()
+
+
 def test_plans_and_results_must_match() -> None:
     with pytest.raises(ValueError, match=r"max_running \(4\) must be between 1 and token_budget \(3\)"):
         Driver(budget=3)
@@ -222,18 +298,21 @@ def test_plans_and_results_must_match() -> None:
         scheduler.schedule(0.0)
     with pytest.raises(ValueError, match="0 entries for 1 requests"):
         scheduler.apply(plan, StepResult(sampled=()), 0.0)
-    result = StepResult(sampled=(Sampled(token_id=1),))
+    result = StepResult(sampled=(Sampled(token_ids=(1,)),))
     scheduler.apply(plan, result, 0.0)
     with pytest.raises(RuntimeError, match="only the plan that"):
         scheduler.apply(plan, result, 0.0)
 
 
 def test_under_heavy_load_nothing_is_lost_however_often_it_is_preempted() -> None:
-    preemptions, hits = 0, 0
+    preemptions, hits, held = 0, 0, 0
     for seed in range(30):
         rng = random.Random(seed)
         driver = Driver(
-            rng.choice((6, 7, 8)), budget=rng.choice((10, 64, 150)), max_running=rng.choice((3, 4))
+            rng.choice((6, 7, 8)),
+            budget=rng.choice((10, 64, 150)),
+            max_running=rng.choice((3, 4)),
+            draft_tokens=seed % 3 * 2,
         )
         for number in range(10):
             stride, length = rng.randint(1, 4), rng.randint(1, 150)
@@ -247,6 +326,8 @@ def test_under_heavy_load_nothing_is_lost_however_often_it_is_preempted() -> Non
         driver.drain()
         preemptions += driver.scheduler.stats().preemptions_total
         hits += driver.scheduler.stats().prefix_hits_total
+        held += sum(driver.scheduler.stats().draft_lengths_total[1:])
+    assert held > 1000
     assert preemptions > 100
     assert hits > 5000
 
@@ -262,6 +343,7 @@ submits = st.builds(
     stop_token_ids=st.sampled_from([(), (), (), (3,)]),
     prompt_logprobs=st.sampled_from([None, None, None, 1]),
     presence_penalty=st.sampled_from([0.0, 0.5]),
+    logprobs=st.sampled_from([None, 0]),
 )
 
 
@@ -274,6 +356,8 @@ class Histories(RuleBasedStateMachine):
         max_running=st.sampled_from([4, 3, 2, 1]),
         prefix_caching=st.sampled_from([True, True, True, False]),
         hash_bytes=st.sampled_from([32, 32, 32, 1, 0]),
+        draft_tokens=st.sampled_from([0, 1, 4]),
+        lookup=st.sampled_from([False, False, True]),
     )
     def start(self, hash_bytes: int, **options: Any) -> None:
         self.driver = Driver(hash_function=lambda data: sha256(data)[:hash_bytes], **options)
