@@ -28,7 +28,7 @@ COPY pyproject.toml LICENSE NOTICE ./
 COPY engine engine
 COPY server server
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    pip install --constraint constraints.txt --no-build-isolation .
+    pip install --constraint constraints.txt --no-build-isolation ".[otel]"
 
 FROM base
 # Name a model here to have it in the image: --build-arg PULL=smollm2-135m-instruct

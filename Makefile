@@ -59,7 +59,7 @@ $(VENV)/.created: constraints.txt
 $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@echo "installing what dsa needs, once; torch is large"
 	@$(INSTALL) torch
-	@$(INSTALL) --no-build-isolation --editable .
+	@$(INSTALL) --no-build-isolation --editable '.[otel]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

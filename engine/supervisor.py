@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
 import msgspec
@@ -29,14 +29,23 @@ _log = logging.getLogger(__name__)
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 _STOP_SECONDS = 5.0  # what a step may take to end before the process is killed
 _BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)  # before the n-th start in a row that did not become ready
+_OUTPUT_BYTES = 1 << 16
+_OUTPUT_SECONDS = 1.0
 _MAX_FAILED_STARTS = len(_BACKOFF_SECONDS)
 
 
 class SubprocessEngine:
-    """An `engine.client.Engine` over `python -m engine.process`."""
+    """An `engine.client.Engine` over `python -m engine.process`.
 
-    def __init__(self, config: EngineConfig) -> None:
+    Args:
+        config: what to load and how to run.
+        on_output: gets what the process writes to its standard output and error, a few whole lines at a
+            time; None lets it write to the server's own.
+    """
+
+    def __init__(self, config: EngineConfig, on_output: Callable[[str], None] | None = None) -> None:
         self._config = config
+        self._on_output = on_output
         self._status = EngineStatus(state=EngineState.STARTING, message="the engine has not been started yet")
         self._changed = asyncio.Condition()
         self._supervisor: asyncio.Task[None] | None = None
@@ -145,6 +154,8 @@ class SubprocessEngine:
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
+                    stdout=None if self._on_output is None else asyncio.subprocess.PIPE,
+                    stderr=None if self._on_output is None else asyncio.subprocess.STDOUT,
                     env=_ENVIRONMENT | os.environ,
                     start_new_session=True,
                 )
@@ -152,6 +163,7 @@ class SubprocessEngine:
             ours.close()
             raise
         self._process = process
+        output = asyncio.create_task(self._pass_on(process.stdout), name="engine output")
         if self._over:
             self._kill()  # stopped while the process was being made
         end = self._end = await ServerEnd.over(ours)
@@ -173,7 +185,26 @@ class SubprocessEngine:
             self._kill()
             code = await process.wait()
             self._process = None
+            # The last words are in the log before the next process starts. Its own children may outlive it and
+            # hold the pipe; they are not waited for.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(output, _OUTPUT_SECONDS)
         return ready, code
+
+    async def _pass_on(self, stream: asyncio.StreamReader | None) -> None:
+        """Hand over what the process writes until it ends, cut at ends of lines."""
+        if stream is None or self._on_output is None:
+            return
+        rest = b""
+        while data := await stream.read(_OUTPUT_BYTES):
+            whole, newline, rest = (rest + data).rpartition(b"\n")
+            if newline:
+                self._on_output(whole.decode("utf-8", "replace"))
+            elif len(rest) >= _OUTPUT_BYTES:  # no line is that long
+                self._on_output(rest.decode("utf-8", "replace"))
+                rest = b""
+        if rest:
+            self._on_output(rest.decode("utf-8", "replace"))
 
     async def _handle(self, message: Loading | Ready | Failed | StepOutput) -> None:
         if isinstance(message, StepOutput):

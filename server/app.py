@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -19,13 +20,16 @@ from server.chat import ChatFormat
 from server.config import ServerConfig
 from server.intake import Intake
 from server.lifecycle import Lifecycle
+from server.logs import AccessLog
 from server.metrics import Metrics
 from server.middleware import BodyLimitMiddleware, RecordMiddleware
 from server.protocol.errors import ApiError, bad_request
 from server.protocol.openapi import openapi_of
+from server.record import Ended
 from server.routes import ROUTERS
 from server.services import Services
 from server.text.tokenizer import Tokenizer
+from server.tracing import Tracing
 
 
 def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: ChatFormat) -> FastAPI:
@@ -45,7 +49,13 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
             yield
         finally:
             await engine.stop()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
+    tracing = Tracing(config.otlp_endpoint) if config.otlp_endpoint else None
+    observers: list[Callable[[Ended], None]] = [tracing] if tracing else []
+    if config.log_format == "json":
+        observers.append(AccessLog(text.decode if config.log_prompts else None))
     metrics = Metrics(config.model_name, lambda: engine.status)
     services = Services(
         config=config,
@@ -71,7 +81,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     app.state.services = services
     app.state.lifecycle = services.lifecycle
     app.add_middleware(BodyLimitMiddleware, limit=config.max_body_bytes)
-    app.add_middleware(RecordMiddleware, metrics=metrics)  # added last: the outermost
+    app.add_middleware(RecordMiddleware, metrics=metrics, observers=observers)  # added last: the outermost
     for router in ROUTERS:
         app.include_router(router)
     app.openapi = openapi_of(app)  # type: ignore[method-assign]

@@ -28,7 +28,9 @@ app = typer.Typer(
 )
 
 _DEFAULTS = Settings()
-_SERVER, _MODEL, _MEMORY, _ADVANCED = "Server", "Model", "Memory and scheduling", "Advanced"
+_SERVER, _MODEL, _MEMORY, _LOGS, _ADVANCED = (
+    *("Server", "Model", "Memory and scheduling", "Logs and traces", "Advanced"),
+)
 
 
 def main() -> NoReturn:
@@ -159,6 +161,28 @@ def serve(
     sparse_form: Annotated[
         str | None,
         _option(_ADVANCED, "How long contexts are attended: auto, gather or mask.", _DEFAULTS.sparse_form),
+    ] = None,
+    log_format: Annotated[
+        str | None,
+        _option(
+            _LOGS,
+            "text, or json: an object a line, and one line a request.",
+            _DEFAULTS.log_format,
+            "text|json",
+        ),
+    ] = None,
+    log_prompts: Annotated[
+        bool | None,
+        _option(_LOGS, "Put prompts into the log, too.", "never", None, "--log-prompts/--no-log-prompts"),
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        _option(
+            _LOGS,
+            "Send a trace a request to this OpenTelemetry receiver (OTLP over HTTP), as http://localhost:4318.",
+            "no traces",
+            "URL",
+        ),
     ] = None,
     config: Annotated[
         Path | None,

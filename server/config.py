@@ -16,6 +16,7 @@ import msgspec
 
 from engine.config import EngineConfig
 from server.models import DEFAULT_MODEL, ModelFiles
+from server.tracing import TracingError, check_endpoint
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -54,6 +55,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         drain_seconds: how long running requests may go on after the signal to stop.
         max_n: choices in one request.
         max_prompts: prompts in one request.
+        log_format: lines for a person, or JSON with an access line a request.
+        log_prompts: whether access lines have the prompts.
+        otlp_endpoint: where traces go; None is nowhere.
     """
 
     model_name: str
@@ -66,6 +70,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: Seconds = 30.0
     max_n: Positive = 8
     max_prompts: Positive = 64
+    log_format: Literal["text", "json"] = "text"
+    log_prompts: bool = False
+    otlp_endpoint: str | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +100,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_prompts: Positive = 64
     max_body: str = "8MiB"
     drain_seconds: Seconds = 30.0
+    log_format: Literal["text", "json"] = "text"
+    log_prompts: bool = False
+    otlp_endpoint: str | None = None
 
     def overlay_path(self) -> Path | None:
         """The overlay that was asked for."""
@@ -102,8 +112,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """The HTTP side's part.
 
         Raises:
-            SettingsError: a size is not valid.
+            SettingsError: a size is not valid, prompts have no log to go to, or traces cannot be exported.
         """
+        if self.log_prompts and self.log_format != "json":
+            raise SettingsError("--log-prompts needs --log-format json, whose access lines have the prompts")
+        if self.otlp_endpoint is not None:
+            try:
+                check_endpoint(self.otlp_endpoint)
+            except TracingError as error:
+                raise SettingsError(str(error)) from error
         return ServerConfig(
             model_name=self.served_model_name or model_name,
             host=self.host,
@@ -115,6 +132,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             drain_seconds=self.drain_seconds,
             max_n=self.max_n,
             max_prompts=self.max_prompts,
+            log_format=self.log_format,
+            log_prompts=self.log_prompts,
+            otlp_endpoint=self.otlp_endpoint,
         )
 
     def engine(self, files: ModelFiles) -> EngineConfig:

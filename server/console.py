@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
@@ -14,17 +15,23 @@ _QUIET_SECONDS = 2.0
 
 
 class Stages:
-    """Shows one stage after the other; calling it is a `server.download.Report`."""
+    """Shows one stage after the other; calling it is a `server.download.Report`.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    Args:
+        stream: where to; standard error if None.
+        say: takes the lines instead, and there is no bar.
+    """
+
+    def __init__(self, stream: TextIO | None = None, say: Callable[[str], None] | None = None) -> None:
         self._stream = stream or sys.stderr
+        self._say = say
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._stage = ""
         self._said = 0.0
 
     def __enter__(self) -> Stages:
-        if self._stream.isatty():
+        if self._say is None and self._stream.isatty():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -51,5 +58,8 @@ class Stages:
         now = time.monotonic()
         if stage != self._stage or now - self._said > _QUIET_SECONDS:
             share = f" {100 * done // total} %" if done and total else ""
-            print(f"{stage}{share}", file=self._stream, flush=True)
+            if self._say is not None:
+                self._say(f"{stage}{share}")
+            else:
+                print(f"{stage}{share}", file=self._stream, flush=True)
             self._stage, self._said = stage, now

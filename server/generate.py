@@ -75,7 +75,8 @@ class TextDelta:
     """What is new in one choice. Its last one, and only it, has a finish reason and usage.
 
     The text may lag behind the tokens: half characters and possible starts of stop strings are held
-    back. A stop token is in neither.
+    back. A stop token is in neither. `stages` comes once, with the first token: seconds in the queue, and
+    from there to that token.
     """
 
     index: int
@@ -85,6 +86,7 @@ class TextDelta:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish_reason: Finish | None = None
     usage: ChoiceUsage | None = None
+    stages: tuple[float, float] | None = None
 
 
 async def generate_text(engine: Engine, tokenizer: Tokenizer, job: Job) -> AsyncGenerator[TextDelta, None]:
@@ -117,6 +119,7 @@ class _Choice:
         self._job = job
         self._detokenizer = Detokenizer(tokenizer, stop=job.stop)
         self._seen = 0
+        self._staged = False
         self._known: RequestUsage | None = None  # the newest; a stop string ends a choice before the last
 
     def read(self, delta: Delta) -> TextDelta:
@@ -144,6 +147,7 @@ class _Choice:
             prompt_logprobs=delta.prompt_logprobs,
             finish_reason=finish,
             usage=self._usage(completion_tokens) if finish else None,
+            stages=self._stages(delta),
         )
 
     def _read_prompt(self, delta: Delta) -> TextDelta:
@@ -154,7 +158,14 @@ class _Choice:
             prompt_logprobs=delta.prompt_logprobs,
             finish_reason="length" if delta.finish_reason else None,
             usage=self._usage(0) if delta.finish_reason else None,
+            stages=self._stages(delta),
         )
+
+    def _stages(self, delta: Delta) -> tuple[float, float] | None:
+        if delta.usage is None or self._staged:
+            return None
+        self._staged = True
+        return max(delta.usage.queue_seconds, 0.0), max(delta.usage.prefill_seconds, 0.0)
 
     def _without_stop_token(self, delta: Delta) -> tuple[int, ...]:
         ids = delta.token_ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,10 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.metrics import Metrics
 from server.protocol.errors import ApiError, internal_error
+from server.record import Ended, GenerationRecord
 
 logger = logging.getLogger("server.requests")
 
 _RECORD = "dsa.record"
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 @dataclass(slots=True)
@@ -28,12 +31,16 @@ class Record:
     Attributes:
         request_id: made here; a client's own is never used.
         started: when it arrived, on the monotonic clock.
+        started_ns: the same moment in nanoseconds since 1970.
         outcome: how it ended, where the status alone does not say.
+        generation: what is generated, once that has begun.
     """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     started: float = field(default_factory=time.monotonic)
+    started_ns: int = field(default_factory=time.time_ns)
     outcome: str | None = None
+    generation: GenerationRecord | None = None
 
 
 def record_of(scope: Scope) -> Record:
@@ -44,11 +51,14 @@ def record_of(scope: Scope) -> Record:
 
 
 class RecordMiddleware:
-    """Gives every request an id and every failure an answer, and counts both."""
+    """Gives every request an id and every failure an answer, counts both, and tells who wants to know."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, observers: Sequence[Callable[[Ended], None]] = ()
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -74,7 +84,32 @@ class RecordMiddleware:
                 raise  # half a response is out: the connection must break, or it would look complete
             await internal_error().to_response()(scope, receive, send_with_id)
         finally:
-            self._metrics.request_ended(_endpoint(scope), record.outcome or outcome_of(status))
+            outcome = record.outcome or outcome_of(status)
+            self._metrics.request_ended(_endpoint(scope), outcome)
+            self._tell(scope, record, status, outcome)
+
+    def _tell(self, scope: Scope, record: Record, status: int | None, outcome: str) -> None:
+        if not self._observers:
+            return
+        headers = Headers(scope=scope)
+        ended = Ended(
+            request_id=record.request_id,
+            method=scope["method"] if scope["method"] in _METHODS else "other",
+            endpoint=_endpoint(scope),
+            status=status,
+            outcome=outcome,
+            started_ns=record.started_ns,
+            started=record.started,
+            seconds=time.monotonic() - record.started,
+            traceparent=headers.get("traceparent"),
+            tracestate=headers.get("tracestate"),
+            generation=record.generation,
+        )
+        for observe in self._observers:
+            try:
+                observe(ended)
+            except Exception:  # a request that was answered must not fail because of a log
+                logger.exception("request %s was not recorded", record.request_id)
 
 
 class BodyLimitMiddleware:

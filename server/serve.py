@@ -12,6 +12,7 @@ import contextlib
 import errno
 import importlib.util
 import json
+import logging
 import signal
 import socket
 import sys
@@ -25,8 +26,11 @@ from server.chat import ChatFormat, load_chat_format
 from server.config import ServerConfig, Settings
 from server.console import Stages
 from server.lifecycle import Lifecycle
+from server.logs import LogFormat, configure, engine_output
 from server.models import resolve
 from server.text.tokenizer import Tokenizer, load_tokenizer
+
+_log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
 _CLOSE_SECONDS = 2  # what connections may take to close once their requests have ended
@@ -44,8 +48,9 @@ def serve(settings: Settings) -> int:
         ServeError: the port is taken, or the engine failed.
         ModelError, TokenizerError, PromptError, SettingsError: the model or a setting is not valid.
     """
+    configure(settings.log_format)
     with bind(settings.host, settings.port) as listener:  # first: loading takes long, a taken port does not
-        with Stages() as stages:
+        with _stages(settings.log_format) as stages:
             files = resolve(settings.model, overlay=settings.overlay_path(), report=stages)
             stages("reading the tokenizer", 0, 0)
             text = load_tokenizer(files.weights)
@@ -53,7 +58,9 @@ def serve(settings: Settings) -> int:
         config = settings.server(files.name)
         from engine.supervisor import SubprocessEngine  # not before the port and the model are sure
 
-        engine = SubprocessEngine(settings.engine(files))
+        engine = SubprocessEngine(
+            settings.engine(files), on_output=engine_output if settings.log_format == "json" else None
+        )
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(run(config, engine, text, chat, listener))
 
@@ -98,6 +105,7 @@ async def run(
     server = _Server(
         uvicorn.Config(
             app,
+            log_config=None,  # its records go where all others go
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -115,7 +123,7 @@ async def run(
         failure = watching.exception() if watching.done() else None
         watching.cancel()
         if leaving.done():
-            await _drain(app.state.lifecycle, signals, config.drain_seconds)
+            await _drain(app.state.lifecycle, signals, config)
         leaving.cancel()
         await engine.stop()  # ends what still runs, each with its last event
         server.should_exit = True
@@ -127,17 +135,21 @@ async def run(
 
 async def _watch(engine: Engine, config: ServerConfig, listener: socket.socket) -> None:
     """Show how loading goes, say when the engine takes requests (again), and fail when it has."""
-    await _loaded(engine)
-    print(greeting(config.model_name, *listener.getsockname()[:2]), flush=True)
+    await _loaded(engine, config.log_format)
+    line = greeting(config.model_name, *listener.getsockname()[:2])
+    if config.log_format == "json":
+        _log.info("%s", line.partition(" - try: ")[0])
+    else:
+        print(line, flush=True)
     while True:
         while engine.status.state is EngineState.READY:  # noqa: ASYNC110 - an engine's face is a snapshot
             await asyncio.sleep(_POLL_SECONDS)
-        await _loaded(engine)
-        _say("the engine is ready again")
+        await _loaded(engine, config.log_format)
+        _say(config.log_format, "the engine is ready again")
 
 
-async def _loaded(engine: Engine) -> None:
-    with Stages() as stages:
+async def _loaded(engine: Engine, log_format: LogFormat) -> None:
+    with _stages(log_format) as stages:
         while (status := engine.status).state is not EngineState.READY:
             if status.state is EngineState.FAILED:
                 raise ServeError(status.message)
@@ -148,20 +160,28 @@ async def _loaded(engine: Engine) -> None:
 
 def _after_ctrl_c() -> None:
     if sys.stderr.isatty():
-        _say("")  # the terminal has written ^C into the line
+        print(file=sys.stderr, flush=True)  # the terminal has written ^C into the line
 
 
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+def _say(log_format: LogFormat, sentence: str) -> None:
+    if log_format == "json":
+        _log.warning("%s", sentence)
+    else:
+        print(sentence, file=sys.stderr, flush=True)
 
 
-async def _drain(lifecycle: Lifecycle, signals: _Signals, seconds: float) -> None:
+def _stages(log_format: LogFormat) -> Stages:
+    return Stages(say=(lambda line: _log.info("%s", line)) if log_format == "json" else None)
+
+
+async def _drain(lifecycle: Lifecycle, signals: _Signals, config: ServerConfig) -> None:
+    seconds = config.drain_seconds
     lifecycle.begin_drain()
     _after_ctrl_c()
     if not (count := lifecycle.active_requests):
         return
     who = "1 request has" if count == 1 else f"{count} requests have"
-    _say(f"stopping: {who} up to {seconds:g} s to finish; a second signal ends them now")
+    _say(config.log_format, f"stopping: {who} up to {seconds:g} s to finish; a second signal ends them now")
     idle = asyncio.create_task(lifecycle.wait_idle(seconds))
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait((idle, second), return_when=asyncio.FIRST_COMPLETED)

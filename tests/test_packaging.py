@@ -85,9 +85,11 @@ def test_torch_is_pinned_without_choosing_a_build() -> None:
 
 def test_make_and_docker_install_torch_before_everything_else() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    assert makefile.index("$(INSTALL) torch") < makefile.index("$(INSTALL) --no-build-isolation --editable .")
+    assert makefile.index("$(INSTALL) torch") < makefile.index(
+        "$(INSTALL) --no-build-isolation --editable '.[otel]'"
+    )
     dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
-    assert dockerfile.index("constraints.txt torch") < dockerfile.index("--no-build-isolation .")
+    assert dockerfile.index("constraints.txt torch") < dockerfile.index('--no-build-isolation ".[otel]"')
     assert "--constraint constraints.txt" in makefile
 
 

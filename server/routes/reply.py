@@ -35,6 +35,7 @@ from server.middleware import Record, outcome_of, record_of
 from server.protocol import sse
 from server.protocol.errors import ENGINE, RATE_LIMIT, ApiError, bad_request, internal_error, unavailable
 from server.protocol.usage import Usage
+from server.record import GenerationRecord
 from server.render import Renderer, total_usage
 from server.services import Services
 
@@ -91,6 +92,7 @@ class GenerationReply(Response):
         services, jobs = self._services, order.work.jobs
         meter = services.metrics.generation(jobs, record.started)
         complete = False
+        record.generation = GenerationRecord(services.config.model_name, tuple(jobs), order.stream)
         try:
             async with Generation(services.engine, services.text, jobs) as generation:
                 run = _Run(generation, meter, order, record)
@@ -164,6 +166,8 @@ class _Run:
         delta = await self._generation.next(seconds)
         if delta is not None:
             self._meter.delta(delta)
+            if self._record.generation is not None:
+                self._record.generation.take(delta)
             if delta.usage is not None:
                 self._usages[delta.index] = delta.usage
                 self._length |= delta.finish_reason == "length"
