@@ -17,6 +17,7 @@ import typer
 
 from server.config import Settings, SettingsError, load_settings
 from server.distill_command import distill
+from server.inspect_command import inspect
 
 app = typer.Typer(
     name="dsa",
@@ -263,3 +264,4 @@ def chat(
 
 
 app.command()(distill)
+app.command()(inspect)

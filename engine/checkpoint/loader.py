@@ -75,9 +75,7 @@ def load(
         CheckpointError: a tensor is missing, has another shape, or holds NaN or infinite values.
     """
     started = time.monotonic()
-    _check_names(model_table, source)
-    for parameter, weight in model_table.items():
-        _check_shape(parameter, weight, source)
+    check(model_table, source)
     sizes = {name: _num_bytes(weight, dtype) for name, weight in model_table.items()}
     done, total = 0, sum(sizes.values())
     progress(done, total)
@@ -86,15 +84,31 @@ def load(
         loaded[parameter] = _assemble(weight, weight.dtype or dtype, device, source)
         done += sizes[parameter]
         progress(done, total)
-    used = frozenset(name for weight in model_table.values() for name in weight.names)
     return loaded, LoadReport(
-        num_tensors=len(used),
+        num_tensors=len({name for weight in model_table.values() for name in weight.names}),
         num_parameters=sum(tensor.numel() for tensor in loaded.values()),
         num_bytes=total,
         seconds=time.monotonic() - started,
-        unused=tuple(sorted(name for name in source.names() - used if not _BENIGN.fullmatch(name))),
+        unused=unused(model_table, source),
         replaced=source.replaced if isinstance(source, LaidSource) else (),
     )
+
+
+def check(model_table: Mapping[str, Weight], source: Source) -> None:
+    """Whether all of the table is there, in its shapes; reads headers only.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    _check_names(model_table, source)
+    for parameter, weight in model_table.items():
+        _check_shape(parameter, weight, source)
+
+
+def unused(model_table: Mapping[str, Weight], source: Source) -> tuple[str, ...]:
+    """The tensors that the table does not ask for, in order, less those that models compute for themselves."""
+    used = {name for weight in model_table.values() for name in weight.names}
+    return tuple(sorted(name for name in source.names() - used if not _BENIGN.fullmatch(name)))
 
 
 def _check_names(table: Mapping[str, Weight], source: Source) -> None:

@@ -1,0 +1,60 @@
+"""`python -m engine.inspection PATH`: a program of its own because it imports torch; started by `dsa inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.build import resolve_device, resolve_dtype
+from engine.errors import EngineError
+from engine.inspection.report import Devices, Wanted, inspect, render
+
+
+def main() -> None:
+    """Read the arguments, print the report, leave with 1 where there is a fault in the model's files."""
+    parser = argparse.ArgumentParser(prog="dsa inspect")
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--overlay", type=Path)
+    parser.add_argument("--context", type=int)
+    parser.add_argument("--concurrency", type=int, default=1)
+    parser.add_argument("--devices", type=int)
+    parser.add_argument("--device-memory", type=int, help="bytes of each")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    described = options.devices is not None or options.device_memory is not None
+    devices = _devices(options.devices, options.device_memory)
+    dtype = options.dtype
+    if dtype == "auto":
+        plain = torch.bfloat16 if described else resolve_dtype("auto", resolve_device("auto"))
+        dtype = str(plain).removeprefix("torch.")
+    wanted = Wanted(options.context, options.concurrency, dtype, options.kv_cache_dtype)
+    try:
+        report: dict[str, Any] = inspect(options.path, options.overlay, wanted, devices)
+    except EngineError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    sys.stdout.write((json.dumps(report, indent=2) if options.json else render(report)) + "\n")
+
+
+def _devices(count: int | None, memory: int | None) -> Devices:
+    """As described; what is not, as found here."""
+    found = torch.cuda.device_count()
+    if memory is None:
+        memory = (
+            min(torch.cuda.mem_get_info(i)[1] for i in range(found))
+            if found
+            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        )
+    return Devices(count or found or 1, memory)
+
+
+if __name__ == "__main__":
+    main()
