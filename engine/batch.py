@@ -22,6 +22,7 @@ class TileTensors:
     positions: Tensor  # [R, Q] int64
     block_table: Tensor  # [R, P] int64, padded with page 0
     top_k: Tensor  # [R, Q] int64
+    expanded: bool = False  # see `Tile`
 
 
 @dataclass(frozen=True)
@@ -82,4 +83,5 @@ def _tensors(tile: Tile, device: torch.device) -> TileTensors:
             [[*ids, *([0] * (width - len(ids)))] for ids in tile.page_ids], device=device
         ),
         top_k=torch.tensor(tile.top_k, device=device).unsqueeze(1).expand(shape),
+        expanded=tile.expanded,
     )

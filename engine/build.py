@@ -48,7 +48,6 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
     progress("opening the checkpoint", 0, 1)
     source = open_source(Path(config.weights))
     overlay = None if config.overlay is None else read_overlay(Path(config.overlay), source)
-    indexer = None if overlay is None else overlay.info
     max_positions = int(source.config["max_position_embeddings"])
     if config.max_model_len is not None and config.max_model_len > max_positions:
         raise ConfigError(
@@ -58,7 +57,7 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
     max_model_len = config.max_model_len or max_positions
     model, report = build_model(
         source if overlay is None else overlay.over(source),
-        indexer,
+        None if overlay is None else overlay.info,
         load_backend("torch"),
         max_model_len,
         dtype=dtype,
@@ -92,7 +91,7 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
             max_model_len=max_model_len,
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
-            indexer=indexer,
+            indexer=model.indexer,
         ),
         capacity=Capacity(
             num_pages=num_pages,
@@ -102,7 +101,7 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
             max_running=config.max_running,
         ),
     )
-    core = EngineCore(scheduler, runner, sparse=indexer is not None)
+    core = EngineCore(scheduler, runner, sparse=model.indexer is not None)
     return Built(core=core, runner=runner, ready=ready, unused_tensors=tuple(report.unused))
 
 

@@ -84,13 +84,13 @@ ToEngine = Start | Submit | Abort | Stop
 
 
 class IndexerInfo(Value, frozen=True, kw_only=True):
-    """The lightning indexer that was laid over the checkpoint."""
+    """The lightning indexer: the checkpoint's own, or one laid over it."""
 
     num_heads: int
     head_dim: int
     rope_dim: int
     default_top_k: int  # what its training and evaluation justify
-    source: str  # file name of the overlay
+    source: str  # file name of the overlay, or `checkpoint`
 
 
 class ModelInfo(Value, frozen=True, kw_only=True):

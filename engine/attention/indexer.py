@@ -2,8 +2,8 @@
 
 As DeepSeek-V3.2-Exp's (arXiv 2512.02556, section 2), sized for its host: several ReLU-scored query
 heads, one key shared by them all, LayerNorm on the key, rotary embedding on the first `rope_dim` dims
-(half-split), and per-head weights computed from the same hidden state. The host here has no query
-latent, so queries too come from the hidden state.
+(half-split; interleaved in GLM-5), and per-head weights computed from the same hidden state. Queries come
+from the host's normalised query latent where it has one (DeepSeek), else from the hidden state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEY_NORM_EPS = 1e-6
 class IndexerWeights:
     """One layer's indexer of H heads of d dims over a hidden size of E."""
 
-    wq: Tensor  # [H * d, E]
+    wq: Tensor  # [H * d, E], or [H * d, query latent]
     wk: Tensor  # [d, E]
     k_norm_weight: Tensor  # [d]
     k_norm_bias: Tensor  # [d]
@@ -39,10 +39,17 @@ class IndexQueries:
 
 
 class LightningIndexer:
-    """One layer's indexer."""
+    """One layer's indexer, in the precision of its weights.
 
-    def __init__(self, weights: IndexerWeights, num_heads: int) -> None:
+    Args:
+        weights: of the layer
+        num_heads: H
+        interleaved: how the rotated dims pair
+    """
+
+    def __init__(self, weights: IndexerWeights, num_heads: int, *, interleaved: bool = False) -> None:
         self.weights = weights
+        self.interleaved = interleaved
         self.num_heads = num_heads
         self.head_dim = weights.wk.shape[0]
 
@@ -53,12 +60,16 @@ class LightningIndexer:
         """
         w = self.weights
         key = layer_norm(F.linear(hidden, w.wk), w.k_norm_weight, w.k_norm_bias, KEY_NORM_EPS)
-        return rotate(key.unsqueeze(1), rotation).squeeze(1)
+        return rotate(key.unsqueeze(1), rotation, interleaved=self.interleaved).squeeze(1)
 
-    def queries(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> IndexQueries:
-        """Index queries and head weights of rows [T, E]."""
+    def queries(
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], latent: Tensor | None = None
+    ) -> IndexQueries:
+        """Index queries and head weights of rows [T, E]; `latent` [T, r] is the host's query latent, if any."""
         w = self.weights
-        query = F.linear(hidden, w.wq).view(-1, self.num_heads, self.head_dim)
+        query = F.linear(hidden if latent is None else latent, w.wq).view(-1, self.num_heads, self.head_dim)
         scale = self.num_heads**-0.5 * self.head_dim**-0.5
         head_weights = F.linear(hidden.float(), w.weights_proj.float()) * scale
-        return IndexQueries(query=rotate(query, rotation), head_weights=head_weights)
+        return IndexQueries(
+            query=rotate(query, rotation, interleaved=self.interleaved), head_weights=head_weights
+        )

@@ -51,7 +51,7 @@ def attend(
         else:
             if index is None or index_plane is None:
                 raise EngineError("a sparse row was scheduled on a model that has no indexer")
-            selected = _select(index, index_plane, tile, kernels)
+            selected = select(index, index_plane, tile, kernels)
             if tile.form == "gather":
                 result = kernels.attend_selected(rows, kv_plane, tile.block_table, selected, scale)
             else:
@@ -61,7 +61,7 @@ def attend(
     return out
 
 
-def _select(index: IndexQueries, index_plane: Tensor, tile: TileTensors, kernels: Kernels) -> Tensor:
+def select(index: IndexQueries, index_plane: Tensor, tile: TileTensors, kernels: Kernels) -> Tensor:
     """The selected positions of a tile's rows: [R, Q, K], -1 for none."""
     scores = kernels.index_scores(
         index.query[tile.rows].view(*tile.shape, *index.query.shape[1:]),

@@ -51,6 +51,7 @@ class Tile:
     positions: tuple[tuple[int, ...], ...]  # [R][Q]
     page_ids: tuple[tuple[int, ...], ...]  # [R], each as long as its own context needs
     top_k: tuple[int, ...]  # [R]; in dense tiles, where no row reaches its bound, the context instead
+    expanded: bool = False  # latent attention makes each head's keys and values, rather than absorb them
 
     @property
     def context_pages(self) -> int:
@@ -82,12 +83,62 @@ class TileCosts:
             return "gather"
         return "gather" if top_k * self.gather_cost < context * self.mask_cost else "mask"
 
+    def expands(self, rows: int, context: int) -> bool:
+        """Whether a dense or masked tile makes keys and values of its context first; for latent attention."""
+        return False
+
     def row_bytes(self, form: Form, context: int, top_k: int) -> int:
         """Bytes that one more row of a tile materialises at its peak."""
         scores = 0 if form == "dense" else context * (self.index_row_bytes + 4)
         if form == "gather":
             return max(scores, min(top_k, context) * self.token_bytes)
         return max(scores, context * self.attention_row_bytes)
+
+
+@dataclass(frozen=True)
+class LatentTileCosts(TileCosts):
+    """The same for multi-head latent attention, in multiply-adds.
+
+    Absorbed, a row reads r + p numbers a head and token and sums r; expanded, n + p and v, after each token
+    was expanded once for all rows of the tile, to n + v numbers of r terms a head. A row that is absorbed
+    pays as much as a token that is expanded. (n plain, p rotated, v value dims, r rank.)
+    """
+
+    num_heads: int = 1
+    rank: int = 512
+    nope: int = 128
+    rope: int = 64
+    value: int = 128
+    item_bytes: int = 4  # of one number of an expanded key or value
+    gather_cost: float = 2.0  # a gathered multiply-add against one of a product over the whole context
+
+    def absorbed_cost(self, rows: int, tokens: float) -> float:
+        """`rows` rows over `tokens` tokens each, every head on the latent itself."""
+        per_pair = 2 * self.rank + self.rope
+        return self.num_heads * rows * (tokens * per_pair + self.rank * (self.nope + self.value))
+
+    def expanded_cost(self, rows: int, context: int) -> float:
+        """`rows` rows over one context of `context` tokens, expanded first."""
+        per_pair = self.nope + self.rope + self.value
+        made = self.rank * (self.nope + self.value)
+        return self.num_heads * context * (rows * per_pair + made)
+
+    def expands(self, rows: int, context: int) -> bool:
+        """By cost, where the expanded context also fits into half of the budget."""
+        per_token = self.num_heads * (2 * self.nope + self.rope + self.value) * self.item_bytes
+        fits = context * per_token * 2 <= self.budget_bytes
+        return fits and self.expanded_cost(rows, context) < self.absorbed_cost(rows, context)
+
+    def sparse_form(self, rows: int, context: int, top_k: int) -> Form:
+        """The cheapest of gathering, masking absorbed, and masking expanded."""
+        if self.forced != "auto":
+            return self.forced
+        if rows == 1:
+            return "gather"
+        mask = self.absorbed_cost(rows, context)
+        if self.expands(rows, context):
+            mask = self.expanded_cost(rows, context)
+        return "gather" if self.absorbed_cost(rows, top_k * self.gather_cost) < mask else "mask"
 
 
 def cut(segments: Sequence[Segment], costs: TileCosts) -> tuple[Tile, ...]:
@@ -151,5 +202,6 @@ def _prefill_tiles(segment: Segment, costs: TileCosts) -> Iterator[Tile]:
             positions=(tuple(range(segment.start + row, last + 1)),),
             page_ids=(segment.page_ids[: _pages_for(last)],),
             top_k=(top_k,),
+            expanded=form != "gather" and costs.expands(count, context),
         )
         row += count

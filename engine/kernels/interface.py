@@ -16,9 +16,10 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.kernels.interface_fp8 import Fp8Kernels
+from engine.kernels.interface_latent import LatentKernels
 
 
-class Kernels(Fp8Kernels, Protocol):
+class Kernels(Fp8Kernels, LatentKernels, Protocol):
     """The operations of sparse attention."""
 
     name: str

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from engine.kernels.reference_fp8 import ReferenceFp8
+from engine.kernels.reference_latent import ReferenceLatent
 
 
-class ReferenceKernels(ReferenceFp8):
+class ReferenceKernels(ReferenceFp8, ReferenceLatent):
     """See `engine.kernels.interface.Kernels` for the formulas."""
 
     name = "reference"

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.vectorised_fp8 import VectorisedFp8
+from engine.kernels.vectorised_latent import VectorisedLatent
 
 
-class VectorisedKernels(VectorisedFp8):
+class VectorisedKernels(VectorisedFp8, VectorisedLatent):
     """See `engine.kernels.interface.Kernels` for the formulas."""
 
     name = "torch"

@@ -26,6 +26,11 @@ class PlaneSpec:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    layers: frozenset[int] | None = None  # the layers that have it; None is all
+
+    def on(self, layer: int) -> bool:
+        """Whether a layer has this plane."""
+        return self.layers is None or layer in self.layers
 
     @property
     def token_bytes(self) -> int:
@@ -40,7 +45,7 @@ class PlaneSpec:
 
 def page_bytes(specs: Sequence[PlaneSpec], num_layers: int) -> int:
     """Bytes of a whole page, over all planes and layers."""
-    return num_layers * sum(spec.page_bytes for spec in specs)
+    return sum(spec.page_bytes for layer in range(num_layers) for spec in specs if spec.on(layer))
 
 
 class PagedCache:
@@ -57,6 +62,8 @@ class PagedCache:
         offset = 0
         for layer in range(num_layers):
             for spec in specs:
+                if not spec.on(layer):
+                    continue
                 used = spec.token_bytes * PAGE_SIZE
                 flat = self._storage[:, offset : offset + used].view(spec.dtype)
                 self._planes[layer, spec.name] = flat.view(num_pages, PAGE_SIZE, *spec.shape)

@@ -1,4 +1,7 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout: dim i pairs with i + n/2."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864).
+
+Half-split (dim i pairs with i + n/2) or interleaved (dim 2i with 2i + 1).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | Non
     Args:
         dim: rotated dims of a head, even
         theta: the base
-        scaling: Hugging Face's `rope_scaling`: None, or type `default`, `linear` or `llama3`
+        scaling: Hugging Face's `rope_scaling`: None, or type `default`, `linear`, `llama3` or `yarn`
 
     Returns:
         [dim / 2] float32
@@ -34,9 +37,62 @@ def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | Non
         return speeds / float(scaling["factor"])
     if kind == "llama3":
         return _llama3(speeds, scaling)
+    if kind == "yarn":
+        return _yarn(speeds, theta, scaling)
     raise CheckpointError(
-        f"rope scaling of type {kind!r} is not supported; known are default, linear and llama3"
+        f"rope scaling of type {kind!r} is not supported; known are default, linear, llama3 and yarn"
     )
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 * mscale * ln(factor) + 1: how much YaRN sharpens attention (arXiv 2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def magnitude(scaling: Mapping[str, Any] | None) -> float:
+    """What cos and sin are multiplied with; 1 but for YaRN.
+
+    A checkpoint with both `mscale` and `mscale_all_dim` keeps most of it in the softmax scale instead, see
+    `softmax_correction`.
+    """
+    if scaling is None or scaling.get("rope_type") != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    factor = float(scaling["factor"])
+    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale and all_dim:
+        return yarn_mscale(factor, float(mscale)) / yarn_mscale(factor, float(all_dim))
+    return yarn_mscale(factor, 1.0)
+
+
+def softmax_correction(scaling: Mapping[str, Any] | None) -> float:
+    """What a DeepSeek model's softmax scale is multiplied with: yarn_mscale(factor, mscale_all_dim)^2."""
+    if scaling is None or scaling.get("rope_type") != "yarn" or not scaling.get("mscale_all_dim"):
+        return 1.0
+    return yarn_mscale(float(scaling["factor"]), float(scaling["mscale_all_dim"])) ** 2
+
+
+def _yarn(speeds: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """YaRN (arXiv 2309.00071, section 3.2): pairs that turn often keep their speed, slow ones are stretched."""
+    for key in ("factor", "original_max_position_embeddings"):
+        if scaling.get(key) is None:
+            raise CheckpointError(f"rope scaling of type yarn lacks {key!r}")
+    dim, factor = 2 * len(speeds), float(scaling["factor"])
+    length = float(scaling["original_max_position_embeddings"])
+
+    def turning(turns: float) -> float:
+        """The pair that makes `turns` turns over the original context."""
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = turning(float(scaling.get("beta_fast") or 32)), turning(float(scaling.get("beta_slow") or 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    stretched = ((torch.arange(len(speeds), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return speeds / factor * stretched + speeds * (1 - stretched)
 
 
 def _llama3(speeds: Tensor, scaling: Mapping[str, Any]) -> Tensor:
@@ -64,18 +120,27 @@ class RotaryTable:
             torch.arange(max_positions, dtype=torch.float32), inverse_frequencies(dim, theta, scaling)
         )
         self.dim = dim
-        self._cos = angles.cos().to(device)  # [max_positions, dim / 2] float32
-        self._sin = angles.sin().to(device)
+        factor = magnitude(scaling)
+        self._cos = (angles.cos() * factor).to(device)  # [max_positions, dim / 2] float32
+        self._sin = (angles.sin() * factor).to(device)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [T, dim / 2] float32, for positions [T]."""
         return self._cos[positions], self._sin[positions]
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first `2 * cos.shape[-1]` dims of each head of x [T, heads, D]; the rest passes through."""
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], *, interleaved: bool = False) -> Tensor:
+    """Rotate the first `2 * cos.shape[-1]` dims of each head of x [T, heads, D]; the rest passes through.
+
+    Interleaved pairs stay where they are, as DeepSeek's cache layouts hold them.
+    """
     cos, sin = (part.unsqueeze(1) for part in rotation)  # [T, 1, n / 2]
     half = cos.shape[-1]
+    if interleaved:
+        pairs = x[..., : 2 * half].float().reshape(*x.shape[:-1], half, 2)
+        even, odd = pairs[..., 0], pairs[..., 1]
+        turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+        return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
     first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)

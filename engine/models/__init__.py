@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from engine.protocol import IndexerInfo
 
 ARCHITECTURES: dict[str, str] = {
+    "deepseek_v3": "engine.models.deepseek",
+    "deepseek_v32": "engine.models.deepseek",
+    "glm_moe_dsa": "engine.models.deepseek",
     "llama": "engine.models.llama",
 }
 """`model_type` of a checkpoint's config -> the module whose `build` makes it; imported only when served."""
@@ -37,7 +40,7 @@ def build_model(
 
     Args:
         source: the checkpoint, with an overlay's tensors already laid over it
-        indexer: the overlay's indexer, or None for a dense model
+        indexer: the overlay's indexer, if one is laid over the checkpoint
         max_positions: positions that one request may use
         progress: called with (tensors loaded, tensors in all)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.attention.tiles import TileCosts
 from engine.batch import Batch
 from engine.kv.planes import PagedCache, PlaneSpec
+from engine.protocol import IndexerInfo
 
 
 class Model(Protocol):
@@ -19,6 +20,7 @@ class Model(Protocol):
     num_parameters: int
     vocab_size: int
     max_positions: int
+    indexer: IndexerInfo | None  # an overlay's or the checkpoint's own; None: attention is dense
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
         """What each layer caches of a token."""

@@ -1,0 +1,138 @@
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1): projections, and both forms over tiles.
+
+The tile says which form (`engine.attention.tiles.LatentTileCosts` decided): absorbed, where the key
+expansion is folded into the query and the value expansion into the output, or expanded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.attention.sparse import selection_mask
+from engine.batch import Batch
+from engine.config import PAGE_SIZE
+from engine.errors import EngineError
+from engine.kernels.interface import Kernels
+from engine.kernels.interface_latent import Unpack, as_stored
+from engine.layers.norm import rms_norm
+from engine.layers.rope import rotate
+from engine.models.deepseek_config import LATENT_NORM_EPS
+
+
+@dataclass(frozen=True)
+class MLAWeights:
+    """One layer's; E hidden, H heads held here, r_q / r latent ranks, n / p / v dims of a head."""
+
+    q_a: Tensor | None  # [r_q, E]; None: queries come from the hidden state
+    q_a_norm: Tensor | None  # [r_q]
+    q_b: Tensor  # [H * (n + p), r_q or E]
+    kv_a: Tensor  # [r + p, E]
+    kv_a_norm: Tensor  # [r]
+    kv_b: Tensor  # [H, n + v, r]
+    o: Tensor  # [E, H * v]
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What a batch's rows ask and leave."""
+
+    query: Tensor  # [T, H, n + p], rotated
+    cached: Tensor  # [T, r + p]: normalised latent, rotated shared key
+    query_latent: Tensor | None  # [T, r_q], normalised: the indexer's queries come from it
+
+
+class LatentAttention:
+    """One layer's attention."""
+
+    def __init__(self, weights: MLAWeights, *, nope: int, scale: float, interleaved: bool) -> None:
+        self.weights = weights
+        self.nope = nope
+        self.rank = weights.kv_a_norm.shape[0]
+        self.scale = scale
+        self.interleaved = interleaved
+        self.num_heads = weights.kv_b.shape[0]
+
+    def project(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Projected:
+        """Queries and cache entries of rows [T, E]."""
+        w = self.weights
+        latent = None
+        if w.q_a is not None and w.q_a_norm is not None:
+            latent = rms_norm(F.linear(hidden, w.q_a), w.q_a_norm, LATENT_NORM_EPS)
+        query = F.linear(hidden if latent is None else latent, w.q_b).view(len(hidden), self.num_heads, -1)
+        plain, turning = query[..., : self.nope], query[..., self.nope :]
+        query = torch.cat((plain, rotate(turning, rotation, interleaved=self.interleaved)), dim=-1)
+        kv = F.linear(hidden, w.kv_a)
+        key = rotate(kv[:, self.rank :].unsqueeze(1), rotation, interleaved=self.interleaved).squeeze(1)
+        cached = torch.cat((rms_norm(kv[:, : self.rank], w.kv_a_norm, LATENT_NORM_EPS), key), dim=-1)
+        return Projected(query=query, cached=cached, query_latent=latent)
+
+    def attend(
+        self,
+        query: Tensor,
+        selections: Sequence[Tensor | None],
+        plane: Tensor,
+        batch: Batch,
+        kernels: Kernels,
+        unpack: Unpack = as_stored,
+    ) -> Tensor:
+        """Attention of every row over its own request's cached tokens, its own included.
+
+        Args:
+            query: [T, H, n + p]
+            selections: a tile's selected positions [R, Q, K], None where the tile is dense
+            plane: [num_pages, 64, stored], this step's rows already written
+            batch: the rows and their tiles
+            kernels: the arithmetic
+            unpack: how the plane stores a token
+
+        Returns:
+            [T, E]; with only some heads held here, their part of the sum
+
+        Raises:
+            EngineError: a sparse tile came without a selection.
+        """
+        w, values = self.weights, self.weights.kv_b.shape[1] - self.nope
+        out = query.new_empty(len(query), self.num_heads, values)
+        for tile, selected in zip(batch.tiles, selections, strict=True):
+            rows = query[tile.rows].view(*tile.shape, *query.shape[1:])
+            common = (plane, tile.block_table)
+            if tile.form == "gather" and selected is not None:
+                made = kernels.latent_selected(
+                    self._absorb(rows), *common, selected, self.rank, self.scale, unpack
+                )
+                result = self._values(made)
+            else:
+                context = tile.block_table.shape[1] * PAGE_SIZE
+                if tile.form == "dense":
+                    allowed = torch.arange(context, device=query.device) <= tile.positions.unsqueeze(-1)
+                elif selected is not None:
+                    allowed = selection_mask(selected, context)
+                else:
+                    raise EngineError("a sparse row was scheduled on a model that has no indexer")
+                if tile.expanded:
+                    result = kernels.latent_expanded(
+                        rows, *common, allowed, w.kv_b, self.rank, self.scale, unpack
+                    )
+                else:
+                    result = self._values(
+                        kernels.latent_masked(
+                            self._absorb(rows), *common, allowed, self.rank, self.scale, unpack
+                        )
+                    )
+            out[tile.rows] = result.flatten(0, 1)
+        return F.linear(out.flatten(1), w.o)
+
+    def _absorb(self, query: Tensor) -> Tensor:
+        """[R, Q, H, n + p] -> [R, Q, H, r + p]: the plain part times each head's key expansion."""
+        keys = self.weights.kv_b[:, : self.nope]  # [H, n, r]
+        plain = torch.einsum("rqhn,hnk->rqhk", query[..., : self.nope], keys)
+        return torch.cat((plain, query[..., self.nope :]), dim=-1)
+
+    def _values(self, made: Tensor) -> Tensor:
+        """[R, Q, H, r] -> [R, Q, H, v]: each head's value expansion."""
+        return torch.einsum("rqhk,hvk->rqhv", made, self.weights.kv_b[:, self.nope :])

@@ -1,0 +1,74 @@
+"""DeepSeek's mixture of experts (arXiv 2412.19437, section 2.1.2): sigmoid gate, group-limited choice."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.models.deepseek_config import MoEConfig
+
+
+def route(x: Tensor, gate: Tensor, bias: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
+    """Each token's experts and their weights.
+
+    s = sigmoid(x gate^T); b = s + bias serves the choice only: a group counts the sum of its two best b, the
+    best groups stay, and of those the best experts. Weights are s, made to sum to 1 if the config says so,
+    times its scaling.
+
+    Args:
+        x: [T, E]
+        gate: [X, E] float32
+        bias: [X] float32
+
+    Returns:
+        experts [T, k] int64, weights [T, k] float32
+    """
+    c = config
+    scores = F.linear(x.float(), gate).sigmoid()
+    grouped = (scores + bias).view(-1, c.num_groups, c.num_experts // c.num_groups)
+    best = grouped.topk(2, dim=-1).values.sum(-1).topk(c.groups_per_token, dim=-1).indices  # [T, groups]
+    out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, best, False)
+    choice = grouped.masked_fill(out.unsqueeze(-1), -math.inf).flatten(1)
+    experts = choice.topk(c.experts_per_token, dim=-1).indices
+    weights = scores.gather(1, experts)
+    if c.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return experts, weights * c.scaling
+
+
+def run_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first: int = 0
+) -> Tensor:
+    """y[t] = sum_j weights[t,j] * E_{experts[t,j]}(x[t]),  E(x) = down (silu(gate x) * up x).
+
+    Rows are sorted by expert; only experts that a row chose are visited, each once.
+
+    Args:
+        x: [T, E]
+        experts: [T, k] int64
+        weights: [T, k] float32
+        gate_up: [X', 2F, E], gate rows first, of experts `first` to `first + X' - 1`: others add nothing here
+        down: [X', E, F]
+
+    Returns:
+        [T, E] float32: the sum is wide, whatever the experts compute in
+    """
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    rows = order // experts.shape[1]
+    weight = weights.flatten()[order].unsqueeze(1)
+    hit, counts = torch.unique(flat, return_counts=True)  # in order of expert, as the rows are
+    start = 0
+    for expert, count in zip(hit.tolist(), counts.tolist(), strict=True):
+        local, span = expert - first, slice(start, start + count)
+        start += count
+        if not 0 <= local < gate_up.shape[0]:
+            continue
+        gate, up = F.linear(x[rows[span]], gate_up[local]).chunk(2, dim=-1)
+        made = F.linear(F.silu(gate) * up, down[local])
+        out.index_add_(0, rows[span], made.float() * weight[span])
+    return out

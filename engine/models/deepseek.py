@@ -1,0 +1,251 @@
+"""DeepSeek-V3 and its relatives: deepseek_v3 (dense), deepseek_v32 and glm_moe_dsa (sparse, with an indexer).
+
+Per layer: x = x + MLA(norm(x)); x = x + MLP(norm(x)), where the MLP is dense in the first layers and a mixture
+of experts after. All heads of a layer read the tokens that its indexer selected; a layer without one reads
+those that the last layer before it selected (arXiv 2603.12201).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.attention.indexer import IndexerWeights, LightningIndexer
+from engine.attention.mla import LatentAttention, MLAWeights
+from engine.attention.sparse import select
+from engine.attention.tiles import LatentTileCosts
+from engine.batch import Batch
+from engine.checkpoint.loader import LoadReport, load
+from engine.checkpoint.source import Source
+from engine.errors import CheckpointError
+from engine.kernels.interface import Kernels
+from engine.kv.planes import PagedCache, PlaneSpec
+from engine.layers.moe import route, run_experts
+from engine.layers.norm import rms_norm
+from engine.layers.rope import RotaryTable, softmax_correction
+from engine.models.deepseek_config import DeepseekConfig, MoEConfig
+from engine.models.deepseek_weights import weight_table
+from engine.protocol import IndexerInfo
+
+Rotation = tuple[Tensor, Tensor]
+Selections = Sequence[Tensor | None]
+"""Of each tile: the positions that its rows selected, or None where the tile is dense."""
+
+
+class DeepseekMLP:
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        self._gate_up, self._down = gate_up, down
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, E] -> [T, E]."""
+        gate, up = F.linear(x, self._gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self._down)
+
+
+class DeepseekMoE:
+    """Routed experts and the shared one; the sum is in float32."""
+
+    def __init__(self, of: Callable[[str], Tensor], config: MoEConfig) -> None:
+        self._config = config
+        self._gate, self._bias = of("moe.gate"), of("moe.bias")
+        self._gate_up = of("moe.experts_gate_up").view(-1, 2 * config.intermediate_size, self._gate.shape[1])
+        self._down = of("moe.experts_down").view(-1, self._gate.shape[1], config.intermediate_size)
+        self._shared = DeepseekMLP(of("moe.shared_gate_up"), of("moe.shared_down"))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, E] -> [T, E]."""
+        experts, weights = route(x, self._gate, self._bias, self._config)
+        routed = run_experts(x, experts, weights, self._gate_up, self._down)
+        return (routed + self._shared(x).float()).to(x.dtype)
+
+
+class DeepseekLayer:
+    """One decoder layer; parameters named as in `engine.models.deepseek_weights.layer_table`."""
+
+    def __init__(
+        self, of: Callable[[str], Tensor], config: DeepseekConfig, *, moe: bool, indexer: bool
+    ) -> None:
+        c = config
+        self._eps = c.rms_norm_eps
+        self._input_norm, self._post_norm = of("input_norm"), of("post_norm")
+        latent = c.q_lora_rank is not None
+        weights = MLAWeights(
+            q_a=of("attn.q_a") if latent else None,
+            q_a_norm=of("attn.q_a_norm") if latent else None,
+            q_b=of("attn.q_b") if latent else of("attn.q"),
+            kv_a=of("attn.kv_a"),
+            kv_a_norm=of("attn.kv_a_norm"),
+            kv_b=of("attn.kv_b").view(-1, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank),
+            o=of("attn.o"),
+        )
+        self.attention = LatentAttention(
+            weights,
+            nope=c.qk_nope_head_dim,
+            scale=c.qk_head_dim**-0.5 * softmax_correction(c.rope_scaling),
+            interleaved=c.rope_interleaved,
+        )
+        self.indexer: LightningIndexer | None = None
+        if indexer and c.indexer is not None:
+            parts = IndexerWeights(
+                wq=of("indexer.wq"),
+                wk=of("indexer.wk"),
+                k_norm_weight=of("indexer.k_norm_weight"),
+                k_norm_bias=of("indexer.k_norm_bias"),
+                weights_proj=of("indexer.weights_proj"),
+            )
+            self.indexer = LightningIndexer(
+                parts, c.indexer.num_heads, interleaved=c.indexer.rope_interleaved
+            )
+        self._mlp = DeepseekMoE(of, c.moe) if moe else DeepseekMLP(of("mlp.gate_up"), of("mlp.down"))
+
+    def __call__(
+        self,
+        i: int,
+        x: Tensor,
+        rotation: Rotation,
+        batch: Batch,
+        cache: PagedCache,
+        kernels: Kernels,
+        selections: Selections,
+    ) -> tuple[Tensor, Selections]:
+        """Run rows x [T, E] as layer `i` of the cache; also the selections, for layers that share them."""
+        hidden = rms_norm(x, self._input_norm, self._eps)
+        rows = self.attention.project(hidden, rotation)
+        cache.write(i, "latent", batch.pages, batch.offsets, rows.cached)
+        if self.indexer is not None:
+            # Written whatever the row's top_k: a later sparse row may score this token.
+            cache.write(i, "index_key", batch.pages, batch.offsets, self.indexer.keys(hidden, rotation))
+            if any(tile.form != "dense" for tile in batch.tiles):
+                queries = self.indexer.queries(hidden, rotation, rows.query_latent)
+                plane = cache.plane(i, "index_key")
+                selections = [
+                    None if tile.form == "dense" else select(queries, plane, tile, kernels)
+                    for tile in batch.tiles
+                ]
+        x = x + self.attention.attend(rows.query, selections, cache.plane(i, "latent"), batch, kernels)
+        return x + self._mlp(rms_norm(x, self._post_norm, self._eps)), selections
+
+
+class Deepseek:
+    """The model, its weights and its rotation table."""
+
+    def __init__(
+        self, config: DeepseekConfig, weights: Mapping[str, Tensor], kernels: Kernels, max_positions: int
+    ) -> None:
+        """Wire `weights`, named as in `weight_table`.
+
+        Args:
+            max_positions: positions to prepare the rotation table for; at most `config.max_positions`
+        """
+        self.config = config
+        self.architecture = config.architecture
+        self.num_layers = config.num_layers
+        self.vocab_size = config.vocab_size
+        self.max_positions = max_positions
+        self.num_parameters = sum(weight.numel() for weight in weights.values())
+        index = config.indexer
+        self.indexer = (
+            None
+            if index is None
+            else IndexerInfo(
+                num_heads=index.num_heads,
+                head_dim=index.head_dim,
+                rope_dim=index.rope_dim,
+                default_top_k=index.top_k,
+                source="checkpoint",
+            )
+        )
+        self._kernels = kernels
+        self._embed = weights["embed"]
+        self._norm = weights["norm"]
+        # As the published code does: logits are compared with one another to the last digit.
+        self._head = weights["embed" if config.tied else "head"].float()
+        self._layers = [
+            DeepseekLayer(
+                lambda name, i=i: weights[f"layers.{i}.{name}"],  # type: ignore[misc]
+                config,
+                moe=config.moe_layers[i],
+                indexer=config.index_layers[i],
+            )
+            for i in range(config.num_layers)
+        ]
+        self._rotary = RotaryTable(
+            config.qk_rope_head_dim,
+            config.rope_theta,
+            max_positions,
+            scaling=config.rope_scaling,
+            device=self._embed.device,
+        )
+
+    def plane_specs(self) -> tuple[PlaneSpec, ...]:
+        """The latent with the rotated shared key, and the index key where a layer has an indexer of its own."""
+        c, dtype = self.config, self._embed.dtype
+        latent = PlaneSpec("latent", (c.latent_dim,), dtype)
+        if c.indexer is None:
+            return (latent,)
+        with_index = frozenset(i for i, own in enumerate(c.index_layers) if own)
+        return latent, PlaneSpec("index_key", (c.indexer.head_dim,), dtype, layers=with_index)
+
+    def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> LatentTileCosts:
+        """See `LatentTileCosts`."""
+        c, dtype = self.config, self._embed.dtype
+        return LatentTileCosts(
+            budget_bytes=budget_bytes,
+            index_row_bytes=0 if c.indexer is None else 4 * c.indexer.num_heads,
+            attention_row_bytes=4 * c.num_heads,
+            token_bytes=c.latent_dim * dtype.itemsize,
+            forced=forced,
+            num_heads=c.num_heads,
+            rank=c.kv_lora_rank,
+            nope=c.qk_nope_head_dim,
+            rope=c.qk_rope_head_dim,
+            value=c.v_head_dim,
+            item_bytes=dtype.itemsize,
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
+        x = F.embedding(batch.token_ids, self._embed)
+        rotation = self._rotary.at(batch.positions)
+        selections: Selections = [None] * len(batch.tiles)
+        for i, layer in enumerate(self._layers):
+            x, selections = layer(i, x, rotation, batch, cache, self._kernels, selections)
+        return rms_norm(x, self._norm, self.config.rms_norm_eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, E] -> [N, vocab_size] float32."""
+        return F.linear(hidden.float(), self._head)
+
+
+def build(
+    source: Source,
+    indexer: IndexerInfo | None,
+    kernels: Kernels,
+    max_positions: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> tuple[Deepseek, LoadReport]:
+    """Load a checkpoint of this family; arguments as in `engine.models.build_model`.
+
+    Raises:
+        CheckpointError: the config or the tensors are not what this architecture needs, or an overlay was
+            laid over it.
+    """
+    config = DeepseekConfig.read(source.config)
+    if indexer is not None:
+        raise CheckpointError(
+            f"{indexer.source} is an indexer for models of the llama family, but this one is {config.architecture}; "
+            "serve it without an overlay"
+        )
+    weights, report = load(weight_table(config), source, dtype=dtype, device=device, progress=progress)
+    return Deepseek(config, weights, kernels, max_positions), report
