@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.checkpoint.source import open_source
 from engine.errors import CheckpointError
-from tests.engine.deepseek_lab import FAMILIES, VOCAB, YARN, oracle, tiny_deepseek
+from tests.engine.deepseek_lab import VOCAB, YARN, oracle, tiny_deepseek
 from tests.engine.lab import Lab, Run, random_overlay
 
 TOLERANCE = 1e-4  # of the largest logit
