@@ -80,6 +80,9 @@ def top_mask(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
         return allowed
     scores = scores.masked_fill(~allowed, -math.inf)
     edge = scores.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    best = scores >= edge
+    if not bool((best & allowed).sum(-1).gt(top_k).any()):
+        return best & allowed  # no tie crosses an edge: the running counts below cost more than all the rest
     above, level = scores > edge, scores == edge
     free = top_k - above.sum(-1, keepdim=True)
     latest = level.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= free
