@@ -15,7 +15,7 @@ from engine.kv.planes import PagedCache
 from engine.models.interface import Model
 from engine.plan import Drawn, Sampled, SampleSpec, StepPlan, StepResult
 from engine.protocol import TokenLogprob
-from engine.sampler import sample, token_logprob
+from engine.sampler import sample, token_logprobs
 from engine.speculation import row_specs, verify
 
 _LOGIT_ROWS = 64  # rows of prompt logits held at once: 64 x 49152 float32 is 12 MiB
@@ -62,8 +62,7 @@ class Runner:
         scored: list[TokenLogprob] = []
         for start in range(0, len(targets), _LOGIT_ROWS):
             logits = self._model.logits(rows[start : start + _LOGIT_ROWS])
-            for row, target in zip(logits, targets[start : start + _LOGIT_ROWS], strict=True):
-                scored.append(token_logprob(row, target, alternatives))
+            scored.extend(token_logprobs(logits, targets[start : start + _LOGIT_ROWS], alternatives))
         return tuple(scored)
 
 

@@ -42,14 +42,26 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
 
 def token_logprob(logits: Tensor, token: int, alternatives: int) -> TokenLogprob:
     """Natural log-probability of `token` under the unmodified distribution of `logits` [vocab]."""
+    return token_logprobs(logits.unsqueeze(0), [token], alternatives)[0]
+
+
+def token_logprobs(logits: Tensor, tokens: Sequence[int], alternatives: int) -> list[TokenLogprob]:
+    """The same of many rows at once, which waits for the device once and not at every token.
+
+    Args:
+        logits: [N, vocab] float32
+        tokens: N token ids, one a row
+        alternatives: how many of the likeliest tokens to report with each
+    """
     logprobs = logits.log_softmax(-1)
-    own = logprobs[token]
-    top: tuple[tuple[int, float], ...] = ()
+    own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1))
+    ranks = ((logprobs > own).sum(-1) + 1).tolist()
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
     if alternatives:
-        values, ids = logprobs.topk(min(alternatives, logprobs.shape[0]))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    rank = int((logprobs > own).sum()) + 1
-    return TokenLogprob(token_id=token, logprob=float(own), rank=rank, top=top)
+        values, ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))
+        tops = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    rows = zip(tokens, own.squeeze(-1).tolist(), ranks, tops, strict=True)
+    return [TokenLogprob(token_id=t, logprob=value, rank=rank, top=top) for t, value, rank, top in rows]
 
 
 def exponential_noise(seed: int, index: int, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.plan import SampleSpec
 from engine.protocol import SamplingParams
-from engine.sampler import exponential_noise, kept, penalised, sample, token_logprob
+from engine.sampler import exponential_noise, kept, penalised, sample, token_logprob, token_logprobs
 
 
 def spec(
@@ -163,3 +163,16 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert abs(drawn.logprob.logprob - (1 - math.log(sum(math.exp(x) for x in (3, 1, 2))))) < 1e-6
     assert [token for token, _ in drawn.logprob.top] == [0, 2]
     assert token_logprob(logits, 0, 0).top == ()
+
+
+def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * 3
+    tokens = [0, 49, 7, 7, 20, 1, 30]
+    expected = logits.double().log_softmax(-1)
+    for row, entry in enumerate(token_logprobs(logits, tokens, 3)):
+        assert entry == token_logprob(logits[row], tokens[row], 3)
+        assert entry.logprob == pytest.approx(expected[row, tokens[row]].item(), abs=1e-5)
+        assert entry.rank == int((expected[row] > expected[row, tokens[row]]).sum()) + 1
+        best = expected[row].topk(3)
+        assert [token for token, _ in entry.top] == best.indices.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-5)
