@@ -81,6 +81,8 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
         max_running=config.max_running,
         max_model_len=max_model_len,
         prefix_caching=config.prefix_caching,
+        draft_tokens=config.draft_tokens,
+        lookup=config.drafter == "ngram",
     )
     ready = Ready(
         model=ModelInfo(

@@ -9,6 +9,9 @@ import msgspec
 PAGE_SIZE = 64
 """Tokens a page. DeepSeek's kernels (FlashMLA, DeepGEMM) page by 64 on CUDA, and so does everything here."""
 
+DEFAULT_DRAFT_TOKENS = 4
+"""Guesses a request a step, where only a drafter is named."""
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to load and how to run it.
@@ -29,6 +32,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     score_budget_bytes: int = 64 << 20  # upper bound of one tile of index or attention scores
     threads: int | None = None  # CPU threads; None: what torch finds
     sparse_form: Literal["auto", "gather", "mask"] = "auto"  # how rows longer than top_k are attended
+    drafter: Literal["off", "ngram"] = "off"  # what guesses tokens ahead; ngram: the request's own text
+    speculative_tokens: int | None = None  # guesses a request a step; None: as many as suit the drafter
 
     def __post_init__(self) -> None:
         if self.token_budget < self.max_running:
@@ -41,7 +46,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
+        if self.speculative_tokens is not None and self.drafter == "off":
+            raise ValueError(
+                f"speculative_tokens is {self.speculative_tokens}, but drafter is off; set drafter to ngram, "
+                "or leave speculative_tokens out"
+            )
+        if self.speculative_tokens is not None and self.speculative_tokens < 1:
+            raise ValueError(f"speculative_tokens must be at least 1, not {self.speculative_tokens}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(
                 f"max_model_len must be at least 2 (a prompt token and an output token), not {self.max_model_len}"
             )
+
+    @property
+    def draft_tokens(self) -> int:
+        """Guesses a request a step; 0 without a drafter."""
+        return 0 if self.drafter == "off" else self.speculative_tokens or DEFAULT_DRAFT_TOKENS

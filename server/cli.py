@@ -185,6 +185,18 @@ def serve(
             "URL",
         ),
     ] = None,
+    drafter: Annotated[
+        str | None,
+        _option(
+            _ADVANCED,
+            "What guesses tokens ahead, to be verified in one step (speculative decoding): off, or ngram, "
+            "which looks for repetitions in the text. Answers stay the same.",
+            _DEFAULTS.drafter,
+        ),
+    ] = None,
+    speculative_tokens: Annotated[
+        int | None, _option(_ADVANCED, "Most tokens guessed ahead for each request.", "4")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(

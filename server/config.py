@@ -93,6 +93,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     score_memory: str = "64MiB"
     sparse_form: Literal["auto", "gather", "mask"] = "auto"
+    drafter: Literal["off", "ngram"] = "off"
+    speculative_tokens: Positive | None = None
     top_k: Sparsity | None = None
     max_tokens: Positive = 1024
     max_queue: Positive = 256
@@ -157,6 +159,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 score_budget_bytes=parse_size(self.score_memory, "score_memory"),
                 threads=self.threads,
                 sparse_form=self.sparse_form,
+                drafter=self.drafter,
+                speculative_tokens=self.speculative_tokens,
             )
         except SettingsError:
             raise

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -41,6 +42,7 @@ ENGINE_COUNTERS = (
         "Prompt tokens looked up in the prefix cache.",
     ),
     ("prefix_hits_total", "dsa_prefix_cache_hits_tokens", "Prompt tokens found in the prefix cache."),
+    ("draft_tokens_total", "dsa_spec_decode_draft_tokens", "Tokens guessed ahead, and verified."),
 )
 """Field of the engine's stats, name and help of what is exposed."""
 
@@ -78,10 +80,12 @@ class EngineTotals:
 
     @staticmethod
     def _sum(one: EngineStats, other: EngineStats) -> EngineStats:
-        names = [name for name, _, _ in ENGINE_COUNTERS]
-        return msgspec.structs.replace(
-            other, **{name: getattr(one, name) + getattr(other, name) for name in names}
-        )
+        sums: dict[str, int | tuple[int, ...]] = {
+            name: getattr(one, name) + getattr(other, name) for name, _, _ in ENGINE_COUNTERS
+        }
+        lengths = zip_longest(one.draft_lengths_total, other.draft_lengths_total, fillvalue=0)
+        sums["draft_lengths_total"] = tuple(a + b for a, b in lengths)
+        return msgspec.structs.replace(other, **sums)
 
 
 class _EngineCollector(Collector):
@@ -121,6 +125,7 @@ class _EngineCollector(Collector):
         )
         for field, name, text in ENGINE_COUNTERS:
             yield CounterMetricFamily(name, text, getattr(totals, field))
+        yield from _drafts(totals.draft_lengths_total)
         yield self._info(status)
 
     def _info(self, status: EngineStatus) -> Metric:
@@ -139,6 +144,21 @@ class _EngineCollector(Collector):
         info = GaugeMetricFamily("dsa_model_info", "What is served; always 1.", labels=list(labels))
         info.add_metric(list(labels.values()), 1)
         return info
+
+
+def _drafts(lengths: Sequence[int]) -> Iterator[Metric]:
+    """What held of the drafts; `lengths[n]` counts the drafts of which n tokens did."""
+    accepted = sum(n * count for n, count in enumerate(lengths))
+    yield CounterMetricFamily(
+        "dsa_spec_decode_accepted_tokens", "Tokens guessed ahead that were right.", accepted
+    )
+    buckets = [(str(float(n)), sum(lengths[: n + 1])) for n in range(len(lengths) or 1)]
+    histogram = HistogramMetricFamily(
+        "dsa_spec_decode_accepted_length",
+        "Right guesses in a row, of one request in one step; it got one token more than that.",
+    )
+    histogram.add_metric([], [*buckets, ("+Inf", sum(lengths))], accepted)
+    yield histogram
 
 
 class Metrics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,12 @@ class Lab:
         return logits
 
     def run(
-        self, pages: int | None = None, budget: int = 512, running: int = 16, caching: bool = True
+        self,
+        pages: int | None = None,
+        budget: int = 512,
+        running: int = 16,
+        caching: bool = True,
+        **drafting: Any,
     ) -> Run:
         """A fresh scheduler; what earlier runs left in the cache is unknown to it."""
         model = self.built.ready.model
@@ -139,6 +145,7 @@ class Lab:
             max_running=min(running, budget),
             max_model_len=model.max_model_len,
             prefix_caching=caching,
+            **drafting,
         )
         return Run(self, scheduler)
 
@@ -160,8 +167,13 @@ class Run:
         hidden = self.lab.tap.hidden
         assert hidden is not None
         row = 0
-        for request in plan.requests:
+        for request, sampled in zip(plan.requests, result.sampled, strict=True):
+            held = max(0, len(sampled.token_ids) - 1)
+            first_wrong = len(request.token_ids) - request.num_drafts + held
             for i in range(len(request.token_ids)):
+                if i >= first_wrong:
+                    row += 1
+                    continue
                 position = request.start + i
                 self.rows[request.request_id][position].append(hidden[row])
                 if row in self.lab.tap.selected:

@@ -107,3 +107,15 @@ def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(AttributeError):
         ServerConfig(model_name="x").port = 1  # type: ignore[misc]
+
+
+def test_drafts_need_a_drafter() -> None:
+    with pytest.raises(
+        SettingsError, match="speculative_tokens is 3, but drafter is off; set drafter to ngram"
+    ):
+        load_settings({"speculative_tokens": 3}, {})
+    assert load_settings({}, {}).engine(FILES).draft_tokens == 0
+    assert load_settings({"drafter": "ngram"}, {}).engine(FILES).draft_tokens == 4
+    assert load_settings({"drafter": "ngram", "speculative_tokens": 7}, {}).engine(FILES).draft_tokens == 7
+    with pytest.raises(SettingsError, match="one of off, ngram"):
+        load_settings({"drafter": "mtp"}, {})

@@ -182,4 +182,29 @@ def test_engine_counters_never_fall(history: list[tuple[EngineStatus, int]]) -> 
 
 def test_every_engine_counter_is_exposed() -> None:
     totals = {name for name in EngineStats.__struct_fields__ if name.endswith("_total")}
-    assert {name for name, _, _ in ENGINE_COUNTERS} == totals
+    assert {name for name, _, _ in ENGINE_COUNTERS} == totals - {"draft_lengths_total"}  # a histogram
+
+
+async def test_drafts_are_counted_and_their_accepted_lengths_are_a_histogram() -> None:
+    engine = speaking("hello")
+    engine.set_stats(draft_tokens_total=40, draft_lengths_total=(5, 2, 3))
+    async with client(make_app(engine)) as http:
+        samples = await scrape(http)
+    assert value(samples, "dsa_spec_decode_draft_tokens_total") == 40
+    assert value(samples, "dsa_spec_decode_accepted_tokens_total") == 8
+    name = "dsa_spec_decode_accepted_length"
+    buckets = {le: value(samples, f"{name}_bucket", le=le) for le in ("0.0", "1.0", "2.0", "+Inf")}
+    assert buckets == {"0.0": 5, "1.0": 7, "2.0": 10, "+Inf": 10}
+    assert (value(samples, f"{name}_count"), value(samples, f"{name}_sum")) == (10, 8)
+
+
+def test_accepted_lengths_are_summed_over_engines() -> None:
+    totals = EngineTotals()
+
+    def seen(pid: int, steps: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        stats = EngineStats(steps_total=steps, draft_lengths_total=lengths)
+        status = EngineStatus(state=EngineState.READY, stats=stats, pid=pid)
+        return totals.update(status).draft_lengths_total
+
+    assert seen(1, 9, (1, 2)) == (1, 2)
+    assert seen(2, 1, (4, 0, 5)) == (5, 2, 5)
