@@ -1,0 +1,92 @@
+"""A real Prometheus scrapes a real server: every panel of the dashboard and every recording rule has data."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.deploy.kit import DEPLOY, tool
+from tests.deploy.test_monitoring import generator, rules
+from tests.e2e.serving import Server, until
+
+
+@pytest.fixture
+def prometheus(server: Server, tmp_path: Path) -> Iterator[str]:
+    """Its address. The shipped configuration, but for the target and the pace."""
+    program = tool("prometheus", "prometheus")
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text("utf-8"))
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = [server.url.removeprefix("http://")]
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
+    shutil.copy(DEPLOY / "prometheus" / "rules.yml", tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [program, f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
+             f"--web.listen-address={address}"],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def query(prometheus: str, expr: str) -> list[Any]:
+    answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": expr}, timeout=10).json()
+    assert answer["status"] == "success", (expr, answer)
+    result: list[Any] = answer["data"]["result"]
+    return result
+
+
+def scraped(prometheus: str) -> bool:
+    try:
+        return any(item["value"][1] == "1" for item in query(prometheus, "up"))
+    except (httpx.TransportError, ValueError):
+        return False
+
+
+def test_the_scrape_passes_promtool(server: Server) -> None:
+    run = subprocess.run(
+        [tool("promtool", "prometheus"), "check", "metrics"],
+        input=server.get("/metrics").text, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_every_panel_and_every_recording_has_data(server: Server, prometheus: str) -> None:
+    until(lambda: scraped(prometheus))
+    for length in (3, 5, 4):  # rates need samples before, between and after
+        assert server.post("/v1/completions", prompt="The tide", max_tokens=length).status_code == 200
+        time.sleep(1.2)
+    wanted = {
+        f"{panel['title']}: {target['legendFormat']}": target["expr"]
+        .replace("$__rate_interval", "30s")
+        .replace("$job", "dsa-serve")
+        for panel in generator().dashboard()["panels"]
+        for target in panel["targets"]
+    } | {rule["record"]: rule["record"] for rule in rules() if "record" in rule}
+
+    def empty() -> list[str]:
+        return [
+            name
+            for name, expr in wanted.items()
+            if not any(item["value"][1] != "NaN" for item in query(prometheus, expr))
+        ]
+
+    deadline = time.monotonic() + 10
+    while (missing := empty()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert missing == []
+    assert query(prometheus, 'ALERTS{alertstate="firing"}') == []
