@@ -144,7 +144,22 @@ def serve(
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None, _option(_ADVANCED, "Token limit for requests that name none.", "1024")
+        int | None,
+        _option(
+            _ADVANCED,
+            "Token limit for requests that name none.",
+            "8192 for the DeepSeek-V3 family, else 1024",
+        ),
+    ] = None,
+    chat_format: Annotated[
+        str | None,
+        _option(
+            _MODEL,
+            "How conversations become prompts: auto, jinja (the checkpoint's own template), deepseek-v3.1 or "
+            "deepseek-v3.2.",
+            _DEFAULTS.chat_format,
+            "NAME",
+        ),
     ] = None,
     max_n: Annotated[
         int | None, _option(_ADVANCED, "Most choices in one request.", str(_DEFAULTS.max_n))

@@ -23,6 +23,9 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Sparsity = Positive | Literal["dense"]
 
+DEFAULT_MAX_TOKENS = {"deepseek_v3": 8192, "deepseek_v32": 8192, "glm_moe_dsa": 8192}
+"""A request's token limit if it names none, by `model_type`; 1024 for others."""
+
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -96,7 +99,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drafter: Literal["off", "ngram"] = "off"
     speculative_tokens: Positive | None = None
     top_k: Sparsity | None = None
-    max_tokens: Positive = 1024
+    max_tokens: Positive | None = None
+    chat_format: str = "auto"
     max_queue: Positive = 256
     max_n: Positive = 8
     max_prompts: Positive = 64
@@ -110,8 +114,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """The overlay that was asked for."""
         return None if self.overlay is None else Path(self.overlay).expanduser()
 
-    def server(self, model_name: str) -> ServerConfig:
+    def server(self, model_name: str, model_type: str = "") -> ServerConfig:
         """The HTTP side's part.
+
+        Args:
+            model_name: what the model is called where no setting says so.
+            model_type: its family, by which the token limit of requests that name none is chosen.
 
         Raises:
             SettingsError: a size is not valid, prompts have no log to go to, or traces cannot be exported.
@@ -128,7 +136,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             host=self.host,
             port=self.port,
             max_queue=self.max_queue,
-            default_max_tokens=self.max_tokens,
+            default_max_tokens=self.max_tokens or DEFAULT_MAX_TOKENS.get(model_type, 1024),
             default_top_k=self.top_k,
             max_body_bytes=parse_size(self.max_body, "max_body"),
             drain_seconds=self.drain_seconds,

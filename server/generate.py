@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
+import msgspec
+
 from engine.client import Engine
 from engine.errors import EngineDiedError
 from engine.protocol import Delta, RequestUsage, Submit, TokenLogprob
+from server.chat.answer import Answer
+from server.chat.parts import Content, Part
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class GenerationFailedError(Exception):
@@ -43,12 +47,16 @@ class Job:
         submit: what the engine gets.
         stop: texts that end the choice.
         prompt_only: only the prompt is of interest; the engine makes one token, which is dropped.
+        answer: makes the reader of a chat's answer; None is plain text.
+        thinks: the answer may have reasoning, so its tokens are counted.
     """
 
     index: int
     submit: Submit
     stop: tuple[str, ...] = ()
     prompt_only: bool = False
+    answer: Callable[[], Answer] | None = None
+    thinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +66,11 @@ class ChoiceUsage:
     Attributes:
         prompt_tokens: tokens of the prompt.
         cached_tokens: those of them that the engine reused.
-        completion_tokens: tokens generated, up to and including the one that completed a stop string.
+        completion_tokens: tokens of the output, up to and including the one that completed a stop string;
+            those that the server wrote into it (the end of reasoning) are among them.
         top_k: tokens that attention could read; None is all.
         queue_seconds: time between submission and first step, where known.
+        reasoning_tokens: those of the output that are reasoning; None where the model has none.
     """
 
     prompt_tokens: int
@@ -68,6 +78,7 @@ class ChoiceUsage:
     completion_tokens: int
     top_k: int | None
     queue_seconds: float | None
+    reasoning_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +91,18 @@ class TextDelta:
     """
 
     index: int
-    text: str
+    parts: tuple[Part, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish_reason: Finish | None = None
     usage: ChoiceUsage | None = None
     stages: tuple[float, float] | None = None
+
+    @property
+    def text(self) -> str:
+        """The new content."""
+        return "".join(part.text for part in self.parts if isinstance(part, Content))
 
 
 async def generate_text(engine: Engine, tokenizer: Tokenizer, job: Job) -> AsyncGenerator[TextDelta, None]:
@@ -99,49 +115,68 @@ async def generate_text(engine: Engine, tokenizer: Tokenizer, job: Job) -> Async
         GenerationAbortedError: the engine is stopping.
     """
     choice = _Choice(tokenizer, job)
-    async with contextlib.aclosing(engine.generate(job.submit)) as deltas:
-        async for delta in deltas:
-            if delta.finish_reason == "error":
-                raise GenerationFailedError(delta.error or "the engine could not run this request")
-            if delta.finish_reason == "abort":
-                raise GenerationAbortedError("the server is stopping and ended this request; send it again")
-            text = choice.read(delta)
-            yield text
-            if text.finish_reason is not None:
-                return  # after a stop string, leaving the block aborts the rest
+    submit: Submit | None = job.submit
+    while submit is not None:
+        async with contextlib.aclosing(engine.generate(submit)) as deltas:
+            submit = None
+            async for delta in deltas:
+                if delta.finish_reason == "error":
+                    raise GenerationFailedError(delta.error or "the engine could not run this request")
+                if delta.finish_reason == "abort":
+                    raise GenerationAbortedError(
+                        "the server is stopping and ended this request; send it again"
+                    )
+                text = choice.read(delta)
+                yield text
+                if text.finish_reason is not None:
+                    return  # after a stop string, leaving the block aborts the rest
+                if (submit := choice.next_submit()) is not None:
+                    break  # likewise; what was computed is in the prefix cache
     raise EngineDiedError("the engine ended before this request did; send it again")
 
 
 class _Choice:
-    """The state of one choice between deltas."""
+    """The state of one choice between deltas.
+
+    An answer may be redirected: its reasoning has used up its budget, or a call is to follow it. Then
+    the request is sent again with all tokens so far, and those to go on with, as its prompt.
+    """
 
     def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
         self._job = job
-        self._detokenizer = Detokenizer(tokenizer, stop=job.stop)
-        self._seen = 0
         self._staged = False
+        self._reader = _Plain(tokenizer, job.stop) if job.answer is None else job.answer()
+        self._output: list[int] = []  # what engine and server wrote so far
+        self._submits = 1
         self._known: RequestUsage | None = None  # the newest; a stop string ends a choice before the last
 
     def read(self, delta: Delta) -> TextDelta:
-        self._known = delta.usage or self._known
+        if self._submits == 1:  # a later prompt is this choice's own output
+            self._known = delta.usage or self._known
         if self._job.prompt_only:
             return self._read_prompt(delta)
-        token_ids = self._without_stop_token(delta)
-        detokenizer = self._detokenizer
-        text = detokenizer.push(token_ids)
+        token_ids, reader = self._without_stop_token(delta), self._reader
+        consumed = reader.tokens_consumed
+        parts = reader.push(token_ids)
+        token_ids = token_ids[: reader.tokens_consumed - consumed]
+        self._output += [*token_ids, *reader.redirect]
         finish: Finish | None = None
-        if delta.finish_reason is not None:
+        completion_tokens = len(self._output)
+        if reader.ended:
+            finish = "tool_calls" if reader.called else "stop"
+        elif reader.redirect:
+            finish = "length" if self._left() < 1 else None
+            completion_tokens = min(completion_tokens, self._job.submit.sampling.max_tokens)
+        elif delta.finish_reason is not None:
+            completion_tokens += len(delta.token_ids) - len(token_ids)  # the stop token
             finish = "length" if delta.finish_reason == "length" else "stop"
-            text += detokenizer.finish()
-        completion_tokens = self._seen + len(delta.token_ids)
-        if detokenizer.stopped is not None:
-            finish = "stop"
-            token_ids = token_ids[: detokenizer.tokens_consumed - self._seen]
-            completion_tokens = detokenizer.tokens_consumed
-        self._seen += len(delta.token_ids)
+        if finish is not None:
+            parts += reader.finish()
+            if finish == "stop" and reader.called:
+                finish = "tool_calls"
         return TextDelta(
             index=self._job.index,
-            text=text,
+            parts=tuple(parts),
             token_ids=token_ids,
             logprobs=delta.logprobs[: len(token_ids)] if delta.logprobs is not None else None,
             prompt_logprobs=delta.prompt_logprobs,
@@ -150,10 +185,28 @@ class _Choice:
             stages=self._stages(delta),
         )
 
+    def next_submit(self) -> Submit | None:
+        """The request to go on with, where the answer was redirected."""
+        if not self._reader.redirect:
+            return None
+        first = self._job.submit
+        self._submits += 1
+        # Random numbers belong to a place in the output, so that the new request needs a seed of its own.
+        seed = (first.sampling.seed + self._submits) % 2**64
+        return msgspec.structs.replace(
+            first,
+            request_id=f"{first.request_id}.{self._submits}",
+            prompt_token_ids=(*first.prompt_token_ids, *self._output),
+            sampling=msgspec.structs.replace(first.sampling, seed=seed, max_tokens=self._left()),
+        )
+
+    def _left(self) -> int:
+        return self._job.submit.sampling.max_tokens - len(self._output)
+
     def _read_prompt(self, delta: Delta) -> TextDelta:
         return TextDelta(
             index=self._job.index,
-            text="",
+            parts=(),
             token_ids=(),
             prompt_logprobs=delta.prompt_logprobs,
             finish_reason="length" if delta.finish_reason else None,
@@ -181,7 +234,33 @@ class _Choice:
             completion_tokens=completion_tokens,
             top_k=known.top_k if known else self._job.submit.top_k,
             queue_seconds=known.queue_seconds if known else None,
+            reasoning_tokens=self._reader.reasoning_tokens if self._job.thinks else None,
         )
+
+
+class _Plain:
+    """Reads text that is nothing but text, as `Answer` reads a chat's."""
+
+    called = False
+    redirect: tuple[int, ...] = ()
+    reasoning_tokens = 0
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._detokenizer = Detokenizer(tokenizer, stop=stop)
+
+    @property
+    def ended(self) -> bool:
+        return self._detokenizer.stopped is not None
+
+    @property
+    def tokens_consumed(self) -> int:
+        return self._detokenizer.tokens_consumed
+
+    def push(self, token_ids: Sequence[int]) -> list[Part]:
+        return [Content(self._detokenizer.push(token_ids))]
+
+    def finish(self) -> list[Part]:
+        return [Content(self._detokenizer.finish())]
 
 
 class Generation:

@@ -16,7 +16,10 @@ from typing import TypeVar
 from engine.client import EngineState, EngineStatus
 from engine.protocol import ModelInfo, SamplingParams, Submit
 from server.chat import ChatFormat, PromptError, encode_chat
+from server.chat.answer import Answer
+from server.chat.parsing import THINK, THOUGHT
 from server.config import ServerConfig
+from server.conversation import Conversation, read_conversation
 from server.generate import Job
 from server.protocol.chat import ChatCompletionBody
 from server.protocol.completions import CompletionBody
@@ -25,9 +28,6 @@ from server.protocol.sampling import GenerationBody
 from server.text.tokenizer import Tokenizer, TokenizerError
 
 T = TypeVar("T")
-
-_ROLES = {"developer": "system"}
-"""OpenAI's newer name for a role; prompt formats know the older one."""
 
 _LONG_TEXT = 8192
 """Characters from which on tokenizing is left to a thread, so that others' tokens keep flowing."""
@@ -90,25 +90,70 @@ class Intake:
                 "max_tokens and max_completion_tokens are two names of one limit; send one of them",
                 param="max_tokens",
             )
-        messages = [
-            {"role": _ROLES.get(message.role, message.role), "content": message.text()}
-            for message in body.messages
-        ]
+        said = read_conversation(body, self._chat)
         try:
             token_ids = await _apart(
-                sum(len(message["content"]) for message in messages),
-                lambda: encode_chat(self._chat, self._text, messages),
+                sum(len(message["content"]) for message in said.messages),
+                lambda: encode_chat(
+                    self._chat, self._text, said.messages, tools=said.tools, thinking=said.thinking
+                ),
             )
         except (PromptError, TokenizerError) as error:
             raise bad_request(str(error), param="messages") from None
+        opening: tuple[int, ...] = ()
+        if said.must_call:
+            opening = tuple(
+                self._text.encode(self._chat.opening(said.named), add_bos=False, parse_special=True)
+            )
+        thinking = self._opens_reasoning(token_ids)
+        opened = () if thinking else opening
         return self._work(
             body,
             model,
             request_id,
-            prompts=[_Prompt(tuple(token_ids), "")],
+            prompts=[_Prompt((*token_ids, *opened), "")],
             max_tokens=limits[0] or limits[1],
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            answer=self._answer(body, said, opening, thinking=thinking),
         )
+
+    def _opens_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends with <think>, or with that and a line break."""
+        last = next(
+            (token_id for token_id in reversed(prompt[-3:]) if token_id in self._text.control_ids), None
+        )
+        return self._chat.reasons and last == self._text.control_tokens[THINK]
+
+    def _answer(
+        self,
+        body: ChatCompletionBody,
+        said: Conversation,
+        opening: tuple[int, ...],
+        *,
+        thinking: bool,
+    ) -> Callable[[], Answer]:
+        """What makes a reader of one choice."""
+        chat, text = self._chat, self._text
+        if opening and thinking and (body.presence_penalty or body.frequency_penalty):
+            raise bad_request(
+                "tool_choice with thinking cannot be combined with presence_penalty or frequency_penalty, which "
+                "would forget the reasoning when the call is opened; leave one of them out",
+                param="tool_choice",
+            )
+
+        def answer() -> Answer:
+            return Answer(
+                text,
+                chat.parser(tools=said.callable, thinking=thinking, single=said.single),
+                stop=_stops(body),
+                budget=said.budget,
+                closing=(text.control_tokens[THOUGHT],) if thinking else (),
+                opening=opening if thinking else (),
+                opened=() if thinking else opening,
+                must_call=said.must_call,
+            )
+
+        return answer
 
     async def completion(self, body: CompletionBody, status: EngineStatus, request_id: str) -> Work:
         """Turn prompts into jobs.
@@ -175,6 +220,7 @@ class Intake:
         max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        answer: Callable[[], Answer] | None = None,
     ) -> Work:
         sparsity = self._sparsity(body, model)
         bias = tuple((int(key), value) for key, value in (body.logit_bias or {}).items())
@@ -184,7 +230,6 @@ class Intake:
         if not body.ignore_eos:
             stop_ids |= dict.fromkeys(self._text.eos_token_ids)
         prompt_only = max_tokens == 0
-        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         n = body.n or 1
         jobs: list[Job] = []
         for prompt in prompts:
@@ -213,7 +258,16 @@ class Intake:
                     sampling=sampling,
                     top_k=sparsity.top_k,
                 )
-                jobs.append(Job(index, submit, stop, prompt_only))
+                jobs.append(
+                    Job(
+                        index,
+                        submit,
+                        _stops(body),
+                        prompt_only,
+                        answer,
+                        thinks=answer is not None and self._chat.reasons,
+                    )
+                )
         return Work(tuple(jobs), tuple(prompt.text for prompt in prompts for _ in range(n)), sparsity)
 
     def _sparsity(self, body: GenerationBody, model: ModelInfo) -> Sparsity:
@@ -304,6 +358,10 @@ def _derive(seed: int, choice: int) -> int:
         return seed
     digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
+
+
+def _stops(body: GenerationBody) -> tuple[str, ...]:
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
 def _default(value: T | None, default: T) -> T:

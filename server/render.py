@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import secrets
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
 from engine.protocol import TokenLogprob
+from server.chat.parts import CallArguments, CallStart, Content, Reasoning, Warn, merge
 from server.generate import ChoiceUsage, TextDelta
 from server.protocol.chat import (
     AssistantMessage,
@@ -18,11 +20,13 @@ from server.protocol.chat import (
     ChatCompletionChunk,
     ChatLogprobs,
     ChatTokenLogprob,
+    ChoiceWarning,
     MessageDelta,
     TopLogprob,
 )
 from server.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
-from server.protocol.usage import PromptTokensDetails, SparsityUsage, Usage
+from server.protocol.tools import FunctionCall, FunctionDelta, ToolCall, ToolCallDelta
+from server.protocol.usage import CompletionTokensDetails, PromptTokensDetails, SparsityUsage, Usage
 from server.text.tokenizer import Tokenizer
 
 _LEAST = -9999.0
@@ -34,8 +38,8 @@ NO_INDEXER = "this model has no trained indexer, so attention was dense"
 class Renderer(Protocol):
     """One endpoint's objects for one request."""
 
-    def chunk(self, delta: TextDelta) -> BaseModel | None:
-        """The chunk for a delta, None where it has nothing to show. Call in the order of arrival."""
+    def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
+        """The chunks for a delta, none where it has nothing to show. Call in the order of arrival."""
         ...
 
     def usage_chunk(self, usage: Usage) -> BaseModel:
@@ -60,13 +64,26 @@ def total_usage(usages: Sequence[ChoiceUsage], requested: int | None) -> Usage:
     dsa = SparsityUsage(top_k="dense" if top_k is None else top_k)
     if requested is not None:
         dsa = SparsityUsage(top_k=dsa.top_k, requested=requested, note=NO_INDEXER)
-    return Usage(
+    reasoning = [usage.reasoning_tokens for usage in usages if usage.reasoning_tokens is not None]
+    total = Usage(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(usage.cached_tokens for usage in usages)),
         dsa=dsa,
     )
+    details = CompletionTokensDetails(reasoning_tokens=sum(reasoning))
+    return total.model_copy(update={"completion_tokens_details": details}) if reasoning else total
+
+
+def new_call_id() -> str:
+    """A name for a tool call, by which its result will refer to it."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+def warning(part: Warn) -> ChoiceWarning:
+    """A report on the model's format, as clients see it."""
+    return ChoiceWarning(code=part.code, message=part.message, tool_call=part.index, raw=part.raw)
 
 
 class ChatRenderer:
@@ -82,23 +99,47 @@ class ChatRenderer:
         self._include_usage = include_usage
         self._opened: set[int] = set()
 
-    def chunk(self, delta: TextDelta) -> BaseModel | None:
-        """The chunk for a delta; a choice's first one names the role."""
-        message = MessageDelta()
+    def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
+        """One chunk for each run of parts of one kind, because clients expect one kind in a chunk.
+
+        A choice's first chunk names the role, its last one has the finish reason.
+        """
+        parts = merge(delta.parts)
+        warnings = [warning(part) for part in parts if isinstance(part, Warn)]
+        messages = [self._delta(delta.index, part) for part in parts if not isinstance(part, Warn)]
         if delta.index not in self._opened:
             self._opened.add(delta.index)
-            message = MessageDelta(role="assistant", content=delta.text, refusal=None)
-        elif delta.text:
-            message = MessageDelta(content=delta.text)
-        elif not delta.logprobs and delta.finish_reason is None:
-            return None
-        choice = ChatChunkChoice(
-            index=delta.index,
-            delta=message,
-            logprobs=self._logprobs([delta]),
-            finish_reason=delta.finish_reason,
-        )
-        return self._chunk([choice])
+            first = messages[0].model_dump(exclude_unset=True) if messages else {}
+            messages[:1] = [MessageDelta(**({"role": "assistant", "content": "", "refusal": None} | first))]
+        elif not messages and (delta.logprobs or warnings or delta.finish_reason is not None):
+            messages = [MessageDelta()]
+        choices = [
+            ChatChunkChoice(
+                index=delta.index,
+                delta=message,
+                logprobs=self._logprobs([delta]) if number == 0 else None,
+                finish_reason=delta.finish_reason if number == len(messages) - 1 else None,
+            )
+            for number, message in enumerate(messages)
+        ]
+        if warnings:
+            choices[-1] = choices[-1].model_copy(update={"warnings": warnings})
+        return [self._chunk([choice]) for choice in choices]
+
+    def _delta(self, choice: int, part: Content | Reasoning | CallStart | CallArguments) -> MessageDelta:
+        match part:
+            case Content(text):
+                return MessageDelta(content=text)
+            case Reasoning(text):
+                return MessageDelta(reasoning_content=text)
+            case CallStart(index, name):
+                function = FunctionDelta(name=name, arguments="")
+                call = ToolCallDelta(index=index, id=new_call_id(), type="function", function=function)
+                return MessageDelta(tool_calls=[call])
+            case CallArguments(index, text):
+                return MessageDelta(
+                    tool_calls=[ToolCallDelta(index=index, function=FunctionDelta(arguments=text))]
+                )
 
     def usage_chunk(self, usage: Usage) -> BaseModel:
         """The chunk without choices that ends a stream."""
@@ -111,19 +152,39 @@ class ChatRenderer:
             object="chat.completion",
             created=self._created,
             model=self._model,
-            choices=[
-                ChatChoice(
-                    index=index,
-                    message=AssistantMessage(
-                        role="assistant", content="".join(delta.text for delta in deltas), refusal=None
-                    ),
-                    logprobs=self._logprobs(deltas),
-                    finish_reason=deltas[-1].finish_reason or "stop",
-                )
-                for index, deltas in enumerate(choices)
-            ],
+            choices=[self._choice(index, deltas) for index, deltas in enumerate(choices)],
             usage=usage,
         )
+
+    def _choice(self, index: int, deltas: Sequence[TextDelta]) -> ChatChoice:
+        parts = merge(part for delta in deltas for part in delta.parts)
+        content = "".join(part.text for part in parts if isinstance(part, Content))
+        fields: dict[str, Any] = {}
+        if reasoning := "".join(part.text for part in parts if isinstance(part, Reasoning)):
+            fields["reasoning_content"] = reasoning
+        calls = [part for part in parts if isinstance(part, CallStart)]
+        arguments = ["" for _ in calls]
+        for part in parts:
+            if isinstance(part, CallArguments):
+                arguments[part.index] += part.text
+        if calls:
+            fields["tool_calls"] = [
+                ToolCall(
+                    id=new_call_id(), type="function", function=FunctionCall(name=call.name, arguments=text)
+                )
+                for call, text in zip(calls, arguments, strict=True)
+            ]
+        message = AssistantMessage(
+            role="assistant", content=None if calls and not content else content, refusal=None, **fields
+        )
+        choice = ChatChoice(
+            index=index,
+            message=message,
+            logprobs=self._logprobs(deltas),
+            finish_reason=deltas[-1].finish_reason or "stop",
+        )
+        warnings = [warning(part) for part in parts if isinstance(part, Warn)]
+        return choice.model_copy(update={"warnings": warnings}) if warnings else choice
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatCompletionChunk:
         chunk = ChatCompletionChunk(
@@ -179,12 +240,12 @@ class CompletionRenderer:
         self._offsets = [_Offsets(text) for _ in echoes]
         self._opened: set[int] = set()
 
-    def chunk(self, delta: TextDelta) -> BaseModel | None:
+    def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
         """The chunk for a delta; a choice's first one has the echo."""
         text = self._with_echo(delta.index, delta.text)
         if not text and not delta.logprobs and not delta.prompt_logprobs and delta.finish_reason is None:
-            return None
-        return self._completion([self._choice(delta.index, text, [delta])])
+            return []
+        return [self._completion([self._choice(delta.index, text, [delta])])]
 
     def usage_chunk(self, usage: Usage) -> BaseModel:
         """The chunk without choices that ends a stream."""
@@ -209,7 +270,9 @@ class CompletionRenderer:
             index=index,
             text=text,
             logprobs=self._logprobs(index, deltas),
-            finish_reason=deltas[-1].finish_reason,
+            finish_reason="length"
+            if deltas[-1].finish_reason == "length"
+            else deltas[-1].finish_reason and "stop",
         )
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:

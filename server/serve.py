@@ -22,7 +22,8 @@ import uvicorn
 
 from engine.client import Engine, EngineState
 from server.app import create_app
-from server.chat import ChatFormat, load_chat_format
+from server.chat import ChatFormat, choose, load_chat_format
+from server.chat.detect import model_type
 from server.config import ServerConfig, Settings
 from server.console import Stages
 from server.lifecycle import Lifecycle
@@ -54,8 +55,10 @@ def serve(settings: Settings) -> int:
             files = resolve(settings.model, overlay=settings.overlay_path(), report=stages)
             stages("reading the tokenizer", 0, 0)
             text = load_tokenizer(files.weights)
-            chat = load_chat_format(files.weights)
-        config = settings.server(files.name)
+            name, why = choose(files.weights, settings.chat_format)
+            chat = load_chat_format(files.weights, name, text)
+            stages(f"chat format: {name} ({why})", 0, 0)
+        config = settings.server(files.name, model_type(files.weights))
         from engine.supervisor import SubprocessEngine  # not before the port and the model are sure
 
         engine = SubprocessEngine(

@@ -40,6 +40,7 @@ class DeepSeekV31(ChatFormat):
     """Writes prompts and reads answers."""
 
     tools = True
+    reasons = True
     thinking = True
     thinking_with_tools = False
 

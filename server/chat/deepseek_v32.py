@@ -60,6 +60,7 @@ class DeepSeekV32(ChatFormat):
     """Writes prompts and reads answers."""
 
     tools = True
+    reasons = True
     thinking = True
     thinking_with_tools = True
 

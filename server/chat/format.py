@@ -15,11 +15,13 @@ class ChatFormat(ABC):
 
     Attributes:
         tools: it has tool calls.
+        reasons: answers may have reasoning, marked by <think> and </think>.
         thinking: a request may switch reasoning on and off.
         thinking_with_tools: both at once.
     """
 
     tools: bool = False
+    reasons: bool = False
     thinking: bool = False
     thinking_with_tools: bool = False
 

@@ -8,29 +8,46 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.chat.errors import PromptError
 from server.chat.format import ChatFormat
+from server.chat.parsing import THINK, THOUGHT, PlainParser, ThinkingParser
+from server.chat.parts import Parser
 from server.text.gguf import GGUFError, read_metadata
 from server.text.loading import read_json, token_content
 from server.text.tokenizer import Tokenizer, TokenizerError
+
+_SWITCHES = ("thinking", "enable_thinking")
+"""What templates call the switch for reasoning."""
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class JinjaFormat(ChatFormat):
-    """A compiled template and the names of the control tokens that it may use."""
+    """A compiled template and the names of the control tokens that it may use.
 
-    def __init__(self, template: str, tokens: Mapping[str, str] | None = None) -> None:
+    Args:
+        template: its source.
+        tokens: control tokens by the names that templates know.
+        reasons: the vocabulary has <think> and </think>.
+    """
+
+    def __init__(
+        self, template: str, tokens: Mapping[str, str] | None = None, *, reasons: bool = False
+    ) -> None:
         self._tokens = dict(tokens or {})
+        self.reasons = reasons
+        environment = _environment()
         try:
-            self._template: Template = _environment().from_string(template)
+            self._template: Template = environment.from_string(template)
+            names = meta.find_undeclared_variables(environment.parse(template))
+            self.thinking = reasons and not names.isdisjoint(_SWITCHES)
         except TemplateError as error:
             raise PromptError(f"the checkpoint's chat template is not valid: {_reason(error)}") from error
 
@@ -50,12 +67,14 @@ class JinjaFormat(ChatFormat):
         if not messages:
             raise PromptError("messages must hold at least one message")
         flat = [_flat(message) for message in messages]
+        switches = {} if thinking is None else dict.fromkeys(_SWITCHES, thinking)
         try:
             return self._template.render(
                 messages=flat,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
+                **switches,
                 **self._tokens,
             )
         except PromptError:
@@ -65,6 +84,12 @@ class JinjaFormat(ChatFormat):
             raise PromptError(
                 f"the model's chat template cannot write these messages: {_reason(error)}"
             ) from error
+
+    def parser(
+        self, *, tools: Collection[str] | None = None, thinking: bool = False, single: bool = False
+    ) -> Parser:
+        """A reader of one answer, which may have reasoning."""
+        return ThinkingParser(thinking=thinking) if self.reasons else PlainParser()
 
 
 class NoTemplate(ChatFormat):
@@ -93,7 +118,8 @@ def build(weights: Path, tokenizer: Tokenizer | None = None) -> JinjaFormat | No
         PromptError: the files are damaged.
     """
     template, tokens = read_template(weights)
-    return NoTemplate() if template is None else JinjaFormat(template, tokens)
+    reasons = tokenizer is not None and {THINK, THOUGHT} <= tokenizer.control_tokens.keys()
+    return NoTemplate() if template is None else JinjaFormat(template, tokens, reasons=reasons)
 
 
 def read_template(weights: Path) -> tuple[str | None, dict[str, str]]:

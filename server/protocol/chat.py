@@ -8,6 +8,16 @@ from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag
 
 from server.protocol.base import TAG, Body, Label, Neutral, tag_of_list
 from server.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
+from server.protocol.tools import (
+    MAX_CALLS,
+    MAX_TOOLS,
+    CallId,
+    PastCall,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
+)
 from server.protocol.usage import Usage
 
 MAX_MESSAGES = 4096
@@ -36,16 +46,18 @@ Content = Annotated[
     ),
 ]
 
-_NO_TOOLS = "this server has no tool calling; leave it out and describe the tools in a message"
+_NO_FUNCTIONS = "functions are the older name of tools; send tools and tool_choice"
 
 
 class ChatMessage(Body):
     """One message of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="`developer` is `system`. There are no tool messages, because there is no tool calling."
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="`developer` is `system`. `tool` is the result of a call, where the model's format has calls."
     )
-    content: Content
+    content: Content | None = Field(
+        default=None, description="Only a message with tool calls may do without."
+    )
     name: Annotated[
         Any, Neutral(advice="must be null: the prompt has no place for names; write it in the content")
     ] = None
@@ -55,12 +67,34 @@ class ChatMessage(Body):
         Any, Neutral([], advice="must be empty: annotations are not part of the prompt")
     ] = None
     audio: Annotated[Any, Neutral(advice="must be null: this server reads text only")] = None
-    tool_calls: Annotated[Any, Neutral([], advice=f"must be empty: {_NO_TOOLS}")] = None
-    function_call: Annotated[Any, Neutral(advice=f"must be null: {_NO_TOOLS}")] = None
+    tool_calls: Annotated[list[PastCall], Field(max_length=MAX_CALLS)] | None = None
+    tool_call_id: CallId | None = Field(default=None, description="Whose result a tool message is.")
+    reasoning_content: str | None = Field(
+        default=None, description="Of an earlier answer; the model's format decides how long it is kept."
+    )
+    function_call: Annotated[Any, Neutral(advice=f"must be null: {_NO_FUNCTIONS}")] = None
 
     def text(self) -> str:
         """The content as one string; parts stand on lines of their own."""
-        return self.content if isinstance(self.content, str) else "\n".join(p.text for p in self.content)
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "\n".join(part.text for part in self.content)
+
+
+class ThinkingOptions(Body):
+    """Whether the model reasons before it answers; as DeepSeek's interface has it."""
+
+    type: Literal["enabled", "disabled"]
+    budget_tokens: int | None = Field(
+        default=None, ge=1, description="After so many tokens of reasoning the server ends it."
+    )
+
+
+class TemplateOptions(Body):
+    """What a request may set of the prompt's format: thinking, under the names of two families."""
+
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
 
 
 Metadata = Annotated[
@@ -85,15 +119,26 @@ class ChatCompletionBody(GenerationBody):
     prompt_cache_key: Label | None = Field(
         default=None, description="A label; it changes nothing, because there is one cache."
     )
-    parallel_tool_calls: bool | None = Field(default=None, description="Without tools it changes nothing.")
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="False: the answer ends with its first call."
+    )
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = Field(
+        default=None,
+        description="`required` and a name open the call for the model; `none` leaves the tools out of the prompt.",
+    )
+    thinking: ThinkingOptions | None = None
+    thinking_token_budget: int | None = Field(
+        default=None, ge=1, description="Another name of thinking.budget_tokens."
+    )
+    chat_template_kwargs: TemplateOptions | None = None
+    reasoning_effort: Literal["none", "high"] | None = Field(
+        default=None, description="`high` switches thinking on, `none` off; bound it with a thinking budget."
+    )
 
     audio: Annotated[Any, Neutral(advice="must be null: this server writes text only")] = None
-    function_call: Annotated[Any, Neutral("none", "auto", advice=f"must be null: {_NO_TOOLS}")] = None
-    functions: Annotated[Any, Neutral([], advice=f"must be empty: {_NO_TOOLS}")] = None
-    tools: Annotated[Any, Neutral([], advice=f"must be empty: {_NO_TOOLS}")] = None
-    tool_choice: Annotated[
-        Any, Neutral("none", "auto", advice=f"must be 'none', 'auto' or null: {_NO_TOOLS}")
-    ] = None
+    function_call: Annotated[Any, Neutral("none", "auto", advice=f"must be null: {_NO_FUNCTIONS}")] = None
+    functions: Annotated[Any, Neutral([], advice=f"must be empty: {_NO_FUNCTIONS}")] = None
     modalities: Annotated[
         Any, Neutral(["text"], advice="must be ['text'] or null: this server writes text only")
     ] = None
@@ -104,9 +149,6 @@ class ChatCompletionBody(GenerationBody):
     ] = None
     prompt_cache_retention: Annotated[
         Any, Neutral("in_memory", advice="must be 'in_memory' or null: the prompt cache lives in memory")
-    ] = None
-    reasoning_effort: Annotated[
-        Any, Neutral("none", advice="must be 'none' or null: this server does not steer reasoning")
     ] = None
     response_format: Annotated[
         Any,
@@ -154,8 +196,19 @@ class AssistantMessage(BaseModel):
     """The answer."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="Null where there is nothing but calls.")
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChoiceWarning(BaseModel):
+    """How the model broke its own format. Nothing of what it wrote is lost."""
+
+    code: str = Field(description="Such as `truncated_tool_call` or `invalid_arguments`.")
+    message: str
+    tool_call: int | None = Field(description="Which of the choice's calls is concerned.")
+    raw: str | None = Field(description="The model's text, where it is nowhere else in the choice.")
 
 
 class ChatChoice(BaseModel):
@@ -164,7 +217,8 @@ class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    warnings: list[ChoiceWarning] | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -184,6 +238,8 @@ class MessageDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -192,7 +248,8 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: MessageDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    warnings: list[ChoiceWarning] | None = None
 
 
 class ChatCompletionChunk(BaseModel):

@@ -13,6 +13,12 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(description="Prompt tokens whose keys and values were reused.")
 
 
+class CompletionTokensDetails(BaseModel):
+    """What the output's tokens are."""
+
+    reasoning_tokens: int = Field(description="Tokens of reasoning.")
+
+
 class SparsityUsage(BaseModel):
     """How attention ran."""
 
@@ -28,4 +34,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = Field(
+        default=None, description="Only where the model's chat format has reasoning."
+    )
     dsa: SparsityUsage

@@ -155,8 +155,7 @@ class _Run:
                 continue
             if delta is None:
                 break
-            chunk = renderer.chunk(delta)
-            if chunk is not None:
+            for chunk in renderer.chunks(delta):
                 await put(sse.chunk(chunk))
         usage = self._finish()
         if self._order.include_usage:

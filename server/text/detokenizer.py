@@ -8,6 +8,60 @@ from server.text.stream import text_stream
 from server.text.tokenizer import Tokenizer
 
 
+class StopScanner:
+    """Finds the first stop string in a text that comes in pieces, and holds back what may begin one.
+
+    Attributes:
+        stopped: the stop string that was met; further pushes return "".
+    """
+
+    def __init__(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> None:
+        if "" in stop:
+            raise ValueError("a stop string must have at least one character")
+        self._stop = tuple(dict.fromkeys(stop))
+        self._include_stop = include_stop
+        self._held = ""
+        self.stopped: str | None = None
+
+    def push(self, text: str) -> str:
+        """Add text; return what is now certain."""
+        if self.stopped is not None:
+            return ""
+        if not self._stop:
+            return text
+        pending = self._held + text
+        found = self._first_stop(pending)
+        if found is not None:
+            start, self.stopped = found
+            self._held = ""
+            return pending[: start + len(self.stopped) if self._include_stop else start]
+        keep = self._possible_start(pending)
+        self._held = pending[len(pending) - keep :]
+        return pending[: len(pending) - keep]
+
+    def finish(self) -> str:
+        """Return what was held back: no stop string comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_stop(self, pending: str) -> tuple[int, str] | None:
+        places = ((pending.find(stop), stop) for stop in self._stop)
+        ends = [(start + len(stop), start, stop) for start, stop in places if start >= 0]
+        if not ends:
+            return None
+        _, start, stop = min(ends)
+        return start, stop
+
+    def _possible_start(self, pending: str) -> int:
+        """The length of the longest end of `pending` that begins a stop string."""
+        longest = min(max(len(stop) for stop in self._stop) - 1, len(pending))
+        for length in range(longest, 0, -1):
+            tail = pending[-length:]
+            if any(stop.startswith(tail) for stop in self._stop):
+                return length
+        return 0
+
+
 class Detokenizer:
     """The text of one generation. What it gives out, joined, is the decoded whole up to the first stop.
 
@@ -28,14 +82,14 @@ class Detokenizer:
         include_stop: bool = False,
         skip_special: bool = True,
     ) -> None:
-        if "" in stop:
-            raise ValueError("a stop string must have at least one character")
         self._stream = text_stream(tokenizer, skip_special=skip_special)
-        self._stop = tuple(dict.fromkeys(stop))
-        self._include_stop = include_stop
-        self._held = ""
-        self.stopped: str | None = None
+        self._scanner = StopScanner(stop, include_stop=include_stop)
         self.tokens_consumed = 0
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that was met."""
+        return self._scanner.stopped
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add tokens; return the text that is now certain."""
@@ -46,45 +100,12 @@ class Detokenizer:
             self.tokens_consumed += 1
             text = self._stream.push(token_id)
             if text:
-                out.append(self._release(text))
+                out.append(self._scanner.push(text))
         return "".join(out)
 
     def finish(self) -> str:
         """Return what was held back, at the end of the generation."""
         if self.stopped is not None:
             return ""
-        text = self._release(self._stream.finish())
-        if self.stopped is None:
-            text += self._held
-        self._held = ""
-        return text
-
-    def _release(self, text: str) -> str:
-        if not self._stop:
-            return text
-        pending = self._held + text
-        found = self._first_stop(pending)
-        if found is not None:
-            start, self.stopped = found
-            self._held = ""
-            return pending[: start + len(self.stopped) if self._include_stop else start]
-        keep = self._possible_start(pending)
-        self._held = pending[len(pending) - keep :]
-        return pending[: len(pending) - keep]
-
-    def _first_stop(self, pending: str) -> tuple[int, str] | None:
-        places = ((pending.find(stop), stop) for stop in self._stop)
-        ends = [(start + len(stop), start, stop) for start, stop in places if start >= 0]
-        if not ends:
-            return None
-        _, start, stop = min(ends)
-        return start, stop
-
-    def _possible_start(self, pending: str) -> int:
-        """The length of the longest end of `pending` that begins a stop string."""
-        longest = min(max(len(stop) for stop in self._stop) - 1, len(pending))
-        for length in range(longest, 0, -1):
-            tail = pending[-length:]
-            if any(stop.startswith(tail) for stop in self._stop):
-                return length
-        return 0
+        text = self._scanner.push(self._stream.finish())
+        return text + self._scanner.finish()

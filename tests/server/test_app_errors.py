@@ -69,7 +69,7 @@ USER = {"role": "user", "content": "x"}
         ({"dsa": {"topk": 8}}, "dsa.topk", "did you mean top_k?"),
         ({"dsa": {}}, "dsa.top_k", "is required"),
         ({"dsa": 7}, "dsa", "must be an object"),
-        ({"tools": [{"type": "function"}]}, "tools", "no tool calling"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "no tool calling"),
         ({"tool_choice": "required"}, "tool_choice", "no tool calling"),
         ({"response_format": {"type": "json_object"}}, "response_format", "grammar"),
         ({"modalities": ["text", "audio"]}, "modalities", "text only"),
