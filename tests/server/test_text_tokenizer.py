@@ -107,14 +107,16 @@ def test_role_markers_are_control_tokens_even_if_not_flagged(tmp_path: Path) -> 
         AddedToken("<｜end▁of▁sentence｜>", special=True),
         AddedToken("<｜User｜>", special=False),
         AddedToken("<think>", special=False),
+        AddedToken("<br>", special=False),
     )
     tokenizer = load_tokenizer(
         folder_with(tmp_path, backend, tokenizer_config={"eos_token": "<｜end▁of▁sentence｜>"})
     )
-    assert sorted(tokenizer.control_tokens) == ["<｜User｜>", "<｜end▁of▁sentence｜>"]
+    assert sorted(tokenizer.control_tokens) == ["<think>", "<｜User｜>", "<｜end▁of▁sentence｜>"]
     assert len(tokenizer.encode("<｜User｜>")) > 1
     assert tokenizer.encode("<｜User｜>", parse_special=True) == [257]
-    assert tokenizer.encode("<think>") == [258]
+    assert len(tokenizer.encode("<think>")) > 1  # nobody's text begins or ends a model's reasoning
+    assert tokenizer.encode("<br>") == [259]
     assert tokenizer.decode([257]) == "<｜User｜>"  # not special: decoding shows it, as everywhere
 
 
