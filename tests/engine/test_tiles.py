@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.attention.tiles import Segment, TileCosts, cut
+from engine.attention.tiles import LatentTileCosts, Segment, TileCosts, cut
 from engine.config import PAGE_SIZE
 
 COSTS = TileCosts(budget_bytes=1 << 20, index_row_bytes=32, attention_row_bytes=36, token_bytes=1536)
@@ -91,3 +91,38 @@ def test_the_cheaper_sparse_form_is_chosen_by_cost() -> None:
     assert costs.sparse_form(rows=128, context=640, top_k=65) == "mask"
     assert costs.sparse_form(rows=128, context=660, top_k=65) == "gather"
     assert costs.sparse_form(rows=1, context=128, top_k=65) == "gather"
+
+
+LATENT = LatentTileCosts(
+    budget_bytes=1 << 30, index_row_bytes=256, attention_row_bytes=512, token_bytes=1152,
+    num_heads=128, item_bytes=2,
+)  # fmt: skip
+
+
+def test_latent_costs_are_those_of_the_published_shape() -> None:
+    """Per row, token and layer: 128 heads read 576 and sum 512 numbers absorbed, 192 and 128 expanded."""
+    assert LATENT.absorbed_cost(1, 101) - LATENT.absorbed_cost(1, 100) == 128 * (576 + 512)
+    row = LATENT.expanded_cost(2, 100) - LATENT.expanded_cost(1, 100)
+    assert row == 100 * 128 * (192 + 128)
+
+
+def test_latent_attention_expands_a_context_that_many_rows_read() -> None:
+    assert not LATENT.expands(rows=1, context=2048)
+    assert not LATENT.expands(rows=64, context=2048)
+    assert LATENT.expands(rows=512, context=2048)
+    assert not LATENT.expands(rows=512, context=1 << 20)  # the expanded context does not fit the budget
+
+
+def test_latent_attention_masks_short_prefills_and_gathers_long_ones() -> None:
+    assert LATENT.sparse_form(rows=512, context=4096, top_k=2048) == "mask"
+    assert LATENT.sparse_form(rows=512, context=65536, top_k=2048) == "gather"
+    assert LATENT.sparse_form(rows=1, context=4096, top_k=2048) == "gather"
+
+
+def test_a_tile_says_whether_it_is_expanded() -> None:
+    prompt = Segment(first_row=0, num_rows=512, start=0, page_ids=tuple(range(8)), top_k=2048)
+    decode = Segment(first_row=512, num_rows=1, start=900, page_ids=tuple(range(15)), top_k=2048)
+    lone, many = cut([prompt, decode], LATENT)
+    assert (lone.form, lone.expanded) == ("dense", False)
+    assert (many.form, many.expanded) == ("dense", True)
+    assert not any(tile.expanded for tile in cut([prompt, decode], COSTS))
