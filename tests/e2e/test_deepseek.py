@@ -1,0 +1,71 @@
+"""`dsa serve` on a folder of the DeepSeek family: random weights, a small real tokenizer, real requests."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tests.e2e.serving import Server
+from tests.engine.deepseek_lab import tiny_deepseek
+
+PROMPT = "the quick brown fox jumps over the lazy dog, " * 4
+
+
+def byte_tokenizer(folder: Path) -> int:
+    """A byte-level tokenizer without merges; returns its size."""
+    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}'
+    )
+    return tokenizer.get_vocab_size()
+
+
+@pytest.fixture(scope="module", params=["deepseek_v32", "deepseek_v3"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp(request.param) / request.param
+    folder.mkdir()
+    size = byte_tokenizer(folder)
+    tiny_deepseek(request.param, folder, vocab_size=size)
+    server = Server(str(folder), "--dtype", "float32", "--kv-cache-memory", "64MiB", "--threads", "1")
+    try:
+        yield server.wait_ready()
+        assert server.end(signal.SIGTERM) == 0
+    finally:
+        server.close()
+
+
+def complete(server: Server, **body: object) -> dict[str, object]:
+    """Eight greedy tokens after a prompt that is longer than the indexer's top_k."""
+    model = httpx.get(server.url + "/v1/models", timeout=30).json()["data"][0]["id"]
+    reply = server.post(
+        "/v1/completions", model=model, prompt=PROMPT, max_tokens=8, temperature=0, ignore_eos=True, **body
+    )
+    assert reply.status_code == 200, reply.text
+    answer: dict[str, object] = reply.json()
+    return answer
+
+
+def test_top_k_is_the_checkpoints_own_unless_a_request_says_otherwise(served: Server) -> None:
+    sparse = "deepseek_v32" in served.flags[0]
+    texts = {}
+    for asked in (None, 24, 9, "dense"):
+        answer = complete(served, **({} if asked is None else {"dsa": {"top_k": asked}}))
+        usage = answer["usage"]
+        assert isinstance(usage, dict)
+        assert usage["completion_tokens"] == 8
+        wanted = 24 if asked is None else asked
+        assert usage["dsa"]["top_k"] == (wanted if sparse else "dense")
+        texts[asked] = answer["choices"][0]["text"]  # type: ignore[index]
+    assert texts[None] == texts[24]
+    if not sparse:
+        assert len(set(texts.values())) == 1
