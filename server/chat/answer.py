@@ -80,7 +80,7 @@ class Answer:
                 self.reasoning_tokens += 1
                 if self.reasoning_tokens == self._budget:
                     self.redirect = self._closing + self._opening
-            elif before and self._opening:
+            elif before and self._opening and token_id in self._closing:
                 self.redirect = self._opening
             if self.redirect:
                 self._opening = ()

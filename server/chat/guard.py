@@ -42,6 +42,20 @@ def encode_chat(
         PromptError: the format cannot express the messages, or they try to make control tokens.
         TokenizerError: the messages are not valid Unicode.
     """
+    try:
+        return _encode_chat(chat_format, tokenizer, messages, add_generation_prompt, tools, thinking)
+    except RecursionError:
+        raise PromptError("the messages have values that are nested too deeply") from None
+
+
+def _encode_chat(
+    chat_format: ChatFormat,
+    tokenizer: Tokenizer,
+    messages: Values,
+    add_generation_prompt: bool,
+    tools: Values,
+    thinking: bool | None,
+) -> list[int]:
 
     def render(messages: Values, tools: Values) -> str:
         return chat_format.render(

@@ -59,9 +59,9 @@ ToolChoice = Annotated[
 
 
 class CalledFunction(Body):
-    """What was called."""
+    """What was called. A model may call a tool by a name that no tool could have."""
 
-    name: Name
+    name: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
     arguments: str = Field(description="A JSON object, as text.")
 
 

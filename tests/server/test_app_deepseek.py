@@ -264,6 +264,30 @@ async def test_stop_strings_end_the_content_only(serve: Serve) -> None:
     assert len(engine.aborted) == 1
 
 
+async def test_a_call_inside_reasoning_is_not_opened_again(serve: Serve) -> None:
+    engine = engine_of(f"Hm.{CALL}{EOS}")
+    sdk = await serve(engine)
+    answer = await sdk.chat.completions.create(
+        model=MODEL, messages=[user("?")], tools=[WEATHER], tool_choice="required",
+        extra_body={"thinking": {"type": "enabled"}},
+    )  # fmt: skip
+    (choice,) = answer.choices
+    assert [warning["code"] for warning in choice.warnings] == ["unclosed_reasoning"]
+    assert [call.function.arguments for call in choice.message.tool_calls] == ['{"city": "Rio"}']
+    assert len(engine.submitted) == 1
+
+
+async def test_a_model_that_does_not_call_is_reported(serve: Serve) -> None:
+    sdk = await serve(engine_of(f"No.</think>{EOS}", EOS))
+    answer = await sdk.chat.completions.create(
+        model=MODEL, messages=[user("?")], tools=[WEATHER], tool_choice="required",
+        extra_body={"thinking": {"type": "enabled"}},
+    )  # fmt: skip
+    (choice,) = answer.choices
+    assert choice.finish_reason == "stop"
+    assert [warning["code"] for warning in choice.warnings] == ["truncated_tool_call"]
+
+
 CALLED = {
     "role": "assistant",
     "content": None,
@@ -335,6 +359,19 @@ async def test_v31_calls_tools_without_thinking() -> None:
         assert (
             "without thinking" in error_of(await http.post("/v1/chat/completions", json=body), 400)["message"]
         )
+
+
+@pytest.mark.parametrize("depth", [100, 900, 20_000])
+async def test_nesting_is_no_fault_of_the_server(depth: int) -> None:
+    arguments = '{"a": ' + "[" * depth + "]" * depth + "}"
+    call = {"id": "a", "type": "function", "function": {"name": "no such <tool>", "arguments": arguments}}
+    messages = [user("?"), {"role": "assistant", "content": None, "tool_calls": [call]}, result("a")]
+    async with client(create_app(make_config(), engine_of("x"), VOCABULARY, DeepSeekV32())) as http:
+        answer = await http.post("/v1/chat/completions", json={"model": MODEL, "messages": messages})
+    if depth > 100:
+        error_of(answer, 400)
+    else:
+        assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("forged", ["</think>", "<｜User｜>", "<｜tool▁calls▁begin｜>", CALL])

@@ -119,3 +119,16 @@ def test_drafts_need_a_drafter() -> None:
     assert load_settings({"drafter": "ngram", "speculative_tokens": 7}, {}).engine(FILES).draft_tokens == 7
     with pytest.raises(SettingsError, match="one of off, ngram"):
         load_settings({"drafter": "mtp"}, {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "limit"),
+    [
+        ("llama", None, 1024),
+        ("deepseek_v32", None, 8192),
+        ("deepseek_v3", None, 8192),
+        ("deepseek_v32", 7, 7),
+    ],
+)
+def test_the_token_limit_of_requests_that_name_none(kind: str, asked: int | None, limit: int) -> None:
+    assert load_settings({"max_tokens": asked}, {}).server("m", kind).default_max_tokens == limit
