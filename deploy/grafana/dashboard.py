@@ -67,6 +67,20 @@ PANELS: tuple[tuple[str, str, list[tuple[str, str]]], ...] = (
         ],
     ),
     (
+        "Draft tokens",
+        "short",
+        [
+            (
+                "guessed a second",
+                f"sum(rate(dsa_spec_decode_draft_tokens_total{{{_OWN}}}[$__rate_interval]))",
+            ),
+            (
+                "right a second",
+                f"sum(rate(dsa_spec_decode_accepted_tokens_total{{{_OWN}}}[$__rate_interval]))",
+            ),
+        ],
+    ),
+    (
         "Preemptions and engine restarts",
         "short",
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import subprocess
@@ -63,6 +64,14 @@ def test_the_scrape_passes_promtool(server: Server) -> None:
         input=server.get("/metrics").text, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_what_kubernetes_scales_and_routes_by_is_there(server: Server) -> None:
+    text = "".join(path.read_text("utf-8") for path in (DEPLOY / "kubernetes").rglob("*.yaml"))
+    names = set(re.findall(r"\bdsa_\w+", text))
+    exposed = {name.partition("{")[0] for name in server.metrics()}
+    assert len(names) >= 4
+    assert names <= exposed
 
 
 def test_every_panel_and_every_recording_has_data(server: Server, prometheus: str) -> None:
