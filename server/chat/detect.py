@@ -8,8 +8,7 @@ from server.chat.errors import PromptError
 from server.text.loading import read_json
 from server.text.tokenizer import TokenizerError
 
-_SEPARATOR = "<｜tool▁sep｜>"
-_OLD_CALL = "function" + _SEPARATOR  # V3 and R1 write the kind of a tool before its name
+_OLD_CALL = "```json"  # V3 and R1 write arguments into a fenced block
 
 
 def model_type(weights: Path) -> str:

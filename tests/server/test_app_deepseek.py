@@ -421,7 +421,7 @@ NEW = "{% if thinking %}</think>{% endif %}<｜tool▁sep｜>"
         ("deepseek_v32", None, "deepseek-v3.2"),
         ("deepseek_v32", NEW, "deepseek-v3.1"),
         ("deepseek_v3", NEW, "deepseek-v3.1"),
-        ("deepseek_v3", "<think></think>function<｜tool▁sep｜>thinking", "jinja"),
+        ("deepseek_v3", NEW + "{{ '\\n```json\\n' }}", "jinja"),
         ("deepseek_v3", None, "jinja"),
         ("llama", NEW, "jinja"),
     ],
