@@ -30,7 +30,7 @@ def byte_tokenizer(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-@pytest.fixture(scope="module", params=["deepseek_v32", "deepseek_v3"])
+@pytest.fixture(scope="module", params=["deepseek_v32", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp(request.param) / request.param
     folder.mkdir()

@@ -8,12 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from engine.checkpoint.source import open_source
 from engine.errors import CheckpointError
+from engine.layers.rope import inverse_frequencies
+from engine.plan import ScheduledRequest, StepPlan
 from tests.engine.deepseek_lab import VOCAB, YARN, oracle, tiny_deepseek
 from tests.engine.lab import Lab, Run, random_overlay
 
@@ -201,11 +204,18 @@ def test_an_overlay_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_context_of_163840_positions(tmp_path: Path) -> None:
-    """Tables and pages reach that far: the last position of all is computed, over a short cached context."""
+    """Rotation table and pages reach that far: the last position of all is computed, over a cache of zeros."""
     tiny_deepseek("deepseek_v32", tmp_path, max_position_embeddings=163840, num_hidden_layers=2)
     lab = Lab(tmp_path, kv_cache_bytes=80 << 20)
     model = lab.built.ready.model
     assert model.max_model_len == 163840
     assert lab.built.ready.capacity.num_pages >= 2560
-    cos, sin = lab.built.runner._model._rotary.at(torch.tensor([163839]))
-    assert bool((cos.square() + sin.square()).isfinite().all())
+    last = ScheduledRequest(
+        request_id="a", token_ids=(5,), start=163839, page_ids=tuple(range(2560)), top_k=TOP_K, sample=None
+    )
+    for top_k in (TOP_K, None):
+        plan = StepPlan(requests=(msgspec.structs.replace(last, top_k=top_k),))
+        assert bool(lab.built.runner.hidden(plan).isfinite().all())
+    rotary = lab.built.runner._model._rotary
+    angle = 163839 * inverse_frequencies(8, 10000.0, {k: v for k, v in YARN.items() if k != "rope_theta"})
+    torch.testing.assert_close(rotary.at(torch.tensor([163839]))[0][0], angle.cos())
