@@ -25,7 +25,7 @@ def test_a_layer_of_full_dimensions(tmp_path: Path) -> None:
     }  # fmt: skip
     config = config_type(
         vocab_size=128, num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=4, n_group=2,
-        topk_group=1, num_experts_per_tok=2, index_topk=TOP_K, rope_parameters=rope,
+        topk_group=2, num_experts_per_tok=4, index_topk=TOP_K, rope_parameters=rope,
         attn_implementation="eager",
     )  # fmt: skip
     torch.manual_seed(0)
@@ -46,6 +46,7 @@ def test_a_layer_of_full_dimensions(tmp_path: Path) -> None:
     assert read.indexer is not None
     assert (read.indexer.num_heads, read.indexer.head_dim) == (64, 128)
 
+    # All four experts serve every token: a choice would be a step, which bfloat16 may take elsewhere.
     lab = Lab(tmp_path, dtype="bfloat16", max_model_len=256, kv_cache_bytes=4 << 20)
     lab.sparse = True
     run = lab.run(budget=96, running=1)
@@ -53,14 +54,22 @@ def test_a_layer_of_full_dimensions(tmp_path: Path) -> None:
     run.finish()
 
     model.float()
-    sets: list[torch.Tensor] = []
-    model.model.layers[0].self_attn.indexer.register_forward_hook(lambda m, a, out: sets.append(out[0]))
+    (mask,) = run.masks("a", TOP_K, layers=1)
+    rows = range(TOP_K, len(run.tokens["a"]) - 1)
+    shared = []
+
+    def compare_and_replace(module: object, args: object, chosen: torch.Tensor) -> torch.Tensor:
+        """What differs in the sets is measured here; the attention over them is then compared over the same."""
+        for t in rows:
+            mine = mask[t].nonzero().flatten()
+            shared.append(len(set(mine.tolist()) & set(chosen[0, t].tolist())))
+            chosen[0, t] = mine
+        return chosen
+
+    model.model.layers[0].self_attn.indexer.register_forward_hook(compare_and_replace)
     with torch.no_grad():
         hidden = model.model(torch.tensor([run.tokens["a"]]), use_cache=False).last_hidden_state[0]
-    (mask,) = run.masks("a", TOP_K, layers=1)
-    theirs = torch.zeros_like(mask).scatter_(1, sets[0].long(), True)
-    rows = range(TOP_K, len(run.tokens["a"]) - 1)
-    overlap = sum(int((mask[t] & theirs[t]).sum()) for t in rows) / (len(rows) * TOP_K)
+    overlap = sum(shared) / (len(rows) * TOP_K)
     assert overlap > 0.97  # bfloat16 scores swap positions that are nearly equal
     errors = [
         float((row[-1].float() - hidden[t]).norm() / hidden[t].norm()) for t, row in run.rows["a"].items()
