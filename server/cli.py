@@ -6,6 +6,7 @@ torch: what computes is started as a process of its own.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -233,11 +234,16 @@ def serve(
     from server.text.tokenizer import TokenizerError
 
     try:
-        code = run(load_settings(flags | {"overlay": overlay and str(overlay)}, os.environ, config))
+        settings = load_settings(flags | {"overlay": overlay and str(overlay)}, os.environ, config)
     except SettingsError as error:
         fail(error, 2)
+    try:
+        code = run(settings)
     except (ServeError, ModelError, TokenizerError, ValueError) as error:
-        fail(error)
+        code = 2 if isinstance(error, SettingsError) else 1
+        if settings.log_format == "text":
+            fail(error, code)
+        logging.getLogger("server.serve").critical("%s", error)
     raise typer.Exit(code)
 
 

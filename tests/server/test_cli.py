@@ -79,6 +79,14 @@ def test_errors_are_one_sentence(
     assert result.stdout == ""
 
 
+def test_errors_are_json_where_the_log_is() -> None:
+    result = dsa("serve", "nothing", "--port", "0", "--log-format", "json")
+    assert result.returncode == 1
+    *_, last = [json.loads(line) for line in result.stderr.splitlines()]
+    assert last["level"] == "critical"
+    assert last["message"].startswith("there is no model 'nothing'")
+
+
 def test_pull_says_where_the_model_is(default_model: Path) -> None:
     result = dsa("pull", "--verify")
     assert result.returncode == 0
