@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from engine.attention.precision import Precision
 from engine.checkpoint.overlay import read_overlay
 from engine.checkpoint.source import open_source
 from engine.config import PAGE_SIZE, EngineConfig
@@ -63,6 +64,7 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
         dtype=dtype,
         device=device,
         progress=lambda done, total: progress("loading weights", done, total),
+        precision=Precision(kv_cache=config.kv_cache_dtype, indexer=config.indexer_dtype),
     )
     specs = model.plane_specs()
     size = page_bytes(specs, model.num_layers)

@@ -13,6 +13,10 @@ DEFAULT_DRAFT_TOKENS = 4
 """Guesses a request a step, where only a drafter is named."""
 
 
+CacheDtype = Literal["auto", "bf16", "fp8"]
+"""Of cached latents, and of index keys and queries; auto is FP8 where the checkpoint's weights are."""
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to load and how to run it.
 
@@ -34,6 +38,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sparse_form: Literal["auto", "gather", "mask"] = "auto"  # how rows longer than top_k are attended
     drafter: Literal["off", "ngram"] = "off"  # what guesses tokens ahead; ngram: the request's own text
     speculative_tokens: int | None = None  # guesses a request a step; None: as many as suit the drafter
+
+    kv_cache_dtype: CacheDtype = "auto"
+    indexer_dtype: CacheDtype = "auto"
 
     def __post_init__(self) -> None:
         if self.token_budget < self.max_running:

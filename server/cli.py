@@ -127,6 +127,22 @@ def serve(
             "SIZE",
         ),
     ] = None,
+    kv_cache_dtype: Annotated[
+        str | None,
+        _option(
+            _MEMORY,
+            "Numbers of cached latents (DeepSeek family): auto (fp8 where the weights are), bf16 or fp8.",
+            _DEFAULTS.kv_cache_dtype,
+        ),
+    ] = None,
+    indexer_dtype: Annotated[
+        str | None,
+        _option(
+            _MEMORY,
+            "Numbers of index keys and queries (DeepSeek family): auto (fp8 where the weights are), bf16 or fp8.",
+            _DEFAULTS.indexer_dtype,
+        ),
+    ] = None,
     token_budget: Annotated[
         int | None, _option(_MEMORY, "Most tokens computed in one step.", str(_DEFAULTS.token_budget))
     ] = None,

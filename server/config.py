@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
-from engine.config import EngineConfig
+from engine.config import CacheDtype, EngineConfig
 from server.models import DEFAULT_MODEL, ModelFiles
 from server.tracing import TracingError, check_endpoint
 
@@ -98,6 +98,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     sparse_form: Literal["auto", "gather", "mask"] = "auto"
     drafter: Literal["off", "ngram"] = "off"
     speculative_tokens: Positive | None = None
+    kv_cache_dtype: CacheDtype = "auto"
+    indexer_dtype: CacheDtype = "auto"
     top_k: Sparsity | None = None
     max_tokens: Positive | None = None
     chat_format: str = "auto"
@@ -169,6 +171,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 sparse_form=self.sparse_form,
                 drafter=self.drafter,
                 speculative_tokens=self.speculative_tokens,
+                kv_cache_dtype=self.kv_cache_dtype,
+                indexer_dtype=self.indexer_dtype,
             )
         except SettingsError:
             raise

@@ -12,6 +12,7 @@ from engine.attention.indexer import IndexQueries
 from engine.batch import Batch, TileTensors
 from engine.config import PAGE_SIZE
 from engine.errors import EngineError
+from engine.kernels.blocks import E4M3
 from engine.kernels.interface import Kernels
 
 
@@ -63,8 +64,14 @@ def attend(
 
 def select(index: IndexQueries, index_plane: Tensor, tile: TileTensors, kernels: Kernels) -> Tensor:
     """The selected positions of a tile's rows: [R, Q, K], -1 for none."""
-    scores = kernels.index_scores(
-        index.query[tile.rows].view(*tile.shape, *index.query.shape[1:]),
+    score, query = kernels.index_scores, index.query
+    if query.dtype is E4M3:
+        # Rows of bytes: not every device gathers FP8.
+        score, query = kernels.index_scores_fp8, query.view(torch.uint8)[tile.rows].view(E4M3)
+    else:
+        query = query[tile.rows]
+    scores = score(
+        query.view(*tile.shape, *query.shape[1:]),
         index.head_weights[tile.rows].view(*tile.shape, -1),
         index_plane,
         tile.block_table,

@@ -11,6 +11,7 @@ from engine.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from engine.attention.precision import Precision
     from engine.checkpoint.loader import LoadReport
     from engine.checkpoint.source import Source
     from engine.kernels.interface import Kernels
@@ -35,6 +36,7 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None],
+    precision: Precision,
 ) -> tuple[Model, LoadReport]:
     """Load the model that `source` holds.
 
@@ -43,9 +45,11 @@ def build_model(
         indexer: the overlay's indexer, if one is laid over the checkpoint
         max_positions: positions that one request may use
         progress: called with (tensors loaded, tensors in all)
+        precision: of the cache and the indexer
 
     Raises:
         CheckpointError: an architecture that is not in the table, or a fault in the files.
+        ConfigError: a precision that the architecture does not have.
     """
     kind = str(source.config.get("model_type"))
     if kind not in ARCHITECTURES:
@@ -54,6 +58,13 @@ def build_model(
             f"supported are {', '.join(sorted(ARCHITECTURES))}"
         )
     built: tuple[Model, LoadReport] = import_module(ARCHITECTURES[kind]).build(
-        source, indexer, kernels, max_positions, dtype=dtype, device=device, progress=progress
+        source,
+        indexer,
+        kernels,
+        max_positions,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        precision=precision,
     )
     return built

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.attention.indexer import IndexerWeights, LightningIndexer
 from engine.attention.mla import LatentAttention, MLAWeights
+from engine.attention.precision import IndexFormat, LatentFormat, Precision
 from engine.attention.sparse import select
 from engine.attention.tiles import LatentTileCosts
 from engine.batch import Batch
@@ -69,8 +70,16 @@ class DeepseekLayer:
     """One decoder layer; parameters named as in `engine.models.deepseek_weights.layer_table`."""
 
     def __init__(
-        self, of: Callable[[str], Tensor], config: DeepseekConfig, *, moe: bool, indexer: bool
+        self,
+        of: Callable[[str], Tensor],
+        config: DeepseekConfig,
+        *,
+        moe: bool,
+        indexer: bool,
+        latent_format: LatentFormat,
+        index_format: IndexFormat | None,
     ) -> None:
+        self._latent_format, self._index_format = latent_format, index_format
         c = config
         self._eps = c.rms_norm_eps
         self._input_norm, self._post_norm = of("input_norm"), of("post_norm")
@@ -117,18 +126,23 @@ class DeepseekLayer:
         """Run rows x [T, E] as layer `i` of the cache; also the selections, for layers that share them."""
         hidden = rms_norm(x, self._input_norm, self._eps)
         rows = self.attention.project(hidden, rotation)
-        cache.write(i, "latent", batch.pages, batch.offsets, rows.cached)
-        if self.indexer is not None:
+        packed = self._latent_format.pack(rows.cached, kernels)
+        cache.write(i, "latent", batch.pages, batch.offsets, packed)
+        if self.indexer is not None and self._index_format is not None:
             # Written whatever the row's top_k: a later sparse row may score this token.
-            cache.write(i, "index_key", batch.pages, batch.offsets, self.indexer.keys(hidden, rotation))
+            plane = cache.plane(i, "index_key")
+            keys = self.indexer.keys(hidden, rotation)
+            self._index_format.write(plane, batch.pages, batch.offsets, keys, kernels)
             if any(tile.form != "dense" for tile in batch.tiles):
                 queries = self.indexer.queries(hidden, rotation, rows.query_latent)
-                plane = cache.plane(i, "index_key")
+                queries = self._index_format.queries(queries, kernels)
                 selections = [
                     None if tile.form == "dense" else select(queries, plane, tile, kernels)
                     for tile in batch.tiles
                 ]
-        x = x + self.attention.attend(rows.query, selections, cache.plane(i, "latent"), batch, kernels)
+        x = x + self.attention.attend(
+            rows.query, selections, cache.plane(i, "latent"), batch, kernels, self._latent_format.unpack
+        )
         return x + self._mlp(rms_norm(x, self._post_norm, self._eps)), selections
 
 
@@ -136,11 +150,19 @@ class Deepseek:
     """The model, its weights and its rotation table."""
 
     def __init__(
-        self, config: DeepseekConfig, weights: Mapping[str, Tensor], kernels: Kernels, max_positions: int
+        self,
+        config: DeepseekConfig,
+        weights: Mapping[str, Tensor],
+        kernels: Kernels,
+        max_positions: int,
+        latent_format: LatentFormat,
+        index_format: IndexFormat | None,
     ) -> None:
         """Wire `weights`, named as in `weight_table`.
 
         Args:
+            latent_format: how latents are cached
+            index_format: how index keys are; None without an indexer
             max_positions: positions to prepare the rotation table for; at most `config.max_positions`
         """
         self.config = config
@@ -162,6 +184,7 @@ class Deepseek:
             )
         )
         self._kernels = kernels
+        self._latent_format, self._index_format = latent_format, index_format
         self._embed = weights["embed"]
         self._norm = weights["norm"]
         # As the published code does: logits are compared with one another to the last digit.
@@ -172,6 +195,8 @@ class Deepseek:
                 config,
                 moe=config.moe_layers[i],
                 indexer=config.index_layers[i],
+                latent_format=latent_format,
+                index_format=index_format,
             )
             for i in range(config.num_layers)
         ]
@@ -185,12 +210,10 @@ class Deepseek:
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
         """The latent with the rotated shared key, and the index key where a layer has an indexer of its own."""
-        c, dtype = self.config, self._embed.dtype
-        latent = PlaneSpec("latent", (c.latent_dim,), dtype)
-        if c.indexer is None:
+        latent, index = self._latent_format.spec, self._index_format
+        if index is None:
             return (latent,)
-        with_index = frozenset(i for i, own in enumerate(c.index_layers) if own)
-        return latent, PlaneSpec("index_key", (c.indexer.head_dim,), dtype, layers=with_index)
+        return latent, index.spec(frozenset(i for i, own in enumerate(self.config.index_layers) if own))
 
     def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> LatentTileCosts:
         """See `LatentTileCosts`."""
@@ -234,6 +257,7 @@ def build(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None],
+    precision: Precision,
 ) -> tuple[Deepseek, LoadReport]:
     """Load a checkpoint of this family; arguments as in `engine.models.build_model`.
 
@@ -247,5 +271,8 @@ def build(
             f"{indexer.source} is an indexer for models of the llama family, but this one is {config.architecture}; "
             "serve it without an overlay"
         )
+    raw, index = source.config, config.indexer
+    latent_format = precision.latent(raw, config.kv_lora_rank, config.qk_rope_head_dim, dtype)
+    index_format = None if index is None else precision.index(raw, index.head_dim, dtype)
     weights, report = load(weight_table(config), source, dtype=dtype, device=device, progress=progress)
-    return Deepseek(config, weights, kernels, max_positions), report
+    return Deepseek(config, weights, kernels, max_positions, latent_format, index_format), report

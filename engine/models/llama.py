@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention.indexer import IndexerWeights, LightningIndexer
+from engine.attention.precision import Precision
 from engine.attention.sparse import attend
 from engine.attention.tiles import TileCosts
 from engine.batch import Batch
 from engine.checkpoint.loader import LoadReport, Weight, load
 from engine.checkpoint.source import Source
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.kernels.interface import Kernels
 from engine.kv.planes import PagedCache, PlaneSpec
 from engine.layers.norm import rms_norm
@@ -288,12 +289,20 @@ def build(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None],
+    precision: Precision,
 ) -> tuple[Llama, LoadReport]:
     """Load a checkpoint of this family; arguments as in `engine.models.build_model`.
 
     Raises:
         CheckpointError: the config or the tensors are not what this architecture needs.
+        ConfigError: a cache or an indexer of another dtype than the model's was asked for.
     """
+    for name, asked in (("kv_cache_dtype", precision.kv_cache), ("indexer_dtype", precision.indexer)):
+        if asked == "fp8" or (asked == "bf16" and dtype != torch.bfloat16):
+            raise ConfigError(
+                f"{name} is {asked}, but a llama model keeps its cache in its own dtype, "
+                f"{str(dtype).removeprefix('torch.')}; leave it at auto"
+            )
     config = LlamaConfig.read(source.config)
     table = weight_table(config, indexer)
     weights, report = load(table, source, dtype=dtype, device=device, progress=progress)

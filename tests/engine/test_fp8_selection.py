@@ -2,27 +2,18 @@
 
 Independent Gaussian queries and keys are the worst case: nothing but noise separates their scores (0.97 of 8192
 positions, 0.96 of 32768). Real keys are correlated: neighbours are alike, and a few directions carry most of the
-variance, for queries of all heads alike. Both are here, and a trained indexer on real text.
+variance, for queries of all heads alike. Both are here.
 """
 
 from __future__ import annotations
-
-import argparse
-import inspect
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.build import build
-from engine.config import EngineConfig
 from engine.kernels import load_backend
 from engine.kv.layouts import IndexKeyLayout
 from engine.kv.planes import PagedCache
-from engine.protocol import SamplingParams, Submit
-from server.models import resolve
-from server.text.tokenizer import Tokenizer
 
 TOP_K = 2048
 KERNELS = load_backend("torch")
@@ -89,48 +80,3 @@ def test_the_worst_case_is_below(context: int, least: float) -> None:
     g = torch.Generator().manual_seed(0)
     query, keys = torch.randn(4, 64, 128, generator=g), torch.randn(context, 128, generator=g)
     assert least < overlap(query, torch.randn(4, 64, generator=g).abs(), keys) < 0.98
-
-
-class Recorder:
-    """Kernels that keep the last row's index query of each layer, and its keys."""
-
-    def __init__(self, kernels: object) -> None:
-        self._kernels = kernels
-        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._kernels, name)
-
-    def index_scores(
-        self, query: Tensor, weights: Tensor, plane: Tensor, table: Tensor, positions: Tensor
-    ) -> Tensor:
-        if int(positions.max()) == 8190:
-            self.seen.append((query[0, -4:].clone(), weights[0, -4:].clone(), plane[table[0]].flatten(0, 1)))
-        return KERNELS.index_scores(query, weights, plane, table, positions)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_trained_indexer_on_real_text(default_model: Path, tokenizer: Tokenizer) -> None:
-    """The default model's (8 heads of 64 dims) on prose and code up to its last position, mean over its layers."""
-    files = resolve("smollm2-135m-instruct")
-    built = build(
-        EngineConfig(weights=str(files.weights), overlay=str(files.overlay), device="cpu", dtype="float32")
-    )
-    text = (Path(__file__).parents[2] / "README.md").read_text() + inspect.getsource(argparse)
-    tokens = tuple(tokenizer.encode(text)[:8191])
-    assert len(tokens) == 8191
-    model = built.runner._model
-    recorder = model._kernels = Recorder(model._kernels)  # type: ignore[attr-defined]
-    built.core.submit(
-        Submit(
-            request_id="a", prompt_token_ids=tokens, top_k=512,
-            sampling=SamplingParams(max_tokens=1, seed=0, temperature=0.0),
-        )
-    )  # fmt: skip
-    while built.core.has_work:
-        built.core.step()
-    assert len(recorder.seen) == model.num_layers
-    shares = [overlap(*one) for one in recorder.seen]
-    print("by layer:", " ".join(f"{share:.3f}" for share in shares))
-    assert sum(shares) / len(shares) > 0.98

@@ -1,0 +1,117 @@
+"""In which numbers a DeepSeek layer caches latents and index keys, and scores them.
+
+`auto` follows the checkpoint: a model published in FP8 was trained and is served with an FP8 cache and indexer
+(arXiv 2512.02556, section 2); any other keeps the dtype that it is loaded in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.attention.indexer import IndexQueries
+from engine.config import CacheDtype
+from engine.errors import ConfigError
+from engine.kernels.blocks import BLOCK
+from engine.kernels.interface import Kernels
+from engine.kernels.interface_fp8 import CACHE_FLOOR
+from engine.kernels.interface_latent import Unpack, as_stored
+from engine.kv.layouts import IndexKeyLayout, LatentLayout
+from engine.kv.planes import PlaneSpec
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """Of the latent with its rotated key: `dtype`, or FP8 with power-of-two scales where that is None."""
+
+    layout: LatentLayout
+    dtype: torch.dtype | None
+    model_dtype: torch.dtype
+
+    @property
+    def spec(self) -> PlaneSpec:
+        """Its plane."""
+        if self.dtype is None:
+            return self.layout.spec("latent")
+        return PlaneSpec("latent", (self.layout.rank + self.layout.rope,), self.dtype)
+
+    def pack(self, cached: Tensor, kernels: Kernels) -> Tensor:
+        """[T, rank + rope] -> what the plane stores of each."""
+        if self.dtype is None:
+            latent, rope = cached[:, : self.layout.rank], cached[:, self.layout.rank :]
+            return self.layout.pack(*kernels.quantise(latent, "ue8m0", CACHE_FLOOR), rope)
+        return cached.to(self.dtype)
+
+    @property
+    def unpack(self) -> Unpack:
+        """The inverse, but for what the format lost."""
+        return (
+            as_stored
+            if self.dtype is not None
+            else lambda stored: self.layout.unpack(stored, self.model_dtype)
+        )
+
+
+@dataclass(frozen=True)
+class IndexFormat:
+    """Of index keys and queries: `dtype`, or rotated FP8 with one power-of-two scale a vector where that is None."""
+
+    dim: int
+    dtype: torch.dtype | None
+
+    def spec(self, layers: frozenset[int]) -> PlaneSpec:
+        """Its plane, on the layers that have an indexer."""
+        if self.dtype is None:
+            return PlaneSpec("index_key", (IndexKeyLayout(self.dim).token_bytes,), torch.uint8, layers=layers)
+        return PlaneSpec("index_key", (self.dim,), self.dtype, layers=layers)
+
+    def write(self, plane: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, kernels: Kernels) -> None:
+        """Store keys [T, d] at (pages[t], offsets[t])."""
+        if self.dtype is None:
+            values, scales = kernels.quantise(kernels.hadamard(keys), "ue8m0")
+            IndexKeyLayout(self.dim).write(plane, pages, offsets, values, scales.squeeze(-1))
+        else:
+            plane[pages, offsets] = keys.to(self.dtype)
+
+    def queries(self, queries: IndexQueries, kernels: Kernels) -> IndexQueries:
+        """As the keys are scored with; an FP8 query's scale goes into its head's weight."""
+        if self.dtype is not None:
+            return queries
+        values, scales = kernels.quantise(kernels.hadamard(queries.query), "ue8m0")
+        return IndexQueries(query=values, head_weights=queries.head_weights * scales.squeeze(-1))
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What was asked for, as it came in the engine's settings."""
+
+    kv_cache: CacheDtype = "auto"
+    indexer: CacheDtype = "auto"
+
+    def latent(self, config: Mapping[str, Any], rank: int, rope: int, dtype: torch.dtype) -> LatentFormat:
+        """For a checkpoint's normalised config and a model loaded in `dtype`."""
+        return LatentFormat(LatentLayout(rank, rope), _dtype(self.kv_cache, config, dtype), dtype)
+
+    def index(self, config: Mapping[str, Any], dim: int, dtype: torch.dtype) -> IndexFormat:
+        """Likewise.
+
+        Raises:
+            ConfigError: index vectors of this size cannot be rotated or have several scales.
+        """
+        chosen = _dtype(self.indexer, config, dtype)
+        if chosen is None and (dim > BLOCK or dim & (dim - 1)):
+            raise ConfigError(
+                f"index vectors of {dim} numbers cannot be kept in FP8, which takes a power of two up to {BLOCK}; "
+                "set indexer_dtype to bf16"
+            )
+        return IndexFormat(dim, chosen)
+
+
+def _dtype(asked: CacheDtype, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype | None:
+    if asked == "fp8" or (asked == "auto" and config.get("quantization_config")):
+        return None
+    return torch.bfloat16 if asked == "bf16" else dtype
