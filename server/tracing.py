@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
 _EXPORT_SECONDS = 5.0  # what one export may take, repeats included; a stop waits no longer
-_OPERATIONS = {"/v1/completions": "text_completion"}  # every other generating endpoint is a chat
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/responses": "chat",
+}
+"""The endpoints that generate, with the conventions' word for what they do."""
 
 
 class TracingError(ValueError):
@@ -80,14 +85,14 @@ class Tracing:
 
     def __call__(self, ended: Ended) -> None:
         """Trace a request that has ended; those that ask for no text are no subject of traces."""
-        if ended.method != "POST" or not ended.endpoint.startswith("/v1/"):
+        operation = _OPERATIONS.get(ended.endpoint)
+        if operation is None or ended.method != "POST":
             return
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         carrier = {"traceparent": ended.traceparent, "tracestate": ended.tracestate}
         parent = TraceContextTextMapPropagator().extract({k: v for k, v in carrier.items() if v is not None})
-        operation = _OPERATIONS.get(ended.endpoint, "chat")
         generation = ended.generation
         root = self._tracer.start_span(
             f"{operation} {generation.model}" if generation else operation,
@@ -99,7 +104,7 @@ class Tracing:
         failed = ended.outcome not in ("stop", "length", "tool_calls", "ok")
         if failed:
             root.set_attribute("error.type", ended.outcome)
-            if ended.status is None or ended.status >= 500 or ended.outcome not in ("client_error",):
+            if ended.outcome != "client_error":  # the conventions: a 4xx is no error of the server's span
                 root.set_status(Status(StatusCode.ERROR, ended.outcome))
         if generation is not None and root.is_recording():
             context = set_span_in_context(root)
