@@ -56,6 +56,12 @@ def distill(
             "JSON",
         ),
     ] = None,
+    start_from: Annotated[
+        Path | None,
+        _flag(
+            _RUN, "An indexer of this model to go on from, instead of random weights.", "start_from", "FILE"
+        ),
+    ] = None,
     until: Annotated[
         int | None, _flag(_RUN, "Stop after this many steps; the same command without it goes on.", "until")
     ] = None,

@@ -7,6 +7,7 @@ indexer.safetensors. Started by `dsa distill`; alone it is `python -m engine.dis
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import signal
 import sys
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from engine.build import resolve_device, resolve_dtype
 from engine.checkpoint.loader import load
-from engine.checkpoint.overlay import base_fingerprint, write_overlay
+from engine.checkpoint.overlay import base_fingerprint, read_overlay, write_overlay
 from engine.checkpoint.source import Source, open_source
 from engine.distill.evaluate import BEYOND, held_out
 from engine.distill.recipe import EXAMPLE, Recipe, read_recipe
@@ -32,6 +33,9 @@ from engine.distill.trunk import Trunk
 from engine.errors import ConfigError, EngineError
 from engine.models.llama import LlamaConfig, weight_table
 from engine.protocol import IndexerInfo
+
+_SIZES = {"heads": 8, "dim": 64, "rope": 32}
+"""An indexer's sizes where nothing else is asked for."""
 
 STOPPED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -67,12 +71,17 @@ def parser() -> argparse.ArgumentParser:
     add("--corpus", type=Path, required=True, help="folder made by python -m server.corpus")
     add("--out", type=Path, required=True, help="folder for the results; resumed if it holds a run")
     add("--recipe", default="{}", help=f"JSON, such as '{EXAMPLE}'; its fields are below")
-    add("--heads", type=int, default=8, help="indexer heads (%(default)s)")
-    add("--dim", type=int, default=64, help="dims of an indexer head (%(default)s)")
-    add("--rope", type=int, default=32, help="rotated dims of an indexer head (%(default)s)")
+    add("--heads", type=int, default=_SIZES["heads"], help="indexer heads (%(default)s)")
+    add("--dim", type=int, default=_SIZES["dim"], help="dims of an indexer head (%(default)s)")
+    add("--rope", type=int, default=_SIZES["rope"], help="rotated dims of an indexer head (%(default)s)")
     add("--default-top-k", type=int, default=512, help="for requests that say nothing (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="(%(default)s)")
+    add(
+        "--start-from",
+        type=Path,
+        help="an indexer overlay of this checkpoint to go on from, not from random weights",
+    )
     add("--until", type=int, help="stop at this step, to go on another time")
     add(
         "--evaluate-every", type=int, default=0, help="steps between evaluations; 0: at the end (%(default)s)"
@@ -98,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(
             "matplotlib is not installed; training needs it: pip install 'dsa-serve[train]'"
         ) from None
-    recipe, info = read_recipe(options.recipe), _indexer(options)
+    recipe = read_recipe(options.recipe)
     device = resolve_device(options.device)
     if device.type == "cuda":
         # Products of float32 then round their inputs to 10 bits of mantissa. The main model's queries and keys
@@ -110,10 +119,15 @@ def run(options: argparse.Namespace) -> int:
     dtype = resolve_dtype(options.dtype, device)
     weights, _ = load(weight_table(config, None), source, dtype=dtype, device=device)
     trunk = Trunk(config, weights, config.max_positions, device)
+    start = None if options.start_from is None else read_overlay(options.start_from, source)
+    info = _indexer(options) if start is None else _same_sizes(start.info, options)
     student = Student(config, info, config.max_positions, device, recipe.seed)
+    if start is not None:
+        student.load({name: start.tensors.read(name, torch.float32) for name in student.parameters})
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(trunk, student, splits["train"], recipe, out, base_fingerprint(source))
+    began = "random weights" if start is None else hashlib.sha256(options.start_from.read_bytes()).hexdigest()
+    trainer = Trainer(trunk, student, splits["train"], recipe, out, base_fingerprint(source), began)
     console = Console()
     if trainer.resume():
         console.print(f"resuming at step {trainer.step} of {recipe.total_steps}", highlight=False)
@@ -155,6 +169,21 @@ def _indexer(options: argparse.Namespace) -> IndexerInfo:
         num_heads=options.heads, head_dim=options.dim, rope_dim=options.rope, default_top_k=options.default_top_k,
         source="indexer.safetensors",
     )  # fmt: skip
+
+
+def _same_sizes(info: IndexerInfo, options: argparse.Namespace) -> IndexerInfo:
+    """The indexer that training starts from, with this run's default top_k; flags that differ are a mistake.
+
+    Raises:
+        ConfigError: heads, dims or rotated dims were asked for that it does not have.
+    """
+    sizes = {"heads": info.num_heads, "dim": info.head_dim, "rope": info.rope_dim}
+    for flag, value in sizes.items():
+        if getattr(options, flag) not in (value, _SIZES[flag]):
+            raise ConfigError(
+                f"--{flag} is {getattr(options, flag)}, but {options.start_from} has {value}; leave the flag out"
+            )
+    return msgspec.structs.replace(info, default_top_k=options.default_top_k, source="indexer.safetensors")
 
 
 def _train(trainer: Trainer, show: Callable[[StepLog], None], until: int | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.distill.objective import attention_target, captured_mass, divergence, top_mask
+from engine.distill.objective import attention_target, divergence, top_mask
 from engine.distill.recipe import Recipe
 from engine.distill.sequences import Sequence, Split, sample_rows
 from engine.distill.sparse_forward import attend_selected, by_student, causal
@@ -47,11 +48,13 @@ class Trainer:
         recipe: how
         folder: of the log and the checkpoint
         base: what tells `trunk`'s weights from others; a checkpoint goes on only over the same
+        start: likewise of the student's weights at step 0
     """
 
     def __init__(
-        self, trunk: Trunk, student: Student, split: Split, recipe: Recipe, folder: Path, base: str = ""
-    ) -> None:
+        self, trunk: Trunk, student: Student, split: Split, recipe: Recipe, folder: Path, base: str = "",
+        start: str = "random weights",
+    ) -> None:  # fmt: skip
         self._trunk = trunk
         self.student = student
         self._split = split
@@ -68,6 +71,7 @@ class Trainer:
             "indexer": [info.num_heads, info.head_dim, info.rope_dim],
             "corpus": split.digest,
             "base model": base,
+            "start": start,
         }
         self._device = next(iter(student.parameters.values())).device
         self._optimiser = torch.optim.AdamW(
@@ -176,8 +180,9 @@ class Trainer:
             # Each layer's loss is its own graph, because its input is detached: free it at once.
             torch.autograd.backward(loss / recipe.sequences_per_step)
             with torch.no_grad():
-                best = top_mask(scores.detach()[probe], allowed[probe], recipe.report_top_k)
-                recalls.append(captured_mass(target[probe], best).mean())
+                recalls.append(
+                    _recall(target[probe], scores.detach()[probe], allowed[probe], recipe.report_top_k)
+                )
                 losses.append(loss.detach())
                 if stage == "dense":
                     attended = trunk.attend(inputs, slice(None), None)
@@ -231,3 +236,9 @@ class Trainer:
         self._optimiser.load_state_dict(state["optimiser"])
         self._generator.set_state(state["generator"])
         return True
+
+
+def _recall(target: Tensor, scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
+    """Attention on the best `top_k` positions, mean over rows; ties fall as they may, so that no device is waited for."""
+    best = scores.masked_fill(~allowed, -math.inf).topk(min(top_k, scores.shape[-1]), dim=-1, sorted=False)
+    return target.gather(-1, best.indices).sum(-1).mean()

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine.distill.__main__ import main
 from engine.distill.recipe import Recipe, read_recipe
@@ -123,6 +124,15 @@ def test_a_checkpoint_of_something_else_is_refused(bench: Bench, corpus: Path, t
         "recipe": trainer(bench, corpus, tmp_path / "run", recipe),
         "corpus": trainer(bench, other, tmp_path / "run"),
         "base model": trainer(bench, corpus, tmp_path / "run", base="other"),
+        "start": Trainer(
+            bench.trunk,
+            bench.student(),
+            Split.open(corpus, "train", VOCAB),
+            SHORT,
+            tmp_path / "run",
+            "base",
+            "an overlay",
+        ),
         "indexer": Trainer(bench.trunk, smaller, split, SHORT, tmp_path / "run", "base"),
     }.items():
         with pytest.raises(ConfigError, match=f"was made with another {what}; use another folder"):
@@ -226,6 +236,22 @@ def test_the_command_leaves_an_overlay_that_the_engine_serves(
     run.finish()
     assert run.ends["a"].finish_reason == "length"
     assert len(run.selected[(16, *range(60))][0]) == 16
+
+
+def test_a_run_goes_on_from_an_overlay(
+    bench: Bench, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(command(bench, corpus, first, "--evaluate-kind=0")) == 0
+    overlay = first / "indexer.safetensors"
+    more = (f"--start-from={overlay}", "--evaluate-kind=0")
+    assert main(command(bench, corpus, second, *more, "--until=0")) == 0
+    assert load_file(second / "indexer.safetensors").keys() == load_file(overlay).keys()
+    for name, tensor in load_file(second / "indexer.safetensors").items():
+        assert torch.equal(tensor, load_file(overlay)[name])
+    capsys.readouterr()
+    assert main(command(bench, corpus, tmp_path / "third", *more, "--heads=4")) == 1
+    assert "--heads is 4, but" in capsys.readouterr().err
 
 
 def _defaults(**changes: object) -> dict[str, object]:
