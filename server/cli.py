@@ -19,6 +19,7 @@ import typer
 from server.config import Settings, SettingsError, load_settings
 from server.distill_command import distill
 from server.inspect_command import inspect
+from server.eval_command import evaluate
 
 app = typer.Typer(
     name="dsa",
@@ -314,3 +315,4 @@ def chat(
 
 app.command()(distill)
 app.command()(inspect)
+app.command("eval")(evaluate)

@@ -20,11 +20,19 @@ class Stages:
     Args:
         stream: where to; standard error if None.
         say: takes the lines instead, and there is no bar.
+        quiet_seconds: between lines about one stage; two if None.
     """
 
-    def __init__(self, stream: TextIO | None = None, say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        say: Callable[[str], None] | None = None,
+        *,
+        quiet_seconds: float | None = None,
+    ) -> None:
         self._stream = stream or sys.stderr
         self._say = say
+        self._quiet_seconds = _QUIET_SECONDS if quiet_seconds is None else quiet_seconds
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._stage = ""
@@ -56,7 +64,7 @@ class Stages:
             self._bar.update(self._task, description=stage, completed=done, total=total or None)
             return
         now = time.monotonic()
-        if stage != self._stage or now - self._said > _QUIET_SECONDS:
+        if stage != self._stage or now - self._said > self._quiet_seconds:
             share = f" {100 * done // total} %" if done and total else ""
             if self._say is not None:
                 self._say(f"{stage}{share}")

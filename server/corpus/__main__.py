@@ -16,6 +16,7 @@ from server.corpus.build import build_corpus
 from server.corpus.fetch import FetchError
 from server.corpus.manifest import Manifest
 from server.corpus.sources import SOURCES
+from server.models import ModelError, resolve
 from server.text.tokenizer import TokenizerError, load_tokenizer
 
 
@@ -23,7 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 1 where a package or the tokenizer is missing."""
     parser = argparse.ArgumentParser("server.corpus", description="Build the training corpus of the indexer.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--model", type=Path, required=True, help="the checkpoint whose tokenizer to use")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="whose tokenizer to use: a name that dsa can fetch, a .gguf file, or a folder",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (%(default)s)")
     parser.add_argument("--tokens", type=int, default=26_000_000, help="training tokens (%(default)s)")
     parser.add_argument("--heldout-tokens", type=int, default=400_000, help="held-out tokens (%(default)s)")
@@ -40,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             task = progress.add_task("starting", total=None)
             manifest = build_corpus(
                 options.out,
-                load_tokenizer(options.model),
+                load_tokenizer(resolve(options.model).weights),
                 options.seed,
                 options.tokens,
                 heldout_tokens=options.heldout_tokens,
@@ -51,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ),
             )
             progress.update(task, description="done", completed=1, total=1)
-    except (FetchError, TokenizerError, ValueError) as error:
+    except (FetchError, ModelError, TokenizerError, ValueError) as error:
         console.print(f"The corpus was not built: {error}.", style="red", markup=False)
         return 1
     Console().print(summary(manifest))

@@ -1,0 +1,224 @@
+"""Asks the server over HTTP: scores, completions and chats, each dense or at a given top_k."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import httpx
+
+Sparsity = int | Literal["dense"]
+Progress = Callable[[int, int], None]
+"""Called with how many items of a part are done, and of how many."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_TIMEOUT = httpx.Timeout(connect=10, read=3600, write=60, pool=None)
+_TRIES = 4
+_WAIT_SECONDS = 5.0
+_INFO = re.compile(r"^dsa_model_info\{(.*)\} ", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+class EvaluationError(Exception):
+    """It cannot be measured; the message is one sentence that says why and what to do."""
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of a text's tokens, nats. The first token has none."""
+
+    own: list[float | None]
+    best: list[float | None]  # of the likeliest token at that place
+    finish: str  # how what was generated behind the text ended
+
+
+class Answer(NamedTuple):
+    """What the model said."""
+
+    text: str
+    tokens: tuple[bytes, ...]  # of a chat; empty for a completion
+    finish: str
+    prompt_tokens: int
+
+
+class Client:
+    """One server's one model.
+
+    Attributes:
+        model: its name.
+        max_model_len: tokens that prompt and answer together may have.
+        info: what the server says of itself: device, dtype, indexer and so on; empty where it says nothing.
+        repeated: requests that were sent again, after a refusal or a broken connection.
+    """
+
+    def __init__(
+        self,
+        http: httpx.AsyncClient,
+        model: str,
+        max_model_len: int,
+        info: dict[str, str] | None = None,
+        *,
+        wait_seconds: float = _WAIT_SECONDS,
+    ) -> None:
+        self._http = http
+        self._wait_seconds = wait_seconds
+        self.model = model
+        self.max_model_len = max_model_len
+        self.info = info or {}
+        self.repeated = 0
+
+    async def score(
+        self, ids: Sequence[int], top_k: Sparsity, *, alternatives: int = 0, more: int = 0
+    ) -> Scores:
+        """Log-probabilities of a prompt's own tokens, and of the best ones with `alternatives` of 1.
+
+        Args:
+            ids: the prompt.
+            top_k: how sparse.
+            alternatives: 1 to tell `best` from `own`; without it they are the same.
+            more: tokens to generate behind the prompt.
+        """
+        choice = await self._choice(
+            "/v1/completions",
+            top_k,
+            {
+                "prompt": list(ids),
+                "echo": True,
+                "logprobs": alternatives,
+                "max_tokens": more,
+                "temperature": 0,
+            },
+        )
+        logprobs = choice["logprobs"]
+        own = logprobs["token_logprobs"]
+        best = [None if top is None else max(top.values()) for top in logprobs["top_logprobs"]]
+        if len(own) < len(ids):
+            raise EvaluationError(f"the server scored {len(own)} of {len(ids)} tokens")
+        return Scores(own, best, choice["finish_reason"])
+
+    async def complete(self, ids: Sequence[int], top_k: Sparsity, max_tokens: int) -> Answer:
+        """The greedy continuation of a prompt, up to the end of the turn."""
+        body = {"prompt": list(ids), "max_tokens": max_tokens, "temperature": 0}
+        choice = await self._choice("/v1/completions", top_k, body)
+        return Answer(choice["text"], (), choice["finish_reason"], len(ids))
+
+    async def chat(self, messages: Sequence[dict[str, str]], top_k: Sparsity, max_tokens: int) -> Answer:
+        """The greedy answer in a conversation, token by token."""
+        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "logprobs": True}
+        answer = await self._post("/v1/chat/completions", top_k, body)
+        choice = answer["choices"][0]
+        logprobs = choice["logprobs"] or {"content": []}
+        return Answer(
+            choice["message"]["content"] or "",
+            tuple(bytes(token["bytes"]) for token in logprobs["content"]),
+            choice["finish_reason"],
+            answer["usage"]["prompt_tokens"],
+        )
+
+    async def raw(self, ids: Sequence[int], top_k: Sparsity, max_tokens: int) -> dict[str, Any]:
+        """A choice with everything that the server tells of prompt and answer, past the end of the turn."""
+        body = {
+            "prompt": list(ids),
+            "echo": True,
+            "logprobs": 1,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        return await self._choice("/v1/completions", top_k, body)
+
+    async def _choice(self, path: str, top_k: Sparsity, body: dict[str, Any]) -> dict[str, Any]:
+        answer = await self._post(path, top_k, body)
+        choice: dict[str, Any] = answer["choices"][0]
+        return choice
+
+    async def _post(self, path: str, top_k: Sparsity, body: dict[str, Any]) -> dict[str, Any]:
+        body = {"model": self.model, "dsa": {"top_k": top_k}} | body
+        for left in reversed(range(_TRIES)):
+            try:
+                response = await self._http.post(path, json=body)
+            except httpx.TransportError as error:
+                problem = f"the server went away ({error or type(error).__name__})"
+            else:
+                if response.is_success:
+                    return _checked(response, top_k)
+                problem = reason(response)
+                if response.status_code not in (429, 503):
+                    raise EvaluationError(f"the server refused a request: {problem}")
+            if left:
+                self.repeated += 1
+                await asyncio.sleep(self._wait_seconds)
+        raise EvaluationError(f"{problem}; {_TRIES} tries were made")
+
+
+def _checked(response: httpx.Response, top_k: Sparsity) -> dict[str, Any]:
+    """The answer's body, if attention ran as was asked."""
+    answer: dict[str, Any] = response.json()
+    used = answer["usage"]["dsa"]["top_k"]
+    if used != top_k:
+        raise EvaluationError(
+            f"the server ran with top_k {used} where {top_k} was asked for: its model has no trained indexer; "
+            "serve one with --overlay"
+        )
+    return answer
+
+
+def reason(response: httpx.Response) -> str:
+    """What a refusal says."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"the answer was {response.status_code} {response.reason_phrase}"
+
+
+@asynccontextmanager
+async def connect(url: str, concurrency: int) -> AsyncGenerator[Client, None]:
+    """A client of the server at `url`, which may hold `concurrency` connections.
+
+    Raises:
+        EvaluationError: nothing answers there, or it is not ready.
+    """
+    limits = httpx.Limits(max_connections=concurrency + 1)
+    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, limits=limits, trust_env=False) as http:
+        try:
+            ready = await http.get("/health/ready")
+            model = (await http.get("/v1/models")).json()["data"][0]
+            name, length = str(model["id"]), model["max_model_len"]
+            metrics = (await http.get("/metrics")).text
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise EvaluationError(
+                f"there is no server at {url} ({error}); leave out --url to have one started"
+            ) from None
+        except (ValueError, LookupError, TypeError):
+            raise EvaluationError(f"what answers at {url} is not a dsa server") from None
+        if ready.is_error or length is None:
+            raise EvaluationError(f"the server at {url} is not ready; wait until its /health/ready says so")
+        found = _INFO.search(metrics)
+        yield Client(http, name, int(length), dict(_LABEL.findall(found[1])) if found else {})
+
+
+async def each(
+    items: Sequence[T], work: Callable[[T], Awaitable[R]], concurrency: int, progress: Progress
+) -> list[R]:
+    """Do work on all items, some at a time; the results in the items' order. The first failure ends it."""
+    gate, done = asyncio.Semaphore(concurrency), 0
+    progress(0, len(items))
+
+    async def one(item: T) -> R:
+        nonlocal done
+        async with gate:
+            result = await work(item)
+        done += 1
+        progress(done, len(items))
+        return result
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(item)) for item in items]
+    except* EvaluationError as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
