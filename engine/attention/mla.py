@@ -21,7 +21,10 @@ from engine.kernels.interface import Kernels
 from engine.kernels.interface_latent import Unpack, as_stored
 from engine.layers.norm import rms_norm
 from engine.layers.rope import rotate
-from engine.models.deepseek_config import LATENT_NORM_EPS
+
+LATENT_NORM_EPS = 1e-6
+"""Of q_a_layernorm and kv_a_layernorm. The family's published code leaves them at the norm's own default,
+whatever `rms_norm_eps` says (GLM-5's is 1e-5)."""
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ class LatentTileCosts(TileCosts):
     Absorbed, a row reads r + p numbers a head and token and sums r; expanded, n + p and v, after each token
     was expanded once for all rows of the tile, to n + v numbers of r terms a head. A row that is absorbed
     pays as much as a token that is expanded. (n plain, p rotated, v value dims, r rank.)
+    `gather_cost` is an estimate; unlike its namesake above it was not measured.
     """
 
     num_heads: int = 1

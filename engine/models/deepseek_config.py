@@ -13,10 +13,6 @@ from typing import Any
 
 from engine.errors import CheckpointError
 
-LATENT_NORM_EPS = 1e-6
-"""Of q_a_layernorm and kv_a_layernorm. The family's published code leaves them at the norm's own default,
-whatever `rms_norm_eps` says (GLM-5's is 1e-5)."""
-
 
 @dataclass(frozen=True)
 class IndexConfig:
