@@ -18,8 +18,8 @@ import typer
 
 from server.config import Settings, SettingsError, load_settings
 from server.distill_command import distill
-from server.inspect_command import inspect
 from server.eval_command import evaluate
+from server.inspect_command import inspect
 
 app = typer.Typer(
     name="dsa",
