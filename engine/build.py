@@ -13,9 +13,11 @@ from engine.checkpoint.overlay import read_overlay
 from engine.checkpoint.source import open_source
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.core import EngineCore
+from engine.cost import CostModel, assumed_coefficients, read_calibration
 from engine.errors import ConfigError
 from engine.kernels import load_backend
 from engine.kv.planes import PagedCache, page_bytes
+from engine.meter import Meter
 from engine.models import build_model
 from engine.protocol import Capacity, ModelInfo, Ready
 from engine.runner import Runner
@@ -76,7 +78,15 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
             f"may use {max_model_len}; give it at least {needed * size} bytes or lower max_model_len"
         )
     cache = PagedCache(num_pages, specs, model.num_layers, device)
-    runner = Runner(model, cache, model.tile_costs(config.score_budget_bytes, config.sparse_form), device)
+    costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
+    runner = Runner(model, cache, costs, device)
+    shape, dtype_name = model.shape(), str(dtype).removeprefix("torch.")
+    coefficients = assumed_coefficients(shape, device.type)
+    if config.cost_calibration is not None:
+        calibration = read_calibration(Path(config.cost_calibration))
+        calibration.check(shape, device.type, dtype_name)
+        coefficients = calibration.coefficients
+    meter = Meter(CostModel(shape, coefficients, costs))
     scheduler = Scheduler(
         num_pages,
         token_budget=config.token_budget,
@@ -94,8 +104,9 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
             vocab_size=model.vocab_size,
             max_model_len=max_model_len,
             device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name,
             indexer=model.indexer,
+            cost_model="assumed" if config.cost_calibration is None else "measured",
         ),
         capacity=Capacity(
             num_pages=num_pages,
@@ -105,7 +116,7 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
             max_running=config.max_running,
         ),
     )
-    core = EngineCore(scheduler, runner, sparse=model.indexer is not None)
+    core = EngineCore(scheduler, runner, meter, sparse=model.indexer is not None)
     return Built(core=core, runner=runner, ready=ready, unused_tensors=tuple(report.unused))
 
 

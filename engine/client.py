@@ -7,12 +7,15 @@ Imports no torch.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 import msgspec
 
-from engine.protocol import Capacity, Delta, EngineStats, Loading, ModelInfo, Submit
+from engine.protocol import Capacity, Delta, EngineStats, Loading, ModelInfo, RequestUsage, Submit
+
+Settled = Callable[[str, RequestUsage | None], None]
+"""Hears, exactly once a request, that the engine let go of it: its id, and what it used as far as is known."""
 
 
 class EngineState(enum.StrEnum):
@@ -35,6 +38,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     capacity: Capacity | None = None
     stats: EngineStats = EngineStats()
     restarts: int = 0
+    ended: EngineStats = EngineStats()  # the counters of engine processes that are gone, summed
     pid: int | None = None
 
 
@@ -62,11 +66,12 @@ class Engine(Protocol):
         """End the engine; requests still running get their `abort` delta. Idempotent."""
         ...
 
-    def generate(self, request: Submit) -> AsyncGenerator[Delta, None]:
+    def generate(self, request: Submit, settled: Settled | None = None) -> AsyncGenerator[Delta, None]:
         """Run one request; the last delta, and only it, has a finish reason.
 
         Closing the generator early, or cancelling the task that reads it, aborts the request: its
-        pages are free within one step.
+        pages are free within one step. `settled` is called once the generator was asked for its first
+        delta: at the end, or, for a request that was given up or refused, when the engine has let go of it.
 
         Raises:
             EngineUnavailableError: the engine takes no requests now.

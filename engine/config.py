@@ -38,6 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sparse_form: Literal["auto", "gather", "mask"] = "auto"  # how rows longer than top_k are attended
     drafter: Literal["off", "ngram"] = "off"  # what guesses tokens ahead; ngram: the request's own text
     speculative_tokens: int | None = None  # guesses a request a step; None: as many as suit the drafter
+    cost_calibration: str | None = None  # a file of `dsa calibrate`; None: assumed from the model's shape
 
     kv_cache_dtype: CacheDtype = "auto"
     indexer_dtype: CacheDtype = "auto"

@@ -9,14 +9,19 @@ from typing import Protocol
 
 import msgspec
 
+from engine.meter import Meter
 from engine.plan import Sampled, StepPlan, StepResult
-from engine.protocol import Delta, EngineStats, RequestUsage, StepOutput, Submit
+from engine.protocol import Delta, EngineStats, RequestUsage, StepOutput, Submit, Work
 from engine.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
 """Failed steps in a row after which the device is thought broken and the process should be replaced."""
+
+
+PROGRESS_SECONDS = 0.2
+"""How often the server hears what live requests have used: what an engine's death can lose of it."""
 
 
 class StepRunner(Protocol):
@@ -34,6 +39,7 @@ class EngineCore:
         self,
         scheduler: Scheduler,
         runner: StepRunner,
+        meter: Meter,
         *,
         sparse: bool,
         clock: Callable[[], float] = time.monotonic,
@@ -41,9 +47,13 @@ class EngineCore:
         """`sparse`: the model has an indexer; without one every request runs dense, whatever it asks."""
         self._scheduler = scheduler
         self._runner = runner
+        self._meter = meter
         self._sparse = sparse
         self._clock = clock
         self._failed_steps = 0
+        self._failed_steps_total = 0
+        self._nonfinite = 0
+        self._progress_at = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -57,7 +67,12 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Gauges and counters of now."""
-        return self._scheduler.stats()
+        stats = msgspec.structs.replace(
+            self._scheduler.stats(),
+            nonfinite_logits_total=self._nonfinite,
+            failed_steps_total=self._failed_steps_total,
+        )
+        return self._meter.add_to(stats)
 
     def submit(self, request: Submit) -> tuple[Delta, ...]:
         """Queue a request; one that can never run ends at once, with the reason."""
@@ -67,25 +82,30 @@ class EngineCore:
             self._scheduler.add(request, self._clock())
         except ValueError as error:
             return (_refusal(request, str(error)),)
+        self._meter.open(request.request_id, len(request.prompt_token_ids))
         return ()
 
     def abort(self, request_id: str) -> tuple[Delta, ...]:
         """End a request between steps; nothing if it is not here any more."""
         delta = self._scheduler.abort(request_id, self._clock())
-        return () if delta is None else (delta,)
+        return () if delta is None else self._metered((delta,))
 
     def abort_all(self) -> tuple[Delta, ...]:
         """End everything."""
-        return self._scheduler.abort_all(self._clock())
+        return self._metered(self._scheduler.abort_all(self._clock()))
 
     def step(self) -> StepOutput | None:
         """One step, or None when there is nothing to do."""
         plan = self._scheduler.schedule(self._clock())
         if plan is None:
             return None
+        began = self._clock()
         result = self._run(plan)
-        deltas = self._scheduler.apply(plan, result, self._clock())
-        return StepOutput(deltas=deltas, stats=self._scheduler.stats())
+        now = self._clock()
+        self._meter.charge(plan, now - began)
+        self._nonfinite += sum(sampled.nonfinite for sampled in result.sampled)
+        deltas = self._metered(self._scheduler.apply(plan, result, now))
+        return StepOutput(deltas=deltas, stats=self.stats(), progress=self._progress(now))
 
     def _run(self, plan: StepPlan) -> StepResult:
         """Run the plan; a fault ends the requests that were in it, with the reason, and no others."""
@@ -93,11 +113,29 @@ class EngineCore:
             result = self._runner.run(plan)
         except Exception as error:
             self._failed_steps += 1
+            self._failed_steps_total += 1
             _log.exception("a step failed")
             reason = f"the engine failed to compute this request's step: {type(error).__name__}: {error}"
             return StepResult(sampled=tuple(Sampled(error=reason) for _ in plan.requests))
         self._failed_steps = 0
         return result
+
+    def _metered(self, deltas: tuple[Delta, ...]) -> tuple[Delta, ...]:
+        """Write into each usage what the meter counted; a terminal one ends the request's account."""
+        return tuple(
+            delta if delta.usage is None else self._with_work(delta, delta.usage) for delta in deltas
+        )
+
+    def _with_work(self, delta: Delta, usage: RequestUsage) -> Delta:
+        name = delta.request_id
+        work = self._meter.work(name) if delta.finish_reason is None else self._meter.close(name)
+        return msgspec.structs.replace(delta, usage=msgspec.structs.replace(usage, work=work))
+
+    def _progress(self, now: float) -> tuple[tuple[str, Work], ...]:
+        if now - self._progress_at < PROGRESS_SECONDS:
+            return ()
+        self._progress_at = now
+        return self._meter.progress()
 
 
 def _refusal(request: Submit, reason: str) -> Delta:

@@ -57,6 +57,7 @@ class Drawn(msgspec.Struct, frozen=True, kw_only=True):
     token_id: int | None = None
     logprob: TokenLogprob | None = None  # if asked for
     error: str | None = None
+    nonfinite: bool = False  # with an error: the logits were not finite
 
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +68,7 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     draft_token_ids: tuple[int, ...] = ()  # the runner's guess of what follows them, for the next step
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # one a prompt target
     error: str | None = None  # this request alone failed (its logits are not finite, say)
+    nonfinite: bool = False  # with an error: the logits were not finite
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,11 +8,15 @@ end-of-sequence token (it arrives here as one of `stop_token_ids`).
 
 from __future__ import annotations
 
-from typing import Literal
+from itertools import zip_longest
+from typing import Any, Literal
 
 import msgspec
 
 from engine.config import EngineConfig
+
+BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+"""Upper bounds of `EngineStats.batch_size_counts_total`; one more counts what lies above."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 """Why a request ended: a stop token, its token limit, the server's abort, or a fault of its own."""
@@ -104,6 +108,7 @@ class ModelInfo(Value, frozen=True, kw_only=True):
     device: str
     dtype: str
     indexer: IndexerInfo | None  # None: attention is always dense, whatever top_k says
+    cost_model: Literal["assumed", "measured"] = "assumed"  # where the cost model's coefficients are from
 
 
 class Capacity(Value, frozen=True, kw_only=True):
@@ -146,6 +151,41 @@ class TokenLogprob(Value, frozen=True, kw_only=True):
     top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
 
 
+class Work(Value, frozen=True, kw_only=True, array_like=True):
+    """What a request has used of the machine so far. Counts of tokens are those of one layer.
+
+    The seconds are measured: a step's time divided over its requests by modelled work, so those of all
+    requests sum to the engine's busy seconds. The dense ones are what the same steps would have taken had
+    this request's attention been dense.
+    """
+
+    rows: int = 0  # tokens computed, recomputation included
+    selected_tokens: int = 0  # (row, token) pairs that attention read
+    index_pairs: int = 0  # (row, token) pairs that the indexer scored
+    kv_rows_read: int = 0  # tokens whose keys and values were read; once a tile where rows share them
+    flops: int = 0
+    cache_bytes: int = 0  # of the paged cache, read and written
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    dense_prefill_seconds: float = 0.0
+    dense_decode_seconds: float = 0.0
+
+    @property
+    def device_seconds(self) -> float:
+        """Its share of the engine's busy time."""
+        return self.prefill_seconds + self.decode_seconds
+
+    @property
+    def dense_seconds(self) -> float:
+        """What its share would have been, dense."""
+        return self.dense_prefill_seconds + self.dense_decode_seconds
+
+
+def add_work(*works: Work) -> Work:
+    """The sum."""
+    return Work(**{name: sum(getattr(work, name) for work in works) for name in Work.__struct_fields__})
+
+
 class RequestUsage(Value, frozen=True, kw_only=True):
     """What a request has used so far. Times are seconds on the engine's clock."""
 
@@ -157,6 +197,7 @@ class RequestUsage(Value, frozen=True, kw_only=True):
     queue_seconds: float  # submit to first scheduled
     prefill_seconds: float  # first scheduled to first token
     decode_seconds: float  # first token to end
+    work: Work = Work()
 
 
 class Delta(Value, frozen=True, kw_only=True):
@@ -187,6 +228,31 @@ class EngineStats(Value, frozen=True, kw_only=True):
     prefix_hits_total: int = 0  # tokens found
     draft_tokens_total: int = 0  # drafts that were verified
     draft_lengths_total: tuple[int, ...] = ()  # [n]: how often n drafts in a row held; each gave n + 1 tokens
+    busy_seconds_total: float = 0.0  # time that steps took
+    index_seconds_total: float = 0.0  # the part of it that scoring and selecting took, as modelled
+    dense_seconds_total: float = 0.0  # what the steps would have taken with dense attention, as modelled
+    selected_tokens_total: int = 0  # (row, token) pairs that attention read
+    index_pairs_total: int = 0  # (row, token) pairs that the indexer scored
+    kv_rows_read_total: int = 0
+    flops_total: int = 0
+    cache_bytes_total: int = 0
+    batch_requests_total: int = 0  # requests summed over steps
+    batch_size_counts_total: tuple[int, ...] = ()  # steps by requests in them; bounds in `BATCH_BOUNDS`
+    nonfinite_logits_total: int = 0  # requests that ended because their logits were not finite
+    failed_steps_total: int = 0  # steps that raised; every request in one ends with an error
+
+
+def add_counters(one: EngineStats, other: EngineStats) -> EngineStats:
+    """The sum of the counters, the fields that end in `_total`; the gauges are 0."""
+    sums: dict[str, Any] = {}
+    for name in EngineStats.__struct_fields__:
+        if name.endswith("_total"):
+            a, b = getattr(one, name), getattr(other, name)
+            if isinstance(a, tuple):
+                sums[name] = tuple(x + y for x, y in zip_longest(a, b, fillvalue=0))
+            else:
+                sums[name] = a + b
+    return EngineStats(**sums)
 
 
 class StepOutput(Message, frozen=True, kw_only=True):
@@ -194,6 +260,7 @@ class StepOutput(Message, frozen=True, kw_only=True):
 
     deltas: tuple[Delta, ...]
     stats: EngineStats
+    progress: tuple[tuple[str, Work], ...] = ()  # now and then: what live requests have used so far
 
 
 ToServer = Loading | Ready | Failed | StepOutput

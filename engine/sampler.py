@@ -31,7 +31,12 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
     greedy = logits.argmax(-1).tolist()
     for row, spec in enumerate(specs):
         if not finite[row]:
-            drawn.append(Drawn(error="the model's logits are not finite, so no token can be drawn from them"))
+            drawn.append(
+                Drawn(
+                    error="the model's logits are not finite, so no token can be drawn from them",
+                    nonfinite=True,
+                )
+            )
             continue
         token = greedy[row] if _is_plain_greedy(spec.params) else _draw(logits[row], spec)
         report = spec.params.logprobs

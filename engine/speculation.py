@@ -74,7 +74,7 @@ def verify(request: ScheduledRequest, drawn: Sequence[Drawn]) -> Sampled:
         if i == request.num_drafts or one.token_id != request.drafts[i]:
             break
     if drawn and not kept:
-        return Sampled(error=drawn[0].error)
+        return Sampled(error=drawn[0].error, nonfinite=drawn[0].nonfinite)
     return Sampled(
         token_ids=tuple(one.token_id for one in kept if one.token_id is not None),
         logprobs=tuple(one.logprob for one in kept if one.logprob is not None),

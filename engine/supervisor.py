@@ -17,10 +17,24 @@ from contextlib import suppress
 import msgspec
 
 from engine.channel import ServerEnd
-from engine.client import EngineState, EngineStatus
+from engine.client import EngineState, EngineStatus, Settled
 from engine.config import EngineConfig
 from engine.errors import EngineDiedError, EngineUnavailableError, ProtocolError
-from engine.protocol import Abort, Delta, EngineStats, Failed, Loading, Ready, Start, StepOutput, Stop, Submit
+from engine.protocol import (
+    Abort,
+    Delta,
+    EngineStats,
+    Failed,
+    Loading,
+    Ready,
+    RequestUsage,
+    Start,
+    StepOutput,
+    Stop,
+    Submit,
+    Work,
+    add_counters,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +66,7 @@ class SubprocessEngine:
         self._process: asyncio.subprocess.Process | None = None
         self._end: ServerEnd | None = None
         self._streams: dict[str, asyncio.Queue[Delta | None]] = {}
+        self._held: dict[str, _Held] = {}  # what the engine has not let go of
 
     @property
     def status(self) -> EngineStatus:
@@ -92,13 +107,16 @@ class SubprocessEngine:
                 await asyncio.wait_for(self._supervisor, _STOP_SECONDS)
         self._fail_streams()
 
-    async def generate(self, request: Submit) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: Submit, settled: Settled | None = None) -> AsyncGenerator[Delta, None]:
         """Run one request; see `engine.client.Engine.generate`."""
         if self._status.state is not EngineState.READY or self._end is None:
+            if settled is not None:
+                settled(request.request_id, None)
             raise EngineUnavailableError(self._status.message or "the engine is not ready")
         end = self._end
         stream: asyncio.Queue[Delta | None] = asyncio.Queue()
         self._streams[request.request_id] = stream
+        self._held[request.request_id] = _Held(request, settled)
         finished = False
         try:
             end.send(request)
@@ -123,6 +141,9 @@ class SubprocessEngine:
             if self._over:
                 break
             was_ready, code = await self._run_once()
+            self._status = msgspec.structs.replace(
+                self._status, stats=EngineStats(), ended=add_counters(self._status.ended, self._status.stats)
+            )
             self._fail_streams()
             if self._over:
                 break
@@ -136,9 +157,7 @@ class SubprocessEngine:
             else:
                 message = f"the engine process ended with {how}; a new one is starting"
                 _log.error("%s", message)
-                await self._set(
-                    EngineState.DOWN, message, restarts=self._status.restarts + 1, stats=EngineStats()
-                )
+                await self._set(EngineState.DOWN, message, restarts=self._status.restarts + 1)
 
     async def _run_once(self) -> tuple[bool, int]:
         """One life of the process: (became ready, exit status; negative for a signal)."""
@@ -209,7 +228,14 @@ class SubprocessEngine:
     async def _handle(self, message: Loading | Ready | Failed | StepOutput) -> None:
         if isinstance(message, StepOutput):
             self._status = msgspec.structs.replace(self._status, stats=message.stats)
+            for request_id, work in message.progress:
+                if (held := self._held.get(request_id)) is not None:
+                    held.work = work
             for delta in message.deltas:
+                if (held := self._held.get(delta.request_id)) is not None:
+                    held.hear(delta)
+                    if delta.finish_reason is not None:
+                        self._held.pop(delta.request_id).settle()
                 # Unknown ids are requests that the server gave up before the engine heard of it.
                 stream = self._streams.get(delta.request_id)
                 if stream is not None:
@@ -241,8 +267,42 @@ class SubprocessEngine:
     def _fail_streams(self) -> None:
         for stream in self._streams.values():
             stream.put_nowait(None)
+        while self._held:
+            self._held.popitem()[1].settle()
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):
                 self._process.kill()
+
+
+class _Held:
+    """A request that the engine has, and what it is known to have used."""
+
+    def __init__(self, request: Submit, settled: Settled | None) -> None:
+        self._request = request
+        self._settled = settled
+        self._usage: RequestUsage | None = None
+        self._tokens = 0
+        self.work = Work()
+
+    def hear(self, delta: Delta) -> None:
+        self._tokens += len(delta.token_ids)
+        if delta.usage is not None:
+            self._usage, self.work = delta.usage, delta.usage.work
+
+    def settle(self) -> None:
+        if self._settled is None:
+            return
+        usage = self._usage or RequestUsage(
+            prompt_tokens=len(self._request.prompt_token_ids),
+            cached_tokens=0,
+            completion_tokens=0,
+            preemptions=0,
+            top_k=self._request.top_k,
+            queue_seconds=0.0,
+            prefill_seconds=0.0,
+            decode_seconds=0.0,
+        )
+        usage = msgspec.structs.replace(usage, completion_tokens=self._tokens, work=self.work)
+        self._settled(self._request.request_id, usage)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from decimal import Decimal
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,21 +17,27 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from engine.client import Engine
+from server.accounting import Books
 from server.admission import Admission
 from server.chat import ChatFormat
 from server.config import ServerConfig
 from server.intake import Intake
+from server.ledger import Ledger
 from server.lifecycle import Lifecycle
 from server.logs import AccessLog
 from server.metrics import Metrics
 from server.middleware import BodyLimitMiddleware, RecordMiddleware
+from server.pricing import DEFAULT_TABLE, PriceBook
 from server.protocol.errors import ApiError, bad_request
 from server.protocol.openapi import openapi_of
 from server.record import Ended
 from server.routes import ROUTERS
-from server.services import Services
+from server.services import Services, services_of
 from server.text.tokenizer import Tokenizer
 from server.tracing import Tracing
+
+PRICES_SECONDS = 2.0
+"""How often the price table's file is looked at."""
 
 
 def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: ChatFormat) -> FastAPI:
@@ -46,9 +54,14 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         try:
             await engine.start()  # loading goes on behind; until it is done, requests get 503
-            yield
+            prices_task = asyncio.create_task(_follow(prices), name="price table")
+            try:
+                yield
+            finally:
+                prices_task.cancel()
         finally:
             await engine.stop()
+            books.close()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
@@ -56,7 +69,15 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     observers: list[Callable[[Ended], None]] = [tracing] if tracing else []
     if config.log_format == "json":
         observers.append(AccessLog(text.decode if config.log_prompts else None))
-    metrics = Metrics(config.model_name, lambda: engine.status)
+    machine = None if config.machine_price is None else Decimal(config.machine_price)
+    prices = PriceBook(
+        DEFAULT_TABLE if config.prices is None else Path(config.prices).expanduser(),
+        config.model_name,
+        machine,
+    )
+    metrics = Metrics(config.model_name, lambda: engine.status, prices)
+    ledger = None if config.ledger is None else Ledger(config.ledger)
+    books = Books(prices, ledger, config.model_name, metrics.closed, metrics.ledger_failed)
     services = Services(
         config=config,
         engine=engine,
@@ -65,6 +86,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
         admission=Admission(config.max_queue),
         lifecycle=Lifecycle(),
         metrics=metrics,
+        books=books,
     )
     app = FastAPI(
         title="dsa-serve",
@@ -88,8 +110,17 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     return app
 
 
+async def _follow(prices: PriceBook) -> None:
+    """Look now and then whether the price table was edited."""
+    while True:
+        await asyncio.sleep(PRICES_SECONDS)
+        await asyncio.to_thread(prices.refresh)
+
+
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    if error.status in (413, 429, 503):
+        services_of(request).metrics.rejected(error.detail.code)
     return error.to_response()
 
 

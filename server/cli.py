@@ -20,6 +20,10 @@ from server.config import Settings, SettingsError, load_settings
 from server.distill_command import distill
 from server.eval_command import evaluate
 from server.inspect_command import inspect
+<<<<<<< HEAD
+=======
+from server.usage_command import usage
+>>>>>>> beb35bc (What a token costs: metered work, a price table, a ledger, usage.cost, and the metrics of it)
 
 app = typer.Typer(
     name="dsa",
@@ -31,8 +35,8 @@ app = typer.Typer(
 )
 
 _DEFAULTS = Settings()
-_SERVER, _MODEL, _MEMORY, _LOGS, _ADVANCED = (
-    *("Server", "Model", "Memory and scheduling", "Logs and traces", "Advanced"),
+_SERVER, _MODEL, _MEMORY, _COST, _LOGS, _ADVANCED = (
+    *("Server", "Model", "Memory and scheduling", "Cost", "Logs and traces", "Advanced"),
 )
 
 
@@ -160,6 +164,26 @@ def serve(
             None,
             "--prefix-caching/--no-prefix-caching",
         ),
+    ] = None,
+    prices: Annotated[
+        str | None,
+        _option(_COST, "A price table; it is read again when it changes.", "the one that ships", "FILE"),
+    ] = None,
+    machine_price: Annotated[
+        str | None, _option(_COST, "USD an hour of the device.", "the price table's", "USD")
+    ] = None,
+    ledger: Annotated[
+        str | None,
+        _option(
+            _COST,
+            "Where usage is written down: a SQLite file, a SQLAlchemy URL, or none.",
+            "usage.sqlite beside the fetched models",
+            "FILE|URL|none",
+        ),
+    ] = None,
+    cost_calibration: Annotated[
+        str | None,
+        _option(_COST, "Measured coefficients of the cost model.", "assumed from the model's shape", "FILE"),
     ] = None,
     max_tokens: Annotated[
         int | None,
@@ -316,3 +340,4 @@ def chat(
 app.command()(distill)
 app.command()(inspect)
 app.command("eval")(evaluate)
+app.command()(usage)

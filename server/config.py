@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 
 from engine.config import CacheDtype, EngineConfig
-from server.models import DEFAULT_MODEL, ModelFiles
+from server.models import DEFAULT_MODEL, ModelFiles, cache_folder
 from server.tracing import TracingError, check_endpoint
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -76,6 +76,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Literal["text", "json"] = "text"
     log_prompts: bool = False
     otlp_endpoint: str | None = None
+    prices: str | None = None  # a YAML file; None is the table that ships
+    machine_price: str | None = None  # USD an hour of the device; None is the table's
+    ledger: str | None = None  # a SQLAlchemy URL or a SQLite file; None keeps no ledger
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +114,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Literal["text", "json"] = "text"
     log_prompts: bool = False
     otlp_endpoint: str | None = None
+    prices: str | None = None
+    machine_price: str | None = None
+    ledger: str | None = None
+    cost_calibration: str | None = None
 
     def overlay_path(self) -> Path | None:
         """The overlay that was asked for."""
@@ -147,6 +154,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             log_format=self.log_format,
             log_prompts=self.log_prompts,
             otlp_endpoint=self.otlp_endpoint,
+            prices=self.prices,
+            machine_price=_decimal(self.machine_price),
+            ledger=None if self.ledger == "none" else self.ledger or default_ledger(),
         )
 
     def engine(self, files: ModelFiles) -> EngineConfig:
@@ -173,11 +183,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 speculative_tokens=self.speculative_tokens,
                 kv_cache_dtype=self.kv_cache_dtype,
                 indexer_dtype=self.indexer_dtype,
+                cost_calibration=self.cost_calibration,
             )
         except SettingsError:
             raise
         except ValueError as error:
             raise SettingsError(str(error)) from error
+
+
+def default_ledger() -> str:
+    """Where the usage ledger is if nobody says otherwise: beside the fetched models."""
+    return str(cache_folder() / "usage.sqlite")
+
+
+def _decimal(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"\d{1,6}(\.\d{1,9})?", text):
+        raise SettingsError(f"machine_price is {text!r}; expected USD an hour, such as 0.10")
+    return text
 
 
 def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None) -> Settings:

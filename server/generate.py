@@ -15,9 +15,9 @@ from typing import Literal, Self
 
 import msgspec
 
-from engine.client import Engine
+from engine.client import Engine, Settled
 from engine.errors import EngineDiedError
-from engine.protocol import Delta, RequestUsage, Submit, TokenLogprob
+from engine.protocol import Delta, RequestUsage, Submit, TokenLogprob, add_work
 from server.chat.answer import Answer
 from server.chat.parts import Content, Part
 from server.text.detokenizer import Detokenizer
@@ -71,6 +71,7 @@ class ChoiceUsage:
         top_k: tokens that attention could read; None is all.
         queue_seconds: time between submission and first step, where known.
         reasoning_tokens: those of the output that are reasoning; None where the model has none.
+        prefill_seconds: time between first step and first token, where known.
     """
 
     prompt_tokens: int
@@ -79,6 +80,7 @@ class ChoiceUsage:
     top_k: int | None
     queue_seconds: float | None
     reasoning_tokens: int | None = None
+    prefill_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,10 @@ class TextDelta:
         return "".join(part.text for part in self.parts if isinstance(part, Content))
 
 
-async def generate_text(engine: Engine, tokenizer: Tokenizer, job: Job) -> AsyncGenerator[TextDelta, None]:
-    """Run one job.
+async def generate_text(
+    engine: Engine, tokenizer: Tokenizer, job: Job, settled: Settled | None = None
+) -> AsyncGenerator[TextDelta, None]:
+    """Run one job; `settled` as in `engine.client.Engine.generate`.
 
     Raises:
         EngineUnavailableError: the engine takes no requests now.
@@ -115,24 +119,67 @@ async def generate_text(engine: Engine, tokenizer: Tokenizer, job: Job) -> Async
         GenerationAbortedError: the engine is stopping.
     """
     choice = _Choice(tokenizer, job)
+    settling = _Settling(job.submit.request_id, settled)
     submit: Submit | None = job.submit
-    while submit is not None:
-        async with contextlib.aclosing(engine.generate(submit)) as deltas:
-            submit = None
-            async for delta in deltas:
-                if delta.finish_reason == "error":
-                    raise GenerationFailedError(delta.error or "the engine could not run this request")
-                if delta.finish_reason == "abort":
-                    raise GenerationAbortedError(
-                        "the server is stopping and ended this request; send it again"
-                    )
-                text = choice.read(delta)
-                yield text
-                if text.finish_reason is not None:
-                    return  # after a stop string, leaving the block aborts the rest
-                if (submit := choice.next_submit()) is not None:
-                    break  # likewise; what was computed is in the prefix cache
+    try:
+        while submit is not None:
+            settling.begin()
+            async with contextlib.aclosing(engine.generate(submit, settling.hear)) as deltas:
+                submit = None
+                async for delta in deltas:
+                    if delta.finish_reason == "error":
+                        raise GenerationFailedError(delta.error or "the engine could not run this request")
+                    if delta.finish_reason == "abort":
+                        raise GenerationAbortedError(
+                            "the server is stopping and ended this request; send it again"
+                        )
+                    text = choice.read(delta)
+                    yield text
+                    if text.finish_reason is not None:
+                        return  # after a stop string, leaving the block aborts the rest
+                    if (submit := choice.next_submit()) is not None:
+                        break  # likewise; what was computed is in the prefix cache
+    finally:
+        settling.end()
     raise EngineDiedError("the engine ended before this request did; send it again")
+
+
+class _Settling:
+    """Gathers what a job's requests to the engine used, and tells it once all are let go of."""
+
+    def __init__(self, request_id: str, settled: Settled | None) -> None:
+        self._request_id = request_id
+        self._settled = settled
+        self._open = 0
+        self._ended = False
+        self._usage: RequestUsage | None = None
+
+    def begin(self) -> None:
+        self._open += 1
+
+    def hear(self, request_id: str, usage: RequestUsage | None) -> None:
+        self._open -= 1
+        if usage is not None:
+            known = self._usage
+            self._usage = (
+                usage
+                if known is None
+                else msgspec.structs.replace(
+                    known,
+                    completion_tokens=known.completion_tokens + usage.completion_tokens,
+                    work=add_work(known.work, usage.work),
+                )
+            )
+        self._tell()
+
+    def end(self) -> None:
+        self._ended = True
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._ended and not self._open and self._settled is not None:
+            self._settled(self._request_id, self._usage)
+            self._settled = None
 
 
 class _Choice:
@@ -235,6 +282,7 @@ class _Choice:
             top_k=known.top_k if known else self._job.submit.top_k,
             queue_seconds=known.queue_seconds if known else None,
             reasoning_tokens=self._reader.reasoning_tokens if self._job.thinks else None,
+            prefill_seconds=known.prefill_seconds if known else None,
         )
 
 
@@ -266,8 +314,13 @@ class _Plain:
 class Generation:
     """The jobs of one request, running side by side. Leaving the block aborts what still runs."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, jobs: Sequence[Job]) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, jobs: Sequence[Job], settled: Settled | None = None
+    ) -> None:
+        """`settled` hears once of each job, in the end, that the engine has let go of it."""
         self._engine = engine
+        self._settled = settled
+        self._begun: set[str] = set()
         self._tokenizer = tokenizer
         self._jobs = jobs
         self._events: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
@@ -285,6 +338,9 @@ class Generation:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for job in self._jobs:  # a task that is cancelled before it ran never told the engine
+            if self._settled is not None and job.submit.request_id not in self._begun:
+                self._settled(job.submit.request_id, None)
 
     async def settle(self, seconds: float) -> None:
         """Wait for the first sign of the engine, at most `seconds`: it refuses at once or not at all.
@@ -319,8 +375,10 @@ class Generation:
         return None
 
     async def _run(self, job: Job) -> None:
+        self._begun.add(job.submit.request_id)
         try:
-            async with contextlib.aclosing(generate_text(self._engine, self._tokenizer, job)) as deltas:
+            deltas = generate_text(self._engine, self._tokenizer, job, self._settled)
+            async with contextlib.aclosing(deltas):
                 async for delta in deltas:
                     self._events.put_nowait(delta)
         except Exception as error:  # handed to the reader, who knows what it means

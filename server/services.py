@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from engine.client import Engine
+from server.accounting import Books
 from server.admission import Admission
 from server.config import ServerConfig
 from server.intake import Intake
@@ -27,6 +28,7 @@ class Services:
     admission: Admission
     lifecycle: Lifecycle
     metrics: Metrics
+    books: Books
     created: int = field(default_factory=lambda: int(time.time()))
 
 

@@ -186,8 +186,11 @@ def _decode_tile(form: Form, group: Sequence[Segment]) -> Tile:
     )
 
 
-def _prefill_tiles(segment: Segment, costs: TileCosts) -> Iterator[Tile]:
-    """Cut one request's rows where they turn sparse, and wherever the budget is full."""
+def prefill_spans(segment: Segment, costs: TileCosts) -> Iterator[tuple[Form, int, int, int]]:
+    """How one request's rows are cut: where they turn sparse, and wherever the budget is full.
+
+    Yields (form, rows, context in whole pages, top_k) of each tile, in the order of the rows.
+    """
     row = 0
     while row < segment.num_rows:
         dense = row < segment.dense_rows
@@ -196,12 +199,19 @@ def _prefill_tiles(segment: Segment, costs: TileCosts) -> Iterator[Tile]:
         top_k = context if segment.top_k is None else segment.top_k
         form: Form = "dense" if dense else costs.sparse_form(end - row, context, top_k)
         count = max(1, min(end - row, costs.budget_bytes // costs.row_bytes(form, context, top_k)))
-        last = segment.start + row + count - 1
+        row += count
+        yield form, count, _pages_for(segment.start + row - 1) * PAGE_SIZE, top_k
+
+
+def _prefill_tiles(segment: Segment, costs: TileCosts) -> Iterator[Tile]:
+    row = 0
+    for form, count, context, top_k in prefill_spans(segment, costs):
+        first, position = segment.first_row + row, segment.start + row
         yield Tile(
             form=form,
-            rows=(tuple(range(segment.first_row + row, segment.first_row + row + count)),),
-            positions=(tuple(range(segment.start + row, last + 1)),),
-            page_ids=(segment.page_ids[: _pages_for(last)],),
+            rows=(tuple(range(first, first + count)),),
+            positions=(tuple(range(position, position + count)),),
+            page_ids=(segment.page_ids[: context // PAGE_SIZE],),
             top_k=(top_k,),
             expanded=form != "gather" and costs.expands(count, context),
         )

@@ -22,6 +22,7 @@ from engine.attention.tiles import LatentTileCosts
 from engine.batch import Batch
 from engine.checkpoint.loader import LoadReport, load
 from engine.checkpoint.source import Source
+from engine.cost import ModelShape
 from engine.errors import CheckpointError
 from engine.kernels.interface import Kernels
 from engine.kv.planes import PagedCache, PlaneSpec
@@ -230,6 +231,36 @@ class Deepseek:
             rope=c.qk_rope_head_dim,
             value=c.v_head_dim,
             item_bytes=dtype.itemsize,
+        )
+
+    def shape(self) -> ModelShape:
+        """See `ModelShape`. Attention is counted in its latent form; of the experts, those that a token visits."""
+        c, e = self.config, self.config.hidden_size
+        head = c.qk_nope_head_dim + c.qk_rope_head_dim
+        queries = c.num_heads * head
+        q = e * queries if c.q_lora_rank is None else c.q_lora_rank * (e + queries)
+        kv = e * c.latent_dim + c.kv_lora_rank * c.num_heads * (c.qk_nope_head_dim + c.v_head_dim)
+        attention = q + kv + c.num_heads * c.v_head_dim * e
+        sparse_layers = sum(c.moe_layers)
+        moe = c.moe.num_experts + 3 * c.moe.intermediate_size * (
+            c.moe.experts_per_token + c.moe.num_shared_experts
+        )
+        weights = self.num_layers * attention + e * (
+            sparse_layers * moe + (self.num_layers - sparse_layers) * 3 * c.intermediate_size
+        )
+        heads = dim = layers = 0
+        if c.indexer is not None:
+            heads, dim, layers = c.indexer.num_heads, c.indexer.head_dim, sum(c.index_layers)
+        item = self._embed.dtype.itemsize
+        return ModelShape(
+            row_flops=2 * (weights + layers * e * dim),
+            sparse_row_flops=2 * layers * heads * ((c.q_lora_rank or e) * dim + e),
+            head_flops=2 * e * c.vocab_size,
+            pair_flops=2 * self.num_layers * c.num_heads * (c.latent_dim + c.kv_lora_rank),
+            index_pair_flops=2 * layers * heads * (dim + 1),
+            weight_bytes=weights * item,
+            kv_token_bytes=self.num_layers * c.latent_dim * item,
+            index_token_bytes=layers * dim * item,
         )
 
     @torch.inference_mode()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.attention.tiles import TileCosts
 from engine.batch import Batch
+from engine.cost import ModelShape
 from engine.kv.planes import PagedCache, PlaneSpec
 from engine.protocol import IndexerInfo
 
@@ -28,6 +29,10 @@ class Model(Protocol):
 
     def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> TileCosts:
         """How attention work of this model is sized and cut."""
+        ...
+
+    def shape(self) -> ModelShape:
+        """The model's arithmetic and traffic, for the cost of its work."""
         ...
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:

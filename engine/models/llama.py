@@ -22,6 +22,7 @@ from engine.attention.tiles import TileCosts
 from engine.batch import Batch
 from engine.checkpoint.loader import LoadReport, Weight, load
 from engine.checkpoint.source import Source
+from engine.cost import ModelShape
 from engine.errors import CheckpointError, ConfigError
 from engine.kernels.interface import Kernels
 from engine.kv.planes import PagedCache, PlaneSpec
@@ -224,6 +225,24 @@ class Llama:
             attention_row_bytes=4 * self.config.num_heads,
             token_bytes=self.plane_specs()[0].token_bytes,
             forced=forced,
+        )
+
+    def shape(self) -> ModelShape:
+        """See `ModelShape`; every weight but embeddings, norms and index queries runs for each token."""
+        c, n = self.config, self.config.num_layers
+        attention = 2 * c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+        mlp = 2 * 3 * c.hidden_size * c.intermediate_size
+        heads, dim = (0, 0) if self.indexer is None else (self.indexer.num_heads, self.indexer.head_dim)
+        specs = self.plane_specs()
+        return ModelShape(
+            row_flops=n * (attention + mlp + 2 * c.hidden_size * dim),
+            sparse_row_flops=n * 2 * c.hidden_size * heads * (dim + 1),
+            head_flops=2 * c.hidden_size * c.vocab_size,
+            pair_flops=n * 4 * c.num_heads * c.head_dim,
+            index_pair_flops=n * 2 * heads * (dim + 1),
+            weight_bytes=self.num_parameters * self._embed.dtype.itemsize,
+            kv_token_bytes=n * specs[0].token_bytes,
+            index_token_bytes=n * sum(spec.token_bytes for spec in specs[1:]),
         )
 
     @torch.inference_mode()

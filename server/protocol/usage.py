@@ -27,6 +27,18 @@ class SparsityUsage(BaseModel):
     note: str | None = Field(default=None, description="Why it was not granted.")
 
 
+class CostUsage(BaseModel):
+    """What the request costs. Amounts are whole nano-units: billionths of the currency."""
+
+    amount: int = Field(description="What is charged, by the price table.")
+    currency: Literal["USD"]
+    unit: Literal["nano"]
+    price_version: str = Field(description="The version of the price table that held at arrival.")
+    metered_amount: int = Field(description="The request's share of the device's time, at its hourly price.")
+    dense_equivalent_amount: int = Field(description="The same, had attention been dense; an estimate.")
+    effective_top_k: int | Literal["dense"]
+
+
 class Usage(BaseModel):
     """Token counts, summed over the choices."""
 
@@ -38,3 +50,4 @@ class Usage(BaseModel):
         default=None, description="Only where the model's chat format has reasoning."
     )
     dsa: SparsityUsage
+    cost: CostUsage | None = None

@@ -8,17 +8,20 @@ which the stream ends without `[DONE]`.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fastapi import Request
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import EngineDiedError, EngineUnavailableError
+from server.accounting import Account, LedgerUnavailableError, key_of
 from server.admission import QueueFullError, TooLargeError
 from server.disconnect import ClientGoneError, unless_disconnected
 from server.generate import (
@@ -34,7 +37,7 @@ from server.metrics import GenerationMeter
 from server.middleware import Record, outcome_of, record_of
 from server.protocol import sse
 from server.protocol.errors import ENGINE, RATE_LIMIT, ApiError, bad_request, internal_error, unavailable
-from server.protocol.usage import Usage
+from server.protocol.usage import CostUsage, Usage
 from server.record import GenerationRecord
 from server.render import Renderer, total_usage
 from server.services import Services
@@ -79,7 +82,7 @@ class GenerationReply(Response):
                     services.admission.check()
                 order = await self._prepare(Request(scope, receive))
                 with _refusals(), services.admission.admit(len(order.work.jobs)):
-                    response = await unless_disconnected(receive, self._run(order, record, send))
+                    response = await unless_disconnected(receive, self._run(order, record, send, scope))
             except (ClientDisconnect, ClientGoneError):
                 record.outcome = "disconnected"
                 logger.info("request %s: the client hung up", record.request_id)
@@ -87,26 +90,46 @@ class GenerationReply(Response):
             if response is not None:
                 await response(scope, receive, send)
 
-    async def _run(self, order: Order, record: Record, send: Send) -> Response | None:
+    async def _run(self, order: Order, record: Record, send: Send, scope: Scope) -> Response | None:
         """Generate; return the response that is still to be sent, None after a stream."""
         services, jobs = self._services, order.work.jobs
         meter = services.metrics.generation(jobs, record.started)
         complete = False
         record.generation = GenerationRecord(services.config.model_name, tuple(jobs), order.stream)
+        account = Account(
+            services.books,
+            request_id=record.request_id,
+            endpoint=str(scope["path"]),
+            key=key_of(Headers(scope=scope).get("authorization")),
+            jobs=jobs,
+        )
+        ended = "failed"
         try:
-            async with Generation(services.engine, services.text, jobs) as generation:
-                run = _Run(generation, meter, order, record)
+            async with Generation(services.engine, services.text, jobs, account.settle) as generation:
+                run = _Run(generation, meter, order, record, account)
                 response = await (run.stream(send) if order.stream else run.whole())
                 complete = run.complete
+        except asyncio.CancelledError:
+            ended = "cancelled"
+            raise
         finally:
             meter.close(complete=complete)
+            account.abandon(ended)
         return response
 
 
 class _Run:
     """One order while it runs."""
 
-    def __init__(self, generation: Generation, meter: GenerationMeter, order: Order, record: Record) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        meter: GenerationMeter,
+        order: Order,
+        record: Record,
+        account: Account,
+    ) -> None:
+        self._account = account
         self._generation = generation
         self._meter = meter
         self._order = order
@@ -122,7 +145,11 @@ class _Run:
                 choices[delta.index].append(delta)
         except Exception as error:
             raise self._explain(error) from error
-        model = self._order.renderer.whole(choices, self._finish())
+        try:
+            usage = await self._finish()
+        except Exception as error:
+            raise self._explain(error) from error
+        model = self._order.renderer.whole(choices, usage)
         return Response(model.model_dump_json(exclude_unset=True), media_type="application/json")
 
     async def stream(self, send: Send) -> None:
@@ -157,7 +184,7 @@ class _Run:
                 break
             for chunk in renderer.chunks(delta):
                 await put(sse.chunk(chunk))
-        usage = self._finish()
+        usage = await self._finish()
         if self._order.include_usage:
             await put(sse.chunk(renderer.usage_chunk(usage)))
 
@@ -172,10 +199,24 @@ class _Run:
                 self._length |= delta.finish_reason == "length"
         return delta
 
-    def _finish(self) -> Usage:
+    async def _finish(self) -> Usage:
+        """Close the account before the last event is sent: what the client saw end is written down."""
+        outcome = "length" if self._length else "stop"
+        usages = list(self._usages.values())
+        bill = await self._account.finish(usages, outcome)
         self.complete = True
-        self._record.outcome = "length" if self._length else "stop"
-        return total_usage(list(self._usages.values()), self._order.work.sparsity.requested)
+        self._record.outcome = outcome
+        usage = total_usage(usages, self._order.work.sparsity.requested)
+        cost = CostUsage(
+            amount=bill.amount,
+            currency="USD",
+            unit="nano",
+            price_version=bill.price_version,
+            metered_amount=bill.metered,
+            dense_equivalent_amount=bill.dense_equivalent,
+            effective_top_k=usage.dsa.top_k,
+        )
+        return usage.model_copy(update={"cost": cost})
 
     def _explain(self, error: Exception) -> ApiError:
         match error:
@@ -185,6 +226,8 @@ class _Run:
                 return unavailable(str(error), code="engine_unavailable", kind=ENGINE)
             case EngineDiedError():
                 explained = unavailable(str(error), code="engine_died", kind=ENGINE)
+            case LedgerUnavailableError():
+                explained = unavailable(str(error), code="ledger_unavailable")
             case GenerationAbortedError():
                 explained = unavailable(str(error), code="aborted", kind=ENGINE)
             case GenerationFailedError():

@@ -62,6 +62,9 @@ class Server:
         folder = Path(self._folder.name)
         self._probe = folder / "tasks"
         self._errors = folder / "stderr"
+        self.ledger = folder / "usage.sqlite"
+        if "--ledger" not in flags:
+            flags = (*flags, "--ledger", str(self.ledger))
         environ = {
             name: value
             for name, value in os.environ.items()

@@ -41,9 +41,9 @@ def test_every_sample_is_well_formed(server: Server) -> None:
     assert response.headers["content-type"].startswith("text/plain")
     families = {family.name: family for family in text_string_to_metric_families(response.text)}
     for name, family in families.items():
-        assert name.startswith("dsa_")
+        assert name.startswith(("dsa_", "vllm:"))
         assert family.documentation
-        assert family.samples or name == "dsa_requests"
+        assert family.samples or name in ("dsa_requests", "dsa_context_cost_usd", "dsa_context_tokens")
     assert server.metrics()["dsa_engine_up"] == 1
 
 

@@ -17,7 +17,9 @@ from engine.checkpoint.overlay import indexer_shapes, write_overlay
 from engine.checkpoint.source import Source, open_source
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.cost import CostModel, assumed_coefficients
 from engine.kv.planes import PagedCache
+from engine.meter import Meter
 from engine.plan import StepPlan, StepResult
 from engine.protocol import Delta, IndexerInfo, SamplingParams, Submit
 from engine.runner import Runner
@@ -125,6 +127,11 @@ class Lab:
         runner = self.built.runner
         self.runner = Runner(self.tap, runner._cache, runner._costs, runner._device)  # type: ignore[arg-type]
 
+    def meter(self) -> Meter:
+        """A meter of its own for each run; a clock that stands still costs nothing."""
+        shape = self.built.runner._model.shape()
+        return Meter(CostModel(shape, assumed_coefficients(shape, "cpu"), self.runner._costs))
+
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.tap.logits(hidden)  # type: ignore[operator]
         return logits
@@ -155,7 +162,7 @@ class Run:
 
     def __init__(self, lab: Lab, scheduler: Scheduler) -> None:
         self.lab = lab
-        self.core = EngineCore(scheduler, self, sparse=lab.sparse, clock=lambda: 0.0)
+        self.core = EngineCore(scheduler, self, lab.meter(), sparse=lab.sparse, clock=lambda: 0.0)
         self.rows: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         self.selected: dict[tuple[int, ...], list[Tensor]] = {}  # (top_k, *tokens up to the row) -> by layer
         self.tokens: dict[str, list[int]] = {}

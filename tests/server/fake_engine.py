@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from engine.client import EngineState, EngineStatus
+from engine.client import EngineState, EngineStatus, Settled
 from engine.errors import EngineDiedError, EngineUnavailableError
 from engine.protocol import (
     Capacity,
@@ -112,18 +112,24 @@ class FakeEngine:
     async def stop(self) -> None:
         self.stopped = True
 
-    async def generate(self, request: Submit) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: Submit, settled: Settled | None = None) -> AsyncGenerator[Delta, None]:
         script = self.script(request)
         if script.fault == "refuse":
+            if settled is not None:
+                settled(request.request_id, None)
             raise EngineUnavailableError("the engine takes no requests now; try again later")
         self.submitted.append(request)
         done = False
+        usage: RequestUsage | None = None
         try:
             async for delta in self._deltas(request, script):
+                usage = delta.usage or usage
                 done = delta.finish_reason is not None
                 yield delta
         finally:
             (self.finished if done else self.aborted).append(request.request_id)
+            if settled is not None:
+                settled(request.request_id, usage)
 
     async def _deltas(self, request: Submit, script: Script) -> AsyncGenerator[Delta, None]:
         token_ids, reason = _cut(request, script)

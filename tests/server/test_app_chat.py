@@ -57,6 +57,15 @@ async def test_answers() -> None:
             "total_tokens": 10,
             "prompt_tokens_details": {"cached_tokens": 2},
             "dsa": {"top_k": 32},
+            "cost": {
+                "amount": 0,
+                "currency": "USD",
+                "unit": "nano",
+                "price_version": "2026-11",
+                "metered_amount": 0,
+                "dense_equivalent_amount": 0,
+                "effective_top_k": 32,
+            },
         },
     }
     (submitted,) = engine.submitted

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.config import EngineConfig
-from server.config import ServerConfig, Settings, SettingsError, load_settings, parse_size
+from server.config import ServerConfig, Settings, SettingsError, default_ledger, load_settings, parse_size
 from server.models import ModelFiles
 
 FILES = ModelFiles("tiny", Path("/models/tiny.gguf"), Path("/models/tiny.safetensors"), None)
@@ -17,7 +17,7 @@ FILES = ModelFiles("tiny", Path("/models/tiny.gguf"), Path("/models/tiny.safeten
 def test_defaults_are_those_of_the_parts() -> None:
     settings = load_settings({}, {})
     assert settings == Settings()
-    assert settings.server("tiny") == ServerConfig(model_name="tiny")
+    assert settings.server("tiny") == ServerConfig(model_name="tiny", ledger=default_ledger())
     expected = EngineConfig(weights="/models/tiny.gguf", overlay="/models/tiny.safetensors")
     assert settings.engine(FILES) == expected
 

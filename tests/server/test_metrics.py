@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.client import EngineState, EngineStatus
-from engine.protocol import EngineStats
-from server.metrics import ENGINE_COUNTERS, EngineTotals, Metrics
+from engine.protocol import EngineStats, add_counters
+from server.metrics import ENGINE_COUNTERS, Metrics
 from tests.server.app_kit import chat_body, client, completion_body, make_app, speaking
 from tests.server.fake_engine import FakeEngine
 
@@ -118,13 +117,15 @@ async def test_a_dead_engine_holds_nothing() -> None:
     async with client(make_app(engine)) as http:
         engine.set_stats(running=2, waiting=1, pages_used=3, pages_free=1, steps_total=7)
         assert value(await scrape(http), "dsa_requests_running") == 2
-        for state in (EngineState.DOWN, EngineState.READY):  # ready, but no step of the new engine yet
-            engine.set_status(state=state, restarts=1, pid=2)
-            samples = await scrape(http)
-            assert value(samples, "dsa_requests_running") == 0
-            assert value(samples, "dsa_requests_waiting") == 0
-            assert value(samples, "dsa_kv_cache_usage_ratio") == 0
-            assert value(samples, "dsa_engine_steps_total") == 7
+        engine.set_status(
+            state=EngineState.DOWN, restarts=1, pid=2, stats=EngineStats(), ended=EngineStats(steps_total=7)
+        )
+        samples = await scrape(http)
+        assert value(samples, "dsa_requests_running") == 0
+        assert value(samples, "dsa_requests_waiting") == 0
+        assert value(samples, "dsa_kv_cache_usage_ratio") == 0
+        assert value(samples, "dsa_engine_steps_total") == 7
+        engine.set_status(state=EngineState.READY)
         engine.set_stats(running=1, steps_total=1)
         samples = await scrape(http)
     assert value(samples, "dsa_requests_running") == 1
@@ -138,51 +139,19 @@ def test_apps_share_nothing() -> None:
     assert b"/x" not in other.expose("")[0]
 
 
-def status(pid: int, state: EngineState = EngineState.READY, **stats: int) -> EngineStatus:
-    return EngineStatus(state=state, stats=EngineStats(**stats), pid=pid)
-
-
-DOWN = EngineState.DOWN
-
-
-@pytest.mark.parametrize(
-    "history",
-    [
-        # (snapshot, total): the new engine's counters are seen small, large, or after a pause at zero.
-        [(status(1, steps_total=10), 10), (status(2, steps_total=3), 13), (status(2, steps_total=20), 30)],
-        [(status(1, steps_total=10), 10), (status(2, steps_total=12), 22)],
-        [
-            (status(1, steps_total=10), 10),
-            (status(1, DOWN), 10),
-            (status(2), 10),
-            (status(2, steps_total=4), 14),
-        ],
-        # The dead engine's last snapshot, not seen before it died, is shown until the new one has one.
-        [
-            (status(1, steps_total=10), 10),
-            (status(1, DOWN, steps_total=12), 12),
-            (status(2, DOWN, steps_total=12), 12),
-            (status(2, steps_total=12), 12),
-            (status(2, steps_total=2), 14),
-            (status(3, steps_total=1), 15),
-        ],
-        [
-            (status(1, steps_total=10), 10),
-            (status(2, DOWN, steps_total=12), 12),
-            (status(2, steps_total=13), 25),
-            (status(2, steps_total=14), 26),
-        ],
-    ],
-)
-def test_engine_counters_never_fall(history: list[tuple[EngineStatus, int]]) -> None:
-    totals = EngineTotals()
-    for snapshot, expected in history:
-        assert totals.update(snapshot).steps_total == expected
-
-
 def test_every_engine_counter_is_exposed() -> None:
     totals = {name for name in EngineStats.__struct_fields__ if name.endswith("_total")}
-    assert {name for name, _, _ in ENGINE_COUNTERS} == totals - {"draft_lengths_total"}  # a histogram
+    in_the_histogram = {"batch_requests_total", "batch_size_counts_total", "draft_lengths_total"}
+    assert {name for name, _, _ in ENGINE_COUNTERS} | in_the_histogram == totals
+
+
+def test_counters_of_engines_that_are_gone_are_kept() -> None:
+    one = EngineStats(running=3, steps_total=2, busy_seconds_total=0.5, batch_size_counts_total=(1, 1))
+    both = add_counters(
+        one, EngineStats(steps_total=5, busy_seconds_total=0.25, batch_size_counts_total=(0, 5))
+    )
+    assert both == EngineStats(steps_total=7, busy_seconds_total=0.75, batch_size_counts_total=(1, 6))
+    assert add_counters(both, EngineStats()) == both
 
 
 async def test_drafts_are_counted_and_their_accepted_lengths_are_a_histogram() -> None:
@@ -196,15 +165,3 @@ async def test_drafts_are_counted_and_their_accepted_lengths_are_a_histogram() -
     buckets = {le: value(samples, f"{name}_bucket", le=le) for le in ("0.0", "1.0", "2.0", "+Inf")}
     assert buckets == {"0.0": 5, "1.0": 7, "2.0": 10, "+Inf": 10}
     assert (value(samples, f"{name}_count"), value(samples, f"{name}_sum")) == (10, 8)
-
-
-def test_accepted_lengths_are_summed_over_engines() -> None:
-    totals = EngineTotals()
-
-    def seen(pid: int, steps: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
-        stats = EngineStats(steps_total=steps, draft_lengths_total=lengths)
-        status = EngineStatus(state=EngineState.READY, stats=stats, pid=pid)
-        return totals.update(status).draft_lengths_total
-
-    assert seen(1, 9, (1, 2)) == (1, 2)
-    assert seen(2, 1, (4, 0, 5)) == (5, 2, 5)

@@ -1,0 +1,272 @@
+"""What a step costs, and whose cost it is. Integers and a few coefficients: no tensors here.
+
+Work is counted from the plan and the model's shape: which rows run, how many earlier tokens the indexer
+scores for them, how many attention reads. `CostModel` turns work into modelled seconds with the
+coefficients of a small linear model (measured by `dsa calibrate`, assumed from the shape otherwise). A
+step's measured time is divided over its requests in proportion to their modelled seconds, so only ratios
+matter and every measured second has an owner. What the same rows would have taken with dense attention
+comes from the same model, scaled by the same measured step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.attention.tiles import Segment, TileCosts, prefill_spans
+from engine.config import PAGE_SIZE
+from engine.errors import ConfigError
+from engine.plan import ScheduledRequest, StepPlan
+
+
+class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Arithmetic and traffic of one model, summed over its layers. A multiply-add is 2 FLOPs."""
+
+    row_flops: int  # linear layers, one token: 2 x the active weights, index key projection included
+    sparse_row_flops: int  # index query projections, one token; nothing where a row is dense
+    head_flops: int  # logits of one row
+    pair_flops: int  # one row attends to one token: 4 x query heads x head dim
+    index_pair_flops: int  # one row scores one token: 2 x index heads x (index dim + 1)
+    weight_bytes: int  # read once a step
+    kv_token_bytes: int  # keys and values of one token
+    index_token_bytes: int  # index key of one token; 0 without an indexer
+
+
+class Coefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Seconds a unit, none negative. The units of `CostModel.features`."""
+
+    step: float  # a step: reading the weights, launching
+    head: float  # a step that computes logits
+    request: float  # a request in a step
+    row: float  # a token through the linear layers
+    pair: float  # (row, context token) of masked attention, dense or not
+    context: float  # a context token brought together for masked attention
+    gathered: float  # (row, selected token) of gathered attention
+    sparse_row: float  # a token whose index queries are computed
+    index_pair: float  # (row, context token) scored and ranked
+
+    def __post_init__(self) -> None:
+        values = msgspec.structs.astuple(self)
+        if not all(math.isfinite(value) and value >= 0 for value in values) or not any(values):
+            raise ValueError("coefficients must be finite, at least 0, and not all 0")
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `dsa calibrate` writes: coefficients, for what they hold, and how well."""
+
+    shape: ModelShape
+    device: str  # type of the device: cpu, cuda
+    dtype: str
+    coefficients: Coefficients
+    steps: int  # measured steps that were fitted
+    median_error: float  # |modelled / measured - 1| of a step, median over the steps
+    dense_error: float  # the worst |estimated / measured - 1| of a dense run's seconds from a sparse one
+
+    def check(self, shape: ModelShape, device: str, dtype: str) -> None:
+        """Refuse to be used for something else.
+
+        Raises:
+            ConfigError: another model, device or number format was measured.
+        """
+        mine, asked = (self.shape, self.device, self.dtype), (shape, device, dtype)
+        if mine != asked:
+            what = next(
+                name
+                for name, one, two in zip(("model", "device", "dtype"), mine, asked, strict=True)
+                if one != two
+            )
+            raise ConfigError(
+                f"the cost calibration was measured with another {what}; run dsa calibrate for this one"
+            )
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read a file of `dsa calibrate`.
+
+    Raises:
+        ConfigError: it cannot be read or is not one.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except OSError as error:
+        raise ConfigError(f"the cost calibration {path} cannot be read: {error.strerror}") from error
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is not a cost calibration: {error}; write one with dsa calibrate"
+        ) from error
+
+
+_SPEEDS = {
+    # device type: FLOP/s of linear layers, FLOP/s of attention, bytes/s, seconds to launch a step
+    "cpu": (1e11, 2.5e10, 1e10, 2e-3),
+    "cuda": (3e14, 1e14, 2e12, 2e-3),
+}
+
+
+def assumed_coefficients(shape: ModelShape, device: str) -> Coefficients:
+    """Coefficients from round numbers for a kind of device. Only their ratios are used; measure for better."""
+    linear, attention, bandwidth, launch = _SPEEDS.get(device, _SPEEDS["cpu"])
+    return Coefficients(
+        step=launch + shape.weight_bytes / bandwidth,
+        head=0.0,
+        request=launch / 100,
+        row=shape.row_flops / linear,
+        pair=shape.pair_flops / attention,
+        context=shape.kv_token_bytes / bandwidth,
+        gathered=shape.pair_flops / attention + shape.kv_token_bytes / bandwidth,
+        sparse_row=shape.sparse_row_flops / linear,
+        index_pair=shape.index_pair_flops / attention,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The exact work of one request in one step: counts of tokens, the same in every layer."""
+
+    rows: int  # tokens computed
+    attended: int  # (row, token) pairs that attention reads: the selected tokens, or all earlier ones
+    index_pairs: int  # (row, token) pairs that the indexer scores
+    kv_rows_read: int  # tokens whose keys and values are read; once a tile where its rows share them
+    index_rows_read: int  # tokens whose index key is read
+    logits: int  # rows whose logits are computed
+    sparse_rows: int  # rows that read less than their whole context
+
+
+@dataclass(frozen=True, slots=True)
+class Modelled:
+    """Seconds of one request in one step by the model, its part of what requests share left out."""
+
+    actual: float
+    index: float  # the part of `actual` that scoring and selecting take
+    dense: float  # what it would be if every row read its whole context
+
+
+class CostModel:
+    """Work and modelled seconds of one model on one device.
+
+    Args:
+        shape: the model's.
+        coefficients: measured or assumed.
+        tiles: how attention work is cut and which form it takes, as the batch does it.
+    """
+
+    def __init__(self, shape: ModelShape, coefficients: Coefficients, tiles: TileCosts) -> None:
+        self.shape = shape
+        self.coefficients = coefficients
+        self._tiles = tiles
+
+    def counts(self, request: ScheduledRequest) -> Counts:
+        """The work of a request's rows, from the plan."""
+        start, rows = request.start, len(request.token_ids)
+        end, top_k = start + rows, request.top_k
+        seen = _triangle(end) - _triangle(start)  # sum of positions + 1
+        logits = len(request.prompt_targets) + (0 if request.sample is None else 1 + request.num_drafts)
+        if top_k is None or end <= top_k:
+            return Counts(rows, seen, 0, end, 0, logits, 0)
+        dense = max(0, top_k - start)
+        edge = start + dense  # the first sparse position
+        scored = _triangle(end) - _triangle(edge)
+        attended = seen - scored + (rows - dense) * top_k
+        read = edge if dense else 0
+        indexed = 0
+        for form, count, context, width in self._spans(request):
+            if form == "dense":
+                continue
+            indexed += context
+            read += count * width if form == "gather" else context
+        return Counts(rows, attended, scored, read, indexed, logits, rows - dense)
+
+    def features(self, request: ScheduledRequest) -> tuple[int, int, int, int, int, int]:
+        """Units of work as they are run, tiles padded: (rows, pair, context, gathered, sparse_row, index_pair)."""
+        return self._features(request, request.top_k)
+
+    def dense_features(self, request: ScheduledRequest) -> tuple[int, int, int, int, int, int]:
+        """The same, if the request were dense."""
+        return self._features(request, None)
+
+    def modelled(self, request: ScheduledRequest) -> Modelled:
+        """The request's own seconds, actual and dense."""
+        c = self.coefficients
+        own = c.request + c.row * len(request.token_ids)
+        top_k, end = request.top_k, request.start + len(request.token_ids)
+        _, pair, context, _, _, _ = self._features(request, None)
+        dense = own + c.pair * pair + c.context * context
+        if top_k is None or end <= top_k:
+            return Modelled(dense, 0.0, dense)
+        _, pair, context, gathered, sparse, index = self._features(request, top_k)
+        scoring = c.sparse_row * sparse + c.index_pair * index
+        actual = own + c.pair * pair + c.context * context + c.gathered * gathered + scoring
+        return Modelled(actual, scoring, dense)
+
+    def shared(self, plan: StepPlan) -> float:
+        """Modelled seconds that a step takes whatever is in it."""
+        c = self.coefficients
+        return c.step + (c.head if any(_has_logits(request) for request in plan.requests) else 0.0)
+
+    def seconds(self, plan: StepPlan) -> float:
+        """Modelled seconds of a step."""
+        return self.shared(plan) + sum(self.modelled(request).actual for request in plan.requests)
+
+    def flops(self, counts: Counts) -> int:
+        """Arithmetic that the work needs; what padded tiles add is not counted."""
+        s = self.shape
+        return (
+            counts.rows * s.row_flops
+            + counts.logits * s.head_flops
+            + counts.attended * s.pair_flops
+            + counts.sparse_rows * s.sparse_row_flops
+            + counts.index_pairs * s.index_pair_flops
+        )
+
+    def cache_bytes(self, counts: Counts) -> int:
+        """Bytes of the paged cache read, and written for the new rows. Weights are a step's, not a request's."""
+        s = self.shape
+        written = counts.rows * (s.kv_token_bytes + s.index_token_bytes)
+        return written + counts.kv_rows_read * s.kv_token_bytes + counts.index_rows_read * s.index_token_bytes
+
+    def _spans(
+        self, request: ScheduledRequest, *, dense: bool = False
+    ) -> Iterable[tuple[str, int, int, int]]:
+        """(form, rows, context of whole pages, top_k) of each tile of a request's rows."""
+        rows, start = len(request.token_ids), request.start
+        top_k = None if dense else request.top_k
+        if rows == 1:
+            context = (start // PAGE_SIZE + 1) * PAGE_SIZE
+            if top_k is None or start < top_k:
+                return ((("dense"), 1, context, context),)
+            form = "mask" if self._tiles.forced == "mask" else "gather"
+            return ((form, 1, context, top_k),)
+        segment = Segment(first_row=0, num_rows=rows, start=start, page_ids=(), top_k=top_k)
+        return prefill_spans(segment, self._tiles)
+
+    def _features(self, request: ScheduledRequest, top_k: int | None) -> tuple[int, int, int, int, int, int]:
+        pair = context = gathered = sparse = index = 0
+        for form, count, width, selected in self._spans(request, dense=top_k is None):
+            if form == "gather":
+                gathered += count * selected
+            else:
+                pair += count * width
+                context += width
+            if form != "dense":
+                sparse += count
+                index += count * width
+        return len(request.token_ids), pair, context, gathered, sparse, index
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2
+
+
+def _has_logits(request: ScheduledRequest) -> bool:
+    return request.sample is not None or bool(request.prompt_targets)
+
+
+def calibration_json(calibration: Calibration) -> bytes:
+    """A calibration as it is written to disk."""
+    plain: Any = msgspec.to_builtins(calibration)
+    return msgspec.json.format(msgspec.json.encode(plain), indent=2) + b"\n"

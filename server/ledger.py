@@ -1,0 +1,246 @@
+"""The usage ledger: one row a request, appended in batches by a thread of its own, and never changed.
+
+A row is durable before the request's last event is sent, so a client that saw the end of its answer finds
+it here, whatever is killed afterwards; one that was killed in between may find a row for an end that it
+never saw. Request ids are unique, and a batch whose commit failed half-way is written again without the
+rows that are there already: nothing is doubled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    func,
+    insert,
+    select,
+)  # fmt: skip
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.schema import DDL
+
+_log = logging.getLogger(__name__)
+
+_RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0)
+
+TABLE = Table(
+    "dsa_usage",
+    MetaData(),
+    Column("request_id", String(64), primary_key=True),
+    Column("arrived_us", BigInteger, nullable=False),  # microseconds since 1970, UTC
+    Column("day", String(10), nullable=False, index=True),  # of the arrival, UTC
+    Column("key", String(64), nullable=False),  # a digest of the bearer token; never the token
+    Column("model", String(256), nullable=False),
+    Column("endpoint", String(64), nullable=False),
+    Column("outcome", String(32), nullable=False),
+    Column("top_k", Integer),  # NULL is dense
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("reasoning_tokens", BigInteger, nullable=False),
+    Column("selected_tokens", BigInteger, nullable=False),
+    Column("index_pairs", BigInteger, nullable=False),
+    Column("kv_rows_read", BigInteger, nullable=False),
+    Column("flops", BigInteger, nullable=False),
+    Column("cache_bytes", BigInteger, nullable=False),
+    Column("device_ns", BigInteger, nullable=False),
+    Column("dense_ns", BigInteger, nullable=False),
+    Column("price_version", String(64), nullable=False),
+    Column("currency", String(3), nullable=False),
+    Column("amount_nanos", BigInteger, nullable=False),
+    Column("metered_nanos", BigInteger, nullable=False),
+    Column("dense_equivalent_nanos", BigInteger, nullable=False),
+)
+for _action in ("UPDATE", "DELETE"):
+    event.listen(
+        TABLE,
+        "after_create",
+        DDL(  # type: ignore[no-untyped-call]
+            f"CREATE TRIGGER dsa_usage_no_{_action.lower()} BEFORE {_action} ON dsa_usage "
+            "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
+        ).execute_if(dialect="sqlite"),
+    )
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of `TABLE`; amounts in nano-dollars."""
+
+    request_id: str
+    arrived_us: int
+    day: str
+    key: str
+    model: str
+    endpoint: str
+    outcome: str
+    top_k: int | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    selected_tokens: int
+    index_pairs: int
+    kv_rows_read: int
+    flops: int
+    cache_bytes: int
+    device_ns: int
+    dense_ns: int
+    price_version: str
+    currency: str
+    amount_nanos: int
+    metered_nanos: int
+    dense_equivalent_nanos: int
+
+
+class LedgerError(ValueError):
+    """The ledger cannot be opened, read or written; the message says why."""
+
+
+Done = Callable[[bool], None]
+"""Called once a row is durable (True) or could not be written (False), in the ledger's thread."""
+
+
+def open_database(where: str, *, create: bool) -> Engine:
+    """Connect to a SQLAlchemy URL or a SQLite file.
+
+    Raises:
+        LedgerError: that is not possible.
+    """
+    try:
+        if "://" not in where:
+            path = Path(where).expanduser()
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            elif not path.is_file():
+                raise LedgerError(f"there is no ledger at {path}; name one with --ledger")
+            where = f"sqlite:///{path}"
+        engine = create_engine(make_url(where))
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", _tune_sqlite)
+        if create:
+            TABLE.metadata.create_all(engine)
+    except (SQLAlchemyError, ArgumentError, OSError, ImportError) as error:
+        raise LedgerError(
+            f"the ledger {where} cannot be opened: {str(error).splitlines()[0]}; choose another with --ledger"
+        ) from error
+    return engine
+
+
+def _tune_sqlite(connection: Any, record: object) -> None:
+    cursor = connection.cursor()
+    # A commit is on disk when it returns, and readers do not wait for the writer.
+    for pragma in ("busy_timeout = 5000", "journal_mode = WAL", "synchronous = FULL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+class Ledger:
+    """Appends rows. `close` writes what is queued."""
+
+    def __init__(self, where: str) -> None:
+        """Open or create; raises LedgerError."""
+        self._engine = open_database(where, create=True)
+        self._queue: queue.SimpleQueue[tuple[Row, Done] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
+        self._thread.start()
+
+    def append(self, row: Row, done: Done) -> None:
+        """Queue a row; returns at once."""
+        self._queue.put((row, done))
+
+    def close(self) -> None:
+        """Write what is queued, then let go. Idempotent."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+            self._engine.dispose()
+
+    def _run(self) -> None:
+        over = False
+        while not over:
+            batch: list[tuple[Row, Done]] = []
+            item = self._queue.get()
+            while True:
+                if item is None:
+                    over = True
+                    break
+                batch.append(item)
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+            if batch:
+                written = self._write([row for row, _ in batch])
+                for _, done in batch:
+                    done(written)
+
+    def _write(self, rows: list[Row]) -> bool:
+        values = [msgspec.structs.asdict(row) for row in rows]
+        for wait in (*_RETRY_SECONDS, None):
+            try:
+                with self._engine.begin() as connection:
+                    connection.execute(insert(TABLE), values)
+                return True
+            except SQLAlchemyError as error:
+                problem = str(error).splitlines()[0]
+            try:  # the commit may have come through although it was not heard of
+                names = [row.request_id for row in rows]
+                with self._engine.connect() as connection:
+                    query = select(TABLE.c.request_id).where(TABLE.c.request_id.in_(names))
+                    known = set(connection.scalars(query))
+                values = [value for value in values if value["request_id"] not in known]
+                if not values:
+                    return True
+            except SQLAlchemyError as error:
+                problem = str(error).splitlines()[0]
+            if wait is not None:
+                time.sleep(wait)
+        for value in values:  # not lost without a trace
+            _log.error("the ledger could not be written (%s); the row is %s", problem, json.dumps(value))
+        return False
+
+
+DIMENSIONS = ("key", "model", "day", "outcome", "endpoint", "price_version")
+SUMS = (
+    "prompt_tokens", "cached_tokens", "completion_tokens", "device_ns",
+    "amount_nanos", "metered_nanos", "dense_equivalent_nanos",
+)  # fmt: skip
+
+
+def report(
+    engine: Engine, by: Iterable[str], since: str | None = None, until: str | None = None
+) -> list[dict[str, Any]]:
+    """Sums of the rows by some of `DIMENSIONS`, days from `since` to `until` (both included).
+
+    Raises:
+        LedgerError: it cannot be read.
+    """
+    columns = [TABLE.c[name] for name in by]
+    sums = [func.coalesce(func.sum(TABLE.c[name]), 0).label(name) for name in SUMS]
+    query = select(*columns, func.count().label("requests"), *sums)
+    if since is not None:
+        query = query.where(TABLE.c.day >= since)
+    if until is not None:
+        query = query.where(TABLE.c.day <= until)
+    try:
+        with engine.connect() as connection:
+            rows = connection.execute(query.group_by(*columns).order_by(*columns)).mappings()
+            return [{name: int(v) if name in SUMS else v for name, v in row.items()} for row in rows]
+    except SQLAlchemyError as error:
+        raise LedgerError(f"the ledger cannot be read: {str(error).splitlines()[0]}") from error

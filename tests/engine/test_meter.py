@@ -1,0 +1,100 @@
+"""The meter's books: counts against plain loops over rows, and shares that sum to what was measured."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from engine.attention.tiles import TileCosts
+from engine.cost import CostModel, ModelShape, assumed_coefficients
+from engine.meter import Meter
+from engine.plan import SampleSpec, ScheduledRequest, StepPlan
+from engine.protocol import EngineStats, SamplingParams, Work, add_counters
+
+SHAPE = ModelShape(
+    row_flops=1000, sparse_row_flops=100, head_flops=500, pair_flops=10, index_pair_flops=2,
+    weight_bytes=1 << 20, kv_token_bytes=64, index_token_bytes=8,
+)  # fmt: skip
+TILES = TileCosts(budget_bytes=1 << 16, index_row_bytes=32, attention_row_bytes=36, token_bytes=64)
+SAMPLE = SampleSpec(params=SamplingParams(max_tokens=1, seed=0), output_index=0, prompt_len=1, history=())
+
+
+def scheduled(name: str, start: int, rows: int, top_k: int | None) -> ScheduledRequest:
+    return ScheduledRequest(
+        request_id=name, token_ids=(1,) * rows, start=start, page_ids=(), top_k=top_k, sample=SAMPLE
+    )
+
+
+def model() -> CostModel:
+    return CostModel(SHAPE, assumed_coefficients(SHAPE, "cpu"), TILES)
+
+
+@pytest.mark.parametrize(
+    ("start", "rows", "top_k"),
+    [
+        (0, 1, None),
+        (0, 7, 3),
+        (5, 1, 5),
+        (4, 1, 5),
+        (100, 300, 128),
+        (0, 128, 128),
+        (900, 64, 16),
+        (70, 9, None),
+    ],
+)
+def test_counts_are_those_of_each_row(start: int, rows: int, top_k: int | None) -> None:
+    counts = model().counts(scheduled("a", start, rows, top_k))
+    seen = [position + 1 for position in range(start, start + rows)]
+    sparse = [tokens for tokens in seen if top_k is not None and tokens > top_k]
+    assert counts.rows == rows
+    assert counts.attended == sum(min(tokens, top_k or tokens) for tokens in seen)
+    assert counts.index_pairs == sum(sparse)
+    assert counts.sparse_rows == len(sparse)
+    assert counts.kv_rows_read >= max(min(tokens, top_k or tokens) for tokens in seen)
+    assert (counts.index_rows_read > 0) == bool(sparse)
+
+
+def test_every_measured_second_has_an_owner() -> None:
+    random.seed(1)
+    meter, works, busy = Meter(model()), [], 0.0
+    live = {f"r{i}": [0, random.choice([None, 16, 64])] for i in range(8)}
+    for name in live:
+        meter.open(name, 100)
+    for step in range(60):
+        chosen = random.sample(sorted(live), min(len(live), 4))
+        requests = []
+        for name in chosen:
+            rows = random.choice([1, 1, 30])
+            requests.append(scheduled(name, live[name][0], rows, live[name][1]))
+            live[name][0] += rows
+        seconds = random.random()
+        busy += seconds
+        meter.charge(StepPlan(requests=tuple(requests)), seconds)
+        if step % 20 == 19:
+            name = chosen[0]
+            del live[name]
+            works.append(meter.close(name))
+    works.extend(meter.close(name) for name in tuple(live))
+    stats = meter.add_to(EngineStats())
+    assert stats.busy_seconds_total == pytest.approx(busy)
+    assert sum(work.device_seconds for work in works) == pytest.approx(busy)
+    assert sum(work.dense_seconds for work in works) == pytest.approx(stats.dense_seconds_total)
+    for field, total in (
+        ("flops", stats.flops_total), ("cache_bytes", stats.cache_bytes_total),
+        ("selected_tokens", stats.selected_tokens_total), ("index_pairs", stats.index_pairs_total),
+    ):  # fmt: skip
+        assert sum(getattr(work, field) for work in works) == total
+    assert sum(stats.batch_size_counts_total) == 60
+    assert 0 < stats.index_seconds_total < busy
+    assert add_counters(stats, stats).busy_seconds_total == 2 * stats.busy_seconds_total
+    assert meter.close("never") == Work()
+
+
+def test_dense_requests_cost_their_own_dense_equivalent() -> None:
+    meter = Meter(model())
+    meter.open("a", 10)
+    meter.charge(StepPlan(requests=(scheduled("a", 0, 500, None),)), 2.0)
+    work = meter.close("a")
+    assert work.device_seconds == pytest.approx(2.0)
+    assert work.dense_seconds == pytest.approx(2.0)
