@@ -20,10 +20,7 @@ from server.config import Settings, SettingsError, load_settings
 from server.distill_command import distill
 from server.eval_command import evaluate
 from server.inspect_command import inspect
-<<<<<<< HEAD
-=======
 from server.usage_command import usage
->>>>>>> beb35bc (What a token costs: metered work, a price table, a ledger, usage.cost, and the metrics of it)
 
 app = typer.Typer(
     name="dsa",
