@@ -14,6 +14,7 @@ from engine.checkpoint.source import open_source
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.core import EngineCore
 from engine.cost import CostModel, assumed_coefficients, read_calibration
+from engine.drafting import LayerDrafter
 from engine.errors import ConfigError
 from engine.kernels import load_backend
 from engine.kv.planes import PagedCache, page_bytes
@@ -58,6 +59,7 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
             "ask for no more than that"
         )
     max_model_len = config.max_model_len or max_positions
+    precision = Precision(kv_cache=config.kv_cache_dtype, indexer=config.indexer_dtype)
     model, report = build_model(
         source if overlay is None else overlay.over(source),
         None if overlay is None else overlay.info,
@@ -66,10 +68,29 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
         dtype=dtype,
         device=device,
         progress=lambda done, total: progress("loading weights", done, total),
-        precision=Precision(kv_cache=config.kv_cache_dtype, indexer=config.indexer_dtype),
+        precision=precision,
     )
-    specs = model.plane_specs()
-    size = page_bytes(specs, model.num_layers)
+    specs, num_layers, unused = model.plane_specs(), model.num_layers, report.unused
+    layer = None
+    if config.drafter == "mtp":
+        if not source.config.get("num_nextn_predict_layers"):
+            raise ConfigError(
+                "drafter is mtp, but this checkpoint has no multi-token prediction layer; use ngram or off"
+            )
+        from engine.models.deepseek_mtp import build_draft_layer
+
+        layer, names = build_draft_layer(
+            source,
+            load_backend("torch"),
+            max_model_len,
+            dtype=dtype,
+            device=device,
+            progress=lambda done, total: progress("loading the draft layer", done, total),
+            precision=precision,
+        )
+        specs, num_layers = layer.plane_specs(specs), num_layers + 1
+        unused = tuple(name for name in unused if name not in names)
+    size = page_bytes(specs, num_layers)
     num_pages = config.kv_cache_bytes // size
     needed = -(-max_model_len // PAGE_SIZE)
     if num_pages < needed:
@@ -77,9 +98,10 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
             f"the KV cache of {config.kv_cache_bytes} bytes holds {num_pages * PAGE_SIZE} tokens, but one request "
             f"may use {max_model_len}; give it at least {needed * size} bytes or lower max_model_len"
         )
-    cache = PagedCache(num_pages, specs, model.num_layers, device)
+    cache = PagedCache(num_pages, specs, num_layers, device)
     costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
-    runner = Runner(model, cache, costs, device)
+    drafter = None if layer is None else LayerDrafter(layer, config.draft_tokens, cache, costs, device)
+    runner = Runner(model, cache, costs, device, drafter)
     shape, dtype_name = model.shape(), str(dtype).removeprefix("torch.")
     coefficients = assumed_coefficients(shape, device.type)
     if config.cost_calibration is not None:
@@ -117,7 +139,7 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
         ),
     )
     core = EngineCore(scheduler, runner, meter, sparse=model.indexer is not None)
-    return Built(core=core, runner=runner, ready=ready, unused_tensors=tuple(report.unused))
+    return Built(core=core, runner=runner, ready=ready, unused_tensors=tuple(unused))
 
 
 def resolve_device(name: str) -> torch.device:

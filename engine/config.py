@@ -9,8 +9,8 @@ import msgspec
 PAGE_SIZE = 64
 """Tokens a page. DeepSeek's kernels (FlashMLA, DeepGEMM) page by 64 on CUDA, and so does everything here."""
 
-DEFAULT_DRAFT_TOKENS = 4
-"""Guesses a request a step, where only a drafter is named."""
+DEFAULT_DRAFT_TOKENS = {"off": 0, "ngram": 4, "mtp": 1}
+"""Guesses a request a step, where only a drafter is named: the MTP layer was trained for one."""
 
 
 CacheDtype = Literal["auto", "bf16", "fp8"]
@@ -36,7 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     score_budget_bytes: int = 64 << 20  # upper bound of one tile of index or attention scores
     threads: int | None = None  # CPU threads; None: what torch finds
     sparse_form: Literal["auto", "gather", "mask"] = "auto"  # how rows longer than top_k are attended
-    drafter: Literal["off", "ngram"] = "off"  # what guesses tokens ahead; ngram: the request's own text
+    drafter: Literal["off", "ngram", "mtp"] = "off"  # what guesses tokens ahead: own text, or the MTP layer
     speculative_tokens: int | None = None  # guesses a request a step; None: as many as suit the drafter
     cost_calibration: str | None = None  # a file of `dsa calibrate`; None: assumed from the model's shape
 
@@ -56,7 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError(f"threads must be at least 1, not {self.threads}")
         if self.speculative_tokens is not None and self.drafter == "off":
             raise ValueError(
-                f"speculative_tokens is {self.speculative_tokens}, but drafter is off; set drafter to ngram, "
+                f"speculative_tokens is {self.speculative_tokens}, but drafter is off; set drafter to ngram or mtp, "
                 "or leave speculative_tokens out"
             )
         if self.speculative_tokens is not None and self.speculative_tokens < 1:
@@ -69,4 +69,4 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @property
     def draft_tokens(self) -> int:
         """Guesses a request a step; 0 without a drafter."""
-        return 0 if self.drafter == "off" else self.speculative_tokens or DEFAULT_DRAFT_TOKENS
+        return self.speculative_tokens or DEFAULT_DRAFT_TOKENS[self.drafter]

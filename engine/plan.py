@@ -31,6 +31,7 @@ class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int | None  # None: dense
     sample: SampleSpec | None  # None: a chunk that does not reach the end of the known tokens
     num_drafts: int = 0  # the last of `token_ids` are drafts; only where `sample` is set
+    next_token_id: int | None = None  # the known token after the last row, where there is one
     prompt_targets: tuple[int, ...] = ()  # next known token of each row, where its logprob is asked for
     prompt_alternatives: int = 0  # how many alternatives to report with each of them
 

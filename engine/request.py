@@ -117,6 +117,7 @@ class Request:
             request_id=self.request_id,
             token_ids=(*self.token_ids[start:end], *drafts),
             num_drafts=len(drafts),
+            next_token_id=self.token_ids[end] if end < self.num_tokens else None,
             start=start,
             page_ids=tuple(self.page_ids),
             top_k=self.top_k,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.attention.tiles import TileCosts
 from engine.batch import build_batch
+from engine.drafting import LayerDrafter
 from engine.kv.planes import PagedCache
 from engine.models.interface import Model
 from engine.plan import Drawn, Sampled, SampleSpec, StepPlan, StepResult
@@ -24,16 +25,25 @@ _LOGIT_ROWS = 64  # rows of prompt logits held at once: 64 x 49152 float32 is 12
 class Runner:
     """One model and its cache on one device."""
 
-    def __init__(self, model: Model, cache: PagedCache, costs: TileCosts, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: PagedCache,
+        costs: TileCosts,
+        device: torch.device,
+        drafter: LayerDrafter | None = None,
+    ) -> None:
         self._model = model
         self._cache = cache
         self._costs = costs
         self._device = device
+        self._drafter = drafter
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's rows, write their cache entries, draw the tokens that it asks for."""
-        hidden = self.hidden(plan)
+        batch = build_batch(plan, self._costs, self._device)
+        hidden = self._model.forward(batch, self._cache)
         ends = list(accumulate(len(request.token_ids) for request in plan.requests))
         specs = [row_specs(request) for request in plan.requests]
         rows = [end - len(own) + i for end, own in zip(ends, specs, strict=True) for i in range(len(own))]
@@ -51,6 +61,8 @@ class Runner:
                 scored = self._score(targets, request.prompt_targets, request.prompt_alternatives)
                 one = msgspec.structs.replace(one, prompt_logprobs=scored)
             results.append(one)
+        if self._drafter is not None:
+            results = self._drafter.propose(plan, batch, hidden, results)
         return StepResult(sampled=tuple(results))
 
     def hidden(self, plan: StepPlan) -> Tensor:

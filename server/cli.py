@@ -243,13 +243,13 @@ def serve(
         str | None,
         _option(
             _ADVANCED,
-            "What guesses tokens ahead, to be verified in one step (speculative decoding): off, or ngram, "
-            "which looks for repetitions in the text. Answers stay the same.",
+            "What guesses tokens ahead, to be verified in one step (speculative decoding): off, ngram "
+            "(repetitions in the text) or mtp (the draft layer of a DeepSeek checkpoint). Answers stay the same.",
             _DEFAULTS.drafter,
         ),
     ] = None,
     speculative_tokens: Annotated[
-        int | None, _option(_ADVANCED, "Most tokens guessed ahead for each request.", "4")
+        int | None, _option(_ADVANCED, "Most tokens guessed ahead for each request.", "4, mtp 1")
     ] = None,
     config: Annotated[
         Path | None,

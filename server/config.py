@@ -99,7 +99,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     score_memory: str = "64MiB"
     sparse_form: Literal["auto", "gather", "mask"] = "auto"
-    drafter: Literal["off", "ngram"] = "off"
+    drafter: Literal["off", "ngram", "mtp"] = "off"
     speculative_tokens: Positive | None = None
     kv_cache_dtype: CacheDtype = "auto"
     indexer_dtype: CacheDtype = "auto"

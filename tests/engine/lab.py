@@ -122,10 +122,10 @@ class Lab:
             **{"dtype": "float32", "device": "cpu", "kv_cache_bytes": 256 << 20, **settings},
         )  # fmt: skip
         self.built = build(config)
-        self.sparse = overlay is not None
+        self.sparse = self.built.ready.model.indexer is not None
         self.tap = TapModel(self.built.runner._model)
         runner = self.built.runner
-        self.runner = Runner(self.tap, runner._cache, runner._costs, runner._device)  # type: ignore[arg-type]
+        self.runner = Runner(self.tap, runner._cache, runner._costs, runner._device, runner._drafter)  # type: ignore[arg-type]
 
     def meter(self) -> Meter:
         """A meter of its own for each run; a clock that stands still costs nothing."""

@@ -117,8 +117,8 @@ def test_drafts_need_a_drafter() -> None:
     assert load_settings({}, {}).engine(FILES).draft_tokens == 0
     assert load_settings({"drafter": "ngram"}, {}).engine(FILES).draft_tokens == 4
     assert load_settings({"drafter": "ngram", "speculative_tokens": 7}, {}).engine(FILES).draft_tokens == 7
-    with pytest.raises(SettingsError, match="one of off, ngram"):
-        load_settings({"drafter": "mtp"}, {})
+    with pytest.raises(SettingsError, match="one of off, ngram, mtp"):
+        load_settings({"drafter": "eagle"}, {})
 
 
 @pytest.mark.parametrize(
