@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.attention.precision import Precision
+from engine.checkpoint.loader import LoadReport
 from engine.checkpoint.overlay import read_overlay
 from engine.checkpoint.source import open_source
 from engine.config import PAGE_SIZE, EngineConfig
@@ -36,6 +37,7 @@ class Built:
     runner: Runner
     ready: Ready
     unused_tensors: tuple[str, ...]
+    weights: LoadReport  # of the main model
 
 
 def build(config: EngineConfig, progress: Progress = lambda stage, done, total: None) -> Built:
@@ -59,7 +61,7 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
             "ask for no more than that"
         )
     max_model_len = config.max_model_len or max_positions
-    precision = Precision(kv_cache=config.kv_cache_dtype, indexer=config.indexer_dtype)
+    precision = Precision(config.kv_cache_dtype, config.indexer_dtype, config.weight_dtype)
     model, report = build_model(
         source if overlay is None else overlay.over(source),
         None if overlay is None else overlay.info,
@@ -139,7 +141,7 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
         ),
     )
     core = EngineCore(scheduler, runner, meter, sparse=model.indexer is not None)
-    return Built(core=core, runner=runner, ready=ready, unused_tensors=tuple(unused))
+    return Built(core=core, runner=runner, ready=ready, unused_tensors=tuple(unused), weights=report)
 
 
 def resolve_device(name: str) -> torch.device:

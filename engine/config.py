@@ -17,6 +17,10 @@ CacheDtype = Literal["auto", "bf16", "fp8"]
 """Of cached latents, and of index keys and queries; auto is FP8 where the checkpoint's weights are."""
 
 
+WeightDtype = Literal["auto", "plain", "fp8"]
+"""Of weights that are stored in FP8 blocks: plain is the model's dtype; auto is fp8 on CUDA, plain on the CPU."""
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to load and how to run it.
 
@@ -40,6 +44,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     speculative_tokens: int | None = None  # guesses a request a step; None: as many as suit the drafter
     cost_calibration: str | None = None  # a file of `dsa calibrate`; None: assumed from the model's shape
 
+    weight_dtype: WeightDtype = "auto"
     kv_cache_dtype: CacheDtype = "auto"
     indexer_dtype: CacheDtype = "auto"
 

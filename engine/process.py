@@ -49,6 +49,8 @@ def main() -> None:
     if built.unused_tensors:
         names = ", ".join(built.unused_tensors[:5])
         _log.warning("%d tensors of the checkpoint were not used: %s ...", len(built.unused_tensors), names)
+    if built.weights.fp8_bytes or built.weights.dequantised_bytes:
+        _log.info("%s", built.weights)
     end.send(built.ready)
     _loop(end, inbox, built)
 

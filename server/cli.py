@@ -129,6 +129,14 @@ def serve(
             "SIZE",
         ),
     ] = None,
+    weight_dtype: Annotated[
+        str | None,
+        _option(
+            _MEMORY,
+            "Weights stored in FP8 (DeepSeek family) are kept so: auto (on CUDA), fp8, or plain (in --dtype).",
+            _DEFAULTS.weight_dtype,
+        ),
+    ] = None,
     kv_cache_dtype: Annotated[
         str | None,
         _option(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
-from engine.config import CacheDtype, EngineConfig
+from engine.config import CacheDtype, EngineConfig, WeightDtype
 from server.models import DEFAULT_MODEL, ModelFiles, cache_folder
 from server.tracing import TracingError, check_endpoint
 
@@ -101,6 +101,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     sparse_form: Literal["auto", "gather", "mask"] = "auto"
     drafter: Literal["off", "ngram", "mtp"] = "off"
     speculative_tokens: Positive | None = None
+    weight_dtype: WeightDtype = "auto"
     kv_cache_dtype: CacheDtype = "auto"
     indexer_dtype: CacheDtype = "auto"
     top_k: Sparsity | None = None
@@ -181,6 +182,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 sparse_form=self.sparse_form,
                 drafter=self.drafter,
                 speculative_tokens=self.speculative_tokens,
+                weight_dtype=self.weight_dtype,
                 kv_cache_dtype=self.kv_cache_dtype,
                 indexer_dtype=self.indexer_dtype,
                 cost_calibration=self.cost_calibration,

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention.sparse import selection_mask
@@ -19,6 +18,7 @@ from engine.config import PAGE_SIZE
 from engine.errors import EngineError
 from engine.kernels.interface import Kernels
 from engine.kernels.interface_latent import Unpack, as_stored
+from engine.layers.linear import Matrix, linear
 from engine.layers.norm import rms_norm
 from engine.layers.rope import rotate
 
@@ -31,13 +31,13 @@ whatever `rms_norm_eps` says (GLM-5's is 1e-5)."""
 class MLAWeights:
     """One layer's; E hidden, H heads held here, r_q / r latent ranks, n / p / v dims of a head."""
 
-    q_a: Tensor | None  # [r_q, E]; None: queries come from the hidden state
+    q_a: Matrix | None  # [r_q, E]; None: queries come from the hidden state
     q_a_norm: Tensor | None  # [r_q]
-    q_b: Tensor  # [H * (n + p), r_q or E]
-    kv_a: Tensor  # [r + p, E]
+    q_b: Matrix  # [H * (n + p), r_q or E]
+    kv_a: Matrix  # [r + p, E]
     kv_a_norm: Tensor  # [r]
-    kv_b: Tensor  # [H, n + v, r]
-    o: Tensor  # [E, H * v]
+    kv_b: Tensor  # [H, n + v, r]: always plain, the absorbed form multiplies it head by head
+    o: Matrix  # [E, H * v]
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class LatentAttention:
         w = self.weights
         latent = None
         if w.q_a is not None and w.q_a_norm is not None:
-            latent = rms_norm(F.linear(hidden, w.q_a), w.q_a_norm, LATENT_NORM_EPS)
-        query = F.linear(hidden if latent is None else latent, w.q_b).view(len(hidden), self.num_heads, -1)
+            latent = rms_norm(linear(hidden, w.q_a), w.q_a_norm, LATENT_NORM_EPS)
+        query = linear(hidden if latent is None else latent, w.q_b).view(len(hidden), self.num_heads, -1)
         plain, turning = query[..., : self.nope], query[..., self.nope :]
         query = torch.cat((plain, rotate(turning, rotation, interleaved=self.interleaved)), dim=-1)
-        kv = F.linear(hidden, w.kv_a)
+        kv = linear(hidden, w.kv_a)
         key = rotate(kv[:, self.rank :].unsqueeze(1), rotation, interleaved=self.interleaved).squeeze(1)
         cached = torch.cat((rms_norm(kv[:, : self.rank], w.kv_a_norm, LATENT_NORM_EPS), key), dim=-1)
         return Projected(query=query, cached=cached, query_latent=latent)
@@ -128,7 +128,7 @@ class LatentAttention:
                         )
                     )
             out[tile.rows] = result.flatten(0, 1)
-        return F.linear(out.flatten(1), w.o)
+        return linear(out.flatten(1), w.o)
 
     def _absorb(self, query: Tensor) -> Tensor:
         """[R, Q, H, n + p] -> [R, Q, H, r + p]: the plain part times each head's key expansion."""

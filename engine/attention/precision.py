@@ -1,4 +1,4 @@
-"""In which numbers a DeepSeek layer caches latents and index keys, and scores them.
+"""In which numbers a DeepSeek layer caches latents and index keys, scores them, and holds its weights.
 
 `auto` follows the checkpoint: a model published in FP8 was trained and is served with an FP8 cache and indexer
 (arXiv 2512.02556, section 2); any other keeps the dtype that it is loaded in.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.indexer import IndexQueries
-from engine.config import CacheDtype
+from engine.config import CacheDtype, WeightDtype
 from engine.errors import ConfigError
 from engine.kernels.blocks import BLOCK
 from engine.kernels.interface import Kernels
@@ -91,6 +91,7 @@ class Precision:
 
     kv_cache: CacheDtype = "auto"
     indexer: CacheDtype = "auto"
+    weights: WeightDtype = "auto"
 
     def latent(self, config: Mapping[str, Any], rank: int, rope: int, dtype: torch.dtype) -> LatentFormat:
         """For a checkpoint's normalised config and a model loaded in `dtype`."""
@@ -109,6 +110,20 @@ class Precision:
                 "set indexer_dtype to bf16"
             )
         return IndexFormat(dim, chosen)
+
+    def resident(self, config: Mapping[str, Any], description: str, device: torch.device) -> bool:
+        """Whether weights that are stored in FP8 blocks stay so in memory.
+
+        Raises:
+            ConfigError: they were asked for, but the checkpoint has none.
+        """
+        stored = bool(config.get("quantization_config"))
+        if self.weights == "fp8" and not stored:
+            raise ConfigError(
+                f"weight_dtype is fp8, but {description} has no weights in FP8 blocks (its config has no "
+                "quantization_config); leave it at auto, or serve an FP8 checkpoint"
+            )
+        return stored and (self.weights == "fp8" or (self.weights == "auto" and device.type == "cuda"))
 
 
 def _dtype(asked: CacheDtype, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype | None:

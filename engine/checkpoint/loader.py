@@ -1,20 +1,24 @@
 """Loading, walked from the model's side: the model says what it needs, the source is searched for it.
 
+Weights in FP8 blocks become plain, or stay as they are where the model can use them so and the caller asks for it.
 A tensor that is missing or of another shape is an error; one that nobody asked for is reported.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from engine.checkpoint.source import LaidSource, Source
+from engine.checkpoint.source import HoldsBlocks, LaidSource, Source
 from engine.errors import CheckpointError
+from engine.kernels.blocks import BLOCK, E4M3, E4M3_MAX, BlockWeight, num_blocks
 
 _BENIGN = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|masked_bias|attn_rot_embd\.weight)")
 """Tensors that checkpoints carry and models compute for themselves."""
@@ -29,12 +33,14 @@ class Weight:
         shape: of the parameter, so of all of them together
         rows: how many rows each name gives; checked if set, else only their sum is
         dtype: what to hold it in whatever the model's dtype is; None is the model's
+        may_stay_fp8: whether the model can use it in FP8 blocks
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     rows: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
+    may_stay_fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,42 @@ class LoadReport:
     num_tensors: int  # of the checkpoint
     num_parameters: int
     num_bytes: int  # on the device
+    fp8_bytes: int  # of those, in weights that stayed in FP8 blocks, with their scales
+    dequantised_bytes: int  # of those, in weights that are stored in FP8 blocks and were made plain
     seconds: float
     unused: tuple[str, ...]  # tensors of the checkpoint that the model did not ask for
     replaced: tuple[str, ...]  # tensors of the base checkpoint that an overlay replaced
+
+    def __str__(self) -> str:
+        """What became of weights stored in FP8, for people."""
+        parts = (
+            f"{self.fp8_bytes:,} stay in FP8 blocks, {self.dequantised_bytes:,} were dequantised from them"
+        )
+        return f"weights: {self.num_bytes:,} bytes, of which {parts}"
+
+
+@overload
+def load(
+    model_table: Mapping[str, Weight],
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] = ...,
+    fp8: Literal[False] = False,
+) -> tuple[dict[str, Tensor], LoadReport]: ...
+
+
+@overload
+def load(
+    model_table: Mapping[str, Weight],
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] = ...,
+    fp8: bool,
+) -> tuple[dict[str, Tensor | BlockWeight], LoadReport]: ...
 
 
 def load(
@@ -56,7 +95,8 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[dict[str, Tensor], LoadReport]:
+    fp8: bool = False,
+) -> tuple[dict[str, Tensor], LoadReport] | tuple[dict[str, Tensor | BlockWeight], LoadReport]:
     """Read everything in the table.
 
     All names and shapes are checked before the first tensor is read.
@@ -67,6 +107,7 @@ def load(
         dtype: of the parameters, where the table has no other
         device: where they go
         progress: called with (bytes loaded, bytes in all), the first time with 0
+        fp8: keep weights in FP8 blocks where they are stored so and `stays_fp8`
 
     Returns:
         the parameters under the table's names, and the report
@@ -76,22 +117,52 @@ def load(
     """
     started = time.monotonic()
     check(model_table, source)
-    sizes = {name: _num_bytes(weight, dtype) for name, weight in model_table.items()}
+    in_blocks = source_in_blocks(source)
+    kept = {name for name, weight in model_table.items() if fp8 and stays_fp8(weight, in_blocks)}
+    sizes = {name: num_bytes(weight, dtype, fp8=name in kept) for name, weight in model_table.items()}
     done, total = 0, sum(sizes.values())
     progress(done, total)
-    loaded: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor | BlockWeight] = {}
     for parameter, weight in model_table.items():
-        loaded[parameter] = _assemble(weight, weight.dtype or dtype, device, source)
+        if parameter in kept and isinstance(source, HoldsBlocks):
+            loaded[parameter] = _assemble_blocks(weight, device, source, source.description)
+        else:
+            loaded[parameter] = _assemble(weight, weight.dtype or dtype, device, source)
         done += sizes[parameter]
         progress(done, total)
     return loaded, LoadReport(
         num_tensors=len({name for weight in model_table.values() for name in weight.names}),
         num_parameters=sum(tensor.numel() for tensor in loaded.values()),
         num_bytes=total,
+        fp8_bytes=sum(sizes[name] for name in kept),
+        dequantised_bytes=sum(
+            sizes[parameter]
+            for parameter, weight in model_table.items()
+            if parameter not in kept and any(in_blocks(name) for name in weight.names)
+        ),
         seconds=time.monotonic() - started,
         unused=unused(model_table, source),
         replaced=source.replaced if isinstance(source, LaidSource) else (),
     )
+
+
+def stays_fp8(weight: Weight, in_blocks: Callable[[str], bool]) -> bool:
+    """Whether a parameter can stay in FP8: all its tensors are stored so, and no block would lie in two of them."""
+    whole = len(weight.names) == 1 or (weight.rows is not None and not any(n % BLOCK for n in weight.rows))
+    return weight.may_stay_fp8 and whole and all(in_blocks(name) for name in weight.names)
+
+
+def source_in_blocks(source: Source) -> Callable[[str], bool]:
+    """Of a tensor's name: whether the source stores it in FP8 blocks."""
+    return source.in_blocks if isinstance(source, HoldsBlocks) else lambda name: False
+
+
+def num_bytes(weight: Weight, dtype: torch.dtype, *, fp8: bool) -> int:
+    """On the device, of a parameter that stays in FP8 blocks, or of one in its own dtype or `dtype`."""
+    numel = math.prod(weight.shape)
+    if fp8:
+        return numel + 4 * num_blocks(weight.shape[0]) * num_blocks(weight.shape[1])
+    return numel * (weight.dtype or dtype).itemsize
 
 
 def check(model_table: Mapping[str, Weight], source: Source) -> None:
@@ -158,8 +229,23 @@ def _read(name: str, dtype: torch.dtype, device: torch.device, source: Source) -
     return tensor
 
 
-def _num_bytes(weight: Weight, dtype: torch.dtype) -> int:
-    numel = 1
-    for size in weight.shape:
-        numel *= size
-    return numel * (weight.dtype or dtype).itemsize
+def _assemble_blocks(weight: Weight, device: torch.device, source: HoldsBlocks, where: str) -> BlockWeight:
+    """As `_assemble`, of parts that are whole blocks."""
+    rows, columns = weight.shape
+    values = torch.empty(weight.shape, dtype=E4M3, device=device)
+    scales = torch.empty(num_blocks(rows), num_blocks(columns), dtype=torch.float32, device=device)
+    row = 0
+    for name in weight.names:
+        part = source.read_blocks(name)
+        at = slice(row // BLOCK, row // BLOCK + part.scales.shape[0])
+        values[row : row + part.shape[0]] = part.values
+        scales[at] = part.scales
+        # NaN is the one number of this kind that is not finite; of products, the largest decides.
+        numbers = values[row : row + part.shape[0]].view(torch.uint8)
+        if ((numbers & 0x7F) == 0x7F).any() or not (scales[at] * E4M3_MAX).isfinite().all():
+            raise CheckpointError(
+                f"{where} has NaN or infinite values in tensor {name} (FP8 with scales); "
+                "the file is damaged, download it again"
+            )
+        row += part.shape[0]
+    return BlockWeight(values, scales)

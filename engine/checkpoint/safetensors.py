@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.checkpoint.hf_config import normalise
 from engine.checkpoint.quantisation import SCALE_SUFFIX, check_quantisation
 from engine.errors import CheckpointError
-from engine.kernels.blocks import dequantise_blocks, num_blocks
+from engine.kernels.blocks import BlockWeight, num_blocks
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -129,18 +129,29 @@ class SafetensorsSource:
         return file.shape(name)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor, in FP8 as `engine.kernels.blocks.dequantise_blocks` makes it plain.
+        """A tensor, in FP8 as `BlockWeight.dequantise` makes it plain.
 
         Raises:
             CheckpointError: there is none of that name, or it is quantised in a way that is not supported.
         """
         file = self._holder(name)
-        if file.stored(name) != _FP8:
+        if not self.in_blocks(name):
             return file.read(name, dtype)
+        return self.read_blocks(name).dequantise(dtype)
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether a tensor is stored in FP8; raises CheckpointError where there is none."""
+        return self._holder(name).stored(name) == _FP8
+
+    def read_blocks(self, name: str) -> BlockWeight:
+        """A tensor that is, as it is stored, maybe a view of the file.
+
+        Raises:
+            CheckpointError: there is none of that name, or its scales do not fit it.
+        """
         self._check_scales(name)
         scale_name = name + SCALE_SUFFIX
-        scales = self._at[scale_name].raw(scale_name).float()
-        return dequantise_blocks(file.raw(name), scales, dtype)
+        return BlockWeight(self._holder(name).raw(name), self._holder(scale_name).raw(scale_name).float())
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of a tensor in its file, with its scales; raises CheckpointError where there is none."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from engine.kernels.blocks import BlockWeight
 
 
 class Tensors(Protocol):
@@ -51,6 +52,23 @@ class Source(Tensors, Protocol):
     @property
     def config(self) -> Mapping[str, Any]:
         """As `engine.checkpoint.hf_config` normalises it."""
+        ...
+
+
+@runtime_checkable
+class HoldsBlocks(Protocol):
+    """A source that may store tensors in FP8 blocks; `read` makes those plain."""
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether a tensor is stored so; raises CheckpointError where there is none."""
+        ...
+
+    def read_blocks(self, name: str) -> BlockWeight:
+        """One that is, as it is stored, on the CPU and maybe a view of the file.
+
+        Raises:
+            CheckpointError: no such tensor, or its scales do not fit it.
+        """
         ...
 
 

@@ -57,9 +57,47 @@ class BlockWeight:
         """One or some of n weights: [n, out, in] -> [out, in] or [m, out, in]."""
         return BlockWeight(self.values.view(torch.uint8)[index].view(E4M3), self.scales[index])
 
+    def numel(self) -> int:
+        """Numbers, scales not counted."""
+        return self.values.numel()
+
+    def view(self, *shape: int) -> BlockWeight:
+        """[n * out, in] as [n, out, in], n weights that lie one below the other; `shape` as `Tensor.view` has it.
+
+        Raises:
+            EngineError: a block would belong to two of them.
+        """
+        values = self.values.view(*shape)
+        if values.shape[-1] != self.shape[-1] or values.shape[-2] % BLOCK:
+            raise EngineError(f"{list(self.shape)} in blocks of {BLOCK} cannot be viewed as {list(shape)}")
+        return BlockWeight(
+            values, self.scales.view(*values.shape[:-2], values.shape[-2] // BLOCK, self.scales.shape[-1])
+        )
+
+    def rows(self, start: int, stop: int) -> BlockWeight:
+        """Outputs `start` to `stop - 1` of every weight, whole blocks; a view.
+
+        Raises:
+            EngineError: it would cut a block.
+        """
+        first, last = _span(start, stop, self.shape[-2])
+        return BlockWeight(self.values[..., start:stop, :], self.scales[..., first:last, :])
+
+    def columns(self, start: int, stop: int) -> BlockWeight:
+        """Inputs `start` to `stop - 1` of every weight, whole blocks; a view; errors as `rows`."""
+        first, last = _span(start, stop, self.shape[-1])
+        return BlockWeight(self.values[..., start:stop], self.scales[..., first:last])
+
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """The plain weight, see `dequantise_blocks`."""
         return dequantise_blocks(self.values, self.scales, dtype)
+
+
+def _span(start: int, stop: int, size: int) -> tuple[int, int]:
+    """The blocks of numbers `start` to `stop - 1` of `size`: (first, one after the last)."""
+    if not 0 <= start < stop <= size or start % BLOCK or (stop % BLOCK and stop != size):
+        raise EngineError(f"{start} to {stop} of {size} numbers are not whole blocks of {BLOCK}")
+    return start // BLOCK, num_blocks(stop)
 
 
 def dequantise_blocks(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.layers.linear import Matrix, linear
 from engine.models.deepseek_config import MoEConfig
 
 
@@ -40,11 +41,11 @@ def route(x: Tensor, gate: Tensor, bias: Tensor, config: MoEConfig) -> tuple[Ten
 
 
 def run_experts(
-    x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first: int = 0
+    x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix, first: int = 0
 ) -> Tensor:
     """y[t] = sum_j weights[t,j] * E_{experts[t,j]}(x[t]),  E(x) = down (silu(gate x) * up x).
 
-    Rows are sorted by expert; only experts that a row chose are visited, each once.
+    Rows are sorted by expert; only experts that a row chose are visited, each once; one in FP8 blocks is plain for as long.
 
     Args:
         x: [T, E]
@@ -68,7 +69,7 @@ def run_experts(
         start += count
         if not 0 <= local < gate_up.shape[0]:
             continue
-        gate, up = F.linear(x[rows[span]], gate_up[local]).chunk(2, dim=-1)
-        made = F.linear(F.silu(gate) * up, down[local])
+        gate, up = linear(x[rows[span]], gate_up[local]).chunk(2, dim=-1)
+        made = linear(F.silu(gate) * up, down[local])
         out.index_add_(0, rows[span], made.float() * weight[span])
     return out

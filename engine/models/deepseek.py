@@ -26,6 +26,7 @@ from engine.cost import ModelShape
 from engine.errors import CheckpointError
 from engine.kernels.interface import Kernels
 from engine.kv.planes import PagedCache, PlaneSpec
+from engine.layers.linear import Matrix, Parameters, linear
 from engine.layers.moe import route, run_experts
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, softmax_correction
@@ -41,24 +42,26 @@ Selections = Sequence[Tensor | None]
 class DeepseekMLP:
     """down(silu(gate x) * up x)."""
 
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+    def __init__(self, gate_up: Matrix, down: Matrix) -> None:
         self._gate_up, self._down = gate_up, down
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, E] -> [T, E]."""
-        gate, up = F.linear(x, self._gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self._down)
+        gate, up = linear(x, self._gate_up).chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, self._down)
 
 
 class DeepseekMoE:
     """Routed experts and the shared one; the sum is in float32."""
 
-    def __init__(self, of: Callable[[str], Tensor], config: MoEConfig) -> None:
+    def __init__(self, of: Parameters, config: MoEConfig) -> None:
         self._config = config
         self._gate, self._bias = of("moe.gate"), of("moe.bias")
-        self._gate_up = of("moe.experts_gate_up").view(-1, 2 * config.intermediate_size, self._gate.shape[1])
-        self._down = of("moe.experts_down").view(-1, self._gate.shape[1], config.intermediate_size)
-        self._shared = DeepseekMLP(of("moe.shared_gate_up"), of("moe.shared_down"))
+        self._gate_up = of.matrix("moe.experts_gate_up").view(
+            -1, 2 * config.intermediate_size, self._gate.shape[1]
+        )
+        self._down = of.matrix("moe.experts_down").view(-1, self._gate.shape[1], config.intermediate_size)
+        self._shared = DeepseekMLP(of.matrix("moe.shared_gate_up"), of.matrix("moe.shared_down"))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, E] -> [T, E]."""
@@ -72,7 +75,7 @@ class DeepseekLayer:
 
     def __init__(
         self,
-        of: Callable[[str], Tensor],
+        of: Parameters,
         config: DeepseekConfig,
         *,
         moe: bool,
@@ -86,13 +89,13 @@ class DeepseekLayer:
         self._input_norm, self._post_norm = of("input_norm"), of("post_norm")
         latent = c.q_lora_rank is not None
         weights = MLAWeights(
-            q_a=of("attn.q_a") if latent else None,
+            q_a=of.matrix("attn.q_a") if latent else None,
             q_a_norm=of("attn.q_a_norm") if latent else None,
-            q_b=of("attn.q_b") if latent else of("attn.q"),
-            kv_a=of("attn.kv_a"),
+            q_b=of.matrix("attn.q_b" if latent else "attn.q"),
+            kv_a=of.matrix("attn.kv_a"),
             kv_a_norm=of("attn.kv_a_norm"),
             kv_b=of("attn.kv_b").view(-1, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank),
-            o=of("attn.o"),
+            o=of.matrix("attn.o"),
         )
         self.attention = LatentAttention(
             weights,
@@ -112,7 +115,9 @@ class DeepseekLayer:
             self.indexer = LightningIndexer(
                 parts, c.indexer.num_heads, interleaved=c.indexer.rope_interleaved
             )
-        self._mlp = DeepseekMoE(of, c.moe) if moe else DeepseekMLP(of("mlp.gate_up"), of("mlp.down"))
+        self._mlp = (
+            DeepseekMoE(of, c.moe) if moe else DeepseekMLP(of.matrix("mlp.gate_up"), of.matrix("mlp.down"))
+        )
 
     def __call__(
         self,
@@ -153,7 +158,7 @@ class Deepseek:
     def __init__(
         self,
         config: DeepseekConfig,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Matrix],
         kernels: Kernels,
         max_positions: int,
         latent_format: LatentFormat,
@@ -186,13 +191,13 @@ class Deepseek:
         )
         self._kernels = kernels
         self._latent_format, self._index_format = latent_format, index_format
-        self._embed = weights["embed"]
-        self._norm = weights["norm"]
+        of = Parameters(weights)
+        self._embed, self._norm = of("embed"), of("norm")
         # As the published code does: logits are compared with one another to the last digit.
-        self._head = weights["embed" if config.tied else "head"].float()
+        self._head = of("embed" if config.tied else "head").float()
         self._layers = [
             DeepseekLayer(
-                lambda name, i=i: weights[f"layers.{i}.{name}"],  # type: ignore[misc]
+                Parameters(weights, f"layers.{i}."),
                 config,
                 moe=config.moe_layers[i],
                 indexer=config.index_layers[i],
@@ -295,6 +300,7 @@ def build(
     Raises:
         CheckpointError: the config or the tensors are not what this architecture needs, or an overlay was
             laid over it.
+        ConfigError: a precision that the checkpoint does not have.
     """
     config = DeepseekConfig.read(source.config)
     if indexer is not None:
@@ -305,5 +311,8 @@ def build(
     raw, index = source.config, config.indexer
     latent_format = precision.latent(raw, config.kv_lora_rank, config.qk_rope_head_dim, dtype)
     index_format = None if index is None else precision.index(raw, index.head_dim, dtype)
-    weights, report = load(weight_table(config), source, dtype=dtype, device=device, progress=progress)
+    fp8 = precision.resident(raw, source.description, device)
+    weights, report = load(
+        weight_table(config), source, dtype=dtype, device=device, progress=progress, fp8=fp8
+    )
     return Deepseek(config, weights, kernels, max_positions, latent_format, index_format), report

@@ -23,6 +23,7 @@ from engine.checkpoint.loader import load
 from engine.checkpoint.source import Source
 from engine.kernels.interface import Kernels
 from engine.kv.planes import PagedCache, PlaneSpec
+from engine.layers.linear import Matrix, Parameters
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable
 from engine.models.deepseek import DeepseekLayer
@@ -36,18 +37,18 @@ class DeepseekMTP:
     def __init__(
         self,
         config: DeepseekConfig,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Matrix],
         kernels: Kernels,
         max_positions: int,
         latent_format: LatentFormat,
         index_format: IndexFormat | None,
     ) -> None:
         self._config = config
-        self._weights = weights
+        of = self._of = Parameters(weights)
         self._kernels = kernels
-        self._head = weights["head"].float()
+        self._head = of("head").float()
         self._layer = DeepseekLayer(
-            weights.__getitem__,
+            of,
             config,
             moe=True,
             indexer=config.indexer is not None,
@@ -77,13 +78,13 @@ class DeepseekMTP:
         Args:
             hidden: [T, E], of the main model or of this layer
         """
-        w, eps = self._weights, self._config.rms_norm_eps
-        embedded = rms_norm(F.embedding(batch.token_ids, w["embed"]), w["enorm"], eps)
-        x = F.linear(torch.cat((embedded, rms_norm(hidden, w["hnorm"], eps)), dim=-1), w["eh_proj"])
+        of, eps = self._of, self._config.rms_norm_eps
+        embedded = rms_norm(F.embedding(batch.token_ids, of("embed")), of("enorm"), eps)
+        x = F.linear(torch.cat((embedded, rms_norm(hidden, of("hnorm"), eps)), dim=-1), of("eh_proj"))
         rotation = self._rotary.at(batch.positions)
         none = [None] * len(batch.tiles)
         x, _ = self._layer(self._config.num_layers, x, rotation, batch, cache, self._kernels, none)
-        return rms_norm(x, w["norm"], eps)
+        return rms_norm(x, of("norm"), eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -111,6 +112,7 @@ def build_draft_layer(
     latent_format = precision.latent(raw, config.kv_lora_rank, config.qk_rope_head_dim, dtype)
     index_format = None if index is None else precision.index(raw, index.head_dim, dtype)
     table = mtp_table(config, 0)
-    weights, _ = load(table, source, dtype=dtype, device=device, progress=progress)
+    fp8 = precision.resident(raw, source.description, device)
+    weights, _ = load(table, source, dtype=dtype, device=device, progress=progress, fp8=fp8)
     names = frozenset(name for weight in table.values() for name in weight.names)
     return DeepseekMTP(config, weights, kernels, max_positions, latent_format, index_format), names

@@ -314,8 +314,13 @@ def build(
 
     Raises:
         CheckpointError: the config or the tensors are not what this architecture needs.
-        ConfigError: a cache or an indexer of another dtype than the model's was asked for.
+        ConfigError: weights, a cache or an indexer of another dtype than the model's was asked for.
     """
+    if precision.weights == "fp8":
+        raise ConfigError(
+            f"weight_dtype is fp8, but {source.description} is a llama model, whose weights are held in "
+            f"{str(dtype).removeprefix('torch.')}; leave it at auto"
+        )
     for name, asked in (("kv_cache_dtype", precision.kv_cache), ("indexer_dtype", precision.indexer)):
         if asked == "fp8" or (asked == "bf16" and dtype != torch.bfloat16):
             raise ConfigError(

@@ -1,0 +1,65 @@
+"""A product with a weight that is plain, or that stays in FP8 blocks and is made plain for the product only.
+
+Activations stay in the model's dtype: DeepSeek's own kernels round them to FP8 too (arXiv 2412.19437, section
+3.3.2), so this is the more precise of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.errors import EngineError
+from engine.kernels.blocks import BLOCK, BlockWeight
+
+Matrix: TypeAlias = Tensor | BlockWeight
+"""[out, in], or [n, out, in] of n weights."""
+
+PLAIN_AT_ONCE = 1 << 24
+"""Numbers of a block weight that are plain at the same time: some 200 MB with what the conversion needs."""
+
+
+def linear(x: Tensor, weight: Matrix) -> Tensor:
+    """x weight^T, in the dtype of `x`: [..., in] -> [..., out].
+
+    A block weight is made plain a group of rows at a time, as `dequantise_blocks` does (rounded once), so the
+    result is that of the weight dequantised beforehand, up to the order of a sum.
+    """
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    rows, columns = weight.shape
+    step = max(PLAIN_AT_ONCE // columns // BLOCK, 1) * BLOCK
+    parts = [
+        F.linear(x, weight.rows(start, min(start + step, rows)).dequantise(x.dtype))
+        for start in range(0, rows, step)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class Parameters:
+    """A model's or a layer's parameters by name."""
+
+    def __init__(self, weights: Mapping[str, Matrix], prefix: str = "") -> None:
+        """Those of `weights` whose names begin with `prefix`, which is then left out."""
+        self._weights, self._prefix = weights, prefix
+
+    def __call__(self, name: str) -> Tensor:
+        """A plain tensor.
+
+        Raises:
+            EngineError: it was loaded in FP8 blocks.
+        """
+        weight = self.matrix(name)
+        if isinstance(weight, BlockWeight):
+            raise EngineError(
+                f"parameter {self._prefix}{name} is in FP8 blocks, but is used as a plain tensor"
+            )
+        return weight
+
+    def matrix(self, name: str) -> Matrix:
+        """A weight for `linear`, plain or in FP8 blocks."""
+        return self._weights[self._prefix + name]
