@@ -22,6 +22,7 @@ from engine.protocol import (
     RequestUsage,
     Submit,
     TokenLogprob,
+    Work,
 )
 
 Fault = Literal["error", "abort", "die", "refuse", "crash"]
@@ -38,6 +39,7 @@ class Script:
         delay: seconds before each later one.
         cached: prompt tokens said to be reused.
         fault: what goes wrong after `fault_after` tokens.
+        work: what the request is said to have used.
     """
 
     token_ids: Sequence[int] = ()
@@ -47,6 +49,7 @@ class Script:
     cached: int = 0
     fault: Fault | None = None
     fault_after: int = 0
+    work: Work = field(default_factory=Work)
 
 
 @dataclass
@@ -202,4 +205,5 @@ def _usage(request: Submit, script: Script, completion_tokens: int) -> RequestUs
         queue_seconds=0.001,
         prefill_seconds=0.001,
         decode_seconds=0.001,
+        work=script.work,
     )
