@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter as Counter_
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -191,8 +191,14 @@ class _CostCollector(Collector):
         self._prices = prices
         self._classes: dict[str, int] = dict.fromkeys(get_args(Class), 0)
         self._amounts = {"actual": 0, "dense_equivalent": 0}
-        self._context: Counter_[tuple[str, str, str]] = Counter_()
-        self._tokens: Counter_[tuple[str, str]] = Counter_()
+        # Every series is there from the start: a rate would miss what a new one begins with.
+        contexts = [_context_bucket(bound) for bound in (*CONTEXT_BOUNDS, CONTEXT_BOUNDS[-1] + 1)]
+        self._tokens = Counter_(dict.fromkeys(product(contexts, ("prefill", "decode")), 0))
+        self._context = Counter_(
+            {(*pair, attention): 0 for pair, attention in product(self._tokens, self._amounts)}
+            if prices is not None
+            else {}
+        )
 
     def closed(self, entry: Entry) -> None:
         bill, work = entry.bill, entry.work

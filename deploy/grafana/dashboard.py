@@ -21,8 +21,33 @@ def _quantiles(name: str) -> list[tuple[str, str]]:
     ]
 
 
-def _rate(name: str, by: str) -> str:
-    return f"sum by ({by}) (rate({name}{{{_OWN}}}[$__rate_interval]))"
+def _rate(name: str, by: str, where: str = "") -> str:
+    return f"sum by ({by}) (rate({name}{{{_OWN}{where}}}[$__rate_interval]))"
+
+
+def _hourly(name: str, where: str = "") -> str:
+    return f"3600 * sum(rate({name}{{{_OWN}{where}}}[$__rate_interval]))"
+
+
+def _million(phase: str) -> list[tuple[str, str]]:
+    """Metered USD a million tokens of a phase by context length; lengths that nobody asks for are left out."""
+    tokens = _rate("dsa_context_tokens_total", "context", f',phase="{phase}"')
+    return [
+        (
+            f"{{{{context}}}} {legend}",
+            "1e6 * "
+            + _rate("dsa_context_cost_usd_total", "context", f',phase="{phase}",attention="{attention}"')
+            + f" / ({tokens} > 0)",
+        )
+        for legend, attention in (("as it is", "actual"), ("were it dense", "dense_equivalent"))
+    ]
+
+
+def _rows() -> str:
+    """Rows that the engine computed a second: tokens kept, and drafts that were not."""
+    kept = "rate(dsa_engine_prefill_tokens_total{own}[w]) + rate(dsa_engine_decode_tokens_total{own}[w])"
+    lost = "rate(dsa_spec_decode_draft_tokens_total{own}[w]) - rate(dsa_spec_decode_accepted_tokens_total{own}[w])"
+    return f"({kept} + {lost})".replace("own", _OWN).replace("[w]", "[$__rate_interval]")
 
 
 # Title, unit, [(legend, query)]; three panels a row.
@@ -86,6 +111,72 @@ PANELS: tuple[tuple[str, str, list[tuple[str, str]]], ...] = (
         [
             ("preemptions {{instance}}", f"rate(dsa_preemptions_total{{{_OWN}}}[$__rate_interval])"),
             ("restarts {{instance}}", f"increase(dsa_engine_restarts_total{{{_OWN}}}[$__rate_interval])"),
+        ],
+    ),
+    ("Time between deliveries of tokens", "s", _quantiles("dsa_inter_token_latency_seconds")),
+    ("Rejections by reason", "reqps", [("{{reason}}", _rate("dsa_rejections_total", "reason"))]),
+    (
+        "Charged by class, an hour",
+        "currencyUSD",
+        [("{{class}}", "3600 * " + _rate("dsa_cost_usd_total", "class"))],
+    ),
+    (
+        "Charged beside metered, an hour",
+        "currencyUSD",
+        [
+            ("charged", _hourly("dsa_cost_usd_total")),
+            ("metered", _hourly("dsa_metered_cost_usd_total", ',attention="actual"')),
+            (
+                "metered, were it dense",
+                _hourly("dsa_metered_cost_usd_total", ',attention="dense_equivalent"'),
+            ),
+        ],
+    ),
+    ("A million prompt tokens by context, metered", "currencyUSD", _million("prefill")),
+    ("A million output tokens by context, metered", "currencyUSD", _million("decode")),
+    (
+        "Device seconds a second, sparse beside dense",
+        "short",
+        [
+            ("as it is", f"sum(rate(dsa_engine_busy_seconds_total{{{_OWN}}}[$__rate_interval]))"),
+            (
+                "were it dense",
+                f"sum(rate(dsa_engine_dense_equivalent_seconds_total{{{_OWN}}}[$__rate_interval]))",
+            ),
+        ],
+    ),
+    (
+        "Indexer's share of step time",
+        "percentunit",
+        [
+            (
+                "{{instance}}",
+                f"rate(dsa_engine_index_seconds_total{{{_OWN}}}[$__rate_interval])"
+                f" / rate(dsa_engine_busy_seconds_total{{{_OWN}}}[$__rate_interval])",
+            )
+        ],
+    ),
+    (
+        "Selected tokens a row",
+        "short",
+        [
+            (
+                "{{instance}}",
+                f"rate(dsa_engine_selected_tokens_total{{{_OWN}}}[$__rate_interval]) / {_rows()}",
+            )
+        ],
+    ),
+    (
+        "Sentinels",
+        "short",
+        [
+            (f"{what} {{{{instance}}}}", f"increase({name}{{{_OWN}}}[$__rate_interval])")
+            for what, name in (
+                ("rows that the ledger could not take", "dsa_ledger_errors_total"),
+                ("refused edits of the price table", "dsa_price_table_errors_total"),
+                ("requests with logits that are not finite", "dsa_nonfinite_logits_total"),
+                ("failed steps", "dsa_engine_failed_steps_total"),
+            )
         ],
     ),
 )
