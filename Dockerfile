@@ -39,8 +39,8 @@ ENV PATH=/opt/dsa/bin:$PATH \
     DSA_HOST=0.0.0.0 \
     DSA_PORT=8000
 RUN useradd --system --uid 10001 --create-home dsa \
-    && mkdir /models \
-    && chown dsa /models
+    && mkdir /models /ledger \
+    && chown dsa /models /ledger
 COPY --from=build /opt/dsa /opt/dsa
 USER 10001
 WORKDIR /home/dsa

@@ -14,6 +14,11 @@ from server.evaluation.client import EvaluationError
 _STOP_SECONDS = 20.0
 
 
+def serve_arguments(arguments: Sequence[str]) -> list[str]:
+    """Arguments of `dsa` that serve on a free port; measurements are nobody's usage, so no ledger is kept."""
+    return ["serve", "--ledger", "none", *arguments, "--host", "127.0.0.1", "--port", "0"]
+
+
 @contextmanager
 def serving(arguments: Sequence[str]) -> Iterator[str]:
     """Serve on a free port of the loopback; gives the address. What the server says of itself is shown.
@@ -24,8 +29,7 @@ def serving(arguments: Sequence[str]) -> Iterator[str]:
     Raises:
         EvaluationError: it does not start; its own error stands above.
     """
-    command = [sys.executable, "-c", "from server.cli import main; main()", "serve"]
-    command += [*arguments, "--host", "127.0.0.1", "--port", "0"]
+    command = [sys.executable, "-c", "from server.cli import main; main()", *serve_arguments(arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

@@ -10,6 +10,7 @@ import functools
 import re
 import subprocess
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import yaml
 
 from server.cli import app
 from server.config import Settings, load_settings
+from server.pricing import PriceBook
 from tests.deploy.kit import DEPLOY, ROOT, tool
 
 KUBERNETES = DEPLOY / "kubernetes"
@@ -172,7 +174,9 @@ def test_everything_points_at_the_same_pods(folder: Path) -> None:
         for volume in pod(folder)["volumes"]
         if "persistentVolumeClaim" in volume
     }
-    assert claims == {one(folder, "PersistentVolumeClaim")["metadata"]["name"]}
+    assert claims == {
+        item["metadata"]["name"] for item in rendered(folder) if item["kind"] == "PersistentVolumeClaim"
+    }
     server = container(folder)
     assert str(server["ports"][0]["containerPort"]) == option(server["args"], "port")
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
@@ -183,6 +187,56 @@ def test_everything_points_at_the_same_pods(folder: Path) -> None:
     assert {
         server[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")
     } | {endpoint["path"]} == routes
+
+
+def test_the_ledger_is_on_a_disk_of_one_node_and_prices_follow_edits() -> None:
+    for folder in SERVERS:
+        volumes = {volume["name"]: volume for volume in pod(folder)["volumes"]}
+        mounts = {mount["mountPath"]: mount for mount in container(folder)["volumeMounts"]}
+        arguments = container(folder)["args"]
+        ledger = mounts[str(Path(option(arguments, "ledger")).parent)]
+        assert not ledger.get("readOnly")
+        volume = volumes[ledger["name"]]
+        if folder.name == "autoscaling":  # replicas on several nodes share no SQLite file
+            assert "emptyDir" in volume
+            assert "persistentVolumeClaim" not in volume
+        else:
+            (claim,) = (
+                item
+                for item in rendered(folder)
+                if item["kind"] == "PersistentVolumeClaim"
+                and item["metadata"]["name"] == volume["persistentVolumeClaim"]["claimName"]
+            )
+            assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+        table = Path(option(arguments, "prices"))
+        mount = mounts[str(table.parent)]
+        assert mount["readOnly"] is True
+        assert "subPath" not in mount  # the kubelet does not update those
+        config = one(folder, "ConfigMap")
+        assert volumes[mount["name"]]["configMap"]["name"] == config["metadata"]["name"]
+        assert config["data"].keys() == {table.name}
+
+
+def test_compose_can_write_its_ledger() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yml").read_text("utf-8"))["services"]
+    for name in ("server-cpu", "server-gpu"):
+        targets = {volume.split(":")[1]: volume for volume in services[name]["volumes"]}
+        folder = str(Path(option(services[name]["command"], "ledger")).parent)
+        assert not targets[folder].endswith(":ro")
+        # A named volume takes its owner from the image's folder.
+        (owned,) = re.findall(r"chown dsa (.+)", (ROOT / "Dockerfile").read_text("utf-8"))
+        assert folder in owned.split()
+        table = Path(option(services[name]["command"], "prices"))
+        assert targets[str(table.parent)] == f"./prices:{table.parent}:ro"
+
+
+def test_the_shipped_price_table_prices_what_is_served() -> None:
+    for _, arguments, environ in commands():
+        settings = load_settings(parsed(arguments), environ)
+        config = settings.server("any")
+        machine = None if config.machine_price is None else Decimal(config.machine_price)
+        book = PriceBook(DEPLOY / "prices" / "prices.yaml", config.model_name, machine)
+        assert book.table.machine_hour > 0
 
 
 def test_the_gpu_is_asked_for_and_used() -> None:
@@ -200,7 +254,8 @@ def test_replicas_follow_the_queue() -> None:
     assert deployment["spec"]["strategy"]["type"] == "RollingUpdate"
     (trigger,) = scaled["triggers"]
     assert trigger["metadata"]["query"] == 'sum(dsa_requests_waiting{job="dsa-serve"})'
-    assert one(folder, "PersistentVolumeClaim")["spec"]["accessModes"] == ["ReadWriteMany"]
+    claim = one(folder, "PersistentVolumeClaim")
+    assert (claim["metadata"]["name"], claim["spec"]["accessModes"]) == ("dsa-models", ["ReadWriteMany"])
 
 
 def test_the_pool_selects_the_server() -> None:
@@ -217,7 +272,7 @@ def test_what_compose_mounts_is_there() -> None:
     services = yaml.safe_load((DEPLOY / "compose.yml").read_text("utf-8"))["services"]
     mounts = [volume.split(":")[0] for service in services.values() for volume in service.get("volumes", [])]
     folders = [mount for mount in mounts if mount.startswith(".")]
-    assert len(folders) == 3
+    assert len(set(folders)) == 4
     for folder in folders:
         assert any((DEPLOY / folder).iterdir()), folder
     targets = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text("utf-8"))

@@ -6,11 +6,15 @@ import math
 from typing import Any
 
 import pytest
+import typer
 
 from engine.protocol import Submit
+from server.cli import app
+from server.config import load_settings
 from server.evaluation import agreement, equality, loss, needles
 from server.evaluation.agreement import ids_of, parting
 from server.evaluation.client import Answer, Client, EvaluationError, Scores
+from server.evaluation.local_server import serve_arguments
 from server.evaluation.loss import TextLoss, buckets
 from server.evaluation.material import AskedNeedle, HeldOut, Message, NeedleRow, Prompt, spread
 from server.evaluation.needles import Found, grid, is_right
@@ -27,6 +31,16 @@ def silent(done: int, total: int) -> None:
 
 def answer(*tokens: str, finish: str = "stop") -> Answer:
     return Answer("".join(tokens), tuple(token.encode() for token in tokens), finish, 3)
+
+
+def test_a_server_of_its_own_writes_no_ledger() -> None:
+    command, *rest = serve_arguments(["some-model", "--device", "cpu"])
+    serve = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    flags = {
+        name: value for name, value in serve.make_context(command, rest).params.items() if name != "config"
+    }
+    config = load_settings(flags, {"DSA_LEDGER": "usage.sqlite"}).server("any")
+    assert (config.ledger, config.port) == (None, 0)
 
 
 def test_loss_counts_from_the_position_on_and_by_bucket() -> None:
