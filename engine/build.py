@@ -10,8 +10,8 @@ import torch
 
 from engine.attention.precision import Precision
 from engine.checkpoint.loader import LoadReport
-from engine.checkpoint.overlay import read_overlay
-from engine.checkpoint.source import open_source
+from engine.checkpoint.overlay import Overlay, read_overlay
+from engine.checkpoint.source import Source, open_source
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.core import EngineCore
 from engine.cost import CostModel, assumed_coefficients, read_calibration
@@ -20,7 +20,11 @@ from engine.errors import ConfigError
 from engine.kernels import load_backend
 from engine.kv.planes import PagedCache, page_bytes
 from engine.meter import Meter
-from engine.models import build_model
+from engine.models import build_model, check_split
+from engine.models.interface import Model
+from engine.parallel.lead import LeadRunner
+from engine.parallel.ranks import ALONE, Ranks
+from engine.parallel.team import OnLost, Team
 from engine.protocol import Capacity, ModelInfo, Ready
 from engine.runner import Runner
 from engine.scheduler import Scheduler
@@ -38,21 +42,94 @@ class Built:
     ready: Ready
     unused_tensors: tuple[str, ...]
     weights: LoadReport  # of the main model
+    team: Team | None = None  # the other ranks
+
+    def close(self) -> None:
+        """End the other ranks, if there are any."""
+        if self.team is not None:
+            self.team.close()
 
 
-def build(config: EngineConfig, progress: Progress = lambda stage, done, total: None) -> Built:
-    """Load everything that `config` names.
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of the model, and its own cache of all tokens."""
+
+    runner: Runner
+    report: LoadReport
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint and where it is to be computed, before anything was loaded."""
+
+    source: Source
+    overlay: Overlay | None
+    device: torch.device
+    dtype: torch.dtype
+    max_model_len: int
+
+
+def build(
+    config: EngineConfig,
+    progress: Progress = lambda stage, done, total: None,
+    on_lost: OnLost | None = None,
+) -> Built:
+    """Load everything that `config` names, in this process and, if it says so, in others.
+
+    Args:
+        config: what to load and how
+        progress: of this process
+        on_lost: called, from a thread, when another process of the engine has ended; see `Team`
 
     Raises:
         CheckpointError: the model's files.
         ConfigError: settings that do not fit the model or the machine.
+        RankError: another process failed.
     """
+    opened = _open(config, 0, progress)
+    if config.tensor_parallel == 1:
+        return _build(config, opened, progress, ALONE, None)
+    team = Team(config, on_lost)
+    try:
+        built = _build(config, opened, progress, team.join(opened.device), team)
+        team.wait_loaded()
+    except BaseException:
+        team.close()
+        raise
+    return built
+
+
+def load_part(config: EngineConfig, rank: int, join: Callable[[torch.device], Ranks]) -> Part:
+    """What a rank other than 0 computes with.
+
+    Args:
+        config: the engine's
+        rank: 1 to `config.tensor_parallel` - 1
+        join: meets the other ranks, given this one's device
+
+    Raises:
+        EngineError: as `build`.
+    """
+    opened = _open(config, rank, lambda stage, done, total: None)
+    model, report = _load(config, opened, lambda stage, done, total: None, join(opened.device))
+    specs = model.plane_specs()
+    # At least as many pages as rank 0 has, whose pages hold the same or a draft layer more.
+    num_pages = config.kv_cache_bytes // page_bytes(specs, model.num_layers)
+    cache = PagedCache(num_pages, specs, model.num_layers, opened.device)
+    costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
+    return Part(Runner(model, cache, costs, opened.device), report)
+
+
+def _open(config: EngineConfig, rank: int, progress: Progress) -> _Opened:
+    count = config.tensor_parallel
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+    device = resolve_device(config.device, rank, count)
+    if config.threads is None and count > 1 and device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // count))
     progress("opening the checkpoint", 0, 1)
     source = open_source(Path(config.weights))
+    check_split(source, count)
     overlay = None if config.overlay is None else read_overlay(Path(config.overlay), source)
     max_positions = int(source.config["max_position_embeddings"])
     if config.max_model_len is not None and config.max_model_len > max_positions:
@@ -60,18 +137,33 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
             f"max_model_len is {config.max_model_len}, but this checkpoint has {max_positions} positions; "
             "ask for no more than that"
         )
-    max_model_len = config.max_model_len or max_positions
-    precision = Precision(config.kv_cache_dtype, config.indexer_dtype, config.weight_dtype)
-    model, report = build_model(
+    return _Opened(
+        source, overlay, device, resolve_dtype(config.dtype, device), config.max_model_len or max_positions
+    )
+
+
+def _load(
+    config: EngineConfig, opened: _Opened, progress: Progress, ranks: Ranks
+) -> tuple[Model, LoadReport]:
+    source, overlay = opened.source, opened.overlay
+    return build_model(
         source if overlay is None else overlay.over(source),
         None if overlay is None else overlay.info,
         load_backend("torch"),
-        max_model_len,
-        dtype=dtype,
-        device=device,
+        opened.max_model_len,
+        dtype=opened.dtype,
+        device=opened.device,
         progress=lambda done, total: progress("loading weights", done, total),
-        precision=precision,
+        precision=Precision(config.kv_cache_dtype, config.indexer_dtype, config.weight_dtype),
+        ranks=ranks,
     )
+
+
+def _build(
+    config: EngineConfig, opened: _Opened, progress: Progress, ranks: Ranks, team: Team | None
+) -> Built:
+    source, device, dtype, max_model_len = opened.source, opened.device, opened.dtype, opened.max_model_len
+    model, report = _load(config, opened, progress, ranks)
     specs, num_layers, unused = model.plane_specs(), model.num_layers, report.unused
     layer = None
     if config.drafter == "mtp":
@@ -88,7 +180,7 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
             dtype=dtype,
             device=device,
             progress=lambda done, total: progress("loading the draft layer", done, total),
-            precision=precision,
+            precision=Precision(config.kv_cache_dtype, config.indexer_dtype, config.weight_dtype),
         )
         specs, num_layers = layer.plane_specs(specs), num_layers + 1
         unused = tuple(name for name in unused if name not in names)
@@ -103,7 +195,11 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
     cache = PagedCache(num_pages, specs, num_layers, device)
     costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
     drafter = None if layer is None else LayerDrafter(layer, config.draft_tokens, cache, costs, device)
-    runner = Runner(model, cache, costs, device, drafter)
+    runner = (
+        Runner(model, cache, costs, device, drafter)
+        if team is None
+        else LeadRunner(model, cache, costs, device, drafter, team)
+    )
     shape, dtype_name = model.shape(), str(dtype).removeprefix("torch.")
     coefficients = assumed_coefficients(shape, device.type)
     if config.cost_calibration is not None:
@@ -141,17 +237,19 @@ def build(config: EngineConfig, progress: Progress = lambda stage, done, total: 
         ),
     )
     core = EngineCore(scheduler, runner, meter, sparse=model.indexer is not None)
-    return Built(core=core, runner=runner, ready=ready, unused_tensors=tuple(unused), weights=report)
+    return Built(
+        core=core, runner=runner, ready=ready, unused_tensors=tuple(unused), weights=report, team=team
+    )
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device if there is one, else the CPU.
+def resolve_device(name: str, rank: int = 0, count: int = 1) -> torch.device:
+    """`auto` is CUDA if there is any, else the CPU; on CUDA rank n has device n.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: no such device here, or fewer than `count`.
     """
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -159,13 +257,28 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
+        seen = torch.cuda.device_count()
+        if (device.index or 0) >= seen:
             raise ConfigError(
-                f"device {name!r} was asked for, but torch sees {count} CUDA devices; try --device cpu"
+                f"device {name!r} was asked for, but torch sees {seen} CUDA devices; try --device cpu"
             )
+        if count > 1:
+            return _nth_cuda(device, rank, count)
         return torch.device("cuda", device.index or 0)
     return device
+
+
+def _nth_cuda(device: torch.device, rank: int, count: int) -> torch.device:
+    if device.index is not None:
+        raise ConfigError(
+            f"device {str(device)!r} is one device, but tensor_parallel is {count}; use --device cuda and choose "
+            "the devices with CUDA_VISIBLE_DEVICES"
+        )
+    if count > torch.cuda.device_count():
+        raise ConfigError(
+            f"tensor_parallel is {count}, but torch sees {torch.cuda.device_count()} CUDA devices; ask for no more"
+        )
+    return torch.device("cuda", rank)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import threading
 from typing import Any
 
 import msgspec
 
 from engine.errors import ProtocolError
-from engine.protocol import Message, ToEngine, ToServer
+from engine.protocol import ToEngine, ToServer
 
 MAX_FRAME_BYTES = 256 << 20
 """Far above any real message; a length beyond it means that the stream is out of step."""
@@ -21,7 +22,7 @@ _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine
 _to_server: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
 
 
-def frame(message: Message) -> bytes:
+def frame(message: msgspec.Struct) -> bytes:
     """A message as bytes on the wire."""
     body = _encoder.encode(message)
     return _HEADER.pack(len(body)) + body
@@ -36,22 +37,49 @@ def _body_length(header: bytes) -> int:
     return int(length)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
+def decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
+    """The message in a frame's body; raises ProtocolError where there is none."""
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, ValueError) as error:
         raise ProtocolError(f"not a message: {error}") from None
 
 
+def read_frame(sock: socket.socket) -> bytes | None:
+    """The body of the next frame of a blocking socket, or None when the other side has closed its end.
+
+    Raises:
+        ProtocolError: what came is not a frame.
+    """
+    header = _read(sock, _HEADER.size)
+    return None if header is None else _read(sock, _body_length(header))
+
+
+def _read(sock: socket.socket, count: int) -> bytes | None:
+    parts = bytearray()
+    while len(parts) < count:
+        try:
+            part = sock.recv(min(count - len(parts), 1 << 20))
+        except ConnectionResetError:
+            return None
+        if not part:
+            return None
+        parts += part
+    return bytes(parts)
+
+
 class EngineEnd:
-    """The engine's side: blocking, one reader thread and one writer thread at most."""
+    """The engine's side: blocking, one reader thread at most; any thread may write."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._writing = threading.Lock()
 
     def send(self, message: ToServer) -> None:
         """Write a message; raises OSError when the server is gone."""
-        self._sock.sendall(frame(message))
+        data = frame(message)
+        with self._writing:
+            self._sock.sendall(data)
 
     def receive(self) -> ToEngine | None:
         """The next message, or None when the server has closed its end.
@@ -59,26 +87,11 @@ class EngineEnd:
         Raises:
             ProtocolError: what came is not a message.
         """
-        header = self._read(_HEADER.size)
-        if header is None:
-            return None
-        body = self._read(_body_length(header))
+        body = read_frame(self._sock)
         if body is None:
             return None
-        message: ToEngine = _decode(_to_engine, body)
+        message: ToEngine = decode(_to_engine, body)
         return message
-
-    def _read(self, count: int) -> bytes | None:
-        parts = bytearray()
-        while len(parts) < count:
-            try:
-                part = self._sock.recv(min(count - len(parts), 1 << 20))
-            except ConnectionResetError:
-                return None
-            if not part:
-                return None
-            parts += part
-        return bytes(parts)
 
 
 class ServerEnd:
@@ -109,7 +122,7 @@ class ServerEnd:
             body = await self._reader.readexactly(_body_length(header))
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
-        message: ToServer = _decode(_to_server, body)
+        message: ToServer = decode(_to_server, body)
         return message
 
     def close(self) -> None:

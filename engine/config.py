@@ -38,7 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_running: int = 64  # requests in one step
     prefix_caching: bool = True
     score_budget_bytes: int = 64 << 20  # upper bound of one tile of index or attention scores
-    threads: int | None = None  # CPU threads; None: what torch finds
+    threads: int | None = None  # CPU threads of each rank; None: what torch finds, shared by the ranks
+    tensor_parallel: int = 1  # devices of this host that compute the model together, a process each
     sparse_form: Literal["auto", "gather", "mask"] = "auto"  # how rows longer than top_k are attended
     drafter: Literal["off", "ngram", "mtp"] = "off"  # what guesses tokens ahead: own text, or the MTP layer
     speculative_tokens: int | None = None  # guesses a request a step; None: as many as suit the drafter
@@ -54,7 +55,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"token_budget ({self.token_budget}) must be at least max_running ({self.max_running}), "
                 "so that every running request can decode one token a step"
             )
-        for name in ("max_running", "kv_cache_bytes", "score_budget_bytes"):
+        for name in ("max_running", "kv_cache_bytes", "score_budget_bytes", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:

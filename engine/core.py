@@ -9,6 +9,7 @@ from typing import Protocol
 
 import msgspec
 
+from engine.errors import RankError
 from engine.meter import Meter
 from engine.plan import Sampled, StepPlan, StepResult
 from engine.protocol import Delta, EngineStats, RequestUsage, StepOutput, Submit, Work
@@ -108,9 +109,15 @@ class EngineCore:
         return StepOutput(deltas=deltas, stats=self.stats(), progress=self._progress(now))
 
     def _run(self, plan: StepPlan) -> StepResult:
-        """Run the plan; a fault ends the requests that were in it, with the reason, and no others."""
+        """Run the plan; a fault ends the requests that were in it, with the reason, and no others.
+
+        Raises:
+            RankError: the ranks no longer compute the same, so there is no next step.
+        """
         try:
             result = self._runner.run(plan)
+        except RankError:
+            raise
         except Exception as error:
             self._failed_steps += 1
             self._failed_steps_total += 1

@@ -23,5 +23,9 @@ class EngineUnavailableError(EngineError):
     """The engine is not (or not yet, or no longer) taking requests."""
 
 
+class RankError(EngineError):
+    """One of the processes that compute the model together has failed, and with it all of them."""
+
+
 class ProtocolError(EngineError):
     """The other side of the socket sent something that is not a message."""

@@ -15,10 +15,11 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 
 from engine.build import Built, build
 from engine.channel import EngineEnd
-from engine.errors import EngineError, ProtocolError
+from engine.errors import EngineError, ProtocolError, RankError
 from engine.protocol import Abort, Delta, Failed, Loading, Start, StepOutput, Stop, Submit, ToEngine
 
 _log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def main() -> None:
     inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(end, inbox), daemon=True).start()
     try:
-        built = build(first.config, _Progress(end))
+        built = build(first.config, _Progress(end), lambda reason: _give_up(end, reason))
     except EngineError as error:
         end.send(Failed(message=str(error)))
         sys.exit(1)
@@ -52,7 +53,21 @@ def main() -> None:
     if built.weights.fp8_bytes or built.weights.dequantised_bytes:
         _log.info("%s", built.weights)
     end.send(built.ready)
-    _loop(end, inbox, built)
+    try:
+        _loop(end, inbox, built)
+    except RankError as error:
+        _log.error("%s", error)
+        end.send(Failed(message=str(error)))
+        built.close()
+        os._exit(1)  # what the device still does may wait for a rank that is gone
+    built.close()
+
+
+def _give_up(end: EngineEnd, reason: str) -> None:
+    """From any thread, and at once: the main one may wait for a rank that is gone."""
+    with suppress(OSError):
+        end.send(Failed(message=reason))
+    os._exit(1)
 
 
 class _Progress:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.tiles import TileCosts
-from engine.batch import build_batch
+from engine.batch import Batch, build_batch
 from engine.drafting import LayerDrafter
 from engine.kv.planes import PagedCache
 from engine.models.interface import Model
@@ -42,8 +42,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's rows, write their cache entries, draw the tokens that it asks for."""
-        batch = build_batch(plan, self._costs, self._device)
-        hidden = self._model.forward(batch, self._cache)
+        batch, hidden = self.forward(plan)
         ends = list(accumulate(len(request.token_ids) for request in plan.requests))
         specs = [row_specs(request) for request in plan.requests]
         rows = [end - len(own) + i for end, own in zip(ends, specs, strict=True) for i in range(len(own))]
@@ -67,7 +66,13 @@ class Runner:
 
     def hidden(self, plan: StepPlan) -> Tensor:
         """Hidden states after the last norm, one a row of the plan: [T, hidden]."""
-        return self._model.forward(build_batch(plan, self._costs, self._device), self._cache)
+        return self.forward(plan)[1]
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> tuple[Batch, Tensor]:
+        """The plan's rows as tensors, and `hidden` of them."""
+        batch = build_batch(plan, self._costs, self._device)
+        return batch, self._model.forward(batch, self._cache)
 
     def _score(self, rows: Tensor, targets: tuple[int, ...], alternatives: int) -> tuple[TokenLogprob, ...]:
         """Log-probability of each row's known next token."""

@@ -160,6 +160,14 @@ def serve(
         int | None, _option(_MEMORY, "Most requests computed in one step.", str(_DEFAULTS.max_running))
     ] = None,
     threads: Annotated[int | None, _option(_MEMORY, "CPU threads.", "one per core")] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        _option(
+            _MEMORY,
+            "Split the model over so many devices of this host (DeepSeek family).",
+            str(_DEFAULTS.tensor_parallel),
+        ),
+    ] = None,
     prefix_caching: Annotated[
         bool | None,
         _option(

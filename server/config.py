@@ -92,6 +92,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Positive | None = None
+    tensor_parallel: Positive = 1
     max_model_len: Annotated[int, msgspec.Meta(ge=2)] | None = None
     kv_cache_memory: str = "1GiB"
     token_budget: Positive = 512
@@ -179,6 +180,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 prefix_caching=self.prefix_caching,
                 score_budget_bytes=parse_size(self.score_memory, "score_memory"),
                 threads=self.threads,
+                tensor_parallel=self.tensor_parallel,
                 sparse_form=self.sparse_form,
                 drafter=self.drafter,
                 speculative_tokens=self.speculative_tokens,

@@ -16,7 +16,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from engine.checkpoint.source import HoldsBlocks, LaidSource, Source
+from engine.checkpoint.source import HoldsBlocks, LaidSource, Part, PartSource, Source
 from engine.errors import CheckpointError
 from engine.kernels.blocks import BLOCK, E4M3, E4M3_MAX, BlockWeight, num_blocks
 
@@ -30,10 +30,11 @@ class Weight:
 
     Attributes:
         names: Hugging Face's names, in order
-        shape: of the parameter, so of all of them together
+        shape: of the parameter, so of all of them together, whole
         rows: how many rows each name gives; checked if set, else only their sum is
         dtype: what to hold it in whatever the model's dtype is; None is the model's
         may_stay_fp8: whether the model can use it in FP8 blocks
+        part: what is read of each name, all of which are of one shape then; None is all
     """
 
     names: tuple[str, ...]
@@ -41,6 +42,15 @@ class Weight:
     rows: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
     may_stay_fp8: bool = False
+    part: Part | None = None
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """Of what is read."""
+        if self.part is None:
+            return self.shape
+        size = self.part.stop - self.part.start
+        return (len(self.names) * size, *self.shape[1:]) if self.part.dim == 0 else (self.shape[0], size)
 
 
 @dataclass(frozen=True)
@@ -147,8 +157,10 @@ def load(
 
 
 def stays_fp8(weight: Weight, in_blocks: Callable[[str], bool]) -> bool:
-    """Whether a parameter can stay in FP8: all its tensors are stored so, and no block would lie in two of them."""
+    """Whether a parameter can stay in FP8: all its tensors are stored so, and no block is cut or lies in two of them."""
     whole = len(weight.names) == 1 or (weight.rows is not None and not any(n % BLOCK for n in weight.rows))
+    if weight.part is not None:
+        whole = whole and weight.part.start % BLOCK == weight.part.stop % BLOCK == 0
     return weight.may_stay_fp8 and whole and all(in_blocks(name) for name in weight.names)
 
 
@@ -159,9 +171,10 @@ def source_in_blocks(source: Source) -> Callable[[str], bool]:
 
 def num_bytes(weight: Weight, dtype: torch.dtype, *, fp8: bool) -> int:
     """On the device, of a parameter that stays in FP8 blocks, or of one in its own dtype or `dtype`."""
-    numel = math.prod(weight.shape)
+    shape = weight.held_shape
+    numel = math.prod(shape)
     if fp8:
-        return numel + 4 * num_blocks(weight.shape[0]) * num_blocks(weight.shape[1])
+        return numel + 4 * num_blocks(shape[0]) * num_blocks(shape[1])
     return numel * (weight.dtype or dtype).itemsize
 
 
@@ -208,18 +221,25 @@ def _check_shape(parameter: str, weight: Weight, source: Source) -> None:
 def _assemble(weight: Weight, dtype: torch.dtype, device: torch.device, source: Source) -> Tensor:
     """A parameter; one of several tensors is filled part by part, so that it never exists twice."""
     if len(weight.names) == 1:
-        return _read(weight.names[0], dtype, device, source)
-    whole = torch.empty(weight.shape, dtype=dtype, device=device)
+        return _read(weight.names[0], weight.part, dtype, device, source)
+    whole = torch.empty(weight.held_shape, dtype=dtype, device=device)
     row = 0
     for name in weight.names:
-        part = _read(name, dtype, device, source)
+        part = _read(name, weight.part, dtype, device, source)
         whole[row : row + part.shape[0]] = part
         row += part.shape[0]
     return whole
 
 
-def _read(name: str, dtype: torch.dtype, device: torch.device, source: Source) -> Tensor:
-    tensor = source.read(name, dtype).to(device)
+def _read(name: str, part: Part | None, dtype: torch.dtype, device: torch.device, source: Source) -> Tensor:
+    if part is None:
+        tensor = source.read(name, dtype).to(device)
+    elif isinstance(source, PartSource):
+        tensor = source.read_part(name, part, dtype).to(device)
+    else:
+        raise CheckpointError(
+            f"{source.description} cannot be read in parts; split a folder of safetensors over devices instead"
+        )
     # The extremes carry every NaN and infinity, at one pass and no copy.
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
         raise CheckpointError(
@@ -231,12 +251,12 @@ def _read(name: str, dtype: torch.dtype, device: torch.device, source: Source) -
 
 def _assemble_blocks(weight: Weight, device: torch.device, source: HoldsBlocks, where: str) -> BlockWeight:
     """As `_assemble`, of parts that are whole blocks."""
-    rows, columns = weight.shape
-    values = torch.empty(weight.shape, dtype=E4M3, device=device)
+    rows, columns = weight.held_shape
+    values = torch.empty(weight.held_shape, dtype=E4M3, device=device)
     scales = torch.empty(num_blocks(rows), num_blocks(columns), dtype=torch.float32, device=device)
     row = 0
     for name in weight.names:
-        part = source.read_blocks(name)
+        part = source.read_blocks(name, weight.part)
         at = slice(row // BLOCK, row // BLOCK + part.scales.shape[0])
         values[row : row + part.shape[0]] = part.values
         scales[at] = part.scales

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from engine.checkpoint.hf_config import normalise
 from engine.checkpoint.quantisation import SCALE_SUFFIX, check_quantisation
+from engine.checkpoint.source import Part
 from engine.errors import CheckpointError
-from engine.kernels.blocks import BlockWeight, num_blocks
+from engine.kernels.blocks import BLOCK, BlockWeight, num_blocks
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -70,6 +71,12 @@ class SafetensorsFile:
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
+    def raw_part(self, name: str, part: Part) -> Tensor:
+        """Part of a matrix as it is stored, and nothing else read; errors as `shape`."""
+        span = slice(part.start, part.stop)
+        tensor: Tensor = self._slice(name)[span] if part.dim == 0 else self._slice(name)[:, span]
+        return tensor
+
     def num_bytes(self, name: str) -> int:
         """Bytes of a tensor in the file; errors as `shape`."""
         return math.prod(self.shape(name)) * _BYTES.get(self.stored(name), 1)
@@ -80,13 +87,21 @@ class SafetensorsFile:
         Raises:
             CheckpointError: there is none of that name, or its numbers are no plain floats.
         """
+        self._check_plain(name)
+        return self.raw(name).to(dtype, copy=True)
+
+    def read_part(self, name: str, part: Part, dtype: torch.dtype) -> Tensor:
+        """Part of a matrix, else as `read`."""
+        self._check_plain(name)
+        return self.raw_part(name, part).to(dtype, copy=True).contiguous()
+
+    def _check_plain(self, name: str) -> None:
         stored = self.stored(name)
         if stored not in _FLOATS:
             raise CheckpointError(
                 f"{self.path} stores tensor {name} as {stored}, but weights must be one of {', '.join(_FLOATS)}; "
                 "use the unquantised checkpoint or a GGUF file"
             )
-        return self.raw(name).to(dtype, copy=True)
 
     def _slice(self, name: str) -> Any:
         if name not in self._names:
@@ -143,15 +158,27 @@ class SafetensorsSource:
         """Whether a tensor is stored in FP8; raises CheckpointError where there is none."""
         return self._holder(name).stored(name) == _FP8
 
-    def read_blocks(self, name: str) -> BlockWeight:
-        """A tensor that is, as it is stored, maybe a view of the file.
+    def read_blocks(self, name: str, part: Part | None = None) -> BlockWeight:
+        """A tensor that is, as it is stored, maybe a view of the file; of a part, all blocks that it touches.
 
         Raises:
             CheckpointError: there is none of that name, or its scales do not fit it.
         """
         self._check_scales(name)
-        scale_name = name + SCALE_SUFFIX
-        return BlockWeight(self._holder(name).raw(name), self._holder(scale_name).raw(scale_name).float())
+        file, scale_name = self._holder(name), name + SCALE_SUFFIX
+        scales = self._holder(scale_name).raw(scale_name).float()
+        if part is None:
+            return BlockWeight(file.raw(name), scales)
+        first, last = part.start // BLOCK, num_blocks(part.stop)
+        blocks = Part(part.dim, first * BLOCK, min(last * BLOCK, file.shape(name)[part.dim]))
+        return BlockWeight(file.raw_part(name, blocks), scales.narrow(part.dim, first, last - first))
+
+    def read_part(self, name: str, part: Part, dtype: torch.dtype) -> Tensor:
+        """Part of a matrix, else as `read`; errors as there."""
+        if not self.in_blocks(name):
+            return self._holder(name).read_part(name, part, dtype)
+        plain = self.read_blocks(name, part).dequantise(dtype)
+        return plain.narrow(part.dim, part.start % BLOCK, part.stop - part.start).contiguous()
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of a tensor in its file, with its scales; raises CheckpointError where there is none."""

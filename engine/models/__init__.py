@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from engine.errors import CheckpointError
+from engine.parallel.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,7 @@ def build_model(
     device: torch.device,
     progress: Callable[[int, int], None],
     precision: Precision,
+    ranks: Ranks = ALONE,
 ) -> tuple[Model, LoadReport]:
     """Load the model that `source` holds.
 
@@ -46,18 +49,13 @@ def build_model(
         max_positions: positions that one request may use
         progress: called with (tensors loaded, tensors in all)
         precision: of the cache and the indexer
+        ranks: which part of it this process holds; `check_split` said that it can be split so
 
     Raises:
         CheckpointError: an architecture that is not in the table, or a fault in the files.
         ConfigError: a precision that the architecture does not have.
     """
-    kind = str(source.config.get("model_type"))
-    if kind not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{source.description} is of architecture {kind!r}, which is not supported; "
-            f"supported are {', '.join(sorted(ARCHITECTURES))}"
-        )
-    built: tuple[Model, LoadReport] = import_module(ARCHITECTURES[kind]).build(
+    built: tuple[Model, LoadReport] = _module(source).build(
         source,
         indexer,
         kernels,
@@ -66,5 +64,27 @@ def build_model(
         device=device,
         progress=progress,
         precision=precision,
+        ranks=ranks,
     )
     return built
+
+
+def check_split(source: Source, count: int) -> None:
+    """Whether the model can be split over `count` ranks.
+
+    Raises:
+        CheckpointError: an architecture that is not in the table.
+        ConfigError: it cannot.
+    """
+    if count > 1:
+        _module(source).check_split(source.config, count)
+
+
+def _module(source: Source) -> ModuleType:
+    kind = str(source.config.get("model_type"))
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{source.description} is of architecture {kind!r}, which is not supported; "
+            f"supported are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return import_module(ARCHITECTURES[kind])

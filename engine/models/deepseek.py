@@ -7,8 +7,10 @@ those that the last layer before it selected (arXiv 2603.12201).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +22,10 @@ from engine.attention.precision import IndexFormat, LatentFormat, Precision
 from engine.attention.sparse import select
 from engine.attention.tiles import LatentTileCosts
 from engine.batch import Batch
-from engine.checkpoint.loader import LoadReport, load
+from engine.checkpoint.loader import LoadReport, load, unused
 from engine.checkpoint.source import Source
 from engine.cost import ModelShape
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.kernels.interface import Kernels
 from engine.kv.planes import PagedCache, PlaneSpec
 from engine.layers.linear import Matrix, Parameters, linear
@@ -32,6 +34,7 @@ from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, softmax_correction
 from engine.models.deepseek_config import DeepseekConfig, MoEConfig
 from engine.models.deepseek_weights import weight_table
+from engine.parallel.ranks import ALONE, Ranks
 from engine.protocol import IndexerInfo
 
 Rotation = tuple[Tensor, Tensor]
@@ -40,34 +43,35 @@ Selections = Sequence[Tensor | None]
 
 
 class DeepseekMLP:
-    """down(silu(gate x) * up x)."""
+    """down(silu(gate x) * up x); of several ranks' parts of it, the sum."""
 
-    def __init__(self, gate_up: Matrix, down: Matrix) -> None:
-        self._gate_up, self._down = gate_up, down
+    def __init__(self, gate_up: Matrix, down: Matrix, total: Callable[[Tensor], Tensor]) -> None:
+        self._gate_up, self._down, self._total = gate_up, down, total
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, E] -> [T, E]."""
         gate, up = linear(x, self._gate_up).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self._down)
+        return self._total(linear(F.silu(gate) * up, self._down))
 
 
 class DeepseekMoE:
-    """Routed experts and the shared one; the sum is in float32."""
+    """Routed experts and the shared one; the sum, over ranks too, is in float32."""
 
-    def __init__(self, of: Parameters, config: MoEConfig) -> None:
-        self._config = config
+    def __init__(self, of: Parameters, config: MoEConfig, ranks: Ranks) -> None:
+        self._config, self._total = config, ranks.sum
+        self._first = ranks.share(config.num_experts).start
         self._gate, self._bias = of("moe.gate"), of("moe.bias")
         self._gate_up = of.matrix("moe.experts_gate_up").view(
             -1, 2 * config.intermediate_size, self._gate.shape[1]
         )
         self._down = of.matrix("moe.experts_down").view(-1, self._gate.shape[1], config.intermediate_size)
-        self._shared = DeepseekMLP(of.matrix("moe.shared_gate_up"), of.matrix("moe.shared_down"))
+        self._shared = DeepseekMLP(of.matrix("moe.shared_gate_up"), of.matrix("moe.shared_down"), ALONE.sum)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, E] -> [T, E]."""
         experts, weights = route(x, self._gate, self._bias, self._config)
-        routed = run_experts(x, experts, weights, self._gate_up, self._down)
-        return (routed + self._shared(x).float()).to(x.dtype)
+        routed = run_experts(x, experts, weights, self._gate_up, self._down, self._first)
+        return self._total(routed + self._shared(x).float()).to(x.dtype)
 
 
 class DeepseekLayer:
@@ -82,8 +86,10 @@ class DeepseekLayer:
         indexer: bool,
         latent_format: LatentFormat,
         index_format: IndexFormat | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._latent_format, self._index_format = latent_format, index_format
+        self._total = ranks.sum
         c = config
         self._eps = c.rms_norm_eps
         self._input_norm, self._post_norm = of("input_norm"), of("post_norm")
@@ -116,7 +122,9 @@ class DeepseekLayer:
                 parts, c.indexer.num_heads, interleaved=c.indexer.rope_interleaved
             )
         self._mlp = (
-            DeepseekMoE(of, c.moe) if moe else DeepseekMLP(of.matrix("mlp.gate_up"), of.matrix("mlp.down"))
+            DeepseekMoE(of, c.moe, ranks)
+            if moe
+            else DeepseekMLP(of.matrix("mlp.gate_up"), of.matrix("mlp.down"), ranks.sum)
         )
 
     def __call__(
@@ -146,9 +154,10 @@ class DeepseekLayer:
                     None if tile.form == "dense" else select(queries, plane, tile, kernels)
                     for tile in batch.tiles
                 ]
-        x = x + self.attention.attend(
+        attended = self.attention.attend(
             rows.query, selections, cache.plane(i, "latent"), batch, kernels, self._latent_format.unpack
         )
+        x = x + self._total(attended)
         return x + self._mlp(rms_norm(x, self._post_norm, self._eps)), selections
 
 
@@ -163,6 +172,7 @@ class Deepseek:
         max_positions: int,
         latent_format: LatentFormat,
         index_format: IndexFormat | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Wire `weights`, named as in `weight_table`.
 
@@ -170,13 +180,15 @@ class Deepseek:
             latent_format: how latents are cached
             index_format: how index keys are; None without an indexer
             max_positions: positions to prepare the rotation table for; at most `config.max_positions`
+            ranks: whose part of the model `weights` are
         """
+        self._ranks = ranks
         self.config = config
         self.architecture = config.architecture
         self.num_layers = config.num_layers
         self.vocab_size = config.vocab_size
         self.max_positions = max_positions
-        self.num_parameters = sum(weight.numel() for weight in weights.values())
+        self.num_parameters = sum(math.prod(weight.shape) for weight in weight_table(config).values())
         index = config.indexer
         self.indexer = (
             None
@@ -194,7 +206,7 @@ class Deepseek:
         of = Parameters(weights)
         self._embed, self._norm = of("embed"), of("norm")
         # As the published code does: logits are compared with one another to the last digit.
-        self._head = of("embed" if config.tied else "head").float()
+        self._head = of("embed" if config.tied else "head").float() if ranks.rank == 0 else None
         self._layers = [
             DeepseekLayer(
                 Parameters(weights, f"layers.{i}."),
@@ -203,6 +215,7 @@ class Deepseek:
                 indexer=config.index_layers[i],
                 latent_format=latent_format,
                 index_format=index_format,
+                ranks=ranks,
             )
             for i in range(config.num_layers)
         ]
@@ -224,13 +237,14 @@ class Deepseek:
     def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> LatentTileCosts:
         """See `LatentTileCosts`."""
         c, dtype = self.config, self._embed.dtype
+        heads = c.num_heads // self._ranks.count
         return LatentTileCosts(
             budget_bytes=budget_bytes,
             index_row_bytes=0 if c.indexer is None else 4 * c.indexer.num_heads,
-            attention_row_bytes=4 * c.num_heads,
+            attention_row_bytes=4 * heads,
             token_bytes=c.latent_dim * dtype.itemsize,
             forced=forced,
-            num_heads=c.num_heads,
+            num_heads=heads,
             rank=c.kv_lora_rank,
             nope=c.qk_nope_head_dim,
             rope=c.qk_rope_head_dim,
@@ -280,7 +294,9 @@ class Deepseek:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, E] -> [N, vocab_size] float32."""
+        """[N, E] -> [N, vocab_size] float32; raises EngineError on other ranks than 0, which have no head."""
+        if self._head is None:
+            raise EngineError("only rank 0 computes logits")
         return F.linear(hidden.float(), self._head)
 
 
@@ -294,6 +310,7 @@ def build(
     device: torch.device,
     progress: Callable[[int, int], None],
     precision: Precision,
+    ranks: Ranks,
 ) -> tuple[Deepseek, LoadReport]:
     """Load a checkpoint of this family; arguments as in `engine.models.build_model`.
 
@@ -312,7 +329,30 @@ def build(
     latent_format = precision.latent(raw, config.kv_lora_rank, config.qk_rope_head_dim, dtype)
     index_format = None if index is None else precision.index(raw, index.head_dim, dtype)
     fp8 = precision.resident(raw, source.description, device)
-    weights, report = load(
-        weight_table(config), source, dtype=dtype, device=device, progress=progress, fp8=fp8
-    )
-    return Deepseek(config, weights, kernels, max_positions, latent_format, index_format), report
+    table = weight_table(config, ranks)
+    weights, report = load(table, source, dtype=dtype, device=device, progress=progress, fp8=fp8)
+    if ranks.count > 1:
+        report = replace(report, unused=unused(weight_table(config), source))
+    return Deepseek(config, weights, kernels, max_positions, latent_format, index_format, ranks), report
+
+
+def check_split(raw: Mapping[str, Any], count: int) -> None:
+    """Whether a model of this config can be split over `count` ranks.
+
+    Raises:
+        ConfigError: something does not divide.
+    """
+    config = DeepseekConfig.read(raw)
+    sizes = {"attention heads": config.num_heads}
+    if not all(config.moe_layers):
+        sizes["inner dims of an MLP"] = config.intermediate_size
+    if any(config.moe_layers):
+        sizes["routed experts"] = config.moe.num_experts
+        shared = config.moe.intermediate_size * config.moe.num_shared_experts
+        sizes["inner dims of the shared expert"] = shared
+    for name, size in sizes.items():
+        if size % count:
+            raise ConfigError(
+                f"the model's {size} {name} cannot be split evenly over {count} devices; "
+                "choose another --tensor-parallel"
+            )

@@ -2,6 +2,10 @@
 
 Letters: E hidden size, H heads, r_q and r_kv latent ranks, n / p / v the plain, rotated and value dims of a
 head, F an MLP's or expert's inner size, X routed experts.
+
+Split over ranks are what follows the heads (q_b, kv_b, o), the inner size of MLPs and the shared expert, and
+the routed experts; the head of the model is rank 0's; all else is on every rank, so that each selects and
+routes by itself.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import torch
 
 from engine.checkpoint.loader import Weight
 from engine.models.deepseek_config import DeepseekConfig
+from engine.parallel.ranks import ALONE, Ranks
 
 _MAY_STAY_FP8 = frozenset({
     "attn.q", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.o", "mlp.gate_up", "mlp.down",
@@ -21,17 +26,17 @@ _MAY_STAY_FP8 = frozenset({
 indexer, which is small and chooses: in bfloat16 they take 1.9 and 1.5 GiB of DeepSeek-V3.2, twice what is stored."""
 
 
-def weight_table(config: DeepseekConfig) -> dict[str, Weight]:
+def weight_table(config: DeepseekConfig, ranks: Ranks = ALONE) -> dict[str, Weight]:
     """The main model: `embed`, `norm`, `head` (unless tied), and `layers.{i}.*` as in `layer_table`."""
     c = config
     table = {
         "embed": Weight(("model.embed_tokens.weight",), (c.vocab_size, c.hidden_size)),
         "norm": Weight(("model.norm.weight",), (c.hidden_size,)),
     }
-    if not c.tied:
+    if not c.tied and ranks.rank == 0:
         table["head"] = Weight(("lm_head.weight",), (c.vocab_size, c.hidden_size))
     for i in range(c.num_layers):
-        one = layer_table(c, f"model.layers.{i}", moe=c.moe_layers[i], indexer=c.index_layers[i])
+        one = layer_table(c, f"model.layers.{i}", moe=c.moe_layers[i], indexer=c.index_layers[i], ranks=ranks)
         table |= {f"layers.{i}.{name}": weight for name, weight in one.items()}
     return table
 
@@ -55,7 +60,9 @@ def mtp_table(config: DeepseekConfig, k: int) -> dict[str, Weight]:
     }
 
 
-def layer_table(config: DeepseekConfig, at: str, *, moe: bool, indexer: bool) -> dict[str, Weight]:
+def layer_table(
+    config: DeepseekConfig, at: str, *, moe: bool, indexer: bool, ranks: Ranks = ALONE
+) -> dict[str, Weight]:
     """One decoder layer, whose published names begin with `at` (`model.layers.3`).
 
     Returns:
@@ -68,25 +75,29 @@ def layer_table(config: DeepseekConfig, at: str, *, moe: bool, indexer: bool) ->
     }
     q_rows = c.num_heads * c.qk_head_dim
     if c.q_lora_rank is None:
-        table["attn.q"] = Weight((f"{attn}.q_proj.weight",), (q_rows, c.hidden_size))
+        table["attn.q"] = Weight(
+            (f"{attn}.q_proj.weight",), (q_rows, c.hidden_size), part=ranks.part(0, q_rows)
+        )
     else:
         table["attn.q_a"] = Weight((f"{attn}.q_a_proj.weight",), (c.q_lora_rank, c.hidden_size))
         table["attn.q_a_norm"] = Weight((f"{attn}.q_a_layernorm.weight",), (c.q_lora_rank,))
-        table["attn.q_b"] = Weight((f"{attn}.q_b_proj.weight",), (q_rows, c.q_lora_rank))
+        table["attn.q_b"] = Weight(
+            (f"{attn}.q_b_proj.weight",), (q_rows, c.q_lora_rank), part=ranks.part(0, q_rows)
+        )
+    kv_rows, columns = c.num_heads * (c.qk_nope_head_dim + c.v_head_dim), c.num_heads * c.v_head_dim
     table |= {
         # [r_kv latent | p shared rotated key] rows
         "attn.kv_a": Weight((f"{attn}.kv_a_proj_with_mqa.weight",), (c.latent_dim, c.hidden_size)),
         "attn.kv_a_norm": Weight((f"{attn}.kv_a_layernorm.weight",), (c.kv_lora_rank,)),
         # H times [n key rows | v value rows]
         "attn.kv_b": Weight(
-            (f"{attn}.kv_b_proj.weight",),
-            (c.num_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank),
+            (f"{attn}.kv_b_proj.weight",), (kv_rows, c.kv_lora_rank), part=ranks.part(0, kv_rows)
         ),
-        "attn.o": Weight((f"{attn}.o_proj.weight",), (c.hidden_size, c.num_heads * c.v_head_dim)),
+        "attn.o": Weight((f"{attn}.o_proj.weight",), (c.hidden_size, columns), part=ranks.part(1, columns)),
     }
     if indexer:
         table |= _indexer_table(c, f"{attn}.indexer")
-    table |= _moe_table(c, f"{at}.mlp") if moe else _mlp_table(c, f"{at}.mlp")
+    table |= _moe_table(c, f"{at}.mlp", ranks) if moe else _mlp_table(c, f"{at}.mlp", ranks)
     return {
         name: replace(weight, may_stay_fp8=True) if name in _MAY_STAY_FP8 else weight
         for name, weight in table.items()
@@ -109,20 +120,23 @@ def _indexer_table(config: DeepseekConfig, at: str) -> dict[str, Weight]:
     }
 
 
-def _mlp_table(config: DeepseekConfig, at: str) -> dict[str, Weight]:
+def _mlp_table(config: DeepseekConfig, at: str, ranks: Ranks) -> dict[str, Weight]:
     inner, hidden = config.intermediate_size, config.hidden_size
     return {
         "mlp.gate_up": Weight(
-            (f"{at}.gate_proj.weight", f"{at}.up_proj.weight"), (2 * inner, hidden), rows=(inner, inner)
+            (f"{at}.gate_proj.weight", f"{at}.up_proj.weight"),
+            (2 * inner, hidden),
+            rows=(inner, inner),
+            part=ranks.part(0, inner),
         ),
-        "mlp.down": Weight((f"{at}.down_proj.weight",), (hidden, inner)),
+        "mlp.down": Weight((f"{at}.down_proj.weight",), (hidden, inner), part=ranks.part(1, inner)),
     }
 
 
-def _moe_table(config: DeepseekConfig, at: str) -> dict[str, Weight]:
+def _moe_table(config: DeepseekConfig, at: str, ranks: Ranks) -> dict[str, Weight]:
     """Experts lie one below the other: [X * 2F, E] (gate rows first, then up) and [X * E, F]."""
     moe, hidden = config.moe, config.hidden_size
-    inner, shared, experts = moe.intermediate_size, at + ".shared_experts", range(moe.num_experts)
+    inner, shared, experts = moe.intermediate_size, at + ".shared_experts", ranks.share(moe.num_experts)
     shared_inner = inner * moe.num_shared_experts
     return {
         # Routing is a choice, so it too is computed in float32.
@@ -130,18 +144,21 @@ def _moe_table(config: DeepseekConfig, at: str) -> dict[str, Weight]:
         "moe.bias": Weight((f"{at}.gate.e_score_correction_bias",), (moe.num_experts,), dtype=torch.float32),
         "moe.experts_gate_up": Weight(
             tuple(f"{at}.experts.{x}.{part}_proj.weight" for x in experts for part in ("gate", "up")),
-            (moe.num_experts * 2 * inner, hidden),
-            rows=(inner,) * (2 * moe.num_experts),
+            (len(experts) * 2 * inner, hidden),
+            rows=(inner,) * (2 * len(experts)),
         ),
         "moe.experts_down": Weight(
             tuple(f"{at}.experts.{x}.down_proj.weight" for x in experts),
-            (moe.num_experts * hidden, inner),
-            rows=(hidden,) * moe.num_experts,
+            (len(experts) * hidden, inner),
+            rows=(hidden,) * len(experts),
         ),
         "moe.shared_gate_up": Weight(
             (f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight"),
             (2 * shared_inner, hidden),
             rows=(shared_inner, shared_inner),
+            part=ranks.part(0, shared_inner),
         ),
-        "moe.shared_down": Weight((f"{shared}.down_proj.weight",), (hidden, shared_inner)),
+        "moe.shared_down": Weight(
+            (f"{shared}.down_proj.weight",), (hidden, shared_inner), part=ranks.part(1, shared_inner)
+        ),
     }

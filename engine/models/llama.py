@@ -28,6 +28,7 @@ from engine.kernels.interface import Kernels
 from engine.kv.planes import PagedCache, PlaneSpec
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
+from engine.parallel.ranks import Ranks
 from engine.protocol import IndexerInfo
 
 _OFF = ("attention_bias", "mlp_bias")
@@ -309,6 +310,7 @@ def build(
     device: torch.device,
     progress: Callable[[int, int], None],
     precision: Precision,
+    ranks: Ranks,
 ) -> tuple[Llama, LoadReport]:
     """Load a checkpoint of this family; arguments as in `engine.models.build_model`.
 
@@ -331,3 +333,12 @@ def build(
     table = weight_table(config, indexer)
     weights, report = load(table, source, dtype=dtype, device=device, progress=progress)
     return Llama(config, weights, indexer, kernels, max_positions), report
+
+
+def check_split(raw: Mapping[str, Any], count: int) -> None:
+    """Whether a model of this family can be split over `count` ranks.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(f"llama models are served on one device, not on {count}; leave --tensor-parallel out")

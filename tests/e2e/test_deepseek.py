@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -23,6 +25,7 @@ def byte_tokenizer(folder: Path) -> int:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"])
+    tokenizer.add_special_tokens(["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         '{"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}'
@@ -69,3 +72,39 @@ def test_top_k_is_the_checkpoints_own_unless_a_request_says_otherwise(served: Se
     assert texts[None] == texts[24]
     if not sparse:
         assert len(set(texts.values())) == 1
+
+
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_compute_one_model_and_end_together(tmp_path: Path, again: bool) -> None:
+    folder = tmp_path / "deepseek_v32"
+    folder.mkdir()
+    tiny_deepseek("deepseek_v32", folder, vocab_size=byte_tokenizer(folder))
+    server = Server(
+        str(folder), "--device", "cpu", "--tensor-parallel", "2", "--dtype", "float32",
+        "--kv-cache-memory", "64MiB", "--threads", "1",
+    )  # fmt: skip
+    try:
+        server.wait_ready()
+        before = complete(server)["choices"]
+        first = server.children()
+        (worker,) = (process for process in first if "engine.parallel.worker" in process.cmdline())
+        worker.kill()
+        wait_until(server, lambda: "a new one is starting" in server.errors)
+        assert "rank 1 of 2 failed: it was ended by signal 9" in server.errors
+        assert psutil.wait_procs(first, timeout=5)[1] == []
+        if again:
+            wait_until(server, lambda: server.ready)
+            assert complete(server)["choices"] == before
+            assert len(server.children()) == 2
+        last = server.children()
+        assert server.end(signal.SIGTERM) == 0
+        assert psutil.wait_procs(last, timeout=5)[1] == []
+    finally:
+        server.close()
+
+
+def wait_until(server: Server, reached: Callable[[], bool], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < until, server.errors
+        time.sleep(0.1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.checkpoint.loader import Weight, load
 from engine.checkpoint.safetensors import SafetensorsSource
-from engine.checkpoint.source import open_source
+from engine.checkpoint.source import Part, open_source
 from engine.errors import CheckpointError
 from engine.kernels.blocks import E4M3
 from tests.engine.deepseek_lab import tiny_deepseek
@@ -105,6 +105,20 @@ def test_every_weight_is_the_exact_product_rounded_once(
         assert ((found.double() - meant).abs() <= unit * meant.abs()).all(), name
         if scales == torch.float8_e8m0fnu and not any(part in name for part in PLAIN):
             assert torch.equal(found.double(), meant), name
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_is_what_the_whole_has_there(folder: Path, quantised: bool, dtype: torch.dtype) -> None:
+    if quantised:
+        quantise_folder(folder)
+    source = SafetensorsSource(folder)
+    whole = source.read(NAME, dtype)  # [208, 160], so blocks end inside of these parts and at their edges
+    for dim, spans in ((0, [(0, 104), (104, 208), (128, 208)]), (1, [(0, 80), (80, 160), (128, 160)])):
+        for start, stop in spans:
+            part = source.read_part(NAME, Part(dim, start, stop), dtype)
+            assert torch.equal(part, whole.narrow(dim, start, stop - start))
+            assert part.is_contiguous()
 
 
 def test_bytes_in_the_files(folder: Path) -> None:

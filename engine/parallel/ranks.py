@@ -1,0 +1,47 @@
+"""Which part of the model a process holds, and how parts become sums. Knows neither processes nor networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.checkpoint.source import Part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that compute one model together (tensor parallelism, arXiv 1909.08053).
+
+    Attributes:
+        rank: 0 to count - 1; 0 is the engine process
+        count: how many there are
+        sum: a tensor of every rank's -> their sum, the same to the last bit on every rank
+    """
+
+    rank: int = 0
+    count: int = 1
+    sum: Callable[[Tensor], Tensor] = _as_it_is
+
+    def share(self, size: int) -> range:
+        """This rank's indices of `size` that are dealt out evenly, in order; `size` divides by `count`."""
+        each = size // self.count
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def part(self, dim: int, size: int) -> Part | None:
+        """This rank's part of a tensor that is `size` long along `dim`; None is all of it."""
+        if self.count == 1:
+            return None
+        share = self.share(size)
+        return Part(dim, share.start, share.stop)
+
+
+ALONE = Ranks()
+"""A model on one device."""

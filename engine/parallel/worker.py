@@ -1,0 +1,80 @@
+"""A worker: `python -m engine.parallel.worker`, started by the engine process; computes its part of every step.
+
+Ends when the engine process does (the end of the socket), or when it can no longer compute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import msgspec
+
+from engine.build import load_part
+from engine.config import EngineConfig
+from engine.errors import EngineError, ProtocolError
+from engine.parallel.group import join
+from engine.parallel.link import Link, Loaded
+from engine.plan import StepPlan
+from engine.protocol import Failed
+
+_log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Read the config, load, then compute plans until the end."""
+    parser = argparse.ArgumentParser(
+        description="One rank of the engine. Started by the engine, not by hand."
+    )
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the engine")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--meeting", type=Path, required=True, help="file over which the ranks meet")
+    options = parser.parse_args()
+    rank: int = options.rank
+    logging.basicConfig(format=f"engine: rank {rank}: %(message)s", level=logging.INFO)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    link = Link(socket.socket(fileno=options.fd))
+    config = link.receive(msgspec.msgpack.Decoder(EngineConfig))
+    if config is None:
+        return
+    plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(link, plans), daemon=True).start()
+    try:
+        part = load_part(
+            config, rank, lambda device: join(rank, config.tensor_parallel, options.meeting, device)
+        )
+        link.send(Loaded(num_bytes=part.report.num_bytes))
+        while True:
+            part.runner.forward(plans.get())
+    except Exception as error:
+        if not isinstance(error, EngineError):
+            _log.exception("failed")
+        message = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+        link.send(Failed(message=message))
+        # Not by unwinding: what the device still does could wait for ranks that will not come.
+        os._exit(1)
+
+
+def _read(link: Link, plans: queue.SimpleQueue[StepPlan]) -> None:
+    """Reader thread. Without an engine process there is nobody to compute for."""
+    decoder = msgspec.msgpack.Decoder(StepPlan)
+    while True:
+        try:
+            plan = link.receive(decoder)
+        except ProtocolError as error:
+            _log.error("%s", error)
+            os._exit(2)
+        if plan is None:
+            os._exit(0)
+        plans.put(plan)
+
+
+if __name__ == "__main__":
+    main()
