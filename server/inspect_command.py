@@ -38,6 +38,10 @@ def inspect(
     kv_cache_dtype: Annotated[
         str, typer.Option(help="Of the cache: auto (as the weights), float32, bfloat16 or fp8.")
     ] = "auto",
+    weight_dtype: Annotated[
+        str,
+        typer.Option(help="Of weights stored in FP8: auto (fp8 but on a CPU), fp8, or plain (in --dtype)."),
+    ] = "auto",
     overlay: Annotated[
         Path | None,
         typer.Option(
@@ -59,6 +63,7 @@ def inspect(
     for name, value, allowed in (
         ("--dtype", dtype, ("auto", "float32", "bfloat16")),
         ("--kv-cache-dtype", kv_cache_dtype, ("auto", "float32", "bfloat16", "fp8")),
+        ("--weight-dtype", weight_dtype, ("auto", "plain", "fp8")),
     ):
         if value not in allowed:
             _fail(f"{name} is {value!r}; expected one of {', '.join(allowed)}", 2)
@@ -82,6 +87,7 @@ def inspect(
     options = {
         "overlay": overlay, "context": context, "concurrency": concurrency, "devices": devices,
         "device-memory": memory, "dtype": dtype, "kv-cache-dtype": kv_cache_dtype,
+        "weight-dtype": weight_dtype,
     }  # fmt: skip
     command = [sys.executable, "-m", "engine.inspection", *(["--json"] if json else [])]
     command += [f"--{name}={value}" for name, value in options.items() if value is not None]

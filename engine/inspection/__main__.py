@@ -27,15 +27,19 @@ def main() -> None:
     parser.add_argument("--device-memory", type=int, help="bytes of each")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--weight-dtype", default="auto", choices=("auto", "plain", "fp8"))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     described = options.devices is not None or options.device_memory is not None
     devices = _devices(options.devices, options.device_memory)
-    dtype = options.dtype
+    dtype, weights = options.dtype, options.weight_dtype
+    found = resolve_device("auto")
     if dtype == "auto":
-        plain = torch.bfloat16 if described else resolve_dtype("auto", resolve_device("auto"))
+        plain = torch.bfloat16 if described else resolve_dtype("auto", found)
         dtype = str(plain).removeprefix("torch.")
-    wanted = Wanted(options.context, options.concurrency, dtype, options.kv_cache_dtype)
+    if weights == "auto" and not described and found.type == "cpu":
+        weights = "plain"  # as the engine does there
+    wanted = Wanted(options.context, options.concurrency, dtype, options.kv_cache_dtype, weights)
     try:
         report: dict[str, Any] = inspect(options.path, options.overlay, wanted, devices)
     except EngineError as error:

@@ -11,14 +11,22 @@ from typing import Any
 import torch
 
 from engine.checkpoint.hf_config import normalise
-from engine.checkpoint.loader import check, unused
+from engine.checkpoint.loader import check, source_in_blocks, unused
 from engine.checkpoint.overlay import read_overlay
 from engine.checkpoint.quantisation import check_quantisation
 from engine.checkpoint.safetensors import SafetensorsSource, weight_files
 from engine.checkpoint.source import Source, open_source
-from engine.config import PAGE_SIZE
+from engine.config import PAGE_SIZE, WeightDtype
 from engine.errors import CheckpointError, ConfigError
-from engine.inspection.sizes import Shape, count, loaded_bytes, published_bytes, read_shape
+from engine.inspection.sizes import (
+    Loaded,
+    Shape,
+    count,
+    loaded_bytes,
+    published_bytes,
+    published_in_blocks,
+    read_shape,
+)
 from engine.models import ARCHITECTURES
 from engine.protocol import IndexerInfo
 
@@ -33,6 +41,7 @@ class Wanted:
     concurrency: int  # requests at once
     dtype: str  # float32 | bfloat16
     cache_dtype: str  # auto | float32 | bfloat16 | fp8
+    weight_dtype: WeightDtype = "auto"  # of what is stored in FP8 blocks; auto: it stays so
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
 
     Raises:
         CheckpointError: its files are damaged, incomplete, or of an unknown kind.
-        ConfigError: more context than the model has, or a cache dtype that it has not.
+        ConfigError: more context than the model has, or a dtype of cache or weights that it has not.
     """
     source, config, fp8 = _open(path)
     indexer: IndexerInfo | None = None
@@ -61,9 +70,10 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
     shape = read_shape(config, indexer)
     if whole is not None:
         check(shape.table, whole)
-    dtype, parameters = _DTYPES[wanted.dtype], count(shape)
+    parameters = count(shape)
     cache = _cache(shape, wanted, fp8)
-    need = loaded_bytes(shape.table, dtype) + cache["bytes"]
+    loaded = _loaded(shape, whole, wanted, fp8)
+    need = loaded.total + cache["bytes"]
     return {
         "model": str(path) if source is None else source.description,
         "architecture": shape.architecture,
@@ -82,7 +92,9 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
             "files": "on disk" if source is not None else "expected of this config",
             "fp8_blocks": fp8,
             "loaded_dtype": wanted.dtype,
-            "loaded_bytes": loaded_bytes(shape.table, dtype),
+            "loaded_bytes": loaded.total,
+            "loaded_fp8_bytes": loaded.fp8,
+            "dequantised_bytes": loaded.dequantised,
         },
         "unused_tensors": [] if whole is None else list(unused({**shape.table, **shape.mtp}, whole)),
         "cache": cache,
@@ -123,6 +135,21 @@ def _file_bytes(path: Path, source: Source | None, overlay: Path | None, shape: 
     return published_bytes({**shape.table, **shape.mtp}, fp8=fp8, itemsize=2)
 
 
+def _loaded(shape: Shape, source: Source | None, wanted: Wanted, fp8: bool) -> Loaded:
+    """Bytes of the weights in memory."""
+    if source is not None:
+        in_blocks = source_in_blocks(source)
+    else:
+        in_blocks = published_in_blocks if fp8 else lambda name: False
+    loaded = loaded_bytes(shape.table, _DTYPES[wanted.dtype], in_blocks, keep=wanted.weight_dtype != "plain")
+    if wanted.weight_dtype == "fp8" and not loaded.fp8:
+        raise ConfigError(
+            f"--weight-dtype is fp8, but this {shape.architecture} has no weights that are stored in FP8 and could "
+            "stay so; leave it at auto"
+        )
+    return loaded
+
+
 def _cache(shape: Shape, wanted: Wanted, fp8: bool) -> dict[str, Any]:
     """Bytes of keys and values and index keys."""
     kind = wanted.cache_dtype
@@ -158,9 +185,16 @@ def render(report: Mapping[str, Any]) -> str:
     if parameters["indexer"]:
         rest = parameters["total"] - parameters["indexer"]
         total += f" ({_count(rest)} and {_count(parameters['indexer'])} of lightning indexer)"
-    loaded = f"{_size(weights['loaded_bytes'])} in {weights['loaded_dtype']}, the head in float32"
-    if weights["fp8_blocks"]:
-        loaded += "; FP8 weights are dequantised on loading"
+    size, dtype = _size(weights["loaded_bytes"]), weights["loaded_dtype"]
+    if weights["loaded_fp8_bytes"]:
+        kept, plain = _size(weights["loaded_fp8_bytes"]), _size(weights["dequantised_bytes"])
+        loaded = (
+            f"{size} in memory: {kept} stay in FP8, {plain} are dequantised to {dtype}; the head in float32"
+        )
+    else:
+        loaded = f"{size} in {dtype}, the head in float32"
+        if weights["fp8_blocks"]:
+            loaded += "; FP8 weights are dequantised on loading"
     kv, index = cache["kv_bytes_per_token_per_layer"], cache["index_bytes_per_token_per_layer"]
     each = f"{kv} + {index} bytes a token a layer ({cache['dtype']}; KV + index key)"
     lines = [

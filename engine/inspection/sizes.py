@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from engine.checkpoint.loader import Weight
+from engine.checkpoint.loader import Weight, num_bytes, stays_fp8
 from engine.errors import CheckpointError
 from engine.kernels.blocks import num_blocks
 from engine.kv.layouts import IndexKeyLayout, LatentLayout
@@ -136,14 +136,42 @@ def count(shape: Shape) -> Parameters:
     return Parameters(total, active, indexer, mtp)
 
 
-def loaded_bytes(table: Mapping[str, Weight], dtype: torch.dtype) -> int:
-    """On the device: all in `dtype` but what the table holds otherwise, and the head in float32."""
-    size = sum(
-        math.prod(weight.shape) * (weight.dtype or dtype).itemsize
-        for name, weight in table.items()
-        if name != "head"
-    )
-    return size + 4 * math.prod(table["head" if "head" in table else "embed"].shape)
+@dataclass(frozen=True)
+class Loaded:
+    """Bytes of the weights on the device."""
+
+    total: int
+    fp8: int  # of those, in weights that stay in FP8 blocks, with their scales
+    dequantised: int  # of those, in weights that are stored in FP8 blocks and become plain
+
+
+def loaded_bytes(
+    table: Mapping[str, Weight], dtype: torch.dtype, in_blocks: Callable[[str], bool], *, keep: bool
+) -> Loaded:
+    """All in `dtype` but what the table holds otherwise, and the head in float32.
+
+    Args:
+        in_blocks: of a tensor's name, whether it is stored in FP8 blocks
+        keep: whether what is stored so stays so where the model can use it
+    """
+    fp8 = dequantised = 0
+    total = 4 * math.prod(table["head" if "head" in table else "embed"].shape)
+    for name, weight in table.items():
+        if name == "head":
+            continue
+        kept = keep and stays_fp8(weight, in_blocks)
+        size = num_bytes(weight, dtype, fp8=kept)
+        total += size
+        if kept:
+            fp8 += size
+        elif any(in_blocks(stored) for stored in weight.names):
+            dequantised += size
+    return Loaded(total, fp8, dequantised)
+
+
+def published_in_blocks(name: str) -> bool:
+    """Whether DeepSeek stores a tensor of this name in FP8 blocks."""
+    return _BLOCKED.fullmatch(name) is not None
 
 
 def published_bytes(table: Mapping[str, Weight], *, fp8: bool, itemsize: int) -> int:
@@ -153,7 +181,7 @@ def published_bytes(table: Mapping[str, Weight], *, fp8: bool, itemsize: int) ->
         rows = weight.shape[0] // len(weight.names)  # parts of one parameter are equally large there
         for name in weight.names:
             numbers = rows * math.prod(weight.shape[1:])
-            if fp8 and _BLOCKED.fullmatch(name):
+            if fp8 and published_in_blocks(name):
                 size += numbers + 4 * num_blocks(rows) * num_blocks(weight.shape[1])
             else:
                 size += numbers * (4 if name.endswith("e_score_correction_bias") else itemsize)

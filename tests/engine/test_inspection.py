@@ -61,11 +61,47 @@ def test_whether_it_fits() -> None:
 
 
 def test_text_says_that_fp8_becomes_bfloat16() -> None:
-    text = render(look(CONFIG))
+    text = render(look(CONFIG, weight_dtype="plain"))
     assert "642.1 GiB in files (expected of this config)" in text
     assert "in bfloat16, the head in float32; FP8 weights are dequantised on loading" in text
     assert "656 + 132 bytes a token a layer" in text
     assert "does not fit" in text
+
+
+def test_fp8_weights_take_what_the_loader_takes(tmp_path: Path) -> None:
+    tiny_deepseek("deepseek_v32", tmp_path / "tiny", moe_intermediate_size=128, hidden_size=128)
+    quantise_folder(tmp_path / "tiny")
+    settings: dict[str, Any] = {"weights": str(tmp_path / "tiny"), "device": "cpu", "dtype": "float32"}
+    for kind in ("fp8", "plain"):
+        built = build(EngineConfig(**settings, weight_dtype=kind))
+        found = look(tmp_path / "tiny", dtype="float32", weight_dtype=kind)["weights"]
+        wanted = built.weights
+        assert (found["loaded_bytes"], found["loaded_fp8_bytes"], found["dequantised_bytes"]) == (
+            wanted.num_bytes, wanted.fp8_bytes, wanted.dequantised_bytes
+        )  # fmt: skip
+
+
+def test_the_published_model_fits_eight_devices_in_fp8_alone() -> None:
+    def look_at(kind: Any) -> dict[str, Any]:
+        return inspect(CONFIG, None, Wanted(131072, 1, "bfloat16", "auto", kind), Devices(8, 141 * GIB))
+
+    resident, plain = look_at("auto"), look_at("plain")
+    assert resident["fit"]["fits"]
+    assert not plain["fit"]["fits"]
+    weights = resident["weights"]
+    # kv_b of 128 heads of 128 + 128 on 512, index queries and keys: in each of 61 layers, 2 bytes a number
+    index = 64 * 128 * 1536 + 128 * 7168
+    assert weights["dequantised_bytes"] == 2 * 61 * (128 * 256 * 512 + index)
+    assert weights["loaded_bytes"] < weights["file_bytes"] + 8 * GIB
+    assert weights["loaded_fp8_bytes"] > 0.97 * weights["loaded_bytes"]
+
+
+def test_fp8_weights_are_refused_where_there_are_none(tmp_path: Path) -> None:
+    tiny_deepseek("deepseek_v3", tmp_path / "plain")
+    with pytest.raises(
+        ConfigError, match="--weight-dtype is fp8, but this deepseek_v3 has no weights that are"
+    ):
+        look(tmp_path / "plain", weight_dtype="fp8")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
