@@ -8,7 +8,6 @@ rows that are there already: nothing is doubled.
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import threading
@@ -33,12 +32,13 @@ from sqlalchemy import (
     select,
 )  # fmt: skip
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 from sqlalchemy.schema import DDL
 
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0)
+_CREATE_SECONDS = (0.05, 0.1, 0.2, 0.4)
 
 TABLE = Table(
     "dsa_usage",
@@ -134,12 +134,24 @@ def open_database(where: str, *, create: bool) -> Engine:
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _tune_sqlite)
         if create:
-            TABLE.metadata.create_all(engine)
+            _create(engine)
     except (SQLAlchemyError, ArgumentError, OSError, ImportError) as error:
         raise LedgerError(
             f"the ledger {where} cannot be opened: {str(error).splitlines()[0]}; choose another with --ledger"
         ) from error
     return engine
+
+
+def _create(engine: Engine) -> None:
+    """Make the table unless it is there. Servers that start at once on a new database may be in each other's way."""
+    for wait in (*_CREATE_SECONDS, None):
+        try:
+            return TABLE.metadata.create_all(engine)
+        except SQLAlchemyError:
+            if wait is None:
+                raise
+            time.sleep(wait)
+    return None
 
 
 def _tune_sqlite(connection: Any, record: object) -> None:
@@ -186,34 +198,49 @@ class Ledger:
                 except queue.Empty:
                     break
             if batch:
-                written = self._write([row for row, _ in batch])
-                for _, done in batch:
-                    done(written)
+                lost = self._write([row for row, _ in batch])
+                for row, done in batch:
+                    done(row.request_id not in lost)
 
-    def _write(self, rows: list[Row]) -> bool:
-        values = [msgspec.structs.asdict(row) for row in rows]
+    def _write(self, rows: list[Row]) -> set[str]:
+        """Insert each request once; the ids of rows that could not be."""
+        left = {row.request_id: row for row in reversed(rows)}  # of one id, the first
         for wait in (*_RETRY_SECONDS, None):
+            again = True
             try:
                 with self._engine.begin() as connection:
-                    connection.execute(insert(TABLE), values)
-                return True
-            except SQLAlchemyError as error:
-                problem = str(error).splitlines()[0]
+                    connection.execute(insert(TABLE), [msgspec.structs.asdict(row) for row in left.values()])
+                return set()
+            except OperationalError as error:  # the database's state, which may pass
+                problem = _first_line(error)
+            except (
+                SQLAlchemyError,
+                OverflowError,
+            ) as error:  # what is written; drivers raise OverflowError bare
+                problem, again = _first_line(error), False
             try:  # the commit may have come through although it was not heard of
-                names = [row.request_id for row in rows]
                 with self._engine.connect() as connection:
-                    query = select(TABLE.c.request_id).where(TABLE.c.request_id.in_(names))
-                    known = set(connection.scalars(query))
-                values = [value for value in values if value["request_id"] not in known]
-                if not values:
-                    return True
+                    query = select(TABLE.c.request_id).where(TABLE.c.request_id.in_(left))
+                    for known in connection.scalars(query).all():
+                        del left[known]
+                        again = True
+                if not left:
+                    return set()
             except SQLAlchemyError as error:
-                problem = str(error).splitlines()[0]
-            if wait is not None:
-                time.sleep(wait)
-        for value in values:  # not lost without a trace
-            _log.error("the ledger could not be written (%s); the row is %s", problem, json.dumps(value))
-        return False
+                problem, again = _first_line(error), True
+            if not again and len(left) > 1:  # a row that cannot be written takes no other with it
+                return set[str]().union(*(self._write([row]) for row in left.values()))
+            if not again or wait is None:
+                break
+            time.sleep(wait)
+        for row in left.values():  # not lost without a trace
+            text = msgspec.json.encode(row).decode()
+            _log.error("the ledger could not be written (%s); the row is %s", problem, text)
+        return set(left)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 DIMENSIONS = ("key", "model", "day", "outcome", "endpoint", "price_version")

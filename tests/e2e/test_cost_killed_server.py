@@ -1,0 +1,77 @@
+"""The whole server is killed in the middle of a load: the ledger has every answer that was received, once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.serving import MODEL, Server, until
+
+
+async def ask(url: str, number: int, answers: dict[str, int]) -> None:
+    """Ask on until the server is gone; note what every answer that came to its end was charged."""
+    body = {"model": MODEL, "prompt": f"Story {number}: once", "max_tokens": 2 + number, "ignore_eos": True}
+    async with httpx.AsyncClient(timeout=60) as http:
+        while True:
+            try:
+                if number % 2:
+                    response = await http.post(f"{url}/v1/completions", json=body)
+                    assert response.status_code == 200
+                    answers[response.headers["x-request-id"]] = response.json()["usage"]["cost"]["amount"]
+                    continue
+                streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
+                async with http.stream("POST", f"{url}/v1/completions", json=streamed) as response:
+                    amount: int | None = None
+                    async for line in response.aiter_lines():
+                        if line.startswith("data: {") and (usage := json.loads(line[6:]).get("usage")):
+                            amount = usage["cost"]["amount"]
+                        if line == "data: [DONE]":
+                            assert amount is not None
+                            answers[response.headers["x-request-id"]] = amount
+            except httpx.TransportError:
+                return
+
+
+def rows(ledger: Path) -> list[tuple[Any, ...]]:
+    connection = sqlite3.connect(ledger)
+    try:
+        assert connection.execute("pragma integrity_check").fetchall() == [("ok",)]
+        return connection.execute("select request_id, amount_nanos from dsa_usage").fetchall()
+    finally:
+        connection.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_every_answer_is_in_the_ledger_once(start: Callable[..., Server], tmp_path: Path) -> None:
+    ledger = tmp_path / "usage.sqlite"
+    flags = ("--ledger", str(ledger), "--max-model-len", "512", "--kv-cache-memory", "64MiB")
+    answers: dict[str, int] = {}
+    for _ in range(2):
+        server = await asyncio.to_thread(lambda: start(*flags).wait_ready())
+        family = server.children()
+        crowd = [asyncio.create_task(ask(server.url, number, answers)) for number in range(12)]
+        wanted = len(answers) + 40
+        await asyncio.to_thread(until, lambda wanted=wanted: len(answers) >= wanted, 100)
+        server.process.kill()
+        await asyncio.to_thread(server.process.wait)
+        await asyncio.gather(*crowd)
+        _, left = await asyncio.to_thread(psutil.wait_procs, family, 30)
+        assert not left, "the engine outlived its server"
+    server = await asyncio.to_thread(lambda: start(*flags).wait_ready())  # and the file is taken up again
+    last = await asyncio.to_thread(lambda: server.post("/v1/completions", prompt="last", max_tokens=2))
+    answers[last.headers["x-request-id"]] = last.json()["usage"]["cost"]["amount"]
+    written = rows(ledger)
+    assert len(written) == len(dict(written))
+    assert answers.items() <= dict(written).items()
+    # Rows of ends that nobody saw: at most what was under way at each kill.
+    assert len(written) - len(answers) <= 2 * len(crowd)
+    assert len(answers) >= 81
