@@ -21,7 +21,7 @@ from rich.console import Console
 
 from engine.build import resolve_device, resolve_dtype
 from engine.checkpoint.loader import load
-from engine.checkpoint.overlay import base_fingerprint, read_overlay, write_overlay
+from engine.checkpoint.overlay import Overlay, base_fingerprint, read_overlay, write_overlay
 from engine.checkpoint.source import Source, open_source
 from engine.distill.evaluate import BEYOND, held_out
 from engine.distill.recipe import EXAMPLE, Recipe, read_recipe
@@ -148,7 +148,7 @@ def run(options: argparse.Namespace) -> int:
         report.say(f"stopped at step {trainer.step}; the same command goes on from there")
         return STOPPED
     plot_log(out / "log.jsonl", out / "loss.png", recipe.report_top_k)
-    _write(out / "indexer.safetensors", trainer, info, recipe, source)
+    _write(out / "indexer.safetensors", trainer, info, recipe, source, start)
     if options.evaluate_kind > 0:
         figures = table(options.evaluate_kind, baselines=True)
         (out / "evaluation.json").write_text(json.dumps(figures, indent=1))
@@ -206,11 +206,15 @@ def _train(trainer: Trainer, show: Callable[[StepLog], None], until: int | None)
     return stopped
 
 
-def _write(path: Path, trainer: Trainer, info: IndexerInfo, recipe: Recipe, source: Source) -> None:
-    """The overlay of what was trained so far."""
-    described = json.dumps({"recipe": json.loads(msgspec.json.encode(recipe)), "steps": trainer.step})
+def _write(
+    path: Path, trainer: Trainer, info: IndexerInfo, recipe: Recipe, source: Source, start: Overlay | None
+) -> None:
+    """The overlay of what was trained so far, with how, and with how the one was that it started from."""
+    made: dict[str, object] = {"recipe": json.loads(msgspec.json.encode(recipe)), "steps": trainer.step}
+    if start is not None:
+        made["start"] = json.loads(start.recipe)
     tensors = {name: p.detach().to(torch.float16) for name, p in trainer.student.parameters.items()}
-    write_overlay(path, tensors, info, described, source)
+    write_overlay(path, tensors, info, json.dumps(made), source)
 
 
 def _lines(table: dict[str, dict[str, float]]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from engine.distill.__main__ import main
@@ -249,6 +250,11 @@ def test_a_run_goes_on_from_an_overlay(
     assert load_file(second / "indexer.safetensors").keys() == load_file(overlay).keys()
     for name, tensor in load_file(second / "indexer.safetensors").items():
         assert torch.equal(tensor, load_file(overlay)[name])
+    header = safe_open(second / "indexer.safetensors", "pt").metadata()
+    made = json.loads(header["recipe"])
+    assert made["steps"] == 0
+    assert made["start"] == json.loads(safe_open(overlay, "pt").metadata()["recipe"])
+    assert made["start"]["steps"] == SHORT.total_steps
     capsys.readouterr()
     assert main(command(bench, corpus, tmp_path / "third", *more, "--heads=4")) == 1
     assert "--heads is 4, but" in capsys.readouterr().err

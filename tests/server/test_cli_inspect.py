@@ -126,7 +126,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
         folder = tmp_path / spoil.__name__
         shutil.copytree(whole, folder)
         spoil(folder)
-        for command in (["serve", "--port", "0", "--device", "cpu"], ["inspect"]):
+        for command in (["serve", "--port", "0", "--device", "cpu", "--ledger", "none"], ["inspect"]):
             if (spoil, command) == (not_a_number, ["inspect"]):
                 continue
             process = subprocess.Popen(

@@ -205,7 +205,7 @@ def test_ipv6() -> None:
 def test_the_real_thing_from_start_to_end(default_model: Path, tmp_path: Path) -> None:
     code = "import sys; from server.cli import main; sys.argv[0] = 'dsa'; main()"
     with subprocess.Popen(
-        [sys.executable, "-c", code, "serve", "--port", "0", "--max-model-len", "256", "--kv-cache-memory", "64MiB"],
+        [sys.executable, "-c", code, "serve", "--port", "0", "--max-model-len", "256", "--ledger", "none", "--kv-cache-memory", "64MiB"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         try:
