@@ -39,6 +39,8 @@ class Built:
 
     core: EngineCore
     runner: Runner
+    cache: PagedCache
+    costs: CostModel
     ready: Ready
     unused_tensors: tuple[str, ...]
     weights: LoadReport  # of the main model
@@ -206,7 +208,7 @@ def _build(
         calibration = read_calibration(Path(config.cost_calibration))
         calibration.check(shape, device.type, dtype_name)
         coefficients = calibration.coefficients
-    meter = Meter(CostModel(shape, coefficients, costs))
+    cost_model = CostModel(shape, coefficients, costs)
     scheduler = Scheduler(
         num_pages,
         token_budget=config.token_budget,
@@ -236,9 +238,16 @@ def _build(
             max_running=config.max_running,
         ),
     )
-    core = EngineCore(scheduler, runner, meter, sparse=model.indexer is not None)
+    core = EngineCore(scheduler, runner, Meter(cost_model), sparse=model.indexer is not None)
     return Built(
-        core=core, runner=runner, ready=ready, unused_tensors=tuple(unused), weights=report, team=team
+        core=core,
+        runner=runner,
+        cache=cache,
+        costs=cost_model,
+        ready=ready,
+        unused_tensors=tuple(unused),
+        weights=report,
+        team=team,
     )
 
 

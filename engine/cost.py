@@ -64,8 +64,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dtype: str
     coefficients: Coefficients
     steps: int  # measured steps that were fitted
-    median_error: float  # |modelled / measured - 1| of a step, median over the steps
-    dense_error: float  # the worst |estimated / measured - 1| of a dense run's seconds from a sparse one
+    median_error: float  # |modelled / measured - 1| of a step, median over steps that were not fitted
+    worst_error: float  # the worst of those
+    dense_error: float | None  # the worst |estimated / measured - 1| of dense seconds told by a sparse run
 
     def check(self, shape: ModelShape, device: str, dtype: str) -> None:
         """Refuse to be used for something else.
@@ -73,11 +74,12 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Raises:
             ConfigError: another model, device or number format was measured.
         """
-        mine, asked = (self.shape, self.device, self.dtype), (shape, device, dtype)
+        # The shape counts bytes, so another dtype is another shape, too: it comes last.
+        mine, asked = (self.device, self.dtype, self.shape), (device, dtype, shape)
         if mine != asked:
             what = next(
                 name
-                for name, one, two in zip(("model", "device", "dtype"), mine, asked, strict=True)
+                for name, one, two in zip(("device", "dtype", "model"), mine, asked, strict=True)
                 if one != two
             )
             raise ConfigError(
@@ -159,6 +161,10 @@ class CostModel:
         self.shape = shape
         self.coefficients = coefficients
         self._tiles = tiles
+
+    def replace(self, coefficients: Coefficients) -> CostModel:
+        """The same model with other coefficients."""
+        return CostModel(self.shape, coefficients, self._tiles)
 
     def counts(self, request: ScheduledRequest) -> Counts:
         """The work of a request's rows, from the plan."""

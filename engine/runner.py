@@ -62,6 +62,8 @@ class Runner:
             results.append(one)
         if self._drafter is not None:
             results = self._drafter.propose(plan, batch, hidden, results)
+        if not rows and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # as tokens would wait: a step is timed around this call
         return StepResult(sampled=tuple(results))
 
     def hidden(self, plan: StepPlan) -> Tensor:

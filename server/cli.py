@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from server.calibrate_command import calibrate
 from server.config import Settings, SettingsError, load_settings
 from server.distill_command import distill
 from server.eval_command import evaluate
@@ -354,3 +355,4 @@ app.command()(distill)
 app.command()(inspect)
 app.command("eval")(evaluate)
 app.command()(usage)
+app.command()(calibrate)

@@ -76,3 +76,9 @@ class PagedCache:
     def write(self, layer: int, name: str, pages: Tensor, offsets: Tensor, values: Tensor) -> None:
         """Store row t of `values` [T, *shape] at (pages[t], offsets[t]) [T] int64."""
         self._planes[layer, name][pages, offsets] = values
+
+    def repeat(self, count: int) -> None:
+        """Make every page after the first `count` a copy of one of those, for measurements over a full cache."""
+        for first in range(count, self.num_pages, count):
+            pages = min(count, self.num_pages - first)
+            self._storage[first : first + pages] = self._storage[:pages]

@@ -1,0 +1,1 @@
+"""Fits the cost model's coefficients to measured steps, and proves the dense equivalent by dense runs."""
