@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.checkpoint.hf_config import normalise
-from engine.checkpoint.loader import check, source_in_blocks, unused
+from engine.checkpoint.loader import Weight, check, source_in_blocks, unused
 from engine.checkpoint.overlay import read_overlay
 from engine.checkpoint.quantisation import check_quantisation
 from engine.checkpoint.safetensors import SafetensorsSource, weight_files
@@ -72,8 +73,17 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
         check(shape.table, whole)
     parameters = count(shape)
     cache = _cache(shape, wanted, fp8)
-    loaded = _loaded(shape, whole, wanted, fp8)
-    need = loaded.total + cache["bytes"]
+    in_blocks = _in_blocks(whole, fp8)
+    loaded = _loaded(shape.table, in_blocks, wanted)
+    if wanted.weight_dtype == "fp8" and not loaded.fp8:
+        raise ConfigError(
+            f"--weight-dtype is fp8, but this {shape.architecture} has no weights that are stored in FP8 and could "
+            "stay so; leave it at auto"
+        )
+    alone = _why_one_device(shape, config, devices.count)
+    first = shape.table if alone is not None else shape.rank_table(devices.count)
+    # Each device has the whole cache: every head reads the same latents.
+    each = _loaded(first, in_blocks, wanted).total + cache["bytes"]
     return {
         "model": str(path) if source is None else source.description,
         "architecture": shape.architecture,
@@ -101,8 +111,10 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
         "fit": {
             "devices": devices.count,
             "device_bytes": devices.memory,
-            "needed_bytes": need,
-            "fits": need <= devices.count * devices.memory,
+            "devices_used": devices.count if alone is None else 1,
+            "not_split_because": alone,
+            "needed_bytes": each,
+            "fits": each <= devices.memory,
         },
     }
 
@@ -135,19 +147,27 @@ def _file_bytes(path: Path, source: Source | None, overlay: Path | None, shape: 
     return published_bytes({**shape.table, **shape.mtp}, fp8=fp8, itemsize=2)
 
 
-def _loaded(shape: Shape, source: Source | None, wanted: Wanted, fp8: bool) -> Loaded:
-    """Bytes of the weights in memory."""
+def _why_one_device(shape: Shape, config: Mapping[str, Any], count: int) -> str | None:
+    """Why the model is not split over so many devices (`--tensor-parallel`), if it cannot be."""
+    if count == 1 or shape.architecture not in ARCHITECTURES:
+        return None
+    try:
+        import_module(ARCHITECTURES[shape.architecture]).check_split(config, count)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _in_blocks(source: Source | None, fp8: bool) -> Callable[[str], bool]:
+    """Which tensors are stored in FP8 blocks: as they are there, or as DeepSeek would write them."""
     if source is not None:
-        in_blocks = source_in_blocks(source)
-    else:
-        in_blocks = published_in_blocks if fp8 else lambda name: False
-    loaded = loaded_bytes(shape.table, _DTYPES[wanted.dtype], in_blocks, keep=wanted.weight_dtype != "plain")
-    if wanted.weight_dtype == "fp8" and not loaded.fp8:
-        raise ConfigError(
-            f"--weight-dtype is fp8, but this {shape.architecture} has no weights that are stored in FP8 and could "
-            "stay so; leave it at auto"
-        )
-    return loaded
+        return source_in_blocks(source)
+    return published_in_blocks if fp8 else lambda name: False
+
+
+def _loaded(table: Mapping[str, Weight], in_blocks: Callable[[str], bool], wanted: Wanted) -> Loaded:
+    """Bytes of the weights in memory."""
+    return loaded_bytes(table, _DTYPES[wanted.dtype], in_blocks, keep=wanted.weight_dtype != "plain")
 
 
 def _cache(shape: Shape, wanted: Wanted, fp8: bool) -> dict[str, Any]:
@@ -216,13 +236,14 @@ def render(report: Mapping[str, Any]) -> str:
     if report["unused_tensors"]:
         names = report["unused_tensors"]
         lines.append(("unused", f"{len(names)} tensors: {', '.join(names[:5])}{' ...' if names[5:] else ''}"))
-    verdict = "fits" if fit["fits"] else "does not fit"
-    where = f"{fit['devices']} x {_size(fit['device_bytes'])}"
-    lines.append(
-        ("memory", f"{verdict}: {_size(fit['needed_bytes'])} needed besides activations, {where} there")
-    )
-    if fit["devices"] > 1:
-        lines.append(("", "if spread evenly; this version computes on one device"))
+    verdict, used = "fits" if fit["fits"] else "does not fit", fit["devices_used"]
+    where = f"on each of {used} devices" if used > 1 else "on one device"
+    needed = f"{_size(fit['needed_bytes'])} needed {where} besides activations"
+    lines.append(("memory", f"{verdict}: {needed}, {_size(fit['device_bytes'])} there"))
+    if used > 1:
+        lines.append(("", f"with --tensor-parallel {used}; the cache is whole on each"))
+    if fit["not_split_because"]:
+        lines.append(("", fit["not_split_because"]))
     return "\n".join(f"{label:13}{text}" for label, text in lines)
 
 

@@ -20,6 +20,7 @@ from engine.kv.layouts import IndexKeyLayout, LatentLayout
 from engine.models import llama
 from engine.models.deepseek_config import DeepseekConfig
 from engine.models.deepseek_weights import mtp_table, weight_table
+from engine.parallel.ranks import Ranks
 from engine.protocol import IndexerInfo
 
 _EXPERT = re.compile(r".*\.mlp\.experts\.\d+\..*")
@@ -41,6 +42,7 @@ class Shape:
     max_positions: int
     top_k: int | None  # of its indexer; None: it has none
     table: Mapping[str, Weight]
+    rank_table: Callable[[int], Mapping[str, Weight]]  # number of devices -> of the first, which holds most
     mtp: Mapping[str, Weight]  # of all its MTP modules; empty where it has none
     expert_share: float  # of a token's routed experts
     index_layers: int  # that cache an index key
@@ -62,6 +64,7 @@ def read_shape(config: Mapping[str, Any], indexer: IndexerInfo | None) -> Shape:
 
 def _llama(config: Mapping[str, Any], indexer: IndexerInfo | None) -> Shape:
     c = llama.LlamaConfig.read(config)
+    table = llama.weight_table(c, indexer)
     cache = {}
     for name, size in (("bfloat16", 2), ("float32", 4)):
         key = 0 if indexer is None else indexer.head_dim * size
@@ -71,7 +74,8 @@ def _llama(config: Mapping[str, Any], indexer: IndexerInfo | None) -> Shape:
         num_layers=c.num_layers,
         max_positions=c.max_positions,
         top_k=None if indexer is None else indexer.default_top_k,
-        table=llama.weight_table(c, indexer),
+        table=table,
+        rank_table=lambda count: table,
         mtp={},
         expert_share=1.0,
         index_layers=0 if indexer is None else c.num_layers,
@@ -97,6 +101,7 @@ def _deepseek(config: Mapping[str, Any]) -> Shape:
         max_positions=c.max_positions,
         top_k=None if c.indexer is None else c.indexer.top_k,
         table=weight_table(c),
+        rank_table=lambda count: weight_table(c, Ranks(0, count)),
         mtp={f"mtp.{k}.{name}": weight for k, module in enumerate(modules) for name, weight in module},
         expert_share=c.moe.experts_per_token / c.moe.num_experts,
         index_layers=sum(c.index_layers),

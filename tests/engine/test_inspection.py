@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from engine.build import build
+from engine.checkpoint.loader import load
+from engine.checkpoint.source import open_source
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.inspection.report import Devices, Wanted, inspect, render
+from engine.models.deepseek_config import DeepseekConfig
+from engine.models.deepseek_weights import weight_table
+from engine.parallel.ranks import Ranks
 from tests.engine.deepseek_lab import FAMILIES, tiny_deepseek
 from tests.engine.lab import base_of, random_overlay, tiny_checkpoint
 from tests.engine.test_checkpoint_fp8 import quantise_folder
@@ -49,9 +55,7 @@ def test_the_published_config_has_the_published_figures() -> None:
 def test_whether_it_fits() -> None:
     report = look(CONFIG, context=131072, concurrency=3)
     assert report["cache"]["bytes"] == 3 * 131072 * 61 * 788
-    assert report["fit"]["needed_bytes"] == report["weights"]["loaded_bytes"] + report["cache"]["bytes"]
-    assert not report["fit"]["fits"]
-    enough = Devices(1, report["fit"]["needed_bytes"])
+    enough = Devices(1, report["weights"]["loaded_bytes"] + report["cache"]["bytes"])
     wanted = Wanted(131072, 3, "bfloat16", "auto")
     assert inspect(CONFIG, None, wanted, enough)["fit"]["fits"]
     assert not inspect(CONFIG, None, wanted, Devices(1, enough.memory - 1))["fit"]["fits"]
@@ -81,12 +85,54 @@ def test_fp8_weights_take_what_the_loader_takes(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+def weights_of(report: dict[str, Any]) -> int:
+    size: int = report["weights"]["loaded_bytes"]
+    return size
+
+
+def test_a_device_of_several_needs_what_its_part_takes(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    tiny_deepseek("deepseek_v32", folder, moe_intermediate_size=256, hidden_size=128, q_lora_rank=128)
+    quantise_folder(folder)
+    source = open_source(folder)
+    config = DeepseekConfig.read(source.config)
+    for count in (2, 4):
+        report = inspect(folder, None, Wanted(64, 1, "float32", "auto"), Devices(count, GIB))
+        _, first = load(
+            weight_table(config, Ranks(0, count)),
+            source,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            fp8=True,
+        )
+        assert first.fp8_bytes > 0
+        assert report["fit"]["devices_used"] == count
+        assert report["fit"]["needed_bytes"] == first.num_bytes + report["cache"]["bytes"]
+        assert first.num_bytes < weights_of(report)
+
+
+def test_what_cannot_be_split_is_counted_on_one_device(tmp_path: Path) -> None:
+    tiny_deepseek("deepseek_v32", tmp_path / "tiny")
+    tiny_checkpoint(tmp_path / "llama")
+    for name, why in (
+        ("tiny", "4 attention heads cannot be split"),
+        ("llama", "served on one device, not on 8"),
+    ):
+        report = look(tmp_path / name)
+        fit = report["fit"]
+        assert (fit["devices"], fit["devices_used"]) == (8, 1)
+        assert fit["needed_bytes"] == weights_of(report) + report["cache"]["bytes"]
+        assert why in fit["not_split_because"]
+        assert why in render(report)
+
+
 def test_the_published_model_fits_eight_devices_in_fp8_alone() -> None:
     def look_at(kind: Any) -> dict[str, Any]:
         return inspect(CONFIG, None, Wanted(131072, 1, "bfloat16", "auto", kind), Devices(8, 141 * GIB))
 
     resident, plain = look_at("auto"), look_at("plain")
     assert resident["fit"]["fits"]
+    assert resident["fit"]["needed_bytes"] > (weights_of(resident) + 8 * resident["cache"]["bytes"]) / 8
     assert not plain["fit"]["fits"]
     weights = resident["weights"]
     # kv_b of 128 heads of 128 + 128 on 512, index queries and keys: in each of 61 layers, 2 bytes a number
