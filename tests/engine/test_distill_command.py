@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -108,14 +109,29 @@ def test_the_model_cards_command_is_the_one_that_the_overlays_header_tells_of() 
     card = (folder / "README.md").read_text()
     with safe_open(folder / "smollm2-135m-instruct.safetensors", "pt") as file:
         header = file.metadata()
-    written = re.search(r"dsa distill smollm2-135m-instruct (.*?)\n\n", card, re.DOTALL)
-    assert written is not None
-    options = parser().parse_args(["--weights=x", *shlex.split(written[1].replace("\\\n", " "))])
+    written = re.findall(r"dsa distill smollm2-135m-instruct (.*?)\n\n", card, re.DOTALL)
+    first, last = (
+        parser().parse_args(["--weights=x", *shlex.split(one.replace("\\\n", " "))]) for one in written
+    )
+    assert last.start_from == first.out / "indexer.safetensors"
+    options = last
     made = json.loads(header["recipe"])
     assert read_recipe(options.recipe) == read_recipe(json.dumps(made["recipe"]))
-    assert options.until == made["steps"]
+    assert (options.until or read_recipe(options.recipe).total_steps) == made["steps"]
     sizes = [options.heads, options.dim, options.rope, options.default_top_k]
     assert sizes == [int(header[name]) for name in ("num_heads", "head_dim", "rope_dim", "default_top_k")]
     assert f"| `default_top_k` | {header['default_top_k']} |" in card
+    evaluation = json.loads((folder / "smollm2-135m-instruct.eval.json").read_text())
+    digest = hashlib.sha256((folder / "smollm2-135m-instruct.safetensors").read_bytes()).hexdigest()
+    assert evaluation["settings"]["overlay_sha256"] == digest
+    for top_k, retention in evaluation["needles"]["retention"].items():
+        assert f"| top_k {top_k} | " in card
+        assert (
+            f"{retention['right']} of {retention['of']} = {retention['right'] / retention['of']:.1%}".replace(
+                "%", " %"
+            )
+            in card
+        )
+        assert f"+{evaluation['loss']['rows'][top_k]['all']['above_dense']:.4f}" in card
     for picture in re.findall(r"!\[.*\]\((.*)\)", card):
         assert (folder / picture).is_file()
