@@ -111,19 +111,9 @@ class Precision:
             )
         return IndexFormat(dim, chosen)
 
-    def resident(self, config: Mapping[str, Any], description: str, device: torch.device) -> bool:
-        """Whether weights that are stored in FP8 blocks stay so in memory.
-
-        Raises:
-            ConfigError: they were asked for, but the checkpoint has none.
-        """
-        stored = bool(config.get("quantization_config"))
-        if self.weights == "fp8" and not stored:
-            raise ConfigError(
-                f"weight_dtype is fp8, but {description} has no weights in FP8 blocks (its config has no "
-                "quantization_config); leave it at auto, or serve an FP8 checkpoint"
-            )
-        return stored and (self.weights == "fp8" or (self.weights == "auto" and device.type == "cuda"))
+    def resident(self, device: torch.device) -> bool:
+        """Whether weights that are stored in FP8 blocks stay so in memory."""
+        return self.weights == "fp8" or (self.weights == "auto" and device.type == "cuda")
 
 
 def _dtype(asked: CacheDtype, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype | None:

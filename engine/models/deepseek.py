@@ -22,7 +22,7 @@ from engine.attention.precision import IndexFormat, LatentFormat, Precision
 from engine.attention.sparse import select
 from engine.attention.tiles import LatentTileCosts
 from engine.batch import Batch
-from engine.checkpoint.loader import LoadReport, load, unused
+from engine.checkpoint.loader import LoadReport, load, source_in_blocks, stays_fp8, unused
 from engine.checkpoint.source import Source
 from engine.cost import ModelShape
 from engine.errors import CheckpointError, ConfigError, EngineError
@@ -328,8 +328,13 @@ def build(
     raw, index = source.config, config.indexer
     latent_format = precision.latent(raw, config.kv_lora_rank, config.qk_rope_head_dim, dtype)
     index_format = None if index is None else precision.index(raw, index.head_dim, dtype)
-    fp8 = precision.resident(raw, source.description, device)
-    table = weight_table(config, ranks)
+    table, fp8 = weight_table(config, ranks), precision.resident(device)
+    in_blocks = source_in_blocks(source)
+    if precision.weights == "fp8" and not any(stays_fp8(weight, in_blocks) for weight in table.values()):
+        raise ConfigError(
+            f"weight_dtype is fp8, but {source.description} has no weights in FP8 blocks that could stay so; "
+            "leave it at auto, or serve an FP8 checkpoint"
+        )
     weights, report = load(table, source, dtype=dtype, device=device, progress=progress, fp8=fp8)
     if ranks.count > 1:
         report = replace(report, unused=unused(weight_table(config), source))

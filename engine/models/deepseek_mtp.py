@@ -112,7 +112,7 @@ def build_draft_layer(
     latent_format = precision.latent(raw, config.kv_lora_rank, config.qk_rope_head_dim, dtype)
     index_format = None if index is None else precision.index(raw, index.head_dim, dtype)
     table = mtp_table(config, 0)
-    fp8 = precision.resident(raw, source.description, device)
+    fp8 = precision.resident(device)
     weights, _ = load(table, source, dtype=dtype, device=device, progress=progress, fp8=fp8)
     names = frozenset(name for weight in table.values() for name in weight.names)
     return DeepseekMTP(config, weights, kernels, max_positions, latent_format, index_format), names

@@ -34,8 +34,8 @@ def test_served_from_fp8_and_refused_without(tmp_path: Path) -> None:
         refused = dsa("serve", str(plain), "--port", "0", "--device", "cpu", "--weight-dtype", "fp8")
         assert (refused.returncode, refused.stdout) == (1, "")
         assert [line for line in refused.stderr.splitlines() if line.startswith("error: ")] == [
-            "error: weight_dtype is fp8, but plain (safetensors, 1 file) has no weights in FP8 blocks (its config "
-            "has no quantization_config); leave it at auto, or serve an FP8 checkpoint"
+            "error: weight_dtype is fp8, but plain (safetensors, 1 file) has no weights in FP8 blocks that could "
+            "stay so; leave it at auto, or serve an FP8 checkpoint"
         ]
         usage = complete(server.wait_ready())["usage"]
         assert isinstance(usage, dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from engine.models.deepseek_config import DeepseekConfig
 from engine.models.deepseek_weights import weight_table
 from tests.engine.deepseek_lab import VOCAB, tiny_deepseek
 from tests.engine.lab import Lab, Run, tiny_checkpoint
-from tests.engine.test_checkpoint_fp8 import NAME, change, quantise_folder
+from tests.engine.test_checkpoint_fp8 import NAME, QUANTISATION, change, quantise_folder
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(0, VOCAB, (80,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -118,6 +119,10 @@ def test_auto_dequantises_on_the_cpu(folder: Path) -> None:
 
 def test_fp8_is_refused_where_nothing_is_stored_so(tmp_path: Path) -> None:
     tiny_deepseek("deepseek_v3", tmp_path / "plain", num_hidden_layers=2)
+    with pytest.raises(ConfigError, match="weight_dtype is fp8, but plain .* has no weights in FP8 blocks"):
+        build(EngineConfig(weights=str(tmp_path / "plain"), device="cpu", weight_dtype="fp8"))
+    path = tmp_path / "plain" / "config.json"  # one that announces them, and still has none
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": QUANTISATION}))
     with pytest.raises(ConfigError, match="weight_dtype is fp8, but plain .* has no weights in FP8 blocks"):
         build(EngineConfig(weights=str(tmp_path / "plain"), device="cpu", weight_dtype="fp8"))
     tiny_checkpoint(tmp_path / "llama")
