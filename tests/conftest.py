@@ -14,6 +14,9 @@ from server.text.tokenizer import Tokenizer, load_tokenizer
 # start; see engine.supervisor.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# No server of a test writes into the user's ledger, unless it is told of one of its own.
+os.environ["DSA_LEDGER"] = "none"
+
 
 @pytest.fixture(scope="session")
 def default_model() -> Path:

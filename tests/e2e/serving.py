@@ -68,7 +68,7 @@ class Server:
         environ = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith("DSA_") or name == "DSA_CACHE"
+            if not name.startswith("DSA_") or name in ("DSA_CACHE", "DSA_LEDGER")
         }
         with self._errors.open("wb") as errors:
             self.process = subprocess.Popen(

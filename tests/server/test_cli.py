@@ -26,7 +26,7 @@ def dsa(*arguments: str, stdin: str = "", **environ: str) -> subprocess.Complete
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("DSA_") or name == "DSA_CACHE"
+        if not name.startswith("DSA_") or name in ("DSA_CACHE", "DSA_LEDGER")
     }
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
