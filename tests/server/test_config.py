@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,7 @@ def test_drafts_need_a_drafter() -> None:
 )
 def test_the_token_limit_of_requests_that_name_none(kind: str, asked: int | None, limit: int) -> None:
     assert load_settings({"max_tokens": asked}, {}).server("m", kind).default_max_tokens == limit
+
+
+def test_servers_that_tests_start_write_into_no_ledger_of_the_user() -> None:
+    assert load_settings({}, os.environ).server("any").ledger is None
