@@ -45,6 +45,9 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """A step: never empty, each request in it once."""
 
     requests: tuple[ScheduledRequest, ...]
+    wiped_pages: tuple[int, ...] = ()
+    """To be zeroed first. A faulty request may have left not-a-number there, and the next owner's masked
+    positions are multiplied by 0, which does not make that a 0."""
 
     @property
     def num_tokens(self) -> int:

@@ -73,6 +73,8 @@ class Runner:
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> tuple[Batch, Tensor]:
         """The plan's rows as tensors, and `hidden` of them."""
+        if plan.wiped_pages:
+            self._cache.wipe(plan.wiped_pages)
         batch = build_batch(plan, self._costs, self._device)
         return batch, self._model.forward(batch, self._cache)
 

@@ -82,6 +82,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._arrivals = 0
         self._in_flight: StepPlan | None = None
+        self._tainted: list[int] = []  # pages that the next step zeroes before it writes
         self._steps = 0
         self._prefill_tokens = 0
         self._decode_tokens = 0
@@ -156,8 +157,10 @@ class Scheduler:
         self._in_flight = StepPlan(
             requests=tuple(
                 request.plan(count, guess) for (request, count), guess in zip(granted, drafts, strict=True)
-            )
+            ),
+            wiped_pages=tuple(self._tainted),
         )
+        self._tainted.clear()
         return self._in_flight
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> tuple[Delta, ...]:
@@ -191,6 +194,8 @@ class Scheduler:
                 deltas.append(delta)
                 if delta.finish_reason is not None:
                     self._remove(request)
+                    if sampled.error is not None:
+                        self._taint(request)
         return tuple(deltas)
 
     def stats(self) -> EngineStats:
@@ -354,6 +359,11 @@ class Scheduler:
         for page_id in request.page_ids:
             self._prefix.forget(page_id)
             self._pages.unkeep(page_id)
+
+    def _taint(self, request: Request) -> None:
+        """Have the pages wiped that a faulty request leaves to nobody; what others still hold is theirs."""
+        free = (page_id for page_id in request.page_ids if not self._pages.references(page_id))
+        self._tainted.extend(page_id for page_id in free if page_id not in self._tainted)
 
     def _remove(self, request: Request) -> None:
         """The one way out: off its queue, its pages released."""

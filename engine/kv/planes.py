@@ -77,6 +77,10 @@ class PagedCache:
         """Store row t of `values` [T, *shape] at (pages[t], offsets[t]) [T] int64."""
         self._planes[layer, name][pages, offsets] = values
 
+    def wipe(self, pages: Sequence[int]) -> None:
+        """Zero whole pages, all planes and layers of them."""
+        self._storage[list(pages)] = 0
+
     def repeat(self, count: int) -> None:
         """Make every page after the first `count` a copy of one of those, for measurements over a full cache."""
         for first in range(count, self.num_pages, count):

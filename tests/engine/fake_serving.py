@@ -64,6 +64,7 @@ class FakeModel:
     def __init__(self) -> None:
         self.submits: dict[str, Submit] = {}
         self.pages: dict[int, list[int]] = {}
+        self.wiped: list[int] = []
         self.known: dict[str, list[int]] = {}  # all tokens of each request
         self.truth: dict[str, list[int]] = {}  # what their positions must hold
         self.drafting = random.Random(0)
@@ -75,6 +76,9 @@ class FakeModel:
         self.truth[submit.request_id] = []
 
     def run(self, plan: StepPlan) -> StepResult:
+        for page_id in plan.wiped_pages:
+            self.pages[page_id] = [0] * PAGE_SIZE  # who still needs it would notice
+        self.wiped.extend(plan.wiped_pages)
         for scheduled in plan.requests:  # as on a device, all rows write before any row is sampled from
             self._write(scheduled)
         return StepResult(sampled=tuple(self._sample(scheduled) for scheduled in plan.requests))

@@ -177,6 +177,19 @@ def test_a_page_shared_with_a_faulty_request_is_not_trusted_again() -> None:
     assert driver.step() == {"c": (0, 150)}
 
 
+def test_pages_of_a_faulty_request_are_wiped_once_and_shared_ones_are_not() -> None:
+    driver = Driver(budget=500)
+    prompt = tuple(range(150))
+    driver.add(make("a", prompt, 90))
+    driver.step()
+    driver.add(make("b", prompt, 90, seed=FAULTY_SEED))
+    driver.drain()  # b shared two pages with a, and had one of its own
+    assert len(driver.model.wiped) == len(set(driver.model.wiped)) == 1
+    driver.add(make("c", 200, 3))
+    driver.drain()
+    assert len(driver.model.wiped) == 1
+
+
 def test_abort_frees_pages_at_once_wherever_the_request_is() -> None:
     driver = Driver(4, budget=70)
     assert driver.scheduler.abort("nobody", 0.0) is None
