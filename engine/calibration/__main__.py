@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, help="of the sparse steps (the indexer's default)")
     add("--context", type=int, help="longest context to measure (8192, or all positions of the model)")
     add("--rounds", type=int, default=2, help="times that each step is run (%(default)s)")
-    add("--quick", action="store_true", help="contexts up to 2048, one round")
+    add("--quick", action="store_true", help="contexts up to 2048 or twice top_k, one round")
     add("--kv-cache-bytes", type=int, default=1 << 30, help="(%(default)s)")
     add("--token-budget", type=int, default=512, help="(%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> Calibration:
     top_k = options.top_k or (info.indexer.default_top_k if info.indexer else None)
     if options.top_k is not None and info.indexer is None:
         raise ConfigError("top_k was given, but this model has no indexer and is always dense; leave it out")
-    longest = min(options.context or 8192, info.max_model_len, 2048 if options.quick else 1 << 30)
+    longest = _longest(options, info.max_model_len, top_k)
     rounds = 1 if options.quick else options.rounds
     if options.cpu_time and device != "cpu":
         raise ConfigError("cpu_time measures steps on the CPU; leave it out, or use device cpu")
@@ -117,6 +117,8 @@ def run(options: argparse.Namespace) -> Calibration:
     measured = bench.measure(chosen, assumed, rounds, show)
     fitted = [one for one in measured if not one.case.held_out]
     judged = [one for one in measured if one.case.held_out]
+    if not judged:
+        raise ConfigError("the cache holds too few contexts to measure; give it more with kv_cache_memory")
     coefficients = fit([one.features for one in fitted], [one.seconds for one in fitted])
     errors = [abs(modelled(coefficients, one.features) / one.seconds - 1) for one in judged]
     model = assumed.replace(coefficients)
@@ -148,6 +150,19 @@ def run(options: argparse.Namespace) -> Calibration:
     options.out.write_bytes(calibration_json(calibration))
     console.print(f"{options.out} is written; use it with dsa serve --cost-calibration {options.out}", markup=False, soft_wrap=True)  # fmt: skip
     return calibration
+
+
+def _longest(options: argparse.Namespace, positions: int, top_k: int | None) -> int:
+    """The longest context to measure."""
+    if options.context is not None and options.context > positions:
+        raise ConfigError(f"context is {options.context}, but this model has {positions} positions")
+    quick = max(2048, 2 * (top_k or 0))
+    longest: int = options.context or min(quick if options.quick else 8192, positions)
+    if top_k is not None and top_k + 2 * _OUTPUT > longest:
+        raise ConfigError(
+            f"with top_k {top_k} nothing is sparse up to the longest context measured, {longest}; lower top_k or raise context"
+        )
+    return longest
 
 
 def _coefficient_table(fitted: Coefficients, assumed: Coefficients) -> Table:

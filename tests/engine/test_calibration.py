@@ -105,3 +105,24 @@ def test_a_calibration_is_written_and_read_by_the_engine(
     out.write_text("{}")
     with pytest.raises(ConfigError, match="is not a cost calibration"):
         build(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--context=9999"], "context is 9999, but this model has 640 positions"),
+        (["--top-k=640"], "with top_k 640 nothing is sparse up to the longest context measured, 640"),
+        (["--rounds=0"], "rounds must be at least 1, not 0"),
+        (["--out=."], ". is a folder; name a file"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    folder, out = tmp_path / "model", tmp_path / "cost.json"
+    tiny_checkpoint(folder)
+    overlay = random_overlay(tmp_path / "indexer.safetensors", open_source(folder))
+    given = [f"--weights={folder}", f"--overlay={overlay}", f"--out={out}", "--kv-cache-bytes=16000000"]
+    assert main([*given, "--device=cpu", "--dtype=float32", *arguments]) == 1
+    assert f"error: {sentence}" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
