@@ -6,11 +6,14 @@ Ends when the engine process does (the end of the socket), or when it can no lon
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
 import queue
+import shutil
 import signal
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -26,6 +29,8 @@ from engine.protocol import Failed
 
 _log = logging.getLogger(__name__)
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def main() -> None:
     """Read the config, load, then compute plans until the end."""
@@ -40,12 +45,14 @@ def main() -> None:
     logging.basicConfig(format=f"engine: rank {rank}: %(message)s", level=logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # the end of the socket is enough, unless this process stands still
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     link = Link(socket.socket(fileno=options.fd))
     config = link.receive(msgspec.msgpack.Decoder(EngineConfig))
     if config is None:
         return
     plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(link, plans), daemon=True).start()
+    threading.Thread(target=_read, args=(link, plans, options.meeting.parent), daemon=True).start()
     try:
         part = load_part(
             config, rank, lambda device: join(rank, config.tensor_parallel, options.meeting, device)
@@ -62,8 +69,8 @@ def main() -> None:
         os._exit(1)
 
 
-def _read(link: Link, plans: queue.SimpleQueue[StepPlan]) -> None:
-    """Reader thread. Without an engine process there is nobody to compute for."""
+def _read(link: Link, plans: queue.SimpleQueue[StepPlan], folder: Path) -> None:
+    """Reader thread. Without an engine process there is nobody to compute for, nor to tidy up."""
     decoder = msgspec.msgpack.Decoder(StepPlan)
     while True:
         try:
@@ -72,6 +79,7 @@ def _read(link: Link, plans: queue.SimpleQueue[StepPlan]) -> None:
             _log.error("%s", error)
             os._exit(2)
         if plan is None:
+            shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)
         plans.put(plan)
 

@@ -17,6 +17,7 @@ from engine.checkpoint.loader import load
 from engine.checkpoint.source import open_source
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RankError
+from engine.inspection.report import Devices, Wanted, inspect
 from engine.models.deepseek_config import DeepseekConfig
 from engine.models.deepseek_weights import weight_table
 from engine.parallel.ranks import ALONE, Ranks
@@ -137,6 +138,9 @@ def test_each_rank_loads_its_half(folder: Path, pair: tuple[Built, Built]) -> No
         joined = torch.cat([torch.cat(both, dim) for both in zip(*parts, strict=True)])
         assert torch.equal(joined, alone[name]), name
     assert pair[0].ready.model == pair[1].ready.model
+    # What inspection says that the first device needs is what it took.
+    report = inspect(folder, None, Wanted(128, 1, "float32", "auto"), Devices(2, 1 << 30))
+    assert report["fit"]["needed_bytes"] - report["cache"]["bytes"] == pair[1].weights.num_bytes
 
 
 def test_a_killed_worker_ends_the_engine_with_the_reason(pair: tuple[Built, Built]) -> None:
