@@ -46,6 +46,7 @@ class Coefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     row: float  # a token through the linear layers
     pair: float  # (row, context token) of masked attention, dense or not
     context: float  # a context token brought together for masked attention
+    # One number for lone rows and chunks: fitted mostly to decodes, it is too high for long gathered prompts.
     gathered: float  # (row, selected token) of gathered attention
     sparse_row: float  # a token whose index queries are computed
     index_pair: float  # (row, context token) scored and ranked
@@ -66,7 +67,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     steps: int  # measured steps that were fitted
     median_error: float  # |modelled / measured - 1| of a step, median over steps that were not fitted
     worst_error: float  # the worst of those
-    dense_error: float | None  # the worst |estimated / measured - 1| of dense seconds told by a sparse run
+    dense_errors: dict[int, float]  # context: estimated / measured - 1 of dense seconds told by a sparse run
 
     def check(self, shape: ModelShape, device: str, dtype: str) -> None:
         """Refuse to be used for something else.

@@ -145,7 +145,7 @@ def run(options: argparse.Namespace) -> Calibration:
         steps=len(fitted),
         median_error=statistics.median(errors),
         worst_error=max(errors),
-        dense_error=max((abs(one.error) for one in compared), default=None),
+        dense_errors={one.context: one.error for one in compared},
     )
     options.out.write_bytes(calibration_json(calibration))
     console.print(f"{options.out} is written; use it with dsa serve --cost-calibration {options.out}", markup=False, soft_wrap=True)  # fmt: skip

@@ -18,6 +18,7 @@ from engine.checkpoint.source import open_source
 from engine.config import EngineConfig
 from engine.cost import CostModel, ModelShape, assumed_coefficients, read_calibration
 from engine.errors import ConfigError
+from server.models import resolve
 from tests.engine.lab import random_overlay, tiny_checkpoint
 
 SHAPE = ModelShape(
@@ -92,7 +93,7 @@ def test_a_calibration_is_written_and_read_by_the_engine(
     written = read_calibration(out)
     assert written.steps > 5
     assert 0 <= written.median_error <= written.worst_error
-    assert written.dense_error is not None
+    assert set(written.dense_errors) == {640}
     config = EngineConfig(
         weights=str(folder), overlay=str(overlay), device="cpu", dtype="float32", kv_cache_bytes=16_000_000,
         cost_calibration=str(out),
@@ -126,3 +127,19 @@ def test_what_cannot_be_measured_is_said(
     assert main([*given, "--device=cpu", "--dtype=float32", *arguments]) == 1
     assert f"error: {sentence}" in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sparse_request_tells_what_a_dense_one_costs(tmp_path: Path, default_model: Path) -> None:
+    """Within 10 % at 2K. At 8K, where prompts are gathered, the estimate was a fifth too low: see `Coefficients`.
+
+    In CPU time on one thread, so that it may be tried on a machine that is in use.
+    """
+    files, out = resolve(), tmp_path / "cost.json"
+    arguments = [f"--weights={files.weights}", f"--overlay={files.overlay}", f"--out={out}"]
+    assert main([*arguments, "--cpu-time", "--rounds=1"]) == 0
+    errors = read_calibration(out).dense_errors
+    print(errors)
+    assert abs(errors[2048]) < 0.10
+    assert abs(errors[8192]) < 0.30
