@@ -67,4 +67,9 @@ def usage(
                     for name in names
                 )
             )  # fmt: skip
-        Console().print(table)
+        console = Console()
+        # A figure that is cut is worse than a line that wraps: no narrower than the table needs to be.
+        console.width = max(
+            console.width, console.measure(table, options=console.options.update(max_width=400)).maximum
+        )
+        console.print(table)
