@@ -46,7 +46,7 @@ class Coefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     row: float  # a token through the linear layers
     pair: float  # (row, context token) of masked attention, dense or not
     context: float  # a context token brought together for masked attention
-    # One number for lone rows and chunks: fitted mostly to decodes, it is too high for long gathered prompts.
+    # Steps of one top_k tell the next from `index_pair` by context alone; for gathered prompts it comes out high.
     gathered: float  # (row, selected token) of gathered attention
     sparse_row: float  # a token whose index queries are computed
     index_pair: float  # (row, context token) scored and ranked
