@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -131,6 +132,10 @@ def test_what_cannot_be_measured_is_said(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    not os.environ.get("DSA_MEASURE"),
+    reason="holds measured seconds to a bound, which takes minutes of a quiet machine: DSA_MEASURE=1",
+)
 def test_a_sparse_request_tells_what_a_dense_one_costs(tmp_path: Path, default_model: Path) -> None:
     """Within 10 % at 2K. At 8K, where prompts are gathered, the estimate was a fifth too low: see `Coefficients`.
 
