@@ -54,7 +54,8 @@ class EngineCore:
         self._failed_steps = 0
         self._failed_steps_total = 0
         self._nonfinite = 0
-        self._progress_at = 0.0
+        self._told_at = 0.0
+        self._told = meter.counters()
 
     @property
     def has_work(self) -> bool:
@@ -68,12 +69,28 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Gauges and counters of now."""
-        stats = msgspec.structs.replace(
+        return self._meter.add_to(self._scheduled())
+
+    def _scheduled(self) -> EngineStats:
+        return msgspec.structs.replace(
             self._scheduler.stats(),
             nonfinite_logits_total=self._nonfinite,
             failed_steps_total=self._failed_steps_total,
         )
-        return self._meter.add_to(stats)
+
+    def tell(self, deltas: tuple[Delta, ...]) -> StepOutput:
+        """What the server hears of a step, or of what happened between two.
+
+        The engine's account and those of its requests are told together: a few times a second, and whenever
+        a delta brings usage. So they agree whenever the engine dies, and what it did since then is in neither.
+        """
+        now = self._clock()
+        progress: tuple[tuple[str, Work], ...] = ()
+        if now - self._told_at >= PROGRESS_SECONDS or any(delta.usage is not None for delta in deltas):
+            self._told_at, self._told = now, self._meter.counters()
+            progress = self._meter.progress()
+        stats = msgspec.structs.replace(self._scheduled(), **self._told)
+        return StepOutput(deltas=deltas, stats=stats, progress=progress)
 
     def submit(self, request: Submit) -> tuple[Delta, ...]:
         """Queue a request; one that can never run ends at once, with the reason."""
@@ -106,7 +123,7 @@ class EngineCore:
         self._meter.charge(plan, now - began)
         self._nonfinite += sum(sampled.nonfinite for sampled in result.sampled)
         deltas = self._metered(self._scheduler.apply(plan, result, now))
-        return StepOutput(deltas=deltas, stats=self.stats(), progress=self._progress(now))
+        return self.tell(deltas)
 
     def _run(self, plan: StepPlan) -> StepResult:
         """Run the plan; a fault ends the requests that were in it, with the reason, and no others.
@@ -137,12 +154,6 @@ class EngineCore:
         name = delta.request_id
         work = self._meter.work(name) if delta.finish_reason is None else self._meter.close(name)
         return msgspec.structs.replace(delta, usage=msgspec.structs.replace(usage, work=work))
-
-    def _progress(self, now: float) -> tuple[tuple[str, Work], ...]:
-        if now - self._progress_at < PROGRESS_SECONDS:
-            return ()
-        self._progress_at = now
-        return self._meter.progress()
 
 
 def _refusal(request: Submit, reason: str) -> Delta:

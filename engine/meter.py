@@ -6,6 +6,8 @@ sum to the engine's busy seconds. `engine.cost` says how much work is how much t
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from engine.cost import CostModel, Counts
@@ -105,22 +107,25 @@ class Meter:
         tally = self._live.pop(request_id, None)
         return Work() if tally is None else self._work(tally)
 
+    def counters(self) -> dict[str, Any]:
+        """The engine's own account: fields of `EngineStats`."""
+        counts = self._all.counts()
+        return {
+            "busy_seconds_total": self._busy,
+            "index_seconds_total": self._index,
+            "dense_seconds_total": self._dense,
+            "selected_tokens_total": counts.attended,
+            "index_pairs_total": counts.index_pairs,
+            "kv_rows_read_total": counts.kv_rows_read,
+            "flops_total": self._model.flops(counts),
+            "cache_bytes_total": self._model.cache_bytes(counts),
+            "batch_requests_total": self._batch_sum,
+            "batch_size_counts_total": tuple(self._batch_counts),
+        }
+
     def add_to(self, stats: EngineStats) -> EngineStats:
         """The scheduler's stats with the meter's counters."""
-        counts = self._all.counts()
-        return msgspec.structs.replace(
-            stats,
-            busy_seconds_total=self._busy,
-            index_seconds_total=self._index,
-            dense_seconds_total=self._dense,
-            selected_tokens_total=counts.attended,
-            index_pairs_total=counts.index_pairs,
-            kv_rows_read_total=counts.kv_rows_read,
-            flops_total=self._model.flops(counts),
-            cache_bytes_total=self._model.cache_bytes(counts),
-            batch_requests_total=self._batch_sum,
-            batch_size_counts_total=tuple(self._batch_counts),
-        )
+        return msgspec.structs.replace(stats, **self.counters())
 
     def _work(self, tally: _Tally) -> Work:
         counts = tally.counts()

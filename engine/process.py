@@ -20,7 +20,7 @@ from contextlib import suppress
 from engine.build import Built, build
 from engine.channel import EngineEnd
 from engine.errors import EngineError, ProtocolError, RankError
-from engine.protocol import Abort, Delta, Failed, Loading, Start, StepOutput, Stop, Submit, ToEngine
+from engine.protocol import Abort, Delta, Failed, Loading, Start, Stop, Submit, ToEngine
 
 _log = logging.getLogger(__name__)
 
@@ -115,12 +115,12 @@ def _loop(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine], built: Built) -> N
                 deltas.extend(core.abort(message.request_id))
             elif isinstance(message, Stop):
                 deltas.extend(core.abort_all())
-                end.send(StepOutput(deltas=tuple(deltas), stats=core.stats()))
+                end.send(core.tell(tuple(deltas)))
                 return
             else:
                 raise ProtocolError(f"{type(message).__name__} came while the engine was running")
         if changed:
-            end.send(StepOutput(deltas=tuple(deltas), stats=core.stats()))
+            end.send(core.tell(tuple(deltas)))
         output = core.step()
         if output is not None:
             end.send(output)

@@ -7,10 +7,13 @@ import random
 import pytest
 
 from engine.attention.tiles import TileCosts
+from engine.core import EngineCore
 from engine.cost import CostModel, ModelShape, assumed_coefficients
 from engine.meter import Meter
-from engine.plan import SampleSpec, ScheduledRequest, StepPlan
+from engine.plan import Sampled, SampleSpec, ScheduledRequest, StepPlan, StepResult
 from engine.protocol import EngineStats, SamplingParams, Work, add_counters
+from engine.scheduler import Scheduler
+from tests.engine.fake_serving import make
 
 SHAPE = ModelShape(
     row_flops=1000, sparse_row_flops=100, head_flops=500, pair_flops=10, index_pair_flops=2,
@@ -98,3 +101,43 @@ def test_dense_requests_cost_their_own_dense_equivalent() -> None:
     work = meter.close("a")
     assert work.device_seconds == pytest.approx(2.0)
     assert work.dense_seconds == pytest.approx(2.0)
+
+
+class _Instant:
+    """A runner that draws token 5 for whoever wants one, and a clock that goes on 10 ms with every look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def run(self, plan: StepPlan) -> StepResult:
+        drawn = (Sampled(token_ids=() if one.sample is None else (5,)) for one in plan.requests)
+        return StepResult(sampled=tuple(drawn))
+
+    def clock(self) -> float:
+        self.now += 0.01
+        return self.now
+
+
+def test_what_is_told_of_the_engine_is_what_is_told_of_its_requests() -> None:
+    """After every message, so also after the last before the engine dies."""
+    runner = _Instant()
+    scheduler = Scheduler(64, token_budget=64, max_running=8, max_model_len=512, prefix_caching=False)
+    core = EngineCore(scheduler, runner, Meter(model()), sparse=True, clock=runner.clock)
+    heard: dict[str, float] = {}
+    told = quiet = 0
+    for number in range(3):
+        core.submit(make(f"r{number}", 100 + 30 * number, 20 + 9 * number))
+    while core.has_work:
+        output = core.step()
+        assert output is not None
+        for name, work in output.progress:
+            heard[name] = work.prefill_seconds + work.decode_seconds
+        for delta in output.deltas:
+            if delta.usage is not None:
+                heard[delta.request_id] = delta.usage.work.prefill_seconds + delta.usage.work.decode_seconds
+        assert sum(heard.values()) == pytest.approx(output.stats.busy_seconds_total)
+        told += bool(output.progress)
+        quiet += not output.progress
+    assert told > 3
+    assert quiet > 3
+    assert output.stats.busy_seconds_total == pytest.approx(core.stats().busy_seconds_total)
