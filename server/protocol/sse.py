@@ -12,9 +12,13 @@ KEEP_ALIVE = b": keep-alive\n\n"
 """A comment: clients skip it, and proxies see that the connection lives."""
 
 
+_BREAKS = str.maketrans({"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+"""Line breaks to Unicode and so to many clients' line readers (`str.splitlines`, httpx), though not to the protocol."""
+
+
 def event(data: str) -> bytes:
-    """One event. JSON never has a bare line break, so one `data:` line holds it."""
-    return b"data: " + data.encode() + b"\n\n"
+    """One event of JSON, which has no bare line break but those of Unicode, and only in strings: they are escaped."""
+    return b"data: " + data.translate(_BREAKS).encode() + b"\n\n"
 
 
 def chunk(model: BaseModel) -> bytes:

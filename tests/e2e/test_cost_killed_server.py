@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ import psutil
 import pytest
 
 from tests.e2e.serving import MODEL, Server, until
+
+
+async def lines(response: httpx.Response) -> AsyncIterator[str]:
+    """What ends with a newline. (httpx's own lines end at U+2028 too, which a model may well write.)"""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line.decode().rstrip("\r")
 
 
 async def ask(url: str, number: int, answers: dict[str, int]) -> None:
@@ -30,7 +39,7 @@ async def ask(url: str, number: int, answers: dict[str, int]) -> None:
                 streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
                 async with http.stream("POST", f"{url}/v1/completions", json=streamed) as response:
                     amount: int | None = None
-                    async for line in response.aiter_lines():
+                    async for line in lines(response):
                         if line.startswith("data: {") and (usage := json.loads(line[6:]).get("usage")):
                             amount = usage["cost"]["amount"]
                         if line == "data: [DONE]":
