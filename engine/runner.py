@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -38,6 +39,7 @@ class Runner:
         self._costs = costs
         self._device = device
         self._drafter = drafter
+        self.model_seconds = 0.0  # in the model's forward and logits; with CUDA, to launch them
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -48,9 +50,7 @@ class Runner:
         rows = [end - len(own) + i for end, own in zip(ends, specs, strict=True) for i in range(len(own))]
         drawn: Iterator[Drawn] = iter(())
         if rows:
-            drawn = iter(
-                _sample_each(self._model.logits(hidden[rows]), [spec for own in specs for spec in own])
-            )
+            drawn = iter(_sample_each(self._logits(hidden[rows]), [spec for own in specs for spec in own]))
         results: list[Sampled] = []
         for request, end, own in zip(plan.requests, ends, specs, strict=True):
             one = verify(request, [next(drawn) for _ in own])
@@ -76,13 +76,22 @@ class Runner:
         if plan.wiped_pages:
             self._cache.wipe(plan.wiped_pages)
         batch = build_batch(plan, self._costs, self._device)
-        return batch, self._model.forward(batch, self._cache)
+        began = time.perf_counter()
+        hidden = self._model.forward(batch, self._cache)
+        self.model_seconds += time.perf_counter() - began
+        return batch, hidden
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        began = time.perf_counter()
+        logits = self._model.logits(rows)
+        self.model_seconds += time.perf_counter() - began
+        return logits
 
     def _score(self, rows: Tensor, targets: tuple[int, ...], alternatives: int) -> tuple[TokenLogprob, ...]:
         """Log-probability of each row's known next token."""
         scored: list[TokenLogprob] = []
         for start in range(0, len(targets), _LOGIT_ROWS):
-            logits = self._model.logits(rows[start : start + _LOGIT_ROWS])
+            logits = self._logits(rows[start : start + _LOGIT_ROWS])
             scored.extend(token_logprobs(logits, targets[start : start + _LOGIT_ROWS], alternatives))
         return tuple(scored)
 
