@@ -19,16 +19,17 @@ FROM base AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PATH=/opt/dsa/bin:$PATH
 WORKDIR /src
 COPY constraints.txt ./
-# The same steps as the Makefile's: the pinned pip, torch alone, then everything else.
+# The same steps as the Makefile's: the pinned pip and build tools, torch alone, then everything else.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv /opt/dsa \
-    && pip install --constraint constraints.txt --upgrade pip setuptools \
+    && pip install --constraint constraints.txt --upgrade pip setuptools ziglang \
     && pip install --constraint constraints.txt torch
-COPY pyproject.toml LICENSE NOTICE ./
+COPY pyproject.toml setup.py LICENSE NOTICE ./
 COPY engine engine
 COPY server server
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    pip install --constraint constraints.txt --no-build-isolation ".[otel]"
+    pip install --constraint constraints.txt --no-build-isolation ".[otel]" \
+    && pip uninstall --yes ziglang
 
 FROM base
 # Name a model here to have it in the image: --build-arg PULL=smollm2-135m-instruct

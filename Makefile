@@ -42,21 +42,22 @@ lint: $(VENV)/.installed-lint ## Check style, types and the Dockerfile.
 	$(BIN)/hadolint Dockerfile
 
 clean: ## Remove what make made here; fetched models stay in the cache.
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist engine/kernels/native/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The virtual environment with the pinned pip and build tool.
+# The virtual environment with the pinned pip and build tools (ziglang brings the C compiler).
 $(VENV)/.created: constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), and 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments; install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
 	@echo "creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) --upgrade pip setuptools
+	@$(INSTALL) --upgrade pip setuptools ziglang
 	@touch $@
 
-# torch first and alone, so that no range of another package chooses the build.
-$(VENV)/.installed: $(VENV)/.created pyproject.toml
+# torch first and alone, so that no range of another package chooses the build. The last step compiles the native
+# kernels, which is why their sources count.
+$(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py $(wildcard engine/kernels/native/*.[ch])
 	@echo "installing what dsa needs, once; torch is large"
 	@$(INSTALL) torch
 	@$(INSTALL) --no-build-isolation --editable '.[otel]'

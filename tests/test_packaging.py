@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import subprocess
@@ -14,8 +15,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from engine.kernels.native.levels import LEVELS
+
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT, BUILD = PYPROJECT["project"], PYPROJECT["build-system"]
 
 
 def pins() -> dict[str, str]:
@@ -35,10 +39,10 @@ def named_files() -> list[Path]:
 def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "LICENSE", "NOTICE"):
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     for name in ("server", "engine", "tests"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     overlay = source / "engine" / "overlays" / "smollm2-135m-instruct.safetensors"
     overlay.parent.mkdir(exist_ok=True)
     overlay.touch()
@@ -64,6 +68,11 @@ def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
     }
     assert "dsa = server.cli:main" in entry_points
     assert "engine/overlays/smollm2-135m-instruct.safetensors" in names
+    libraries = {level.file for level in LEVELS if level.machine == platform.machine()}
+    assert {f"engine/kernels/native/lib/{file}" for file in libraries} == {
+        n for n in names if n.endswith(".so")
+    }
+    assert ("-py3-none-any" in wheel.name) == (not libraries)
     for package in ("server", "engine"):
         for module in (ROOT / package).rglob("*.py"):
             assert module.relative_to(ROOT).as_posix() in names
@@ -77,6 +86,14 @@ def test_everything_that_is_asked_for_is_pinned_within_its_range() -> None:
     for requirement in [Requirement(text) for group in groups for text in group]:
         version = pins()[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} does not allow {version}"
+
+
+def test_what_the_build_asks_for_is_pinned_and_installed_before_the_package() -> None:
+    makefile, dockerfile = ((ROOT / name).read_text("utf-8") for name in ("Makefile", "Dockerfile"))
+    for requirement in map(Requirement, BUILD["requires"]):
+        assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+        for text in (makefile, dockerfile):
+            assert re.search(rf"--upgrade pip .*\b{requirement.name}\b", text)
 
 
 def test_torch_is_pinned_without_choosing_a_build() -> None:
