@@ -109,6 +109,13 @@ def test_only_engine_parallel_knows_torch_distributed() -> None:
     assert breaches("engine", is_breach) == []
 
 
+def test_layers_know_no_model() -> None:
+    def is_breach(path: str, name: str) -> bool:
+        return path.startswith("engine/layers/") and name.startswith(("engine.models", "engine.attention"))
+
+    assert breaches("engine", is_breach) == []
+
+
 def test_the_server_process_starts_without_torch() -> None:
     code = (
         "import sys, server.app, server.cli, server.serve, engine.supervisor\n"

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.layers.linear import Matrix, linear
-from engine.models.deepseek_config import MoEConfig
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The mixture of experts (arXiv 2412.19437, section 2.1.2)."""
+
+    num_experts: int  # routed
+    num_shared_experts: int
+    experts_per_token: int
+    num_groups: int
+    groups_per_token: int
+    normalise: bool  # a token's expert weights sum to `scaling`
+    scaling: float
+    intermediate_size: int  # of one expert
 
 
 def route(x: Tensor, gate: Tensor, bias: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:

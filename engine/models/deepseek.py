@@ -29,10 +29,10 @@ from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.kernels.interface import Kernels
 from engine.kv.planes import PagedCache, PlaneSpec
 from engine.layers.linear import Matrix, Parameters, linear
-from engine.layers.moe import route, run_experts
+from engine.layers.moe import MoEConfig, route, run_experts
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, softmax_correction
-from engine.models.deepseek_config import DeepseekConfig, MoEConfig
+from engine.models.deepseek_config import DeepseekConfig
 from engine.models.deepseek_weights import weight_table
 from engine.parallel.ranks import ALONE, Ranks
 from engine.protocol import IndexerInfo

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import CheckpointError
+from engine.layers.moe import MoEConfig
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,6 @@ class IndexConfig:
     rope_dim: int  # the first dims of a head are rotated
     rope_interleaved: bool  # False: half-split, as in V3.2; True in GLM-5
     top_k: int  # what it was trained to select
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """The mixture of experts (arXiv 2412.19437, section 2.1.2)."""
-
-    num_experts: int  # routed
-    num_shared_experts: int
-    experts_per_token: int
-    num_groups: int
-    groups_per_token: int
-    normalise: bool  # a token's expert weights sum to `scaling`
-    scaling: float
-    intermediate_size: int  # of one expert
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.layers.moe import route, run_experts
-from engine.models.deepseek_config import MoEConfig
+from engine.layers.moe import MoEConfig, route, run_experts
 
 CONFIG = MoEConfig(
     num_experts=16, num_shared_experts=1, experts_per_token=3, num_groups=4, groups_per_token=2,
