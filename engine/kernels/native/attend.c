@@ -1,0 +1,208 @@
+// Attention of one row over tokens that lie anywhere in the cache.
+#include <math.h>
+
+#include "attention.h"
+
+static inline int padded(int count) { return (count + 31) & ~31; }
+
+int64_t dsa_attend_scratch(int count) {
+    // Addresses of the tokens; float32 and bfloat16 weights of four queries, and their sums.
+    int64_t n = padded(count);
+    return 8 * n + 4 * (4 + 2) * n + 64;
+}
+
+// The same in plain C, for any sizes.
+static void attend_head(const bf16 *query, const bf16 *const *tokens, int count, int G, int D, float scale, bf16 *out,
+                        float *weights) {
+    for (int g = 0; g < G; g++) {
+        const bf16 *q = query + g * D;
+        float most = -INFINITY, total = 0.0f;
+        for (int s = 0; s < count; s++) {
+            float dot = 0.0f;
+            for (int i = 0; i < D; i++) dot += wide(q[i]) * wide(tokens[s][i]);
+            weights[s] = dot * scale;
+            most = weights[s] > most ? weights[s] : most;
+        }
+        for (int s = 0; s < count; s++) total += weights[s] = exp_negative(weights[s] - most);
+        enum { AT_ONCE = 64 };
+        for (int i = 0; i < D; i += AT_ONCE) {
+            float sums[AT_ONCE] = {0};
+            int width = D - i < AT_ONCE ? D - i : AT_ONCE;
+            for (int s = 0; s < count; s++)
+                for (int j = 0; j < width; j++) sums[j] += weights[s] * wide(tokens[s][D + i + j]);
+            for (int j = 0; j < width; j++) out[g * D + i + j] = narrow(sums[j] / total);
+        }
+    }
+}
+
+#ifdef DSA_AVX512
+
+static inline __m512bh load_pairs(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
+
+// scale * q . k of G queries and all tokens, D = 32 * parts.
+static inline __attribute__((always_inline)) void dots(int G, int parts, const bf16 *query, const bf16 *const *tokens,
+                                                       int n, float scale, float *weights) {
+    const int D = 32 * parts;
+    __m512bh q[4][4];
+    for (int g = 0; g < G; g++)
+        for (int p = 0; p < parts; p++) q[g][p] = load_pairs(query + g * D + 32 * p);
+    for (int s = 0; s < n; s += 16) {
+        if (s + 32 <= n)
+            for (int i = 16; i < 32; i++) { // the next ones, values too: they are anywhere in the cache
+                const char *next = (const char *)tokens[s + i];
+                for (int line = 0; line < 4 * D; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
+            }
+        __m512 quarter[4][4]; // [g]: four tokens' sums in each
+        for (int i = 0; i < 4; i++) {
+            __m512 sums[4][4];
+            for (int j = 0; j < 4; j++) {
+                const bf16 *key = tokens[s + 4 * i + j];
+                __m512bh k[4];
+                for (int p = 0; p < parts; p++) k[p] = load_pairs(key + 32 * p);
+                for (int g = 0; g < G; g++) {
+                    __m512 sum = _mm512_setzero_ps();
+                    for (int p = 0; p < parts; p++) sum = _mm512_dpbf16_ps(sum, k[p], q[g][p]);
+                    sums[g][j] = sum;
+                }
+            }
+            for (int g = 0; g < G; g++) {
+                const __m512 *four = sums[g];
+                __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(four[0], four[1]), _mm512_unpackhi_ps(four[0], four[1]));
+                __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(four[2], four[3]), _mm512_unpackhi_ps(four[2], four[3]));
+                __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+                quarter[g][i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                                              _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+            }
+        }
+        for (int g = 0; g < G; g++) {
+            const __m512 *t = quarter[g];
+            __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
+            __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(t[2], t[3], 0x88), _mm512_shuffle_f32x4(t[2], t[3], 0xdd));
+            __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+            _mm512_storeu_ps(weights + g * n + s, _mm512_mul_ps(all, _mm512_set1_ps(scale)));
+        }
+    }
+}
+
+// Weights of one query: e^(x - max) as bfloat16, 0 beyond `count`; returns their sum (of the rounded ones, so that
+// they sum to 1 exactly as they are used).
+static float soften(float *x, int count, int n, bf16 *out) {
+    __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int s = 0; s < count; s += 16) {
+        __mmask16 in = _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(count - s));
+        most = _mm512_mask_max_ps(most, in, most, _mm512_loadu_ps(x + s));
+    }
+    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (int s = 0; s < n; s += 32) {
+        __m512 e[2];
+        for (int i = 0; i < 2; i++) {
+            __mmask16 in = _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(count - s - 16 * i));
+            e[i] = _mm512_maskz_mov_ps(in, exp_negative16(_mm512_sub_ps(_mm512_loadu_ps(x + s + 16 * i), most)));
+        }
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(e[1], e[0]);
+        _mm512_storeu_si512(out + s, both);
+        total = _mm512_add_ps(total, (__m512)_mm512_slli_epi32(both, 16));
+        total = _mm512_add_ps(total, (__m512)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+    }
+    return _mm512_reduce_add_ps(total);
+}
+
+// out[g] = sum_s weights[g][s] value[s] / total[g], D = 32 * parts.
+static inline __attribute__((always_inline)) void combine(int G, int parts, const bf16 *const *tokens, int n,
+                                                          const bf16 *weights, const float *totals, bf16 *out) {
+    const int D = 32 * parts;
+    // Words of [16 of low | 16 of high] in the order of dims, see below.
+    static const uint16_t ORDER[32] = {0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
+                                       8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
+    for (int part = 0; part < parts; part += 2) {
+        const int wide_parts = parts - part < 2 ? 1 : 2;
+        __m512 sums[4][4];
+        for (int g = 0; g < G; g++)
+            for (int i = 0; i < 4; i++) sums[g][i] = _mm512_setzero_ps();
+        for (int s = 0; s < n; s += 2) {
+            __m512bh pairs[4];
+            for (int p = 0; p < wide_parts; p++) {
+                // Two tokens' values side by side. Interleaving is by 128 bits: lane l of the lower half has dims
+                // 8 l to 8 l + 3, of the upper half 8 l + 4 to 8 l + 7.
+                __m512i a = _mm512_loadu_si512(tokens[s] + D + 32 * (part + p));
+                __m512i b = _mm512_loadu_si512(tokens[s + 1] + D + 32 * (part + p));
+                pairs[2 * p] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+                pairs[2 * p + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+            }
+            for (int g = 0; g < G; g++) {
+                int32_t two;
+                memcpy(&two, weights + g * n + s, 4);
+                __m512bh w = (__m512bh)_mm512_set1_epi32(two);
+                for (int i = 0; i < 2 * wide_parts; i++) sums[g][i] = _mm512_dpbf16_ps(sums[g][i], pairs[i], w);
+            }
+        }
+        for (int g = 0; g < G; g++) {
+            __m512 over = _mm512_set1_ps(1.0f / totals[g]);
+            for (int p = 0; p < wide_parts; p++) {
+                __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(sums[g][2 * p + 1], over),
+                                                            _mm512_mul_ps(sums[g][2 * p], over));
+                both = _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER), both);
+                _mm512_storeu_si512(out + g * D + 32 * (part + p), both);
+            }
+        }
+    }
+}
+
+// Up to four queries of one head over n tokens, n a multiple of 32.
+static inline __attribute__((always_inline)) void attend_queries(int G, int parts, const bf16 *query,
+                                                                 const bf16 *const *tokens, int count, int n,
+                                                                 float scale, bf16 *out, float *weights, bf16 *soft,
+                                                                 float *totals) {
+    dots(G, parts, query, tokens, n, scale, weights);
+    for (int g = 0; g < G; g++) totals[g] = soften(weights + g * n, count, n, soft + g * n);
+    combine(G, parts, tokens, n, soft, totals, out);
+}
+
+#define CASE(G, PARTS) \
+    case 8 * G + PARTS: \
+        attend_queries(G, PARTS, query, tokens, count, n, scale, out, weights, soft, totals); \
+        break;
+
+static void attend_known(int G, int parts, const bf16 *query, const bf16 *const *tokens, int count, int n, float scale,
+                         bf16 *out, float *weights, bf16 *soft, float *totals) {
+    switch (8 * G + parts) {
+        CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1)
+        CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2)
+        CASE(1, 3) CASE(2, 3) CASE(3, 3) CASE(4, 3)
+        CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4)
+    default: break;
+    }
+}
+
+#endif
+
+void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, const int64_t *block_table,
+                    const int32_t *selected, int count, int first, int last, int Hkv, int G, int D, float scale,
+                    bf16 *out, void *scratch) {
+    const int n = padded(count);
+    const bf16 **tokens = scratch;
+    float *weights = (float *)(tokens + n);
+    for (int head = first; head < last; head++) {
+        // Beyond the end the last one is repeated; its weight there is 0.
+        for (int s = 0; s < n; s++) {
+            int at = s < count ? s : count - 1;
+            int position = selected ? selected[at] : at;
+            const char *page = (const char *)plane + block_table[position / PAGE] * page_stride;
+            tokens[s] = (const bf16 *)page + ((int64_t)(position % PAGE) * Hkv + head) * 2 * D;
+        }
+        const bf16 *q = query + (int64_t)head * G * D;
+        bf16 *o = out + (int64_t)head * G * D;
+#ifdef DSA_AVX512
+        if (D % 32 == 0 && D <= 128) {
+            bf16 *soft = (bf16 *)(weights + (int64_t)n * 4);
+            float *totals = (float *)(soft + (int64_t)n * 4);
+            for (int g = 0; g < G; g += 4)
+                attend_known(G - g < 4 ? G - g : 4, D / 32, q + g * D, tokens, count, n, scale, o + g * D, weights,
+                             soft, totals);
+            continue;
+        }
+#endif
+        attend_head(q, tokens, count, G, D, scale, o, weights);
+    }
+}

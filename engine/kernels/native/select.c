@@ -1,0 +1,134 @@
+// The top_k best of a row of scores, without sorting: the k-th largest is found by bisection over the bits of
+// floats, which are ordered as the floats are; each step counts one vector of scores an instruction. Long rows are
+// first thinned by a threshold that a sample suggests, so that the bisection runs over little more than top_k.
+#include <float.h>
+
+#include "attention.h"
+
+// Floats in the order of these integers: -FLT_MAX .. -0 = 0 .. FLT_MAX.
+static inline float from_rank(int32_t rank) {
+    int32_t bits = rank < 0 ? (int32_t)(0x80000000u | (uint32_t)-rank) : rank;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline int32_t to_rank(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits < 0 ? -(bits & 0x7fffffff) : bits;
+}
+
+// How many of x[0], x[step], x[2 step] ... vectors of 16 are >= t; n is a multiple of 16 or step is 1.
+static int count_at_least(const float *x, int n, int step, float t) {
+    int count = 0;
+#ifdef DSA_AVX512
+    __m512 edge = _mm512_set1_ps(t);
+    int i = 0;
+    for (; i + 16 <= n; i += 16 * step)
+        count += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_loadu_ps(x + i), edge, _CMP_GE_OQ));
+    if (step == 1 && i < n) {
+        __mmask16 rest = (__mmask16)((1u << (n - i)) - 1);
+        count += __builtin_popcount(_mm512_mask_cmp_ps_mask(rest, _mm512_maskz_loadu_ps(rest, x + i), edge, _CMP_GE_OQ));
+    }
+#else
+    for (int i = 0; i < n; i += 16 * step)
+        for (int j = i; j < i + 16 && j < n; j++) count += x[j] >= t;
+#endif
+    return count;
+}
+
+// The largest t in [low, high] with count_at_least(t) >= wanted, or one with at most `enough` of them;
+// count_at_least(low) >= wanted holds. Returns the count.
+static int bisect(const float *x, int n, int step, int wanted, int enough, int32_t low, int32_t high, int count,
+                  float *threshold) {
+    while (count > enough && low < high) {
+        int32_t middle = (int32_t)(((int64_t)low + high + 1) >> 1);
+        int found = count_at_least(x, n, step, from_rank(middle));
+        if (found >= wanted) {
+            low = middle;
+            count = found;
+        } else {
+            high = middle - 1;
+        }
+    }
+    *threshold = from_rank(low);
+    return count;
+}
+
+// Positions and scores that are >= t, in their order; returns how many. Writes up to 15 beyond them.
+static int thin(const float *scores, int n, float t, float *kept, int32_t *at) {
+    int count = 0, i = 0;
+#ifdef DSA_AVX512
+    __m512 edge = _mm512_set1_ps(t);
+    __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; i + 16 <= n; i += 16) {
+        __m512 x = _mm512_loadu_ps(scores + i);
+        __mmask16 mask = _mm512_cmp_ps_mask(x, edge, _CMP_GE_OQ);
+        // Compressed in a register and stored whole: compressing to memory takes a hundred cycles on Zen 4.
+        _mm512_storeu_ps(kept + count, _mm512_maskz_compress_ps(mask, x));
+        _mm512_storeu_si512(at + count, _mm512_maskz_compress_epi32(mask, index));
+        index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
+        count += __builtin_popcount(mask);
+    }
+#endif
+    for (; i < n; i++)
+        if (scores[i] >= t) {
+            kept[count] = scores[i];
+            at[count++] = i;
+        }
+    return count;
+}
+
+static float largest(const float *x, int n) {
+    float most = -FLT_MAX;
+    for (int i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+enum { SAMPLE_STEP = 8 }; // one vector of 16 in so many is looked at
+
+int dsa_select_row(const float *scores, int n, int top_k, int32_t *selected, float *scratch) {
+    float *kept = scratch;
+    int32_t *at = (int32_t *)(scratch + n + 16);
+    int32_t lowest = to_rank(-FLT_MAX);
+    int count = 0;
+    if (n >= 2048 && n >= 3 * top_k) {
+        // Neighbouring scores are alike, so a sample of whole vectors errs more than one of single scores would.
+        int whole = n & ~15;
+        int sampled = (whole / 16 + SAMPLE_STEP - 1) / SAMPLE_STEP * 16;
+        int wanted = (int)((int64_t)sampled * top_k / n) * 5 / 4 + 24;
+        int finite = count_at_least(scores, whole, SAMPLE_STEP, -FLT_MAX);
+        if (finite > wanted) {
+            float t;
+            bisect(scores, whole, SAMPLE_STEP, wanted, wanted + wanted / 8, lowest, to_rank(FLT_MAX), finite, &t);
+            count = thin(scores, n, t, kept, at);
+            lowest = to_rank(t);
+        }
+    }
+    if (count < top_k) { // short, or the sample misled
+        lowest = to_rank(-FLT_MAX);
+        count = thin(scores, n, -FLT_MAX, kept, at);
+    }
+    if (count <= top_k) {
+        memcpy(selected, at, sizeof(int32_t) * (size_t)count);
+        return count;
+    }
+    float edge;
+    int reached = bisect(kept, count, 1, top_k, top_k, lowest, to_rank(largest(kept, count)), count, &edge);
+    // More than top_k only where several are equal to the edge: the earliest of those are left out.
+    int spare = reached - top_k, made = 0, i = 0;
+#ifdef DSA_AVX512
+    if (spare == 0)
+        for (; i + 16 <= count && made + 16 <= top_k; i += 16) {
+            __mmask16 mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(kept + i), _mm512_set1_ps(edge), _CMP_GE_OQ);
+            _mm512_storeu_si512(selected + made, _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(at + i)));
+            made += __builtin_popcount(mask);
+        }
+#endif
+    for (; i < count && made < top_k; i++) {
+        if (kept[i] == edge && spare > 0) spare--;
+        else if (kept[i] >= edge) selected[made++] = at[i];
+    }
+    return made;
+}
