@@ -1,22 +1,26 @@
 """From logits to tokens. Each request's choice is a function of its own row, seed and position only.
 
 The random numbers of a request's n-th token come from a hash of (seed, n), so neither the batch around it nor
-a preemption and recomputation can change it.
+a preemption and recomputation can change it. Rows are chosen from on the CPU: what is left of a row after its
+filters is short, and work on short arrays is cheaper there.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.filters import runners
 from engine.plan import Drawn, SampleSpec
 from engine.protocol import SamplingParams, TokenLogprob
+from engine.race import race
 
-_FIRST_GUESS = 256  # how many of the best tokens are looked at before a full sort
+Row = NDArray[np.float32]
+"""[vocab]"""
 
 
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
@@ -26,23 +30,44 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
         logits: [N, vocab] float32
         specs: N of them, in the rows' order
     """
-    finite = torch.isfinite(logits).all(-1).tolist()
-    drawn: list[Drawn] = []
-    greedy = logits.argmax(-1).tolist()
+    finite, tokens = finite_rows(logits), best_tokens(logits)
     for row, spec in enumerate(specs):
-        if not finite[row]:
-            drawn.append(
-                Drawn(
-                    error="the model's logits are not finite, so no token can be drawn from them",
-                    nonfinite=True,
-                )
-            )
-            continue
-        token = greedy[row] if _is_plain_greedy(spec.params) else _draw(logits[row], spec)
-        report = spec.params.logprobs
-        logprob = None if report is None else token_logprob(logits[row], token, report)
-        drawn.append(Drawn(token_id=token, logprob=logprob))
-    return drawn
+        if finite[row] and not _is_plain_greedy(spec.params):
+            tokens[row] = _draw(logits[row].cpu().numpy(), spec)
+    reported: dict[int, list[int]] = {}  # rows by how many alternatives they report
+    for row, spec in enumerate(specs):
+        if finite[row] and spec.params.logprobs is not None:
+            reported.setdefault(spec.params.logprobs, []).append(row)
+    logprobs: dict[int, TokenLogprob] = {}
+    for alternatives, rows in reported.items():
+        own = token_logprobs(logits[rows], [tokens[row] for row in rows], alternatives)
+        logprobs.update(zip(rows, own, strict=True))
+    return [
+        Drawn(token_id=token, logprob=logprobs.get(row)) if good else _NOT_FINITE
+        for row, (token, good) in enumerate(zip(tokens, finite, strict=True))
+    ]
+
+
+_NOT_FINITE = Drawn(
+    error="the model's logits are not finite, so no token can be drawn from them", nonfinite=True
+)
+
+
+def finite_rows(logits: Tensor) -> list[bool]:
+    """Whether every number of a row [N, vocab] is finite.
+
+    A finite sum proves it in one pass; a sum that is not may only be too large, and is looked into.
+    """
+    finite: list[bool] = torch.isfinite(logits.sum(-1)).tolist()
+    if not all(finite):
+        finite = torch.isfinite(logits).all(-1).tolist()
+    return finite
+
+
+def best_tokens(logits: Tensor) -> list[int]:
+    """The first of each row's largest logits [N, vocab]. NumPy's argmax is vectorised, torch's on a CPU is not."""
+    best: list[int] = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
+    return best
 
 
 def token_logprob(logits: Tensor, token: int, alternatives: int) -> TokenLogprob:
@@ -69,13 +94,6 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], alternatives: int) -> 
     return [TokenLogprob(token_id=t, logprob=value, rank=rank, top=top) for t, value, rank, top in rows]
 
 
-def exponential_noise(seed: int, index: int, count: int) -> Tensor:
-    """The request's random numbers for its `index`-th token: [count] float64 on the CPU, Exp(1)."""
-    digest = hashlib.sha256(seed.to_bytes(8, "little") + index.to_bytes(8, "little")).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.rand(count, dtype=torch.float64, generator=generator).log_().neg_()
-
-
 def _is_plain_greedy(params: SamplingParams) -> bool:
     return params.temperature == 0 and not _has_penalty(params) and not params.logit_bias
 
@@ -84,24 +102,19 @@ def _has_penalty(params: SamplingParams) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
 
 
-def _draw(logits: Tensor, spec: SampleSpec) -> int:
-    """One token from one row [vocab]: penalties, temperature, filters, then the race."""
+def _draw(logits: Row, spec: SampleSpec) -> int:
+    """One token from one row: penalties, temperature, filters, then the race."""
     params = spec.params
     logits = penalised(logits, spec)
     if params.temperature == 0:
         return int(logits.argmax())
-    probs = (logits / params.temperature).double().softmax(-1)
-    keep = kept(probs, params)
-    if keep is not None:
-        probs = probs.where(keep, 0.0)
-    # The exponential race (Gumbel-max): token i wins with probability p_i. Unlike the inverse of the CDF,
-    # it hardly notices the last digits of the logits, which change with the batch around the row: only a
-    # near tie for the win can flip, not each of the many edges between tokens.
-    noise = exponential_noise(params.seed, spec.output_index, probs.shape[0])
-    return int((probs / noise.to(probs.device)).argmax())
+    with np.errstate(over="ignore"):  # at a temperature near 0 all but the best are infinitely far
+        weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
+    token_ids, rest = runners(weights, params)
+    return race(weights, token_ids, rest, params.seed, spec.output_index)
 
 
-def penalised(logits: Tensor, spec: SampleSpec) -> Tensor:
+def penalised(logits: Row, spec: SampleSpec) -> Row:
     """Logit bias, then repetition (prompt and output), frequency and presence (output) penalties.
 
     Repetition penalty divides a positive logit and multiplies a negative one (Keskar et al.,
@@ -110,49 +123,15 @@ def penalised(logits: Tensor, spec: SampleSpec) -> Tensor:
     params = spec.params
     if not params.logit_bias and not _has_penalty(params):
         return logits
-    logits = logits.clone()
+    logits = logits.copy()
     for token, bias in params.logit_bias:
         logits[token] += bias
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(spec.history)), device=logits.device)
-        values = logits[seen]
-        logits[seen] = torch.where(
-            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
-        )
+        seen = np.unique(np.array(spec.history, dtype=np.int64))
+        values, by = logits[seen], np.float32(params.repetition_penalty)
+        logits[seen] = np.where(values > 0, values / by, values * by)
     generated = spec.history[spec.prompt_len :]
     if generated and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.unique(torch.tensor(generated, device=logits.device), return_counts=True)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts.float()
+        ids, counts = np.unique(np.array(generated, dtype=np.int64), return_counts=True)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
     return logits
-
-
-def kept(probs: Tensor, params: SamplingParams) -> Tensor | None:
-    """Which tokens top_k, top_p and min_p leave: [vocab] bool, or None for all.
-
-    Applied one after the other, as vLLM does: top_k on all, top_p on the renormalised rest; min_p is
-    relative to the best token, so its order does not matter. Equal probabilities at an edge all stay.
-    """
-    keep: Tensor | None = None
-    if 0 < params.top_k < probs.shape[0]:
-        keep = probs >= probs.topk(params.top_k).values[-1]
-    if params.top_p < 1:
-        left = probs if keep is None else probs.where(keep, 0.0)
-        edge = _nucleus_edge(left, params.top_p * float(left.sum()))
-        keep = (left >= edge) & (left > 0)
-    if params.min_p > 0:
-        enough = probs >= params.min_p * float(probs.max())
-        keep = enough if keep is None else keep & enough
-    return keep
-
-
-def _nucleus_edge(probs: Tensor, mass: float) -> float:
-    """The smallest probability in the smallest set of best tokens whose sum reaches `mass`."""
-    count = min(_FIRST_GUESS, probs.shape[0])
-    while True:
-        best = probs.topk(count).values
-        reached = (best.cumsum(-1) >= mass).nonzero()
-        if reached.numel():
-            return float(best[int(reached[0])])
-        if count == probs.shape[0]:
-            return -math.inf
-        count = min(count * 16, probs.shape[0])

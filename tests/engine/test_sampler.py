@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from engine.filters import runners
 from engine.plan import SampleSpec
 from engine.protocol import SamplingParams
-from engine.sampler import exponential_noise, kept, penalised, sample, token_logprob, token_logprobs
+from engine.sampler import best_tokens, finite_rows, penalised, sample, token_logprob, token_logprobs
 
 
 def spec(
@@ -27,9 +30,10 @@ def spec(
 
 
 @st.composite
-def distributions(draw: st.DrawFn) -> torch.Tensor:
+def distributions(draw: st.DrawFn) -> NDArray[np.float32]:
+    """Weights that are exact in float32, whatever is summed."""
     weights = draw(st.lists(st.integers(1, 50), min_size=1, max_size=40))
-    return torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    return np.array(weights, dtype=np.float32) / 64
 
 
 def plain_filter(probs: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -55,32 +59,50 @@ def plain_filter(probs: list[float], top_k: int, top_p: float, min_p: float) -> 
     top_p=st.sampled_from([0.05, 0.37, 0.61, 0.93, 1.0]),
     min_p=st.sampled_from([0.0, 0.13, 0.71]),
 )
-def test_filters_equal_their_definition(probs: torch.Tensor, top_k: int, top_p: float, min_p: float) -> None:
+def test_filters_equal_their_definition(
+    probs: NDArray[np.float32], top_k: int, top_p: float, min_p: float
+) -> None:
     params = SamplingParams(max_tokens=1, seed=0, top_k=top_k, top_p=top_p, min_p=min_p)
-    mask = kept(probs, params)
-    left = set(range(len(probs))) if mask is None else set(mask.nonzero().flatten().tolist())
-    assert left == plain_filter(probs.tolist(), top_k, top_p, min_p)
-    assert left
+    left, rest = runners(probs, params)
+    assert set(left.tolist()) == plain_filter(probs.tolist(), top_k, top_p, min_p)
+    assert rest == 0
 
 
-def test_a_nucleus_wider_than_the_first_guess_is_exact() -> None:
-    probs = torch.full((5000,), 1 / 5000, dtype=torch.float64)
-    probs[:2000] *= 1.2
-    probs /= probs.sum()
-    mask = kept(probs, SamplingParams(max_tokens=1, seed=0, top_p=0.4))
-    assert mask is not None
-    assert set(mask.nonzero().flatten().tolist()) == set(range(2000))  # equal ones at the edge all stay
+@pytest.mark.parametrize(
+    ("filters", "count"),
+    [
+        ({"top_p": 1 - 2e-6}, 3000),  # the few that are likely do not reach it
+        ({"top_k": 2000}, 3000),  # equal ones at the edge all stay
+        ({"min_p": 1e-8}, 3000),
+        ({"min_p": 1e-8, "top_k": 400, "top_p": 0.5}, 400),
+        ({"top_p": 0.25}, 400),
+        ({"min_p": 1e-3}, 400),
+        ({"min_p": 1e-3, "top_k": 9000}, 400),
+        ({"top_k": 400, "top_p": 0.999}, 400),
+    ],
+)
+def test_an_edge_among_the_unlikely_is_found_too(filters: dict[str, float], count: int) -> None:
+    weights = np.repeat(np.array([2.0**-21, 1.0, 2.0**-40], dtype=np.float32), [2600, 400, 1000])
+    left, rest = runners(weights, SamplingParams(max_tokens=1, seed=0, **filters))  # type: ignore[arg-type]
+    assert (len(left), rest) == (count, 0.0)
+
+
+def test_without_filters_all_run_the_unlikely_as_one() -> None:
+    weights = np.array([1.0, 2.0**-21, 0.5, 2.0**-22, 0.0], dtype=np.float32)
+    left, rest = runners(weights, SamplingParams(max_tokens=1, seed=0))
+    assert left.tolist() == [0, 2]
+    assert rest == pytest.approx(2.0**-21 + 2.0**-22)
 
 
 def test_penalties_by_hand() -> None:
-    logits = torch.tensor([2.0, -2.0, 1.0, 0.5, 0.0])
+    logits = np.array([2.0, -2.0, 1.0, 0.5, 0.0], dtype=np.float32)
     history = (0, 1, 2, 2, 3)  # prompt 0 1, output 2 2 3
     out = penalised(
         logits,
         spec(history, prompt_len=2, repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25),
     )
     expected = [1.0, -4.0, 0.5 - 0.5 - 0.5, 0.25 - 0.5 - 0.25, 0.0]
-    torch.testing.assert_close(out, torch.tensor(expected))
+    assert out.tolist() == expected
     assert logits.tolist() == [2.0, -2.0, 1.0, 0.5, 0.0]  # the caller's row is left alone
     biased = penalised(logits, spec(logit_bias=((4, 100.0), (0, -3.0))))
     assert biased.tolist() == [-1.0, -2.0, 1.0, 0.5, 100.0]
@@ -116,15 +138,6 @@ def test_a_draw_depends_on_its_own_row_seed_and_index_only(seed: int, index: int
     assert together[3] == alone
 
 
-def test_noise_differs_by_seed_and_index_and_is_positive() -> None:
-    firsts = {float(exponential_noise(seed, index, 3)[0]) for seed in range(20) for index in range(20)}
-    assert len(firsts) == 400
-    noise = exponential_noise(2**64 - 1, 2**40, 100_000)
-    assert float(noise.min()) > 0
-    assert abs(float(noise.mean()) - 1) < 0.02
-    assert torch.equal(noise, exponential_noise(2**64 - 1, 2**40, 100_000))
-
-
 def test_the_last_digits_of_the_logits_do_not_change_the_draw() -> None:
     """Another batch gives a row other last digits: with 49152 tokens that must not move each edge between them."""
     generator = torch.Generator().manual_seed(0)
@@ -135,6 +148,19 @@ def test_the_last_digits_of_the_logits_do_not_change_the_draw() -> None:
         one, other = (sample(x.unsqueeze(0), [spec(seed=3, output_index=index)])[0] for x in (logits, near))
         changed += one.token_id != other.token_id
     assert changed == 0
+
+
+def test_finite_rows_and_best_tokens_are_what_torch_says_of_every_number() -> None:
+    logits = torch.randn(9, 1000, generator=torch.Generator().manual_seed(0))
+    logits[1, 7], logits[2, 7], logits[3, 7] = math.nan, math.inf, -math.inf
+    logits[4, 7], logits[4, 8] = math.inf, -math.inf
+    logits[5] = 3e38  # finite, but not its sum
+    logits[6, [3, 500]] = 100.0  # the first of two
+    logits[7] = -3e38
+    assert finite_rows(logits) == torch.isfinite(logits).all(-1).tolist()
+    good = [0, 5, 6, 7, 8]
+    assert best_tokens(logits[good]) == logits[good].argmax(-1).tolist()
+    assert best_tokens(logits[6:7]) == [3]
 
 
 def test_a_row_that_is_not_finite_fails_alone() -> None:
