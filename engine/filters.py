@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engine.protocol import SamplingParams
 
-NOTICEABLE = np.float32(2.0**-20)
+NOTICEABLE = np.float32(2.0**-13)
 """Of the best token's weight."""
 
 
