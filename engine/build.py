@@ -22,6 +22,7 @@ from engine.kv.planes import PagedCache, page_bytes
 from engine.meter import Meter
 from engine.models import build_model, check_split
 from engine.models.interface import Model
+from engine.pace import CostPace
 from engine.parallel.lead import LeadRunner
 from engine.parallel.ranks import ALONE, Ranks
 from engine.parallel.team import OnLost, Team
@@ -217,6 +218,7 @@ def _build(
         prefix_caching=config.prefix_caching,
         draft_tokens=config.draft_tokens,
         lookup=config.drafter == "ngram",
+        pace=CostPace(cost_model),
     )
     ready = Ready(
         model=ModelInfo(

@@ -181,7 +181,7 @@ class CostModel:
         attended = seen - scored + (rows - dense) * top_k
         read = edge if dense else 0
         indexed = 0
-        for form, count, context, width in self._spans(request):
+        for form, count, context, width in self._spans(rows, start, top_k):
             if form == "dense":
                 continue
             indexed += context
@@ -190,22 +190,25 @@ class CostModel:
 
     def features(self, request: ScheduledRequest) -> tuple[int, int, int, int, int, int]:
         """Units of work as they are run, tiles padded: (rows, pair, context, gathered, sparse_row, index_pair)."""
-        return self._features(request, request.top_k)
+        return self._features(len(request.token_ids), request.start, request.top_k)
 
     def dense_features(self, request: ScheduledRequest) -> tuple[int, int, int, int, int, int]:
         """The same, if the request were dense."""
-        return self._features(request, None)
+        return self._features(len(request.token_ids), request.start, None)
 
     def modelled(self, request: ScheduledRequest) -> Modelled:
         """The request's own seconds, actual and dense."""
+        return self.modelled_rows(len(request.token_ids), request.start, request.top_k)
+
+    def modelled_rows(self, rows: int, start: int, top_k: int | None) -> Modelled:
+        """The same of `rows` rows of a request, from position `start` on."""
         c = self.coefficients
-        own = c.request + c.row * len(request.token_ids)
-        top_k, end = request.top_k, request.start + len(request.token_ids)
-        _, pair, context, _, _, _ = self._features(request, None)
+        own = c.request + c.row * rows
+        _, pair, context, _, _, _ = self._features(rows, start, None)
         dense = own + c.pair * pair + c.context * context
-        if top_k is None or end <= top_k:
+        if top_k is None or start + rows <= top_k:
             return Modelled(dense, 0.0, dense)
-        _, pair, context, gathered, sparse, index = self._features(request, top_k)
+        _, pair, context, gathered, sparse, index = self._features(rows, start, top_k)
         scoring = c.sparse_row * sparse + c.index_pair * index
         actual = own + c.pair * pair + c.context * context + c.gathered * gathered + scoring
         return Modelled(actual, scoring, dense)
@@ -236,12 +239,8 @@ class CostModel:
         written = counts.rows * (s.kv_token_bytes + s.index_token_bytes)
         return written + counts.kv_rows_read * s.kv_token_bytes + counts.index_rows_read * s.index_token_bytes
 
-    def _spans(
-        self, request: ScheduledRequest, *, dense: bool = False
-    ) -> Iterable[tuple[str, int, int, int]]:
+    def _spans(self, rows: int, start: int, top_k: int | None) -> Iterable[tuple[str, int, int, int]]:
         """(form, rows, context of whole pages, top_k) of each tile of a request's rows."""
-        rows, start = len(request.token_ids), request.start
-        top_k = None if dense else request.top_k
         if rows == 1:
             context = (start // PAGE_SIZE + 1) * PAGE_SIZE
             if top_k is None or start < top_k:
@@ -251,9 +250,9 @@ class CostModel:
         segment = Segment(first_row=0, num_rows=rows, start=start, page_ids=(), top_k=top_k)
         return prefill_spans(segment, self._tiles)
 
-    def _features(self, request: ScheduledRequest, top_k: int | None) -> tuple[int, int, int, int, int, int]:
+    def _features(self, rows: int, start: int, top_k: int | None) -> tuple[int, int, int, int, int, int]:
         pair = context = gathered = sparse = index = 0
-        for form, count, width, selected in self._spans(request, dense=top_k is None):
+        for form, count, width, selected in self._spans(rows, start, top_k):
             if form == "gather":
                 gathered += count * selected
             else:
@@ -262,7 +261,7 @@ class CostModel:
             if form != "dense":
                 sparse += count
                 index += count * width
-        return len(request.token_ids), pair, context, gathered, sparse, index
+        return rows, pair, context, gathered, sparse, index
 
 
 def _triangle(n: int) -> int:

@@ -4,7 +4,8 @@ There are no phases: each request has `num_computed` and `num_tokens`, and every
 gap. The rules, in order:
 
 1. A running request that misses one token (a decode) gets it in every step; what is left of the token
-   budget goes to chunks of the other running requests, in order of arrival.
+   budget goes to chunks of the other running requests, in order of arrival. Beside decodes, no more goes to
+   chunks, old or new, than the pace allows (`engine.pace`).
 2. Pages are taken in order of arrival, just for this step's tokens. Where they run out, the running
    request that arrived last gives up its pages and waits again, to be recomputed. So the oldest request
    never waits for a younger one, and finishes whatever the load.
@@ -20,11 +21,13 @@ As a consequence every running request arrived before every waiting one. Integer
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 
 from engine.config import PAGE_SIZE
-from engine.kv.pages import PageAllocator, pages_for
-from engine.kv.prefix import HashFunction, PrefixCache, sha256
+from engine.kv.holdings import Holdings
+from engine.kv.pages import pages_for
+from engine.kv.prefix import HashFunction, sha256
+from engine.pace import Pace, Place
 from engine.plan import ScheduledRequest, StepPlan, StepResult
 from engine.protocol import Delta, EngineStats, Submit
 from engine.request import Request
@@ -45,6 +48,7 @@ class Scheduler:
         prefix_caching: whether full pages are kept and found again by their content.
         draft_tokens: the most drafts that one request gets in one step; 0 is no speculation.
         lookup: draft from each request's own text; otherwise drafts are what the runner's results propose.
+        pace: how much of a prompt may join decodes; None is all of the budget.
         hash_function: finds candidates in the prefix cache; a collision costs a miss only.
 
     Raises:
@@ -61,6 +65,7 @@ class Scheduler:
         prefix_caching: bool,
         draft_tokens: int = 0,
         lookup: bool = False,
+        pace: Pace | None = None,
         hash_function: HashFunction = sha256,
     ) -> None:
         if not 1 <= max_running <= token_budget:
@@ -71,24 +76,20 @@ class Scheduler:
         self._token_budget = token_budget
         self._max_running = max_running
         self._max_model_len = max_model_len
-        self._prefix_caching = prefix_caching
         self._draft_tokens = draft_tokens
         self._lookup = lookup
+        self._pace = pace
         self._hash_function = hash_function
-        self._prefix = PrefixCache()
-        self._pages = PageAllocator(num_pages, on_evict=self._prefix.forget)
+        self._holdings = Holdings(num_pages, prefix_caching=prefix_caching)
         self._requests: dict[str, Request] = {}
         self._running: list[Request] = []  # both in order of arrival
         self._waiting: deque[Request] = deque()
         self._arrivals = 0
         self._in_flight: StepPlan | None = None
-        self._tainted: list[int] = []  # pages that the next step zeroes before it writes
         self._steps = 0
         self._prefill_tokens = 0
         self._decode_tokens = 0
         self._preemptions = 0
-        self._prefix_queries = 0
-        self._prefix_hits = 0
         self._drafted = 0
         self._draft_lengths = [0] * (draft_tokens + 1)
 
@@ -146,11 +147,12 @@ class Scheduler:
             RuntimeError: the plan before was not applied.
         """
         self._refuse_in_flight("schedule")
-        wanted = self._grant_tokens()
+        chunks = self._chunk_budget()
+        wanted, chunks = self._grant_tokens(chunks)
         preemptions = self._preemptions
         granted = self._take_pages(wanted)
         if self._preemptions == preemptions:
-            self._admit(granted, now)
+            self._admit(granted, chunks, now)
         if not granted:
             return None
         drafts = self._draft(granted)
@@ -158,9 +160,8 @@ class Scheduler:
             requests=tuple(
                 request.plan(count, guess) for (request, count), guess in zip(granted, drafts, strict=True)
             ),
-            wiped_pages=tuple(self._tainted),
+            wiped_pages=self._holdings.take_tainted(),
         )
-        self._tainted.clear()
         return self._in_flight
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> tuple[Delta, ...]:
@@ -186,16 +187,16 @@ class Scheduler:
             held = max(0, len(delta.token_ids) - 1) if delta is not None else 0
             self._count(scheduled, first_new, held)
             if sampled.error is None:
-                self._register(request)
-                self._trim(request)
+                self._holdings.register(request)
+                self._holdings.trim(request)
             else:
-                self._distrust(request)
+                self._holdings.distrust(request)
             if delta is not None:
                 deltas.append(delta)
                 if delta.finish_reason is not None:
                     self._remove(request)
                     if sampled.error is not None:
-                        self._taint(request)
+                        self._holdings.taint(request)
         return tuple(deltas)
 
     def stats(self) -> EngineStats:
@@ -205,18 +206,19 @@ class Scheduler:
         as prefill otherwise. The row of a draft that did not hold is neither: it is drafted, not accepted.
         Prefix queries and hits are counted at each admission.
         """
+        pages = self._holdings.pages
         return EngineStats(
             running=len(self._running),
             waiting=len(self._waiting),
-            pages_used=self._pages.num_used,
-            pages_cached=self._pages.num_cached,
-            pages_free=self._pages.num_free,
+            pages_used=pages.num_used,
+            pages_cached=pages.num_cached,
+            pages_free=pages.num_free,
             steps_total=self._steps,
             prefill_tokens_total=self._prefill_tokens,
             decode_tokens_total=self._decode_tokens,
             preemptions_total=self._preemptions,
-            prefix_queries_total=self._prefix_queries,
-            prefix_hits_total=self._prefix_hits,
+            prefix_queries_total=self._holdings.prefix_queries,
+            prefix_hits_total=self._holdings.prefix_hits,
             draft_tokens_total=self._drafted,
             draft_lengths_total=tuple(self._draft_lengths),
         )
@@ -227,8 +229,7 @@ class Scheduler:
         Raises:
             RuntimeError: it does not.
         """
-        holders = Counter(page_id for request in self._running for page_id in request.page_ids)
-        self._pages.check(holders, self._prefix.page_ids)
+        self._holdings.check(self._running)
         queued = [*self._running, *self._waiting]
         if [r.arrival for r in queued] != sorted(r.arrival for r in self._requests.values()):
             raise RuntimeError("each request must be queued once, the running before the waiting, by arrival")
@@ -241,18 +242,30 @@ class Scheduler:
         if any(request.page_ids or request.num_computed for request in self._waiting):
             raise RuntimeError("a waiting request must hold no page")
 
-    def _grant_tokens(self) -> list[tuple[Request, int]]:
-        """The running requests and how many tokens each may compute; decodes come first in the budget."""
-        budget = self._token_budget - sum(request.num_missing == 1 for request in self._running)
+    def _chunk_budget(self) -> int:
+        """Tokens of this step for requests that miss more than one, running or waiting."""
+        decodes = [request for request in self._running if request.num_missing == 1]
+        left = self._token_budget - len(decodes)
+        if self._pace is None or not decodes or not left:
+            return left
+        first = next((request for request in self._running if request.num_missing > 1), None)
+        if first is None:
+            if not self._waiting:
+                return left
+            first = self._waiting[0]
+        return self._pace(map(_place, decodes), _place(first), left)
+
+    def _grant_tokens(self, chunks: int) -> tuple[list[tuple[Request, int]], int]:
+        """The running requests and how many tokens each may compute, and what is left of the budget for chunks."""
         wanted = []
         for request in self._running:
             count = 1
             if request.num_missing > 1:
-                count = min(request.num_missing, budget)
-                budget -= count
+                count = min(request.num_missing, chunks)
+                chunks -= count
             if count:
                 wanted.append((request, count))
-        return wanted
+        return wanted, chunks
 
     def _take_pages(self, wanted: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
         """Give each its pages, in order of arrival; returns those that got them and were not preempted."""
@@ -261,40 +274,27 @@ class Scheduler:
             # Who is preempted arrived last, so was granted nothing yet. Its share of the token budget lapses:
             # handing it out again would need more pages, which is what this step is short of.
             while self._is_running(request):
-                if self._extend(request, count):
+                if self._holdings.extend(request, count):
                     granted.append((request, count))
                     break
                 self._preempt(self._running[-1])
         return granted
 
-    def _admit(self, granted: list[tuple[Request, int]], now: float) -> None:
-        """Start waiting requests in order of arrival, and grant them what is left of the budget."""
-        budget = self._token_budget - sum(count for _, count in granted)
-        while self._waiting and budget and len(self._running) < self._max_running:
+    def _admit(self, granted: list[tuple[Request, int]], chunks: int, now: float) -> None:
+        """Start waiting requests in order of arrival, and grant them what is left of the budget for chunks."""
+        while self._waiting and chunks and len(self._running) < self._max_running:
             request = self._waiting[0]
-            hits: tuple[int, ...] = ()
-            reads_cache = self._prefix_caching and request.reads_cache
-            if reads_cache:
-                # One token stays to be computed: its row gives the logits of the next.
-                hits = self._prefix.lookup(request.keys, (request.num_tokens - 1) // PAGE_SIZE)
-            unheld = sum(self._pages.references(page_id) == 0 for page_id in hits)
-            needed = pages_for(request.num_tokens) - len(hits)
-            if self._pages.num_available - unheld < needed:
+            if not self._holdings.admit(request, now):
                 break
             self._waiting.popleft()
             self._running.append(request)
-            self._pages.retain(hits)
-            request.admit(hits, len(hits) * PAGE_SIZE, now)
-            if reads_cache:
-                self._prefix_queries += request.num_tokens
-                self._prefix_hits += request.num_computed
-            count = min(request.num_missing, budget)
-            if not self._extend(request, count):
+            count = min(request.num_missing, chunks)
+            if not self._holdings.extend(request, count):
                 raise RuntimeError(
                     f"request {request.request_id!r} was admitted without pages for {count} tokens"
                 )
             granted.append((request, count))
-            budget -= count
+            chunks -= count
 
     def _draft(self, granted: list[tuple[Request, int]]) -> list[tuple[int, ...]]:
         """What each granted request guesses of its next tokens, as far as budget and pages are left."""
@@ -304,7 +304,7 @@ class Scheduler:
             guess: tuple[int, ...] = ()
             if count == request.num_missing:
                 guess = request.draft(min(self._draft_tokens, budget))
-                if not self._extend(request, count + len(guess)):
+                if not self._holdings.extend(request, count + len(guess)):
                     guess = guess[: len(request.page_ids) * PAGE_SIZE - request.num_computed - count]
             drafts.append(guess)
             budget -= len(guess)
@@ -320,50 +320,12 @@ class Scheduler:
             self._drafted += scheduled.num_drafts
             self._draft_lengths[held] += 1
 
-    def _trim(self, request: Request) -> None:
-        """Give back the pages that only drafts were computed in."""
-        kept = pages_for(request.num_computed)
-        self._pages.release(request.page_ids[kept:])
-        del request.page_ids[kept:]
-
-    def _extend(self, request: Request, count: int) -> bool:
-        """Let the request hold pages for `count` more tokens; False, and no change, if they are not there."""
-        pages = self._pages.allocate(pages_for(request.num_computed + count) - len(request.page_ids))
-        if pages is None:
-            return False
-        request.page_ids.extend(pages)
-        return True
-
     def _preempt(self, request: Request) -> None:
         """Take the pages of the request that arrived last, and put it at the front of the queue."""
         self._running.remove(request)
-        self._pages.release(request.preempt())
+        self._holdings.pages.release(request.preempt())
         self._waiting.appendleft(request)
         self._preemptions += 1
-
-    def _register(self, request: Request) -> None:
-        """Tell the prefix cache of the pages that became full."""
-        if not self._prefix_caching:
-            return
-        for index in range(request.num_registered, request.num_computed // PAGE_SIZE):
-            page_id = request.page_ids[index]
-            if self._prefix.register(request.keys, index, page_id):
-                self._pages.keep(page_id)
-            request.num_registered = index + 1
-
-    def _distrust(self, request: Request) -> None:
-        """Drop what a faulty request computed or read from the prefix cache.
-
-        If a page holds what made it fail (not-a-number, say), every later hit would fail the same way.
-        """
-        for page_id in request.page_ids:
-            self._prefix.forget(page_id)
-            self._pages.unkeep(page_id)
-
-    def _taint(self, request: Request) -> None:
-        """Have the pages wiped that a faulty request leaves to nobody; what others still hold is theirs."""
-        free = (page_id for page_id in request.page_ids if not self._pages.references(page_id))
-        self._tainted.extend(page_id for page_id in free if page_id not in self._tainted)
 
     def _remove(self, request: Request) -> None:
         """The one way out: off its queue, its pages released."""
@@ -372,7 +334,7 @@ class Scheduler:
             self._running.remove(request)
         else:
             self._waiting.remove(request)
-        self._pages.release(request.page_ids)
+        self._holdings.pages.release(request.page_ids)
 
     def _is_running(self, request: Request) -> bool:
         # Only the last of the running ever leaves while pages are taken.
@@ -392,12 +354,16 @@ class Scheduler:
                 f"but max_model_len is {self._max_model_len}"
             )
         needed = pages_for(prompt + output - 1)  # the last token is sampled but never computed
-        if needed > self._pages.num_pages:
+        if needed > self._holdings.pages.num_pages:
             raise ValueError(
                 f"prompt ({prompt}) and max_tokens ({output}) may need {needed} pages, "
-                f"but the cache has {self._pages.num_pages}"
+                f"but the cache has {self._holdings.pages.num_pages}"
             )
 
     def _refuse_in_flight(self, action: str) -> None:
         if self._in_flight is not None:
             raise RuntimeError(f"cannot {action} while a plan is in flight; apply its result first")
+
+
+def _place(request: Request) -> Place:
+    return Place(request.num_computed, request.top_k)

@@ -154,6 +154,9 @@ class Driver:
         self, num_pages: int = 64, *, budget: int = 64, max_running: int = 4, **options: Any
     ) -> None:
         options = {"max_model_len": 4096, "prefix_caching": True, **options}
+        self.pace: int | None = options.pop("pace", None)  # prompt tokens beside decodes
+        if self.pace is not None:
+            options["pace"] = lambda decodes, prompt, at_most: min(at_most, self.pace)
         self.scheduler = Scheduler(num_pages, token_budget=budget, max_running=max_running, **options)
         self.budget = budget
         self.model = FakeModel()
@@ -213,16 +216,18 @@ class Driver:
         assert len(work) == len(plan.requests)
         assert all(count > 0 for _, count in work.values())
         assert plan.num_tokens <= self.budget
+        chunks = sum(count for name, (_, count) in work.items() if name not in decoding)
+        assert chunks <= self._limit(len(decoding)) - len(decoding), "decodes were slowed down"
         assert next(iter(scheduler._requests)) in work, "the oldest request must make progress"
         running = {r.request_id for r in scheduler._running}
         assert decoding & running <= work.keys(), "a decode was stalled"
         if after.preemptions_total > before.preemptions_total:
             assert not running & set(waiting), "admitted in a step that preempted"
-        elif plan.num_tokens < self.budget:
+        elif chunks < self._limit(len(decoding)) - len(decoding) and plan.num_tokens < self.budget:
             assert all(sum(work[r.request_id]) == r.num_tokens for r in scheduler._running), "budget wasted"
         for scheduled in plan.requests:
             for page_id in scheduled.page_ids[scheduled.start // PAGE_SIZE :]:
-                assert scheduler._pages.references(page_id) == 1, "writes to a shared page"
+                assert scheduler._holdings.pages.references(page_id) == 1, "writes to a shared page"
         with pytest.raises(RuntimeError, match="plan is in flight"):
             scheduler.abort(plan.requests[0].request_id, self.now)
 
@@ -241,6 +246,12 @@ class Driver:
         assert drafted == sum(s.num_drafts for s in plan.requests)
         assert rows + drafted - held == plan.num_tokens
         return work
+
+    def _limit(self, decodes: int) -> int:
+        """Tokens of a step that has so many decodes, drafts left out."""
+        if self.pace is None or not decodes:
+            return self.budget
+        return min(self.budget, decodes + self.pace)
 
     def drain(self) -> None:
         """Run to the end: each step the oldest request computes a token that it keeps, so that is bounded."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.kv.prefix import sha256
+from engine.pace import Place
 from engine.plan import Sampled, StepResult
 from engine.protocol import Submit
-from tests.engine.fake_serving import FAULTY_SEED, Driver, make, reference
+from engine.scheduler import Scheduler
+from tests.engine.fake_serving import FAULTY_SEED, Driver, FakeModel, make, reference
 
 
 def usage_of(driver: Driver, name: str) -> tuple[int, int]:
@@ -43,6 +46,50 @@ def test_a_long_prompt_never_stalls_the_decodes() -> None:
     for step in range(15):  # and z, though it arrived last, gets all that is left
         assert driver.step() == {"a": (5 + step, 1), "b": (3 + step, 1), "z": (6 * step, 6)}
     driver.drain()
+
+
+def test_beside_decodes_prompts_keep_the_pace_and_alone_they_do_not() -> None:
+    driver = Driver(budget=64, pace=10)
+    driver.add(make("a", 70, 20))
+    assert driver.step() == {"a": (0, 64)}  # nobody waits for a token
+    driver.add(make("b", 15, 2), make("c", 30, 2))
+    assert driver.step() == {"a": (64, 6), "b": (0, 15), "c": (0, 30)}
+    driver.add(make("d", 15, 2), make("e", 30, 2))
+    assert driver.step() == {"a": (70, 1), "b": (15, 1), "c": (30, 1), "d": (0, 10)}
+    assert driver.step() == {"a": (71, 1), "d": (10, 5), "e": (0, 5)}  # together no more than the pace
+    assert driver.step() == {"a": (72, 1), "d": (15, 1), "e": (5, 10)}
+    driver.drain()
+
+
+def test_the_pace_is_asked_for_where_prompts_and_decodes_meet() -> None:
+    asked = []
+
+    def pace(decodes: Iterable[Place], prompt: Place, at_most: int) -> int:
+        asked.append((list(decodes), prompt, at_most))
+        return 40
+
+    scheduler = Scheduler(
+        64, token_budget=100, max_running=4, max_model_len=4096, prefix_caching=False, pace=pace
+    )
+    model = FakeModel()
+
+    def step() -> None:
+        plan = scheduler.schedule(0.0)
+        assert plan is not None
+        scheduler.apply(plan, model.run(plan), 0.0)
+
+    for submit in (make("a", 30, 9, top_k=20), make("b", 90, 9)):
+        scheduler.add(submit, 0.0)
+        model.add(submit)
+    step()  # a, and the beginning of b
+    assert asked == []
+    step()
+    assert asked == [([Place(30, 20)], Place(70, None), 99)]
+    step()  # nothing but decodes
+    scheduler.add(late := make("c", 50, 9, top_k=7), 0.0)
+    model.add(late)
+    step()
+    assert asked[1:] == [([Place(32, 20), Place(91, None)], Place(0, 7), 98)]
 
 
 def test_the_head_of_the_queue_is_never_overtaken() -> None:
@@ -326,6 +373,7 @@ def test_under_heavy_load_nothing_is_lost_however_often_it_is_preempted() -> Non
             budget=rng.choice((10, 64, 150)),
             max_running=rng.choice((3, 4)),
             draft_tokens=seed % 3 * 2,
+            pace=(None, 1, 30)[seed % 4 % 3],
         )
         for number in range(10):
             stride, length = rng.randint(1, 4), rng.randint(1, 150)
@@ -371,6 +419,7 @@ class Histories(RuleBasedStateMachine):
         hash_bytes=st.sampled_from([32, 32, 32, 1, 0]),
         draft_tokens=st.sampled_from([0, 1, 4]),
         lookup=st.sampled_from([False, False, True]),
+        pace=st.sampled_from([None, None, 1, 40]),
     )
     def start(self, hash_bytes: int, **options: Any) -> None:
         self.driver = Driver(hash_function=lambda data: sha256(data)[:hash_bytes], **options)
