@@ -36,7 +36,8 @@ class Spread(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a run took. Times are seconds of the wall clock.
 
-    A decode step is one in which every stream gets a token and no prompt is computed.
+    A decode step is one that computes no prompt. Of those, the ones with the most streams are reported: at the
+    ends of a run there are fewer, and where prompts take long and answers are short, some streams never meet.
     """
 
     streams: int
@@ -47,6 +48,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float  # from the first step to the last
     tokens_per_second: float  # output tokens of all streams over `seconds`, prompts included
     decode_steps: int
+    decode_streams: int  # in each of them
     decode_tokens_per_second: float  # of all streams, over the decode steps
     decode_step: Spread
     model: Spread  # the part of decode steps that the model's forward and logits take
@@ -119,7 +121,9 @@ def drive(
 def report(steps: Sequence[Step], requests: Sequence[Submit], threads: int, peak_rss_bytes: int) -> Report:
     """Statistics of a run of `drive`."""
     streams = len(requests)
-    decodes = [step for step in steps if len(step.tokens) == step.rows == streams]
+    decodes = [step for step in steps if len(step.tokens) == step.rows]
+    most = max((step.rows for step in decodes), default=0)
+    decodes = [step for step in decodes if step.rows == most]
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     between: list[float] = []
@@ -142,7 +146,8 @@ def report(steps: Sequence[Step], requests: Sequence[Submit], threads: int, peak
         seconds=steps[-1].end,
         tokens_per_second=made / steps[-1].end,
         decode_steps=len(decodes),
-        decode_tokens_per_second=streams * len(decodes) / decoding if decodes else 0.0,
+        decode_streams=most,
+        decode_tokens_per_second=most * len(decodes) / decoding if decodes else 0.0,
         decode_step=spread([step.seconds for step in decodes]),
         model=spread([step.model_seconds for step in decodes]),
         outside=spread([step.seconds - step.model_seconds for step in decodes]),
