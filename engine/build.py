@@ -17,7 +17,7 @@ from engine.core import EngineCore
 from engine.cost import CostModel, assumed_coefficients, read_calibration
 from engine.drafting import LayerDrafter
 from engine.errors import ConfigError
-from engine.kernels import load_backend
+from engine.kernels import default_backend, load_backend
 from engine.kv.planes import PagedCache, page_bytes
 from engine.meter import Meter
 from engine.models import build_model, check_split
@@ -152,7 +152,7 @@ def _load(
     return build_model(
         source if overlay is None else overlay.over(source),
         None if overlay is None else overlay.info,
-        load_backend("torch"),
+        load_backend(default_backend(opened.device.type)),
         opened.max_model_len,
         dtype=opened.dtype,
         device=opened.device,
@@ -178,7 +178,7 @@ def _build(
 
         layer, names = build_draft_layer(
             source,
-            load_backend("torch"),
+            load_backend(default_backend(device.type)),
             max_model_len,
             dtype=dtype,
             device=device,

@@ -63,6 +63,11 @@ class IndexFormat:
     dim: int
     dtype: torch.dtype | None
 
+    @property
+    def spec_dtype(self) -> torch.dtype:
+        """Of its plane."""
+        return torch.uint8 if self.dtype is None else self.dtype
+
     def spec(self, layers: frozenset[int]) -> PlaneSpec:
         """Its plane, on the layers that have an indexer."""
         if self.dtype is None:

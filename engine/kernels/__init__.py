@@ -9,9 +9,11 @@ from __future__ import annotations
 from importlib import import_module
 
 from engine.errors import ConfigError
+from engine.kernels import native
 from engine.kernels.interface import Kernels
 
 BACKENDS: dict[str, str] = {
+    "native": "engine.kernels.native_kernels:NativeKernels",
     "reference": "engine.kernels.reference:ReferenceKernels",
     "torch": "engine.kernels.vectorised:VectorisedKernels",
 }
@@ -28,3 +30,8 @@ def load_backend(name: str) -> Kernels:
     module, _, attribute = BACKENDS[name].partition(":")
     backend: Kernels = getattr(import_module(module), attribute)()
     return backend
+
+
+def default_backend(device_type: str) -> str:
+    """The fastest backend of a device: `native` on a processor that there is a library for, `torch` elsewhere."""
+    return "native" if device_type == "cpu" and native.missing() is None else "torch"

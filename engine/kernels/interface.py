@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.kernels.interface_fp8 import Fp8Kernels
@@ -23,6 +24,13 @@ class Kernels(Fp8Kernels, LatentKernels, Protocol):
     """The operations of sparse attention."""
 
     name: str
+
+    def streams_latents(self, latent: torch.dtype, index: torch.dtype) -> bool:
+        """Whether attention over latents and index scores, cached in these numbers, are computed a few tokens at a time.
+
+        Then no array of (row, head, position) is ever whole, and no cached token is copied.
+        """
+        ...
 
     def index_scores(
         self, query: Tensor, head_weights: Tensor, key_plane: Tensor, block_table: Tensor, positions: Tensor

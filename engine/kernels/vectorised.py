@@ -17,6 +17,10 @@ class VectorisedKernels(VectorisedFp8, VectorisedLatent):
 
     name = "torch"
 
+    def streams_latents(self, latent: torch.dtype, index: torch.dtype) -> bool:
+        """They are whole."""
+        return False
+
     def index_scores(
         self, query: Tensor, head_weights: Tensor, key_plane: Tensor, block_table: Tensor, positions: Tensor
     ) -> Tensor:

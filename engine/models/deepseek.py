@@ -20,7 +20,7 @@ from engine.attention.indexer import IndexerWeights, LightningIndexer
 from engine.attention.mla import LatentAttention, MLAWeights
 from engine.attention.precision import IndexFormat, LatentFormat, Precision
 from engine.attention.sparse import select
-from engine.attention.tiles import LatentTileCosts
+from engine.attention.tiles import STREAMED_EXPANDED_UNIT, LatentTileCosts
 from engine.batch import Batch
 from engine.checkpoint.loader import LoadReport, load, source_in_blocks, stays_fp8, unused
 from engine.checkpoint.source import Source
@@ -236,13 +236,18 @@ class Deepseek:
 
     def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> LatentTileCosts:
         """See `LatentTileCosts`."""
-        c, dtype = self.config, self._embed.dtype
+        c, dtype, index = self.config, self._embed.dtype, self._index_format
         heads = c.num_heads // self._ranks.count
+        latents = self._latent_format.spec.dtype
+        streams = self._kernels.streams_latents(latents, latents if index is None else index.spec_dtype)
         return LatentTileCosts(
             budget_bytes=budget_bytes,
-            index_row_bytes=0 if c.indexer is None else 4 * c.indexer.num_heads,
-            attention_row_bytes=4 * heads,
-            token_bytes=c.latent_dim * dtype.itemsize,
+            # Streamed, what is left are a row's positions: a truth each where it may see, 8 bytes where it selected.
+            index_row_bytes=0 if streams or c.indexer is None else 4 * c.indexer.num_heads,
+            attention_row_bytes=1 if streams else 4 * heads,
+            token_bytes=8 if streams else c.latent_dim * dtype.itemsize,
+            gather_cost=1.0 if streams else LatentTileCosts.gather_cost,
+            expanded_unit=STREAMED_EXPANDED_UNIT if streams else 1.0,
             forced=forced,
             num_heads=heads,
             rank=c.kv_lora_rank,

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.errors import EngineError
-from engine.kernels import BACKENDS, load_backend
+from engine.kernels import load_backend
 from engine.kernels.blocks import E4M3, BlockWeight, dequantise_rows, product
 from engine.kernels.interface_fp8 import ACTIVATION_FLOOR, CACHE_FLOOR
 from engine.kv.layouts import IndexKeyLayout, LatentLayout
 from engine.kv.planes import PagedCache, PlaneSpec
+from tests.engine.test_kernels import HERE
 
 U = 2.0**-24
 FORMATS = ("float", "ue8m0")
@@ -36,7 +37,7 @@ def gaussians(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Ten
 # ---- quantisation -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("width", [128, 512, 200, 16])
@@ -86,7 +87,7 @@ def test_backends_quantise_to_the_same_bits(
 # ---- rotation -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("size", [1, 2, 64, 128])
 def test_hadamard(backend: str, size: int) -> None:
     """Sylvester's doubling, H_2n = [[H, H], [H, -H]]; n sums of n numbers, so n u of their absolute sum."""
@@ -105,7 +106,7 @@ def test_hadamard(backend: str, size: int) -> None:
     assert kernels.hadamard(half).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_hadamard_keeps_scores_and_is_its_own_inverse(backend: str) -> None:
     kernels = load_backend(backend)
     q, k = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(2))
@@ -144,7 +145,7 @@ class Scoring:
         self.head_weights = torch.randn(requests, rows, heads, generator=g) * q_scales.squeeze(-1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**31), shape=st.sampled_from([(1, 3, 2), (3, 1, 1), (1, 1, 3)]))
 def test_index_scores(backend: str, seed: int, shape: tuple[int, int, int]) -> None:
@@ -239,7 +240,7 @@ def test_scales_must_fit() -> None:
         BlockWeight(torch.zeros(130, 200).to(E4M3), torch.ones(1, 2))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize(("rows", "columns"), [(192, 256), (576, 200)])
 def test_linear(backend: str, scale_format: str, rows: int, columns: int) -> None:

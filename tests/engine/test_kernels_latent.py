@@ -7,11 +7,10 @@ import torch
 from hypothesis import given, settings
 
 from engine.attention.sparse import selection_mask
-from engine.kernels import BACKENDS, load_backend
+from engine.kernels import load_backend
 from engine.kernels.reference import ReferenceKernels
-from tests.engine.test_kernels import TOLERANCE, Case, make_cache, tile_shapes
+from tests.engine.test_kernels import HERE, OTHERS, TOLERANCE, Case, make_cache, tile_shapes
 
-OTHERS = sorted(set(BACKENDS) - {"reference"})
 HEADS, RANK, NOPE, ROPE, VALUE = 3, 16, 8, 4, 6
 
 
@@ -59,7 +58,7 @@ def test_conformance(backend: str, dtype: torch.dtype, shape: tuple[int, int, in
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @settings(max_examples=10, deadline=None)
 @given(shape=tile_shapes())
 def test_absorbed_and_expanded_are_the_same_attention(backend: str, shape: tuple[int, int, int, int]) -> None:
