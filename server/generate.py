@@ -20,6 +20,7 @@ from engine.errors import EngineDiedError
 from engine.protocol import Delta, RequestUsage, Submit, TokenLogprob, add_work
 from server.chat.answer import Answer
 from server.chat.parts import Content, Part
+from server.mailbox import Mailbox
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
 
@@ -323,7 +324,7 @@ class Generation:
         self._begun: set[str] = set()
         self._tokenizer = tokenizer
         self._jobs = jobs
-        self._events: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
+        self._events: Mailbox[TextDelta | Exception | None] = Mailbox()
         self._tasks: list[asyncio.Task[None]] = []
         self._running = len(jobs)
         self._early: TextDelta | None = None
@@ -351,6 +352,11 @@ class Generation:
         with contextlib.suppress(QuietError):
             self._early = await self.next(seconds)
 
+    @property
+    def ready(self) -> bool:
+        """Whether `next` would not wait."""
+        return self._early is not None or len(self._events) > 0
+
     async def next(self, seconds: float | None = None) -> TextDelta | None:
         """Return the next delta of any choice; None after the last one of every choice.
 
@@ -363,8 +369,7 @@ class Generation:
             return early
         while self._running:
             try:
-                async with asyncio.timeout(seconds):
-                    event = await self._events.get()
+                event = await self._events.get(seconds)
             except TimeoutError:
                 raise QuietError from None
             if isinstance(event, Exception):
@@ -380,8 +385,8 @@ class Generation:
             deltas = generate_text(self._engine, self._tokenizer, job, self._settled)
             async with contextlib.aclosing(deltas):
                 async for delta in deltas:
-                    self._events.put_nowait(delta)
+                    self._events.put(delta)
         except Exception as error:  # handed to the reader, who knows what it means
-            self._events.put_nowait(error)
+            self._events.put(error)
         else:
-            self._events.put_nowait(None)
+            self._events.put(None)

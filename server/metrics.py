@@ -305,8 +305,10 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
-        for kind in ("prompt_computed", "prompt_cached", "completion"):
-            self._tokens.labels(kind)
+        # Looked up once: a label is found under a lock, and every delta counts its tokens.
+        self._prompt_computed = self._tokens.labels("prompt_computed")
+        self._prompt_cached = self._tokens.labels("prompt_cached")
+        self._completion = self._tokens.labels("completion")
         self._first_token = self._histogram(
             "dsa_time_to_first_token_seconds",
             "From a request's arrival to its first token.",
@@ -387,14 +389,14 @@ class GenerationMeter:
                 metrics._between.observe(now - last)
             self._last[delta.index] = now
             self._tokens[delta.index] += len(delta.token_ids)
-            metrics._tokens.labels("completion").inc(len(delta.token_ids))
+            metrics._completion.inc(len(delta.token_ids))
         if (usage := delta.usage) is None:
             return
         # A stop token is among the tokens used, but not among those given out.
         rest = max(usage.completion_tokens - self._tokens[delta.index], 0)
-        metrics._tokens.labels("completion").inc(rest)
-        metrics._tokens.labels("prompt_cached").inc(usage.cached_tokens)
-        metrics._tokens.labels("prompt_computed").inc(self._prompts.pop(delta.index) - usage.cached_tokens)
+        metrics._completion.inc(rest)
+        metrics._prompt_cached.inc(usage.cached_tokens)
+        metrics._prompt_computed.inc(self._prompts.pop(delta.index) - usage.cached_tokens)
         if usage.queue_seconds is not None:
             metrics._queue.observe(max(usage.queue_seconds, 0.0))
         if usage.prefill_seconds is not None:
@@ -407,6 +409,6 @@ class GenerationMeter:
     def close(self, *, complete: bool) -> None:
         """End, after all choices or before."""
         for index, tokens in self._prompts.items():  # those that were cut short
-            self._metrics._tokens.labels("prompt_computed").inc(tokens if index in self._first else 0)
+            self._metrics._prompt_computed.inc(tokens if index in self._first else 0)
         if complete:
             self._metrics._latency.observe(time.monotonic() - self._started)

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from engine.protocol import TokenLogprob
 from server.chat.parts import CallArguments, CallStart, Content, Reasoning, Warn, merge
 from server.generate import ChoiceUsage, TextDelta
+from server.protocol import sse
 from server.protocol.chat import (
     AssistantMessage,
     ChatChoice,
@@ -40,6 +41,10 @@ class Renderer(Protocol):
 
     def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
         """The chunks for a delta, none where it has nothing to show. Call in the order of arrival."""
+        ...
+
+    def events(self, delta: TextDelta) -> bytes:
+        """The same chunks as they are sent. Call one or the other."""
         ...
 
     def usage_chunk(self, usage: Usage) -> BaseModel:
@@ -86,18 +91,54 @@ def warning(part: Warn) -> ChoiceWarning:
     return ChoiceWarning(code=part.code, message=part.message, tool_call=part.index, raw=part.raw)
 
 
-class ChatRenderer:
+class _Streamed:
+    """What is alike in the streams of both endpoints: most events bring nothing but text."""
+
+    def __init__(self) -> None:
+        self._opened: set[int] = set()  # choices whose first chunk, which differs from the others, was made
+        self._text_events: dict[int, sse.TextEvent] = {}
+
+    def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
+        """See `Renderer`."""
+        raise NotImplementedError
+
+    def events(self, delta: TextDelta) -> bytes:
+        """See `Renderer`. Nothing but text takes no objects."""
+        index = delta.index
+        if index not in self._opened or not _only_text(delta):
+            return b"".join(map(sse.chunk, self.chunks(delta)))
+        if not (text := delta.text):
+            return b""
+        if index not in self._text_events:
+            self._text_events[index] = sse.TextEvent(lambda text: self._text_chunk(index, text))
+        return self._text_events[index](text)
+
+    def _text_chunk(self, index: int, text: str) -> BaseModel:
+        (chunk,) = self.chunks(TextDelta(index=index, parts=(Content(text),), token_ids=()))
+        return chunk
+
+
+def _only_text(delta: TextDelta) -> bool:
+    return (
+        delta.finish_reason is None
+        and delta.logprobs is None
+        and delta.prompt_logprobs is None
+        and all(isinstance(part, Content) for part in delta.parts)
+    )
+
+
+class ChatRenderer(_Streamed):
     """Renders /v1/chat/completions."""
 
     def __init__(
         self, *, response_id: str, created: int, model: str, text: Tokenizer, include_usage: bool
     ) -> None:
+        super().__init__()
         self._id = response_id
         self._created = created
         self._model = model
         self._text = text
         self._include_usage = include_usage
-        self._opened: set[int] = set()
 
     def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
         """One chunk for each run of parts of one kind, because clients expect one kind in a chunk.
@@ -216,7 +257,7 @@ class ChatRenderer:
         )
 
 
-class CompletionRenderer:
+class CompletionRenderer(_Streamed):
     """Renders /v1/completions."""
 
     def __init__(
@@ -230,6 +271,7 @@ class CompletionRenderer:
         echoes: Sequence[str],
         prompts: Sequence[Sequence[int]],
     ) -> None:
+        super().__init__()
         self._id = response_id
         self._created = created
         self._model = model
@@ -238,7 +280,6 @@ class CompletionRenderer:
         self._echoes = echoes
         self._prompts = prompts
         self._offsets = [_Offsets(text) for _ in echoes]
-        self._opened: set[int] = set()
 
     def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
         """The chunk for a delta; a choice's first one has the echo."""

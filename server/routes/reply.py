@@ -174,16 +174,28 @@ class _Run:
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         renderer = self._order.renderer
+        waiting: list[bytes] = []  # events that go out together, where deltas came faster than they are sent
+
+        async def flush() -> None:
+            if data := b"".join(waiting):
+                waiting.clear()
+                await put(data)
+
         while True:
+            if not self._generation.ready:
+                await flush()
             try:
                 delta = await self._next(KEEP_ALIVE_SECONDS)
             except QuietError:
                 await put(sse.KEEP_ALIVE)
                 continue
+            except Exception:
+                await flush()
+                raise
             if delta is None:
                 break
-            for chunk in renderer.chunks(delta):
-                await put(sse.chunk(chunk))
+            waiting.append(renderer.events(delta))
+        await flush()
         usage = await self._finish()
         if self._order.include_usage:
             await put(sse.chunk(renderer.usage_chunk(usage)))
