@@ -17,7 +17,7 @@ from engine.core import EngineCore
 from engine.cost import CostModel, assumed_coefficients, read_calibration
 from engine.drafting import LayerDrafter
 from engine.errors import ConfigError
-from engine.kernels import default_backend, load_backend
+from engine.kernels import default_backend, load_backend, native
 from engine.kv.planes import PagedCache, page_bytes
 from engine.meter import Meter
 from engine.models import build_model, check_split
@@ -130,6 +130,7 @@ def _open(config: EngineConfig, rank: int, progress: Progress) -> _Opened:
     device = resolve_device(config.device, rank, count)
     if config.threads is None and count > 1 and device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    native.set_threads(torch.get_num_threads())
     progress("opening the checkpoint", 0, 1)
     source = open_source(Path(config.weights))
     check_split(source, count)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from engine.layers.linear import Held, linear, linear_float32
 from engine.layers.norm import layer_norm
 from engine.layers.rope import rotate
 
@@ -23,11 +23,11 @@ KEY_NORM_EPS = 1e-6
 class IndexerWeights:
     """One layer's indexer of H heads of d dims over a hidden size of E."""
 
-    wq: Tensor  # [H * d, E], or [H * d, query latent]
-    wk: Tensor  # [d, E]
+    wq: Held  # [H * d, E], or [H * d, query latent]
+    wk: Held  # [d, E]
     k_norm_weight: Tensor  # [d]
     k_norm_bias: Tensor  # [d]
-    weights_proj: Tensor  # [H, E]
+    weights_proj: Held  # [H, E]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LightningIndexer:
         A token that was computed densely may be scored by a sparse row later.
         """
         w = self.weights
-        key = layer_norm(F.linear(hidden, w.wk), w.k_norm_weight, w.k_norm_bias, KEY_NORM_EPS)
+        key = layer_norm(linear(hidden, w.wk), w.k_norm_weight, w.k_norm_bias, KEY_NORM_EPS)
         return rotate(key.unsqueeze(1), rotation, interleaved=self.interleaved).squeeze(1)
 
     def queries(
@@ -67,9 +67,9 @@ class LightningIndexer:
     ) -> IndexQueries:
         """Index queries and head weights of rows [T, E]; `latent` [T, r] is the host's query latent, if any."""
         w = self.weights
-        query = F.linear(hidden if latent is None else latent, w.wq).view(-1, self.num_heads, self.head_dim)
+        query = linear(hidden if latent is None else latent, w.wq).view(-1, self.num_heads, self.head_dim)
         scale = self.num_heads**-0.5 * self.head_dim**-0.5
-        head_weights = F.linear(hidden.float(), w.weights_proj.float()) * scale
+        head_weights = linear_float32(hidden, w.weights_proj) * scale
         return IndexQueries(
             query=rotate(query, rotation, interleaved=self.interleaved), head_weights=head_weights
         )

@@ -9,15 +9,19 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.checkpoint.gguf_file import GGUFFile
 from engine.checkpoint.hf_config import normalise
 from engine.errors import CheckpointError
+from engine.kernels.packed import Kind, Quantised
+
+Number = TypeVar("Number", bound=np.generic)
 
 _ARCHITECTURES = ("llama",)
 
@@ -89,20 +93,39 @@ class GGUFSource:
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor, dequantised through float32; raises CheckpointError where that is not possible."""
-        numbers = self._file.read(self._stored_name(name))
-        heads = self._interleaved_heads(name)
-        if heads is not None:
-            # GGUF pairs neighbours (2i, 2i + 1) for rotation, Hugging Face pairs (i, i + D/2).
-            if numbers.shape[0] % (2 * heads):
-                raise CheckpointError(
-                    f"{self._file.path} has tensor {name} with {numbers.shape[0]} rows, "
-                    f"which {heads} heads of even size cannot share"
-                )
-            pairs = numbers.reshape(heads, -1, 2, *numbers.shape[1:])
-            numbers = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(numbers.shape)
-        elif not numbers.flags.writeable:
+        numbers = self._in_order(name, self._file.read(self._stored_name(name)))
+        if not numbers.flags.writeable:
             numbers = numbers.copy()  # torch has no read-only tensors
         return torch.from_numpy(numbers).to(dtype)
+
+    def quantised_kind(self, name: str) -> Kind | None:
+        """See `HoldsQuantised`."""
+        return self._file.quantised_kind(self._stored_name(name))
+
+    def read_quantised(self, name: str) -> Quantised | None:
+        """See `HoldsQuantised`."""
+        found = self._file.quantised(self._stored_name(name))
+        if found is None:
+            return None
+        return Quantised(
+            self._in_order(name, found.numbers),
+            self._in_order(name, found.scales),
+            None if found.offsets is None else self._in_order(name, found.offsets),
+        )
+
+    def _in_order(self, name: str, rows: npt.NDArray[Number]) -> npt.NDArray[Number]:
+        """A tensor's rows in Hugging Face's order."""
+        heads = self._interleaved_heads(name)
+        if heads is None:
+            return rows
+        # GGUF pairs neighbours (2i, 2i + 1) for rotation, Hugging Face pairs (i, i + D/2).
+        if rows.shape[0] % (2 * heads):
+            raise CheckpointError(
+                f"{self._file.path} has tensor {name} with {rows.shape[0]} rows, "
+                f"which {heads} heads of even size cannot share"
+            )
+        pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
     def _stored_name(self, name: str) -> str:
         try:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import CheckpointError
+from engine.kernels.packed import Kind, Quantised
 
 _SCALARS: Mapping[gguf.GGUFValueType, str] = {
     gguf.GGUFValueType.UINT8: "B",
@@ -34,6 +35,12 @@ _SCALARS: Mapping[gguf.GGUFValueType, str] = {
     gguf.GGUFValueType.FLOAT64: "d",
     gguf.GGUFValueType.BOOL: "?",
 }
+_QUANTISED: Mapping[gguf.GGMLQuantizationType, Kind] = {
+    gguf.GGMLQuantizationType.Q4_0: "q4",
+    gguf.GGMLQuantizationType.Q4_1: "q4",
+    gguf.GGMLQuantizationType.Q8_0: "q8",
+}
+"""Those that the native kernels multiply with as they are stored."""
 _MAX_DIMS = 4  # GGML's own limit
 _SKIPPED = "tokenizer."  # the server's business, and large
 
@@ -105,16 +112,44 @@ class GGUFFile:
             CheckpointError: it is stored in a way that the gguf package cannot dequantise.
         """
         place = self.tensors[name]
-        rows = np.frombuffer(self._data, np.uint8, place.size, place.offset)
-        rows = rows.reshape(*place.shape[:-1], -1)
         try:
-            numbers = gguf.dequantize(rows, place.kind)
+            numbers = gguf.dequantize(self._rows(place), place.kind)
         except NotImplementedError:
             raise CheckpointError(
                 f"{self.path} stores tensor {name} as {place.kind.name}, which cannot be dequantised; "
                 "use a file with another quantisation (Q8_0 or Q4_K, for example)"
             ) from None
         return np.asarray(numbers, np.float32).reshape(place.shape)
+
+    def quantised(self, name: str) -> Quantised | None:
+        """A matrix as it is stored, where that is one of `_QUANTISED`: numbers, scales and offsets, exactly.
+
+        Args:
+            name: one of `tensors`
+        """
+        place = self.tensors[name]
+        if place.kind not in _QUANTISED or len(place.shape) != 2:
+            return None
+        blocks = self._rows(place).reshape(place.shape[0], -1, gguf.GGML_QUANT_SIZES[place.kind][1])
+        head = blocks[..., : 4 if place.kind is gguf.GGMLQuantizationType.Q4_1 else 2].view(np.float16)
+        body = blocks[..., head.shape[-1] * 2 :]
+        scales = head[..., 0]
+        if place.kind is gguf.GGMLQuantizationType.Q8_0:
+            return Quantised(body.view(np.int8).reshape(place.shape), scales, None)
+        # A block's first 16 numbers are the lower nibbles, its last 16 the upper ones.
+        numbers = np.concatenate([body & 15, body >> 4], axis=-1).reshape(place.shape)
+        # -8 * scale is exact: a power of two, and scales are far from the largest float16.
+        offsets = head[..., 1] if head.shape[-1] == 2 else np.float16(-8) * scales
+        return Quantised(numbers, scales, offsets)
+
+    def quantised_kind(self, name: str) -> Kind | None:
+        """What `quantised` will be packed as; None where it is None."""
+        place = self.tensors[name]
+        return _QUANTISED.get(place.kind) if len(place.shape) == 2 else None
+
+    def _rows(self, place: TensorPlace) -> npt.NDArray[np.uint8]:
+        flat = np.frombuffer(self._data, np.uint8, place.size, place.offset)
+        return flat.reshape(*place.shape[:-1], -1)
 
 
 class _Cursor:

@@ -34,6 +34,7 @@ class Weight:
         rows: how many rows each name gives; checked if set, else only their sum is
         dtype: what to hold it in whatever the model's dtype is; None is the model's
         may_stay_fp8: whether the model can use it in FP8 blocks
+        may_be_packed: whether it can use it as a `PackedWeight`
         part: what is read of each name, all of which are of one shape then; None is all
     """
 
@@ -42,6 +43,7 @@ class Weight:
     rows: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
     may_stay_fp8: bool = False
+    may_be_packed: bool = False
     part: Part | None = None
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.kernels.blocks import BlockWeight
+from engine.kernels.packed import Kind, Quantised
 
 
 class Tensors(Protocol):
@@ -83,6 +84,19 @@ class HoldsBlocks(Protocol):
 
 
 @runtime_checkable
+class HoldsQuantised(Protocol):
+    """A source that may store matrices as integers with scales; `read` makes those plain."""
+
+    def quantised_kind(self, name: str) -> Kind | None:
+        """How a tensor that is stored so is packed, None for another; raises CheckpointError where there is none."""
+        ...
+
+    def read_quantised(self, name: str) -> Quantised | None:
+        """One that is, as stored, in Hugging Face's layout; None for another; errors as `quantised_kind`."""
+        ...
+
+
+@runtime_checkable
 class PartSource(Protocol):
     """A source that reads part of a matrix without the rest."""
 
@@ -120,6 +134,16 @@ class LaidSource:
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor that lies on top; raises CheckpointError where neither has it."""
         return (self._top if name in self._on_top else self._base).read(name, dtype)
+
+    def quantised_kind(self, name: str) -> Kind | None:
+        """See `HoldsQuantised`."""
+        holder = self._top if name in self._on_top else self._base
+        return holder.quantised_kind(name) if isinstance(holder, HoldsQuantised) else None
+
+    def read_quantised(self, name: str) -> Quantised | None:
+        """See `HoldsQuantised`."""
+        holder = self._top if name in self._on_top else self._base
+        return holder.read_quantised(name) if isinstance(holder, HoldsQuantised) else None
 
 
 def open_source(path: Path) -> Source:

@@ -8,6 +8,7 @@ never be separated from its index keys (parting them is how DSA servers get sile
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,17 @@ def page_bytes(specs: Sequence[PlaneSpec], num_layers: int) -> int:
     return sum(spec.page_bytes for layer in range(num_layers) for spec in specs if spec.on(layer))
 
 
+def _zeros(num_pages: int, size: int, device: torch.device) -> Tensor:
+    """[num_pages, size] bytes.
+
+    Zeros and not garbage: a masked position's value is multiplied by a weight of 0, and 0 * NaN is NaN. On the CPU they
+    are the system's, which gives a page memory when it is first written: a cache costs what is in use.
+    """
+    if device.type != "cpu":
+        return torch.zeros(num_pages, size, dtype=torch.uint8, device=device)
+    return torch.frombuffer(mmap.mmap(-1, num_pages * size), dtype=torch.uint8).view(num_pages, size)
+
+
 class PagedCache:
     """`num_pages` pages in one tensor; `plane(layer, name)` is a view of them all."""
 
@@ -56,8 +68,7 @@ class PagedCache:
     ) -> None:
         self.num_pages = num_pages
         self.page_bytes = page_bytes(specs, num_layers)
-        # Zeros and not garbage: a masked position's value is multiplied by a weight of 0, and 0 * NaN is NaN.
-        self._storage = torch.zeros(num_pages, self.page_bytes, dtype=torch.uint8, device=device)
+        self._storage = _zeros(num_pages, self.page_bytes, device)
         self._planes: dict[tuple[int, str], Tensor] = {}
         offset = 0
         for layer in range(num_layers):

@@ -1,4 +1,4 @@
-"""A product with a weight that is plain, or that stays in FP8 blocks and is made plain for the product only.
+"""A product with a weight that is plain, in FP8 blocks and made plain for the product only, or packed for the CPU.
 
 Activations stay in the model's dtype: DeepSeek's own kernels round them to FP8 too (arXiv 2412.19437, section
 3.3.2), so this is the more precise of the two.
@@ -15,15 +15,19 @@ from torch import Tensor
 
 from engine.errors import EngineError
 from engine.kernels.blocks import BLOCK, BlockWeight
+from engine.kernels.packed import PackedWeight
 
 Matrix: TypeAlias = Tensor | BlockWeight
 """[out, in], or [n, out, in] of n weights."""
+
+Held: TypeAlias = Tensor | PackedWeight
+"""[out, in], plain, or packed for the native CPU kernels."""
 
 PLAIN_AT_ONCE = 1 << 24
 """Numbers of a block weight that are plain at the same time: some 200 MB with what the conversion needs."""
 
 
-def linear(x: Tensor, weight: Matrix) -> Tensor:
+def linear(x: Tensor, weight: Matrix | PackedWeight) -> Tensor:
     """x weight^T, in the dtype of `x`: [..., in] -> [..., out].
 
     A block weight is made plain a group of rows at a time, as `dequantise_blocks` does (rounded once), so the
@@ -31,6 +35,8 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
     """
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
+    if isinstance(weight, PackedWeight):
+        return weight.multiply(x, dtype=x.dtype)
     rows, columns = weight.shape
     step = max(PLAIN_AT_ONCE // columns // BLOCK, 1) * BLOCK
     parts = [
@@ -38,6 +44,20 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
         for start in range(0, rows, step)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def linear_float32(x: Tensor, weight: Held) -> Tensor:
+    """x weight^T, computed and returned in float32: [..., in] -> [..., out]."""
+    if isinstance(weight, PackedWeight):
+        return weight.multiply(x, dtype=torch.float32)
+    return F.linear(x.float(), weight.float())
+
+
+def embedding(ids: Tensor, weight: Held, dtype: torch.dtype) -> Tensor:
+    """Rows of a table: ids [T] -> [T, in] in `dtype`."""
+    if isinstance(weight, PackedWeight):
+        return weight.rows(ids).to(dtype)
+    return F.embedding(ids, weight).to(dtype)
 
 
 class Parameters:
@@ -54,7 +74,7 @@ class Parameters:
             EngineError: it was loaded in FP8 blocks.
         """
         weight = self.matrix(name)
-        if isinstance(weight, BlockWeight):
+        if not isinstance(weight, Tensor):
             raise EngineError(
                 f"parameter {self._prefix}{name} is in FP8 blocks, but is used as a plain tensor"
             )

@@ -21,11 +21,14 @@ from engine.attention.sparse import attend
 from engine.attention.tiles import TileCosts
 from engine.batch import Batch
 from engine.checkpoint.loader import LoadReport, Weight, load
+from engine.checkpoint.packed import can_pack, load_packed
 from engine.checkpoint.source import Source
 from engine.cost import ModelShape
 from engine.errors import CheckpointError, ConfigError
+from engine.kernels import native
 from engine.kernels.interface import Kernels
 from engine.kv.planes import PagedCache, PlaneSpec
+from engine.layers.linear import Held, embedding, linear, linear_float32
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
 from engine.parallel.ranks import Ranks
@@ -102,45 +105,57 @@ def weight_table(config: LlamaConfig, indexer: IndexerInfo | None) -> dict[str, 
     c = config
     attn_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     table = {
-        "embed": Weight(("model.embed_tokens.weight",), (c.vocab_size, c.hidden_size)),
+        "embed": _matrix(("model.embed_tokens.weight",), (c.vocab_size, c.hidden_size)),
         "norm": Weight(("model.norm.weight",), (c.hidden_size,)),
     }
     if not c.tied:
-        table["head"] = Weight(("lm_head.weight",), (c.vocab_size, c.hidden_size))
+        table["head"] = _matrix(("lm_head.weight",), (c.vocab_size, c.hidden_size))
     for i in range(c.num_layers):
         at, layer = f"model.layers.{i}", f"layers.{i}"
         qkv = tuple(f"{at}.self_attn.{part}_proj.weight" for part in "qkv")
         gate_up = (f"{at}.mlp.gate_proj.weight", f"{at}.mlp.up_proj.weight")
         table[f"{layer}.input_norm"] = Weight((f"{at}.input_layernorm.weight",), (c.hidden_size,))
-        table[f"{layer}.qkv"] = Weight(qkv, (attn_rows, c.hidden_size))
-        table[f"{layer}.o"] = Weight(
+        table[f"{layer}.qkv"] = _matrix(qkv, (attn_rows, c.hidden_size))
+        table[f"{layer}.o"] = _matrix(
             (f"{at}.self_attn.o_proj.weight",), (c.hidden_size, c.num_heads * c.head_dim)
         )
         table[f"{layer}.post_norm"] = Weight((f"{at}.post_attention_layernorm.weight",), (c.hidden_size,))
-        table[f"{layer}.gate_up"] = Weight(gate_up, (2 * c.intermediate_size, c.hidden_size))
-        table[f"{layer}.down"] = Weight((f"{at}.mlp.down_proj.weight",), (c.hidden_size, c.intermediate_size))
+        table[f"{layer}.gate_up"] = _matrix(gate_up, (2 * c.intermediate_size, c.hidden_size))
+        table[f"{layer}.down"] = _matrix(
+            (f"{at}.mlp.down_proj.weight",), (c.hidden_size, c.intermediate_size)
+        )
         if indexer is not None:
             h, d, inside = indexer.num_heads, indexer.head_dim, f"{at}.self_attn.indexer"
-            table[f"{layer}.indexer.wq"] = Weight((f"{inside}.wq.weight",), (h * d, c.hidden_size))
-            table[f"{layer}.indexer.wk"] = Weight((f"{inside}.wk.weight",), (d, c.hidden_size))
+            table[f"{layer}.indexer.wq"] = _matrix((f"{inside}.wq.weight",), (h * d, c.hidden_size))
+            table[f"{layer}.indexer.wk"] = _matrix((f"{inside}.wk.weight",), (d, c.hidden_size))
             table[f"{layer}.indexer.k_norm_weight"] = Weight((f"{inside}.k_norm.weight",), (d,))
             table[f"{layer}.indexer.k_norm_bias"] = Weight((f"{inside}.k_norm.bias",), (d,))
-            table[f"{layer}.indexer.weights_proj"] = Weight(
+            table[f"{layer}.indexer.weights_proj"] = _matrix(
                 (f"{inside}.weights_proj.weight",), (h, c.hidden_size)
             )
     return table
 
 
+def plain(weight: Held) -> Tensor:
+    """One that is never packed."""
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _matrix(names: tuple[str, ...], shape: tuple[int, int]) -> Weight:
+    return Weight(names, shape, may_be_packed=True)
+
+
 @dataclass(frozen=True)
-class _Layer:
+class LlamaLayer:
     """One layer's weights; E hidden, F intermediate."""
 
     input_norm: Tensor  # [E]
-    qkv: Tensor  # [(Hq + 2 Hkv) * D, E]
-    o: Tensor  # [E, Hq * D]
+    qkv: Held  # [(Hq + 2 Hkv) * D, E]
+    o: Held  # [E, Hq * D]
     post_norm: Tensor  # [E]
-    gate_up: Tensor  # [2 F, E]
-    down: Tensor  # [E, F]
+    gate_up: Held  # [2 F, E]
+    down: Held  # [E, F]
     indexer: LightningIndexer | None
 
 
@@ -152,12 +167,12 @@ class Llama:
     def __init__(
         self,
         config: LlamaConfig,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Held],
         indexer: IndexerInfo | None,
         kernels: Kernels,
         max_positions: int,
     ) -> None:
-        """Wire `weights` (named as in `weight_table`, all of one dtype and device).
+        """Wire `weights` (named as in `weight_table`, plain ones of one dtype and device).
 
         Args:
             max_positions: positions to prepare rotation tables for; at most `config.max_positions`
@@ -168,13 +183,18 @@ class Llama:
         self.vocab_size = config.vocab_size
         self.max_positions = max_positions
         self.num_parameters = sum(weight.numel() for weight in weights.values())
+        self._weight_bytes = sum(
+            weight.nbytes if isinstance(weight, Tensor) else weight.num_bytes for weight in weights.values()
+        )
         self._kernels = kernels
         self._embed = weights["embed"]
-        self._norm = weights["norm"]
+        self._norm = plain(weights["norm"])
+        self._dtype = self._norm.dtype
         # Logits are compared with one another to the last digit, so the head runs in float32.
-        self._head = weights["embed" if config.tied else "head"].float()
+        head = weights["embed" if config.tied else "head"]
+        self._head = head.float() if isinstance(head, Tensor) else head
         self._layers = [self._layer(weights, i) for i in range(config.num_layers)]
-        device = self._embed.device
+        device = self._norm.device
         self._rotary = RotaryTable(
             config.head_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
         )
@@ -186,8 +206,8 @@ class Llama:
             )
         )
 
-    def _layer(self, weights: Mapping[str, Tensor], i: int) -> _Layer:
-        def of(name: str) -> Tensor:
+    def _layer(self, weights: Mapping[str, Held], i: int) -> LlamaLayer:
+        def of(name: str) -> Held:
             return weights[f"layers.{i}.{name}"]
 
         indexer = None
@@ -195,16 +215,16 @@ class Llama:
             parts = IndexerWeights(
                 wq=of("indexer.wq"),
                 wk=of("indexer.wk"),
-                k_norm_weight=of("indexer.k_norm_weight"),
-                k_norm_bias=of("indexer.k_norm_bias"),
+                k_norm_weight=plain(of("indexer.k_norm_weight")),
+                k_norm_bias=plain(of("indexer.k_norm_bias")),
                 weights_proj=of("indexer.weights_proj"),
             )
             indexer = LightningIndexer(parts, self.indexer.num_heads)
-        return _Layer(
-            input_norm=of("input_norm"),
+        return LlamaLayer(
+            input_norm=plain(of("input_norm")),
             qkv=of("qkv"),
             o=of("o"),
-            post_norm=of("post_norm"),
+            post_norm=plain(of("post_norm")),
             gate_up=of("gate_up"),
             down=of("down"),
             indexer=indexer,
@@ -212,7 +232,7 @@ class Llama:
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
         """Keys and values of every KV head, and the index key."""
-        c, dtype = self.config, self._embed.dtype
+        c, dtype = self.config, self._dtype
         kv = PlaneSpec("kv", (c.num_kv_heads, 2, c.head_dim), dtype)
         if self.indexer is None:
             return (kv,)
@@ -241,7 +261,7 @@ class Llama:
             head_flops=2 * c.hidden_size * c.vocab_size,
             pair_flops=n * 4 * c.num_heads * c.head_dim,
             index_pair_flops=n * 2 * heads * (dim + 1),
-            weight_bytes=self.num_parameters * self._embed.dtype.itemsize,
+            weight_bytes=self._weight_bytes,
             kv_token_bytes=n * specs[0].token_bytes,
             index_token_bytes=n * sum(spec.token_bytes for spec in specs[1:]),
         )
@@ -249,21 +269,21 @@ class Llama:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
-        x = F.embedding(batch.token_ids, self._embed)
+        x = embedding(batch.token_ids, self._embed, self._dtype)
         rotation = self._rotary.at(batch.positions)
         index_rotation = None if self._index_rotary is None else self._index_rotary.at(batch.positions)
         eps = self.config.rms_norm_eps
         for i, layer in enumerate(self._layers):
             hidden = rms_norm(x, layer.input_norm, eps)
             x = x + self._attention(i, layer, hidden, rotation, index_rotation, batch, cache)
-            gate, up = F.linear(rms_norm(x, layer.post_norm, eps), layer.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
+            gate, up = linear(rms_norm(x, layer.post_norm, eps), layer.gate_up).chunk(2, dim=-1)
+            x = x + linear(F.silu(gate) * up, layer.down)
         return rms_norm(x, self._norm, eps)
 
     def _attention(
         self,
         i: int,
-        layer: _Layer,
+        layer: LlamaLayer,
         hidden: Tensor,  # [T, E]
         rotation: tuple[Tensor, Tensor],
         index_rotation: tuple[Tensor, Tensor] | None,
@@ -271,7 +291,7 @@ class Llama:
         cache: PagedCache,
     ) -> Tensor:
         c = self.config
-        heads = F.linear(hidden, layer.qkv).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        heads = linear(hidden, layer.qkv).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         query, key, value = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         query, key = rotate(query, rotation), rotate(key, rotation)
         cache.write(i, "kv", batch.pages, batch.offsets, torch.stack((key, value), dim=2))
@@ -292,12 +312,12 @@ class Llama:
             self._kernels,
             c.head_dim**-0.5,
         )
-        return F.linear(out.flatten(1), layer.o)
+        return linear(out.flatten(1), layer.o)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, E] -> [N, vocab_size] float32."""
-        return F.linear(hidden.float(), self._head)
+        return linear_float32(hidden, self._head)
 
 
 def build(
@@ -331,7 +351,11 @@ def build(
             )
     config = LlamaConfig.read(source.config)
     table = weight_table(config, indexer)
-    weights, report = load(table, source, dtype=dtype, device=device, progress=progress)
+    weights: Mapping[str, Held]
+    if device.type == "cpu" and dtype == torch.bfloat16 and native.library() and can_pack(table):
+        weights, report = load_packed(table, source, progress=progress)
+    else:
+        weights, report = load(table, source, dtype=dtype, device=device, progress=progress)
     return Llama(config, weights, indexer, kernels, max_positions), report
 
 

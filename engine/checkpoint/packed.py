@@ -1,0 +1,95 @@
+"""Loading for the native CPU kernels: matrices stay as the file quantises them, others become packed bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.checkpoint.loader import LoadReport, Weight, check, load, unused
+from engine.checkpoint.source import HoldsQuantised, Source
+from engine.errors import CheckpointError
+from engine.kernels.native.packing import GROUP
+from engine.kernels.packed import Kind, PackedWeight, Quantised, packed_bytes
+
+
+def can_pack(model_table: Mapping[str, Weight]) -> bool:
+    """Whether all weights that may be packed have the shape for it: rows of whole groups."""
+    return not any(weight.shape[1] % GROUP for weight in model_table.values() if weight.may_be_packed)
+
+
+def load_packed(
+    model_table: Mapping[str, Weight],
+    source: Source,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[dict[str, Tensor | PackedWeight], LoadReport]:
+    """As `engine.checkpoint.loader.load`, in bfloat16 on the CPU, with every weight packed that may be.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    check(model_table, source)
+    packed = {name: weight for name, weight in model_table.items() if weight.may_be_packed}
+    plain = {name: weight for name, weight in model_table.items() if name not in packed}
+    sizes = {
+        name: packed_bytes(_kind(weight, source) or "bf16", weight.shape[0], weight.shape[1])
+        for name, weight in packed.items()
+    }
+    later = sum(sizes.values())
+    tensors, report = load(
+        plain,
+        source,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        progress=lambda done, total: progress(done, total + later),
+    )
+    weights: dict[str, Tensor | PackedWeight] = {**tensors}
+    done = report.num_bytes
+    for name, weight in packed.items():
+        weights[name] = _assemble(weight, source)
+        done += sizes[name]
+        progress(done, report.num_bytes + later)
+    return weights, replace(
+        report,
+        num_tensors=len({name for weight in model_table.values() for name in weight.names}),
+        num_parameters=sum(weight.numel() for weight in weights.values()),
+        num_bytes=done,
+        unused=unused(model_table, source),
+    )
+
+
+def _kind(weight: Weight, source: Source) -> Kind | None:
+    """How all tensors of a parameter are quantised; None if not, or not alike."""
+    if not isinstance(source, HoldsQuantised):
+        return None
+    kinds = {source.quantised_kind(name) for name in weight.names}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _assemble(weight: Weight, source: Source) -> PackedWeight:
+    if _kind(weight, source) is None or not isinstance(source, HoldsQuantised):
+        whole, _ = load({"it": weight}, source, dtype=torch.bfloat16, device=torch.device("cpu"))
+        return PackedWeight.of(whole["it"])
+    parts = []
+    for name in weight.names:
+        part = source.read_quantised(name)
+        assert part is not None
+        numbers = [part.scales] if part.offsets is None else [part.scales, part.offsets]
+        if not all(np.isfinite(some).all() for some in numbers):
+            raise CheckpointError(
+                f"{source.description} has NaN or infinite values in the scales of tensor {name}; "
+                "the file is damaged, download it again"
+            )
+        parts.append(part)
+    offsets = [part.offsets for part in parts if part.offsets is not None]
+    return PackedWeight.of(
+        Quantised(
+            np.concatenate([part.numbers for part in parts]),
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate(offsets) if offsets else None,
+        )
+    )

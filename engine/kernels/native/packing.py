@@ -1,0 +1,86 @@
+"""Lays weights out for `matrix.c`: tiles of 16 outputs, groups of 32 inputs.
+
+A tile has the numbers of all its groups, then all scales, then, with 4 bits, all offsets, 16 float16 a group; and zeros
+up to a multiple of 64 bytes. A group's numbers are, with 4 (8) bits, four (twice four) words of 64 bytes, one 32-bit lane
+an output. A lane of word w holds inputs 8 w to 8 w + 7: input 8 w + 2 j + h is nibble j of the 16-bit half h, since the
+processor multiplies pairs of bfloat16. A signed byte is stored as two such nibbles, all upper ones first. bfloat16: a
+word a pair of inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+LANES, GROUP = 16, 32
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def pack_4bit(numbers: Bytes, scales: npt.NDArray[np.float16], offsets: npt.NDArray[np.float16]) -> Bytes:
+    """Of scale * number + offset.
+
+    Args:
+        numbers: [out, in] 0 to 15
+        scales: [out, in / 32]
+        offsets: [out, in / 32]
+
+    Returns:
+        [tiles, bytes of one]
+    """
+    return _tiles(_nibbles(_tiled(numbers, GROUP)), _lanes(scales), _lanes(offsets))
+
+
+def pack_8bit(numbers: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> Bytes:
+    """Of scale * number.
+
+    Args:
+        numbers: [out, in]
+        scales: [out, in / 32]
+
+    Returns:
+        [tiles, bytes of one]
+    """
+    tiled: Bytes = _tiled(numbers.view(np.uint8), GROUP)
+    upper, lower = np.right_shift(tiled, np.uint8(4)), np.bitwise_and(tiled, np.uint8(15))
+    return _tiles(np.concatenate([_nibbles(upper), _nibbles(lower)], axis=-1), _lanes(scales))
+
+
+def pack_bfloat16(numbers: npt.NDArray[np.uint16]) -> Bytes:
+    """Of the bits of [out, in] bfloat16 numbers: [tiles, bytes of one]."""
+    tiled = _tiled(numbers, GROUP)
+    tiles, _, groups, _ = tiled.shape
+    pairs = tiled.reshape(tiles, LANES, groups, GROUP // 2, 2).transpose(0, 2, 3, 1, 4)
+    return np.ascontiguousarray(pairs).view(np.uint8).reshape(tiles, -1)
+
+
+def _tiles(*parts: Bytes) -> Bytes:
+    """Parts [tiles, groups, bytes], one after the other in each tile."""
+    whole = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=-1)
+    return np.pad(whole, ((0, 0), (0, -whole.shape[1] % 64)))
+
+
+def _tiled(numbers: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
+    """[out, in] -> [tiles, 16, in / width, width], missing outputs as zeros."""
+    outputs, inputs = numbers.shape
+    missing = -outputs % LANES
+    if missing:
+        numbers = np.concatenate([numbers, np.zeros((missing, inputs), numbers.dtype)])
+    return numbers.reshape(-1, LANES, inputs // width, width)
+
+
+def _nibbles(tiled: Bytes) -> Bytes:
+    """[tiles, 16, groups, 32] of 0 to 15 -> [tiles, groups, 256]."""
+    tiles, _, groups, _ = tiled.shape
+    split = tiled.reshape(tiles, LANES, groups, 4, 2, 2, 2)  # ..., word, byte of a half, nibble of it, half
+    split = split.transpose(0, 2, 3, 1, 6, 4, 5)  # tile, group, word, lane, half, byte, nibble
+    both = np.bitwise_or(split[..., 0], np.left_shift(split[..., 1], np.uint8(4)))
+    return both.reshape(tiles, groups, -1)
+
+
+def _lanes(numbers: npt.NDArray[np.float16]) -> Bytes:
+    """[out, groups] -> [tiles, groups, 32]."""
+    tiled = _tiled(numbers, 1)[..., 0]  # [tiles, 16, groups]
+    return np.ascontiguousarray(tiled.transpose(0, 2, 1)).view(np.uint8)

@@ -1,0 +1,153 @@
+"""A weight in the layout of the native kernels: packed in 4 or 8 bits as it is stored, or bfloat16.
+
+Its values are those of the checkpoint, exactly. Products round nothing but the activations, to bfloat16, which is what
+they are already; sums are float32 (`engine/kernels/native/matrix.c`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.errors import EngineError
+from engine.kernels import native
+from engine.kernels.native import packing
+
+Kind = Literal["bf16", "q4", "q8"]
+_CODES: dict[Kind, int] = {"bf16": 0, "q4": 1, "q8": 2}
+_AT_ONCE = 1024  # outputs, whole tiles
+_GROUP_BYTES: dict[Kind, int] = {"bf16": 1024, "q4": 320, "q8": 544}  # of 16 outputs x 32 inputs
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix as a checkpoint stores it: value = scale * number + offset, of 32 neighbours in a row together."""
+
+    numbers: npt.NDArray[Any]  # [out, in]: uint8 of 0 to 15, or int8 where there are no offsets
+    scales: npt.NDArray[np.float16]  # [out, in / 32]
+    offsets: npt.NDArray[np.float16] | None  # likewise; None with signed bytes
+
+    @property
+    def kind(self) -> Kind:
+        """How it is packed."""
+        return "q8" if self.offsets is None else "q4"
+
+
+class Descriptor(ctypes.Structure):
+    """`struct dsa_matrix` of matrix.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("kind", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("inputs", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """[out, in] numbers; `in` is a multiple of 32."""
+
+    data: Tensor  # [tiles, bytes] uint8 on the CPU
+    kind: Kind
+    outputs: int
+    inputs: int
+
+    @classmethod
+    def of(cls, stored: Quantised | Tensor) -> PackedWeight:
+        """Lay out a matrix [out, in] that a checkpoint quantises, or a plain one, rounded to bfloat16."""
+        shape = stored.shape if isinstance(stored, Tensor) else stored.numbers.shape
+        kind: Kind = "bf16" if isinstance(stored, Tensor) else stored.kind
+        # torch's memory begins on a cache line. Filled part by part: packing takes several times what it packs.
+        data = torch.empty(packed_bytes(kind, *shape), dtype=torch.uint8).view(
+            -(-shape[0] // packing.LANES), -1
+        )
+        for first in range(0, shape[0], _AT_ONCE):
+            part = slice(first, first + _AT_ONCE)
+            at = first // packing.LANES
+            packed = _packed_rows(stored, part)
+            data[at : at + len(packed)] = torch.from_numpy(packed)
+        return cls(data, kind, *shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight that it stands for."""
+        return torch.Size((self.outputs, self.inputs))
+
+    @property
+    def num_bytes(self) -> int:
+        """In memory, scales and padding included."""
+        return self.data.nbytes
+
+    def numel(self) -> int:
+        """Numbers, scales not counted."""
+        return self.outputs * self.inputs
+
+    @cached_property
+    def descriptor(self) -> Descriptor:
+        """For the library; it lives as long as this weight."""
+        return Descriptor(self.data.data_ptr(), _CODES[self.kind], self.outputs, self.inputs)
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """Some outputs' weights: [n] int64 -> [n, in] float32, exact."""
+        wanted = outputs.contiguous()
+        out = torch.empty(len(wanted), self.inputs)
+        _library().dsa_rows_of(ctypes.byref(self.descriptor), _pointer(wanted), len(wanted), _pointer(out))
+        return out
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """The plain weight [out, in], rounded once, to `dtype`."""
+        return self.rows(torch.arange(self.outputs)).to(dtype)
+
+    def multiply(self, x: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """x weight^T: [..., in] bfloat16 -> [..., out], summed in float32, in `dtype` (that or bfloat16).
+
+        Raises:
+            EngineError: activations of another dtype.
+        """
+        if x.dtype is not torch.bfloat16 or dtype not in (torch.bfloat16, torch.float32):
+            raise EngineError(
+                f"a packed weight multiplies bfloat16, not {x.dtype}, into it or float32, not {dtype}"
+            )
+        rows = x.reshape(-1, self.inputs).contiguous()
+        sums = torch.empty(len(rows), self.inputs // packing.GROUP)
+        out = torch.empty(len(rows), self.outputs, dtype=dtype)
+        narrow, wide = (_pointer(out), None) if dtype is torch.bfloat16 else (None, _pointer(out))
+        _library().dsa_linear(
+            ctypes.byref(self.descriptor), _pointer(rows), len(rows), _pointer(sums), narrow, wide
+        )
+        return out.view(*x.shape[:-1], self.outputs)
+
+
+def packed_bytes(kind: Kind, outputs: int, inputs: int) -> int:
+    """`PackedWeight.num_bytes` of a matrix, before it is there."""
+    tile = inputs // packing.GROUP * _GROUP_BYTES[kind]
+    return math.ceil(outputs / packing.LANES) * math.ceil(tile / 64) * 64
+
+
+def _packed_rows(stored: Quantised | Tensor, part: slice) -> npt.NDArray[np.uint8]:
+    if isinstance(stored, Tensor):
+        return packing.pack_bfloat16(stored[part].bfloat16().contiguous().view(torch.uint16).numpy())
+    numbers, scales = stored.numbers[part], stored.scales[part]
+    if stored.offsets is None:
+        return packing.pack_8bit(numbers.astype(np.int8, copy=False), scales)
+    return packing.pack_4bit(numbers.astype(np.uint8, copy=False), scales, stored.offsets[part])
+
+
+def _library() -> ctypes.CDLL:
+    found = native.library()
+    if found is None:
+        raise EngineError(f"a packed weight needs the native kernels, but {native.missing()}")
+    return found
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
