@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,13 +31,20 @@ class TileTensors:
 
 @dataclass(frozen=True)
 class Batch:
-    """T rows, token-major."""
+    """T rows, token-major. Tiles are cut when they are first asked for: a kernel that takes rows needs none."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     pages: Tensor  # [T] int64: where each row's cache entry goes
     offsets: Tensor  # [T] int64
-    tiles: tuple[TileTensors, ...]
+    segments: tuple[Segment, ...]  # the requests, in the order of their rows
+    costs: TileCosts
+
+    @cached_property
+    def tiles(self) -> tuple[TileTensors, ...]:
+        """The attention work."""
+        device = self.token_ids.device
+        return tuple(_tensors(tile, device) for tile in cut(self.segments, self.costs))
 
 
 def build_batch(plan: StepPlan, costs: TileCosts, device: torch.device) -> Batch:
@@ -75,7 +83,8 @@ def build_batch(plan: StepPlan, costs: TileCosts, device: torch.device) -> Batch
         positions=_to(positions, device),
         pages=_to(pages, device),
         offsets=_to(positions % PAGE_SIZE, device),
-        tiles=tuple(_tensors(tile, device) for tile in cut(segments, costs)),
+        segments=tuple(segments),
+        costs=costs,
     )
 
 

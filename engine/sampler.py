@@ -30,7 +30,7 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
         logits: [N, vocab] float32
         specs: N of them, in the rows' order
     """
-    finite, tokens = finite_rows(logits), best_tokens(logits)
+    tokens, finite = best_tokens(logits)
     for row, spec in enumerate(specs):
         if finite[row] and not _is_plain_greedy(spec.params):
             tokens[row] = _draw(logits[row].cpu().numpy(), spec)
@@ -53,21 +53,28 @@ _NOT_FINITE = Drawn(
 )
 
 
-def finite_rows(logits: Tensor) -> list[bool]:
-    """Whether every number of a row [N, vocab] is finite.
+def best_tokens(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """The first of each row's largest logits [N, vocab], and whether all numbers of the row are finite.
 
-    A finite sum proves it in one pass; a sum that is not may only be too large, and is looked into.
+    On a CPU by NumPy, whose argmax and min are vectorised. Both stop at a not-a-number, so that with the largest
+    and the smallest number all are finite.
     """
+    if logits.device.type != "cpu":
+        return best_tokens_by_sum(logits)
+    rows = logits.numpy()
+    best = rows.argmax(-1)
+    largest = np.take_along_axis(rows, best[:, None], -1)[:, 0]
+    finite = np.isfinite(largest) & np.isfinite(rows.min(-1))
+    return best.tolist(), finite.tolist()
+
+
+def best_tokens_by_sum(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """The same on any device: a finite sum proves that all are finite, another may only be too large."""
     finite: list[bool] = torch.isfinite(logits.sum(-1)).tolist()
     if not all(finite):
         finite = torch.isfinite(logits).all(-1).tolist()
-    return finite
-
-
-def best_tokens(logits: Tensor) -> list[int]:
-    """The first of each row's largest logits [N, vocab]. NumPy's argmax is vectorised, torch's on a CPU is not."""
-    best: list[int] = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
-    return best
+    tokens: list[int] = logits.argmax(-1).tolist()
+    return tokens, finite
 
 
 def token_logprob(logits: Tensor, token: int, alternatives: int) -> TokenLogprob:

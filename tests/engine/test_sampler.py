@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from engine.filters import runners
 from engine.plan import SampleSpec
 from engine.protocol import SamplingParams
-from engine.sampler import best_tokens, finite_rows, penalised, sample, token_logprob, token_logprobs
+from engine.sampler import best_tokens, best_tokens_by_sum, penalised, sample, token_logprob, token_logprobs
 
 
 def spec(
@@ -150,17 +151,21 @@ def test_the_last_digits_of_the_logits_do_not_change_the_draw() -> None:
     assert changed == 0
 
 
-def test_finite_rows_and_best_tokens_are_what_torch_says_of_every_number() -> None:
+@pytest.mark.parametrize("choose", [best_tokens, best_tokens_by_sum])
+def test_best_tokens_and_finite_rows_are_what_torch_says_of_every_number(
+    choose: Callable[[torch.Tensor], tuple[list[int], list[bool]]],
+) -> None:
     logits = torch.randn(9, 1000, generator=torch.Generator().manual_seed(0))
     logits[1, 7], logits[2, 7], logits[3, 7] = math.nan, math.inf, -math.inf
     logits[4, 7], logits[4, 8] = math.inf, -math.inf
-    logits[5] = 3e38  # finite, but not its sum
+    logits[5] = 3e38  # finite, but no sum of it
     logits[6, [3, 500]] = 100.0  # the first of two
     logits[7] = -3e38
-    assert finite_rows(logits) == torch.isfinite(logits).all(-1).tolist()
+    tokens, finite = choose(logits)
+    assert finite == torch.isfinite(logits).all(-1).tolist()
     good = [0, 5, 6, 7, 8]
-    assert best_tokens(logits[good]) == logits[good].argmax(-1).tolist()
-    assert best_tokens(logits[6:7]) == [3]
+    assert [tokens[row] for row in good] == logits[good].argmax(-1).tolist()
+    assert tokens[6] == 3
 
 
 def test_a_row_that_is_not_finite_fails_alone() -> None:
