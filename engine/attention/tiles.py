@@ -21,9 +21,6 @@ from typing import Literal
 
 from engine.config import PAGE_SIZE
 
-STREAMED_EXPANDED_UNIT = 2.5
-"""Where latents are streamed: absorbed, two cores of an AMD EPYC did 2.5 times the arithmetic of expanded a second."""
-
 Form = Literal["dense", "gather", "mask"]
 
 
@@ -105,8 +102,9 @@ class LatentTileCosts(TileCosts):
     Absorbed, a row reads r + p numbers a head and token and sums r; expanded, n + p and v, after each token
     was expanded once for all rows of the tile, to n + v numbers of r terms a head. A row that is absorbed
     pays as much as a token that is expanded. (n plain, p rotated, v value dims, r rank.)
-    `gather_cost` is an estimate; unlike its namesake above it was not measured. 1.0 is exact where the kernels read
-    tokens where they lie: then gathering is no other work than masking.
+    `gather_cost` is an estimate; unlike its namesake above it was not measured. Where the kernels stream
+    (`Kernels.streams_latents`), tokens are read where they lie, so gathering is no other work than masking; and a
+    multiply-add of the expanded form took 1.2 times one absorbed on an AMD EPYC with bfloat16 products.
     """
 
     num_heads: int = 1
@@ -115,8 +113,14 @@ class LatentTileCosts(TileCosts):
     rope: int = 64
     value: int = 128
     item_bytes: int = 4  # of one number of an expanded key or value
+    streams: bool = False  # no per-head scores and no copies of a context are ever whole
     expanded_unit: float = 1.0  # a multiply-add of the expanded form, against one absorbed
     gather_cost: float = 2.0  # a gathered multiply-add against one of a product over the whole context
+
+    def row_bytes(self, form: Form, context: int, top_k: int) -> int:
+        """Streamed, what is left of a row beside its positions are its sums of values."""
+        sums = 4 * self.num_heads * max(self.value, self.rank if form == "gather" else 0)
+        return max(super().row_bytes(form, context, top_k), sums if self.streams else 0)
 
     def absorbed_cost(self, rows: int, tokens: float) -> float:
         """`rows` rows over `tokens` tokens each, every head on the latent itself."""
@@ -130,9 +134,9 @@ class LatentTileCosts(TileCosts):
         return self.num_heads * context * (rows * per_pair + made) * self.expanded_unit
 
     def expands(self, rows: int, context: int) -> bool:
-        """By cost, where the expanded context also fits into half of the budget."""
+        """By cost, where the expanded context also fits into half of the budget, or never is there as a whole."""
         per_token = self.num_heads * (2 * self.nope + self.rope + self.value) * self.item_bytes
-        fits = context * per_token * 2 <= self.budget_bytes
+        fits = self.streams or context * per_token * 2 <= self.budget_bytes
         return fits and self.expanded_cost(rows, context) < self.absorbed_cost(rows, context)
 
     def sparse_form(self, rows: int, context: int, top_k: int) -> Form:

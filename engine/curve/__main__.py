@@ -1,6 +1,6 @@
 """Cost of a million tokens by position, dense and sparse, on a layer of DeepSeek-V3.2's shape.
 
-Started by `dsa bench curve`; alone it is `python -m engine.curve`. Takes minutes and 5 GiB, in which nothing else
+Started by `dsa bench curve`; alone it is `python -m engine.curve`. Takes minutes and 6 GiB, in which nothing else
 should run.
 """
 
@@ -53,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for curve.json and curve.png")
     add("--price", type=float, default=0.10, metavar="USD", help="an hour of the machine (%(default)s)")
     add("--positions", metavar="LIST", help=f"tokens before the step, K is 1024 ({_POSITIONS})")
-    add("--chunk", type=int, help="tokens of a prefill step (64)")
-    add("--streams", type=int, help="requests of a decode step (8)")
+    add("--chunk", type=int, help="tokens of a prefill step (512)")
+    add("--streams", type=int, help="requests of a decode step (16)")
     add("--rounds", type=int, help="times that each step is run (3)")
     add("--quick", action="store_true", help="a model smaller in everything, once: does the command work?")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
@@ -86,8 +86,8 @@ def run(options: argparse.Namespace) -> Report:
     device = resolve_device(options.device)
     plan = Plan(
         positions=_positions(options.positions or (_QUICK_POSITIONS if quick else _POSITIONS)),
-        chunk=options.chunk if options.chunk is not None else 64,
-        streams=options.streams if options.streams is not None else 2 if quick else 8,
+        chunk=options.chunk if options.chunk is not None else 64 if quick else 512,
+        streams=options.streams if options.streams is not None else 2 if quick else 16,
         rounds=options.rounds if options.rounds is not None else 1 if quick else 3,
         quick=quick, device=device, dtype=resolve_dtype(options.dtype, device),
     )  # fmt: skip

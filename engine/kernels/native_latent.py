@@ -1,7 +1,6 @@
 """Latent attention and bfloat16 index scores in C (`native/latent.c`), where the processor multiplies bfloat16.
 
-What the C code does not do is torch's: other numbers than bfloat16, latents that are stored otherwise, odd sizes,
-and the expanded form.
+What the C code does not do is torch's: other numbers than bfloat16, latents that are stored otherwise, odd sizes.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from engine.kernels.interface_latent import Unpack, as_stored
 from engine.kernels.vectorised import VectorisedKernels
 
 _LANES = 16
+_ROWS = 64  # of a group in the expanded form
+_PAGES = 8  # whose keys and values are made at once there: 32 MiB at 128 heads of 128 + 128 numbers
 
 
 class NativeLatent(VectorisedKernels):
@@ -59,6 +60,56 @@ class NativeLatent(VectorisedKernels):
         if not _fits(query, plane, rank, unpack):
             return super().latent_masked(query, plane, block_table, allowed, rank, scale, unpack)
         return _attend(query, plane, block_table, None, allowed, rank, scale)
+
+    def latent_expanded(
+        self, query: Tensor, plane: Tensor, block_table: Tensor, allowed: Tensor, expand: Tensor, rank: int,
+        scale: float, unpack: Unpack = as_stored,
+    ) -> Tensor:  # fmt: skip
+        """Keys and values are made of some hundred tokens at a time, and the softmax goes on from there."""
+        if not (_fits(query, plane, rank, unpack) and _expandable(query, plane, expand, rank)):
+            return super().latent_expanded(query, plane, block_table, allowed, expand, rank, scale, unpack)
+        return torch.stack(
+            [
+                _expanded(query[r], plane, block_table[r], allowed[r], expand, rank, scale)
+                for r in range(len(query))
+            ]
+        )
+
+
+def _expanded(
+    query: Tensor, plane: Tensor, table: Tensor, allowed: Tensor, expand: Tensor, rank: int, scale: float
+) -> Tensor:
+    """One request: query [Q, H, n + p], allowed [Q, C] -> [Q, H, v]."""
+    rows, heads, dim = query.shape
+    rope = plane.shape[-1] - rank
+    plain, groups = dim - rope, -(-rows // _ROWS)
+    value = expand.shape[1] - plain
+    padded = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, groups * _ROWS - rows)).view(torch.int32)
+    packed = padded.view(groups, _ROWS, heads, dim // 2).permute(2, 0, 3, 1).contiguous()
+    most = torch.full((heads, groups, _ROWS), -1e30)
+    total = torch.zeros(heads, groups, _ROWS)
+    out = torch.zeros(heads, groups, value, _ROWS)
+    weight, bits = expand.reshape(-1, rank), 1 << torch.arange(_ROWS)
+    for first in range(0, len(table), _PAGES):
+        tokens = plane[table[first : first + _PAGES]].flatten(0, 1)  # [c, r + p]
+        part = allowed[:, first * plane.shape[1] :][:, : len(tokens)]
+        if not bool(part.any()):
+            continue
+        made = torch.nn.functional.linear(tokens[:, :rank], weight)  # [c, H * (n + v)]
+        part = torch.nn.functional.pad(part, (0, 0, 0, groups * _ROWS - rows)).view(groups, _ROWS, -1)
+        seen = (part * bits.unsqueeze(1)).sum(1)  # [groups, c], a bit a row
+        _call(
+            "dsa_latent_expanded", packed, tokens, made, seen, heads, groups, len(tokens), plane.shape[-1], rank,
+            plain, rope, value, ctypes.c_float(scale), most, total, out,
+        )  # fmt: skip
+    done = (out / total.unsqueeze(2)).permute(1, 3, 0, 2)  # [groups, 64, H, v]
+    return done.reshape(groups * _ROWS, heads, value)[:rows].to(query.dtype)
+
+
+def _expandable(query: Tensor, plane: Tensor, expand: Tensor, rank: int) -> bool:
+    rope = plane.shape[-1] - rank
+    value = expand.shape[1] - (query.shape[-1] - rope)
+    return expand.dtype is torch.bfloat16 and rope % 2 == 0 and value % _LANES == 0
 
 
 def _attend(

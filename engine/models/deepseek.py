@@ -20,7 +20,7 @@ from engine.attention.indexer import IndexerWeights, LightningIndexer
 from engine.attention.mla import LatentAttention, MLAWeights
 from engine.attention.precision import IndexFormat, LatentFormat, Precision
 from engine.attention.sparse import select
-from engine.attention.tiles import STREAMED_EXPANDED_UNIT, LatentTileCosts
+from engine.attention.tiles import LatentTileCosts
 from engine.batch import Batch
 from engine.checkpoint.loader import LoadReport, load, source_in_blocks, stays_fp8, unused
 from engine.checkpoint.source import Source
@@ -246,8 +246,9 @@ class Deepseek:
             index_row_bytes=0 if streams or c.indexer is None else 4 * c.indexer.num_heads,
             attention_row_bytes=1 if streams else 4 * heads,
             token_bytes=8 if streams else c.latent_dim * dtype.itemsize,
+            streams=streams,
             gather_cost=1.0 if streams else LatentTileCosts.gather_cost,
-            expanded_unit=STREAMED_EXPANDED_UNIT if streams else 1.0,
+            expanded_unit=1.2 if streams else 1.0,
             forced=forced,
             num_heads=heads,
             rank=c.kv_lora_rank,

@@ -77,6 +77,36 @@ def test_attention_is_that_of_float32_but_for_rounding(
         torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    # rows, heads, rank, plain, rope, value, pages: several groups of rows and several blocks of tokens, odd ones too
+    [
+        (70, 3, 32, 16, 8, 16, 19),
+        (64, 2, 512, 128, 64, 128, 3),
+        (1, 3, 16, 6, 2, 48, 9),
+        (130, 1, 48, 30, 4, 16, 5),
+    ],
+)
+def test_expanded_attention_is_that_of_float32_but_for_rounding(
+    kernels: NativeKernels, shape: tuple[int, ...]
+) -> None:
+    rows, heads, rank, plain, rope, value, pages = shape
+    made, context = inputs(1, rows, heads, rank + rope, pages), pages * PAGE
+    g = torch.Generator().manual_seed(3)
+    query = (torch.randn(1, rows, heads, plain + rope, generator=g) * 2 * (plain + rope) ** -0.5).bfloat16()
+    expand = (torch.randn(heads, plain + value, rank, generator=g) * rank**-0.5).bfloat16()
+    own = torch.arange(context - rows, context).view(1, rows, 1)
+    few = torch.zeros(1, rows, context, dtype=torch.bool)  # a row may see nothing for many blocks
+    few[..., -3] = True
+    sparse = torch.rand(1, rows, context, generator=g) < 0.1
+    for allowed in (torch.arange(context) <= own, few, sparse | few):
+        out = kernels.latent_expanded(query, *made[1:], allowed, expand, rank, 0.7)
+        expected = ReferenceKernels().latent_expanded(
+            query.float(), made.plane.float(), made.tables, allowed, expand.float(), rank, 0.7
+        )
+        torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_a_softmax_over_many_blocks_keeps_the_largest(kernels: NativeKernels) -> None:
     """The largest score grows from block to block, shrinks, and outgrows the range of 2^x."""
     made = inputs(1, 1, 16, 64, 8)

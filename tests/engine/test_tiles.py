@@ -126,3 +126,24 @@ def test_a_tile_says_whether_it_is_expanded() -> None:
     assert (lone.form, lone.expanded) == ("dense", False)
     assert (many.form, many.expanded) == ("dense", True)
     assert not any(tile.expanded for tile in cut([prompt, decode], COSTS))
+
+
+STREAMED = LatentTileCosts(
+    budget_bytes=64 << 20, index_row_bytes=0, attention_row_bytes=1, token_bytes=8, num_heads=128, streams=True,
+    gather_cost=1.0, expanded_unit=1.2,
+)  # fmt: skip
+
+
+def test_streamed_tiles_of_long_contexts_keep_many_rows_together() -> None:
+    """Whole, the index scores of one row of 64 heads over 128K tokens are half of the budget."""
+    for top_k, expanded in ((None, True), (2048, False)):
+        (segment,) = [
+            Segment(first_row=0, num_rows=512, start=1 << 17, page_ids=tuple(range(2056)), top_k=top_k)
+        ]
+        tiles = cut([segment], STREAMED)
+        assert len(tiles) <= 5
+        assert {tile.expanded for tile in tiles[:-1]} == {expanded}
+    whole = LatentTileCosts(
+        budget_bytes=64 << 20, index_row_bytes=256, attention_row_bytes=512, token_bytes=1152, num_heads=128
+    )
+    assert len(cut([segment], whole)) == 512

@@ -24,6 +24,9 @@ enum {
     NUMBERS = 4, // of a value, at once
 };
 
+static const float LOG2_E = 1.44269504f; // the softmax is in powers of 2
+static const float LOWEST = -1e30f;      // a largest score before there is any; finite, so that differences are numbers
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
@@ -55,11 +58,14 @@ static void pack_queries(const uint16_t *query, int dim, int first, int count, i
         }
 }
 
-// sums[j][z] = query . tokens[j]; the tokens of `next`, if there are any, are fetched meanwhile.
-INLINE void products(int nz, const uint32_t *query, const uint32_t *const *tokens, const uint32_t *const *next,
-                     int pairs, __m512 sums[TOKENS][MOST]) {
+INLINE void clear(int nz, __m512 sums[TOKENS][MOST]) {
     for (int j = 0; j < TOKENS; j++)
         for (int z = 0; z < nz; z++) sums[j][z] = _mm512_setzero_ps();
+}
+
+// sums[j][z] += query . tokens[j]; the tokens of `next`, if there are any, are fetched meanwhile.
+INLINE void products(int nz, const uint32_t *query, const uint32_t *const *tokens, const uint32_t *const *next,
+                     int pairs, __m512 sums[TOKENS][MOST]) {
     for (int k = 0; k < pairs; k++) {
         __m512i q[MOST];
         for (int z = 0; z < nz; z++) q[z] = _mm512_load_si512(query + (k * nz + z) * LANES);
@@ -90,14 +96,74 @@ struct attention {
     atomic_long *next;
 };
 
+// A thread's: the scores of a block of tokens, and what becomes of them.
 struct memory {
-    _Alignas(64) float scores[BLOCK * LANES * MOST];         // [token][head]
-    _Alignas(64) uint32_t weights[BLOCK / 2 * LANES * MOST]; // [pair of tokens][head]
+    _Alignas(64) float scores[BLOCK * LANES * MOST];         // [token][lane]
+    _Alignas(64) uint32_t weights[BLOCK / 2 * LANES * MOST]; // [pair of tokens][lane]
     const uint32_t *tokens[BLOCK + TOKENS];
-    uint32_t *query;  // [dim / 2][head]
-    uint32_t *values; // [rank / 16][BLOCK / 2][16] pairs of tokens
-    float *out;       // [rank][head]
+    const uint16_t *values[BLOCK + TOKENS];
+    uint32_t *query; // [dim / 2][lane]
+    uint32_t *pairs; // [value dims / 16][BLOCK / 2][16] values of two tokens
+    float *out;      // [value dims][lane]
 };
+
+static uint32_t *reserve(long numbers) { return aligned_alloc(64, (size_t)(numbers * 4 + 63) / 64 * 64); }
+
+static struct memory *open_memory(int dim, int rank, int width) {
+    struct memory *m = aligned_alloc(64, (sizeof *m + 63) / 64 * 64);
+    m->query = reserve((long)dim / 2 * width);
+    m->pairs = reserve((long)rank * (BLOCK / 2));
+    m->out = (float *)reserve((long)rank * width);
+    return m;
+}
+
+static void close_memory(struct memory *m) { free(m->query), free(m->pairs), free(m->out), free(m); }
+
+// The softmax goes on by the `count` (even) tokens of m->scores, whose largest so far are `now`: out, [value dims]
+// [lane], the sums of `weights`, and the largest score before, all three a lane.
+INLINE void weigh(struct memory *m, int nz, int count, int rank, const __m512 *now, __m512 *most, __m512 *total,
+                  float *out) {
+    const int width = LANES * nz;
+    __m512 shrink[MOST];
+    for (int z = 0; z < nz; z++) {
+        shrink[z] = power_of_two(_mm512_sub_ps(most[z], now[z]));
+        total[z] = _mm512_mul_ps(total[z], shrink[z]);
+        most[z] = now[z];
+    }
+    for (int t = 0; t < count; t += 2)
+        for (int z = 0; z < nz; z++) {
+            const float *s = m->scores + t * width + z * LANES;
+            __m512i one = rounded(power_of_two(_mm512_sub_ps(_mm512_load_ps(s), most[z])));
+            __m512i two = rounded(power_of_two(_mm512_sub_ps(_mm512_load_ps(s + width), most[z])));
+            // The sum is of what is multiplied, rounding included.
+            total[z] = _mm512_add_ps(total[z], _mm512_add_ps(widened(one), widened(two)));
+            _mm512_store_si512(m->weights + t / 2 * width + z * LANES, _mm512_or_si512(one, _mm512_slli_epi32(two, 16)));
+        }
+    for (int t = 0; t < count; t += 2)
+        for (int r = 0; r < rank; r += LANES) {
+            __m512i one = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(m->values[t] + r)));
+            __m512i two = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(m->values[t + 1] + r)));
+            _mm512_store_si512(m->pairs + (r / LANES * (BLOCK / 2) + t / 2) * LANES,
+                               _mm512_or_si512(one, _mm512_slli_epi32(two, 16)));
+        }
+    for (int r = 0; r < rank; r += NUMBERS) {
+        const uint32_t *pairs = m->pairs + r / LANES * (BLOCK / 2) * LANES + r % LANES;
+        __m512 sums[NUMBERS][MOST];
+        for (int j = 0; j < NUMBERS; j++)
+            for (int z = 0; z < nz; z++)
+                sums[j][z] = _mm512_mul_ps(_mm512_load_ps(out + (r + j) * width + z * LANES), shrink[z]);
+        for (int t = 0; t < count / 2; t++) {
+            __m512i weights[MOST];
+            for (int z = 0; z < nz; z++) weights[z] = _mm512_load_si512(m->weights + t * width + z * LANES);
+            for (int j = 0; j < NUMBERS; j++) {
+                __m512i value = _mm512_set1_epi32((int)pairs[t * LANES + j]);
+                for (int z = 0; z < nz; z++) sums[j][z] = dot(sums[j][z], weights[z], value);
+            }
+        }
+        for (int j = 0; j < NUMBERS; j++)
+            for (int z = 0; z < nz; z++) _mm512_store_ps(out + (r + j) * width + z * LANES, sums[j][z]);
+    }
+}
 
 // The next tokens of a row, at most BLOCK; `at` is where to look further.
 static int collect(const struct attention *a, long row, long *at, const uint32_t **tokens) {
@@ -121,19 +187,21 @@ static int collect(const struct attention *a, long row, long *at, const uint32_t
 
 INLINE void attend_task(const struct attention *a, struct memory *m, int nz, long row, int first) {
     const int width = LANES * nz, count = a->heads - first < width ? a->heads - first : width;
-    const __m512 scale = _mm512_set1_ps(a->scale * 1.44269504f); // powers of 2, not of e
+    const __m512 scale = _mm512_set1_ps(a->scale * LOG2_E), lowest = _mm512_set1_ps(LOWEST);
     pack_queries(a->query + row * a->heads * a->dim, a->dim, first, count, nz, m->query);
     for (int i = 0; i < a->rank * width; i++) m->out[i] = 0.0f;
     __m512 most[MOST], total[MOST];
-    for (int z = 0; z < nz; z++) most[z] = _mm512_set1_ps(-__builtin_inff()), total[z] = _mm512_setzero_ps();
+    for (int z = 0; z < nz; z++) most[z] = lowest, total[z] = _mm512_setzero_ps();
     long at = 0;
     for (int found; (found = collect(a, row, &at, m->tokens)) > 0;) {
         int padded = (found + TOKENS - 1) / TOKENS * TOKENS;
         for (int t = found; t < padded; t++) m->tokens[t] = m->tokens[found - 1];
+        for (int t = 0; t < padded; t++) m->values[t] = (const uint16_t *)m->tokens[t];
         __m512 now[MOST];
         for (int z = 0; z < nz; z++) now[z] = most[z];
         for (int t = 0; t < padded; t += TOKENS) {
             __m512 sums[TOKENS][MOST];
+            clear(nz, sums);
             products(nz, m->query, m->tokens + t, t + TOKENS < padded ? m->tokens + t + TOKENS : 0, a->dim / 2, sums);
             for (int j = 0; j < TOKENS; j++)
                 for (int z = 0; z < nz; z++) {
@@ -143,48 +211,7 @@ INLINE void attend_task(const struct attention *a, struct memory *m, int nz, lon
                     _mm512_store_ps(m->scores + (t + j) * width + z * LANES, s);
                 }
         }
-        __m512 shrink[MOST];
-        for (int z = 0; z < nz; z++) {
-            shrink[z] = power_of_two(_mm512_sub_ps(most[z], now[z]));
-            total[z] = _mm512_mul_ps(total[z], shrink[z]);
-            most[z] = now[z];
-        }
-        for (int t = 0; t < padded; t += 2)
-            for (int z = 0; z < nz; z++) {
-                const float *s = m->scores + t * width + z * LANES;
-                __m512i one = rounded(power_of_two(_mm512_sub_ps(_mm512_load_ps(s), most[z])));
-                __m512i two = rounded(power_of_two(_mm512_sub_ps(_mm512_load_ps(s + width), most[z])));
-                // The sum is of what is multiplied, rounding included.
-                total[z] = _mm512_add_ps(total[z], _mm512_add_ps(widened(one), widened(two)));
-                _mm512_store_si512(m->weights + t / 2 * width + z * LANES,
-                                   _mm512_or_si512(one, _mm512_slli_epi32(two, 16)));
-            }
-        for (int t = 0; t < padded; t += 2) {
-            const uint16_t *one = (const uint16_t *)m->tokens[t], *two = (const uint16_t *)m->tokens[t + 1];
-            for (int r = 0; r < a->rank; r += LANES) {
-                __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(one + r)));
-                __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(two + r)));
-                _mm512_store_si512(m->values + (r / LANES * (BLOCK / 2) + t / 2) * LANES,
-                                   _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-            }
-        }
-        for (int r = 0; r < a->rank; r += NUMBERS) {
-            const uint32_t *values = m->values + r / LANES * (BLOCK / 2) * LANES + r % LANES;
-            __m512 sums[NUMBERS][MOST];
-            for (int j = 0; j < NUMBERS; j++)
-                for (int z = 0; z < nz; z++)
-                    sums[j][z] = _mm512_mul_ps(_mm512_load_ps(m->out + (r + j) * width + z * LANES), shrink[z]);
-            for (int t = 0; t < padded / 2; t++) {
-                __m512i weights[MOST];
-                for (int z = 0; z < nz; z++) weights[z] = _mm512_load_si512(m->weights + t * width + z * LANES);
-                for (int j = 0; j < NUMBERS; j++) {
-                    __m512i value = _mm512_set1_epi32((int)values[t * LANES + j]);
-                    for (int z = 0; z < nz; z++) sums[j][z] = dot(sums[j][z], weights[z], value);
-                }
-            }
-            for (int j = 0; j < NUMBERS; j++)
-                for (int z = 0; z < nz; z++) _mm512_store_ps(m->out + (r + j) * width + z * LANES, sums[j][z]);
-        }
+        weigh(m, nz, padded, a->rank, now, most, total, m->out);
     }
     _Alignas(64) uint16_t narrow[LANES * MOST];
     uint16_t *out = a->out + (row * a->heads + first) * a->rank;
@@ -198,16 +225,11 @@ INLINE void attend_task(const struct attention *a, struct memory *m, int nz, lon
     }
 }
 
-static uint32_t *reserve(long numbers) { return aligned_alloc(64, (size_t)(numbers * 4 + 63) / 64 * 64); }
-
 static void attend_thread(void *argument, int thread, int threads) {
     (void)thread, (void)threads;
     const struct attention *a = argument;
     const int width = LANES * a->nz, groups = (a->heads + width - 1) / width;
-    struct memory *m = aligned_alloc(64, (sizeof *m + 63) / 64 * 64);
-    m->query = reserve((long)a->dim / 2 * width);
-    m->values = reserve((long)a->rank * (BLOCK / 2));
-    m->out = (float *)reserve((long)a->rank * width);
+    struct memory *m = open_memory(a->dim, a->rank, width);
     for (long task; (task = atomic_fetch_add(a->next, 1)) < a->rows * groups;) {
         long row = task / groups;
         int first = (int)(task % groups) * width;
@@ -215,7 +237,7 @@ static void attend_thread(void *argument, int thread, int threads) {
         else if (a->nz == 2) attend_task(a, m, 2, row, first);
         else attend_task(a, m, 1, row, first);
     }
-    free(m->query), free(m->values), free(m->out), free(m);
+    close_memory(m);
 }
 
 // Whether the functions below do anything; where not, they must not be called.
@@ -235,6 +257,89 @@ void dsa_latent_attend(const uint16_t *query, const uint16_t *plane, int64_t pag
         if (heads > LANES * a.nz / 2 && rows * groups >= dsa_threads()) break;
     }
     dsa_parallel(attend_thread, &a);
+}
+
+// ---- attention over keys and values that were made of a block of latents -----------------------------------------
+
+enum { WIDTH = LANES * MOST }; // rows of a group
+
+struct expanded {
+    const uint32_t *query;  // [heads][groups][(plain + rope) / 2][64 rows] pairs
+    const uint16_t *tokens; // [count][dim], the rotated key from `rank` on
+    const uint16_t *made;   // [count][heads][plain + value]
+    const uint64_t *seen;   // [groups][count], a bit a row
+    int heads, groups, count, dim, rank, plain, rope, value;
+    float scale;
+    float *most, *total; // [heads][groups][64]
+    float *out;          // [heads][groups][value][64]
+    atomic_long *next;
+};
+
+static void expanded_task(const struct expanded *e, struct memory *m, long task) {
+    const int head = (int)(task / e->groups), group = (int)(task % e->groups), pairs = (e->plain + e->rope) / 2;
+    const uint32_t *query = e->query + task * pairs * WIDTH;
+    const uint64_t *seen = e->seen + (long)group * e->count;
+    const __m512 scale = _mm512_set1_ps(e->scale * LOG2_E), never = _mm512_set1_ps(-__builtin_inff());
+    const long token_made = (long)e->heads * (e->plain + e->value);
+    const uint16_t *made = e->made + (long)head * (e->plain + e->value);
+    __m512 most[MOST], total[MOST];
+    for (int z = 0; z < MOST; z++) {
+        most[z] = _mm512_loadu_ps(e->most + task * WIDTH + z * LANES);
+        total[z] = _mm512_loadu_ps(e->total + task * WIDTH + z * LANES);
+    }
+    for (int from = 0; from < e->count; from += BLOCK) {
+        int found = e->count - from < BLOCK ? e->count - from : BLOCK, padded = (found + TOKENS - 1) / TOKENS * TOKENS;
+        uint64_t any = 0;
+        for (int t = 0; t < found; t++) any |= seen[from + t];
+        if (!any) continue;
+        const uint32_t *turned[BLOCK + TOKENS];
+        for (int t = 0; t < padded; t++) {
+            int at = from + (t < found ? t : found - 1);
+            m->tokens[t] = (const uint32_t *)(made + at * token_made);
+            m->values[t] = made + at * token_made + e->plain;
+            turned[t] = (const uint32_t *)(e->tokens + (long)at * e->dim + e->rank);
+        }
+        __m512 now[MOST];
+        for (int z = 0; z < MOST; z++) now[z] = most[z];
+        for (int t = 0; t < padded; t += TOKENS) {
+            __m512 sums[TOKENS][MOST];
+            clear(MOST, sums);
+            products(MOST, query, m->tokens + t, t + TOKENS < padded ? m->tokens + t + TOKENS : 0, e->plain / 2, sums);
+            products(MOST, query + e->plain / 2 * WIDTH, turned + t, 0, e->rope / 2, sums);
+            for (int j = 0; j < TOKENS; j++)
+                for (int z = 0; z < MOST; z++) {
+                    uint64_t lanes = t + j < found ? seen[from + t + j] >> (LANES * z) : 0;
+                    __m512 s = _mm512_mask_mul_ps(never, (__mmask16)lanes, sums[j][z], scale);
+                    now[z] = _mm512_max_ps(now[z], s);
+                    _mm512_store_ps(m->scores + (t + j) * WIDTH + z * LANES, s);
+                }
+        }
+        weigh(m, MOST, padded, e->value, now, most, total, e->out + task * e->value * WIDTH);
+    }
+    for (int z = 0; z < MOST; z++) {
+        _mm512_storeu_ps(e->most + task * WIDTH + z * LANES, most[z]);
+        _mm512_storeu_ps(e->total + task * WIDTH + z * LANES, total[z]);
+    }
+}
+
+static void expanded_thread(void *argument, int thread, int threads) {
+    (void)thread, (void)threads;
+    const struct expanded *e = argument;
+    struct memory *m = open_memory(2, e->value, WIDTH);
+    for (long task; (task = atomic_fetch_add(e->next, 1)) < (long)e->heads * e->groups;) expanded_task(e, m, task);
+    close_memory(m);
+}
+
+// Ordinary attention of rows in groups of 64 goes on by `count` tokens: see struct expanded. Before the first call
+// `most` is -1e30, `total` and `out` are 0; after the last, out / total is the result. `plain` and `rope` are even and
+// `value` is a multiple of 16. `out` begins at a multiple of 64 bytes.
+void dsa_latent_expanded(const uint32_t *query, const uint16_t *tokens, const uint16_t *made, const uint64_t *seen,
+                         int heads, int groups, int count, int dim, int rank, int plain, int rope, int value,
+                         float scale, float *most, float *total, float *out) {
+    atomic_long next = 0;
+    struct expanded e = {query, tokens, made, seen, heads, groups, count, dim, rank, plain, rope, value, scale,
+                         most, total, out, &next};
+    dsa_parallel(expanded_thread, &e);
 }
 
 // ---- index scores --------------------------------------------------------------------------------------------
@@ -275,6 +380,7 @@ INLINE void score_span(const struct scoring *s, int nz, long row, int first, lon
             tokens[j] = (const uint32_t *)(page + position % PAGE_TOKENS * s->dim);
         }
         __m512 sums[TOKENS][MOST];
+        clear(nz, sums);
         products(nz, query, tokens, tokens + TOKENS, s->dim / 2, sums);
         for (int j = 0; j < TOKENS && c + j < to; j++) {
             __m512 all = _mm512_setzero_ps();
