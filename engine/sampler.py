@@ -7,6 +7,7 @@ filters is short, and work on short arrays is cheaper there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,11 +62,13 @@ def best_tokens(logits: Tensor) -> tuple[list[int], list[bool]]:
     """
     if logits.device.type != "cpu":
         return best_tokens_by_sum(logits)
-    rows = logits.numpy()
-    best = rows.argmax(-1)
-    largest = np.take_along_axis(rows, best[:, None], -1)[:, 0]
-    finite = np.isfinite(largest) & np.isfinite(rows.min(-1))
-    return best.tolist(), finite.tolist()
+    tokens: list[int] = []
+    finite: list[bool] = []
+    for row in logits.numpy():
+        token = int(row.argmax())
+        tokens.append(token)
+        finite.append(math.isfinite(row[token]) and math.isfinite(row.min()))
+    return tokens, finite
 
 
 def best_tokens_by_sum(logits: Tensor) -> tuple[list[int], list[bool]]:
