@@ -6,6 +6,7 @@ import asyncio
 import socket
 import struct
 import threading
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -28,7 +29,7 @@ def frame(message: msgspec.Struct) -> bytes:
     return _HEADER.pack(len(body)) + body
 
 
-def _body_length(header: bytes) -> int:
+def _body_length(header: bytes | bytearray) -> int:
     (length,) = _HEADER.unpack(header)
     if length > MAX_FRAME_BYTES:
         raise ProtocolError(
@@ -94,22 +95,77 @@ class EngineEnd:
         return message
 
 
+class _Incoming(asyncio.Protocol):
+    """Cuts what the engine sends into messages as it comes. asyncio's streams wake their reader twice a frame."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._messages: deque[ToServer] = deque()
+        self._fault: ProtocolError | None = None  # after the messages; nothing can be read any more
+        self._closed = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        self._bytes += data
+        try:
+            while self._fault is None and (body := self._next_body()) is not None:
+                self._messages.append(decode(_to_server, body))
+        except ProtocolError as error:
+            self._fault = error
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Called by the event loop."""
+        self._closed = True
+        self._wake()
+
+    async def next(self) -> ToServer | None:
+        """As `ServerEnd.receive`, which has one caller at a time."""
+        while not self._messages:
+            if self._fault is not None:
+                raise self._fault
+            if self._closed:
+                return None
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._messages.popleft()
+
+    def _next_body(self) -> bytes | None:
+        if len(self._bytes) < _HEADER.size:
+            return None
+        end = _HEADER.size + _body_length(self._bytes[: _HEADER.size])
+        if len(self._bytes) < end:
+            return None
+        body = bytes(self._bytes[_HEADER.size : end])
+        del self._bytes[:end]
+        return body
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
 class ServerEnd:
     """The server's side: asyncio."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, transport: asyncio.WriteTransport, incoming: _Incoming) -> None:
+        self._transport = transport
+        self._incoming = incoming
 
     @classmethod
     async def over(cls, sock: socket.socket) -> ServerEnd:
         """Wrap a connected AF_UNIX stream socket; owns it from now on."""
-        return cls(*await asyncio.open_unix_connection(sock=sock))
+        loop = asyncio.get_running_loop()
+        return cls(*await loop.create_unix_connection(_Incoming, sock=sock))
 
     def send(self, message: ToEngine) -> None:
         """Queue a message for writing; messages are few and small, so nobody waits for the drain."""
-        if not self._writer.is_closing():
-            self._writer.write(frame(message))
+        if not self._transport.is_closing():
+            self._transport.write(frame(message))
 
     async def receive(self) -> ToServer | None:
         """The next message, or None when the engine is gone.
@@ -117,14 +173,8 @@ class ServerEnd:
         Raises:
             ProtocolError: what came is not a message.
         """
-        try:
-            header = await self._reader.readexactly(_HEADER.size)
-            body = await self._reader.readexactly(_body_length(header))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
-        message: ToServer = decode(_to_server, body)
-        return message
+        return await self._incoming.next()
 
     def close(self) -> None:
         """Close the socket; the engine sees the end of the stream and leaves."""
-        self._writer.close()
+        self._transport.close()
