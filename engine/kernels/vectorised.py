@@ -11,6 +11,9 @@ from torch import Tensor
 from engine.kernels.vectorised_fp8 import VectorisedFp8
 from engine.kernels.vectorised_latent import VectorisedLatent
 
+PRODUCTS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Numbers of one (row, head, position) product of index scores; on a CPU they and their keys stay in its caches."""
+
 
 class VectorisedKernels(VectorisedFp8, VectorisedLatent):
     """See `engine.kernels.interface.Kernels` for the formulas."""
@@ -24,15 +27,20 @@ class VectorisedKernels(VectorisedFp8, VectorisedLatent):
     def index_scores(
         self, query: Tensor, head_weights: Tensor, key_plane: Tensor, block_table: Tensor, positions: Tensor
     ) -> Tensor:
-        """One matrix product a request, float32 throughout: a rounded score would change the selection."""
+        """Float32 throughout: a rounded score would change the selection. On a CPU a cacheful of positions at a time."""
         requests, rows, heads, dim = query.shape
-        keys = _contexts(key_plane, block_table).float()  # [R, C, d]
-        context = keys.shape[1]
-        per_head = torch.bmm(query.reshape(requests, rows * heads, dim).float(), keys.transpose(1, 2)).relu_()
-        scores = torch.matmul(
-            head_weights.unsqueeze(2), per_head.view(requests, rows, heads, context)
-        ).squeeze(2)  # [R, Q, 1, H] @ [R, Q, H, C]
-        return scores.masked_fill_(_future(positions, context), -math.inf)
+        pages, size = block_table.shape[1], key_plane.shape[1]
+        wide = query.reshape(requests, rows * heads, dim).float()
+        scores = wide.new_empty(requests, rows, pages * size)
+        at_once = max(1, PRODUCTS_AT_ONCE[query.device.type] // (requests * rows * heads * size))
+        for first in range(0, pages, at_once):
+            keys = _contexts(key_plane, block_table[:, first : first + at_once]).float()  # [R, c, d]
+            per_head = torch.bmm(wide, keys.transpose(1, 2)).relu_()
+            part = torch.matmul(
+                head_weights.unsqueeze(2), per_head.view(requests, rows, heads, -1)
+            )  # [R, Q, 1, H] @ [R, Q, H, c]
+            scores[:, :, first * size : first * size + keys.shape[1]] = part.squeeze(2)
+        return scores.masked_fill_(_future(positions, pages * size), -math.inf)
 
     def select(self, scores: Tensor, top_k: Tensor) -> Tensor:
         """`torch.topk`, whose order among equal scores is unspecified, corrected where a tie crosses the edge."""

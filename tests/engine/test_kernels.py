@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels import BACKENDS, load_backend, native
+from engine.kernels import BACKENDS, load_backend, native, vectorised
 from engine.kernels.reference import ReferenceKernels
 
 HERE = [
@@ -90,6 +90,20 @@ def test_conformance(backend: str, dtype: torch.dtype, shape: tuple[int, int, in
         reference.attend_masked(case.query, case.kv, case.block_table, allowed, 0.3),
         **close,
     )
+
+
+def test_index_scores_do_not_depend_on_how_many_positions_are_taken_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels = load_backend("torch")
+    for shape in ((1, 3, 7, 5), (3, 1, 4, 6)):
+        case = Case(shape, torch.bfloat16)
+        args = (case.index_query, case.head_weights, case.keys, case.block_table, case.positions)
+        whole = kernels.index_scores(*args)
+        for pages in (1, 2, 3):
+            limit = pages * PAGE * case.requests * case.rows * 3
+            monkeypatch.setitem(vectorised.PRODUCTS_AT_ONCE, "cpu", limit)
+            torch.testing.assert_close(kernels.index_scores(*args), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", HERE)
