@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from server.bench_command import bench
 from server.calibrate_command import calibrate
 from server.config import Settings, SettingsError, load_settings
 from server.distill_command import distill
@@ -356,3 +357,4 @@ app.command()(inspect)
 app.command("eval")(evaluate)
 app.command()(usage)
 app.command()(calibrate)
+app.add_typer(bench, name="bench")

@@ -1,0 +1,39 @@
+"""The default model for servers that read no GGUF file: the same weights, made plain in bfloat16.
+
+`python -m benchmarks.peer_weights DIR` writes a folder as Hugging Face's save_pretrained does, tokenizer included, for vLLM and
+`transformers serve`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from server.models import resolve
+
+
+def main() -> None:
+    """Read the GGUF file, write the folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="DIR")
+    out: Path = parser.parse_args().out
+    weights = resolve().weights
+    stored = AutoModelForCausalLM.from_pretrained(
+        weights.parent, gguf_file=weights.name, dtype=torch.float32
+    )  # fmt: skip
+    # transformers will not save what it read from a GGUF file; a plain model of the same config it will.
+    config = stored.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(stored.state_dict())
+    plain.save_pretrained(out)
+    AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(out)
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main()

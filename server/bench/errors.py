@@ -1,0 +1,7 @@
+"""What can go wrong with a measurement."""
+
+from __future__ import annotations
+
+
+class BenchError(Exception):
+    """It cannot be measured; the message is one sentence that says why and what to do."""
