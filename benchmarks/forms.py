@@ -1,7 +1,7 @@
 """What `gather` and `mask` cost, for `engine.attention.tiles.TileCosts`.
 
 `python -m benchmarks.forms` times one layer's sparse attention of the default model's shape for a chunk of rows, in both forms, over
-contexts and top_k, and prints the ratio beside the one that the constants predict.
+contexts and top_k, and prints the ratio beside the one that the constants predict. A mask is made of the selection, so that counts too.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from functools import partial
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from engine.attention.sparse import selection_mask
 from engine.attention.tiles import TileCosts
 from engine.config import PAGE_SIZE
-from engine.kernels import load_backend
+from engine.kernels import choose_backend
+from engine.kernels.interface import Kernels
 
 KV_HEADS, GROUP, DIM = 3, 3, 64
 
@@ -35,17 +37,28 @@ def median_seconds(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
+def _masked(
+    kernels: Kernels, query: Tensor, plane: Tensor, block_table: Tensor, selected: Tensor, scale: float
+) -> Tensor:
+    allowed = selection_mask(selected, block_table.shape[1] * PAGE_SIZE)
+    return kernels.attend_masked(query, plane, block_table, allowed, scale)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=64, help="query rows of the chunk")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kernels", default="auto", choices=["auto", "native", "torch"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
-    kernels, rows = load_backend("torch"), options.rows
+    kernels, rows = choose_backend(options.kernels, torch.device("cpu")), options.rows
     table = Table("context", "top_k", "gather ms", "mask ms", "gather / mask", "predicted", "chosen")
-    costs = TileCosts(budget_bytes=64 << 20, index_row_bytes=32, attention_row_bytes=36, token_bytes=768)
+    fused = kernels.fused and dtype is torch.bfloat16
+    costs = TileCosts(
+        budget_bytes=64 << 20, index_row_bytes=32, attention_row_bytes=36, token_bytes=768, fused=fused
+    )
     per_selected, per_context = [], []
     for context in (512, 1024, 2048, 4096, 8192):
         pages = context // PAGE_SIZE
@@ -56,12 +69,11 @@ def main() -> None:
             if top_k >= context:
                 continue
             selected = torch.rand(1, rows, context).topk(top_k, dim=-1).indices
-            allowed = selection_mask(selected, context)
             shared = (query, plane, block_table)
             gather = median_seconds(
                 partial(kernels.attend_selected, *shared, selected, 0.125), options.repeats
             )
-            mask = median_seconds(partial(kernels.attend_masked, *shared, allowed, 0.125), options.repeats)
+            mask = median_seconds(partial(_masked, kernels, *shared, selected, 0.125), options.repeats)
             per_selected.append(gather / top_k)
             per_context.append(mask / context)
             predicted = top_k * costs.gather_cost / (context * costs.mask_cost)

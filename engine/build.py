@@ -17,7 +17,7 @@ from engine.core import EngineCore
 from engine.cost import CostModel, assumed_coefficients, read_calibration
 from engine.drafting import LayerDrafter
 from engine.errors import ConfigError
-from engine.kernels import default_backend, load_backend, native
+from engine.kernels import choose_backend, native
 from engine.kv.planes import PagedCache, page_bytes
 from engine.meter import Meter
 from engine.models import build_model, check_split
@@ -45,6 +45,7 @@ class Built:
     ready: Ready
     unused_tensors: tuple[str, ...]
     weights: LoadReport  # of the main model
+    kernels: str  # what computes attention, as a sentence for the log
     team: Team | None = None  # the other ranks
 
     def close(self) -> None:
@@ -153,7 +154,7 @@ def _load(
     return build_model(
         source if overlay is None else overlay.over(source),
         None if overlay is None else overlay.info,
-        load_backend(default_backend(opened.device.type)),
+        choose_backend(config.kernels, opened.device),
         opened.max_model_len,
         dtype=opened.dtype,
         device=opened.device,
@@ -179,7 +180,7 @@ def _build(
 
         layer, names = build_draft_layer(
             source,
-            load_backend(default_backend(device.type)),
+            choose_backend(config.kernels, device),
             max_model_len,
             dtype=dtype,
             device=device,
@@ -250,6 +251,7 @@ def _build(
         ready=ready,
         unused_tensors=tuple(unused),
         weights=report,
+        kernels=choose_backend(config.kernels, device).described(dtype),
         team=team,
     )
 

@@ -14,7 +14,15 @@ DEFAULT_DRAFT_TOKENS = {"off": 0, "ngram": 4, "mtp": 1}
 
 
 CacheDtype = Literal["auto", "bf16", "fp8"]
-"""Of cached latents, and of index keys and queries; auto is FP8 where the checkpoint's weights are."""
+"""Of cached latents; auto is FP8 where the checkpoint's weights are."""
+
+
+IndexerDtype = Literal["auto", "bf16", "fp8", "int8"]
+"""Of index keys and queries; auto as for latents, and 8-bit integers for a llama model with native kernels."""
+
+
+KernelChoice = Literal["auto", "native", "torch", "reference"]
+"""What computes attention: auto is native on a CPU that the compiled kernels are made for, torch elsewhere."""
 
 
 WeightDtype = Literal["auto", "plain", "fp8"]
@@ -47,7 +55,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     weight_dtype: WeightDtype = "auto"
     kv_cache_dtype: CacheDtype = "auto"
-    indexer_dtype: CacheDtype = "auto"
+    indexer_dtype: IndexerDtype = "auto"
+    kernels: KernelChoice = "auto"
 
     def __post_init__(self) -> None:
         if self.token_budget < self.max_running:

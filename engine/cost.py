@@ -252,15 +252,20 @@ class CostModel:
 
     def _features(self, rows: int, start: int, top_k: int | None) -> tuple[int, int, int, int, int, int]:
         pair = context = gathered = sparse = index = 0
+        end = start
         for form, count, width, selected in self._spans(rows, start, top_k):
+            end += count
+            # Fused kernels stop at each row's own position; a mask is over the tile's whole context.
+            exact = self._tiles.fused and form != "mask"
+            seen = _triangle(end) - _triangle(end - count) if exact else count * width
             if form == "gather":
                 gathered += count * selected
             else:
-                pair += count * width
+                pair += seen
                 context += width
             if form != "dense":
                 sparse += count
-                index += count * width
+                index += seen
         return rows, pair, context, gathered, sparse, index
 
 

@@ -52,6 +52,7 @@ def main() -> None:
         _log.warning("%d tensors of the checkpoint were not used: %s ...", len(built.unused_tensors), names)
     if built.weights.fp8_bytes or built.weights.dequantised_bytes:
         _log.info("%s", built.weights)
+    _log.info("%s", built.kernels)
     end.send(built.ready)
     try:
         _loop(end, inbox, built)

@@ -151,8 +151,17 @@ def serve(
         str | None,
         _option(
             _MEMORY,
-            "Numbers of index keys and queries (DeepSeek family): auto (fp8 where the weights are), bf16 or fp8.",
+            "Numbers of index keys and queries: bf16, fp8 (DeepSeek family), int8 (Llama family), or auto (fp8 "
+            "where the weights are, int8 with native kernels).",
             _DEFAULTS.indexer_dtype,
+        ),
+    ] = None,
+    kernels: Annotated[
+        str | None,
+        _option(
+            _MEMORY,
+            "What computes attention: native (compiled, CPU), torch, reference (slow), or auto.",
+            _DEFAULTS.kernels,
         ),
     ] = None,
     token_budget: Annotated[

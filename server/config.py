@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
-from engine.config import CacheDtype, EngineConfig, WeightDtype
+from engine.config import CacheDtype, EngineConfig, IndexerDtype, KernelChoice, WeightDtype
 from server.models import DEFAULT_MODEL, ModelFiles, cache_folder
 from server.tracing import TracingError, check_endpoint
 
@@ -104,7 +104,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     speculative_tokens: Positive | None = None
     weight_dtype: WeightDtype = "auto"
     kv_cache_dtype: CacheDtype = "auto"
-    indexer_dtype: CacheDtype = "auto"
+    indexer_dtype: IndexerDtype = "auto"
+    kernels: KernelChoice = "auto"
     top_k: Sparsity | None = None
     max_tokens: Positive | None = None
     chat_format: str = "auto"
@@ -187,6 +188,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 weight_dtype=self.weight_dtype,
                 kv_cache_dtype=self.kv_cache_dtype,
                 indexer_dtype=self.indexer_dtype,
+                kernels=self.kernels,
                 cost_calibration=self.cost_calibration,
             )
         except SettingsError:

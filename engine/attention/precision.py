@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.indexer import IndexQueries
-from engine.config import CacheDtype, WeightDtype
+from engine.config import CacheDtype, IndexerDtype, WeightDtype
 from engine.errors import ConfigError
 from engine.kernels.blocks import BLOCK
 from engine.kernels.interface import Kernels
@@ -95,7 +95,7 @@ class Precision:
     """What was asked for, as it came in the engine's settings."""
 
     kv_cache: CacheDtype = "auto"
-    indexer: CacheDtype = "auto"
+    indexer: IndexerDtype = "auto"
     weights: WeightDtype = "auto"
 
     def latent(self, config: Mapping[str, Any], rank: int, rope: int, dtype: torch.dtype) -> LatentFormat:
@@ -106,8 +106,11 @@ class Precision:
         """Likewise.
 
         Raises:
-            ConfigError: index vectors of this size cannot be rotated or have several scales.
+            ConfigError: index vectors of this size cannot be rotated or have several scales, or integers were
+                asked for.
         """
+        if self.indexer == "int8":
+            raise ConfigError("indexer_dtype is int8, which is for llama models; set it to bf16, fp8 or auto")
         chosen = _dtype(self.indexer, config, dtype)
         if chosen is None and (dim > BLOCK or dim & (dim - 1)):
             raise ConfigError(
@@ -121,7 +124,7 @@ class Precision:
         return self.weights == "fp8" or (self.weights == "auto" and device.type == "cuda")
 
 
-def _dtype(asked: CacheDtype, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype | None:
+def _dtype(asked: IndexerDtype, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype | None:
     if asked == "fp8" or (asked == "auto" and config.get("quantization_config")):
         return None
     return torch.bfloat16 if asked == "bf16" else dtype

@@ -13,6 +13,7 @@ from engine.batch import Batch, TileTensors
 from engine.config import PAGE_SIZE
 from engine.errors import EngineError
 from engine.kernels.blocks import E4M3
+from engine.kernels.composed import index_scores_as_stored
 from engine.kernels.interface import Kernels
 
 
@@ -46,16 +47,23 @@ def attend(
     for tile in batch.tiles:
         rows = query[tile.rows].view(*tile.shape, *query.shape[1:])
         if tile.form == "dense":
-            context = tile.block_table.shape[1] * PAGE_SIZE
-            allowed = torch.arange(context, device=query.device) <= tile.positions.unsqueeze(-1)
-            result = kernels.attend_masked(rows, kv_plane, tile.block_table, allowed, scale)
+            result = kernels.attend_causal(rows, kv_plane, tile.block_table, tile.positions, scale)
         else:
             if index is None or index_plane is None:
                 raise EngineError("a sparse row was scheduled on a model that has no indexer")
-            selected = select(index, index_plane, tile, kernels)
             if tile.form == "gather":
-                result = kernels.attend_selected(rows, kv_plane, tile.block_table, selected, scale)
+                result = kernels.attend_sparse(
+                    rows,
+                    *_of(index, tile),
+                    kv_plane,
+                    index_plane,
+                    tile.block_table,
+                    tile.positions,
+                    tile.top_k,
+                    scale,
+                )
             else:
+                selected = select(index, index_plane, tile, kernels)
                 allowed = selection_mask(selected, tile.block_table.shape[1] * PAGE_SIZE)
                 result = kernels.attend_masked(rows, kv_plane, tile.block_table, allowed, scale)
         out[tile.rows] = result.flatten(0, 1)
@@ -64,20 +72,20 @@ def attend(
 
 def select(index: IndexQueries, index_plane: Tensor, tile: TileTensors, kernels: Kernels) -> Tensor:
     """The selected positions of a tile's rows: [R, Q, K], -1 for none."""
-    score, query = kernels.index_scores, index.query
-    if query.dtype is E4M3:
-        # Rows of bytes: not every device gathers FP8.
-        score, query = kernels.index_scores_fp8, query.view(torch.uint8)[tile.rows].view(E4M3)
-    else:
-        query = query[tile.rows]
-    scores = score(
-        query.view(*tile.shape, *query.shape[1:]),
-        index.head_weights[tile.rows].view(*tile.shape, -1),
-        index_plane,
-        tile.block_table,
-        tile.positions,
+    query, head_weights = _of(index, tile)
+    scores = index_scores_as_stored(
+        kernels, query, head_weights, index_plane, tile.block_table, tile.positions
     )
     return kernels.select(scores, tile.top_k)
+
+
+def _of(index: IndexQueries, tile: TileTensors) -> tuple[Tensor, Tensor]:
+    """The tile's index queries [R, Q, H, d] and head weights [R, Q, H]."""
+    if index.query.dtype is E4M3:  # rows of bytes: not every device gathers FP8
+        query = index.query.view(torch.uint8)[tile.rows].view(E4M3)
+    else:
+        query = index.query[tile.rows]
+    return query.view(*tile.shape, *query.shape[1:]), index.head_weights[tile.rows].view(*tile.shape, -1)
 
 
 def selection_mask(selected: Tensor, context: int) -> Tensor:

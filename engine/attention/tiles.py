@@ -74,12 +74,13 @@ class TileCosts:
     gather_cost: float = 1.0  # per (row, selected token) of `gather`
     mask_cost: float = 0.075  # per (row, context position) of `mask`
     forced: Literal["auto", "gather", "mask"] = "auto"
+    fused: bool = False  # the kernels work row by row: neither dense nor gathered tiles materialise anything
 
     def sparse_form(self, rows: int, context: int, top_k: int) -> Form:
         """The cheaper sparse form for `rows` rows of one request; a lone row always gathers."""
         if self.forced != "auto":
             return self.forced
-        if rows == 1:
+        if rows == 1 or self.fused:  # fused kernels gather no slower than they read on, and need no mask made
             return "gather"
         return "gather" if top_k * self.gather_cost < context * self.mask_cost else "mask"
 
@@ -89,6 +90,8 @@ class TileCosts:
 
     def row_bytes(self, form: Form, context: int, top_k: int) -> int:
         """Bytes that one more row of a tile materialises at its peak."""
+        if self.fused and form != "mask":
+            return 1
         scores = 0 if form == "dense" else context * (self.index_row_bytes + 4)
         if form == "gather":
             return max(scores, min(top_k, context) * self.token_bytes)

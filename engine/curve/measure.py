@@ -21,7 +21,7 @@ from engine.calibration.steps import Bench, Case
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.curve.shape import RandomSource, config
 from engine.errors import ConfigError
-from engine.kernels import default_backend, load_backend
+from engine.kernels import choose_backend
 from engine.kv.planes import PagedCache, page_bytes
 from engine.models import build_model
 from engine.runner import Runner
@@ -93,7 +93,7 @@ class Lab:
                 "lower positions or chunk"
             )
         defaults = EngineConfig(weights="")
-        kernels = load_backend(default_backend(plan.device.type))
+        kernels = choose_backend("auto", plan.device)
         self.kernels = kernels.name
         model, self.report = build_model(
             RandomSource(settings), None, kernels, needed, dtype=plan.dtype, device=plan.device,

@@ -7,10 +7,15 @@ backend in it against `reference`.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
+from engine.config import KernelChoice
 from engine.errors import ConfigError
 from engine.kernels import native
 from engine.kernels.interface import Kernels
+
+if TYPE_CHECKING:
+    import torch
 
 BACKENDS: dict[str, str] = {
     "native": "engine.kernels.native_kernels:NativeKernels",
@@ -32,6 +37,16 @@ def load_backend(name: str) -> Kernels:
     return backend
 
 
-def default_backend(device_type: str) -> str:
-    """The fastest backend of a device: `native` on a processor that there is a library for, `torch` elsewhere."""
-    return "native" if device_type == "cpu" and native.missing() is None else "torch"
+def choose_backend(choice: KernelChoice, device: torch.device) -> Kernels:
+    """The kernels for a model on `device`.
+
+    Raises:
+        ConfigError: native ones were asked for, and there are none.
+    """
+    if choice == "native" and device.type != "cpu":
+        raise ConfigError(
+            f"kernels is native, which is for the CPU, but the device is {device}; set it to auto"
+        )
+    if choice == "auto":
+        choice = "torch" if device.type != "cpu" or native.library() is None else "native"
+    return load_backend(choice)

@@ -17,13 +17,31 @@ import torch
 from torch import Tensor
 
 from engine.kernels.interface_fp8 import Fp8Kernels
+from engine.kernels.interface_int8 import Int8Kernels
 from engine.kernels.interface_latent import LatentKernels
 
 
-class Kernels(Fp8Kernels, LatentKernels, Protocol):
-    """The operations of sparse attention."""
+class Kernels(Fp8Kernels, Int8Kernels, LatentKernels, Protocol):
+    """The operations of sparse attention.
+
+    Attributes:
+        name: of the backend
+        integer_keys: whether index keys in 8-bit integers are faster here than in the model's own numbers
+        fused: whether `attend_sparse` and `attend_causal` work row by row, so that what a tile's rows need adds up to
+            nothing
+    """
 
     name: str
+    integer_keys: bool
+    fused: bool
+
+    def described(self, dtype: torch.dtype) -> str:
+        """Which operation is computed by what, for the engine's log.
+
+        Args:
+            dtype: of the model
+        """
+        ...
 
     def streams_latents(self, latent: torch.dtype, index: torch.dtype) -> bool:
         """Whether attention over latents and index scores, cached in these numbers, are computed a few tokens at a time.
@@ -97,6 +115,33 @@ class Kernels(Fp8Kernels, LatentKernels, Protocol):
         Args:
             allowed: [R, Q, C] bool, at least one True a row
             (others as in `attend_selected`)
+
+        Returns:
+            [R, Q, Hkv, G, D] in the query's dtype
+        """
+        ...
+
+    def attend_causal(
+        self, query: Tensor, kv_plane: Tensor, block_table: Tensor, positions: Tensor, scale: float
+    ) -> Tensor:
+        """`attend_masked` with every position allowed up to the row's own: dense attention.
+
+        Args:
+            positions: [R, Q] int64
+            (others as in `attend_masked`)
+        """
+        ...
+
+    def attend_sparse(
+        self, query: Tensor, index_query: Tensor, head_weights: Tensor, kv_plane: Tensor, key_plane: Tensor,
+        block_table: Tensor, positions: Tensor, top_k: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Index scores (in the numbers that `key_plane` holds), `select`, `attend_selected`.
+
+        Args:
+            query: [R, Q, Hkv, G, D]
+            index_query: [R, Q, H, d]
+            (others as in the operations that it consists of)
 
         Returns:
             [R, Q, Hkv, G, D] in the query's dtype

@@ -6,10 +6,12 @@ import torch
 
 from engine.errors import ConfigError
 from engine.kernels import native
+from engine.kernels.interface import Kernels
+from engine.kernels.native_attention import NativeAttention
 from engine.kernels.native_latent import NativeLatent
 
 
-class NativeKernels(NativeLatent):
+class NativeKernels(NativeAttention, NativeLatent):
     """See `engine.kernels.interface.Kernels` for the formulas."""
 
     name = "native"
@@ -24,3 +26,12 @@ class NativeKernels(NativeLatent):
         if reason is not None:
             raise ConfigError(f"there are no native kernels here: {reason}; use the backend torch")
         native.set_threads(torch.get_num_threads())
+
+    def described(self, dtype: torch.dtype) -> str:
+        """Which operations are compiled, and that torch has the others."""
+        compiled = sorted(
+            name for part in (NativeAttention, NativeLatent) for name in vars(part) if hasattr(Kernels, name)
+        )
+        if dtype is not torch.bfloat16:
+            return f"kernels: torch for attention, for the compiled ones are for bfloat16 and this model is {dtype}"
+        return f"kernels: compiled for {native.level()}: {', '.join(compiled)}; torch for the others"

@@ -7,14 +7,22 @@ import math
 import torch
 from torch import Tensor
 
+from engine.kernels.composed import Composed
 from engine.kernels.reference_fp8 import ReferenceFp8
+from engine.kernels.reference_int8 import ReferenceInt8
 from engine.kernels.reference_latent import ReferenceLatent
 
 
-class ReferenceKernels(ReferenceFp8, ReferenceLatent):
+class ReferenceKernels(ReferenceFp8, ReferenceInt8, ReferenceLatent, Composed):
     """See `engine.kernels.interface.Kernels` for the formulas."""
 
     name = "reference"
+    integer_keys = False
+    fused = False
+
+    def described(self, dtype: torch.dtype) -> str:
+        """One implementation for all."""
+        return "kernels: plain torch, row by row, for every operation of attention"
 
     def streams_latents(self, latent: torch.dtype, index: torch.dtype) -> bool:
         """They are whole."""

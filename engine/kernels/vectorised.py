@@ -8,17 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.composed import Composed
 from engine.kernels.vectorised_fp8 import VectorisedFp8
+from engine.kernels.vectorised_int8 import VectorisedInt8
 from engine.kernels.vectorised_latent import VectorisedLatent
 
 PRODUCTS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Numbers of one (row, head, position) product of index scores; on a CPU they and their keys stay in its caches."""
 
 
-class VectorisedKernels(VectorisedFp8, VectorisedLatent):
+class VectorisedKernels(VectorisedFp8, VectorisedInt8, VectorisedLatent, Composed):
     """See `engine.kernels.interface.Kernels` for the formulas."""
 
     name = "torch"
+    integer_keys = False
+    fused = False
+
+    def described(self, dtype: torch.dtype) -> str:
+        """One implementation for all."""
+        return "kernels: torch for every operation of attention"
 
     def streams_latents(self, latent: torch.dtype, index: torch.dtype) -> bool:
         """They are whole."""

@@ -23,10 +23,12 @@ from engine.batch import Batch
 from engine.checkpoint.loader import LoadReport, Weight, load
 from engine.checkpoint.packed import can_pack, load_packed
 from engine.checkpoint.source import Source
+from engine.config import IndexerDtype
 from engine.cost import ModelShape
 from engine.errors import CheckpointError, ConfigError
 from engine.kernels import native
 from engine.kernels.interface import Kernels
+from engine.kv.layouts import Int8KeyLayout
 from engine.kv.planes import PagedCache, PlaneSpec
 from engine.layers.linear import Held, embedding, linear, linear_float32
 from engine.layers.norm import rms_norm
@@ -171,10 +173,13 @@ class Llama:
         indexer: IndexerInfo | None,
         kernels: Kernels,
         max_positions: int,
+        *,
+        integer_keys: bool = False,
     ) -> None:
         """Wire `weights` (named as in `weight_table`, plain ones of one dtype and device).
 
         Args:
+            integer_keys: whether index keys are cached as 8-bit integers
             max_positions: positions to prepare rotation tables for; at most `config.max_positions`
         """
         self.config = config
@@ -187,6 +192,7 @@ class Llama:
             weight.nbytes if isinstance(weight, Tensor) else weight.num_bytes for weight in weights.values()
         )
         self._kernels = kernels
+        self._integer_keys = integer_keys
         self._embed = weights["embed"]
         self._norm = plain(weights["norm"])
         self._dtype = self._norm.dtype
@@ -236,7 +242,10 @@ class Llama:
         kv = PlaneSpec("kv", (c.num_kv_heads, 2, c.head_dim), dtype)
         if self.indexer is None:
             return (kv,)
-        return kv, PlaneSpec("index_key", (self.indexer.head_dim,), dtype)
+        dim = self.indexer.head_dim
+        if self._integer_keys:
+            return kv, Int8KeyLayout(dim).spec("index_key")
+        return kv, PlaneSpec("index_key", (dim,), dtype)
 
     def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> TileCosts:
         """See `TileCosts`."""
@@ -246,6 +255,9 @@ class Llama:
             attention_row_bytes=4 * self.config.num_heads,
             token_bytes=self.plane_specs()[0].token_bytes,
             forced=forced,
+            fused=self._kernels.fused
+            and self._dtype is torch.bfloat16
+            and (self.indexer is None or self._integer_keys),
         )
 
     def shape(self) -> ModelShape:
@@ -297,10 +309,12 @@ class Llama:
         cache.write(i, "kv", batch.pages, batch.offsets, torch.stack((key, value), dim=2))
         index = index_plane = None
         if layer.indexer is not None and index_rotation is not None:
-            cache.write(
-                i, "index_key", batch.pages, batch.offsets, layer.indexer.keys(hidden, index_rotation)
-            )
             index_plane = cache.plane(i, "index_key")
+            keys = layer.indexer.keys(hidden, index_rotation)
+            if self._integer_keys:
+                self._kernels.store_index_keys(index_plane, batch.pages, batch.offsets, keys)
+            else:
+                index_plane[batch.pages, batch.offsets] = keys
             if any(tile.form != "dense" for tile in batch.tiles):
                 index = layer.indexer.queries(hidden, index_rotation)
         out = attend(
@@ -343,7 +357,7 @@ def build(
             f"weight_dtype is fp8, but {source.description} is a llama model, whose weights are held in "
             f"{str(dtype).removeprefix('torch.')}; leave it at auto"
         )
-    for name, asked in (("kv_cache_dtype", precision.kv_cache), ("indexer_dtype", precision.indexer)):
+    for name, asked in (("kv_cache_dtype", str(precision.kv_cache)), ("indexer_dtype", precision.indexer)):
         if asked == "fp8" or (asked == "bf16" and dtype != torch.bfloat16):
             raise ConfigError(
                 f"{name} is {asked}, but a llama model keeps its cache in its own dtype, "
@@ -356,7 +370,23 @@ def build(
         weights, report = load_packed(table, source, progress=progress)
     else:
         weights, report = load(table, source, dtype=dtype, device=device, progress=progress)
-    return Llama(config, weights, indexer, kernels, max_positions), report
+    integer_keys = indexer is not None and _integer_keys(precision.indexer, indexer.head_dim, dtype, kernels)
+    return Llama(config, weights, indexer, kernels, max_positions, integer_keys=integer_keys), report
+
+
+def _integer_keys(asked: IndexerDtype, dim: int, dtype: torch.dtype, kernels: Kernels) -> bool:
+    """Whether index keys are cached as 8-bit integers: where that is faster and bfloat16 is the alternative.
+
+    Raises:
+        ConfigError: they were asked for, and keys of `dim` numbers do not fit.
+    """
+    if asked == "int8" and not Int8KeyLayout.fits(dim):
+        raise ConfigError(
+            f"indexer_dtype is int8, but this indexer's keys have {dim} numbers, and only a multiple of 4 up to 512 "
+            "can be kept so; leave it at auto"
+        )
+    preferred = kernels.integer_keys and dtype is torch.bfloat16 and Int8KeyLayout.fits(dim)
+    return asked == "int8" or (asked == "auto" and preferred)
 
 
 def check_split(raw: Mapping[str, Any], count: int) -> None:

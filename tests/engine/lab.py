@@ -18,6 +18,7 @@ from engine.checkpoint.source import Source, open_source
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.cost import CostModel, assumed_coefficients
+from engine.kernels.composed import Composed
 from engine.kv.planes import PagedCache
 from engine.meter import Meter
 from engine.plan import StepPlan, StepResult
@@ -79,6 +80,10 @@ class TapKernels:
         selected: Tensor = self._kernels.select(scores, top_k)  # type: ignore[attr-defined]
         self.selected.append(selected)
         return selected
+
+    def attend_sparse(self, *arguments: object) -> Tensor:
+        # Of its parts, so that what is selected between them is seen.
+        return Composed.attend_sparse(self, *arguments)  # type: ignore[arg-type]
 
 
 class TapModel:

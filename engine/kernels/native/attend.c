@@ -12,14 +12,14 @@ int64_t dsa_attend_scratch(int count) {
 }
 
 // The same in plain C, for any sizes.
-static void attend_head(const bf16 *query, const bf16 *const *tokens, int count, int G, int D, float scale, bf16 *out,
+static void attend_head(const bf16 *query, const bf16 *const *tokens, int64_t at, int count, int G, int D, float scale, bf16 *out,
                         float *weights) {
     for (int g = 0; g < G; g++) {
         const bf16 *q = query + g * D;
         float most = -INFINITY, total = 0.0f;
         for (int s = 0; s < count; s++) {
             float dot = 0.0f;
-            for (int i = 0; i < D; i++) dot += wide(q[i]) * wide(tokens[s][i]);
+            for (int i = 0; i < D; i++) dot += wide(q[i]) * wide(tokens[s][at + i]);
             weights[s] = dot * scale;
             most = weights[s] > most ? weights[s] : most;
         }
@@ -29,7 +29,7 @@ static void attend_head(const bf16 *query, const bf16 *const *tokens, int count,
             float sums[AT_ONCE] = {0};
             int width = D - i < AT_ONCE ? D - i : AT_ONCE;
             for (int s = 0; s < count; s++)
-                for (int j = 0; j < width; j++) sums[j] += weights[s] * wide(tokens[s][D + i + j]);
+                for (int j = 0; j < width; j++) sums[j] += weights[s] * wide(tokens[s][at + D + i + j]);
             for (int j = 0; j < width; j++) out[g * D + i + j] = narrow(sums[j] / total);
         }
     }
@@ -41,7 +41,7 @@ static inline __m512bh load_pairs(const bf16 *x) { return (__m512bh)_mm512_loadu
 
 // scale * q . k of G queries and all tokens, D = 32 * parts.
 static inline __attribute__((always_inline)) void dots(int G, int parts, const bf16 *query, const bf16 *const *tokens,
-                                                       int n, float scale, float *weights) {
+                                                       int64_t at, int n, float scale, float *weights) {
     const int D = 32 * parts;
     __m512bh q[4][4];
     for (int g = 0; g < G; g++)
@@ -49,14 +49,14 @@ static inline __attribute__((always_inline)) void dots(int G, int parts, const b
     for (int s = 0; s < n; s += 16) {
         if (s + 32 <= n)
             for (int i = 16; i < 32; i++) { // the next ones, values too: they are anywhere in the cache
-                const char *next = (const char *)tokens[s + i];
+                const char *next = (const char *)(tokens[s + i] + at);
                 for (int line = 0; line < 4 * D; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
             }
         __m512 quarter[4][4]; // [g]: four tokens' sums in each
         for (int i = 0; i < 4; i++) {
             __m512 sums[4][4];
             for (int j = 0; j < 4; j++) {
-                const bf16 *key = tokens[s + 4 * i + j];
+                const bf16 *key = tokens[s + 4 * i + j] + at;
                 __m512bh k[4];
                 for (int p = 0; p < parts; p++) k[p] = load_pairs(key + 32 * p);
                 for (int g = 0; g < G; g++) {
@@ -109,7 +109,7 @@ static float soften(float *x, int count, int n, bf16 *out) {
 }
 
 // out[g] = sum_s weights[g][s] value[s] / total[g], D = 32 * parts.
-static inline __attribute__((always_inline)) void combine(int G, int parts, const bf16 *const *tokens, int n,
+static inline __attribute__((always_inline)) void combine(int G, int parts, const bf16 *const *tokens, int64_t at, int n,
                                                           const bf16 *weights, const float *totals, bf16 *out) {
     const int D = 32 * parts;
     // Words of [16 of low | 16 of high] in the order of dims, see below.
@@ -125,8 +125,8 @@ static inline __attribute__((always_inline)) void combine(int G, int parts, cons
             for (int p = 0; p < wide_parts; p++) {
                 // Two tokens' values side by side. Interleaving is by 128 bits: lane l of the lower half has dims
                 // 8 l to 8 l + 3, of the upper half 8 l + 4 to 8 l + 7.
-                __m512i a = _mm512_loadu_si512(tokens[s] + D + 32 * (part + p));
-                __m512i b = _mm512_loadu_si512(tokens[s + 1] + D + 32 * (part + p));
+                __m512i a = _mm512_loadu_si512(tokens[s] + at + D + 32 * (part + p));
+                __m512i b = _mm512_loadu_si512(tokens[s + 1] + at + D + 32 * (part + p));
                 pairs[2 * p] = (__m512bh)_mm512_unpacklo_epi16(a, b);
                 pairs[2 * p + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
             }
@@ -151,20 +151,20 @@ static inline __attribute__((always_inline)) void combine(int G, int parts, cons
 
 // Up to four queries of one head over n tokens, n a multiple of 32.
 static inline __attribute__((always_inline)) void attend_queries(int G, int parts, const bf16 *query,
-                                                                 const bf16 *const *tokens, int count, int n,
+                                                                 const bf16 *const *tokens, int64_t at, int count, int n,
                                                                  float scale, bf16 *out, float *weights, bf16 *soft,
                                                                  float *totals) {
-    dots(G, parts, query, tokens, n, scale, weights);
+    dots(G, parts, query, tokens, at, n, scale, weights);
     for (int g = 0; g < G; g++) totals[g] = soften(weights + g * n, count, n, soft + g * n);
-    combine(G, parts, tokens, n, soft, totals, out);
+    combine(G, parts, tokens, at, n, soft, totals, out);
 }
 
 #define CASE(G, PARTS) \
     case 8 * G + PARTS: \
-        attend_queries(G, PARTS, query, tokens, count, n, scale, out, weights, soft, totals); \
+        attend_queries(G, PARTS, query, tokens, at, count, n, scale, out, weights, soft, totals); \
         break;
 
-static void attend_known(int G, int parts, const bf16 *query, const bf16 *const *tokens, int count, int n, float scale,
+static void attend_known(int G, int parts, const bf16 *query, const bf16 *const *tokens, int64_t at, int count, int n, float scale,
                          bf16 *out, float *weights, bf16 *soft, float *totals) {
     switch (8 * G + parts) {
         CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1)
@@ -183,26 +183,35 @@ void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, c
     const int n = padded(count);
     const bf16 **tokens = scratch;
     float *weights = (float *)(tokens + n);
-    for (int head = first; head < last; head++) {
-        // Beyond the end the last one is repeated; its weight there is 0.
-        for (int s = 0; s < n; s++) {
-            int at = s < count ? s : count - 1;
-            int position = selected ? selected[at] : at;
+    const int64_t size = (int64_t)Hkv * 2 * D;
+    // Where each token's heads begin. Beyond the end the last one is repeated; its weight there is 0.
+    if (selected) {
+        for (int s = 0; s < count; s++) {
+            uint32_t position = (uint32_t)selected[s];
             const char *page = (const char *)plane + block_table[position / PAGE] * page_stride;
-            tokens[s] = (const bf16 *)page + ((int64_t)(position % PAGE) * Hkv + head) * 2 * D;
+            tokens[s] = (const bf16 *)page + (int64_t)(position % PAGE) * size;
         }
+    } else {
+        for (int s = 0; s < count; s++) {
+            const char *page = (const char *)plane + block_table[s / PAGE] * page_stride;
+            tokens[s] = (const bf16 *)page + (int64_t)(s % PAGE) * size;
+        }
+    }
+    for (int s = count; s < n; s++) tokens[s] = tokens[count - 1];
+    for (int head = first; head < last; head++) {
         const bf16 *q = query + (int64_t)head * G * D;
         bf16 *o = out + (int64_t)head * G * D;
+        const int64_t at = (int64_t)head * 2 * D;
 #ifdef DSA_AVX512
         if (D % 32 == 0 && D <= 128) {
             bf16 *soft = (bf16 *)(weights + (int64_t)n * 4);
             float *totals = (float *)(soft + (int64_t)n * 4);
             for (int g = 0; g < G; g += 4)
-                attend_known(G - g < 4 ? G - g : 4, D / 32, q + g * D, tokens, count, n, scale, o + g * D, weights,
+                attend_known(G - g < 4 ? G - g : 4, D / 32, q + g * D, tokens, at, count, n, scale, o + g * D, weights,
                              soft, totals);
             continue;
         }
 #endif
-        attend_head(q, tokens, count, G, D, scale, o, weights);
+        attend_head(q, tokens, at, count, G, D, scale, o, weights);
     }
 }

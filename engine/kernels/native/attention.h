@@ -24,10 +24,16 @@ float dsa_quantise(const bf16 *x, int d, int8_t *n);
 // Store one key at `offset` of a page.
 void dsa_index_key_write(uint8_t *page, int offset, const bf16 *key, int d);
 
+// One row's query [H][d] and head weights [H], made ready: n [H][d]; its scales go into `weights` [H]; and since keys
+// are stored as n + 128, `begins` [H] is what the sums of products start from, -128 times the sum of n.
+void dsa_index_query(const bf16 *query, const float *head_weights, int H, int d, int8_t *n, float *weights,
+                     int32_t *begins);
+
 // scores[c] = sum_h weights[h] relu(query[h] . key[c]) for the positions of pages `first` to `last` - 1: 64 a page,
-// scores[0] being position 0. query [H][d] quantised by dsa_quantise, its scales multiplied into `weights` [H].
-void dsa_index_scores_row(const int8_t *query, const float *weights, const uint8_t *plane, int64_t page_stride,
-                          const int64_t *block_table, int first, int last, int H, int d, float *scores);
+// scores[0] being position 0. The row as dsa_index_query made it.
+void dsa_index_scores_row(const int8_t *query, const float *weights, const int32_t *begins, const uint8_t *plane,
+                          int64_t page_stride, const int64_t *block_table, int first, int last, int H, int d,
+                          float *scores);
 
 // ---- selection -----------------------------------------------------------------------------------------------
 

@@ -29,26 +29,25 @@ void dsa_index_key_write(uint8_t *page, int offset, const bf16 *key, int d) {
     memcpy(page + PAGE * d + 4 * offset, &scale, 4);
 }
 
+void dsa_index_query(const bf16 *query, const float *head_weights, int H, int d, int8_t *n, float *weights,
+                     int32_t *begins) {
+    for (int h = 0; h < H; h++) {
+        weights[h] = head_weights[h] * dsa_quantise(query + h * d, d, n + h * d);
+        int32_t total = 0;
+        for (int i = 0; i < d; i++) total += n[h * d + i];
+        begins[h] = -128 * total;
+    }
+}
+
 #ifdef DSA_AVX512
 
 // `heads` heads of one query against a page; sums [4] are the page's scores before the keys' scales.
 static inline __attribute__((always_inline)) void score_heads(int heads, const int8_t *query, const float *weights,
-                                                              const uint8_t *page, int d, __m512 *sums) {
+                                                              const int32_t *begins, const uint8_t *page, int d,
+                                                              __m512 *sums) {
     __m512i products[4][4];
-    const __m512i offset = _mm512_set1_epi8((char)128);
-    for (int h = 0; h < heads; h++) {
-        // The keys are n + 128: begin with -128 times the query's sum.
-        __m512i total = _mm512_setzero_si512();
-        int j = 0;
-        for (; j + 64 <= d; j += 64)
-            total = _mm512_dpbusd_epi32(total, offset, _mm512_loadu_si512(query + h * d + j));
-        if (j < d) {
-            __mmask64 rest = (1ull << (d - j)) - 1;
-            total = _mm512_dpbusd_epi32(total, offset, _mm512_maskz_loadu_epi8(rest, query + h * d + j));
-        }
-        __m512i begin = _mm512_set1_epi32(-_mm512_reduce_add_epi32(total));
-        for (int g = 0; g < 4; g++) products[h][g] = begin;
-    }
+    for (int h = 0; h < heads; h++)
+        for (int g = 0; g < 4; g++) products[h][g] = _mm512_set1_epi32(begins[h]);
     for (int j = 0; j < d / 4; j++) {
         __m512i keys[4];
         for (int g = 0; g < 4; g++) keys[g] = _mm512_loadu_si512(page + (g * (d / 4) + j) * 64);
@@ -68,13 +67,14 @@ static inline __attribute__((always_inline)) void score_heads(int heads, const i
     }
 }
 
-static void score_page(const int8_t *query, const float *weights, const uint8_t *page, int H, int d, float *out) {
+static void score_page(const int8_t *query, const float *weights, const int32_t *begins, const uint8_t *page, int H,
+                       int d, float *out) {
     __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     int h = 0;
-    for (; h + 4 <= H; h += 4) score_heads(4, query + h * d, weights + h, page, d, sums);
-    if (H - h == 3) score_heads(3, query + h * d, weights + h, page, d, sums);
-    if (H - h == 2) score_heads(2, query + h * d, weights + h, page, d, sums);
-    if (H - h == 1) score_heads(1, query + h * d, weights + h, page, d, sums);
+    for (; h + 4 <= H; h += 4) score_heads(4, query + h * d, weights + h, begins + h, page, d, sums);
+    if (H - h == 3) score_heads(3, query + h * d, weights + h, begins + h, page, d, sums);
+    if (H - h == 2) score_heads(2, query + h * d, weights + h, begins + h, page, d, sums);
+    if (H - h == 1) score_heads(1, query + h * d, weights + h, begins + h, page, d, sums);
     const uint8_t *scales = page + PAGE * d;
     for (int g = 0; g < 4; g++)
         _mm512_storeu_ps(out + 16 * g, _mm512_mul_ps(sums[g], _mm512_loadu_ps(scales + 64 * g)));
@@ -82,18 +82,20 @@ static void score_page(const int8_t *query, const float *weights, const uint8_t 
 
 #else
 
-static void score_page(const int8_t *query, const float *weights, const uint8_t *page, int H, int d, float *out) {
+static void score_page(const int8_t *query, const float *weights, const int32_t *begins, const uint8_t *page, int H,
+                       int d, float *out) {
     float scales[PAGE];
     memcpy(scales, page + PAGE * d, sizeof scales);
     for (int g = 0; g < 4; g++) {
         float sums[16] = {0};
         for (int h = 0; h < H; h++) {
-            int32_t products[16] = {0};
+            int32_t products[16];
+            for (int c = 0; c < 16; c++) products[c] = begins[h];
             for (int j = 0; j < d / 4; j++) {
                 const uint8_t *keys = page + (g * (d / 4) + j) * 64;
                 for (int i = 0; i < 4; i++) {
                     int32_t q = query[h * d + 4 * j + i];
-                    for (int c = 0; c < 16; c++) products[c] += q * ((int32_t)keys[4 * c + i] - 128);
+                    for (int c = 0; c < 16; c++) products[c] += q * keys[4 * c + i];
                 }
             }
             for (int c = 0; c < 16; c++) sums[c] += weights[h] * (float)(products[c] > 0 ? products[c] : 0);
@@ -104,8 +106,9 @@ static void score_page(const int8_t *query, const float *weights, const uint8_t 
 
 #endif
 
-void dsa_index_scores_row(const int8_t *query, const float *weights, const uint8_t *plane, int64_t page_stride,
-                          const int64_t *block_table, int first, int last, int H, int d, float *scores) {
+void dsa_index_scores_row(const int8_t *query, const float *weights, const int32_t *begins, const uint8_t *plane,
+                          int64_t page_stride, const int64_t *block_table, int first, int last, int H, int d,
+                          float *scores) {
     for (int page = first; page < last; page++)
-        score_page(query, weights, plane + block_table[page] * page_stride, H, d, scores + PAGE * page);
+        score_page(query, weights, begins, plane + block_table[page] * page_stride, H, d, scores + PAGE * page);
 }

@@ -1,0 +1,185 @@
+// Softmax attention in one pass over the context with a running maximum (Milakov and Gimelshein, arXiv 1805.02867;
+// FlashAttention, arXiv 2205.14135), products in bfloat16 with float32 sums. A page's keys and values are repacked for
+// vdpbf16ps, which multiplies pairs, once for all rows of the block.
+#include "dense.h"
+
+#include <math.h>
+
+#include "scratch.h"
+
+enum { UNIT = 6, ROWS = 96 }; // rows of the inner product; queries of a block, a multiple of it
+
+int dsa_dense_rows(int G) { return G > ROWS / 2 ? 1 : ROWS / G; }
+
+#ifdef DSA_AVX512
+
+int dsa_dense_known(int D) { return D % 32 == 0 && D <= 256; }
+
+// c[UNIT][16 n] (+)= a[UNIT][pairs] b[pairs][16 n]: a in bfloat16 pairs along `pairs`, b likewise, one pair a lane.
+static inline __attribute__((always_inline)) void product(int n, int add, const bf16 *a, int a_row, const uint32_t *b,
+                                                          int b_row, int pairs, float *c, int c_row) {
+    __m512 sums[UNIT][4];
+    for (int i = 0; i < UNIT; i++)
+        for (int j = 0; j < n; j++) sums[i][j] = add ? _mm512_loadu_ps(c + i * c_row + 16 * j) : _mm512_setzero_ps();
+    for (int k = 0; k < pairs; k++) {
+        __m512bh right[4];
+        for (int j = 0; j < n; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + (int64_t)k * b_row + 16 * j);
+        for (int i = 0; i < UNIT; i++) {
+            int32_t pair;
+            memcpy(&pair, a + i * a_row + 2 * k, 4);
+            __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+            for (int j = 0; j < n; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], right[j], left);
+        }
+    }
+    for (int i = 0; i < UNIT; i++)
+        for (int j = 0; j < n; j++) _mm512_storeu_ps(c + i * c_row + 16 * j, sums[i][j]);
+}
+
+// 16 rows of 16 numbers of 32 bits: rows to columns.
+static inline __attribute__((always_inline)) void transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+
+// A page's keys as [D / 2][64 tokens] pairs of dims, its values as [32][D] pairs of tokens.
+static void repack(const bf16 *page, int Hkv, int head, int D, uint32_t *keys, uint32_t *values) {
+    const int64_t token = (int64_t)Hkv * 2 * D;
+    const bf16 *first = page + (int64_t)head * 2 * D;
+    for (int c = 0; c < PAGE; c += 16)
+        for (int part = 0; part < D; part += 32) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(first + (c + i) * token + part);
+            transpose(r);
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(keys + (part / 2 + i) * PAGE + c, r[i]);
+        }
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    for (int c = 0; c < PAGE; c += 2)
+        for (int part = 0; part < D; part += 32) {
+            __m512i a = _mm512_loadu_si512(first + c * token + D + part);
+            __m512i b = _mm512_loadu_si512(first + (c + 1) * token + D + part);
+            __m512i l = _mm512_unpacklo_epi16(a, b), h = _mm512_unpackhi_epi16(a, b); // by 128 bits: put in order
+            _mm512_storeu_si512(values + c / 2 * D + part, _mm512_permutex2var_epi64(l, low, h));
+            _mm512_storeu_si512(values + c / 2 * D + part + 16, _mm512_permutex2var_epi64(l, high, h));
+        }
+}
+
+// One query's scores of a page to weights: x [64], what it may see as bits; returns what sums so far shrink by.
+static inline float soften(const float *x, uint64_t visible, float scale, float *most, float *total, bf16 *out) {
+    __m512 y[4], largest = _mm512_set1_ps(*most);
+    for (int i = 0; i < 4; i++) {
+        __mmask16 in = (__mmask16)(visible >> (16 * i));
+        y[i] = _mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), _mm512_set1_ps(scale));
+        y[i] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), in, y[i]);
+        largest = _mm512_max_ps(y[i], largest);
+    }
+    float now = _mm512_reduce_max_ps(largest);
+    __m512 edge = _mm512_set1_ps(now), sum = _mm512_setzero_ps();
+    for (int i = 0; i < 4; i++) y[i] = exp_negative16(_mm512_sub_ps(y[i], edge));
+    for (int i = 0; i < 4; i += 2) {
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y[i + 1], y[i]);
+        _mm512_storeu_si512(out + 16 * i, both);
+        // The sum is of the weights as they were rounded.
+        sum = _mm512_add_ps(sum, (__m512)_mm512_slli_epi32(both, 16));
+        sum = _mm512_add_ps(sum, (__m512)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+    }
+    float shrink = now > *most ? exp_negative(*most - now) : 1.0f;
+    *total = *total * shrink + _mm512_reduce_add_ps(sum);
+    *most = now;
+    return shrink;
+}
+
+static uint64_t seen(int64_t position, const uint8_t *allowed, int64_t start) {
+    if (allowed) {
+        __m512i bytes = _mm512_loadu_si512(allowed + start);
+        return _mm512_test_epi8_mask(bytes, bytes);
+    }
+    int64_t count = position - start + 1;
+    return count >= PAGE ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1;
+}
+
+void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride,
+                     const int64_t *block_table, const int64_t *positions, const uint8_t *allowed, int64_t context,
+                     int rows, int head, int Hkv, int G, int D, float scale, bf16 *out) {
+    const int count = rows * G, padded = (count + UNIT - 1) / UNIT * UNIT;
+    char *at = dsa_scratch(padded * (2 * D + 4 * D + 4 * PAGE + 2 * PAGE + 8) + 4 * PAGE * D + 1024);
+    uint32_t *keys = (uint32_t *)at;                      // [D / 2][64]
+    uint32_t *values = keys + PAGE * D / 2;               // [32][D]
+    float *scores = (float *)(values + PAGE * D / 2);     // [padded][64]
+    float *sums = scores + padded * PAGE;                 // [padded][D]
+    bf16 *q = (bf16 *)(sums + padded * D);                // [padded][D]
+    bf16 *weights = q + padded * D;                       // [padded][64]
+    float *most = (float *)(weights + padded * PAGE);     // [padded]
+    float *totals = most + padded;                        // [padded]
+    memset(sums, 0, sizeof(float) * (size_t)(padded * D));
+    memset(q + count * D, 0, sizeof(bf16) * (size_t)((padded - count) * D));
+    memset(weights, 0, sizeof(bf16) * (size_t)(padded * PAGE));
+    int64_t furthest = 0;
+    for (int r = 0; r < rows; r++) {
+        memcpy(q + r * G * D, query + r * row_size, sizeof(bf16) * (size_t)(G * D));
+        if (positions[r] > furthest) furthest = positions[r];
+    }
+    if (allowed) furthest = context - 1;
+    for (int i = 0; i < count; i++) {
+        most[i] = -1e30f; // not -inf, whose difference with itself is not a number
+        totals[i] = 0.0f;
+    }
+    for (int64_t page = 0; page <= furthest / PAGE; page++) {
+        repack((const bf16 *)((const char *)plane + block_table[page] * page_stride), Hkv, head, D, keys, values);
+        for (int i = 0; i < padded; i += UNIT)
+            product(4, 0, q + i * D, D, keys, PAGE, D / 2, scores + i * PAGE, PAGE);
+        for (int r = 0; r < rows; r++) {
+            uint64_t visible = seen(positions[r], allowed ? allowed + r * context : 0, page * PAGE);
+            for (int i = r * G; i < (r + 1) * G; i++) {
+                if (!visible) {
+                    memset(weights + i * PAGE, 0, sizeof(bf16) * PAGE);
+                    continue;
+                }
+                float shrink = soften(scores + i * PAGE, visible, scale, most + i, totals + i, weights + i * PAGE);
+                if (shrink != 1.0f)
+                    for (int j = 0; j < D; j++) sums[i * D + j] *= shrink;
+            }
+        }
+        for (int i = 0; i < padded; i += UNIT) {
+            int j = 0;
+            for (; j + 64 <= D; j += 64)
+                product(4, 1, weights + i * PAGE, PAGE, values + j, D, PAGE / 2, sums + i * D + j, D);
+            if (j < D) product(2, 1, weights + i * PAGE, PAGE, values + j, D, PAGE / 2, sums + i * D + j, D);
+        }
+    }
+    for (int i = 0; i < count; i++)
+        for (int j = 0; j < D; j++) out[i / G * row_size + i % G * D + j] = narrow(sums[i * D + j] / totals[i]);
+}
+
+#else
+
+int dsa_dense_known(int D) { return D < 0; }
+
+void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride,
+                     const int64_t *block_table, const int64_t *positions, const uint8_t *allowed, int64_t context,
+                     int rows, int head, int Hkv, int G, int D, float scale, bf16 *out) {
+    (void)query, (void)row_size, (void)plane, (void)page_stride, (void)block_table, (void)positions, (void)allowed;
+    (void)context, (void)rows, (void)head, (void)Hkv, (void)G, (void)D, (void)scale, (void)out;
+}
+
+#endif
