@@ -8,7 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.client import EngineState, EngineStatus
 from engine.protocol import EngineStats, add_counters
-from server.metrics import ENGINE_COUNTERS, Metrics
+from server.metrics import Metrics
+from server.metrics.engine import ENGINE_COUNTERS
 from tests.server.app_kit import chat_body, client, completion_body, make_app, speaking
 from tests.server.fake_engine import FakeEngine
 

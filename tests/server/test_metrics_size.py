@@ -14,7 +14,8 @@ import pytest
 
 from engine.protocol import BATCH_BOUNDS, Submit, Work
 from server.app import create_app
-from server.metrics import CONTEXT_BOUNDS, REJECTIONS
+from server.metrics.cost import CONTEXT_BOUNDS
+from server.metrics.registry import REJECTIONS
 from tests.server.app_kit import (
     TEXT,
     PlainChat,
