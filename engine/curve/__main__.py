@@ -60,6 +60,11 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="(%(default)s)")
     add("--threads", type=int, help="CPU threads")
+    add(
+        "--cpu-time",
+        action="store_true",
+        help="one thread, and its CPU time in place of the clock's: for a machine that has other things to do",
+    )
     return made
 
 
@@ -78,18 +83,21 @@ def run(options: argparse.Namespace) -> Report:
         ) from None
     if not options.price > 0:
         raise ConfigError(f"price is {options.price:g} USD an hour; it must be above 0")
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ConfigError(f"threads must be at least 1, not {options.threads}")
-        torch.set_num_threads(options.threads)
     quick: bool = options.quick
     device = resolve_device(options.device)
+    if options.cpu_time and (device.type != "cpu" or options.threads not in (None, 1)):
+        raise ConfigError("cpu_time is the time of one CPU thread; leave it out, or --threads and --device")
+    threads = 1 if options.cpu_time else options.threads
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads must be at least 1, not {threads}")
+        torch.set_num_threads(threads)
     plan = Plan(
         positions=_positions(options.positions or (_QUICK_POSITIONS if quick else _POSITIONS)),
         chunk=options.chunk if options.chunk is not None else 64 if quick else 512,
         streams=options.streams if options.streams is not None else 2 if quick else 16,
         rounds=options.rounds if options.rounds is not None else 1 if quick else 3,
-        quick=quick, device=device, dtype=resolve_dtype(options.dtype, device),
+        quick=quick, device=device, dtype=resolve_dtype(options.dtype, device), cpu_time=options.cpu_time,
     )  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     console, show = Console(width=160), _Lines()

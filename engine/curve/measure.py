@@ -8,6 +8,7 @@ over the whole context, which is the worst case for gathering them.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -65,6 +66,7 @@ class Plan:
     quick: bool
     device: torch.device
     dtype: torch.dtype
+    cpu_time: bool = False  # of the process, in place of the clock's
 
     def __post_init__(self) -> None:
         for name in ("chunk", "streams", "rounds"):
@@ -109,7 +111,11 @@ class Lab:
         )
         self._costs = model.tile_costs(defaults.score_budget_bytes, "auto")
         self._bench = Bench(
-            Runner(model, self.cache, self._costs, plan.device), self.cache, model.vocab_size, plan.chunk
+            Runner(model, self.cache, self._costs, plan.device),
+            self.cache,
+            model.vocab_size,
+            plan.chunk,
+            time.process_time if plan.cpu_time else time.perf_counter,
         )
         self._device = plan.device
 

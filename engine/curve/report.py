@@ -29,6 +29,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     threads: int
+    cpu_time: bool  # the seconds are the process's own, not the clock's
     torch: str
     kernels: str
     cache_bytes: int
@@ -43,7 +44,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         """Of the picture."""
         what = "a small random model" if self.quick else "one layer of DeepSeek-V3.2's shape, random weights"
         return (
-            f"Cost of a million tokens by position: {what}\n{self.machine}, {self.threads} threads, {self.dtype}; "
+            f"Cost of a million tokens by position: {what}\n{self.machine}, "
+            f"{'CPU time of one thread' if self.cpu_time else f'{self.threads} threads'}, {self.dtype}; "
             f"prefill in chunks of {self.chunk}, decode of {self.streams} streams"
         )
 
@@ -55,7 +57,7 @@ def make(
     """Put a run's results together."""
     return Report(
         command=command, quick=plan.quick, model=model, parameters=parameters, machine=_machine(plan.device),
-        device=str(plan.device), dtype=str(plan.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
+        device=str(plan.device), dtype=str(plan.dtype).removeprefix("torch."), threads=torch.get_num_threads(), cpu_time=plan.cpu_time,
         torch=str(torch.__version__), kernels=kernels, cache_bytes=cache_bytes, price_an_hour=price,
         chunk=plan.chunk, streams=plan.streams, points=tuple(points),
         cheaper_from={phase: crossover(points, phase, int(model["index_topk"])) for phase in PHASES},

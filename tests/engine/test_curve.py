@@ -128,6 +128,7 @@ def test_the_command_writes_table_json_and_picture(tmp_path: Path, capfd: pytest
         (["--price=0"], "error: price is 0 USD an hour; it must be above 0"),
         (["--rounds=0"], "error: rounds must be at least 1, not 0"),
         (["--threads=0"], "error: threads must be at least 1, not 0"),
+        (["--cpu-time", "--threads=2"], "error: cpu_time is the time of one CPU thread; leave it out"),
         (["--device=tpu"], "error: device 'tpu' is not known"),
     ],
 )
