@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from server.config import Settings
+from server.curve_command import curve
 
 if TYPE_CHECKING:
     from server.bench.suites import Suite
@@ -25,6 +26,8 @@ bench = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+
+bench.command()(curve)
 
 _MODEL = Settings().model
 _WHAT, _WHO, _HOW = "What is measured", "Who is measured", "How"
