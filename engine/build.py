@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
 from engine.attention.precision import Precision
@@ -93,7 +94,11 @@ def build(
     opened = _open(config, 0, progress)
     if config.tensor_parallel == 1:
         return _build(config, opened, progress, ALONE, None)
-    team = Team(config, on_lost)
+    # What is `auto` is settled here, for all ranks.
+    settled = msgspec.structs.replace(
+        config, device=opened.device.type, dtype=str(opened.dtype).removeprefix("torch.")
+    )
+    team = Team(settled, on_lost, progress)
     try:
         built = _build(config, opened, progress, team.join(opened.device), team)
         team.wait_loaded()
@@ -125,16 +130,16 @@ def load_part(config: EngineConfig, rank: int, join: Callable[[torch.device], Ra
 
 
 def _open(config: EngineConfig, rank: int, progress: Progress) -> _Opened:
-    count = config.tensor_parallel
+    count = config.devices_a_node
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = resolve_device(config.device, rank, count)
+    device = resolve_device(config.device, rank % count, count)
     if config.threads is None and count > 1 and device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
     native.set_threads(torch.get_num_threads())
     progress("opening the checkpoint", 0, 1)
     source = open_source(Path(config.weights))
-    check_split(source, count)
+    check_split(source, config.tensor_parallel)
     overlay = None if config.overlay is None else read_overlay(Path(config.overlay), source)
     max_positions = int(source.config["max_position_embeddings"])
     if config.max_model_len is not None and config.max_model_len > max_positions:

@@ -25,7 +25,16 @@ _to_server: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer
 
 def frame(message: msgspec.Struct) -> bytes:
     """A message as bytes on the wire."""
-    body = _encoder.encode(message)
+    return framed(encode(message))
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """A frame's body."""
+    return _encoder.encode(message)
+
+
+def framed(body: bytes) -> bytes:
+    """A frame of a body."""
     return _HEADER.pack(len(body)) + body
 
 
@@ -61,7 +70,7 @@ def _read(sock: socket.socket, count: int) -> bytes | None:
     while len(parts) < count:
         try:
             part = sock.recv(min(count - len(parts), 1 << 20))
-        except ConnectionResetError:
+        except (ConnectionResetError, TimeoutError):  # the latter: a host that no longer answers
             return None
         if not part:
             return None

@@ -47,7 +47,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching: bool = True
     score_budget_bytes: int = 64 << 20  # upper bound of one tile of index or attention scores
     threads: int | None = None  # CPU threads of each rank; None: what torch finds, shared by the ranks
-    tensor_parallel: int = 1  # devices of this host that compute the model together, a process each
+    tensor_parallel: int = 1  # devices that compute the model together, a process each
+    nodes: int = 1  # hosts that those are on, as many on each; all but the first run `engine.parallel.node`
+    leader: str | None = None  # HOST:PORT of the first, where the others join; it listens there alone
     sparse_form: Literal["auto", "gather", "mask"] = "auto"  # how rows longer than top_k are attended
     drafter: Literal["off", "ngram", "mtp"] = "off"  # what guesses tokens ahead: own text, or the MTP layer
     speculative_tokens: int | None = None  # guesses a request a step; None: as many as suit the drafter
@@ -64,9 +66,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"token_budget ({self.token_budget}) must be at least max_running ({self.max_running}), "
                 "so that every running request can decode one token a step"
             )
-        for name in ("max_running", "kv_cache_bytes", "score_budget_bytes", "tensor_parallel"):
+        for name in ("max_running", "kv_cache_bytes", "score_budget_bytes", "tensor_parallel", "nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.tensor_parallel % self.nodes:
+            raise ValueError(
+                f"tensor_parallel is {self.tensor_parallel}, which {self.nodes} nodes cannot share evenly; make it a "
+                "multiple of nodes, as many as they have devices together"
+            )
+        if (self.nodes > 1) != (self.leader is not None):
+            raise ValueError(
+                f"nodes is {self.nodes} and leader is {self.leader}; several nodes need the leader's HOST:PORT, and one "
+                "node has none"
+            )
+        if self.leader is not None:
+            host_and_port(self.leader)
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
         if self.speculative_tokens is not None and self.drafter == "off":
@@ -82,6 +96,32 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
 
     @property
+    def devices_a_node(self) -> int:
+        """Ranks on each host."""
+        return self.tensor_parallel // self.nodes
+
+    @property
     def draft_tokens(self) -> int:
         """Guesses a request a step; 0 without a drafter."""
         return self.speculative_tokens or DEFAULT_DRAFT_TOKENS[self.drafter]
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Both parts of HOST:PORT, or [HOST]:PORT where the host is an IPv6 address.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    host, colon, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if (
+        not colon
+        or not bare
+        or not port.isdecimal()
+        or not 0 < int(port) < 65536
+        or (":" in bare) != (bare != host)
+    ):
+        raise ValueError(
+            f"leader is {address!r}; expected HOST:PORT, such as 10.0.0.1:7000 or [fd00::1]:7000"
+        )
+    return bare, int(port)

@@ -11,6 +11,7 @@ comes from the same model, scaled by the same measured step.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,17 +39,27 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Coefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Seconds a unit, none negative. The units of `CostModel.features`."""
+    """Seconds a unit, none negative. The units of `CostModel.features`, in this order.
+
+    A lone row (a decode) and the rows of a chunk (of a prompt) run through other code, whose speeds have nothing to
+    do with one another: the former waits for memory, the latter computes.
+    """
 
     step: float  # a step: reading the weights, launching
     head: float  # a step that computes logits
-    request: float  # a request in a step
-    row: float  # a token through the linear layers
+
+    lone: float  # a lone row
+    lone_pair: float  # context token of one that is dense
+    lone_sparse: float  # one whose index queries are computed
+    lone_gathered: float  # selected token of one
+    lone_index_pair: float  # context token scored and ranked for one
+
+    chunk: float  # a chunk
+    row: float  # a row of a chunk, through the linear layers
     pair: float  # (row, context token) of masked attention, dense or not
-    context: float  # a context token brought together for masked attention
-    # Steps of one top_k tell the next from `index_pair` by context alone; for gathered prompts it comes out high.
+    context: float  # context token brought together for masked attention
+    sparse_row: float  # row whose index queries are computed
     gathered: float  # (row, selected token) of gathered attention
-    sparse_row: float  # a token whose index queries are computed
     index_pair: float  # (row, context token) scored and ranked
 
     def __post_init__(self) -> None:
@@ -114,16 +125,24 @@ _SPEEDS = {
 def assumed_coefficients(shape: ModelShape, device: str) -> Coefficients:
     """Coefficients from round numbers for a kind of device. Only their ratios are used; measure for better."""
     linear, attention, bandwidth, launch = _SPEEDS.get(device, _SPEEDS["cpu"])
+    row, sparse_row = shape.row_flops / linear, shape.sparse_row_flops / linear
+    pair, index_pair = shape.pair_flops / attention, shape.index_pair_flops / attention
+    gathered = pair + shape.kv_token_bytes / bandwidth
     return Coefficients(
         step=launch + shape.weight_bytes / bandwidth,
         head=0.0,
-        request=launch / 100,
-        row=shape.row_flops / linear,
-        pair=shape.pair_flops / attention,
+        lone=launch / 100 + row,
+        lone_pair=gathered,
+        lone_sparse=sparse_row,
+        lone_gathered=gathered,
+        lone_index_pair=index_pair + shape.index_token_bytes / bandwidth,
+        chunk=launch / 100,
+        row=row,
+        pair=pair,
         context=shape.kv_token_bytes / bandwidth,
-        gathered=shape.pair_flops / attention + shape.kv_token_bytes / bandwidth,
-        sparse_row=shape.sparse_row_flops / linear,
-        index_pair=shape.index_pair_flops / attention,
+        sparse_row=sparse_row,
+        gathered=gathered,
+        index_pair=index_pair,
     )
 
 
@@ -161,6 +180,7 @@ class CostModel:
     def __init__(self, shape: ModelShape, coefficients: Coefficients, tiles: TileCosts) -> None:
         self.shape = shape
         self.coefficients = coefficients
+        self._own = msgspec.structs.astuple(coefficients)[2:]
         self._tiles = tiles
 
     def replace(self, coefficients: Coefficients) -> CostModel:
@@ -188,13 +208,9 @@ class CostModel:
             read += count * width if form == "gather" else context
         return Counts(rows, attended, scored, read, indexed, logits, rows - dense)
 
-    def features(self, request: ScheduledRequest) -> tuple[int, int, int, int, int, int]:
-        """Units of work as they are run, tiles padded: (rows, pair, context, gathered, sparse_row, index_pair)."""
+    def features(self, request: ScheduledRequest) -> tuple[int, ...]:
+        """Units of a request's work as they are run, tiles padded: those of `Coefficients` from `lone` on."""
         return self._features(len(request.token_ids), request.start, request.top_k)
-
-    def dense_features(self, request: ScheduledRequest) -> tuple[int, int, int, int, int, int]:
-        """The same, if the request were dense."""
-        return self._features(len(request.token_ids), request.start, None)
 
     def modelled(self, request: ScheduledRequest) -> Modelled:
         """The request's own seconds, actual and dense."""
@@ -202,16 +218,11 @@ class CostModel:
 
     def modelled_rows(self, rows: int, start: int, top_k: int | None) -> Modelled:
         """The same of `rows` rows of a request, from position `start` on."""
-        c = self.coefficients
-        own = c.request + c.row * rows
-        _, pair, context, _, _, _ = self._features(rows, start, None)
-        dense = own + c.pair * pair + c.context * context
+        dense = self._seconds(self._features(rows, start, None))
         if top_k is None or start + rows <= top_k:
             return Modelled(dense, 0.0, dense)
-        _, pair, context, gathered, sparse, index = self._features(rows, start, top_k)
-        scoring = c.sparse_row * sparse + c.index_pair * index
-        actual = own + c.pair * pair + c.context * context + c.gathered * gathered + scoring
-        return Modelled(actual, scoring, dense)
+        units = self._features(rows, start, top_k)
+        return Modelled(self._seconds(units), self._seconds(_index_part(units)), dense)
 
     def shared(self, plan: StepPlan) -> float:
         """Modelled seconds that a step takes whatever is in it."""
@@ -250,7 +261,7 @@ class CostModel:
         segment = Segment(first_row=0, num_rows=rows, start=start, page_ids=(), top_k=top_k)
         return prefill_spans(segment, self._tiles)
 
-    def _features(self, rows: int, start: int, top_k: int | None) -> tuple[int, int, int, int, int, int]:
+    def _features(self, rows: int, start: int, top_k: int | None) -> tuple[int, ...]:
         pair = context = gathered = sparse = index = 0
         end = start
         for form, count, width, selected in self._spans(rows, start, top_k):
@@ -266,7 +277,22 @@ class CostModel:
             if form != "dense":
                 sparse += count
                 index += seen
-        return rows, pair, context, gathered, sparse, index
+        if rows == 1:
+            return (1, pair, sparse, gathered, index, *_NONE_OF_A_CHUNK)
+        return (*_NONE_OF_A_LONE_ROW, 1, rows, pair, context, sparse, gathered, index)
+
+    def _seconds(self, units: tuple[int, ...]) -> float:
+        return float(sum(map(operator.mul, units, self._own)))
+
+
+_NONE_OF_A_LONE_ROW = (0,) * 5
+_NONE_OF_A_CHUNK = (0,) * 7
+
+
+def _index_part(units: tuple[int, ...]) -> tuple[int, ...]:
+    """Units of scoring and selecting, the others set to 0."""
+    _, _, sparse, _, index, _, _, _, _, rows, _, pairs = units
+    return (0, 0, sparse, 0, index, 0, 0, 0, 0, rows, 0, pairs)
 
 
 def _triangle(n: int) -> int:

@@ -23,6 +23,7 @@ from server.distill_command import distill
 from server.eval_command import evaluate
 from server.inspect_command import inspect
 from server.usage_command import usage
+from server.worker_command import worker
 
 app = typer.Typer(
     name="dsa",
@@ -175,8 +176,25 @@ def serve(
         int | None,
         _option(
             _MEMORY,
-            "Split the model over so many devices of this host (DeepSeek family).",
+            "Split the model over so many devices (DeepSeek family).",
             str(_DEFAULTS.tensor_parallel),
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        _option(
+            _MEMORY,
+            "Hosts that have those devices, as many each: this one, and others that run dsa worker.",
+            str(_DEFAULTS.nodes),
+        ),
+    ] = None,
+    leader: Annotated[
+        str | None,
+        _option(
+            _MEMORY,
+            "Where the other nodes join this one: an address of this host in a network that is theirs alone.",
+            "none, with one node",
+            "HOST:PORT",
         ),
     ] = None,
     prefix_caching: Annotated[
@@ -367,3 +385,4 @@ app.command("eval")(evaluate)
 app.command()(usage)
 app.command()(calibrate)
 app.add_typer(bench, name="bench")
+app.command()(worker)

@@ -93,6 +93,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Positive | None = None
     tensor_parallel: Positive = 1
+    nodes: Positive = 1
+    leader: str | None = None
     max_model_len: Annotated[int, msgspec.Meta(ge=2)] | None = None
     kv_cache_memory: str = "1GiB"
     token_budget: Positive = 512
@@ -182,6 +184,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 score_budget_bytes=parse_size(self.score_memory, "score_memory"),
                 threads=self.threads,
                 tensor_parallel=self.tensor_parallel,
+                nodes=self.nodes,
+                leader=self.leader,
                 sparse_form=self.sparse_form,
                 drafter=self.drafter,
                 speculative_tokens=self.speculative_tokens,

@@ -27,10 +27,12 @@ from engine.errors import ConfigError, EngineError
 _CHECKED = (2048, 8192)
 _OUTPUT = 16
 _UNITS = {
-    "step": "step", "head": "step with logits", "request": "request in a step", "row": "token",
-    "pair": "(row, token) of masked attention", "context": "token brought together",
-    "gathered": "(row, token) gathered", "sparse_row": "token with index queries",
-    "index_pair": "(row, token) scored and ranked",
+    "step": "step", "head": "step with logits",
+    "lone": "lone row (a decode)", "lone_pair": "  context token, dense", "lone_sparse": "  that is sparse",
+    "lone_gathered": "  token gathered", "lone_index_pair": "  context token scored and ranked",
+    "chunk": "chunk (of a prompt)", "row": "  row", "pair": "  (row, token) of masked attention",
+    "context": "  token brought together", "sparse_row": "  row with index queries",
+    "gathered": "  (row, token) gathered", "index_pair": "  (row, token) scored and ranked",
 }  # fmt: skip
 
 

@@ -80,26 +80,39 @@ def cases(max_context: int, num_pages: int, budget: int, max_running: int, top_k
         top_k: of sparse cases; None: the model has no indexer, and there are none.
     """
     made: list[Case] = []
-    for sparsity, name in ((None, "dense"), *(() if top_k is None else ((top_k, "sparse"),))):
-        contexts = [c for c in _CONTEXTS if (sparsity or 0) < c <= max_context] or [max_context]
-        for i, context in enumerate(contexts):
+    for i, context in enumerate([c for c in _CONTEXTS if c <= max_context] or [max_context]):
+        # Steps of one sparsity alone would leave open what of their time is the selected tokens' and what is the
+        # context's. Which others come with which context changes, so that there are not too many.
+        kinds: list[int | None] = [None, *(() if top_k is None else _sparsities(top_k, i, context))]
+        for sparsity in kinds:
+            name, other = "dense" if sparsity is None else "sparse", sparsity not in (None, top_k)
             for j, rows in enumerate(sorted({min(64, budget), min(256, budget), budget})):
                 if rows > context or (j == 1 and context > 4096) or (j == 2 and context & (context - 1)):
                     continue  # large steps take long: fewer of them, but up to the longest context
+                if other and j != (i % 2 if context <= 4096 else 0):
+                    continue
                 start, sampled = context - rows, (i + j) % 2 == 0
                 made.append(Case(f"{name} prefill", start, rows, 1, sparsity, sampled, (i + j) % 3 == 2))
             for j, requests in enumerate((1, 2, 4, 8)):
+                if other and j % 2 != i % 2:
+                    continue
                 made.append(
                     Case(f"{name} decode", context - 1, 1, requests, sparsity, True, (i + j) % 3 == 2)
                 )
     return [case for case in made if case.pages <= num_pages and case.requests <= max_running]
 
 
+def _sparsities(top_k: int, i: int, context: int) -> tuple[int, ...]:
+    """Sparsities that are measured at the i-th context: the one that matters, and one beside it."""
+    beside = top_k * 2 if i % 2 else max(1, top_k // 4)
+    return tuple(k for k in (top_k, beside) if k < context)
+
+
 def features(model: CostModel, plan: StepPlan) -> tuple[float, ...]:
     """Units of a step, in the order of `Coefficients`: its modelled seconds are their dot product."""
     sums = [sum(column) for column in zip(*(model.features(r) for r in plan.requests), strict=True)]
     logits = any(request.sample is not None for request in plan.requests)
-    return 1.0, float(logits), float(len(plan.requests)), *map(float, sums)
+    return 1.0, float(logits), *map(float, sums)
 
 
 class Bench:
@@ -153,16 +166,22 @@ class Bench:
     def measure(
         self, chosen: Sequence[Case], model: CostModel, rounds: int, progress: Progress
     ) -> list[Measured]:
-        """Every case once a round, so that a machine that is busy for a while disturbs no case alone."""
+        """Every case in every round, so that a machine that is busy for a while disturbs no case alone.
+
+        Rounds go forth and back; short steps, which a disturbance weighs on most, are run a few times in each.
+        """
         times: dict[Case, list[float]] = {case: [] for case in chosen}
         for turn in range(rounds):
-            for i, case in enumerate(chosen):
+            for i, case in enumerate(chosen if turn % 2 == 0 else chosen[::-1]):
                 progress("measuring steps", turn * len(chosen) + i, rounds * len(chosen))
-                times[case].append(self.seconds(case))
+                for _ in range(_SHORT_REPEATS if case.rows == 1 else 1):
+                    times[case].append(self.seconds(case))
         return [
             Measured(case, features(model, self.plan(case)), min(seconds)) for case, seconds in times.items()
         ]
 
+
+_SHORT_REPEATS = 3
 
 _SAMPLE = SampleSpec(
     params=SamplingParams(max_tokens=1, seed=0, temperature=0.0), output_index=0, prompt_len=1, history=()

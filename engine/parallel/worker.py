@@ -1,6 +1,6 @@
-"""A worker: `python -m engine.parallel.worker`, started by the engine process; computes its part of every step.
+"""A worker: `python -m engine.parallel.worker`, started by the engine or a node; computes its part of every step.
 
-Ends when the engine process does (the end of the socket), or when it can no longer compute.
+Ends when that process does (the end of the socket), or when it can no longer compute.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from pathlib import Path
 import msgspec
 
 from engine.build import load_part
-from engine.config import EngineConfig
 from engine.errors import EngineError, ProtocolError
-from engine.parallel.group import join
-from engine.parallel.link import Link, Loaded
+from engine.parallel.group import Meeting, join
+from engine.parallel.link import Assignment, Link, Loaded
 from engine.plan import StepPlan
 from engine.protocol import Failed
 
@@ -37,27 +36,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="One rank of the engine. Started by the engine, not by hand."
     )
-    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the engine")
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--meeting", type=Path, required=True, help="file over which the ranks meet")
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to its parent")
     options = parser.parse_args()
-    rank: int = options.rank
-    logging.basicConfig(format=f"engine: rank {rank}: %(message)s", level=logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # the end of the socket is enough, unless this process stands still
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     link = Link(socket.socket(fileno=options.fd))
-    config = link.receive(msgspec.msgpack.Decoder(EngineConfig))
-    if config is None:
+    assignment = link.receive(msgspec.msgpack.Decoder(Assignment))
+    if assignment is None:
         return
+    config, rank, meeting = assignment.config, assignment.rank, assignment.meeting
+    logging.basicConfig(format=f"engine: rank {rank}: %(message)s", level=logging.INFO)
     plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(link, plans, options.meeting.parent), daemon=True).start()
+    threading.Thread(target=_read, args=(link, plans, meeting), daemon=True).start()
     try:
         part = load_part(
-            config, rank, lambda device: join(rank, config.tensor_parallel, options.meeting, device)
+            config,
+            rank,
+            lambda device: join(rank, config.tensor_parallel, meeting, device, address=assignment.address),
         )
-        link.send(Loaded(num_bytes=part.report.num_bytes))
+        link.send(Loaded(rank=rank, num_bytes=part.report.num_bytes))
         while True:
             part.runner.forward(plans.get())
     except Exception as error:
@@ -69,7 +68,7 @@ def main() -> None:
         os._exit(1)
 
 
-def _read(link: Link, plans: queue.SimpleQueue[StepPlan], folder: Path) -> None:
+def _read(link: Link, plans: queue.SimpleQueue[StepPlan], meeting: Meeting) -> None:
     """Reader thread. Without an engine process there is nobody to compute for, nor to tidy up."""
     decoder = msgspec.msgpack.Decoder(StepPlan)
     while True:
@@ -79,7 +78,8 @@ def _read(link: Link, plans: queue.SimpleQueue[StepPlan], folder: Path) -> None:
             _log.error("%s", error)
             os._exit(2)
         if plan is None:
-            shutil.rmtree(folder, ignore_errors=True)
+            if meeting.file is not None:
+                shutil.rmtree(Path(meeting.file).parent, ignore_errors=True)
             os._exit(0)
         plans.put(plan)
 

@@ -150,7 +150,7 @@ def test_a_killed_worker_ends_the_engine_with_the_reason(pair: tuple[Built, Buil
     sampling = SamplingParams(max_tokens=100, seed=0, temperature=0.0)
     built.core.submit(Submit(request_id="z", prompt_token_ids=(1, 2, 3), sampling=sampling, top_k=24))
     built.core.step()
-    built.team.processes[0].kill()
+    built.team.crew.processes[0].kill()
     killed = time.monotonic()
     with pytest.raises(RankError, match="^rank 1 of 2 failed: it was ended by signal 9$"):
         built.core.step()

@@ -1,0 +1,157 @@
+"""Another node of the engine: `python -m engine.parallel.node`, started by `dsa worker`.
+
+Joins the leader, starts a worker for each of its ranks, passes the plans on, and reports. When the leader's engine
+ends, so do the workers, and the node joins the next engine; when there is none for long, the node ends too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
+
+import msgspec
+
+from engine.config import EngineConfig, host_and_port
+from engine.errors import ConfigError, EngineError, RankError
+from engine.parallel.crew import Crew
+from engine.parallel.link import Hello, Link, ToNode, Welcome
+from engine.parallel.nodes import hello, keep_alive
+from engine.protocol import Failed
+
+_log = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 5.0
+_PAUSE_SECONDS = 1.0
+
+
+class Node:
+    """This host's part.
+
+    Args:
+        weights, overlay: as in `EngineConfig`
+        leader: HOST:PORT
+        wait_seconds: how long to look for a leader that cannot be reached
+    """
+
+    def __init__(self, weights: str, overlay: str | None, leader: str, wait_seconds: float) -> None:
+        try:
+            self._address = host_and_port(leader)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self._leader = leader
+        self._files = {"weights": weights, "overlay": overlay}
+        self._hello: Hello = hello(weights, overlay)
+        self._wait_seconds = wait_seconds
+
+    def run(self) -> NoReturn:
+        """Take part in one engine after another.
+
+        Raises:
+            RankError: the leader cannot be reached, or turned this node away.
+        """
+        while True:
+            joined = self._join()
+            if joined is not None:
+                self._work(*joined)
+
+    def _join(self) -> tuple[Link, Welcome, str] | None:
+        """The link, what the leader says, and this host's address; None where it went away before it said anything."""
+        sock = self._connect()
+        link = Link(sock)
+        try:
+            address: str = sock.getsockname()[0]
+            link.send(self._hello)
+            decoder: msgspec.msgpack.Decoder[ToNode] = msgspec.msgpack.Decoder(ToNode)
+            answer = link.receive(decoder)
+        except OSError:
+            answer = None
+        except BaseException:
+            link.close()
+            raise
+        if isinstance(answer, Welcome):
+            return link, answer, address
+        link.close()
+        if answer is not None:
+            raise RankError(answer.message)
+        time.sleep(_PAUSE_SECONDS)
+        return None
+
+    def _connect(self) -> socket.socket:
+        began, said = time.monotonic(), False
+        while True:
+            try:
+                sock = socket.create_connection(self._address, _CONNECT_SECONDS)
+            except OSError as error:
+                if time.monotonic() - began > self._wait_seconds:
+                    raise RankError(
+                        f"no leader could be reached at {self._leader} for {self._wait_seconds:g} s: {error}; is "
+                        "dsa serve running there with --nodes and --leader?"
+                    ) from error
+                if not said:
+                    _log.info("waiting for the leader at %s", self._leader)
+                    said = True
+                time.sleep(_PAUSE_SECONDS)
+            else:
+                sock.settimeout(None)
+                keep_alive(sock)
+                return sock
+
+    def _work(self, link: Link, welcome: Welcome, address: str) -> None:
+        """Until the leader's engine ends."""
+        config: EngineConfig = msgspec.structs.replace(welcome.config, **self._files)
+        ranks = range(welcome.first_rank, welcome.first_rank + config.devices_a_node)
+        _log.info("ranks %d to %d of %d are on this node", ranks[0], ranks[-1], config.tensor_parallel)
+
+        def failed(reason: str) -> None:
+            _log.error("%s", reason)
+            with suppress(OSError):
+                link.send(Failed(message=reason))
+
+        def loaded(message: msgspec.Struct) -> None:
+            with suppress(OSError):
+                link.send(message)
+
+        crew = Crew(ranks, config, welcome.meeting, loaded, failed, address)
+        try:
+            while (body := link.receive_body()) is not None:
+                with suppress(OSError):  # a worker is gone; the leader hears of it, and ends the engine
+                    crew.forward(body)
+        except OSError as error:
+            _log.warning("%s", error)
+        finally:
+            crew.close()
+            link.close()
+        _log.info("the leader's engine has ended; its workers here have, too")
+
+
+def main() -> None:
+    """Join until stopped."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", required=True, help="checkpoint: .gguf file or folder, as the leader's")
+    parser.add_argument("--overlay", help="an indexer to lay over it, as the leader's")
+    parser.add_argument("--leader", required=True, metavar="HOST:PORT")
+    parser.add_argument("--wait-seconds", type=float, default=600.0, help="(%(default)g)")
+    options = parser.parse_args()
+    logging.basicConfig(format="node: %(message)s", level=logging.INFO)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        Node(options.weights, options.overlay, options.leader, options.wait_seconds).run()
+    except EngineError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The other nodes, as the leader sees them: they come, are checked, get the plans, and are missed when gone.
+
+The port has no password, as NCCL's and gloo's own have none: it belongs in a network that only the nodes can reach.
+What comes over it is decoded into plain types; a stranger can be refused, but can start nothing here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import ipaddress
+import logging
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from engine.config import EngineConfig, host_and_port
+from engine.errors import ConfigError, ProtocolError
+from engine.parallel.fingerprint import fingerprint
+from engine.parallel.group import Meeting
+from engine.parallel.link import FromWorker, Hello, Link, Welcome
+from engine.protocol import Failed
+
+if TYPE_CHECKING:
+    from engine.parallel.crew import OnFailed, OnLoaded
+    from engine.parallel.team import Progress
+
+_log = logging.getLogger(__name__)
+
+_HELLO_SECONDS = 10.0  # what a caller may take to say who it is
+_LOOKUP_SECONDS = 60.0  # a name may be younger than the host that has it
+_POLL_SECONDS = 0.2
+_SILENT_SECONDS = 20  # after which a host that does not answer is gone
+
+
+@dataclass(eq=False)
+class _Node:
+    link: Link
+    name: str  # its address
+
+
+class Nodes:
+    """All nodes but this one.
+
+    Args:
+        config: of the engine; `nodes` and `leader` say how many and where
+        on_loaded: hears of each rank of theirs that has its part of the model
+        on_failed: hears of each that is gone and how, unless `close` was called
+
+    Raises:
+        ConfigError: the leader's address is not of this host, or taken.
+    """
+
+    def __init__(self, config: EngineConfig, on_loaded: OnLoaded, on_failed: OnFailed) -> None:
+        self._config = config
+        self._on_loaded = on_loaded
+        self._on_failed = on_failed
+        self._own = hello(config.weights, config.overlay)
+        self._changed = threading.Condition()
+        self._nodes: list[_Node] = []
+        self._started = False
+        self._closing = False
+        self._listener = _listen(config.leader or "")
+        self.address: str = self._listener.getsockname()[0]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def gather(self, meeting: Meeting, progress: Progress) -> None:
+        """Wait until all nodes are here and give each its ranks; from now on none comes and none may leave."""
+        wanted, stage = self._config.nodes - 1, f"waiting for the other nodes at {self._config.leader}"
+        with self._changed:
+            while len(self._nodes) < wanted:
+                progress(stage, len(self._nodes), wanted)
+                self._changed.wait()
+            self._started = True
+        progress(stage, wanted, wanted)
+        self._listener.close()  # who comes now tries again until the port is open for a new engine
+        each = self._config.devices_a_node
+        for place, node in enumerate(self._nodes, 1):
+            _log.info("node %s has ranks %d to %d", node.name, place * each, place * each + each - 1)
+            with suppress(OSError):  # already gone: its reader will say so
+                node.link.send(Welcome(config=self._config, first_rank=place * each, meeting=meeting))
+
+    def forward(self, body: bytes) -> None:
+        """Send a plan to all; raises OSError when one is gone."""
+        for node in self._nodes:
+            node.link.forward(body)
+
+    def close(self) -> None:
+        """End them: each sees the end of the stream."""
+        self._closing = True
+        self._listener.close()
+        for node in self._nodes:
+            node.link.close()
+
+    def _accept(self) -> None:
+        """Thread: a thread for each caller."""
+        self._listener.settimeout(_POLL_SECONDS)
+        while True:
+            try:
+                caller, address = self._listener.accept()
+            except TimeoutError:
+                continue
+            except OSError:  # closed
+                return
+            name = f"{address[0]}:{address[1]}"
+            threading.Thread(target=self._serve, args=(caller, name), daemon=True).start()
+
+    def _serve(self, caller: socket.socket, name: str) -> None:
+        """Thread, one a caller: who it is, what it says, and its end."""
+        link = Link(caller)
+        try:
+            caller.settimeout(_HELLO_SECONDS)
+            said = link.receive(msgspec.msgpack.Decoder(Hello))
+            if said is None:
+                link.close()
+                return
+            caller.settimeout(None)
+            keep_alive(caller)
+            node = _Node(link, name)
+            refusal = _difference(self._own, said)
+            with self._changed:
+                if refusal is None and not self._started and len(self._nodes) < self._config.nodes - 1:
+                    self._nodes.append(node)
+                    self._changed.notify_all()
+                elif refusal is None:
+                    link.close()  # one too many
+                    return
+            if refusal is not None:
+                _log.warning("node %s was turned away: %s", name, refusal)
+                link.send(Failed(message=refusal))
+                link.close()
+                return
+        except (ProtocolError, OSError) as error:
+            _log.warning("a caller at %s was no node: %s", name, error)
+            link.close()
+            return
+        self._listen_to(node)
+
+    def _listen_to(self, node: _Node) -> None:
+        decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+        told = "its connection was closed"
+        try:
+            while (message := node.link.receive(decoder)) is not None:
+                if isinstance(message, Failed):
+                    told = message.message
+                    break
+                self._on_loaded(message)
+        except (ProtocolError, OSError) as error:
+            told = str(error)
+        with self._changed:
+            if not self._started:
+                self._nodes.remove(node)
+                return
+        if not self._closing:
+            self._on_failed(f"node {node.name}: {told}")
+
+
+def hello(weights: str, overlay: str | None) -> Hello:
+    """What this host is, for the other to compare.
+
+    Raises:
+        ConfigError: the model cannot be read.
+    """
+    try:
+        model = fingerprint(Path(weights), None if overlay is None else Path(overlay))
+    except OSError as error:
+        raise ConfigError(f"the model cannot be read: {error}") from error
+    return Hello(
+        version=importlib.metadata.version("dsa-serve"),
+        torch=str(torch.__version__),
+        model=model,
+        path=weights,
+    )
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Have the system notice that the other host is gone, also where nobody is there to close its end."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", _SILENT_SECONDS // 4),
+        ("TCP_KEEPINTVL", _SILENT_SECONDS // 4),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", _SILENT_SECONDS * 1000),
+    ):
+        if hasattr(socket, name):  # Linux
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _difference(own: Hello, said: Hello) -> str | None:
+    """Why a node cannot take part, if it cannot."""
+    for what, mine, theirs in (("dsa-serve", own.version, said.version), ("torch", own.torch, said.torch)):
+        if mine != theirs:
+            return f"the leader has {what} {mine} and this node {theirs}; install the same on all nodes"
+    if own.model != said.model:
+        return (
+            f"the files of {said.path} on this node are not those of {own.path} on the leader; give both the same "
+            "model, and the same overlay or none"
+        )
+    return None
+
+
+def _listen(leader: str) -> socket.socket:
+    host, port = host_and_port(leader)
+    until = time.monotonic() + _LOOKUP_SECONDS
+    while True:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            break
+        except socket.gaierror as error:
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"leader is {leader}, but {host} has no address: {error.strerror}"
+                ) from error
+            time.sleep(1.0)
+    if ipaddress.ip_address(address[0]).is_unspecified:
+        raise ConfigError(
+            f"leader is {leader}, which is every network; name the address by which the other nodes reach this host"
+        )
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen at {leader}: {error.strerror}; leader must be a free port of an address of this host"
+        ) from error
+    return listener
