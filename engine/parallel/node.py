@@ -13,7 +13,6 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from types import FrameType
 from typing import NoReturn
 
 import msgspec
@@ -49,6 +48,15 @@ class Node:
         self._files = {"weights": weights, "overlay": overlay}
         self._hello: Hello = hello(weights, overlay)
         self._wait_seconds = wait_seconds
+        self._working = False
+        self._leaving = False
+
+    def leave(self, *, now: bool) -> None:
+        """End this process: at once, or where it computes for a leader, when that has finished what it runs."""
+        if now or not self._working or self._leaving:
+            sys.exit(0)
+        self._leaving = True
+        _log.info("leaving once the leader's engine has ended; a second signal ends it now")
 
     def run(self) -> NoReturn:
         """Take part in one engine after another.
@@ -120,15 +128,19 @@ class Node:
 
         crew = Crew(ranks, config, welcome.meeting, loaded, failed, address)
         try:
+            self._working = True
             while (body := link.receive_body()) is not None:
                 with suppress(OSError):  # a worker is gone; the leader hears of it, and ends the engine
                     crew.forward(body)
         except OSError as error:
             _log.warning("%s", error)
         finally:
+            self._working = False
             crew.close()
             link.close()
         _log.info("the leader's engine has ended; its workers here have, too")
+        if self._leaving:
+            sys.exit(0)
 
 
 def main() -> None:
@@ -140,17 +152,14 @@ def main() -> None:
     parser.add_argument("--wait-seconds", type=float, default=600.0, help="(%(default)g)")
     options = parser.parse_args()
     logging.basicConfig(format="node: %(message)s", level=logging.INFO)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     try:
-        Node(options.weights, options.overlay, options.leader, options.wait_seconds).run()
+        node = Node(options.weights, options.overlay, options.leader, options.wait_seconds)
+        signal.signal(signal.SIGINT, lambda number, frame: node.leave(now=True))
+        signal.signal(signal.SIGTERM, lambda number, frame: node.leave(now=False))
+        node.run()
     except EngineError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(0)
 
 
 if __name__ == "__main__":

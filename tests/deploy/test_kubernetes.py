@@ -44,12 +44,26 @@ def rendered(folder: Path) -> list[dict[str, Any]]:
 
 
 def one(folder: Path, kind: str) -> dict[str, Any]:
-    (found,) = (item for item in rendered(folder) if item["kind"] == kind)
+    (found,) = (
+        item
+        for item in rendered(folder)
+        if item["kind"] == kind and item["metadata"]["name"] != "dsa-serve-ranks"
+    )
     return found
 
 
+def template(folder: Path, role: str = "leader") -> dict[str, Any]:
+    """The pod template of a folder's server; over many nodes the leader is the server."""
+    if folder.name != "many-nodes":
+        found: dict[str, Any] = one(folder, "Deployment")["spec"]["template"]
+        return found
+    group: dict[str, Any] = one(folder, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
+    made: dict[str, Any] = group[f"{role}Template"]
+    return made
+
+
 def pod(folder: Path) -> dict[str, Any]:
-    spec: dict[str, Any] = one(folder, "Deployment")["spec"]["template"]["spec"]
+    spec: dict[str, Any] = template(folder)["spec"]
     return spec
 
 
@@ -70,9 +84,17 @@ def commands() -> Iterator[tuple[str, list[str], dict[str, str]]]:
             yield name, service["command"], service["environment"]
 
 
+def filled_in(argument: str) -> str:
+    """An argument as the kubelet would pass it, with variables of the LeaderWorkerSet controller."""
+    for name, value in {"LWS_GROUP_SIZE": "2", "LWS_LEADER_ADDRESS": "dsa-group-0.dsa-group.default"}.items():
+        argument = argument.replace(f"$({name})", value)
+    assert "$(" not in argument
+    return argument
+
+
 def parsed(arguments: list[str]) -> dict[str, Any]:
     """The settings that `dsa` would read from its arguments; what it does not know is an error."""
-    command, *rest = arguments
+    command, *rest = map(filled_in, arguments)
     assert command == "serve"
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     parameters: dict[str, Any] = serve.make_context("serve", rest).params
@@ -123,8 +145,8 @@ def test_every_flag_and_variable_is_one_of_the_server() -> None:
 
 
 def test_a_flag_that_is_not_there_is_found() -> None:
-    with pytest.raises(Exception, match="No such option: --nnodes"):
-        parsed(["serve", "--nnodes", "2"])
+    with pytest.raises(Exception, match="No such option: --replicas"):
+        parsed(["serve", "--replicas", "2"])
 
 
 @pytest.mark.parametrize("folder", SERVERS, ids=lambda folder: folder.name)
@@ -159,9 +181,10 @@ def test_it_runs_with_few_rights(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", SERVERS, ids=lambda folder: folder.name)
 def test_everything_points_at_the_same_pods(folder: Path) -> None:
-    labels = one(folder, "Deployment")["spec"]["template"]["metadata"]["labels"]
-    assert labels == NAMES
-    assert one(folder, "Service")["spec"]["selector"] == NAMES
+    labels = template(folder)["metadata"]["labels"]
+    role = {"dsa-serve/role": "leader"} if folder.name == "many-nodes" else {}
+    assert labels == NAMES | role
+    assert one(folder, "Service")["spec"]["selector"] == labels
     assert one(folder, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == NAMES
     assert one(folder, "ServiceMonitor")["spec"]["selector"]["matchLabels"] == NAMES
     assert one(folder, "Service")["metadata"]["labels"] == NAMES
@@ -256,6 +279,58 @@ def test_replicas_follow_the_queue() -> None:
     assert trigger["metadata"]["query"] == 'sum(dsa_requests_waiting{job="dsa-serve"})'
     claim = one(folder, "PersistentVolumeClaim")
     assert (claim["metadata"]["name"], claim["spec"]["accessModes"]) == ("dsa-models", ["ReadWriteMany"])
+
+
+def test_nodes_of_a_group_join_and_are_sized_alike() -> None:
+    """LeaderWorkerSet is another project's: what its CRD (v1) requires and allows is held by hand."""
+    folder = KUBERNETES / "overlays" / "many-nodes"
+    group = one(folder, "LeaderWorkerSet")
+    assert group["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
+    assert group["spec"].keys() <= {
+        "replicas", "leaderWorkerTemplate", "rolloutStrategy", "startupPolicy", "networkConfig"
+    }  # fmt: skip
+    both = group["spec"]["leaderWorkerTemplate"]
+    assert both.keys() == {"size", "restartPolicy", "leaderTemplate", "workerTemplate"}
+    assert both["restartPolicy"] in ("RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None")
+    assert not any(item["kind"] == "Deployment" for item in rendered(folder))
+    # The controller makes a headless Service of the group's name.
+    assert group["metadata"]["name"] not in {
+        item["metadata"]["name"] for item in rendered(folder) if item["kind"] == "Service"
+    }
+    leader, worker = (template(folder, role) for role in ("leader", "worker"))
+    serving, working = leader["spec"]["containers"][0], worker["spec"]["containers"][0]
+    for made in (leader, worker):
+        assert made["metadata"]["labels"].items() >= NAMES.items()
+        # The schema has no kind for a template alone: a pod is one with a name.
+        for version in VERSIONS:
+            kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **made}, version, strict=True)
+    for same in ("securityContext", "tolerations", "automountServiceAccountToken"):
+        assert leader["spec"][same] == worker["spec"][same]
+    assert leader["spec"]["terminationGracePeriodSeconds"] <= worker["spec"]["terminationGracePeriodSeconds"]
+    for same in ("image", "securityContext", "env", "resources"):
+        assert serving[same] == working[same]
+    assert set(group["spec"]) >= {"leaderWorkerTemplate"}
+    arguments = serving["args"]
+    each = int(serving["resources"]["limits"]["nvidia.com/gpu"])
+    assert int(option(arguments, "tensor_parallel")) == both["size"] * each
+    assert serving["args"][1] == working["args"][1]
+    command = typer.main.get_command(app).commands["worker"]  # type: ignore[attr-defined]
+    given = command.make_context("worker", [filled_in(one) for one in working["args"][1:]]).params
+    assert given["leader"] == option(arguments, "leader")
+    assert f":{serving['ports'][1]['containerPort']}" in given["leader"]
+    places = {mount["mountPath"] for mount in working["volumeMounts"]}
+    assert places == {"/models", "/tmp", "/dev/shm"}
+    assert {pair["value"] for pair in working["env"]} <= places
+    # Ranks talk to one another on ports that they choose, and nobody else may.
+    (ranks,) = (item["spec"] for item in rendered(folder) if item["metadata"]["name"] == "dsa-serve-ranks")
+    peers = [{"podSelector": {"matchLabels": NAMES}}]
+    assert ranks["podSelector"]["matchLabels"] == NAMES
+    assert ranks["ingress"] == [{"from": peers}]
+    assert ranks["egress"] == [{"to": peers}]
+    outside = one(folder, "NetworkPolicy")["spec"]["ingress"]
+    assert [rule["ports"] for rule in outside] == [[{"port": 8000}]]
+    claim = next(item for item in rendered(folder) if item["metadata"]["name"] == "dsa-models")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
 def test_the_pool_selects_the_server() -> None:
