@@ -6,22 +6,28 @@ Letters: n sampled query rows, T positions, Hq attention heads.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 
-def attention_target(query: Tensor, keys: Tensor, allowed: Tensor, scale: float) -> Tensor:
+def attention_target(
+    query: Tensor, keys: Tensor, allowed: Tensor, scale: float, combine: Literal["sum", "max"] = "sum"
+) -> Tensor:
     """Where the layer's heads look, all together: p[t, s] in arXiv 2512.02556, eq. (3).
 
-    The heads' attention probabilities are summed and the sum L1-normalised over the positions. Every
-    head's probabilities sum to 1 over the same positions, so that is their mean.
+    `sum`, as there: the heads' attention probabilities are summed and the sum L1-normalised over the
+    positions. Every head's probabilities sum to 1 over the same positions, so that is their mean.
+    `max`: the largest of the heads' probabilities at each position, L1-normalised likewise. A head that
+    looks at one token only is not outvoted there by others that look at many.
 
     Args:
         query: [n, Hkv, G, D], rotated; Hq = Hkv * G
         keys: [T, Hkv, D], rotated
         allowed: [n, T] bool, at least one True a row
         scale: softmax scale
+        combine: how the heads are put together
 
     Returns:
         [n, T] float32, each row summing to 1, 0 where not allowed; carries no gradient
@@ -29,7 +35,11 @@ def attention_target(query: Tensor, keys: Tensor, allowed: Tensor, scale: float)
     with torch.no_grad():
         logits = torch.einsum("nhgd,thd->hgnt", query.float(), keys.float()) * scale
         logits.masked_fill_(~allowed, -math.inf)
-        return logits.softmax(-1).mean((0, 1))
+        each = logits.softmax(-1)
+        if combine == "sum":
+            return each.mean((0, 1))
+        largest = each.amax((0, 1))
+        return largest / largest.sum(-1, keepdim=True)
 
 
 def index_logits(query: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:

@@ -25,6 +25,13 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     min_length: Positive = 512
     rows: Positive = 256  # query rows a sequence
     first_row: Count = 64  # rows before it see too few tokens to choose among
+    focus_share: Annotated[float, Meta(ge=0, le=1)] = 0.25  # of the rows, at most, from a chat's answers
+    focus_before: Count = 0  # tokens before an answer that count as its own: the question
+    # kind of text -> its share of the sequences; empty: as many as the corpus has
+    shares: dict[str, Annotated[float, Meta(gt=0)]] = {}
+    # what the heads' attention is put together by: the paper's sum, or the largest, which gives a head that
+    # looks at one token alone as much say there as many that look around
+    target: Literal["sum", "max"] = "sum"
     sequences_per_step: Positive = 4
     warmup_steps: Count = 600  # dense stage
     sparse_steps: Count = 200

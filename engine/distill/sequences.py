@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -93,37 +93,74 @@ class Split:
         end = sequence.start + min(sequence.length, max_length)
         return torch.from_numpy(self._tokens[sequence.start : end].astype(np.int64)).to(device)
 
-    def shuffled(self, seed: int, min_length: int) -> Iterator[Sequence]:
+    def shuffled(
+        self, seed: int, min_length: int, shares: Mapping[str, float] | None = None
+    ) -> Iterator[Sequence]:
         """Endless passes over the sequences of at least `min_length` tokens, each in an order of its own.
 
+        Args:
+            seed: of the orders
+            min_length: shorter sequences are left out
+            shares: kind of text -> how much of what is drawn; other kinds are then left out
+
         Raises:
-            ConfigError: from the first `next`, where no sequence is that long.
+            ConfigError: from the first `next`, where no sequence is that long, or none of a kind in `shares`.
         """
         usable = [s for s in self.sequences if s.length >= min_length]
         if not usable:
             raise ConfigError(
                 f"no sequence of the corpus has {min_length} tokens; lower the recipe's min_length, or build more"
             )
-        for epoch in range(1 << 30):
-            order = np.random.default_rng((seed, epoch)).permutation(len(usable))
-            yield from (usable[i] for i in order)
+        if not shares:
+            yield from _passes(usable, (seed,))
+            return
+        kinds = sorted(shares)
+        present = sorted({s.kind for s in usable})
+        for kind in kinds:
+            if kind not in present:
+                raise ConfigError(
+                    f"the recipe asks for a share of {kind!r}, of which the corpus has no sequence of {min_length} "
+                    f"tokens; it has {', '.join(present)}"
+                )
+        passes = [_passes([s for s in usable if s.kind == kind], (seed, i)) for i, kind in enumerate(kinds)]
+        weights = np.array([shares[kind] for kind in kinds])
+        rng = np.random.default_rng(seed)
+        while True:
+            yield next(passes[int(rng.choice(len(kinds), p=weights / weights.sum()))])
+
+
+def _passes(sequences: list[Sequence], seed: tuple[int, ...]) -> Iterator[Sequence]:
+    for epoch in range(1 << 30):
+        order = np.random.default_rng((*seed, epoch)).permutation(len(sequences))
+        yield from (sequences[i] for i in order)
 
 
 def sample_rows(
-    sequence: Sequence, length: int, count: int, first: int, generator: torch.Generator
-) -> Tensor:
-    """Query rows to train on: up to a quarter from the focus spans, the rest anywhere from `first` on.
+    sequence: Sequence, length: int, count: int, first: int, generator: torch.Generator, *,
+    share: float = 0.25, before: int = 0,
+) -> Tensor:  # fmt: skip
+    """Query rows to train on: up to `share` of them from the focus spans, the rest anywhere from `first` on.
+
+    Args:
+        sequence: whose rows
+        length: of its tokens, as cut
+        count: of the rows
+        first: no earlier row
+        generator: what is drawn from
+        share: of the rows, at most, from the focus spans
+        before: tokens before a focus span that belong to it
 
     Returns:
         [<= count] int64, sorted, distinct
     """
     # Row p predicts token p + 1, so a span's first token is the work of the row before it.
     focused = sorted(
-        {p for start, end in sequence.focus for p in range(max(start - 1, first), min(end, length))}
+        {p for start, end in sequence.focus for p in range(max(start - 1 - before, first), min(end, length))}
     )
     chosen = torch.tensor(focused, dtype=torch.int64)
-    if len(chosen) > count // 4:
-        chosen = chosen[torch.randperm(len(chosen), generator=generator)[: count // 4]]
+    most = int(share * count)
+    if len(chosen) > most:
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:most]]
     anywhere = first + torch.randperm(length - first, generator=generator)[: count - len(chosen)]
     rows: Tensor = torch.unique(torch.cat((chosen, anywhere)))
     return rows

@@ -128,7 +128,7 @@ class Trainer:
         part.replace(path)
 
     def _data(self) -> Iterator[Sequence]:
-        return self._split.shuffled(self._recipe.seed, self._recipe.min_length)
+        return self._split.shuffled(self._recipe.seed, self._recipe.min_length, self._recipe.shares)
 
     def _step(self, data: Iterator[Sequence]) -> StepLog:
         recipe, began = self._recipe, time.monotonic()
@@ -142,7 +142,10 @@ class Trainer:
         for _ in range(recipe.sequences_per_step):
             sequence = next(data)
             ids = self._split.tokens(sequence, self._length, self._device)
-            rows = sample_rows(sequence, len(ids), recipe.rows, recipe.first_row, self._generator)
+            rows = sample_rows(
+                sequence, len(ids), recipe.rows, recipe.first_row, self._generator,
+                share=recipe.focus_share, before=recipe.focus_before,
+            )  # fmt: skip
             one_loss, one_recall = self._sequence(ids, rows.to(self._device), stage)
             loss += one_loss.cpu() / recipe.sequences_per_step
             recall += one_recall.cpu() / recipe.sequences_per_step
@@ -171,7 +174,7 @@ class Trainer:
         for layer in range(trunk.config.num_layers):
             with torch.no_grad():
                 inputs = trunk.open(layer, x)
-            target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale)
+            target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale, recipe.target)
             scores = self.student.scores(layer, inputs, rows)
             support = allowed
             if stage == "sparse" and recipe.sparse_support == "selected":
