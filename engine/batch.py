@@ -46,6 +46,14 @@ class Batch:
         device = self.token_ids.device
         return tuple(_tensors(tile, device) for tile in cut(self.segments, self.costs))
 
+    @cached_property
+    def selecting(self) -> Tensor | None:
+        """[T, 1] bool: which rows read a selection; None: no row does."""
+        flags = np.zeros((self.token_ids.shape[0], 1), dtype=np.bool_)
+        for segment in self.segments:
+            flags[segment.first_row + segment.dense_rows : segment.first_row + segment.num_rows] = True
+        return torch.from_numpy(flags).to(self.token_ids.device) if flags.any() else None
+
 
 def build_batch(plan: StepPlan, costs: TileCosts, device: torch.device) -> Batch:
     """Lay the requests of `plan` one after the other.

@@ -95,6 +95,7 @@ class IndexerInfo(Value, frozen=True, kw_only=True):
     rope_dim: int
     default_top_k: int  # what its training and evaluation justify
     source: str  # file name of the overlay, or `checkpoint`
+    adapter_rank: int = 0  # of the corrections on rows with a selection; 0: there are none
 
 
 class ModelInfo(Value, frozen=True, kw_only=True):

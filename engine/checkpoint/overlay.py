@@ -8,9 +8,17 @@ Tensors, for E = hidden_size of the base, H index heads of d dimensions, in ever
     model.layers.{i}.self_attn.indexer.k_norm.bias          [d]
     model.layers.{i}.self_attn.indexer.weights_proj.weight  [H, E]
 
+and, with `adapter_rank` r in the header, for Hq query and Hkv key heads of D dims, the corrections that rows
+with a selection add to attention's projections (`engine.layers.low_rank`):
+
+    model.layers.{i}.self_attn.sparse_adapter.qkv.a         [r, E]
+    model.layers.{i}.self_attn.sparse_adapter.qkv.b         [(Hq + 2 Hkv) * D, r]
+    model.layers.{i}.self_attn.sparse_adapter.o.a           [r, Hq * D]
+    model.layers.{i}.self_attn.sparse_adapter.o.b           [E, r]
+
 Any other tensor replaces the base's tensor of that name. The header's metadata, all strings: `format`,
 `base_model`, `num_heads`, `head_dim`, `rope_dim`, `default_top_k`, `recipe` (how it was trained), and
-optionally `base_sha256`, the `base_fingerprint` of the checkpoint that it was trained on.
+optionally `adapter_rank` and `base_sha256`, the `base_fingerprint` of the checkpoint that it was trained on.
 """
 
 from __future__ import annotations
@@ -33,7 +41,7 @@ from engine.errors import CheckpointError
 from engine.protocol import IndexerInfo
 
 FORMAT = "dsa-indexer-overlay/1"
-_INDEXER_NAME = re.compile(r"model\.layers\.\d+\.self_attn\.indexer\..*")
+_OWN_NAME = re.compile(r"model\.layers\.\d+\.self_attn\.(indexer|sparse_adapter)\..*")
 _SHAPE_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -78,6 +86,7 @@ def read_overlay(path: Path, base: Source) -> Overlay:
         head_dim=_integer(meta, "head_dim", path),
         rope_dim=_integer(meta, "rope_dim", path),
         default_top_k=_integer(meta, "default_top_k", path),
+        adapter_rank=_integer(meta, "adapter_rank", path) if "adapter_rank" in meta else 0,
         source=path.name,
     )
     _check_info(info, str(path))
@@ -118,6 +127,8 @@ def write_overlay(
         "default_top_k": str(info.default_top_k),
         "recipe": recipe,
     }
+    if info.adapter_rank:
+        metadata["adapter_rank"] = str(info.adapter_rank)
     part = path.with_name(path.name + ".part")
     try:
         save_file(stored, part, metadata)
@@ -163,6 +174,36 @@ def indexer_shapes(info: IndexerInfo, num_layers: int, hidden_size: int) -> dict
     }
 
 
+def adapter_shapes(
+    rank: int, num_layers: int, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> dict[str, tuple[int, int]]:
+    """Name -> shape of every tensor that the sparse adapters of `num_layers` layers have; none at rank 0."""
+    one = {
+        "qkv.a": (rank, hidden_size),
+        "qkv.b": ((num_heads + 2 * num_kv_heads) * head_dim, rank),
+        "o.a": (rank, num_heads * head_dim),
+        "o.b": (hidden_size, rank),
+    }
+    return {
+        f"model.layers.{i}.self_attn.sparse_adapter.{name}": shape
+        for i in range(num_layers if rank else 0)
+        for name, shape in one.items()
+    }
+
+
+def _own_shapes(info: IndexerInfo, base: Source) -> dict[str, tuple[int, ...]]:
+    """Of every tensor that an overlay of `base` must have."""
+    config = base.config
+    layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
+    shapes = indexer_shapes(info, layers, hidden)
+    if info.adapter_rank:
+        heads = int(config["num_attention_heads"])
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        head_dim = int(config.get("head_dim") or hidden // heads)
+        shapes |= adapter_shapes(info.adapter_rank, layers, hidden, heads, kv_heads, head_dim)
+    return shapes
+
+
 def _integer(meta: Mapping[str, str], key: str, path: Path) -> int:
     value = meta.get(key)
     if value is None:
@@ -188,17 +229,18 @@ def _check_info(info: IndexerInfo, where: str) -> None:
 def _check_tensors(tensors: Tensors, info: IndexerInfo, base: Source, where: str) -> tuple[str, ...]:
     """The indexers are whole, finite and fit; everything else replaces a tensor of the base: those are returned."""
     num_layers, names = int(base.config["num_hidden_layers"]), tensors.names()
-    needed = indexer_shapes(info, num_layers, int(base.config["hidden_size"]))
+    needed = _own_shapes(info, base)
     missing = sorted(needed.keys() - names)
     if missing:
+        part = "adapter" if "sparse_adapter" in missing[0] else "indexer"
         raise CheckpointError(
-            f"{where} lacks tensor {missing[0]}; each of the base's {num_layers} layers needs a whole indexer"
+            f"{where} lacks tensor {missing[0]}; each of the base's {num_layers} layers needs a whole {part}"
         )
     others = tuple(sorted(names - needed.keys()))
     for name in others:
-        if _INDEXER_NAME.fullmatch(name):
+        if _OWN_NAME.fullmatch(name):
             raise CheckpointError(
-                f"{where} has tensor {name}, which is no part of an indexer of the base's {num_layers} layers"
+                f"{where} has tensor {name}, which is no part of an indexer or adapter of the base's {num_layers} layers"
             )
         if name not in base.names():
             raise CheckpointError(

@@ -23,6 +23,7 @@ from engine.build import resolve_device, resolve_dtype
 from engine.checkpoint.loader import load
 from engine.checkpoint.overlay import Overlay, base_fingerprint, read_overlay, write_overlay
 from engine.checkpoint.source import Source, open_source
+from engine.distill.adapter import Adapter
 from engine.distill.evaluate import BEYOND, held_out
 from engine.distill.recipe import EXAMPLE, Recipe, read_recipe
 from engine.distill.report import Report
@@ -121,19 +122,23 @@ def run(options: argparse.Namespace) -> int:
     trunk = Trunk(config, weights, config.max_positions, device)
     start = None if options.start_from is None else read_overlay(options.start_from, source)
     info = _indexer(options) if start is None else _same_sizes(start.info, options)
+    adapter = _adapter(recipe, config, device, start)
+    info = msgspec.structs.replace(info, adapter_rank=0 if adapter is None else adapter.rank)
     student = Student(config, info, config.max_positions, device, recipe.seed)
     if start is not None:
         student.load({name: start.tensors.read(name, torch.float32) for name in student.parameters})
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     began = "random weights" if start is None else hashlib.sha256(options.start_from.read_bytes()).hexdigest()
-    trainer = Trainer(trunk, student, splits["train"], recipe, out, base_fingerprint(source), began)
+    trainer = Trainer(trunk, student, splits["train"], recipe, out, base_fingerprint(source), began, adapter)
     console = Console()
     if trainer.resume():
         console.print(f"resuming at step {trainer.step} of {recipe.total_steps}", highlight=False)
 
     def table(per_kind: int, *, baselines: bool) -> dict[str, dict[str, float]]:
-        return held_out(trunk, student, splits["heldout"], device, per_kind=per_kind, baselines=baselines)
+        return held_out(
+            trunk, student, splits["heldout"], device, per_kind=per_kind, baselines=baselines, adapter=adapter
+        )
 
     with Report(console, trainer.step, recipe.total_steps) as report:
 
@@ -156,6 +161,31 @@ def run(options: argparse.Namespace) -> int:
             report.say(line)
     report.say(f"to serve it: dsa serve {options.weights} --overlay {out / 'indexer.safetensors'}")
     return 0
+
+
+def _adapter(
+    recipe: Recipe, config: LlamaConfig, device: torch.device, start: Overlay | None
+) -> Adapter | None:
+    """What the recipe's last stage trains: new, or the one that training starts from.
+
+    Raises:
+        ConfigError: that one has another rank, or the recipe would leave it untrained while the indexers move.
+    """
+    before = 0 if start is None else start.info.adapter_rank
+    if not recipe.adapt_steps:
+        if before:
+            raise ConfigError(
+                "the overlay to start from has an adapter, which suits its indexers only; add adapt_steps to the recipe"
+            )
+        return None
+    if before not in (0, recipe.adapter_rank):
+        raise ConfigError(
+            f"the overlay to start from has an adapter of rank {before}; set the recipe's adapter_rank to that"
+        )
+    adapter = Adapter(config, recipe.adapter_rank, device, recipe.seed)
+    if start is not None and before:
+        adapter.load({name: start.tensors.read(name, torch.float32) for name in adapter.parameters})
+    return adapter
 
 
 def _indexer(options: argparse.Namespace) -> IndexerInfo:
@@ -213,7 +243,7 @@ def _write(
     made: dict[str, object] = {"recipe": json.loads(msgspec.json.encode(recipe)), "steps": trainer.step}
     if start is not None:
         made["start"] = json.loads(start.recipe)
-    tensors = {name: p.detach().to(torch.float16) for name, p in trainer.student.parameters.items()}
+    tensors = {name: p.detach().to(torch.float16) for name, p in trainer.parameters().items()}
     write_overlay(path, tensors, info, json.dumps(made), source)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.distill.adapter import Adapter
 from engine.distill.sequences import Sequence, Split
 from engine.distill.sparse_forward import Selector, by_oracle, by_student, by_window, losses
 from engine.distill.student import Student
@@ -30,20 +31,25 @@ def held_out(
     per_kind: int = 3,
     baselines: bool = False,
     beyond: int = BEYOND,
+    adapter: Adapter | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, float]]:
     """Mean loss beyond position `beyond`, nats: selection -> kind of text (and "all") -> loss.
+
+    `sparse` is as served, with the adapter if there is one, `plain` the same without it.
 
     Empty where the split has no sequence (or the model no room for one) of twice `beyond`, or none is
     asked for.
     """
     max_length = min(max_length, trunk.config.max_positions)
-    selectors: dict[str, Selector | None] = {"dense": None}
+    selectors: dict[str, tuple[Selector | None, Adapter | None, int]] = {"dense": (None, None, 0)}
     for k in top_k:
-        selectors[f"sparse {k}"] = by_student(student, k)
+        selectors[f"sparse {k}"] = by_student(student, k), adapter, k
         if baselines:
-            selectors[f"oracle {k}"] = by_oracle(trunk, k)
-            selectors[f"window {k}"] = by_window(k)
+            if adapter is not None:
+                selectors[f"plain {k}"] = by_student(student, k), None, k
+            selectors[f"oracle {k}"] = by_oracle(trunk, k), None, k
+            selectors[f"window {k}"] = by_window(k), None, k
     chosen: dict[str, list[Sequence]] = defaultdict(list)
     for sequence in split.sequences:
         if (
@@ -55,11 +61,16 @@ def held_out(
     result: dict[str, dict[str, float]] = {}
     if not chosen:
         return result
-    for name, select in selectors.items():
+    for name, (select, adapting, k) in selectors.items():
         progress(name)
         by_kind = {
             kind: torch.cat(
-                [losses(trunk, split.tokens(s, max_length, device), select)[beyond - 1 :] for s in sequences]
+                [
+                    losses(trunk, split.tokens(s, max_length, device), select, adapter=adapting, top_k=k)[
+                        beyond - 1 :
+                    ]
+                    for s in sequences
+                ]
             )
             for kind, sequences in chosen.items()
         }

@@ -13,6 +13,7 @@ from engine.errors import ConfigError
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 Rate = Annotated[float, Meta(gt=0)]
+Stage = Literal["dense", "sparse", "adapt"]
 
 EXAMPLE = '{"warmup_steps": 50}'
 
@@ -37,6 +38,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     sparse_steps: Count = 200
     learning_rate: Rate = 1e-3  # of the dense stage, arXiv 2512.02556
     sparse_learning_rate: Rate = 2e-4
+    # of the sparse adapter and, at the sparse stage's rate, the indexers with it; 0: no adapter
+    adapt_steps: Count = 0
+    adapter_rank: Positive = 16
+    adapter_learning_rate: Rate = 1e-3
     ramp_steps: Count = 20
     final_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.1  # of the learning rate, at each stage's end
     clip: Rate = 1.0  # gradient norm of each layer
@@ -52,19 +57,36 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"and that at most max_length ({self.max_length})"
             )
         if not self.total_steps:
-            raise ValueError("warmup_steps and sparse_steps are both 0")
+            raise ValueError("warmup_steps, sparse_steps and adapt_steps are all 0")
 
     @property
     def total_steps(self) -> int:
-        """Of both stages."""
-        return self.warmup_steps + self.sparse_steps
+        """Of all stages."""
+        return self.warmup_steps + self.sparse_steps + self.adapt_steps
+
+    def stage(self, step: int) -> tuple[Stage, int, int]:
+        """The stage that a step is in, its number within, and how many steps that stage has."""
+        stages: tuple[tuple[Stage, int], ...] = (
+            ("dense", self.warmup_steps), ("sparse", self.sparse_steps), ("adapt", self.adapt_steps),
+        )  # fmt: skip
+        for name, length in stages:
+            if step < length:
+                return name, step, length
+            step -= length
+        raise ValueError("the step is beyond the recipe's last")
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step: linear ramp, then a cosine to `final_fraction`, in each stage anew."""
-        sparse = step >= self.warmup_steps
-        at = step - self.warmup_steps if sparse else step
-        length = self.sparse_steps if sparse else self.warmup_steps
-        peak = self.sparse_learning_rate if sparse else self.learning_rate
+        """The indexers' learning rate at a step."""
+        stage, at, length = self.stage(step)
+        return self._shaped(self.learning_rate if stage == "dense" else self.sparse_learning_rate, at, length)
+
+    def adapter_rate(self, step: int) -> float:
+        """The adapter's; 0 before its stage."""
+        stage, at, length = self.stage(step)
+        return self._shaped(self.adapter_learning_rate, at, length) if stage == "adapt" else 0.0
+
+    def _shaped(self, peak: float, at: int, length: int) -> float:
+        """Linear ramp, then a cosine to `final_fraction`, in each stage anew."""
         if at < self.ramp_steps:
             return peak * (at + 1) / self.ramp_steps
         progress = (at - self.ramp_steps) / max(1, length - self.ramp_steps)

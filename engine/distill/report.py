@@ -41,6 +41,8 @@ class Report:
         mean = sum(log.loss) / len(log.loss)
         recall = sum(log.recall) / len(log.recall)
         status = f"{log.stage}  KL {mean:.4f}  recall {recall:.4f}  {log.seconds:.2f} s"
+        if log.distance is not None:
+            status = f"from dense {log.distance:.4f}  {status}"
         self._bar.update(self._task, completed=log.step + 1, status=status)
         if not self._console.is_terminal:
             done = log.step + 1

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engine.distill.adapter import Adapter
 from engine.distill.objective import attention_target, top_mask
 from engine.distill.student import Student
-from engine.distill.trunk import LayerInputs, Trunk
+from engine.distill.trunk import Corrections, LayerInputs, Trunk
 
 Selector = Callable[[int, LayerInputs, Tensor], Tensor]
 """(layer, inputs, rows [n]) -> [n, T] bool: what the rows may read."""
@@ -31,17 +32,39 @@ def attend_selected(
 
 
 @torch.no_grad()
-def losses(trunk: Trunk, tokens: Tensor, select: Selector | None, rows_at_once: int = ROWS_AT_ONCE) -> Tensor:
-    """Cross-entropy of each next token [T - 1], nats; `select` None is dense."""
+def final_rows(
+    trunk: Trunk, tokens: Tensor, select: Selector | None, rows_at_once: int = ROWS_AT_ONCE,
+    adapter: Adapter | None = None, top_k: int = 0,
+) -> Tensor:  # fmt: skip
+    """The last layer's output [T, E]; `select` None is dense.
+
+    With an `adapter`, the rows from `top_k` on run corrected, as they do in serving.
+    """
     x = trunk.embed(tokens)
     for layer in range(trunk.config.num_layers):
-        inputs = trunk.open(layer, x)
+        fix = None if adapter is None else corrections(adapter, layer, len(tokens), top_k, x)
+        inputs = trunk.open(layer, x, fix)
         if select is None:
             attended = trunk.attend(inputs, slice(None), None)
         else:
             attended = attend_selected(trunk, layer, inputs, select, rows_at_once)
-        x = trunk.close(layer, x, attended)
-    return trunk.losses(x, tokens)
+        x = trunk.close(layer, x, attended, fix)
+    return x
+
+
+def corrections(adapter: Adapter, layer: int, total: int, top_k: int, x: Tensor) -> Corrections:
+    """One layer's, for the rows of a sequence of `total` tokens that see more than `top_k` of them."""
+    qkv, o = adapter.of(layer, x.dtype)
+    return Corrections(qkv, o, torch.arange(total, device=x.device).unsqueeze(-1) >= top_k)
+
+
+@torch.no_grad()
+def losses(
+    trunk: Trunk, tokens: Tensor, select: Selector | None, rows_at_once: int = ROWS_AT_ONCE,
+    adapter: Adapter | None = None, top_k: int = 0,
+) -> Tensor:  # fmt: skip
+    """Cross-entropy of each next token [T - 1], nats; arguments as in `final_rows`."""
+    return trunk.losses(final_rows(trunk, tokens, select, rows_at_once, adapter, top_k), tokens)
 
 
 def by_student(student: Student, top_k: int) -> Selector:

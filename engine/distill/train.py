@@ -14,8 +14,10 @@ import msgspec
 import torch
 from torch import Tensor
 
+from engine.distill.adaptation import adapt
+from engine.distill.adapter import Adapter
 from engine.distill.objective import attention_target, divergence, top_mask
-from engine.distill.recipe import Recipe
+from engine.distill.recipe import Recipe, Stage
 from engine.distill.sequences import Sequence, Split, sample_rows
 from engine.distill.sparse_forward import attend_selected, by_student, causal
 from engine.distill.student import Student
@@ -30,12 +32,13 @@ class StepLog(msgspec.Struct, frozen=True, kw_only=True):
     """One optimiser step, as a line of the log. Lists have one entry a layer."""
 
     step: int
-    stage: Literal["dense", "sparse"]
+    stage: Stage
     rate: float
     loss: list[float]  # KL divergence, nats
     recall: list[float]  # attention mass captured by the best `report_top_k`
     tokens: int
     seconds: float
+    distance: float | None = None  # KL divergence of predictions from dense ones, nats a token; adapting only
 
 
 class Trainer:
@@ -49,14 +52,18 @@ class Trainer:
         folder: of the log and the checkpoint
         base: what tells `trunk`'s weights from others; a checkpoint goes on only over the same
         start: likewise of the student's weights at step 0
+        adapter: to train in the recipe's last stage, which needs one
     """
 
     def __init__(
         self, trunk: Trunk, student: Student, split: Split, recipe: Recipe, folder: Path, base: str = "",
-        start: str = "random weights",
+        start: str = "random weights", adapter: Adapter | None = None,
     ) -> None:  # fmt: skip
+        if recipe.adapt_steps and adapter is None:
+            raise ConfigError("the recipe has adapt_steps, but there is no adapter to train")
         self._trunk = trunk
         self.student = student
+        self.adapter = adapter
         self._split = split
         self._recipe = recipe
         self._folder = folder
@@ -74,8 +81,11 @@ class Trainer:
             "start": start,
         }
         self._device = next(iter(student.parameters.values())).device
+        groups = [{"params": list(student.parameters.values())}]
+        if adapter is not None:
+            groups.append({"params": list(adapter.parameters.values())})
         self._optimiser = torch.optim.AdamW(
-            list(student.parameters.values()), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+            groups, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
         self._generator = torch.Generator().manual_seed(recipe.seed)
         self._stopping = False
@@ -132,13 +142,14 @@ class Trainer:
 
     def _step(self, data: Iterator[Sequence]) -> StepLog:
         recipe, began = self._recipe, time.monotonic()
-        stage: Literal["dense", "sparse"] = "dense" if self.step < recipe.warmup_steps else "sparse"
+        stage, _, _ = recipe.stage(self.step)
         rate = recipe.rate(self.step)
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
+        rates = (rate, recipe.adapter_rate(self.step))
+        for group, own in zip(self._optimiser.param_groups, rates, strict=False):
+            group["lr"] = own
         self._optimiser.zero_grad(set_to_none=True)
         layers = self._trunk.config.num_layers
-        loss, recall, tokens = torch.zeros(layers), torch.zeros(layers), 0
+        loss, recall, tokens, distance = torch.zeros(layers), torch.zeros(layers), 0, 0.0
         for _ in range(recipe.sequences_per_step):
             sequence = next(data)
             ids = self._split.tokens(sequence, self._length, self._device)
@@ -146,7 +157,11 @@ class Trainer:
                 sequence, len(ids), recipe.rows, recipe.first_row, self._generator,
                 share=recipe.focus_share, before=recipe.focus_before,
             )  # fmt: skip
-            one_loss, one_recall = self._sequence(ids, rows.to(self._device), stage)
+            if stage == "adapt":
+                one_loss, one_recall, apart = self._adapt(ids, rows.to(self._device))
+                distance += apart / recipe.sequences_per_step
+            else:
+                one_loss, one_recall = self._sequence(ids, rows.to(self._device), stage)
             loss += one_loss.cpu() / recipe.sequences_per_step
             recall += one_recall.cpu() / recipe.sequences_per_step
             tokens += len(ids)
@@ -156,7 +171,7 @@ class Trainer:
         self._optimiser.step()
         return StepLog(
             step=self.step, stage=stage, rate=rate, loss=loss.tolist(), recall=recall.tolist(), tokens=tokens,
-            seconds=time.monotonic() - began,
+            seconds=time.monotonic() - began, distance=distance if stage == "adapt" else None,
         )  # fmt: skip
 
     def _sequence(
@@ -164,8 +179,7 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Backward through every layer's loss on one sequence: (loss, recall), each [layers]."""
         trunk, recipe = self._trunk, self._recipe
-        pick = int(torch.randint(len(recipe.sparse_top_k), (1,), generator=self._generator))
-        top_k = recipe.sparse_top_k[pick]
+        top_k = self._top_k()
         losses, recalls = [], []
         allowed = causal(rows, len(ids))
         probe = slice(None, None, max(1, len(rows) // RECALL_ROWS))
@@ -194,20 +208,41 @@ class Trainer:
                 x = trunk.close(layer, x, attended)
         return torch.stack(losses), torch.stack(recalls)
 
+    def _top_k(self) -> int:
+        choices = self._recipe.sparse_top_k
+        return choices[int(torch.randint(len(choices), (1,), generator=self._generator))]
+
+    def _adapt(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Backward through the adapter's loss, and the indexers', on one sequence: both losses, and recall."""
+        recipe, adapter = self._recipe, self.adapter
+        assert adapter is not None
+        share = 1 / recipe.sequences_per_step
+        ids = ids[: len(ids) // 8 * 8]  # attention on a mask has fast kernels for such lengths only
+        rows = rows[rows < len(ids)]
+        made = adapt(self._trunk, self.student, adapter, ids, rows, self._top_k(), share, recipe.target)
+        torch.autograd.backward(made.distance * share)
+        return made.losses, made.recalls, float(made.distance.detach())
+
     def _clip(self) -> None:
-        """Bound each layer's gradient norm by itself: the layers are separate problems."""
+        """Bound each layer's gradient norm by itself: the layers are separate problems. The adapter is one."""
+        if self.adapter is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.adapter.parameters.values()), self._recipe.clip)
         for layer in range(self._trunk.config.num_layers):
             own = [
                 p for name, p in self.student.parameters.items() if name.startswith(f"model.layers.{layer}.")
             ]
             torch.nn.utils.clip_grad_norm_(own, self._recipe.clip)
 
+    def parameters(self) -> dict[str, Tensor]:
+        """All that is trained, by the names of an overlay."""
+        return self.student.parameters | ({} if self.adapter is None else self.adapter.parameters)
+
     def save(self) -> None:
         """Write everything that `resume` needs; the file is whole or absent."""
         state = {
             "step": self.step,
             "identity": self._identity,
-            "parameters": {name: p.detach().cpu() for name, p in self.student.parameters.items()},
+            "parameters": {name: p.detach().cpu() for name, p in self.parameters().items()},
             "optimiser": self._optimiser.state_dict(),
             "generator": self._generator.get_state(),
         }
@@ -236,6 +271,8 @@ class Trainer:
                 )
         self.step = state["step"]
         self.student.load(state["parameters"])
+        if self.adapter is not None:
+            self.adapter.load(state["parameters"])
         self._optimiser.load_state_dict(state["optimiser"])
         self._generator.set_state(state["generator"])
         return True

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.layers.low_rank import LowRank
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
 from engine.models.llama import LlamaConfig
@@ -29,8 +30,17 @@ class LayerInputs:
     values: Tensor  # [T, Hkv, D]
 
 
+@dataclass(frozen=True)
+class Corrections:
+    """One layer's sparse adapter and the rows that it is for."""
+
+    qkv: LowRank
+    o: LowRank
+    rows: Tensor  # [T, 1] bool
+
+
 class Trunk:
-    """Layer-by-layer forward of one sequence; nothing here carries a gradient."""
+    """Layer-by-layer forward of one sequence; its weights carry no gradient."""
 
     def __init__(
         self, config: LlamaConfig, weights: Mapping[str, Tensor], max_positions: int, device: torch.device
@@ -46,11 +56,13 @@ class Trunk:
         """[T] -> [T, E]."""
         return F.embedding(tokens, self._weights["embed"])
 
-    def open(self, layer: int, x: Tensor) -> LayerInputs:
+    def open(self, layer: int, x: Tensor, corrections: Corrections | None = None) -> LayerInputs:
         """What layer `layer`'s attention and indexer see of x [T, E]."""
         c = self.config
         hidden = rms_norm(x, self._weights[f"layers.{layer}.input_norm"], c.rms_norm_eps)
         heads = F.linear(hidden, self._weights[f"layers.{layer}.qkv"])
+        if corrections is not None:
+            heads = heads + corrections.qkv(hidden, corrections.rows)
         heads = heads.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         query, key, value = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         rotation = self._rotary.at(torch.arange(x.shape[0], device=x.device))
@@ -81,13 +93,22 @@ class Trunk:
         )[0]
         return out.reshape(c.num_heads, n, c.head_dim).permute(1, 0, 2).reshape(n, -1)
 
-    def close(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+    def close(
+        self, layer: int, x: Tensor, attended: Tensor, corrections: Corrections | None = None
+    ) -> Tensor:
         """The rest of the layer: x [T, E] and attention's output [T, Hq * D] -> the next x."""
         w = self._weights
         x = x + F.linear(attended, w[f"layers.{layer}.o"])
+        if corrections is not None:
+            x = x + corrections.o(attended, corrections.rows)
         hidden = rms_norm(x, w[f"layers.{layer}.post_norm"], self.config.rms_norm_eps)
         gate, up = F.linear(hidden, w[f"layers.{layer}.gate_up"]).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, w[f"layers.{layer}.down"])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of some rows' final x: [n, E] -> [n, vocab] float32."""
+        x = rms_norm(x, self._weights["norm"], self.config.rms_norm_eps)
+        return F.linear(x, self._weights["embed" if self.config.tied else "head"]).float()
 
     def losses(self, x: Tensor, tokens: Tensor, rows_at_once: int = 2048) -> Tensor:
         """Cross-entropy of each next token, nats: x [T, E], tokens [T] -> [T - 1] float32."""

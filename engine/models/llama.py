@@ -21,6 +21,7 @@ from engine.attention.sparse import attend
 from engine.attention.tiles import TileCosts
 from engine.batch import Batch
 from engine.checkpoint.loader import LoadReport, Weight, load
+from engine.checkpoint.overlay import adapter_shapes
 from engine.checkpoint.packed import can_pack, load_packed
 from engine.checkpoint.source import Source
 from engine.config import IndexerDtype
@@ -31,6 +32,7 @@ from engine.kernels.interface import Kernels
 from engine.kv.layouts import Int8KeyLayout
 from engine.kv.planes import PagedCache, PlaneSpec
 from engine.layers.linear import Held, embedding, linear, linear_float32
+from engine.layers.low_rank import LowRank
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
 from engine.parallel.ranks import Ranks
@@ -135,6 +137,13 @@ def weight_table(config: LlamaConfig, indexer: IndexerInfo | None) -> dict[str, 
             table[f"{layer}.indexer.weights_proj"] = _matrix(
                 (f"{inside}.weights_proj.weight",), (h, c.hidden_size)
             )
+            shapes = adapter_shapes(
+                indexer.adapter_rank, c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+            )
+            within = f"{at}.self_attn.sparse_adapter."
+            for name, shape in shapes.items():
+                if name.startswith(within):
+                    table[f"{layer}.adapter.{name.removeprefix(within)}"] = Weight((name,), shape)
     return table
 
 
@@ -159,6 +168,7 @@ class LlamaLayer:
     gate_up: Held  # [2 F, E]
     down: Held  # [E, F]
     indexer: LightningIndexer | None
+    adapter: tuple[LowRank, LowRank] | None  # to qkv and o, on rows with a selection
 
 
 class Llama:
@@ -216,7 +226,7 @@ class Llama:
         def of(name: str) -> Held:
             return weights[f"layers.{i}.{name}"]
 
-        indexer = None
+        indexer = adapter = None
         if self.indexer is not None:
             parts = IndexerWeights(
                 wq=of("indexer.wq"),
@@ -226,6 +236,11 @@ class Llama:
                 weights_proj=of("indexer.weights_proj"),
             )
             indexer = LightningIndexer(parts, self.indexer.num_heads)
+            if self.indexer.adapter_rank:
+                adapter = (
+                    LowRank(plain(of("adapter.qkv.a")), plain(of("adapter.qkv.b"))),
+                    LowRank(plain(of("adapter.o.a")), plain(of("adapter.o.b"))),
+                )
         return LlamaLayer(
             input_norm=plain(of("input_norm")),
             qkv=of("qkv"),
@@ -234,6 +249,7 @@ class Llama:
             gate_up=of("gate_up"),
             down=of("down"),
             indexer=indexer,
+            adapter=adapter,
         )
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
@@ -264,12 +280,15 @@ class Llama:
         """See `ModelShape`; every weight but embeddings, norms and index queries runs for each token."""
         c, n = self.config, self.config.num_layers
         attention = 2 * c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+        rank = 0 if self.indexer is None else self.indexer.adapter_rank
+        qkv_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        adapter = 2 * rank * (2 * c.hidden_size + qkv_rows + c.num_heads * c.head_dim)
         mlp = 2 * 3 * c.hidden_size * c.intermediate_size
         heads, dim = (0, 0) if self.indexer is None else (self.indexer.num_heads, self.indexer.head_dim)
         specs = self.plane_specs()
         return ModelShape(
             row_flops=n * (attention + mlp + 2 * c.hidden_size * dim),
-            sparse_row_flops=n * 2 * c.hidden_size * heads * (dim + 1),
+            sparse_row_flops=n * (2 * c.hidden_size * heads * (dim + 1) + adapter),
             head_flops=2 * c.hidden_size * c.vocab_size,
             pair_flops=n * 4 * c.num_heads * c.head_dim,
             index_pair_flops=n * 2 * heads * (dim + 1),
@@ -303,7 +322,10 @@ class Llama:
         cache: PagedCache,
     ) -> Tensor:
         c = self.config
-        heads = linear(hidden, layer.qkv).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        qkv = linear(hidden, layer.qkv)
+        if layer.adapter is not None and batch.selecting is not None:
+            qkv = qkv + layer.adapter[0](hidden, batch.selecting)
+        heads = qkv.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         query, key, value = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         query, key = rotate(query, rotation), rotate(key, rotation)
         cache.write(i, "kv", batch.pages, batch.offsets, torch.stack((key, value), dim=2))
@@ -326,7 +348,11 @@ class Llama:
             self._kernels,
             c.head_dim**-0.5,
         )
-        return linear(out.flatten(1), layer.o)
+        out = out.flatten(1)
+        attended = linear(out, layer.o)
+        if layer.adapter is not None and batch.selecting is not None:
+            attended = attended + layer.adapter[1](out, batch.selecting)
+        return attended
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

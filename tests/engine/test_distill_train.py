@@ -179,7 +179,7 @@ def test_the_rate_ramps_up_and_falls_in_each_stage() -> None:
         ('{"learning_rate": -1}', "the recipe cannot be used: learning_rate: Expected `float` > 0.0"),
         ('{"first_row": 512}', r"first_row \(512\) must be below min_length \(512\)"),
         ('{"max_length": 100}', r"at most max_length \(100\)"),
-        ('{"warmup_steps": 0, "sparse_steps": 0}', "warmup_steps and sparse_steps are both 0"),
+        ('{"warmup_steps": 0, "sparse_steps": 0}', "adapt_steps are all 0"),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence(text: str, sentence: str) -> None:
