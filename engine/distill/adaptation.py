@@ -1,7 +1,9 @@
 """The last stage's loss: predictions under selection are drawn to those of dense attention.
 
 Everything runs as in serving: each layer reads what its indexer selects, rows past top_k run with the adapter.
-The teacher is the same model, dense and without it. The indexers go on learning from their own loss, eq. (4)
+The teacher is the same model, dense and without it. Where a text has answers, they teach too: a small model
+finds a fact far back only now and then, dense or not, and what it does by a hair does not survive any change.
+The indexers go on learning from their own loss, eq. (4)
 of arXiv 2512.02556, on the attention that the adapter makes.
 """
 
@@ -25,9 +27,10 @@ _ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Adapted:
-    """What one sequence gave; all but `distance` is for the log."""
+    """What one sequence gave; all but the first two is for the log."""
 
     distance: Tensor  # [] KL(dense || sparse) of the next token, mean over rows, nats; with gradient
+    answers: Tensor  # [] cross-entropy of the next token, mean over the answers' rows, nats; with gradient
     losses: Tensor  # [layers] of the indexers, whose gradients are already added up
     recalls: Tensor  # [layers]
 
@@ -40,6 +43,7 @@ def adapt(
     rows: Tensor,
     top_k: int,
     weight: float,
+    answers: Tensor,
     combine: Literal["sum", "max"] = "sum",
 ) -> Adapted:
     """Forward of one sequence, dense and adapted; backward of the indexers' losses.
@@ -52,6 +56,7 @@ def adapt(
         rows: [n] query rows that are compared
         top_k: how many tokens a row may read
         weight: what the indexers' losses count for
+        answers: [m] rows whose next token is part of an answer; m may be 0
         combine: see `attention_target`
     """
     with torch.no_grad():
@@ -78,7 +83,10 @@ def adapt(
         x = trunk.close(layer, x, _attend(trunk, inputs, torch.cat(masks)), fix)
     sparse = trunk.logits(x[rows]).log_softmax(-1)
     distance = F.kl_div(sparse, dense, log_target=True, reduction="none").sum(-1).mean()
-    return Adapted(distance, torch.stack(losses), torch.stack(recalls))
+    told = sparse.new_zeros(())
+    if len(answers):
+        told = F.cross_entropy(trunk.logits(x[answers]), tokens[answers + 1])
+    return Adapted(distance, told, torch.stack(losses), torch.stack(recalls))
 
 
 def _attend(trunk: Trunk, inputs: LayerInputs, allowed: Tensor) -> Tensor:

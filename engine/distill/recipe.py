@@ -42,6 +42,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     adapt_steps: Count = 0
     adapter_rank: Positive = 16
     adapter_learning_rate: Rate = 1e-3
+    answer_weight: Annotated[float, Meta(ge=0)] = (
+        0.0  # of the answers' own loss, beside the distance to dense
+    )
     ramp_steps: Count = 20
     final_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.1  # of the learning rate, at each stage's end
     clip: Rate = 1.0  # gradient norm of each layer

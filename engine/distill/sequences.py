@@ -164,3 +164,9 @@ def sample_rows(
     anywhere = first + torch.randperm(length - first, generator=generator)[: count - len(chosen)]
     rows: Tensor = torch.unique(torch.cat((chosen, anywhere)))
     return rows
+
+
+def answer_rows(sequence: Sequence, length: int) -> Tensor:
+    """Rows of a sequence, cut to `length`, whose next token is in a focus span: [m] int64, sorted."""
+    rows = {p for start, end in sequence.focus for p in range(max(start - 1, 0), min(end, length) - 1)}
+    return torch.tensor(sorted(rows), dtype=torch.int64)

@@ -18,7 +18,7 @@ from engine.distill.adaptation import adapt
 from engine.distill.adapter import Adapter
 from engine.distill.objective import attention_target, divergence, top_mask
 from engine.distill.recipe import Recipe, Stage
-from engine.distill.sequences import Sequence, Split, sample_rows
+from engine.distill.sequences import Sequence, Split, answer_rows, sample_rows
 from engine.distill.sparse_forward import attend_selected, by_student, causal
 from engine.distill.student import Student
 from engine.distill.trunk import Trunk
@@ -158,7 +158,8 @@ class Trainer:
                 share=recipe.focus_share, before=recipe.focus_before,
             )  # fmt: skip
             if stage == "adapt":
-                one_loss, one_recall, apart = self._adapt(ids, rows.to(self._device))
+                answers = answer_rows(sequence, len(ids)).to(self._device)
+                one_loss, one_recall, apart = self._adapt(ids, rows.to(self._device), answers)
                 distance += apart / recipe.sequences_per_step
             else:
                 one_loss, one_recall = self._sequence(ids, rows.to(self._device), stage)
@@ -212,15 +213,17 @@ class Trainer:
         choices = self._recipe.sparse_top_k
         return choices[int(torch.randint(len(choices), (1,), generator=self._generator))]
 
-    def _adapt(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, float]:
+    def _adapt(self, ids: Tensor, rows: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, float]:
         """Backward through the adapter's loss, and the indexers', on one sequence: both losses, and recall."""
         recipe, adapter = self._recipe, self.adapter
         assert adapter is not None
         share = 1 / recipe.sequences_per_step
         ids = ids[: len(ids) // 8 * 8]  # attention on a mask has fast kernels for such lengths only
-        rows = rows[rows < len(ids)]
-        made = adapt(self._trunk, self.student, adapter, ids, rows, self._top_k(), share, recipe.target)
-        torch.autograd.backward(made.distance * share)
+        rows, answers = rows[rows < len(ids)], answers[answers < len(ids) - 1]
+        made = adapt(
+            self._trunk, self.student, adapter, ids, rows, self._top_k(), share, answers, recipe.target
+        )
+        torch.autograd.backward((made.distance + recipe.answer_weight * made.answers) * share)
         return made.losses, made.recalls, float(made.distance.detach())
 
     def _clip(self) -> None:
