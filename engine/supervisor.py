@@ -61,10 +61,11 @@ class SubprocessEngine:
         self._config = config
         self._on_output = on_output
         self._status = EngineStatus(state=EngineState.STARTING, message="the engine has not been started yet")
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()  # set with the next change of state, then replaced
         self._supervisor: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._end: ServerEnd | None = None
+        self._was_ready = False  # this process
         self._streams: dict[str, asyncio.Queue[Delta | None]] = {}
         self._held: dict[str, _Held] = {}  # what the engine has not let go of
 
@@ -76,14 +77,14 @@ class SubprocessEngine:
     async def start(self) -> None:
         """Begin to load, and to watch."""
         if self._supervisor is None:
-            await self._set(EngineState.STARTING, "the engine is starting")
+            self._set(EngineState.STARTING, "the engine is starting")
             self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
 
     async def wait_ready(self) -> None:
         """Return once the engine takes requests; raise `EngineUnavailableError` if it never will."""
         over = (EngineState.READY, EngineState.FAILED, EngineState.STOPPED)
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._status.state in over)
+        while self._status.state not in over:
+            await self._changed.wait()
         if self._status.state is not EngineState.READY:
             raise EngineUnavailableError(self._status.message)
 
@@ -92,7 +93,7 @@ class SubprocessEngine:
         if self._status.state is EngineState.STOPPED:
             return
         runs = self._status.state is EngineState.READY
-        await self._set(EngineState.STOPPED, "the engine was stopped")
+        self._set(EngineState.STOPPED, "the engine was stopped")
         if not runs:
             self._kill()  # it has nothing to finish, and would only hear of the end once it had loaded
         elif self._end is not None:
@@ -153,11 +154,11 @@ class SubprocessEngine:
                 message = (
                     f"the engine process ended {failed_starts} times before it was ready, at last with {how}"
                 )
-                await self._set(EngineState.FAILED, message)
+                self._set(EngineState.FAILED, message)
             else:
                 message = f"the engine process ended with {how}; a new one is starting"
                 _log.error("%s", message)
-                await self._set(EngineState.DOWN, message, restarts=self._status.restarts + 1)
+                self._set(EngineState.DOWN, message, restarts=self._status.restarts + 1)
 
     async def _run_once(self) -> tuple[bool, int]:
         """One life of the process: (became ready, exit status; negative for a signal)."""
@@ -185,14 +186,12 @@ class SubprocessEngine:
         output = asyncio.create_task(self._pass_on(process.stdout), name="engine output")
         if self._over:
             self._kill()  # stopped while the process was being made
-        end = self._end = await ServerEnd.over(ours)
+        self._was_ready = False
+        end = self._end = await ServerEnd.over(ours, self._hear)
         self._status = msgspec.structs.replace(self._status, pid=process.pid)
-        ready = False
         try:
             end.send(Start(config=self._config))
-            while (message := await end.receive()) is not None:
-                ready = ready or isinstance(message, Ready)
-                await self._handle(message)
+            await end.wait_closed()
         except ProtocolError as error:
             _log.error("%s; the engine is replaced", error)
         finally:
@@ -208,7 +207,7 @@ class SubprocessEngine:
             # hold the pipe; they are not waited for.
             with suppress(TimeoutError):
                 await asyncio.wait_for(output, _OUTPUT_SECONDS)
-        return ready, code
+        return self._was_ready, code
 
     async def _pass_on(self, stream: asyncio.StreamReader | None) -> None:
         """Hand over what the process writes until it ends, cut at ends of lines."""
@@ -225,7 +224,7 @@ class SubprocessEngine:
         if rest:
             self._on_output(rest.decode("utf-8", "replace"))
 
-    async def _handle(self, message: Loading | Ready | Failed | StepOutput) -> None:
+    def _hear(self, message: Loading | Ready | Failed | StepOutput) -> None:
         if isinstance(message, StepOutput):
             self._status = msgspec.structs.replace(self._status, stats=message.stats)
             for request_id, work in message.progress:
@@ -246,23 +245,22 @@ class SubprocessEngine:
                     self._status, loading=message, message=f"the engine is starting: {message.stage}"
                 )
         elif isinstance(message, Ready):
+            self._was_ready = True
             if self._status.state is not EngineState.STOPPED:
-                await self._set(
-                    EngineState.READY, "", model=message.model, capacity=message.capacity, loading=None
-                )
+                self._set(EngineState.READY, "", model=message.model, capacity=message.capacity, loading=None)
         elif self._status.state is EngineState.READY:
             _log.error("the engine ends: %s", message.message)
         else:
-            await self._set(EngineState.FAILED, message.message)
+            self._set(EngineState.FAILED, message.message)
 
     @property
     def _over(self) -> bool:
         return self._status.state in (EngineState.STOPPED, EngineState.FAILED)
 
-    async def _set(self, state: EngineState, message: str, **changes: object) -> None:
-        async with self._changed:
-            self._status = msgspec.structs.replace(self._status, state=state, message=message, **changes)
-            self._changed.notify_all()
+    def _set(self, state: EngineState, message: str, **changes: object) -> None:
+        self._status = msgspec.structs.replace(self._status, state=state, message=message, **changes)
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _fail_streams(self) -> None:
         for stream in self._streams.values():
