@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.checkpoint.loader import LoadReport, Weight, check, load, unused
 from engine.checkpoint.source import HoldsQuantised, Source
 from engine.errors import CheckpointError
+from engine.kernels.native.memory import Arena
 from engine.kernels.native.packing import GROUP
 from engine.kernels.packed import Kind, PackedWeight, Quantised, packed_bytes
 
@@ -49,8 +50,9 @@ def load_packed(
     )
     weights: dict[str, Tensor | PackedWeight] = {**tensors}
     done = report.num_bytes
+    arena = Arena(list(sizes.values()))
     for name, weight in packed.items():
-        weights[name] = _assemble(weight, source)
+        weights[name] = _assemble(weight, source, arena.take(sizes[name]))
         done += sizes[name]
         progress(done, report.num_bytes + later)
     return weights, replace(
@@ -70,10 +72,10 @@ def _kind(weight: Weight, source: Source) -> Kind | None:
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def _assemble(weight: Weight, source: Source) -> PackedWeight:
+def _assemble(weight: Weight, source: Source, memory: Tensor) -> PackedWeight:
     if _kind(weight, source) is None or not isinstance(source, HoldsQuantised):
         whole, _ = load({"it": weight}, source, dtype=torch.bfloat16, device=torch.device("cpu"))
-        return PackedWeight.of(whole["it"])
+        return PackedWeight.of(whole["it"], memory)
     parts = []
     for name in weight.names:
         part = source.read_quantised(name)
@@ -91,5 +93,6 @@ def _assemble(weight: Weight, source: Source) -> PackedWeight:
             np.concatenate([part.numbers for part in parts]),
             np.concatenate([part.scales for part in parts]),
             np.concatenate(offsets) if offsets else None,
-        )
+        ),
+        memory,
     )

@@ -62,8 +62,13 @@ class PackedWeight:
     inputs: int
 
     @classmethod
-    def of(cls, stored: Quantised | Tensor) -> PackedWeight:
-        """Lay out a matrix [out, in] that a checkpoint quantises, or a plain one, rounded to bfloat16."""
+    def of(cls, stored: Quantised | Tensor, memory: Tensor | None = None) -> PackedWeight:
+        """Lay out a matrix [out, in] that a checkpoint quantises, or a plain one, rounded to bfloat16.
+
+        Args:
+            stored: the matrix
+            memory: [`packed_bytes`] uint8 to lay it out in, from a cache line on; None for some of its own
+        """
         shape = stored.shape if isinstance(stored, Tensor) else stored.numbers.shape
         kind: Kind = "bf16" if isinstance(stored, Tensor) else stored.kind
         # torch's memory begins on a cache line. Filled part by part: packing takes several times what it packs.

@@ -8,7 +8,6 @@ never be separated from its index keys (parting them is how DSA servers get sile
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.config import PAGE_SIZE
+from engine.kernels.native.memory import zeros
 
 _ALIGNMENT = 64  # bytes: each plane of a page starts on a cache line
 
@@ -57,7 +57,7 @@ def _zeros(num_pages: int, size: int, device: torch.device) -> Tensor:
     """
     if device.type != "cpu":
         return torch.zeros(num_pages, size, dtype=torch.uint8, device=device)
-    return torch.frombuffer(mmap.mmap(-1, num_pages * size), dtype=torch.uint8).view(num_pages, size)
+    return zeros(num_pages * size).view(num_pages, size)
 
 
 class PagedCache:

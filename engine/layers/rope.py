@@ -124,6 +124,10 @@ class RotaryTable:
         self._cos = (angles.cos() * factor).to(device)  # [max_positions, dim / 2] float32
         self._sin = (angles.sin() * factor).to(device)
 
+    def all(self) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each [max_positions, dim / 2] float32."""
+        return self._cos, self._sin
+
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [T, dim / 2] float32, for positions [T]."""
         return self._cos[positions], self._sin[positions]

@@ -35,6 +35,8 @@ from engine.layers.linear import Held, embedding, linear, linear_float32
 from engine.layers.low_rank import LowRank
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
+from engine.models import llama_native
+from engine.models.llama_native import NativeStep
 from engine.parallel.ranks import Ranks
 from engine.protocol import IndexerInfo
 
@@ -203,24 +205,26 @@ class Llama:
         )
         self._kernels = kernels
         self._integer_keys = integer_keys
-        self._embed = weights["embed"]
-        self._norm = plain(weights["norm"])
-        self._dtype = self._norm.dtype
+        self.embed = weights["embed"]
+        self.norm = plain(weights["norm"])
+        self._dtype = self.norm.dtype
         # Logits are compared with one another to the last digit, so the head runs in float32.
         head = weights["embed" if config.tied else "head"]
         self._head = head.float() if isinstance(head, Tensor) else head
-        self._layers = [self._layer(weights, i) for i in range(config.num_layers)]
-        device = self._norm.device
-        self._rotary = RotaryTable(
+        self.layers = [self._layer(weights, i) for i in range(config.num_layers)]
+        device = self.norm.device
+        self.rotary = RotaryTable(
             config.head_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
         )
-        self._index_rotary = (
+        self.index_rotary = (
             None
             if indexer is None
             else RotaryTable(
                 indexer.rope_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
             )
         )
+
+        self._native = NativeStep.of(self)
 
     def _layer(self, weights: Mapping[str, Held], i: int) -> LlamaLayer:
         def of(name: str) -> Held:
@@ -300,16 +304,18 @@ class Llama:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
-        x = embedding(batch.token_ids, self._embed, self._dtype)
-        rotation = self._rotary.at(batch.positions)
-        index_rotation = None if self._index_rotary is None else self._index_rotary.at(batch.positions)
+        if self._native is not None and len(batch.token_ids) <= llama_native.MAX_ROWS:
+            return self._native.forward(batch, cache)
+        x = embedding(batch.token_ids, self.embed, self._dtype)
+        rotation = self.rotary.at(batch.positions)
+        index_rotation = None if self.index_rotary is None else self.index_rotary.at(batch.positions)
         eps = self.config.rms_norm_eps
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self.layers):
             hidden = rms_norm(x, layer.input_norm, eps)
             x = x + self._attention(i, layer, hidden, rotation, index_rotation, batch, cache)
             gate, up = linear(rms_norm(x, layer.post_norm, eps), layer.gate_up).chunk(2, dim=-1)
             x = x + linear(F.silu(gate) * up, layer.down)
-        return rms_norm(x, self._norm, eps)
+        return rms_norm(x, self.norm, eps)
 
     def _attention(
         self,

@@ -7,36 +7,60 @@
 enum { NIBBLES = 256, SCALES = 32, ROWS = 8 };
 
 // Groups of a tile that are made plain at once, 64 KB, where more rows than these (measured) share that work.
-enum { PANEL = 64, Q4_ROWS = 32, Q8_ROWS = 4 };
+enum { PANEL = 64, Q4_ROWS = 32, Q8_ROWS = 8 };
+
+// Bytes by which weights are fetched ahead of their use.
+enum { AHEAD = 4096 };
 
 static inline size_t number_bytes(int kind) {
     return kind == DSA_Q4 ? NIBBLES : kind == DSA_Q8 ? 2 * NIBBLES : 4 * NIBBLES;
 }
 
-static inline size_t tile_bytes(int kind, int groups) {
-    size_t group = number_bytes(kind) + (kind == DSA_Q4 ? 2 * SCALES : kind == DSA_Q8 ? SCALES : 0);
+// Of all scales and offsets of a tile, which its numbers follow.
+static inline size_t head_bytes(int kind, int groups) {
+    size_t group = kind == DSA_Q4 ? 2 * SCALES : kind == DSA_Q8 ? SCALES : 0;
     return (group * groups + 63) / 64 * 64;
 }
 
+static inline size_t tile_bytes(int kind, int groups) { return head_bytes(kind, groups) + number_bytes(kind) * groups; }
+
+static float group_sum(const bf16 *x) {
+#ifdef DSA_AVX512
+    __m512i both = _mm512_loadu_si512(x);
+    __m512 odd = (__m512)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
+    return _mm512_reduce_add_ps(_mm512_add_ps((__m512)_mm512_slli_epi32(both, 16), odd));
+#else
+    float part[4] = {0};
+    for (int i = 0; i < DSA_GROUP; i++) part[i % 4] += wide(x[i]);
+    return (part[0] + part[1]) + (part[2] + part[3]);
+#endif
+}
+
 void dsa_sum_row(struct dsa_rows *rows, int at) {
+    const int groups = rows->inputs / DSA_GROUP;
     const bf16 *x = rows->values + (size_t)at * rows->inputs;
-    float *sums = rows->sums + (size_t)at * (rows->inputs / DSA_GROUP);
-    for (int g = 0; g < rows->inputs / DSA_GROUP; g++, x += DSA_GROUP) {
-        float part[4] = {0};
-        for (int i = 0; i < DSA_GROUP; i++) part[i % 4] += wide(x[i]);
-        sums[g] = (part[0] + part[1]) + (part[2] + part[3]);
-    }
+    for (int g = 0; g < groups; g++) rows->sums[(size_t)at * groups + g] = group_sum(x + g * DSA_GROUP);
+}
+
+void dsa_set_group(struct dsa_rows *rows, int at, int group, const float *x) {
+    const int groups = rows->inputs / DSA_GROUP;
+    bf16 *out = rows->values + (size_t)at * rows->inputs + group * DSA_GROUP;
+#ifdef DSA_AVX512
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x)));
+#else
+    for (int i = 0; i < DSA_GROUP; i++) out[i] = narrow(x[i]);
+#endif
+    rows->sums[(size_t)at * groups + group] = group_sum(out);
 }
 
 void dsa_set_row(struct dsa_rows *rows, int at, const float *x) {
-    bf16 *out = rows->values + (size_t)at * rows->inputs;
-    for (int i = 0; i < rows->inputs; i++) out[i] = narrow(x[i]);
-    dsa_sum_row(rows, at);
+    for (int g = 0; g < rows->inputs / DSA_GROUP; g++) dsa_set_group(rows, at, g, x + g * DSA_GROUP);
 }
 
 // A run of groups of one tile, and the rows that it meets.
 struct run {
     const uint8_t *numbers, *scales, *offsets; // of the first group; `numbers` packed, or plain bfloat16
+    const uint8_t *ahead;                      // what to fetch meanwhile; NULL for nothing
     int groups;
     const bf16 *values; // of the first row, from the first group's inputs on
     const float *sums;  // likewise
@@ -113,9 +137,10 @@ __attribute__((always_inline)) static inline void multiply(const struct run *run
     __m512 total[ROWS];
     for (int r = 0; r < rows; r++) total[r] = add ? _mm512_loadu_ps(run->out + r * run->stride) : _mm512_setzero_ps();
     for (int g = 0; g < run->groups; g++, x += DSA_GROUP, w += bytes) {
-        // The hardware's prefetcher stops at each page of 4 KB.
-        if (!plain || kind == DSA_BF16)
-            for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + 2560 + line);
+        if (run->ahead) {
+            const size_t group = bytes + (kind == DSA_Q4 ? 2 * SCALES : kind == DSA_Q8 ? SCALES : 0);
+            for (size_t line = 0; line < group; line += 64) __builtin_prefetch(run->ahead + g * group + line);
+        }
         __m512 part[ROWS];
         for (int i = 0; i < rows * chains; i++) part[i] = _mm512_setzero_ps();
         if (plain || kind == DSA_BF16) {
@@ -246,6 +271,7 @@ static void make_plain(int kind, const uint8_t *w, int groups, uint8_t *out) {
 __attribute__((always_inline)) static inline void multiply_rows(struct run run, int count, int kind, int plain, int add) {
     for (; count >= ROWS; count -= ROWS) {
         multiply(&run, kind, plain, add, ROWS);
+        run.ahead = 0;
         run.values += ROWS * run.inputs;
         run.sums += ROWS * (run.inputs / DSA_GROUP);
         run.out += ROWS * run.stride;
@@ -267,6 +293,7 @@ __attribute__((noinline)) static void multiply_plain(struct run run, int count, 
     const int groups = run.groups;
     const uint8_t *packed = run.numbers;
     run.numbers = plain;
+    run.ahead = 0;
     for (int first = 0; first < groups; first += PANEL) {
         run.groups = groups - first < PANEL ? groups - first : PANEL;
         make_plain(kind, packed + first * number_bytes(kind), run.groups, plain);
@@ -284,11 +311,12 @@ __attribute__((noinline)) static void multiply_plain(struct run run, int count, 
 // Tile t against all rows; `out` is the place of its first output in the first row.
 static void product_tile(const struct dsa_matrix *w, const struct dsa_rows *x, float *out, size_t stride, int t) {
     const int groups = w->inputs / DSA_GROUP;
-    const uint8_t *at = w->data + t * tile_bytes(w->kind, groups), *scales = at + number_bytes(w->kind) * groups;
+    const uint8_t *at = w->data + t * tile_bytes(w->kind, groups);
     struct run run = {
-        .numbers = at,
-        .scales = scales,
-        .offsets = scales + SCALES * groups,
+        .numbers = at + head_bytes(w->kind, groups),
+        .scales = at,
+        .offsets = at + SCALES * groups,
+        .ahead = at + AHEAD, // the hardware's prefetcher stops at each page
         .groups = groups,
         .values = x->values,
         .sums = x->sums,
@@ -315,7 +343,8 @@ static float half(const uint8_t *at) {
 void dsa_weights(const struct dsa_matrix *w, int output, float *out) {
     const int groups = w->inputs / DSA_GROUP, lane = output % DSA_LANES;
     const uint8_t *at = w->data + output / DSA_LANES * tile_bytes(w->kind, groups);
-    const uint8_t *scales = at + number_bytes(w->kind) * groups + 2 * lane, *offsets = scales + SCALES * groups;
+    const uint8_t *scales = at + 2 * lane, *offsets = scales + SCALES * groups;
+    at += head_bytes(w->kind, groups);
     for (int g = 0; g < groups; g++, at += number_bytes(w->kind), scales += SCALES, offsets += SCALES) {
         for (int i = 0; i < DSA_GROUP; i++, out++) {
             if (w->kind == DSA_BF16) {

@@ -32,6 +32,9 @@ static inline int dsa_tiles(const struct dsa_matrix *w) { return (w->outputs + D
 // One row of activations: float32 [inputs] to row `at` of `rows`.
 void dsa_set_row(struct dsa_rows *rows, int at, const float *x);
 
+// One group of it: x[32].
+void dsa_set_group(struct dsa_rows *rows, int at, int group, const float *x);
+
 // The sums of row `at`, whose values are there.
 void dsa_sum_row(struct dsa_rows *rows, int at);
 

@@ -1,7 +1,7 @@
 """Lays weights out for `matrix.c`: tiles of 16 outputs, groups of 32 inputs.
 
-A tile has the numbers of all its groups, then all scales, then, with 4 bits, all offsets, 16 float16 a group; and zeros
-up to a multiple of 64 bytes. A group's numbers are, with 4 (8) bits, four (twice four) words of 64 bytes, one 32-bit lane
+A tile has the scales of all its groups, then, with 4 bits, all offsets, 16 float16 a group, zeros up to a multiple of 64
+bytes, and then all numbers: scales lie before what they are needed for, so that a tile is read from front to back. A group's numbers are, with 4 (8) bits, four (twice four) words of 64 bytes, one 32-bit lane
 an output. A lane of word w holds inputs 8 w to 8 w + 7: input 8 w + 2 j + h is nibble j of the 16-bit half h, since the
 processor multiplies pairs of bfloat16. A signed byte is stored as two such nibbles, all upper ones first. bfloat16: a
 word a pair of inputs.
@@ -30,7 +30,7 @@ def pack_4bit(numbers: Bytes, scales: npt.NDArray[np.float16], offsets: npt.NDAr
     Returns:
         [tiles, bytes of one]
     """
-    return _tiles(_nibbles(_tiled(numbers, GROUP)), _lanes(scales), _lanes(offsets))
+    return _tiles([_lanes(scales), _lanes(offsets)], _nibbles(_tiled(numbers, GROUP)))
 
 
 def pack_8bit(numbers: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> Bytes:
@@ -45,7 +45,7 @@ def pack_8bit(numbers: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) ->
     """
     tiled: Bytes = _tiled(numbers.view(np.uint8), GROUP)
     upper, lower = np.right_shift(tiled, np.uint8(4)), np.bitwise_and(tiled, np.uint8(15))
-    return _tiles(np.concatenate([_nibbles(upper), _nibbles(lower)], axis=-1), _lanes(scales))
+    return _tiles([_lanes(scales)], np.concatenate([_nibbles(upper), _nibbles(lower)], axis=-1))
 
 
 def pack_bfloat16(numbers: npt.NDArray[np.uint16]) -> Bytes:
@@ -56,10 +56,11 @@ def pack_bfloat16(numbers: npt.NDArray[np.uint16]) -> Bytes:
     return np.ascontiguousarray(pairs).view(np.uint8).reshape(tiles, -1)
 
 
-def _tiles(*parts: Bytes) -> Bytes:
+def _tiles(scales: list[Bytes], numbers: Bytes) -> Bytes:
     """Parts [tiles, groups, bytes], one after the other in each tile."""
-    whole = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=-1)
-    return np.pad(whole, ((0, 0), (0, -whole.shape[1] % 64)))
+    head = np.concatenate([part.reshape(len(part), -1) for part in scales], axis=-1)
+    gap = np.zeros((len(head), -head.shape[1] % 64), np.uint8)
+    return np.concatenate([head, gap, numbers.reshape(len(numbers), -1)], axis=-1)
 
 
 def _tiled(numbers: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:

@@ -1,0 +1,327 @@
+#include "step.h"
+
+#include <math.h>
+
+#include "attention.h"
+#include "pool.h"
+
+// What a step computes with, in the scratch memory.
+struct work {
+    const struct dsa_model *model;
+    const struct dsa_step *step;
+    float *x;                  // [rows, hidden] the residual stream
+    struct dsa_rows normed;    // [rows, hidden]
+    struct dsa_rows attended;  // [rows, heads * head_dim]
+    struct dsa_rows activated; // [rows, intermediate]
+    float *wide;               // [rows, widest]: what a product gave
+    float *index_wide;         // [rows, index_width]: of the indexer's
+    bf16 *query;               // [rows, heads * head_dim]
+    bf16 *index_query;         // [rows, index_heads * index_dim]
+    int8_t *index_integers;    // likewise
+    float *index_weights;      // [rows, index_heads]
+    uint8_t *own;              // a thread's, `own_bytes` each: scores, selected positions, their kernels' scratch
+    size_t own_bytes;
+    int widest, index_width, sparse;
+};
+
+static size_t cut(uint8_t **at, size_t bytes) {
+    size_t used = (bytes + 63) / 64 * 64;
+    if (*at) *at += used;
+    return used;
+}
+
+static int padded(int n) { return (n + DSA_LANES - 1) / DSA_LANES * DSA_LANES; }
+
+static int is_sparse(const struct dsa_step *step, int row) {
+    return step->top_k[row] > 0 && step->top_k[row] <= step->positions[row];
+}
+
+static size_t scores_bytes(int longest) { return sizeof(float) * (size_t)((longest + PAGE - 1) / PAGE * PAGE); }
+
+static size_t select_bytes(int longest) { return sizeof(float) * 2 * ((scores_bytes(longest) / sizeof(float)) + 16); }
+
+// Lays the scratch out from `at` on; returns its size. With `at` NULL only that.
+static size_t lay_out(struct work *w, const struct dsa_model *m, int rows, int longest, uint8_t *at) {
+    size_t total = 0;
+    const int attended = m->heads * m->head_dim;
+    w->widest = padded(attended + 2 * m->kv_heads * m->head_dim);
+    if (w->widest < 2 * m->intermediate) w->widest = 2 * m->intermediate;
+    if (w->widest < padded(m->hidden)) w->widest = padded(m->hidden);
+    w->index_width = padded(m->index_heads * m->index_dim) + padded(m->index_dim) + padded(m->index_heads);
+#define TAKE(place, type, count) \
+    do { \
+        (place) = (type *)(void *)at; \
+        total += cut(&at, sizeof(type) * (size_t)(count)); \
+    } while (0)
+#define TAKE_ROWS(place, width) \
+    do { \
+        (place).count = rows; \
+        (place).inputs = (width); \
+        TAKE((place).values, bf16, (size_t)rows * (width)); \
+        TAKE((place).sums, float, (size_t)rows * ((width) / DSA_GROUP)); \
+    } while (0)
+    TAKE(w->x, float, rows * m->hidden);
+    TAKE_ROWS(w->normed, m->hidden);
+    TAKE_ROWS(w->attended, attended);
+    TAKE_ROWS(w->activated, m->intermediate);
+    TAKE(w->wide, float, (size_t)rows * w->widest);
+    TAKE(w->index_wide, float, (size_t)rows * w->index_width);
+    TAKE(w->query, bf16, (size_t)rows * attended);
+    TAKE(w->index_query, bf16, (size_t)rows * m->index_heads * m->index_dim);
+    TAKE(w->index_integers, int8_t, (size_t)rows * m->index_heads * m->index_dim);
+    TAKE(w->index_weights, float, (size_t)rows * m->index_heads);
+    w->own_bytes = scores_bytes(longest) + select_bytes(longest) + sizeof(int32_t) * (size_t)longest +
+                   (size_t)dsa_attend_scratch(longest) + 4 * 64;
+    if (w->own_bytes < sizeof(float) * (size_t)m->hidden) w->own_bytes = sizeof(float) * (size_t)m->hidden;
+    w->own_bytes = (w->own_bytes + 63) / 64 * 64;
+    TAKE(w->own, uint8_t, w->own_bytes * (size_t)dsa_threads());
+#undef TAKE_ROWS
+#undef TAKE
+    return total;
+}
+
+int64_t dsa_step_scratch(const struct dsa_model *model, int rows, int longest) {
+    struct work unused;
+    return (int64_t)lay_out(&unused, model, rows, longest, 0);
+}
+
+static void rms_norm(const float *x, const float *weight, float eps, int n, float *out) {
+    float sums[16] = {0}, sum = 0;
+    for (int i = 0; i < n; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] += x[i + j] * x[i + j];
+    for (int j = 0; j < 16; j++) sum += sums[j];
+    float scale = 1.0f / sqrtf(sum / (float)n + eps);
+    for (int i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+static void layer_norm(const float *x, const float *weight, const float *bias, float eps, int n, float *out) {
+    float mean = 0, variance = 0;
+    for (int i = 0; i < n; i++) mean += x[i];
+    mean /= (float)n;
+    for (int i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean);
+    float scale = 1.0f / sqrtf(variance / (float)n + eps);
+    for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+}
+
+// The first 2 * half numbers of x[n] turned, half-split, all rounded to bfloat16.
+static void rotate(const float *x, const float *cos, const float *sin, int half, int n, bf16 *out) {
+    for (int i = 0; i < half; i++) {
+        out[i] = narrow(x[i] * cos[i] - x[half + i] * sin[i]);
+        out[half + i] = narrow(x[half + i] * cos[i] + x[i] * sin[i]);
+    }
+    for (int i = 2 * half; i < n; i++) out[i] = narrow(x[i]);
+}
+
+// x -> normalised rows for the next products; rows are shared among the threads.
+static void norm_rows(struct work *w, const float *weight, int thread, int threads) {
+    const int n = w->model->hidden;
+    int first, last;
+    float *normed = (float *)(void *)(w->own + w->own_bytes * (size_t)thread); // [hidden]: see dsa_step
+    dsa_share(w->step->rows, 1, thread, threads, &first, &last);
+    for (int r = first; r < last; r++) {
+        rms_norm(w->x + (size_t)r * n, weight, w->model->eps, n, normed);
+        dsa_set_row(&w->normed, r, normed);
+    }
+}
+
+// This thread's outputs of weight * rows, to out[r * stride].
+static void product(const struct dsa_matrix *weight, const struct dsa_rows *rows, float *out, int stride, int thread,
+                    int threads) {
+    int first, last;
+    dsa_share(dsa_tiles(weight), 1, thread, threads, &first, &last);
+    dsa_product(weight, rows, out, (size_t)stride, first, last);
+}
+
+// The same, added to x.
+static void product_to_x(struct work *w, const struct dsa_matrix *weight, const struct dsa_rows *rows, int thread,
+                         int threads) {
+    const int n = w->model->hidden;
+    int first, last;
+    dsa_share(dsa_tiles(weight), 1, thread, threads, &first, &last);
+    dsa_product(weight, rows, w->wide, (size_t)w->widest, first, last);
+    last = last * DSA_LANES < n ? last * DSA_LANES : n;
+    for (int r = 0; r < w->step->rows; r++)
+        for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += w->wide[(size_t)r * w->widest + i];
+}
+
+// Rotated queries of a row, and its entry of the cache.
+static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
+    const struct dsa_model *m = w->model;
+    const int D = m->head_dim, half = D / 2, q = m->heads * D, k = m->kv_heads * D;
+    const int64_t position = w->step->positions[r];
+    const float *from = w->wide + (size_t)r * w->widest, *cos = m->cos + position * half, *sin = m->sin + position * half;
+    for (int h = 0; h < m->heads; h++) rotate(from + h * D, cos, sin, half, D, w->query + (size_t)r * q + h * D);
+    const int64_t page = w->step->tables[r][position / PAGE], offset = position % PAGE;
+    bf16 *kv = (bf16 *)(void *)(layer->kv_plane + page * m->page_stride) + offset * 2 * k;
+    for (int h = 0; h < m->kv_heads; h++, kv += 2 * D) {
+        rotate(from + q + h * D, cos, sin, half, D, kv);
+        for (int i = 0; i < D; i++) kv[D + i] = narrow(from[q + k + h * D + i]);
+    }
+    if (!m->index_heads) return;
+    // The indexer: [queries | key | head weights].
+    const int d = m->index_dim, H = m->index_heads, turned = m->index_rope / 2;
+    const float *index = w->index_wide + (size_t)r * w->index_width;
+    cos = m->index_cos + position * turned;
+    sin = m->index_sin + position * turned;
+    float normed[512];
+    bf16 key[512];
+    layer_norm(index + padded(H * d), layer->key_norm_weight, layer->key_norm_bias, m->key_norm_eps, d, normed);
+    rotate(normed, cos, sin, turned, d, key);
+    uint8_t *keys = layer->index_plane + page * m->page_stride;
+    if (m->integer_keys) dsa_index_key_write(keys, (int)offset, key, d);
+    else memcpy(keys + offset * d * (int)sizeof(bf16), key, sizeof(bf16) * (size_t)d);
+    if (!is_sparse(w->step, r)) return;
+    const float *weights = index + padded(H * d) + padded(d);
+    const float scale = 1.0f / sqrtf((float)H * (float)d);
+    bf16 *query = w->index_query + (size_t)r * H * d;
+    for (int h = 0; h < H; h++) {
+        rotate(index + h * d, cos, sin, turned, d, query + h * d);
+        float weight = weights[h] * scale;
+        if (m->integer_keys) weight *= dsa_quantise(query + h * d, d, w->index_integers + ((size_t)r * H + h) * d);
+        w->index_weights[(size_t)r * H + h] = weight;
+    }
+}
+
+// Index scores from keys in bfloat16: plain, since integers are what is fast.
+static void plain_scores(const bf16 *query, const float *weights, const uint8_t *plane, int64_t stride,
+                         const int64_t *table, int first, int last, int H, int d, float *scores) {
+    for (int page = first; page < last; page++) {
+        const bf16 *keys = (const bf16 *)(const void *)(plane + table[page] * stride);
+        for (int c = 0; c < PAGE; c++, keys += d) {
+            float score = 0;
+            for (int h = 0; h < H; h++) {
+                float dot = 0;
+                for (int i = 0; i < d; i++) dot += wide(query[h * d + i]) * wide(keys[i]);
+                score += dot > 0 ? weights[h] * dot : 0;
+            }
+            scores[page * PAGE + c] = score;
+        }
+    }
+}
+
+// A row's attention, by itself (member 0 of 1) or by several threads together on the memory of one.
+static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t *shared, uint8_t *mine, int member,
+                   int members) {
+    const struct dsa_model *m = w->model;
+    const struct dsa_step *step = w->step;
+    const int D = m->head_dim, G = m->heads / m->kv_heads, context = (int)step->positions[r] + 1;
+    const int pages = (context + PAGE - 1) / PAGE, H = m->index_heads, d = m->index_dim;
+    const int64_t *table = step->tables[r];
+    float *scores = (float *)(void *)shared;
+    int32_t *selected = (int32_t *)(void *)(shared + scores_bytes(step->longest));
+    uint8_t *rest = mine + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
+    int count = context, sparse = is_sparse(step, r), first, last;
+    if (sparse) {
+        dsa_share(pages, 1, member, members, &first, &last);
+        const float *weights = w->index_weights + (size_t)r * H;
+        if (m->integer_keys)
+            dsa_index_scores_row(w->index_integers + (size_t)r * H * d, weights, layer->index_plane, m->page_stride,
+                                 table, first, last, H, d, scores);
+        else
+            plain_scores(w->index_query + (size_t)r * H * d, weights, layer->index_plane, m->page_stride, table, first,
+                         last, H, d, scores);
+        if (members > 1) dsa_barrier();
+        count = (int)step->top_k[r];
+        if (member == 0) {
+            int found = dsa_select_row(scores, context, count, selected, (float *)(void *)rest);
+            if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
+            // Fewer only with not-a-number among the scores. The last again changes no sum that matters then.
+            for (; found < count; found++) selected[found] = selected[found - 1];
+        }
+        if (members > 1) dsa_barrier();
+    }
+    dsa_share(m->kv_heads, 1, member, members, &first, &last);
+    if (first < last)
+        dsa_attend_row(w->query + (size_t)r * m->heads * D, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
+                       table, sparse ? selected : 0, count, first, last, m->kv_heads, G, D, 1.0f / sqrtf((float)D),
+                       w->attended.values + (size_t)r * m->heads * D, rest);
+}
+
+static void attend_rows(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
+    const int rows = w->step->rows;
+    uint8_t *own = w->own + w->own_bytes * (size_t)thread;
+    if (rows >= threads) {
+        for (int r = thread; r < rows; r += threads) {
+            attend(w, layer, r, own, own, 0, 1);
+            dsa_sum_row(&w->attended, r);
+        }
+        return;
+    }
+    for (int r = 0; r < rows; r++) {
+        attend(w, layer, r, w->own, own, thread, threads);
+        dsa_barrier();
+        if (thread == 0) dsa_sum_row(&w->attended, r);
+    }
+}
+
+static inline float silu(float x) {
+    float e = exp_negative(-fabsf(x)), over = 1.0f / (1.0f + e);
+    return x * (x >= 0 ? over : e * over);
+}
+
+// silu(gate) * up of groups of outputs, both computed by this thread.
+static void gated(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
+    const int n = w->model->intermediate, pairs = n / DSA_GROUP, tiles = DSA_GROUP / DSA_LANES;
+    int first, last;
+    dsa_share(pairs, 1, thread, threads, &first, &last);
+    const size_t stride = (size_t)w->widest;
+    dsa_product(&layer->gate_up, &w->normed, w->wide, stride, first * tiles, last * tiles);
+    dsa_product(&layer->gate_up, &w->normed, w->wide, stride, (first + pairs) * tiles, (last + pairs) * tiles);
+    for (int r = 0; r < w->step->rows; r++)
+        for (int g = first; g < last; g++) {
+            float *gate = w->wide + r * stride + (size_t)g * DSA_GROUP;
+            const float *up = gate + n;
+            for (int i = 0; i < DSA_GROUP; i++) gate[i] = silu(gate[i]) * up[i];
+            dsa_set_group(&w->activated, r, g, gate);
+        }
+}
+
+static void run_layer(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
+    const struct dsa_model *m = w->model;
+    int first, last;
+    norm_rows(w, layer->input_norm, thread, threads);
+    dsa_barrier();
+    product(&layer->qkv, &w->normed, w->wide, w->widest, thread, threads);
+    if (m->index_heads) {
+        float *key = w->index_wide + padded(m->index_heads * m->index_dim);
+        product(&layer->index_key, &w->normed, key, w->index_width, thread, threads);
+        if (w->sparse) {
+            product(&layer->index_query, &w->normed, w->index_wide, w->index_width, thread, threads);
+            product(&layer->index_weights, &w->normed, key + padded(m->index_dim), w->index_width, thread, threads);
+        }
+    }
+    dsa_barrier();
+    dsa_share(w->step->rows, 1, thread, threads, &first, &last);
+    for (int r = first; r < last; r++) place_row(w, layer, r);
+    dsa_barrier();
+    attend_rows(w, layer, thread, threads);
+    dsa_barrier();
+    product_to_x(w, &layer->o, &w->attended, thread, threads);
+    dsa_barrier();
+    norm_rows(w, layer->post_norm, thread, threads);
+    dsa_barrier();
+    gated(w, layer, thread, threads);
+    dsa_barrier();
+    product_to_x(w, &layer->down, &w->activated, thread, threads);
+    dsa_barrier();
+}
+
+static void run(void *arg, int thread, int threads) {
+    struct work *w = arg;
+    const struct dsa_model *m = w->model;
+    int first, last;
+    dsa_share(w->step->rows, 1, thread, threads, &first, &last);
+    for (int r = first; r < last; r++)
+        dsa_weights(m->embed, (int)w->step->token_ids[r], w->x + (size_t)r * m->hidden);
+    dsa_barrier();
+    for (int i = 0; i < m->num_layers; i++) run_layer(w, &m->layers[i], thread, threads);
+    norm_rows(w, m->norm, thread, threads);
+}
+
+void dsa_step(const struct dsa_model *model, const struct dsa_step *step, void *scratch) {
+    struct work w = {.model = model, .step = step};
+    lay_out(&w, model, step->rows, step->longest, scratch);
+    for (int r = 0; r < step->rows; r++) w.sparse |= is_sparse(step, r);
+    dsa_parallel(run, &w);
+    memcpy(step->out, w.normed.values, sizeof(bf16) * (size_t)step->rows * (size_t)model->hidden);
+}

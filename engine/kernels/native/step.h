@@ -1,0 +1,46 @@
+// One step of a llama-family decoder for a few rows, all layers in one call: what `engine/models/llama.py` does with
+// torch, without its many small operations. `engine/models/llama_native.py` fills these structures.
+#ifndef DSA_STEP_H
+#define DSA_STEP_H
+
+#include "matrix.h"
+
+struct dsa_layer {
+    struct dsa_matrix qkv, o, gate_up, down;
+    struct dsa_matrix index_query, index_key, index_weights; // without data where the model has no indexer
+    const float *input_norm, *post_norm;                     // [hidden]
+    const float *key_norm_weight, *key_norm_bias;            // [index_dim]
+    uint8_t *kv_plane, *index_plane;                         // of the paged cache, see attention.h
+};
+
+struct dsa_model {
+    const struct dsa_layer *layers;
+    const struct dsa_matrix *embed;
+    const float *norm;
+    const float *cos, *sin;             // [positions, head_dim / 2]
+    const float *index_cos, *index_sin; // [positions, index_rope / 2]
+    int64_t page_stride;                // bytes from page to page of a plane
+    int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
+    int32_t index_heads, index_dim, index_rope; // index_heads 0: no indexer
+    int32_t integer_keys;                       // whether index keys are 8-bit integers, or else bfloat16
+    float eps, key_norm_eps;
+};
+
+// Row r is token_ids[r] at positions[r] of a request whose pages are tables[r], attending to the top_k[r] best of its
+// context, or to all of it where that is 0 or the context is no longer.
+struct dsa_step {
+    const int64_t *token_ids, *positions;
+    const int64_t *const *tables;
+    const int64_t *top_k;
+    bf16 *out; // [rows, hidden] after the last norm
+    int32_t rows;
+    int32_t longest; // context of any row, in positions
+};
+
+// Bytes of scratch for steps of so many rows and such a context.
+int64_t dsa_step_scratch(const struct dsa_model *model, int rows, int longest);
+
+// `scratch` is 64-byte aligned.
+void dsa_step(const struct dsa_model *model, const struct dsa_step *step, void *scratch);
+
+#endif
