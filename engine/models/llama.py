@@ -223,8 +223,7 @@ class Llama:
                 indexer.rope_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
             )
         )
-
-        self._native = NativeStep.of(self)
+        self.native = NativeStep.of(self)  # what runs batches of few rows, where it can
 
     def _layer(self, weights: Mapping[str, Held], i: int) -> LlamaLayer:
         def of(name: str) -> Held:
@@ -304,8 +303,8 @@ class Llama:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
-        if self._native is not None and len(batch.token_ids) <= llama_native.MAX_ROWS:
-            return self._native.forward(batch, cache)
+        if self.native is not None and len(batch.token_ids) <= llama_native.MAX_ROWS:
+            return self.native.forward(batch, cache)
         x = embedding(batch.token_ids, self.embed, self._dtype)
         rotation = self.rotary.at(batch.positions)
         index_rotation = None if self.index_rotary is None else self.index_rotary.at(batch.positions)

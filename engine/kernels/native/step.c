@@ -19,6 +19,7 @@ struct work {
     bf16 *index_query;         // [rows, index_heads * index_dim]
     int8_t *index_integers;    // likewise
     float *index_weights;      // [rows, index_heads]
+    int32_t *index_begins;     // likewise: see dsa_index_query
     uint8_t *own;              // a thread's, `own_bytes` each: scores, selected positions, their kernels' scratch
     size_t own_bytes;
     int widest, index_width, sparse;
@@ -70,6 +71,7 @@ static size_t lay_out(struct work *w, const struct dsa_model *m, int rows, int l
     TAKE(w->index_query, bf16, (size_t)rows * m->index_heads * m->index_dim);
     TAKE(w->index_integers, int8_t, (size_t)rows * m->index_heads * m->index_dim);
     TAKE(w->index_weights, float, (size_t)rows * m->index_heads);
+    TAKE(w->index_begins, int32_t, (size_t)rows * m->index_heads);
     w->own_bytes = scores_bytes(longest) + select_bytes(longest) + sizeof(int32_t) * (size_t)longest +
                    (size_t)dsa_attend_scratch(longest) + 4 * 64;
     if (w->own_bytes < sizeof(float) * (size_t)m->hidden) w->own_bytes = sizeof(float) * (size_t)m->hidden;
@@ -171,15 +173,16 @@ static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
     if (m->integer_keys) dsa_index_key_write(keys, (int)offset, key, d);
     else memcpy(keys + offset * d * (int)sizeof(bf16), key, sizeof(bf16) * (size_t)d);
     if (!is_sparse(w->step, r)) return;
-    const float *weights = index + padded(H * d) + padded(d);
-    const float scale = 1.0f / sqrtf((float)H * (float)d);
     bf16 *query = w->index_query + (size_t)r * H * d;
+    float *weights = w->index_weights + (size_t)r * H;
+    const float scale = 1.0f / sqrtf((float)H * (float)d);
     for (int h = 0; h < H; h++) {
         rotate(index + h * d, cos, sin, turned, d, query + h * d);
-        float weight = weights[h] * scale;
-        if (m->integer_keys) weight *= dsa_quantise(query + h * d, d, w->index_integers + ((size_t)r * H + h) * d);
-        w->index_weights[(size_t)r * H + h] = weight;
+        weights[h] = index[padded(H * d) + padded(d) + h] * scale;
     }
+    if (m->integer_keys)
+        dsa_index_query(query, weights, H, d, w->index_integers + (size_t)r * H * d, weights,
+                        w->index_begins + (size_t)r * H);
 }
 
 // Index scores from keys in bfloat16: plain, since integers are what is fast.
@@ -215,8 +218,8 @@ static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t
         dsa_share(pages, 1, member, members, &first, &last);
         const float *weights = w->index_weights + (size_t)r * H;
         if (m->integer_keys)
-            dsa_index_scores_row(w->index_integers + (size_t)r * H * d, weights, layer->index_plane, m->page_stride,
-                                 table, first, last, H, d, scores);
+            dsa_index_scores_row(w->index_integers + (size_t)r * H * d, weights, w->index_begins + (size_t)r * H,
+                                 layer->index_plane, m->page_stride, table, first, last, H, d, scores);
         else
             plain_scores(w->index_query + (size_t)r * H * d, weights, layer->index_plane, m->page_stride, table, first,
                          last, H, d, scores);
