@@ -8,9 +8,9 @@
 // Position c of a request lies in page `table[c / 64]` at offset c % 64.
 #include <stdatomic.h>
 #include <stdint.h>
-#include <stdlib.h>
 
 #include "pool.h"
+#include "scratch.h"
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -107,17 +107,18 @@ struct memory {
     float *out;      // [value dims][lane]
 };
 
-static uint32_t *reserve(long numbers) { return aligned_alloc(64, (size_t)(numbers * 4 + 63) / 64 * 64); }
-
+// For queries of `dim` numbers, values of `rank`, and `width` lanes.
 static struct memory *open_memory(int dim, int rank, int width) {
-    struct memory *m = aligned_alloc(64, (sizeof *m + 63) / 64 * 64);
-    m->query = reserve((long)dim / 2 * width);
-    m->pairs = reserve((long)rank * (BLOCK / 2));
-    m->out = (float *)reserve((long)rank * width);
+    const int64_t query = dsa_whole(sizeof(uint32_t) * (int64_t)(dim / 2) * width);
+    const int64_t pairs = dsa_whole(sizeof(uint32_t) * (int64_t)rank * (BLOCK / 2));
+    const int64_t out = dsa_whole(sizeof(float) * (int64_t)rank * width), own = dsa_whole(sizeof(struct memory));
+    char *at = dsa_scratch(own + query + pairs + out);
+    struct memory *m = (struct memory *)at;
+    m->query = (uint32_t *)(at + own);
+    m->pairs = (uint32_t *)(at + own + query);
+    m->out = (float *)(at + own + query + pairs);
     return m;
 }
-
-static void close_memory(struct memory *m) { free(m->query), free(m->pairs), free(m->out), free(m); }
 
 // The softmax goes on by the `count` (even) tokens of m->scores, whose largest so far are `now`: out, [value dims]
 // [lane], the sums of `weights`, and the largest score before, all three a lane.
@@ -237,7 +238,6 @@ static void attend_thread(void *argument, int thread, int threads) {
         else if (a->nz == 2) attend_task(a, m, 2, row, first);
         else attend_task(a, m, 1, row, first);
     }
-    close_memory(m);
 }
 
 // Whether the functions below do anything; where not, they must not be called.
@@ -327,7 +327,6 @@ static void expanded_thread(void *argument, int thread, int threads) {
     const struct expanded *e = argument;
     struct memory *m = open_memory(2, e->value, WIDTH);
     for (long task; (task = atomic_fetch_add(e->next, 1)) < (long)e->heads * e->groups;) expanded_task(e, m, task);
-    close_memory(m);
 }
 
 // Ordinary attention of rows in groups of 64 goes on by `count` tokens: see struct expanded. Before the first call
@@ -419,16 +418,16 @@ void dsa_latent_index_scores(const uint16_t *query, const float *weights, const 
                              int64_t rows_a_request, int heads, int dim, float *out) {
     atomic_long next = 0;
     const int groups = (heads + LANES * MOST - 1) / (LANES * MOST);
+    const int64_t packed = (int64_t)sizeof(uint32_t) * rows * groups * (dim / 2) * LANES * MOST;
     struct scoring s = {query, weights, plane, page_stride, tables, pages, positions, rows, rows_a_request,
-                        heads, dim, out, 16 * PAGE_TOKENS, reserve(rows * groups * (dim / 2) * LANES * MOST), &next};
+                        heads, dim, out, 16 * PAGE_TOKENS, dsa_scratch(packed), &next};
     for (long row = 0; row < rows; row++)
         for (int g = 0; g < groups; g++) {
             int first = g * LANES * MOST, left = heads - first, nz = left > 2 * LANES ? 4 : left > LANES ? 2 : 1;
             pack_queries(query + row * heads * dim, dim, first, left < LANES * nz ? left : LANES * nz, nz,
                          s.packed + (row * groups + g) * (dim / 2) * LANES * MOST);
         }
-    dsa_parallel(score_thread, &s);
-    free(s.packed);
+    dsa_parallel(score_thread, &s); // which needs no scratch of its own: the caller's is `packed`
 }
 
 #else
