@@ -1,18 +1,21 @@
 """A layer of DeepSeek-V3.2 that fits a small machine: the published shape with random weights. For its speed only.
 
 What attention costs is not scaled at all: 128 heads over latents of 512 + 64, an indexer of 64 heads of 128 dims
-that selects 2048, hidden size 7168, query rank 1536. So the indexer does 1/17 of the arithmetic of the dense
-attention it replaces (64 x 128 against 128 x (576 + 512) multiply-adds a pair), as published, and where sparse
-becomes cheaper is not shifted by sizes. What is smaller:
+that selects 2048, hidden size 7168, query rank 1536. So for a pair of tokens the indexer does 1/17 of the arithmetic
+of the dense attention that it replaces (64 x 128 against 128 x (576 + 512) multiply-adds), as published. What is
+smaller:
 
 - layers: 1 of 61, a mixture of experts as 58 of them are. Every cost but the head's is one of a layer.
-- experts: 16 of 256. A token visits 8 and the shared one, as published, each of the published size; but eight
-  decoding streams share 16 experts' weights where published batches share 256.
+- experts: 16 of 256. A token visits 8 and the shared one, as published, each of the published size; but the streams
+  of a decode step share 16 experts' weights, where large published batches share 256.
 - vocabulary: 4096 of 129280.
-- numbers: bfloat16 for weights, cache and index, where DeepSeek serves FP8. FP8 halves the indexer's part.
+- numbers: bfloat16 for weights, cache and index. DeepSeek serves FP8, which halves the indexer's part more than
+  attention's.
 
-Other hardware moves the crossover more than that: at the same ratio of arithmetic a device that reads weights
-slowly next to how it multiplies hides more of attention behind them, and a larger decode batch hides less.
+But for the numbers, none of it moves the context from which sparse is cheaper: the rest is common to both. How many times a token
+at 128K costs one at 8K does depend on it, and on `streams`: the more streams share the weights, the less a short
+context costs. And dense is this same model without selection, so it too computes and keeps index keys (0.2 % of its
+arithmetic); the published dense model has no indexer.
 """
 
 from __future__ import annotations
