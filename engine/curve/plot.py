@@ -34,14 +34,17 @@ def draw(
         if crossed is not None:
             axis.axvline(crossed / 1024, color="black", linestyle=":", linewidth=1)
             axis.text(
-                crossed / 1024, axis.get_ylim()[1] * 0.97, f" sparse is cheaper from {crossed / 1024:.1f}K",
+                crossed / 1024, axis.get_ylim()[1] * 0.97, f"  sparse is cheaper from {crossed / 1024:.1f}K",
                 fontsize=9, va="top",
             )  # fmt: skip
         axis.set_title(phase)
-        axis.set_xlabel("position (thousands of 1024 tokens)")
+        axis.set_xlabel("position (K is 1024 tokens)")
+        if at[-1] >= 64:
+            ticks = range(0, int(at[-1]) + 1, 16)
+            axis.set_xticks(ticks, [f"{tick}K" for tick in ticks])
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend(loc="center left")
+        axis.legend(loc="center right")
     axes[0].set_ylabel(f"USD a million tokens, at {price:g} USD an hour")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
