@@ -191,8 +191,8 @@ def adapter_shapes(
     }
 
 
-def _own_shapes(info: IndexerInfo, base: Source) -> dict[str, tuple[int, ...]]:
-    """Of every tensor that an overlay of `base` must have."""
+def overlay_shapes(info: IndexerInfo, base: Source) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that an overlay of `base` must have."""
     config = base.config
     layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
     shapes = indexer_shapes(info, layers, hidden)
@@ -229,7 +229,7 @@ def _check_info(info: IndexerInfo, where: str) -> None:
 def _check_tensors(tensors: Tensors, info: IndexerInfo, base: Source, where: str) -> tuple[str, ...]:
     """The indexers are whole, finite and fit; everything else replaces a tensor of the base: those are returned."""
     num_layers, names = int(base.config["num_hidden_layers"]), tensors.names()
-    needed = _own_shapes(info, base)
+    needed = overlay_shapes(info, base)
     missing = sorted(needed.keys() - names)
     if missing:
         part = "adapter" if "sparse_adapter" in missing[0] else "indexer"

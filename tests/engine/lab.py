@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.batch import Batch
 from engine.build import build
-from engine.checkpoint.overlay import indexer_shapes, write_overlay
+from engine.checkpoint.overlay import overlay_shapes, write_overlay
 from engine.checkpoint.source import Source, open_source
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -55,13 +55,18 @@ def tiny_checkpoint(folder: Path, seed: int = 0, **changes: object) -> LlamaForC
 
 
 def random_overlay(
-    path: Path, base: Source, *, heads: int = 3, dim: int = 16, rope: int = 8, seed: int = 1
+    path: Path, base: Source, *, heads: int = 3, dim: int = 16, rope: int = 8, rank: int = 3, seed: int = 1
 ) -> Path:
-    """An untrained indexer, for arithmetic only. Its scores are of both signs, its norms not neutral."""
-    info = IndexerInfo(num_heads=heads, head_dim=dim, rope_dim=rope, default_top_k=64, source=path.name)
+    """An untrained indexer and adapter, for arithmetic only. Scores are of both signs, norms not neutral."""
+    info = IndexerInfo(
+        num_heads=heads, head_dim=dim, rope_dim=rope, default_top_k=64, source=path.name, adapter_rank=rank
+    )
     generator = torch.Generator().manual_seed(seed)
-    shapes = indexer_shapes(info, int(base.config["num_hidden_layers"]), int(base.config["hidden_size"]))
-    tensors = {name: torch.randn(shape, generator=generator) * 0.4 for name, shape in shapes.items()}
+    shapes = overlay_shapes(info, base)
+    tensors = {
+        name: torch.randn(shape, generator=generator) * (0.15 if "adapter" in name else 0.4)
+        for name, shape in shapes.items()
+    }
     write_overlay(path, tensors, info, "random", base)
     return path
 

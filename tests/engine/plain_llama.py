@@ -44,20 +44,39 @@ class PlainLlama:
             mask = self._best(index, top_k) if given is None else given[i]
             masks.append(mask)
             scores.append(index)
-            q = self._rope((h @ w[at + "self_attn.q_proj.weight"].T).view(n, hq, d), d)
-            k = self._rope((h @ w[at + "self_attn.k_proj.weight"].T).view(n, hk, d), d)
-            v = (h @ w[at + "self_attn.v_proj.weight"].T).view(n, hk, d)
+            q, k, v = (h @ w[f"{at}self_attn.{part}_proj.weight"].T for part in "qkv")
+            fix = self._corrections(at, "qkv", h, top_k).split([hq * d, hk * d, hk * d], -1)
+            q, k = self._rope((q + fix[0]).view(n, hq, d), d), self._rope((k + fix[1]).view(n, hk, d), d)
+            v = (v + fix[2]).view(n, hk, d)
             out = torch.empty(n, hq, d, dtype=torch.float64)
             for head in range(hq):
                 shared = head // (hq // hk)
                 logits = (q[:, head] @ k[:, shared].T / math.sqrt(d)).masked_fill(~(mask & causal), -math.inf)
                 out[:, head] = torch.softmax(logits, -1) @ v[:, shared]
-            x = x + out.reshape(n, hq * d) @ w[at + "self_attn.o_proj.weight"].T
+            out = out.reshape(n, hq * d)
+            x = x + out @ w[at + "self_attn.o_proj.weight"].T + self._corrections(at, "o", out, top_k)
             h = self._rms(x, w[at + "post_attention_layernorm.weight"])
             gate, up = h @ w[at + "mlp.gate_proj.weight"].T, h @ w[at + "mlp.up_proj.weight"].T
             x = x + (gate * torch.sigmoid(gate) * up) @ w[at + "mlp.down_proj.weight"].T
         head_name = "lm_head.weight" if "lm_head.weight" in w else "model.embed_tokens.weight"
         return self._rms(x, w["model.norm.weight"]) @ w[head_name].T, masks, scores
+
+    def _corrections(self, at: str, part: str, x: Tensor, top_k: int) -> Tensor:
+        """What the sparse adapter adds, on the rows that see more than top_k tokens."""
+        name = f"{at}self_attn.sparse_adapter.{part}."
+        out = (
+            self.w[name + "b"].shape[0]
+            if name + "b" in self.w
+            else (
+                self.c.hidden_size
+                if part == "o"
+                else (self.c.num_attention_heads + 2 * self.c.num_key_value_heads) * self.c.head_dim  # type: ignore[attr-defined]
+            )
+        )
+        fix = torch.zeros(x.shape[0], out, dtype=torch.float64)
+        if name + "a" in self.w:
+            fix[top_k:] = x[top_k:] @ self.w[name + "a"].T @ self.w[name + "b"].T
+        return fix
 
     def _index_scores(self, h: Tensor, at: str, heads: int, rope_dim: int) -> Tensor:
         w, n = self.w, h.shape[0]
