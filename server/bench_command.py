@@ -94,6 +94,8 @@ Rounds = Annotated[
     int, typer.Option(min=1, help="Samples of each case of each server.", rich_help_panel=_HOW)
 ]
 _OUT = Path("bench")
+_WIDTH = 120
+"""Columns where there is no terminal."""
 _START_SECONDS = 600.0
 
 
@@ -280,7 +282,7 @@ def _run(
             files=files, rounds=rounds, cpus=cores, as_text=text, out=out, start_seconds=start_seconds,
             command=shlex.join(["dsa", *sys.argv[1:]]),
         )  # fmt: skip
-        run(plan, Console())
+        run(plan, Console(width=None if sys.stdout.isatty() else _WIDTH))
     except (ModelError, BenchError, TokenizerError, OSError) as error:
         _fail(str(error))
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from server.bench.results import Results
 from server.bench.statistics import Spread
 
+_WIDE = 100
+"""Columns of a terminal that has room for quartiles."""
 _BUSY = 0.05
 """Of a core: a server that takes more while others are measured is told of."""
 
 
 def show(console: Console, results: Results) -> None:
     """Print the table and what it says."""
-    console.print(table(results))
+    console.print(table(results, quartiles=console.width >= _WIDE))
     for remark in remarks(results):
         console.print(remark, highlight=False, soft_wrap=True)
 
 
-def table(results: Results) -> Table:
-    """Cases by servers: medians with quartiles, and the own server against the best of the others."""
+def table(results: Results, *, quartiles: bool) -> Table:
+    """Cases by servers: medians, the first metric's quartiles, and the own server against the best of the others."""
     several = len(results.servers) > 1
-    made = Table(title=results.title, title_justify="left")
+    made = Table(
+        title=results.title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+    )
     made.add_column(results.axis, justify="right")
     made.add_column("server", no_wrap=True)
     for metric in results.metrics:
@@ -36,7 +41,7 @@ def table(results: Results) -> Table:
     for case, servers in results.figures.items():
         for i, (name, found) in enumerate(servers.items()):
             cells = [
-                _cell(found.get(metric.name), metric.digits, quartiles=metric is first)
+                _cell(found.get(metric.name), metric.digits, quartiles=quartiles and metric is first)
                 for metric in results.metrics
             ]
             if memory:
@@ -49,9 +54,7 @@ def table(results: Results) -> Table:
             )
         made.add_section()
     turns = {sample.turn for sample in results.samples}
-    made.caption = f"medians of {len(turns)} rounds" + (
-        f", quartiles and ratios of {first.heading}" if several else ""
-    )
+    made.caption = f"medians of {len(turns)} rounds" + (f"; × best other: {first.heading}" if several else "")
     made.caption_justify = "left"
     return made
 
@@ -74,7 +77,7 @@ def _cell(spread: Spread | None, digits: int, *, quartiles: bool) -> str:
     return (
         median
         if spread.count == 1 or not quartiles
-        else f"{median} \\[{spread.low:,.{digits}f}, {spread.high:,.{digits}f}]"
+        else f"{median} \\[{spread.low:,.{digits}f}-{spread.high:,.{digits}f}]"
     )
 
 

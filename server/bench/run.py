@@ -202,6 +202,8 @@ async def _turns(
                     ask, local = asked[name]
                     with idle.but(local):
                         values, timings = await _sample(suite, ask, local, case, turn)
+                    zero = min(timing.sent for timing in timings)
+                    timings = [timing.since(zero) for timing in timings]
                     peak = None if local is None else local.peak_memory()
                 sample = Sample(
                     server=name, case=case, turn=turn, values=values, requests=timings, peak_memory_bytes=peak

@@ -1,0 +1,121 @@
+"""This server beside llama.cpp and vLLM on the same cores, each with the settings that benchmarks/README.md argues for.
+
+`python -m benchmarks.compare --out DIR` runs `dsa bench` suite by suite. The peers are found by options, or by the
+environment variables LLAMA_SERVER, VLLM_PYTHON and VLLM_MODEL; one that is not named is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from server.models import resolve
+
+DSA = (sys.executable, "-c", "from server.cli import main; main()")
+
+
+class Peers(NamedTuple):
+    """Where the peers are, and what they all share."""
+
+    llama_server: str | None
+    vllm_python: str | None
+    vllm_model: str | None
+    weights: Path
+    cpus: str
+    threads: int
+
+    def dsa(self) -> list[str]:
+        """This server with its defaults."""
+        return _serve("dsa", [*DSA, "serve", "--ledger", "none"])
+
+    def llama(self, slots: int, tokens: int, *, flash: bool, name: str = "llama.cpp") -> list[str]:
+        """llama-server on the same 4-bit file; `tokens` is what one slot has room for.
+
+        Its cache of prompts in main memory is off: it copies what a slot held, which cold prompts never need.
+        """
+        if self.llama_server is None:
+            return []
+        command = [
+            self.llama_server, "-m", str(self.weights), "-t", str(self.threads), "-np", str(slots),
+            "-c", str(slots * tokens), "-fa", "on" if flash else "off", "-cram", "0",
+        ]  # fmt: skip
+        return _serve(name, command)
+
+    def vllm(self) -> list[str]:
+        """vLLM for CPUs on the same weights in bfloat16, with room for 32 streams of 1.2K tokens and more."""
+        if self.vllm_python is None or self.vllm_model is None:
+            return []
+        command = [
+            "env", "VLLM_CPU_KVCACHE_SPACE=2", f"VLLM_CPU_OMP_THREADS_BIND={self.cpus}", "HF_HUB_OFFLINE=1",
+            "VLLM_NO_USAGE_STATS=1", self.vllm_python, "-m", "vllm.entrypoints.openai.api_server",
+            "--model", self.vllm_model, "--max-model-len", "8192", "--max-num-seqs", "32",
+        ]  # fmt: skip
+        return _serve("vLLM", command)
+
+
+def suites(peers: Peers) -> dict[str, list[str]]:
+    """Suite -> its arguments."""
+    one, flash = peers.llama(1, 8192, flash=False), peers.llama(1, 8192, flash=True, name="llama.cpp -fa on")
+    many = peers.llama(32, 1280, flash=False)
+    own, vllm = peers.dsa(), peers.vllm()
+    return {
+        "decode": own + one + flash + vllm,
+        "prefill": own + one + flash + vllm,
+        "concurrency": ["--streams", "1,8,32", *own, *many, *vllm],
+        "prefix": own + one + flash + vllm,
+        "long": own + one + flash + vllm,
+        "overhead": own,
+    }
+
+
+def _serve(name: str, command: Sequence[str]) -> list[str]:
+    return ["--serve", f"{name}={shlex.join(command)} --port {{port}}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suites; the exit status of the first that fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add, environ = parser.add_argument, os.environ
+    add("--out", type=Path, required=True, metavar="DIR", help="where SUITE.json and SUITE.png go")
+    add("--suites", default=None, metavar="NAME,NAME", help="which; all of them if left out")
+    add("--llama-server", default=environ.get("LLAMA_SERVER"), metavar="FILE", help="llama.cpp's program")
+    add(
+        "--vllm-python", default=environ.get("VLLM_PYTHON"), metavar="FILE", help="a Python that has vllm-cpu"
+    )
+    add(
+        "--vllm-model",
+        default=environ.get("VLLM_MODEL"),
+        metavar="DIR",
+        help="made by benchmarks.peer_weights",
+    )
+    add("--cpus", default="1", help="cores of the servers; the client takes the others (%(default)s)")
+    add("--threads", type=int, default=1, help="as many as --cpus names (%(default)s)")
+    add("--rounds", type=int, default=3, help="samples of each case of each server (%(default)s)")
+    options = parser.parse_args(arguments)
+    if (options.vllm_python is None) != (options.vllm_model is None):
+        parser.error("--vllm-python and --vllm-model belong together")
+    found = suites(
+        Peers(
+            options.llama_server, options.vllm_python, options.vllm_model, resolve().weights, options.cpus,
+            options.threads,
+        )
+    )  # fmt: skip
+    chosen = list(found) if options.suites is None else options.suites.split(",")
+    if unknown := [name for name in chosen if name not in found]:
+        parser.error(f"--suites names {unknown[0]!r}; expected some of {', '.join(found)}")
+    shared = ["--out", str(options.out), "--cpus", options.cpus, "--rounds", str(options.rounds)]
+    for name in chosen:
+        code = subprocess.run([*DSA, "bench", name, *shared, *found[name]]).returncode
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
