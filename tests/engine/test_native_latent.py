@@ -10,10 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.attention.precision import Precision
+from engine.curve.measure import fill
+from engine.curve.shape import RandomSource, config
 from engine.kernels import native
 from engine.kernels.native_kernels import NativeKernels
 from engine.kernels.reference import ReferenceKernels
 from engine.kernels.vectorised import VectorisedKernels
+from engine.kv.planes import PagedCache
+from engine.models import build_model
+from engine.plan import ScheduledRequest, StepPlan
+from engine.runner import Runner
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 
@@ -159,3 +166,32 @@ def test_what_the_c_code_does_not_do_is_torchs(kernels: NativeKernels, change: s
     selected = torch.tensor([[[3, 100, -1], [0, -1, 7]]])
     theirs = VectorisedKernels().latent_selected(*made, selected, rank, 0.5, *extra)
     assert torch.equal(kernels.latent_selected(*made, selected, rank, 0.5, *extra), theirs)
+
+
+@pytest.mark.parametrize(
+    ("start", "rows", "top_k"), [(0, 90, None), (700, 80, None), (700, 80, 256), (900, 1, 256)]
+)
+def test_a_model_of_deepseeks_family_computes_as_with_torchs_operations(
+    kernels: NativeKernels, start: int, rows: int, top_k: int | None
+) -> None:
+    """Through runner, pages and tiles: one layer, so that one selection differs at most by near ties."""
+    hidden = []
+    for backend in (kernels, VectorisedKernels()):
+        model, _ = build_model(
+            RandomSource(config(quick=True)), None, backend, 1024, dtype=torch.bfloat16, device=torch.device("cpu"),
+            progress=lambda done, total: None, precision=Precision(),
+        )  # fmt: skip
+        cache = PagedCache(17, model.plane_specs(), 1, torch.device("cpu"))
+        fill(cache, [(0, "latent"), (0, "index_key")], lambda *_: None)
+        runner = Runner(model, cache, model.tile_costs(1 << 24, "auto"), torch.device("cpu"))
+        pages = tuple(range(16, -1, -1))
+        request = ScheduledRequest(
+            request_id="r",
+            token_ids=tuple(range(rows)),
+            start=start,
+            page_ids=pages,
+            top_k=top_k,
+            sample=None,
+        )
+        hidden.append(runner.hidden(StepPlan(requests=(request,))).float())
+    torch.testing.assert_close(hidden[0], hidden[1], rtol=0.05, atol=0.05)
