@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import curve, tables
 from benchmarks.compare import Peers, suites
 from server.bench.results import Results, Sample, Server
 from server.bench.suites import Decode
@@ -73,3 +73,20 @@ def test_the_published_readme_has_room_for_the_tables() -> None:
     text = tables.README.read_text("utf-8")
     assert text.count(tables.BEGIN) == text.count(tables.END) == 1
     assert text.index(tables.BEGIN) < text.index(tables.END)
+
+
+def test_the_readmes_say_what_the_published_curve_says() -> None:
+    report = curve.read()
+    assert not report.quick
+    assert curve.table(report) in (curve.HERE / "README.md").read_text("utf-8")
+    assert curve.sentences(report) in (curve.HERE.parent / "README.md").read_text("utf-8")
+
+
+def test_the_curves_text_takes_the_place_of_what_is_there(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{curve.BEGIN}\nold\n{curve.END}\nafter\n", "utf-8")
+    curve.put(page, "new")
+    assert page.read_text("utf-8") == f"before\n{curve.BEGIN}\nnew\n{curve.END}\nafter\n"
+    page.write_text(f"before\n{curve.BEGIN}\n", "utf-8")
+    with pytest.raises(SystemExit, match="has no <!-- curve: begin --> with"):
+        curve.put(page, "new")

@@ -1,0 +1,93 @@
+"""What the READMEs say of the cost curve, from the `curve.json` that `dsa bench curve --out benchmarks` wrote.
+
+`python -m benchmarks.curve` prints it; with `--write` it takes its place in README.md and benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import msgspec
+
+from engine.curve.measure import PHASES, Phase, growth
+from engine.curve.report import HIGH, LOW, Report
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- curve: begin -->", "<!-- curve: end -->"
+
+
+def read(path: Path = HERE / "curve.json") -> Report:
+    """A run's results."""
+    return msgspec.json.decode(path.read_bytes(), type=Report)
+
+
+def table(report: Report) -> str:
+    """Both phases by position, and what they were measured on."""
+    tokens = {phase: next(p.tokens for p in report.points if p.phase == phase) for phase in PHASES}
+    time = "CPU time of one thread" if report.cpu_time else f"{report.threads} threads"
+    rounds = len(report.points[0].seconds)
+    lines = [
+        f"`{report.command}`, {report.machine}, {time}, {report.dtype}, {rounds} round{'s' * (rounds > 1)}, "
+        f"torch {report.torch}, {report.price_an_hour:g} USD an hour. Prefill: {tokens['prefill']} tokens of one request "
+        f"a step; decode: {tokens['decode']} requests. Seconds are a step's, USD a million tokens'.",
+        "",
+        "| position | "
+        + " | ".join(f"{phase} dense s | sparse s | dense USD | sparse USD" for phase in PHASES)
+        + " |",
+        "|---:|" + "---:|" * (4 * len(PHASES)),
+    ]
+    for position in sorted({p.position for p in report.points}):
+        cells = []
+        for phase in PHASES:
+            mine = {p.attention: p for p in report.points if (p.phase, p.position) == (phase, position)}
+            pair = [mine["dense"], mine["sparse"]]
+            cells += [f"{p.token_seconds * p.tokens:.3g}" for p in pair]
+            cells += [f"{p.usd(report.price_an_hour):.3g}" for p in pair]
+        lines.append(f"| {position:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sentences(report: Report) -> str:
+    """What it shows, in two lines."""
+    return "\n".join(_sentence(report, phase) for phase in reversed(PHASES))
+
+
+def _sentence(report: Report, phase: Phase) -> str:
+    sparse, dense = (growth(report.points, phase, name, LOW, HIGH) for name in ("sparse", "dense"))
+    crossed = report.cheaper_from[phase]
+    cheaper = (
+        "sparse never is the cheaper one"
+        if crossed is None
+        else f"sparse is the cheaper one from {crossed / 1024:.1f}K tokens"
+    )
+    return (
+        f"{phase.capitalize()} at 128K costs {sparse:.1f} times as much a token as at 8K with sparse attention, "
+        f"{dense:.1f} times with dense; {cheaper}."
+    )
+
+
+def put(path: Path, text: str) -> None:
+    """Between the file's markers, in place of what is there."""
+    before, _, rest = path.read_text("utf-8").partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"error: {path.name} has no {BEGIN} with {END} after it")
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", "utf-8")
+
+
+def main() -> None:
+    """Print, or write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="into README.md and benchmarks/README.md")
+    options = parser.parse_args()
+    report = read()
+    if options.write:
+        put(HERE / "README.md", table(report))
+        put(HERE.parent / "README.md", sentences(report))
+    else:
+        print(table(report), sentences(report), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
