@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from pathlib import Path
 
@@ -17,7 +18,7 @@ WEIGHTS = Path("/models/a model.gguf")
 
 def serves(arguments: list[str]) -> dict[str, list[str]]:
     """Name -> command, of the --serve options."""
-    values = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--serve"]
+    values = [value for flag, value in itertools.pairwise(arguments) if flag == "--serve"]
     return {name: shlex.split(command) for name, _, command in (value.partition("=") for value in values)}
 
 
@@ -35,9 +36,9 @@ def test_peers_are_run_with_their_settings_on_the_same_weights() -> None:
 
 def test_a_peer_that_is_not_named_is_left_out() -> None:
     found = suites(Peers(None, None, None, WEIGHTS, "1", 1))
-    assert {name: list(serves(arguments)) for name, arguments in found.items()} == dict.fromkeys(
-        found, ["dsa"]
-    )
+    assert {name: list(serves(arguments)) for name, arguments in found.items()} == {
+        key: ["dsa"] for key in found
+    }
 
 
 def test_tables_are_made_of_the_results_and_written_between_the_marks(
@@ -60,7 +61,8 @@ def test_tables_are_made_of_the_results_and_written_between_the_marks(
     monkeypatch.setattr("sys.argv", ["tables", str(tmp_path), "--write"])
     tables.main()
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
     assert "old" not in text
     assert "a processor, servers on core 1, 2 rounds" in text
     assert "| 128 | **dsa** | 60.5 (60.2 to 60.8) | - | - | - | **1.98** |" in text
