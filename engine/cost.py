@@ -41,8 +41,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Coefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds a unit, none negative. The units of `CostModel.features`, in this order.
 
-    A lone row (a decode) and the rows of a chunk (of a prompt) run through other code, whose speeds have nothing to
-    do with one another: the former waits for memory, the latter computes.
+    A lone row (a decode, or one of few) and the rows of a chunk (of a prompt) run through other code, whose speeds
+    have nothing to do with one another: the former waits for memory, the latter computes.
     """
 
     step: float  # a step: reading the weights, launching
@@ -277,8 +277,8 @@ class CostModel:
             if form != "dense":
                 sparse += count
                 index += seen
-        if rows == 1:
-            return (1, pair, sparse, gathered, index, *_NONE_OF_A_CHUNK)
+        if rows <= self._tiles.few_rows:  # as if alone: what else is in the step is not known here
+            return (rows, pair, sparse, gathered, index, *_NONE_OF_A_CHUNK)
         return (*_NONE_OF_A_LONE_ROW, 1, rows, pair, context, sparse, gathered, index)
 
     def _seconds(self, units: tuple[int, ...]) -> float:

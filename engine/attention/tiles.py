@@ -75,6 +75,9 @@ class TileCosts:
     mask_cost: float = 0.075  # per (row, context position) of `mask`
     forced: Literal["auto", "gather", "mask"] = "auto"
     fused: bool = False  # the kernels work row by row: neither dense nor gathered tiles materialise anything
+    few_rows: int = (
+        1  # steps of no more rows run through code of their own; nothing here but costs depends on it
+    )
 
     def sparse_form(self, rows: int, context: int, top_k: int) -> Form:
         """The cheaper sparse form for `rows` rows of one request; a lone row always gathers."""

@@ -274,6 +274,7 @@ class Llama:
             attention_row_bytes=4 * self.config.num_heads,
             token_bytes=self.plane_specs()[0].token_bytes,
             forced=forced,
+            few_rows=1 if self.native is None else llama_native.MAX_ROWS,
             fused=self._kernels.fused
             and self._dtype is torch.bfloat16
             and (self.indexer is None or self._integer_keys),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 
@@ -131,20 +130,17 @@ def test_what_cannot_be_measured_is_said(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(
-    not os.environ.get("DSA_MEASURE"),
-    reason="holds measured seconds to a bound, which takes minutes of a quiet machine: DSA_MEASURE=1",
-)
+@pytest.mark.timeout(1800)
 def test_a_sparse_request_tells_what_a_dense_one_costs(tmp_path: Path, default_model: Path) -> None:
-    """Within 10 % at 2K. At 8K, where prompts are gathered, the estimate was a fifth too low: see `Coefficients`.
+    """Within 10 % at 2K and at 8K of the time of the same request when it is really run dense.
 
-    In CPU time on one thread, so that it may be tried on a machine that is in use.
+    In CPU time on one thread, each step's least of some rounds, sparse and dense in turns: so it holds on a machine that
+    is in use, too.
     """
     files, out = resolve(), tmp_path / "cost.json"
     arguments = [f"--weights={files.weights}", f"--overlay={files.overlay}", f"--out={out}"]
-    assert main([*arguments, "--cpu-time", "--rounds=1"]) == 0
+    assert main([*arguments, "--cpu-time", "--rounds=2"]) == 0
     errors = read_calibration(out).dense_errors
     print(errors)
-    assert abs(errors[2048]) < 0.10
-    assert abs(errors[8192]) < 0.30
+    assert set(errors) == {2048, 8192}
+    assert all(abs(error) < 0.10 for error in errors.values())

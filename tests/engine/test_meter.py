@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
+import msgspec
 import pytest
 
 from engine.attention.tiles import TileCosts
@@ -141,3 +143,15 @@ def test_what_is_told_of_the_engine_is_what_is_told_of_its_requests() -> None:
     assert told > 3
     assert quiet > 3
     assert output.stats.busy_seconds_total == pytest.approx(core.stats().busy_seconds_total)
+
+
+def test_few_rows_cost_what_lone_rows_cost() -> None:
+    tiles = dataclasses.replace(TILES, fused=True, few_rows=4)
+    coefficients = msgspec.structs.replace(assumed_coefficients(SHAPE, "cpu"), chunk=1.0)
+    own = CostModel(SHAPE, coefficients, tiles)
+    for top_k in (None, 64):
+        alone = [own.modelled_rows(1, position, top_k) for position in range(100, 104)]
+        together = own.modelled_rows(4, 100, top_k)
+        for part in ("actual", "index", "dense"):
+            assert getattr(together, part) == pytest.approx(sum(getattr(one, part) for one in alone))
+        assert own.modelled_rows(5, 100, top_k).actual > 1
