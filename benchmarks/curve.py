@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from engine.curve.measure import PHASES, Phase, growth
 from engine.curve.report import HIGH, LOW, Report
 
 HERE = Path(__file__).parent
+WIDTH = 118
 BEGIN, END = "<!-- curve: begin -->", "<!-- curve: end -->"
 
 
@@ -27,10 +29,13 @@ def table(report: Report) -> str:
     tokens = {phase: next(p.tokens for p in report.points if p.phase == phase) for phase in PHASES}
     time = "CPU time of one thread" if report.cpu_time else f"{report.threads} threads"
     rounds = len(report.points[0].seconds)
-    lines = [
+    made = (
         f"`{report.command}`, {report.machine}, {time}, {report.dtype}, {rounds} round{'s' * (rounds > 1)}, "
         f"torch {report.torch}, {report.price_an_hour:g} USD an hour. Prefill: {tokens['prefill']} tokens of one request "
-        f"a step; decode: {tokens['decode']} requests. Seconds are a step's, USD a million tokens'.",
+        f"a step; decode: {tokens['decode']} requests. Seconds are a step's, USD a million tokens'."
+    )
+    lines = [
+        *textwrap.wrap(made, WIDTH, break_on_hyphens=False),
         "",
         "| position | "
         + " | ".join(f"{phase} dense s | sparse s | dense USD | sparse USD" for phase in PHASES)
@@ -49,8 +54,8 @@ def table(report: Report) -> str:
 
 
 def sentences(report: Report) -> str:
-    """What it shows, in two lines."""
-    return "\n".join(_sentence(report, phase) for phase in reversed(PHASES))
+    """What it shows."""
+    return textwrap.fill(" ".join(_sentence(report, phase) for phase in reversed(PHASES)), WIDTH)
 
 
 def _sentence(report: Report, phase: Phase) -> str:
