@@ -21,6 +21,7 @@ from engine.batch import Batch
 from engine.kernels import native
 from engine.kernels.packed import Descriptor, PackedWeight
 from engine.kv.planes import PagedCache
+from engine.layers.low_rank import LowRank
 
 if TYPE_CHECKING:
     from engine.layers.rope import RotaryTable
@@ -41,6 +42,7 @@ class _Layer(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("input_norm", "post_norm", "key_norm_weight", "key_norm_bias")
         ),
+        *((name, ctypes.c_void_p) for name in ("qkv_down", "qkv_up", "o_down", "o_up")),
         *((name, ctypes.c_void_p) for name in ("kv_plane", "index_plane")),
     )
 
@@ -56,6 +58,7 @@ class _Model(ctypes.Structure):
         ("page_stride", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("num_layers", "hidden", "intermediate", "heads", "kv_heads")),
         *((name, ctypes.c_int32) for name in ("head_dim", "index_heads", "index_dim", "index_rope")),
+        ("adapter_rank", ctypes.c_int32),
         ("integer_keys", ctypes.c_int32),
         ("eps", ctypes.c_float),
         ("key_norm_eps", ctypes.c_float),
@@ -158,6 +161,7 @@ class NativeStep:
             0 if indexer is None else indexer.num_heads,
             0 if indexer is None else indexer.head_dim,
             0 if indexer is None else indexer.rope_dim,
+            0 if indexer is None else indexer.adapter_rank,
             int(keys is not None and keys.dtype is torch.uint8),
             c.rms_norm_eps,
             KEY_NORM_EPS,
@@ -172,7 +176,7 @@ class NativeStep:
         if layer.indexer is None:
             return _Layer(
                 *matrices, *(Descriptor() for _ in range(3)), self._float(layer.input_norm),
-                self._float(layer.post_norm), 0, 0, cache.plane(i, "kv").data_ptr(), 0,
+                self._float(layer.post_norm), *(0,) * 6, cache.plane(i, "kv").data_ptr(), 0,
             )  # fmt: skip
         w = layer.indexer.weights
         return _Layer(
@@ -182,9 +186,15 @@ class NativeStep:
                 self._float(part)
                 for part in (layer.input_norm, layer.post_norm, w.k_norm_weight, w.k_norm_bias)
             ),
+            *self._corrections(layer.adapter),
             cache.plane(i, "kv").data_ptr(),
             cache.plane(i, "index_key").data_ptr(),
         )
+
+    def _corrections(self, adapter: tuple[LowRank, LowRank] | None) -> Sequence[int]:
+        if adapter is None:
+            return (0,) * 4
+        return [self._float(part) for fix in adapter for part in (fix.a, fix.b.T)]
 
     def _float(self, tensor: Tensor) -> int:
         """Where a float32 copy of it lies."""

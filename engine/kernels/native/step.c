@@ -146,12 +146,27 @@ static void product_to_x(struct work *w, const struct dsa_matrix *weight, const 
         for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += w->wide[(size_t)r * w->widest + i];
 }
 
+// out += up^T (down x): a correction of low rank, for one row of x.
+static void correct(const float *down, const float *up, int rank, int inputs, int outputs, const bf16 *x, float *out) {
+    for (int k = 0; k < rank; k++, down += inputs, up += outputs) {
+        float sums[16] = {0}, sum = 0;
+        for (int i = 0; i < inputs; i += 16)
+            for (int j = 0; j < 16; j++) sums[j] += down[i + j] * wide(x[i + j]);
+        for (int j = 0; j < 16; j++) sum += sums[j];
+        for (int i = 0; i < outputs; i++) out[i] += sum * up[i];
+    }
+}
+
 // Rotated queries of a row, and its entry of the cache.
 static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
     const struct dsa_model *m = w->model;
     const int D = m->head_dim, half = D / 2, q = m->heads * D, k = m->kv_heads * D;
     const int64_t position = w->step->positions[r];
-    const float *from = w->wide + (size_t)r * w->widest, *cos = m->cos + position * half, *sin = m->sin + position * half;
+    float *from = w->wide + (size_t)r * w->widest;
+    const float *cos = m->cos + position * half, *sin = m->sin + position * half;
+    if (m->adapter_rank && is_sparse(w->step, r))
+        correct(layer->qkv_down, layer->qkv_up, m->adapter_rank, m->hidden, q + 2 * k,
+                w->normed.values + (size_t)r * m->hidden, from);
     for (int h = 0; h < m->heads; h++) rotate(from + h * D, cos, sin, half, D, w->query + (size_t)r * q + h * D);
     const int64_t page = w->step->tables[r][position / PAGE], offset = position % PAGE;
     bf16 *kv = (bf16 *)(void *)(layer->kv_plane + page * m->page_stride) + offset * 2 * k;
@@ -240,20 +255,30 @@ static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t
                        w->attended.values + (size_t)r * m->heads * D, rest);
 }
 
+// What follows a row's attention: sums for the next product, and what the adapter adds to it.
+static void finish_row(struct work *w, const struct dsa_layer *layer, int r) {
+    const struct dsa_model *m = w->model;
+    const int inputs = m->heads * m->head_dim;
+    dsa_sum_row(&w->attended, r);
+    if (m->adapter_rank && is_sparse(w->step, r))
+        correct(layer->o_down, layer->o_up, m->adapter_rank, inputs, m->hidden,
+                w->attended.values + (size_t)r * inputs, w->x + (size_t)r * m->hidden);
+}
+
 static void attend_rows(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
     const int rows = w->step->rows;
     uint8_t *own = w->own + w->own_bytes * (size_t)thread;
     if (rows >= threads) {
         for (int r = thread; r < rows; r += threads) {
             attend(w, layer, r, own, own, 0, 1);
-            dsa_sum_row(&w->attended, r);
+            finish_row(w, layer, r);
         }
         return;
     }
     for (int r = 0; r < rows; r++) {
         attend(w, layer, r, w->own, own, thread, threads);
         dsa_barrier();
-        if (thread == 0) dsa_sum_row(&w->attended, r);
+        if (thread == 0) finish_row(w, layer, r);
     }
 }
 

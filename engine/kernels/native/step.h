@@ -10,6 +10,7 @@ struct dsa_layer {
     struct dsa_matrix index_query, index_key, index_weights; // without data where the model has no indexer
     const float *input_norm, *post_norm;                     // [hidden]
     const float *key_norm_weight, *key_norm_bias;            // [index_dim]
+    const float *qkv_down, *qkv_up, *o_down, *o_up;          // sparse adapter: [rank, inputs] and [rank, outputs]
     uint8_t *kv_plane, *index_plane;                         // of the paged cache, see attention.h
 };
 
@@ -22,6 +23,7 @@ struct dsa_model {
     int64_t page_stride;                // bytes from page to page of a plane
     int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
     int32_t index_heads, index_dim, index_rope; // index_heads 0: no indexer
+    int32_t adapter_rank;                       // 0: no adapter
     int32_t integer_keys;                       // whether index keys are 8-bit integers, or else bfloat16
     float eps, key_norm_eps;
 };
