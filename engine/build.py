@@ -46,7 +46,8 @@ class Built:
     ready: Ready
     unused_tensors: tuple[str, ...]
     weights: LoadReport  # of the main model
-    kernels: str  # what computes attention, as a sentence for the log
+    backend: str  # name of what computes attention
+    kernels: str  # the same as a sentence for the log
     team: Team | None = None  # the other ranks
 
     def close(self) -> None:
@@ -211,10 +212,11 @@ def _build(
         else LeadRunner(model, cache, costs, device, drafter, team)
     )
     shape, dtype_name = model.shape(), str(dtype).removeprefix("torch.")
-    coefficients = assumed_coefficients(shape, device.type)
+    kernels = choose_backend(config.kernels, device)
+    coefficients = assumed_coefficients(shape, device.type, kernels.name)
     if config.cost_calibration is not None:
         calibration = read_calibration(Path(config.cost_calibration))
-        calibration.check(shape, device.type, dtype_name)
+        calibration.check(shape, device.type, dtype_name, kernels.name)
         coefficients = calibration.coefficients
     cost_model = CostModel(shape, coefficients, costs)
     scheduler = Scheduler(
@@ -256,7 +258,8 @@ def _build(
         ready=ready,
         unused_tensors=tuple(unused),
         weights=report,
-        kernels=choose_backend(config.kernels, device).described(dtype),
+        backend=kernels.name,
+        kernels=kernels.described(dtype),
         team=team,
     )
 

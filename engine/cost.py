@@ -74,28 +74,33 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     shape: ModelShape
     device: str  # type of the device: cpu, cuda
     dtype: str
+    kernels: str  # name of the backend
     coefficients: Coefficients
     steps: int  # measured steps that were fitted
     median_error: float  # |modelled / measured - 1| of a step, median over steps that were not fitted
     worst_error: float  # the worst of those
     dense_errors: dict[int, float]  # context: estimated / measured - 1 of dense seconds told by a sparse run
 
-    def check(self, shape: ModelShape, device: str, dtype: str) -> None:
+    def check(self, shape: ModelShape, device: str, dtype: str, kernels: str) -> None:
         """Refuse to be used for something else.
 
         Raises:
-            ConfigError: another model, device or number format was measured.
+            ConfigError: another model, device, number format or backend was measured.
         """
         # The shape counts bytes, so another dtype is another shape, too: it comes last.
-        mine, asked = (self.device, self.dtype, self.shape), (device, dtype, shape)
+        mine, asked = (
+            (self.device, self.kernels, self.dtype, self.shape),
+            (device, kernels, dtype, shape),
+        )
         if mine != asked:
             what = next(
                 name
-                for name, one, two in zip(("device", "dtype", "model"), mine, asked, strict=True)
+                for name, one, two in zip(("device", "kernels", "dtype", "model"), mine, asked, strict=True)
                 if one != two
             )
+            other = "other kernels" if what == "kernels" else f"another {what}"
             raise ConfigError(
-                f"the cost calibration was measured with another {what}; run dsa calibrate for this one"
+                f"the cost calibration was measured with {other}; run dsa calibrate for this setting"
             )
 
 
@@ -115,34 +120,64 @@ def read_calibration(path: Path) -> Calibration:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Speeds:
+    """Round numbers for a kind of machine. FLOP/s of arithmetic, bytes/s of memory; whichever is slower counts."""
+
+    launch: float  # seconds a step
+    weights: float  # bytes/s, read by a step
+    chunk_step: float  # how many times more where a chunk is in it
+    lone: float  # FLOP/s of linear layers, lone rows
+    linear: float  # of a chunk
+    pair: float  # FLOP/s of attention, a chunk
+    gathered: float  # over selected tokens
+    index: float  # of scoring
+    lone_index: float
+    lone_queries: float  # of index queries
+    cache: float  # bytes/s of keys and values that a lone row reads one after the other
+    scattered: float  # and where they are selected
+    together: float  # of contexts that are copied for a chunk
+
+
 _SPEEDS = {
-    # device type: FLOP/s of linear layers, FLOP/s of attention, bytes/s, seconds to launch a step
-    "cpu": (1e11, 2.5e10, 1e10, 2e-3),
-    "cuda": (3e14, 1e14, 2e12, 2e-3),
-}
+    # On one core of an AMD EPYC with AVX-512 and bfloat16, by `dsa calibrate`: native kernels, and torch's.
+    "native": _Speeds(
+        launch=1e-3, weights=1.8e10, chunk_step=6.5, lone=2.5e11, linear=1.6e11, pair=1.4e11, gathered=7.5e10,
+        index=2.9e11, lone_index=9e10, lone_queries=5e10, cache=8.3e9, scattered=7.3e9, together=math.inf,
+    ),
+    "cpu": _Speeds(
+        launch=2e-3, weights=5e9, chunk_step=0.0, lone=1e11, linear=1.7e11, pair=5.5e10, gathered=3.8e9,
+        index=2.2e10, lone_index=5e9, lone_queries=1e11, cache=1.3e9, scattered=8.5e8, together=1e9,
+    ),
+    # Guessed.
+    "cuda": _Speeds(
+        launch=2e-3, weights=2e12, chunk_step=0.0, lone=3e14, linear=3e14, pair=1e14, gathered=5e13, index=1e14,
+        lone_index=1e14, lone_queries=3e14, cache=2e12, scattered=1e12, together=2e12,
+    ),
+}  # fmt: skip
 
 
-def assumed_coefficients(shape: ModelShape, device: str) -> Coefficients:
+def assumed_coefficients(shape: ModelShape, device: str, kernels: str = "torch") -> Coefficients:
     """Coefficients from round numbers for a kind of device. Only their ratios are used; measure for better."""
-    linear, attention, bandwidth, launch = _SPEEDS.get(device, _SPEEDS["cpu"])
-    row, sparse_row = shape.row_flops / linear, shape.sparse_row_flops / linear
-    pair, index_pair = shape.pair_flops / attention, shape.index_pair_flops / attention
-    gathered = pair + shape.kv_token_bytes / bandwidth
+    s = _SPEEDS[
+        "native" if device == "cpu" and kernels == "native" else device if device in _SPEEDS else "cpu"
+    ]
+    weights = shape.weight_bytes / s.weights
     return Coefficients(
-        step=launch + shape.weight_bytes / bandwidth,
+        step=s.launch + weights,
         head=0.0,
-        lone=launch / 100 + row,
-        lone_pair=gathered,
-        lone_sparse=sparse_row,
-        lone_gathered=gathered,
-        lone_index_pair=index_pair + shape.index_token_bytes / bandwidth,
-        chunk=launch / 100,
-        row=row,
-        pair=pair,
-        context=shape.kv_token_bytes / bandwidth,
-        sparse_row=sparse_row,
-        gathered=gathered,
-        index_pair=index_pair,
+        lone=shape.row_flops / s.lone,
+        lone_pair=max(shape.pair_flops / s.pair, shape.kv_token_bytes / s.cache),
+        lone_sparse=shape.sparse_row_flops / s.lone_queries,
+        lone_gathered=max(shape.pair_flops / s.gathered, shape.kv_token_bytes / s.scattered),
+        lone_index_pair=max(shape.index_pair_flops / s.lone_index, shape.index_token_bytes / s.cache),
+        chunk=s.launch / 100 + s.chunk_step * weights,
+        row=shape.row_flops / s.linear,
+        pair=shape.pair_flops / s.pair,
+        context=shape.kv_token_bytes / s.together,
+        sparse_row=shape.sparse_row_flops / s.index,
+        gathered=shape.pair_flops / s.gathered,
+        index_pair=shape.index_pair_flops / s.index,
     )
 
 

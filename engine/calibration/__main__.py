@@ -143,6 +143,7 @@ def run(options: argparse.Namespace) -> Calibration:
         shape=assumed.shape,
         device=device,
         dtype=info.dtype,
+        kernels=built.backend,
         coefficients=coefficients,
         steps=len(fitted),
         median_error=statistics.median(errors),

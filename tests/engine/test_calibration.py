@@ -103,6 +103,8 @@ def test_a_calibration_is_written_and_read_by_the_engine(
     assert built.costs.coefficients == written.coefficients
     with pytest.raises(ConfigError, match="measured with another dtype; run dsa calibrate"):
         build(msgspec.structs.replace(config, dtype="bfloat16"))
+    with pytest.raises(ConfigError, match="measured with other kernels; run dsa calibrate"):
+        build(msgspec.structs.replace(config, kernels="reference"))
     out.write_text("{}")
     with pytest.raises(ConfigError, match="is not a cost calibration"):
         build(config)
