@@ -71,10 +71,10 @@ class PackedWeight:
         """
         shape = stored.shape if isinstance(stored, Tensor) else stored.numbers.shape
         kind: Kind = "bf16" if isinstance(stored, Tensor) else stored.kind
-        # torch's memory begins on a cache line. Filled part by part: packing takes several times what it packs.
-        data = torch.empty(packed_bytes(kind, *shape), dtype=torch.uint8).view(
-            -(-shape[0] // packing.LANES), -1
-        )
+        # torch's own memory begins on a cache line.
+        flat = torch.empty(packed_bytes(kind, *shape), dtype=torch.uint8) if memory is None else memory
+        data = flat.view(-(-shape[0] // packing.LANES), -1)
+        # Part by part: packing takes several times what it packs.
         for first in range(0, shape[0], _AT_ONCE):
             part = slice(first, first + _AT_ONCE)
             at = first // packing.LANES
