@@ -39,24 +39,23 @@ static void attend_head(const bf16 *query, const bf16 *const *tokens, int64_t at
 
 static inline __m512bh load_pairs(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
 
-// scale * q . k of G queries and all tokens, D = 32 * parts.
+// scale * q . k of G queries and all tokens, D = 32 * parts; of tokens to come, `fetch` bytes from `at` on are fetched.
 static inline __attribute__((always_inline)) void dots(int G, int parts, const bf16 *query, const bf16 *const *tokens,
-                                                       int64_t at, int n, float scale, float *weights) {
+                                                       int64_t at, int64_t fetch, int n, float scale, float *weights) {
     const int D = 32 * parts;
     __m512bh q[4][4];
     for (int g = 0; g < G; g++)
         for (int p = 0; p < parts; p++) q[g][p] = load_pairs(query + g * D + 32 * p);
     for (int s = 0; s < n; s += 16) {
-        if (s + 32 <= n)
-            for (int i = 16; i < 32; i++) { // the next ones, values too: they are anywhere in the cache
-                const char *next = (const char *)(tokens[s + i] + at);
-                for (int line = 0; line < 4 * D; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
-            }
         __m512 quarter[4][4]; // [g]: four tokens' sums in each
         for (int i = 0; i < 4; i++) {
             __m512 sums[4][4];
             for (int j = 0; j < 4; j++) {
                 const bf16 *key = tokens[s + 4 * i + j] + at;
+                if (s + 32 <= n) { // a token to come, values too: it is anywhere in the cache
+                    const char *next = (const char *)(tokens[s + 16 + 4 * i + j] + at);
+                    for (int64_t line = 0; line < fetch; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
+                }
                 __m512bh k[4];
                 for (int p = 0; p < parts; p++) k[p] = load_pairs(key + 32 * p);
                 for (int g = 0; g < G; g++) {
@@ -151,21 +150,22 @@ static inline __attribute__((always_inline)) void combine(int G, int parts, cons
 
 // Up to four queries of one head over n tokens, n a multiple of 32.
 static inline __attribute__((always_inline)) void attend_queries(int G, int parts, const bf16 *query,
-                                                                 const bf16 *const *tokens, int64_t at, int count, int n,
+                                                                 const bf16 *const *tokens, int64_t at,
+                                                                 int64_t fetch, int count, int n,
                                                                  float scale, bf16 *out, float *weights, bf16 *soft,
                                                                  float *totals) {
-    dots(G, parts, query, tokens, at, n, scale, weights);
+    dots(G, parts, query, tokens, at, fetch, n, scale, weights);
     for (int g = 0; g < G; g++) totals[g] = soften(weights + g * n, count, n, soft + g * n);
     combine(G, parts, tokens, at, n, soft, totals, out);
 }
 
 #define CASE(G, PARTS) \
     case 8 * G + PARTS: \
-        attend_queries(G, PARTS, query, tokens, at, count, n, scale, out, weights, soft, totals); \
+        attend_queries(G, PARTS, query, tokens, at, fetch, count, n, scale, out, weights, soft, totals); \
         break;
 
-static void attend_known(int G, int parts, const bf16 *query, const bf16 *const *tokens, int64_t at, int count, int n, float scale,
-                         bf16 *out, float *weights, bf16 *soft, float *totals) {
+static void attend_known(int G, int parts, const bf16 *query, const bf16 *const *tokens, int64_t at, int64_t fetch, int count,
+                         int n, float scale, bf16 *out, float *weights, bf16 *soft, float *totals) {
     switch (8 * G + parts) {
         CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1)
         CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2)
@@ -206,9 +206,11 @@ void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, c
         if (D % 32 == 0 && D <= 128) {
             bf16 *soft = (bf16 *)(weights + (int64_t)n * 4);
             float *totals = (float *)(soft + (int64_t)n * 4);
+            // The first head fetches all of a token, from memory; the others have it near.
+            const int64_t fetch = (head == first ? last - first : 1) * 4 * (int64_t)D;
             for (int g = 0; g < G; g += 4)
-                attend_known(G - g < 4 ? G - g : 4, D / 32, q + g * D, tokens, at, count, n, scale, o + g * D, weights,
-                             soft, totals);
+                attend_known(G - g < 4 ? G - g : 4, D / 32, q + g * D, tokens, at, fetch, count, n, scale, o + g * D,
+                             weights, soft, totals);
             continue;
         }
 #endif

@@ -41,16 +41,19 @@ void dsa_index_query(const bf16 *query, const float *head_weights, int H, int d,
 
 #ifdef DSA_AVX512
 
-// `heads` heads of one query against a page; sums [4] are the page's scores before the keys' scales.
+// `heads` heads of one query against a page; sums [4] are the page's scores before the keys' scales. Pages lie anywhere:
+// the `next` one is fetched meanwhile, where that is not NULL.
 static inline __attribute__((always_inline)) void score_heads(int heads, const int8_t *query, const float *weights,
-                                                              const int32_t *begins, const uint8_t *page, int d,
-                                                              __m512 *sums) {
+                                                              const int32_t *begins, const uint8_t *page,
+                                                              const uint8_t *next, int d, __m512 *sums) {
     __m512i products[4][4];
     for (int h = 0; h < heads; h++)
         for (int g = 0; g < 4; g++) products[h][g] = _mm512_set1_epi32(begins[h]);
     for (int j = 0; j < d / 4; j++) {
         __m512i keys[4];
         for (int g = 0; g < 4; g++) keys[g] = _mm512_loadu_si512(page + (g * (d / 4) + j) * 64);
+        if (next)
+            for (int g = 0; g < 4; g++) _mm_prefetch((const char *)next + (4 * j + g) * 64, _MM_HINT_T0);
         for (int h = 0; h < heads; h++) {
             int32_t four;
             memcpy(&four, query + h * d + 4 * j, 4);
@@ -67,23 +70,26 @@ static inline __attribute__((always_inline)) void score_heads(int heads, const i
     }
 }
 
-static void score_page(const int8_t *query, const float *weights, const int32_t *begins, const uint8_t *page, int H,
-                       int d, float *out) {
+static void score_page(const int8_t *query, const float *weights, const int32_t *begins, const uint8_t *page,
+                       const uint8_t *next, int H, int d, float *out) {
     __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    int h = 0;
-    for (; h + 4 <= H; h += 4) score_heads(4, query + h * d, weights + h, begins + h, page, d, sums);
-    if (H - h == 3) score_heads(3, query + h * d, weights + h, begins + h, page, d, sums);
-    if (H - h == 2) score_heads(2, query + h * d, weights + h, begins + h, page, d, sums);
-    if (H - h == 1) score_heads(1, query + h * d, weights + h, begins + h, page, d, sums);
     const uint8_t *scales = page + PAGE * d;
+    if (next)
+        for (int g = 0; g < 4; g++) _mm_prefetch((const char *)next + PAGE * d + 64 * g, _MM_HINT_T0);
+    int h = 0;
+    for (; h + 4 <= H; h += 4, next = 0) score_heads(4, query + h * d, weights + h, begins + h, page, next, d, sums);
+    if (H - h == 3) score_heads(3, query + h * d, weights + h, begins + h, page, next, d, sums);
+    if (H - h == 2) score_heads(2, query + h * d, weights + h, begins + h, page, next, d, sums);
+    if (H - h == 1) score_heads(1, query + h * d, weights + h, begins + h, page, next, d, sums);
     for (int g = 0; g < 4; g++)
         _mm512_storeu_ps(out + 16 * g, _mm512_mul_ps(sums[g], _mm512_loadu_ps(scales + 64 * g)));
 }
 
 #else
 
-static void score_page(const int8_t *query, const float *weights, const int32_t *begins, const uint8_t *page, int H,
-                       int d, float *out) {
+static void score_page(const int8_t *query, const float *weights, const int32_t *begins, const uint8_t *page,
+                       const uint8_t *next, int H, int d, float *out) {
+    (void)next;
     float scales[PAGE];
     memcpy(scales, page + PAGE * d, sizeof scales);
     for (int g = 0; g < 4; g++) {
@@ -109,6 +115,8 @@ static void score_page(const int8_t *query, const float *weights, const int32_t 
 void dsa_index_scores_row(const int8_t *query, const float *weights, const int32_t *begins, const uint8_t *plane,
                           int64_t page_stride, const int64_t *block_table, int first, int last, int H, int d,
                           float *scores) {
-    for (int page = first; page < last; page++)
-        score_page(query, weights, begins, plane + block_table[page] * page_stride, H, d, scores + PAGE * page);
+    for (int page = first; page < last; page++) {
+        const uint8_t *next = page + 1 < last ? plane + block_table[page + 1] * page_stride : 0;
+        score_page(query, weights, begins, plane + block_table[page] * page_stride, next, H, d, scores + PAGE * page);
+    }
 }
