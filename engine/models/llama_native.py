@@ -56,6 +56,7 @@ class _Model(ctypes.Structure):
             for name in ("layers", "embed", "norm", "cos", "sin", "index_cos", "index_sin")
         ),
         ("page_stride", ctypes.c_int64),
+        ("index_stride", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("num_layers", "hidden", "intermediate", "heads", "kv_heads")),
         *((name, ctypes.c_int32) for name in ("head_dim", "index_heads", "index_dim", "index_rope")),
         ("adapter_rank", ctypes.c_int32),
@@ -152,6 +153,7 @@ class NativeStep:
             index_cos,
             index_sin,
             kv.stride(0) * kv.element_size(),
+            0 if keys is None else keys.stride(0) * keys.element_size(),
             c.num_layers,
             c.hidden_size,
             c.intermediate_size,

@@ -39,6 +39,8 @@ static void attend_head(const bf16 *query, const bf16 *const *tokens, int64_t at
 
 static inline __m512bh load_pairs(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
 
+enum { FETCHED = 64 }; // tokens ahead
+
 // scale * q . k of G queries and all tokens, D = 32 * parts; of tokens to come, `fetch` bytes from `at` on are fetched.
 static inline __attribute__((always_inline)) void dots(int G, int parts, const bf16 *query, const bf16 *const *tokens,
                                                        int64_t at, int64_t fetch, int n, float scale, float *weights) {
@@ -52,9 +54,9 @@ static inline __attribute__((always_inline)) void dots(int G, int parts, const b
             __m512 sums[4][4];
             for (int j = 0; j < 4; j++) {
                 const bf16 *key = tokens[s + 4 * i + j] + at;
-                if (s + 32 <= n) { // a token to come, values too: it is anywhere in the cache
-                    const char *next = (const char *)(tokens[s + 16 + 4 * i + j] + at);
-                    for (int64_t line = 0; line < fetch; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
+                if (s + FETCHED + 16 <= n) { // a token to come, values too: it is anywhere in the cache
+                    const char *next = (const char *)(tokens[s + FETCHED + 4 * i + j] + at);
+                    for (int64_t line = 0; line < fetch; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
                 }
                 __m512bh k[4];
                 for (int p = 0; p < parts; p++) k[p] = load_pairs(key + 32 * p);

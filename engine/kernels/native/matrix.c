@@ -10,7 +10,7 @@ enum { NIBBLES = 256, SCALES = 32, ROWS = 8 };
 enum { PANEL = 64, Q4_ROWS = 32, Q8_ROWS = 8 };
 
 // Bytes by which weights are fetched ahead of their use.
-enum { AHEAD = 4096 };
+enum { AHEAD = 8192 };
 
 static inline size_t number_bytes(int kind) {
     return kind == DSA_Q4 ? NIBBLES : kind == DSA_Q8 ? 2 * NIBBLES : 4 * NIBBLES;
@@ -139,7 +139,7 @@ __attribute__((always_inline)) static inline void multiply(const struct run *run
     for (int g = 0; g < run->groups; g++, x += DSA_GROUP, w += bytes) {
         if (run->ahead) {
             const size_t group = bytes + (kind == DSA_Q4 ? 2 * SCALES : kind == DSA_Q8 ? SCALES : 0);
-            for (size_t line = 0; line < group; line += 64) __builtin_prefetch(run->ahead + g * group + line);
+            for (size_t line = 0; line < group; line += 64) __builtin_prefetch(run->ahead + g * group + line, 0, 1);
         }
         __m512 part[ROWS];
         for (int i = 0; i < rows * chains; i++) part[i] = _mm512_setzero_ps();

@@ -184,7 +184,7 @@ static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
     bf16 key[512];
     layer_norm(index + padded(H * d), layer->key_norm_weight, layer->key_norm_bias, m->key_norm_eps, d, normed);
     rotate(normed, cos, sin, turned, d, key);
-    uint8_t *keys = layer->index_plane + page * m->page_stride;
+    uint8_t *keys = layer->index_plane + page * m->index_stride;
     if (m->integer_keys) dsa_index_key_write(keys, (int)offset, key, d);
     else memcpy(keys + offset * d * (int)sizeof(bf16), key, sizeof(bf16) * (size_t)d);
     if (!is_sparse(w->step, r)) return;
@@ -234,9 +234,9 @@ static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t
         const float *weights = w->index_weights + (size_t)r * H;
         if (m->integer_keys)
             dsa_index_scores_row(w->index_integers + (size_t)r * H * d, weights, w->index_begins + (size_t)r * H,
-                                 layer->index_plane, m->page_stride, table, first, last, H, d, scores);
+                                 layer->index_plane, m->index_stride, table, first, last, H, d, scores);
         else
-            plain_scores(w->index_query + (size_t)r * H * d, weights, layer->index_plane, m->page_stride, table, first,
+            plain_scores(w->index_query + (size_t)r * H * d, weights, layer->index_plane, m->index_stride, table, first,
                          last, H, d, scores);
         if (members > 1) dsa_barrier();
         count = (int)step->top_k[r];

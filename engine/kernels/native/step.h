@@ -20,7 +20,7 @@ struct dsa_model {
     const float *norm;
     const float *cos, *sin;             // [positions, head_dim / 2]
     const float *index_cos, *index_sin; // [positions, index_rope / 2]
-    int64_t page_stride;                // bytes from page to page of a plane
+    int64_t page_stride, index_stride;  // bytes from page to page of a layer's planes
     int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
     int32_t index_heads, index_dim, index_rope; // index_heads 0: no indexer
     int32_t adapter_rank;                       // 0: no adapter
