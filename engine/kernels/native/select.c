@@ -19,6 +19,8 @@ static inline int32_t to_rank(float x) {
     return bits < 0 ? -(bits & 0x7fffffff) : bits;
 }
 
+enum { HALVES = 12 };
+
 // How many of x[0], x[step], x[2 step] ... vectors of 16 are >= t; n is a multiple of 16 or step is 1.
 static int count_at_least(const float *x, int n, int step, float t) {
     int count = 0;
@@ -42,8 +44,12 @@ static int count_at_least(const float *x, int n, int step, float t) {
 // count_at_least(low) >= wanted holds. Returns the count.
 static int bisect(const float *x, int n, int step, int wanted, int enough, int32_t low, int32_t high, int count,
                   float *threshold) {
-    while (count > enough && low < high) {
+    for (int turn = 0; count > enough && low < high; turn++) {
         int32_t middle = (int32_t)(((int64_t)low + high + 1) >> 1);
+        if (turn < HALVES) { // scores crowd neither by sign nor by exponent: halve their values first
+            int32_t half = to_rank(0.5f * from_rank(low) + 0.5f * from_rank(high));
+            if (low < half && half <= high) middle = half;
+        }
         int found = count_at_least(x, n, step, from_rank(middle));
         if (found >= wanted) {
             low = middle;
@@ -80,10 +86,29 @@ static int thin(const float *scores, int n, float t, float *kept, int32_t *at) {
     return count;
 }
 
-static float largest(const float *x, int n) {
-    float most = -FLT_MAX;
-    for (int i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
-    return most;
+// The smallest and the largest of x[n], none of which is below `least`.
+static void bounds(const float *x, int n, float least, float *low, float *high) {
+    float lows[16], highs[16];
+    for (int j = 0; j < 16; j++) {
+        lows[j] = FLT_MAX;
+        highs[j] = least;
+    }
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) {
+            lows[j] = x[i + j] < lows[j] ? x[i + j] : lows[j];
+            highs[j] = x[i + j] > highs[j] ? x[i + j] : highs[j];
+        }
+    for (int j = 0; i + j < n; j++) {
+        lows[j] = x[i + j] < lows[j] ? x[i + j] : lows[j];
+        highs[j] = x[i + j] > highs[j] ? x[i + j] : highs[j];
+    }
+    *low = FLT_MAX;
+    *high = least;
+    for (int j = 0; j < 16; j++) {
+        *low = lows[j] < *low ? lows[j] : *low;
+        *high = highs[j] > *high ? highs[j] : *high;
+    }
 }
 
 enum { SAMPLE_STEP = 8 }; // one vector of 16 in so many is looked at
@@ -91,7 +116,6 @@ enum { SAMPLE_STEP = 8 }; // one vector of 16 in so many is looked at
 int dsa_select_row(const float *scores, int n, int top_k, int32_t *selected, float *scratch) {
     float *kept = scratch;
     int32_t *at = (int32_t *)(scratch + n + 16);
-    int32_t lowest = to_rank(-FLT_MAX);
     int count = 0;
     if (n >= 2048 && n >= 3 * top_k) {
         // Neighbouring scores are alike, so a sample of whole vectors errs more than one of single scores would.
@@ -100,22 +124,23 @@ int dsa_select_row(const float *scores, int n, int top_k, int32_t *selected, flo
         int wanted = (int)((int64_t)sampled * top_k / n) * 5 / 4 + 24;
         int finite = count_at_least(scores, whole, SAMPLE_STEP, -FLT_MAX);
         if (finite > wanted) {
-            float t;
-            bisect(scores, whole, SAMPLE_STEP, wanted, wanted + wanted / 8, lowest, to_rank(FLT_MAX), finite, &t);
+            float t, low, high;
+            bounds(scores, 16, -FLT_MAX, &low, &high); // of a few, to begin about where the scores are
+            int32_t from = to_rank(low), to = to_rank(high);
+            if (!(count_at_least(scores, whole, SAMPLE_STEP, low) >= wanted)) from = to_rank(-FLT_MAX);
+            if (count_at_least(scores, whole, SAMPLE_STEP, high) >= wanted) to = to_rank(FLT_MAX);
+            bisect(scores, whole, SAMPLE_STEP, wanted, wanted + wanted / 8, from, to, finite, &t);
             count = thin(scores, n, t, kept, at);
-            lowest = to_rank(t);
         }
     }
-    if (count < top_k) { // short, or the sample misled
-        lowest = to_rank(-FLT_MAX);
-        count = thin(scores, n, -FLT_MAX, kept, at);
-    }
+    if (count < top_k) count = thin(scores, n, -FLT_MAX, kept, at); // short, or the sample misled
     if (count <= top_k) {
         memcpy(selected, at, sizeof(int32_t) * (size_t)count);
         return count;
     }
-    float edge;
-    int reached = bisect(kept, count, 1, top_k, top_k, lowest, to_rank(largest(kept, count)), count, &edge);
+    float edge, low, high;
+    bounds(kept, count, -FLT_MAX, &low, &high);
+    int reached = bisect(kept, count, 1, top_k, top_k, to_rank(low), to_rank(high), count, &edge);
     // More than top_k only where several are equal to the edge: the earliest of those are left out.
     int spare = reached - top_k, made = 0, i = 0;
 #ifdef DSA_AVX512
