@@ -35,7 +35,6 @@ from engine.layers.linear import Held, embedding, linear, linear_float32
 from engine.layers.low_rank import LowRank
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
-from engine.models import llama_native
 from engine.models.llama_native import NativeStep
 from engine.parallel.ranks import Ranks
 from engine.protocol import IndexerInfo
@@ -304,7 +303,7 @@ class Llama:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
-        if self.native is not None and len(batch.token_ids) <= llama_native.MAX_ROWS:
+        if self.native is not None:
             return self.native.forward(batch, cache)
         x = embedding(batch.token_ids, self.embed, self._dtype)
         rotation = self.rotary.at(batch.positions)

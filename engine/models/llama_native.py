@@ -1,8 +1,7 @@
-"""A llama model's step in one native call, for batches of few rows: decodes, guesses, the ends of prompts.
+"""A llama model's step in one native call: decodes, guesses, chunks of prompts.
 
 The arithmetic is `Llama.forward`'s, in C (`engine/kernels/native/step.c`). The residual stream stays in float32, so that
-results differ from torch's by the roundings to bfloat16 that torch makes in between. Batches of many rows are
-torch's, over the same packed weights: there its overhead does not show.
+results differ from torch's by the roundings to bfloat16 that torch makes in between.
 """
 
 from __future__ import annotations
@@ -26,9 +25,6 @@ from engine.layers.low_rank import LowRank
 if TYPE_CHECKING:
     from engine.layers.rope import RotaryTable
     from engine.models.llama import Llama
-
-MAX_ROWS = 32
-"""Rows of a batch up to which this form is the faster one."""
 
 _MATRICES = ("qkv", "o", "gate_up", "down", "index_query", "index_key", "index_weights")
 

@@ -18,7 +18,6 @@ from engine.build import build
 from engine.config import EngineConfig
 from engine.kernels import native
 from engine.models.llama import Llama
-from engine.models.llama_native import MAX_ROWS, NativeStep
 from engine.plan import ScheduledRequest, StepPlan
 from tests.engine.lab import VOCAB, base_of, random_overlay, tiny_checkpoint
 
@@ -35,6 +34,8 @@ CASES: list[list[Rows]] = [
     [(0, 590, 9, 100)],  # rows of one request that see each other
     [(0, 95, 10, 100), (2, 599, 1, 64)],  # dense up to the hundredth token
     [(number, 590, 8, 128) for number in range(4)],
+    [(0, 0, 600, None)],  # several blocks of rows, each over what the others left in the cache
+    [(0, 0, 300, 100), (1, 599, 1, 64), (2, 37, 270, 150), (3, 20, 3, 100)],
 ]
 
 
@@ -164,19 +165,6 @@ def test_a_faulty_row_fails_alone(forms: Forms) -> None:
     plane[page] = kept
     assert torch.equal(after[0], before[0])
     assert after[1].isnan().any()
-
-
-def test_many_rows_are_torchs(forms: Forms, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[int] = []
-    real = NativeStep.forward
-    monkeypatch.setattr(
-        NativeStep,
-        "forward",
-        lambda self, batch, cache: called.append(len(batch.token_ids)) or real(self, batch, cache),
-    )
-    for rows in (1, MAX_ROWS, MAX_ROWS + 1):
-        forms.native.hidden([(0, 0, rows, None)])
-    assert called == [1, MAX_ROWS]
 
 
 def test_shapes_and_dtypes_that_it_does_not_do_are_torchs(forms: Forms, tmp_path: Path) -> None:

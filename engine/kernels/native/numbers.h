@@ -49,7 +49,7 @@ static inline float exp_negative(float x) {
 #ifdef DSA_AVX512
 static inline __m512 exp_negative16(__m512 x) {
     __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-    t = _mm512_max_ps(t, _mm512_set1_ps(-200.0f)); // beyond it, scalef underflows to 0 all the same
+    t = _mm512_max_ps(_mm512_set1_ps(-200.0f), t); // scalef underflows there all the same; not-a-number stays
     __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(t, n);
     __m512 p = _mm512_set1_ps(1.535336188e-4f);

@@ -1,4 +1,4 @@
-// One step of a llama-family decoder for a few rows, all layers in one call: what `engine/models/llama.py` does with
+// One step of a llama-family decoder for any number of rows, all layers in one call: what `engine/models/llama.py` does with
 // torch, without its many small operations. `engine/models/llama_native.py` fills these structures.
 #ifndef DSA_STEP_H
 #define DSA_STEP_H
