@@ -35,7 +35,7 @@ from engine.layers.linear import Held, embedding, linear, linear_float32
 from engine.layers.low_rank import LowRank
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
-from engine.models.llama_native import NativeStep
+from engine.models.llama_native import FEW_ROWS, NativeStep
 from engine.parallel.ranks import Ranks
 from engine.protocol import IndexerInfo
 
@@ -273,7 +273,7 @@ class Llama:
             attention_row_bytes=4 * self.config.num_heads,
             token_bytes=self.plane_specs()[0].token_bytes,
             forced=forced,
-            few_rows=1 if self.native is None else llama_native.MAX_ROWS,
+            few_rows=1 if self.native is None else FEW_ROWS,
             fused=self._kernels.fused
             and self._dtype is torch.bfloat16
             and (self.indexer is None or self._integer_keys),

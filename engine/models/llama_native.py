@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from engine.layers.rope import RotaryTable
     from engine.models.llama import Llama
 
+FEW_ROWS = 32
+"""Rows of a request up to which a step's costs are those of so many lone rows, and beyond which those of a chunk."""
+
 _MATRICES = ("qkv", "o", "gate_up", "down", "index_query", "index_key", "index_weights")
 
 

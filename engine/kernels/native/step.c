@@ -3,7 +3,11 @@
 #include <math.h>
 
 #include "attention.h"
+#include "dense.h"
 #include "pool.h"
+#include "scratch.h"
+
+enum { AT_ONCE = 256 }; // rows that go through a layer together
 
 // What a step computes with, in the scratch memory.
 struct work {
@@ -62,6 +66,7 @@ static size_t lay_out(struct work *w, const struct dsa_model *m, int rows, int l
         TAKE((place).sums, float, (size_t)rows * ((width) / DSA_GROUP)); \
     } while (0)
     TAKE(w->x, float, rows * m->hidden);
+    rows = rows < AT_ONCE ? rows : AT_ONCE;
     TAKE_ROWS(w->normed, m->hidden);
     TAKE_ROWS(w->attended, attended);
     TAKE_ROWS(w->activated, m->intermediate);
@@ -217,6 +222,20 @@ static void plain_scores(const bf16 *query, const float *weights, const uint8_t 
     }
 }
 
+// The best of a row's scores, and attention over them.
+static void select_and_attend(struct work *w, const struct dsa_layer *layer, int r, const float *scores, uint8_t *own) {
+    const struct dsa_model *m = w->model;
+    const struct dsa_step *step = w->step;
+    const int D = m->head_dim, context = (int)step->positions[r] + 1;
+    int32_t *selected = (int32_t *)(void *)(own + scores_bytes(step->longest));
+    uint8_t *rest = own + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
+    int found = dsa_select_row(scores, context, (int)step->top_k[r], selected, (float *)(void *)rest);
+    if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
+    dsa_attend_row(w->query + (size_t)r * m->heads * D, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
+                   step->tables[r], selected, found, 0, m->kv_heads, m->kv_heads, m->heads / m->kv_heads, D,
+                   1.0f / sqrtf((float)D), w->attended.values + (size_t)r * m->heads * D, rest);
+}
+
 // A row's attention, by itself (member 0 of 1) or by several threads together on the memory of one.
 static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t *shared, uint8_t *mine, int member,
                    int members) {
@@ -265,16 +284,80 @@ static void finish_row(struct work *w, const struct dsa_layer *layer, int r) {
                 w->attended.values + (size_t)r * inputs, w->x + (size_t)r * m->hidden);
 }
 
+// Consecutive rows from `first` on that are a part of one prompt, and alike dense or sparse: one after the last.
+static int run_end(const struct dsa_step *step, int first) {
+    int r = first + 1, sparse = is_sparse(step, first);
+    while (r < step->rows && step->tables[r] == step->tables[first] && step->positions[r] == step->positions[r - 1] + 1 &&
+           is_sparse(step, r) == sparse)
+        r++;
+    return r;
+}
+
+// Dense rows of one prompt as a tile.
+static void attend_dense(struct work *w, const struct dsa_layer *layer, int first, int last, int head) {
+    const struct dsa_model *m = w->model;
+    const int G = m->heads / m->kv_heads, D = m->head_dim;
+    const size_t size = (size_t)m->heads * D, at = (size_t)first * size + (size_t)head * G * D;
+    dsa_dense_block(w->query + at, (int64_t)size, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
+                    w->step->tables[first], w->step->positions + first, 0, 0, last - first, head, m->kv_heads, G, D,
+                    1.0f / sqrtf((float)D), w->attended.values + at);
+}
+
+// Sparse rows of one prompt: a page of index keys is read from the nearest cache for all but the first.
+static void attend_sparse(struct work *w, const struct dsa_layer *layer, int first, int last, uint8_t *own) {
+    const struct dsa_model *m = w->model;
+    const struct dsa_step *step = w->step;
+    const int H = m->index_heads, d = m->index_dim, pages = (int)(step->positions[last - 1] / PAGE) + 1;
+    float *scores = dsa_scratch((int64_t)sizeof(float) * PAGE * pages * (last - first));
+    for (int page = 0; page < pages; page++)
+        for (int r = first; r < last; r++)
+            if (page * PAGE <= step->positions[r])
+                dsa_index_scores_row(w->index_integers + (size_t)r * H * d, w->index_weights + (size_t)r * H,
+                                     w->index_begins + (size_t)r * H, layer->index_plane, m->page_stride,
+                                     step->tables[r], page, page + 1, H, d, scores + (r - first) * pages * PAGE);
+    for (int r = first; r < last; r++) select_and_attend(w, layer, r, scores + (r - first) * pages * PAGE, own);
+}
+
+enum { SPARSE_ROWS = 8 };
+
+// Rows by blocks of one prompt, which threads take in turn.
+static void attend_blocks(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
+    const struct dsa_step *step = w->step;
+    const struct dsa_model *m = w->model;
+    const int dense_rows = dsa_dense_rows(m->heads / m->kv_heads);
+    int turn = 0;
+    uint8_t *own = w->own + w->own_bytes * (size_t)thread;
+    for (int first = 0; first < step->rows;) {
+        int end = run_end(step, first), sparse = is_sparse(step, first);
+        for (int from = first; from < end;) {
+            const int share = (end - first + threads - 1) / threads;
+            int to = from + (!sparse ? dense_rows : share < SPARSE_ROWS ? share : SPARSE_ROWS);
+            to = to < end ? to : end;
+            if (!sparse && dsa_dense_known(m->head_dim) && to - from > 1) {
+                for (int head = 0; head < m->kv_heads; head++)
+                    if (turn++ % threads == thread) attend_dense(w, layer, from, to, head);
+            } else if (turn++ % threads == thread) {
+                if (sparse && m->integer_keys) attend_sparse(w, layer, from, to, own);
+                else
+                    for (int r = from; r < to; r++) attend(w, layer, r, own, own, 0, 1);
+            }
+            from = to;
+        }
+        first = end;
+    }
+}
+
 static void attend_rows(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
     const int rows = w->step->rows;
-    uint8_t *own = w->own + w->own_bytes * (size_t)thread;
-    if (rows >= threads) {
-        for (int r = thread; r < rows; r += threads) {
-            attend(w, layer, r, own, own, 0, 1);
-            finish_row(w, layer, r);
-        }
+    if (rows > threads) {
+        int first, last;
+        attend_blocks(w, layer, thread, threads);
+        dsa_barrier();
+        dsa_share(rows, 1, thread, threads, &first, &last);
+        for (int r = first; r < last; r++) finish_row(w, layer, r);
         return;
     }
+    uint8_t *own = w->own + w->own_bytes * (size_t)thread;
     for (int r = 0; r < rows; r++) {
         attend(w, layer, r, w->own, own, thread, threads);
         dsa_barrier();
@@ -334,6 +417,21 @@ static void run_layer(struct work *w, const struct dsa_layer *layer, int thread,
     dsa_barrier();
 }
 
+// Rows `from` on of a step, at most AT_ONCE of them.
+static void part_of(struct work *w, struct dsa_step *step, int from) {
+    step->token_ids += from;
+    step->positions += from;
+    step->tables += from;
+    step->top_k += from;
+    step->out += (size_t)from * w->model->hidden;
+    step->rows = step->rows - from < AT_ONCE ? step->rows - from : AT_ONCE;
+    w->x += (size_t)from * w->model->hidden;
+    w->step = step;
+    w->normed.count = w->attended.count = w->activated.count = step->rows;
+    w->sparse = 0;
+    for (int r = 0; r < step->rows; r++) w->sparse |= is_sparse(step, r);
+}
+
 static void run(void *arg, int thread, int threads) {
     struct work *w = arg;
     const struct dsa_model *m = w->model;
@@ -342,14 +440,29 @@ static void run(void *arg, int thread, int threads) {
     for (int r = first; r < last; r++)
         dsa_weights(m->embed, (int)w->step->token_ids[r], w->x + (size_t)r * m->hidden);
     dsa_barrier();
-    for (int i = 0; i < m->num_layers; i++) run_layer(w, &m->layers[i], thread, threads);
-    norm_rows(w, m->norm, thread, threads);
+    // Rows go through a layer in blocks whose activations stay in the second-level cache. A block's keys are there
+    // before the next one asks for them.
+    for (int i = 0; i < m->num_layers; i++)
+        for (int from = 0; from < w->step->rows; from += AT_ONCE) {
+            struct dsa_step step = *w->step;
+            struct work part = *w;
+            part_of(&part, &step, from);
+            run_layer(&part, &m->layers[i], thread, threads);
+        }
+    for (int from = 0; from < w->step->rows; from += AT_ONCE) {
+        struct dsa_step step = *w->step;
+        struct work part = *w;
+        part_of(&part, &step, from);
+        norm_rows(&part, m->norm, thread, threads);
+        dsa_barrier();
+        if (thread == 0)
+            memcpy(step.out, part.normed.values, sizeof(bf16) * (size_t)step.rows * (size_t)m->hidden);
+        dsa_barrier();
+    }
 }
 
 void dsa_step(const struct dsa_model *model, const struct dsa_step *step, void *scratch) {
     struct work w = {.model = model, .step = step};
     lay_out(&w, model, step->rows, step->longest, scratch);
-    for (int r = 0; r < step->rows; r++) w.sparse |= is_sparse(step, r);
     dsa_parallel(run, &w);
-    memcpy(step->out, w.normed.values, sizeof(bf16) * (size_t)step->rows * (size_t)model->hidden);
 }
