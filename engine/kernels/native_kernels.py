@@ -30,7 +30,10 @@ class NativeKernels(NativeAttention, NativeLatent):
     def described(self, dtype: torch.dtype) -> str:
         """Which operations are compiled, and that torch has the others."""
         compiled = sorted(
-            name for part in (NativeAttention, NativeLatent) for name in vars(part) if hasattr(Kernels, name)
+            name
+            for part in (NativeAttention, NativeLatent)
+            for name in vars(part)
+            if hasattr(Kernels, name) and not name.startswith("_")
         )
         if dtype is not torch.bfloat16:
             return f"kernels: torch for attention, for the compiled ones are for bfloat16 and this model is {dtype}"
