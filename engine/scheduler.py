@@ -22,6 +22,7 @@ As a consequence every running request arrived before every waiting one. Integer
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 from engine.config import PAGE_SIZE
 from engine.kv.holdings import Holdings
@@ -248,12 +249,17 @@ class Scheduler:
         left = self._token_budget - len(decodes)
         if self._pace is None or not decodes or not left:
             return left
-        first = next((request for request in self._running if request.num_missing > 1), None)
-        if first is None:
-            if not self._waiting:
-                return left
-            first = self._waiting[0]
-        return self._pace(map(_place, decodes), _place(first), left)
+        others = [request for request in self._running if request.num_missing > 1]
+        others += islice(self._waiting, self._max_running - len(self._running))
+        if not others:
+            return left
+        first = others[0]
+        return self._pace(
+            [_place(request) for request in decodes],
+            [Place(request.num_tokens, request.top_k) for request in others],
+            _place(first),
+            left,
+        )
 
     def _grant_tokens(self, chunks: int) -> tuple[list[tuple[Request, int]], int]:
         """The running requests and how many tokens each may compute, and what is left of the budget for chunks."""

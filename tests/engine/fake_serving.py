@@ -156,7 +156,7 @@ class Driver:
         options = {"max_model_len": 4096, "prefix_caching": True, **options}
         self.pace: int | None = options.pop("pace", None)  # prompt tokens beside decodes
         if self.pace is not None:
-            options["pace"] = lambda decodes, prompt, at_most: min(at_most, self.pace)
+            options["pace"] = lambda decodes, soon, prompt, at_most: min(at_most, self.pace)
         self.scheduler = Scheduler(num_pages, token_budget=budget, max_running=max_running, **options)
         self.budget = budget
         self.model = FakeModel()

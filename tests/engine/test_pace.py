@@ -6,9 +6,8 @@ import msgspec
 import pytest
 
 from engine.attention.tiles import TileCosts
-from engine.config import PAGE_SIZE
 from engine.cost import CostModel, ModelShape, assumed_coefficients
-from engine.pace import SLOWDOWN, CostPace, Place
+from engine.pace import LEAST, SLOWDOWN, CostPace, Place
 from engine.plan import SampleSpec, ScheduledRequest, StepPlan
 from engine.protocol import SamplingParams
 
@@ -37,21 +36,25 @@ def step(decodes: list[Place], prompt: Place | None = None, rows: int = 0) -> St
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("waiting", [1, 30])
 @pytest.mark.parametrize("streams", [1, 8, 32, 200])
 @pytest.mark.parametrize("prompt", [Place(0, 512), Place(1000, None), Place(7000, 512)])
-def test_a_step_is_slowed_down_as_much_as_allowed_and_no_more(streams: int, prompt: Place) -> None:
+def test_a_step_is_slowed_down_as_much_as_allowed_and_no_more(
+    streams: int, waiting: int, prompt: Place
+) -> None:
     own = model(head=0.01)
     decodes = [Place(900 + i, 512) for i in range(streams)]
-    rows = CostPace(own)(decodes, prompt, 4096)
-    alone = own.seconds(step(decodes))
+    soon = [Place(prompt.position + 500, prompt.top_k)] * waiting
+    rows = CostPace(own)(decodes, soon, prompt, 4096)
+    alone = own.seconds(step([*decodes, *soon]))  # as it will be
     slowdown, one_more = (own.seconds(step(decodes, prompt, n)) / alone for n in (rows, rows + 16))
-    assert PAGE_SIZE <= rows <= 4096
-    assert slowdown <= SLOWDOWN or rows == PAGE_SIZE  # a page is always allowed
+    assert LEAST <= rows <= 4096
+    assert slowdown <= SLOWDOWN or rows == LEAST  # so many are always allowed
     assert one_more > SLOWDOWN or rows == 4096
 
 
 def test_a_prompt_always_goes_on_and_never_beyond_what_is_left() -> None:
     slow, fast = CostPace(model(step=0.0, row=1.0)), CostPace(model(step=9.0))
-    assert slow([Place(5, None)], Place(0, None), 512) == PAGE_SIZE
-    assert [pace([Place(5, None)], Place(0, None), 7) for pace in (slow, fast)] == [7, 7]
-    assert fast([Place(100, None)] * 64, Place(0, None), 501) == 501
+    assert slow([Place(5, None)], [Place(9, None)], Place(0, None), 512) == LEAST
+    assert [pace([Place(5, None)], [Place(9, None)], Place(0, None), 7) for pace in (slow, fast)] == [7, 7]
+    assert fast([Place(100, None)] * 64, [], Place(0, None), 501) == 501

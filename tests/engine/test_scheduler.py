@@ -64,8 +64,8 @@ def test_beside_decodes_prompts_keep_the_pace_and_alone_they_do_not() -> None:
 def test_the_pace_is_asked_for_where_prompts_and_decodes_meet() -> None:
     asked = []
 
-    def pace(decodes: Iterable[Place], prompt: Place, at_most: int) -> int:
-        asked.append((list(decodes), prompt, at_most))
+    def pace(decodes: Iterable[Place], soon: Iterable[Place], prompt: Place, at_most: int) -> int:
+        asked.append((list(decodes), list(soon), prompt, at_most))
         return 40
 
     scheduler = Scheduler(
@@ -84,12 +84,12 @@ def test_the_pace_is_asked_for_where_prompts_and_decodes_meet() -> None:
     step()  # a, and the beginning of b
     assert asked == []
     step()
-    assert asked == [([Place(30, 20)], Place(70, None), 99)]
+    assert asked == [([Place(30, 20)], [Place(90, None)], Place(70, None), 99)]
     step()  # nothing but decodes
     scheduler.add(late := make("c", 50, 9, top_k=7), 0.0)
     model.add(late)
     step()
-    assert asked[1:] == [([Place(32, 20), Place(91, None)], Place(0, 7), 98)]
+    assert asked[1:] == [([Place(32, 20), Place(91, None)], [Place(50, 7)], Place(0, 7), 98)]
 
 
 def test_the_head_of_the_queue_is_never_overtaken() -> None:
