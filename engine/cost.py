@@ -142,8 +142,8 @@ class _Speeds:
 _SPEEDS = {
     # On one core of an AMD EPYC with AVX-512 and bfloat16, by `dsa calibrate`: native kernels, and torch's.
     "native": _Speeds(
-        launch=1e-3, weights=1.8e10, chunk_step=6.5, lone=2.5e11, linear=1.6e11, pair=1.4e11, gathered=7.5e10,
-        index=2.9e11, lone_index=9e10, lone_queries=5e10, cache=8.3e9, scattered=7.3e9, together=math.inf,
+        launch=5e-4, weights=4e10, chunk_step=2.6, lone=1.5e11, linear=1.8e11, pair=1.45e11, gathered=7.5e10,
+        index=2.8e11, lone_index=1e11, lone_queries=5e10, cache=1.7e10, scattered=1.4e10, together=math.inf,
     ),
     "cpu": _Speeds(
         launch=2e-3, weights=5e9, chunk_step=0.0, lone=1e11, linear=1.7e11, pair=5.5e10, gathered=3.8e9,
