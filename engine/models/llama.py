@@ -303,7 +303,9 @@ class Llama:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
-        if self.native is not None:
+        # The step scores index keys in bfloat16 plainly, which few rows can bear.
+        whole = self.indexer is None or self._integer_keys or len(batch.token_ids) <= FEW_ROWS
+        if self.native is not None and whole:
             return self.native.forward(batch, cache)
         x = embedding(batch.token_ids, self.embed, self._dtype)
         rotation = self.rotary.at(batch.positions)

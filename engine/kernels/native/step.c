@@ -313,7 +313,7 @@ static void attend_sparse(struct work *w, const struct dsa_layer *layer, int fir
         for (int r = first; r < last; r++)
             if (page * PAGE <= step->positions[r])
                 dsa_index_scores_row(w->index_integers + (size_t)r * H * d, w->index_weights + (size_t)r * H,
-                                     w->index_begins + (size_t)r * H, layer->index_plane, m->page_stride,
+                                     w->index_begins + (size_t)r * H, layer->index_plane, m->index_stride,
                                      step->tables[r], page, page + 1, H, d, scores + (r - first) * pages * PAGE);
     for (int r = first; r < last; r++) select_and_attend(w, layer, r, scores + (r - first) * pages * PAGE, own);
 }
