@@ -227,6 +227,10 @@ class Deepseek:
             device=self._embed.device,
         )
 
+    def products(self) -> str:
+        """See `Model`."""
+        return "products: torch"
+
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
         """The latent with the rotated shared key, and the index key where a layer has an indexer of its own."""
         latent, index = self._latent_format.spec, self._index_format

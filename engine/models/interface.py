@@ -35,6 +35,10 @@ class Model(Protocol):
         """The model's arithmetic and traffic, for the cost of its work."""
         ...
 
+    def products(self) -> str:
+        """What multiplies with weights, for the engine's log."""
+        ...
+
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Write the batch's rows to the cache; hidden states after the last norm, [T, hidden]."""
         ...

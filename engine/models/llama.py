@@ -29,6 +29,7 @@ from engine.cost import ModelShape
 from engine.errors import CheckpointError, ConfigError
 from engine.kernels import native
 from engine.kernels.interface import Kernels
+from engine.kernels.packed import PackedWeight
 from engine.kv.layouts import Int8KeyLayout
 from engine.kv.planes import PagedCache, PlaneSpec
 from engine.layers.linear import Held, embedding, linear, linear_float32
@@ -299,6 +300,17 @@ class Llama:
             kv_token_bytes=n * specs[0].token_bytes,
             index_token_bytes=n * sum(spec.token_bytes for spec in specs[1:]),
         )
+
+    def products(self) -> str:
+        """See `Model`."""
+        if not isinstance(self.embed, PackedWeight):
+            why = (
+                native.missing()
+                or "packed weights are for bfloat16 on the CPU and rows of whole groups of 32"
+            )
+            return f"products: torch ({why})"
+        steps = "" if self.native is None else f", steps of up to {llama_native.MAX_ROWS} rows in one call"
+        return f"products: compiled for {native.level()}, weights packed as stored or in bfloat16{steps}"
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:

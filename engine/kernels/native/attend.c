@@ -3,6 +3,8 @@
 
 #include "attention.h"
 
+enum { FETCHED = 64 }; // tokens ahead
+
 static inline int padded(int count) { return (count + 31) & ~31; }
 
 int64_t dsa_attend_scratch(int count) {
@@ -38,8 +40,6 @@ static void attend_head(const bf16 *query, const bf16 *const *tokens, int64_t at
 #ifdef DSA_AVX512
 
 static inline __m512bh load_pairs(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
-
-enum { FETCHED = 64 }; // tokens ahead
 
 // scale * q . k of G queries and all tokens, D = 32 * parts; of tokens to come, `fetch` bytes from `at` on are fetched.
 static inline __attribute__((always_inline)) void dots(int G, int parts, const bf16 *query, const bf16 *const *tokens,
@@ -200,6 +200,10 @@ void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, c
         }
     }
     for (int s = count; s < n; s++) tokens[s] = tokens[count - 1];
+    for (int s = 0; s < count && s < FETCHED; s++) { // the later ones while these are computed
+        const char *token = (const char *)(tokens[s] + (int64_t)first * 2 * D);
+        for (int64_t line = 0; line < (last - first) * 4 * (int64_t)D; line += 64) __builtin_prefetch(token + line, 0, 2);
+    }
     for (int head = first; head < last; head++) {
         const bf16 *q = query + (int64_t)head * G * D;
         bf16 *o = out + (int64_t)head * G * D;
