@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,14 +76,28 @@ def test_a_package_without_libraries_says_so(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_a_job_runs_once_on_every_thread(library: ctypes.CDLL, threads: int) -> None:
+def test_a_job_runs_once_on_each_thread_that_came_in_time(library: ctypes.CDLL, threads: int) -> None:
     library.dsa_set_threads(threads)
-    seen: list[tuple[int, int, int]] = []
-    job = JOB(lambda arg, thread, count: seen.append((thread, count, threading.get_ident())))
-    for _ in range(50):
+    seen: list[tuple[int, int]] = []
+    job = JOB(lambda arg, thread, count: seen.append((thread, count)))
+    for _ in range(300):
+        seen.clear()
         library.dsa_parallel(job, None)
-    assert sorted(pair[:2] for pair in seen) == [(i, threads) for i in range(threads) for _ in range(50)]
-    assert len({ident for _, _, ident in seen}) == threads
+        count = len(seen)
+        assert 1 <= count <= threads
+        assert sorted(seen) == [(thread, count) for thread in range(count)]
+
+
+def test_all_threads_come_some_time(library: ctypes.CDLL) -> None:
+    library.dsa_set_threads(2)
+    counts: list[int] = []
+    job = JOB(lambda arg, thread, count: counts.append(count))
+    for _ in range(5000):
+        library.dsa_parallel(job, None)
+        if 2 in counts:
+            return
+        time.sleep(0.001)
+    pytest.fail("the worker never came")
 
 
 def test_the_barrier_keeps_the_threads_together(library: ctypes.CDLL) -> None:
@@ -96,16 +110,8 @@ def test_the_barrier_keeps_the_threads_together(library: ctypes.CDLL) -> None:
             library.dsa_barrier()
 
     job = JOB(run)
-    for _ in range(20):
+    for _ in range(100):
+        log.clear()
         library.dsa_parallel(job, None)
-    assert "".join(log) == "aaabbbccc" * 20
-
-
-def test_fewer_threads_than_before(library: ctypes.CDLL) -> None:
-    seen: list[int] = []
-    job = JOB(lambda arg, thread, count: seen.append(count))
-    for threads in (4, 2, 1, 3):
-        library.dsa_set_threads(threads)
-        seen.clear()
-        library.dsa_parallel(job, None)
-        assert seen == [threads] * threads
+        each = len(log) // 3
+        assert "".join(log) == "a" * each + "b" * each + "c" * each

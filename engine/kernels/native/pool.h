@@ -2,11 +2,12 @@
 #ifndef DSA_POOL_H
 #define DSA_POOL_H
 
-// How many threads a parallel call has, the caller's own included; at least 1. Not while a call runs.
+// How many threads a parallel call has at most, the caller's own included; at least 1. Not while a call runs.
 void dsa_set_threads(int threads);
 int dsa_threads(void);
 
-// fn(arg, thread, threads) on every thread at once, the caller being thread 0; returns when all have.
+// fn(arg, thread, threads) on as many threads as are there at once, the caller being thread 0; returns when all have.
+// `threads` may be any number up to dsa_threads().
 // Calls do not nest, and only one thread of the process makes them at a time.
 void dsa_parallel(void (*fn)(void *arg, int thread, int threads), void *arg);
 
