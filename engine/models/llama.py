@@ -309,7 +309,7 @@ class Llama:
                 or "packed weights are for bfloat16 on the CPU and rows of whole groups of 32"
             )
             return f"products: torch ({why})"
-        steps = "" if self.native is None else f", steps of up to {llama_native.MAX_ROWS} rows in one call"
+        steps = "" if self.native is None else ", a step in one call"
         return f"products: compiled for {native.level()}, weights packed as stored or in bfloat16{steps}"
 
     @torch.inference_mode()
