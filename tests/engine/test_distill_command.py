@@ -110,11 +110,10 @@ def test_the_model_cards_command_is_the_one_that_the_overlays_header_tells_of() 
     with safe_open(folder / "smollm2-135m-instruct.safetensors", "pt") as file:
         header = file.metadata()
     written = re.findall(r"dsa distill smollm2-135m-instruct (.*?)\n\n", card, re.DOTALL)
-    first, last = (
-        parser().parse_args(["--weights=x", *shlex.split(one.replace("\\\n", " "))]) for one in written
-    )
-    assert last.start_from == first.out / "indexer.safetensors"
-    options = last
+    runs = [parser().parse_args(["--weights=x", *shlex.split(one.replace("\\\n", " "))]) for one in written]
+    for before, after in itertools.pairwise(runs):
+        assert after.start_from == before.out / "indexer.safetensors"
+    options = runs[-1]
     made = json.loads(header["recipe"])
     assert read_recipe(options.recipe) == read_recipe(json.dumps(made["recipe"]))
     assert (options.until or read_recipe(options.recipe).total_steps) == made["steps"]
