@@ -259,7 +259,7 @@ def _build(
         unused_tensors=tuple(unused),
         weights=report,
         backend=kernels.name,
-        kernels=kernels.described(dtype),
+        kernels=f"{kernels.described(dtype)}; {model.products()}",
         team=team,
     )
 

@@ -223,7 +223,7 @@ class Llama:
                 indexer.rope_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
             )
         )
-        self.native = NativeStep.of(self)  # what runs batches of few rows, where it can
+        self.native = NativeStep.of(self)  # what runs steps, where it can
 
     def _layer(self, weights: Mapping[str, Held], i: int) -> LlamaLayer:
         def of(name: str) -> Held:
@@ -306,7 +306,7 @@ class Llama:
         if not isinstance(self.embed, PackedWeight):
             why = (
                 native.missing()
-                or "packed weights are for bfloat16 on the CPU and rows of whole groups of 32"
+                or "packed weights are for the native kernels, bfloat16 and rows of whole groups of 32"
             )
             return f"products: torch ({why})"
         steps = "" if self.native is None else ", a step in one call"
@@ -411,7 +411,7 @@ def build(
     config = LlamaConfig.read(source.config)
     table = weight_table(config, indexer)
     weights: Mapping[str, Held]
-    if device.type == "cpu" and dtype == torch.bfloat16 and native.library() and can_pack(table):
+    if kernels.name == "native" and device.type == "cpu" and dtype == torch.bfloat16 and can_pack(table):
         weights, report = load_packed(table, source, progress=progress)
     else:
         weights, report = load(table, source, dtype=dtype, device=device, progress=progress)

@@ -169,5 +169,10 @@ def test_a_faulty_row_fails_alone(forms: Forms) -> None:
 
 def test_shapes_and_dtypes_that_it_does_not_do_are_torchs(forms: Forms, tmp_path: Path) -> None:
     assert forms.exact.step is None  # float32
+    assert "products: compiled for" in forms.native.built.kernels
+    assert "products: torch (packed weights are for the native kernels" in forms.exact.built.kernels
     tiny_checkpoint(tmp_path)  # rows of 48 are not whole groups of 32
     assert Form(tmp_path, "bfloat16").step is None
+    tiny_checkpoint(tmp_path, hidden_size=96, intermediate_size=160, head_dim=32)
+    assert Form(tmp_path, "bfloat16", kernels="torch").step is None
+    assert Form(tmp_path, "bfloat16").step is not None
