@@ -35,6 +35,7 @@ class Weight:
         dtype: what to hold it in whatever the model's dtype is; None is the model's
         may_stay_fp8: whether the model can use it in FP8 blocks
         may_be_packed: whether it can use it as a `PackedWeight`
+        may_lose_bits: whether it may then be packed in 4 bits where the main model's weights are
         part: what is read of each name, all of which are of one shape then; None is all
     """
 
@@ -44,6 +45,7 @@ class Weight:
     dtype: torch.dtype | None = None
     may_stay_fp8: bool = False
     may_be_packed: bool = False
+    may_lose_bits: bool = False
     part: Part | None = None
 
     @property

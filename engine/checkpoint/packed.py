@@ -14,7 +14,7 @@ from engine.checkpoint.source import HoldsQuantised, Source
 from engine.errors import CheckpointError
 from engine.kernels.native.memory import Arena
 from engine.kernels.native.packing import GROUP
-from engine.kernels.packed import Kind, PackedWeight, Quantised, packed_bytes
+from engine.kernels.packed import Kind, PackedWeight, Quantised, packed_bytes, quantise_4bit
 
 
 def can_pack(model_table: Mapping[str, Weight]) -> bool:
@@ -36,9 +36,13 @@ def load_packed(
     check(model_table, source)
     packed = {name: weight for name, weight in model_table.items() if weight.may_be_packed}
     plain = {name: weight for name, weight in model_table.items() if name not in packed}
+    fewest: Kind = "q4" if any(_kind(weight, source) == "q4" for weight in packed.values()) else "bf16"
+
+    def kind(weight: Weight) -> Kind:
+        return _kind(weight, source) or (fewest if weight.may_lose_bits else "bf16")
+
     sizes = {
-        name: packed_bytes(_kind(weight, source) or "bf16", weight.shape[0], weight.shape[1])
-        for name, weight in packed.items()
+        name: packed_bytes(kind(weight), weight.shape[0], weight.shape[1]) for name, weight in packed.items()
     }
     later = sum(sizes.values())
     tensors, report = load(
@@ -52,7 +56,7 @@ def load_packed(
     done = report.num_bytes
     arena = Arena(list(sizes.values()))
     for name, weight in packed.items():
-        weights[name] = _assemble(weight, source, arena.take(sizes[name]))
+        weights[name] = _assemble(weight, source, kind(weight), arena.take(sizes[name]))
         done += sizes[name]
         progress(done, report.num_bytes + later)
     return weights, replace(
@@ -72,10 +76,11 @@ def _kind(weight: Weight, source: Source) -> Kind | None:
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def _assemble(weight: Weight, source: Source, memory: Tensor) -> PackedWeight:
+def _assemble(weight: Weight, source: Source, kind: Kind, memory: Tensor) -> PackedWeight:
     if _kind(weight, source) is None or not isinstance(source, HoldsQuantised):
-        whole, _ = load({"it": weight}, source, dtype=torch.bfloat16, device=torch.device("cpu"))
-        return PackedWeight.of(whole["it"], memory)
+        dtype = torch.float32 if kind == "q4" else torch.bfloat16
+        whole, _ = load({"it": weight}, source, dtype=dtype, device=torch.device("cpu"))
+        return PackedWeight.of(quantise_4bit(whole["it"]) if kind == "q4" else whole["it"], memory)
     parts = []
     for name in weight.names:
         part = source.read_quantised(name)

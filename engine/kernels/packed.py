@@ -1,6 +1,6 @@
 """A weight in the layout of the native kernels: packed in 4 or 8 bits as it is stored, or bfloat16.
 
-Its values are those of the checkpoint, exactly. Products round nothing but the activations, to bfloat16, which is what
+Its values are those of the checkpoint, exactly (`quantise_4bit` apart, which an indexer's queries may take). Products round nothing but the activations, to bfloat16, which is what
 they are already; sums are float32 (`engine/kernels/native/matrix.c`).
 """
 
@@ -39,6 +39,18 @@ class Quantised:
     def kind(self) -> Kind:
         """How it is packed."""
         return "q8" if self.offsets is None else "q4"
+
+
+def quantise_4bit(weight: Tensor) -> Quantised:
+    """The nearest that GGUF's Q4_1 has: [out, in] floats, each group of 32 between its least and its largest."""
+    groups = weight.float().view(len(weight), -1, packing.GROUP)
+    least, largest = groups.amin(-1), groups.amax(-1)
+    offsets = least.half()
+    scales = ((largest - offsets.float()) / 15).half()
+    # A group of equal numbers has a scale of 0; its numbers are then all the offset.
+    steps = (groups - offsets.float().unsqueeze(-1)) / scales.float().clamp_min(1e-30).unsqueeze(-1)
+    numbers = steps.round().clamp(0, 15).to(torch.uint8).flatten(1)
+    return Quantised(numbers.numpy(), scales.numpy(), offsets.numpy())
 
 
 class Descriptor(ctypes.Structure):

@@ -8,7 +8,7 @@ that the layer's indexer selected.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -106,8 +106,14 @@ class LlamaConfig:
         return self.num_heads // self.num_kv_heads
 
 
-def weight_table(config: LlamaConfig, indexer: IndexerInfo | None) -> dict[str, Weight]:
-    """Every parameter of the model: its name here -> the checkpoint tensors that it is made of, and its shape."""
+def weight_table(
+    config: LlamaConfig, indexer: IndexerInfo | None, *, short_queries: bool = False
+) -> dict[str, Weight]:
+    """Every parameter of the model: its name here -> the checkpoint tensors that it is made of, and its shape.
+
+    With `short_queries` the projection to index queries may be packed in 4 bits where the model's weights are: it is
+    most of what an indexer reads of its weights, and what is selected hardly changes (`benchmarks.index_bits`).
+    """
     c = config
     attn_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     table = {
@@ -132,7 +138,9 @@ def weight_table(config: LlamaConfig, indexer: IndexerInfo | None) -> dict[str, 
         )
         if indexer is not None:
             h, d, inside = indexer.num_heads, indexer.head_dim, f"{at}.self_attn.indexer"
-            table[f"{layer}.indexer.wq"] = _matrix((f"{inside}.wq.weight",), (h * d, c.hidden_size))
+            table[f"{layer}.indexer.wq"] = replace(
+                _matrix((f"{inside}.wq.weight",), (h * d, c.hidden_size)), may_lose_bits=short_queries
+            )
             table[f"{layer}.indexer.wk"] = _matrix((f"{inside}.wk.weight",), (d, c.hidden_size))
             table[f"{layer}.indexer.k_norm_weight"] = Weight((f"{inside}.k_norm.weight",), (d,))
             table[f"{layer}.indexer.k_norm_bias"] = Weight((f"{inside}.k_norm.bias",), (d,))
@@ -409,13 +417,13 @@ def build(
                 f"{str(dtype).removeprefix('torch.')}; leave it at auto"
             )
     config = LlamaConfig.read(source.config)
-    table = weight_table(config, indexer)
+    integer_keys = indexer is not None and _integer_keys(precision.indexer, indexer.head_dim, dtype, kernels)
+    table = weight_table(config, indexer, short_queries=integer_keys)
     weights: Mapping[str, Held]
     if kernels.name == "native" and device.type == "cpu" and dtype == torch.bfloat16 and can_pack(table):
         weights, report = load_packed(table, source, progress=progress)
     else:
         weights, report = load(table, source, dtype=dtype, device=device, progress=progress)
-    integer_keys = indexer is not None and _integer_keys(precision.indexer, indexer.head_dim, dtype, kernels)
     return Llama(config, weights, indexer, kernels, max_positions, integer_keys=integer_keys), report
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from engine.checkpoint.loader import Weight
 from engine.checkpoint.packed import can_pack, load_packed
-from engine.checkpoint.source import open_source
+from engine.checkpoint.source import LaidSource, open_source
 from engine.errors import EngineError
 from engine.kernels import native
-from engine.kernels.packed import PackedWeight, Quantised, packed_bytes
+from engine.kernels.packed import PackedWeight, Quantised, packed_bytes, quantise_4bit
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
 
@@ -181,3 +181,46 @@ def gguf_with(path: Path, kind: gguf.GGMLQuantizationType) -> dict[str, Weight]:
 def test_rows_that_are_not_whole_groups_are_not_packed() -> None:
     assert can_pack({"a": Weight(("a",), (3, 64), may_be_packed=True), "b": Weight(("b",), (7,))})
     assert not can_pack({"a": Weight(("a",), (3, 48), may_be_packed=True)})
+
+
+def test_four_bits_are_the_nearest_that_the_format_has() -> None:
+    """As good as gguf's own quantisation to Q4_1; a group of equal numbers is exact, and so is doing it again."""
+    weight = torch.randn(20, 96, generator=torch.Generator().manual_seed(2))
+    weight[3, 32:64] = 0.25
+    kind = gguf.GGMLQuantizationType.Q4_1
+    theirs = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind))
+    found = PackedWeight.of(quantise_4bit(weight)).dequantise(torch.float32)
+    assert (found - weight).abs().max() <= 1.01 * (theirs - weight).abs().max()
+    assert (found[3, 32:64] == 0.25).all()
+    again = PackedWeight.of(quantise_4bit(found)).dequantise(torch.float32)
+    torch.testing.assert_close(again, found, atol=1e-6, rtol=1e-3)
+
+
+class Indexer:
+    """One tensor that lies over a checkpoint, as those of an overlay do."""
+
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(4))
+
+    def names(self) -> frozenset[str]:
+        return frozenset({"wq"})
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+
+@pytest.mark.parametrize(("stored", "expected"), [("Q4_1", "q4"), ("Q8_0", "bf16")])
+def test_what_may_lose_bits_loses_them_only_beside_weights_of_4(
+    tmp_path: Path, stored: str, expected: str
+) -> None:
+    table = gguf_with(tmp_path / "a.gguf", getattr(gguf.GGMLQuantizationType, stored))
+    source = LaidSource(open_source(tmp_path / "a.gguf"), Indexer(), "an indexer")
+    for loses, kind in ((True, expected), (False, "bf16")):
+        wq = Weight(("wq",), (48, 64), may_be_packed=True, may_lose_bits=loses)
+        held = load_packed(table | {"wq": wq}, source)[0]["wq"]
+        assert isinstance(held, PackedWeight)
+        assert held.kind == kind
+        worst = (held.dequantise(torch.float32) - Indexer.weight).abs().max()
+        assert (0.05 < worst < 0.3) if kind == "q4" else worst < 0.02

@@ -1,0 +1,94 @@
+"""What the projection to index queries loses in fewer bits: attention that its selection captures, and the sets' overlap.
+
+`python -m benchmarks.index_bits --corpus DIR`, on held-out texts of a folder of `python -m server.corpus`, with the
+default model and its indexer. Attention stays dense, so that every layer is judged on the same inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint.loader import load
+from engine.checkpoint.overlay import indexer_shapes, read_overlay
+from engine.checkpoint.source import open_source
+from engine.distill.objective import attention_target, captured_mass, top_mask
+from engine.distill.sequences import Split
+from engine.distill.sparse_forward import causal
+from engine.distill.student import Student
+from engine.distill.trunk import Trunk
+from engine.kernels.packed import quantise_4bit
+from engine.models.llama import LlamaConfig, weight_table
+from server.models import resolve
+
+
+def four_bits(weight: Tensor) -> Tensor:
+    """The values of `quantise_4bit`."""
+    stored = quantise_4bit(weight)
+    assert stored.offsets is not None
+    scales, offsets = (torch.from_numpy(x).float().unsqueeze(-1) for x in (stored.scales, stored.offsets))
+    return (torch.from_numpy(stored.numbers).view(len(weight), -1, 32) * scales + offsets).view_as(weight)
+
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as trained": lambda weight: weight,
+    "bfloat16": lambda weight: weight.bfloat16().float(),
+    "4 bits": four_bits,
+}
+
+
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--texts", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--length", type=int, default=3000, help="tokens of each (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=256, help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    files, cpu = resolve(), torch.device("cpu")
+    assert files.overlay is not None
+    source = open_source(files.weights)
+    overlay = read_overlay(files.overlay, source)
+    config = LlamaConfig.read(source.config)
+    weights, _ = load(weight_table(config, None), source, dtype=torch.float32, device=cpu)
+    trunk = Trunk(config, weights, config.max_positions, cpu)
+    trained = {
+        name: overlay.tensors.read(name, torch.float32)
+        for name in indexer_shapes(overlay.info, config.num_layers, config.hidden_size)
+    }
+    students = {}
+    for form, changed in FORMS.items():
+        students[form] = Student(config, overlay.info, config.max_positions, cpu, 0)
+        students[form].load(
+            {name: changed(w) if name.endswith("wq.weight") else w for name, w in trained.items()}
+        )
+    split = Split.open(options.corpus, "heldout", config.vocab_size)
+    texts = [text for text in split.sequences if text.length >= options.length][: options.texts]
+    captured, overlap = dict.fromkeys(FORMS, 0.0), dict.fromkeys(FORMS, 0.0)
+    rows = torch.arange(options.length // 2, options.length, 25)
+    for text in texts:
+        ids = split.tokens(text, options.length, cpu)
+        allowed, x = causal(rows, len(ids)), trunk.embed(ids)
+        for layer in range(config.num_layers):
+            inputs = trunk.open(layer, x)
+            target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale)
+            sets = {
+                form: top_mask(student.scores(layer, inputs, rows), allowed, options.top_k)
+                for form, student in students.items()
+            }
+            for form, chosen in sets.items():
+                captured[form] += float(captured_mass(target, chosen).mean())
+                overlap[form] += float((chosen & sets["as trained"]).sum() / chosen.sum())
+            x = trunk.close(layer, x, trunk.attend(inputs, slice(None), None))
+    each = len(texts) * config.num_layers
+    for form in FORMS:
+        print(f"{form:12} captured {captured[form] / each:.5f}  overlap {overlap[form] / each:.4f}")
+
+
+if __name__ == "__main__":
+    main()
