@@ -111,7 +111,7 @@ async def test_killing_the_engine_is_8_clean_errors_and_a_new_engine(mortal: Ser
 )
 def test_a_signal_lets_streams_finish_and_refuses_new_work(mortal: Server, number: int) -> None:
     assert mortal.engine.is_running()
-    with streaming(mortal, prompt="Once upon a time", max_tokens=40, ignore_eos=True) as events:
+    with streaming(mortal, prompt="Once upon a time", max_tokens=600, ignore_eos=True) as events:
         mortal.process.send_signal(number)
         until(lambda: mortal.get("/health/ready").status_code == 503)
         assert mortal.get("/health/ready").json()["state"] == "draining"

