@@ -82,5 +82,5 @@ def test_the_whole_evaluation(server: Server, tokenizer: Tokenizer, tmp_path: Pa
     recall = found["recall"]["top_k"]["256"]
     assert 0 < recall["window"]["all"] < recall["indexer"]["all"] <= recall["oracle"]["all"] <= 1
     for name in ("loss", "needles", "recall"):
-        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / f"eval.{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "dense" in result.output
