@@ -23,6 +23,7 @@ from engine.calibration.steps import Bench, Measured, cases
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.cost import Calibration, Coefficients, calibration_json
 from engine.errors import ConfigError, EngineError
+from engine.progress import Lines
 
 _CHECKED = (2048, 8192)
 _OUTPUT = 16
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> Calibration:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.out.is_dir():  # better missed now than after the measurements
         raise ConfigError(f"{options.out} is a folder; name a file")
-    console, show = Console(), _Lines()
+    console, show = Console(), Lines()
     built = build(
         EngineConfig(
             weights=str(options.weights),
@@ -203,20 +204,6 @@ def _proof_table(compared: Sequence[Comparison]) -> Table:
             f"{one.error:+.1%}", f"{one.decode_error:+.1%}",
         )  # fmt: skip
     return table
-
-
-class _Lines:
-    """Progress on standard error: a line when a stage begins, and every few seconds."""
-
-    def __init__(self) -> None:
-        self._stage, self._said = "", 0.0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage != self._stage or now - self._said > 5:
-            share = f" {100 * done // total} %" if done and total else ""
-            sys.stderr.write(f"{stage}{share}\n")
-            self._stage, self._said = stage, now
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from engine.build import resolve_device, resolve_dtype
 from engine.curve.measure import PHASES, Lab, Plan, measure
 from engine.curve.report import Report, make, sentences, table
 from engine.errors import ConfigError, EngineError
+from engine.progress import Lines
 
 _POSITIONS = "0,1K,2K,4K,8K,16K,32K,64K,128K"
 _QUICK_POSITIONS = "0,256,512,1K,2K,4K"
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> Report:
         quick=quick, device=device, dtype=resolve_dtype(options.dtype, device), cpu_time=options.cpu_time,
     )  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    console, show = Console(width=160), _Lines()
+    console, show = Console(width=160), Lines()
     lab = Lab(plan, show)
     points = measure(plan, lab, show)
     report = make(
@@ -127,20 +127,6 @@ def _positions(text: str) -> tuple[int, ...]:
         )
     except ValueError:
         raise ConfigError(f"positions is {text!r}; expected numbers such as {_POSITIONS}") from None
-
-
-class _Lines:
-    """Progress on standard error: a line when a stage begins, and every few seconds."""
-
-    def __init__(self) -> None:
-        self._stage, self._said = "", 0.0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage != self._stage or now - self._said > 5:
-            share = f" {100 * done // total} %" if done and total else ""
-            sys.stderr.write(f"{stage}{share}\n")
-            self._stage, self._said = stage, now
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 Everything runs as in serving: each layer reads what its indexer selects, rows past top_k run with the adapter.
 The teacher is the same model, dense and without it. Where a text has answers, they teach too: a small model
 finds a fact far back only now and then, dense or not, and what it does by a hair does not survive any change.
-The indexers go on learning from their own loss, eq. (4)
-of arXiv 2512.02556, on the attention that the adapter makes.
+The indexers go on learning from their own loss, eq. (4) of arXiv 2512.02556, on the attention that the adapter makes.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from torch import Tensor
 
 from engine.distill.adapter import Adapter
 from engine.distill.objective import attention_target, captured_mass, divergence, top_mask
-from engine.distill.sparse_forward import by_student, causal, corrections, final_rows
+from engine.distill.sparse_forward import ROWS_AT_ONCE, by_student, causal, corrections, final_rows
 from engine.distill.student import Student
 from engine.distill.trunk import LayerInputs, Trunk
-
-_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def adapt(
         inputs = trunk.open(layer, x, fix)
         masks = [
             select(layer, inputs, part)
-            for part in torch.split(torch.arange(total, device=x.device), _ROWS_AT_ONCE)
+            for part in torch.split(torch.arange(total, device=x.device), ROWS_AT_ONCE)
         ]
         target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale, combine)
         scores = student.scores(layer, inputs, rows)

@@ -26,8 +26,8 @@ from server.bench.timing import Timing, decode_rate_of_all, gap_percentiles, out
 from server.cli import app
 from server.text.tokenizer import Tokenizer
 from tests.e2e.serving import until
-from tests.server.app_kit import TEXT
-from tests.server.bench_kit import Told, listening
+from tests.server.app_kit import TEXT, serving
+from tests.server.bench_kit import Told
 from tests.server.test_cli import dsa
 
 
@@ -131,7 +131,7 @@ def told_server(told: Told) -> Iterator[str]:
     begun, end = threading.Event(), threading.Event()
 
     async def serve() -> None:
-        async with listening(told) as url:
+        async with serving(told.app()) as url:
             ready.append(url)
             begun.set()
             await asyncio.to_thread(end.wait)
