@@ -24,6 +24,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     seed: Count = 0
     max_length: Positive = 8192
     min_length: Positive = 512
+    cut: bool = True  # longer sequences to max_length; else they are left out, with an answer at their end
     rows: Positive = 256  # query rows a sequence
     first_row: Count = 64  # rows before it see too few tokens to choose among
     focus_share: Annotated[float, Meta(ge=0, le=1)] = 0.25  # of the rows, at most, from a chat's answers

@@ -94,22 +94,28 @@ class Split:
         return torch.from_numpy(self._tokens[sequence.start : end].astype(np.int64)).to(device)
 
     def shuffled(
-        self, seed: int, min_length: int, shares: Mapping[str, float] | None = None
+        self,
+        seed: int,
+        min_length: int,
+        shares: Mapping[str, float] | None = None,
+        most: int | None = None,
     ) -> Iterator[Sequence]:
         """Endless passes over the sequences of at least `min_length` tokens, each in an order of its own.
 
         Args:
             seed: of the orders
             min_length: shorter sequences are left out
+            most: and those of more tokens; None for none
             shares: kind of text -> how much of what is drawn; other kinds are then left out
 
         Raises:
             ConfigError: from the first `next`, where no sequence is that long, or none of a kind in `shares`.
         """
-        usable = [s for s in self.sequences if s.length >= min_length]
+        usable = [s for s in self.sequences if s.length >= min_length and (most is None or s.length <= most)]
+        wanted = f"{min_length} tokens" if most is None else f"{min_length} to {most} tokens"
         if not usable:
             raise ConfigError(
-                f"no sequence of the corpus has {min_length} tokens; lower the recipe's min_length, or build more"
+                f"no sequence of the corpus has {wanted}; lower the recipe's min_length, or build more"
             )
         if not shares:
             yield from _passes(usable, (seed,))
@@ -119,8 +125,8 @@ class Split:
         for kind in kinds:
             if kind not in present:
                 raise ConfigError(
-                    f"the recipe asks for a share of {kind!r}, of which the corpus has no sequence of {min_length} "
-                    f"tokens; it has {', '.join(present)}"
+                    f"the recipe asks for a share of {kind!r}, of which the corpus has no sequence of {wanted}; "
+                    f"it has {', '.join(present)}"
                 )
         passes = [_passes([s for s in usable if s.kind == kind], (seed, i)) for i, kind in enumerate(kinds)]
         weights = np.array([shares[kind] for kind in kinds])

@@ -138,7 +138,8 @@ class Trainer:
         part.replace(path)
 
     def _data(self) -> Iterator[Sequence]:
-        return self._split.shuffled(self._recipe.seed, self._recipe.min_length, self._recipe.shares)
+        r = self._recipe
+        return self._split.shuffled(r.seed, r.min_length, r.shares, None if r.cut else r.max_length)
 
     def _step(self, data: Iterator[Sequence]) -> StepLog:
         recipe, began = self._recipe, time.monotonic()

@@ -1,6 +1,6 @@
 """A weight in the layout of the native kernels: packed in 4 or 8 bits as it is stored, or bfloat16.
 
-Its values are those of the checkpoint, exactly (`quantise_4bit` apart, which an indexer's queries may take). Products round nothing but the activations, to bfloat16, which is what
+Its values are those of the checkpoint, exactly (`quantise_4bit` and `quantise_8bit` apart, which an indexer's queries and an adapter may take). Products round nothing but the activations, to bfloat16, which is what
 they are already; sums are float32 (`engine/kernels/native/matrix.c`).
 """
 
@@ -51,6 +51,15 @@ def quantise_4bit(weight: Tensor) -> Quantised:
     steps = (groups - offsets.float().unsqueeze(-1)) / scales.float().clamp_min(1e-30).unsqueeze(-1)
     numbers = steps.round().clamp(0, 15).to(torch.uint8).flatten(1)
     return Quantised(numbers.numpy(), scales.numpy(), offsets.numpy())
+
+
+def quantise_8bit(weight: Tensor) -> Quantised:
+    """The nearest that GGUF's Q8_0 has: [out, in] floats, each group of 32 by its largest size."""
+    groups = weight.float().view(len(weight), -1, packing.GROUP)
+    scales = (groups.abs().amax(-1) / 127).half()
+    steps = groups / scales.float().clamp_min(1e-30).unsqueeze(-1)
+    numbers = steps.round().clamp(-127, 127).to(torch.int8).flatten(1)
+    return Quantised(numbers.numpy(), scales.numpy(), None)
 
 
 class Descriptor(ctypes.Structure):

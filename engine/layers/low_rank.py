@@ -15,6 +15,11 @@ class LowRank:
     a: Tensor  # [r, in]
     b: Tensor  # [out, r]
 
+    @property
+    def rank(self) -> int:
+        """r."""
+        return len(self.a)
+
     def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
         """The correction: x [T, in], rows [T, 1] bool, True where it applies -> [T, out].
 

@@ -13,35 +13,36 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention.indexer import KEY_NORM_EPS
 from engine.batch import Batch
 from engine.kernels import native
-from engine.kernels.packed import Descriptor, PackedWeight
+from engine.kernels.native.packing import GROUP
+from engine.kernels.packed import Descriptor, PackedWeight, quantise_8bit
 from engine.kv.planes import PagedCache
-from engine.layers.low_rank import LowRank
 
 if TYPE_CHECKING:
     from engine.layers.rope import RotaryTable
-    from engine.models.llama import Llama
+    from engine.models.llama import Llama, LlamaLayer
 
 FEW_ROWS = 32
 """Rows of a request up to which a step's costs are those of so many lone rows, and beyond which those of a chunk."""
 
 _MATRICES = ("qkv", "o", "gate_up", "down", "index_query", "index_key", "index_weights")
+_ADAPTER = ("qkv_down", "qkv_up", "o_down", "o_up")
 
 
 class _Layer(ctypes.Structure):
     """`struct dsa_layer` of step.h."""
 
     _fields_ = (
-        *((name, Descriptor) for name in _MATRICES),
+        *((name, Descriptor) for name in (*_MATRICES, *_ADAPTER)),
         *(
             (name, ctypes.c_void_p)
             for name in ("input_norm", "post_norm", "key_norm_weight", "key_norm_bias")
         ),
-        *((name, ctypes.c_void_p) for name in ("qkv_down", "qkv_up", "o_down", "o_up")),
         *((name, ctypes.c_void_p) for name in ("kv_plane", "index_plane")),
     )
 
@@ -162,7 +163,7 @@ class NativeStep:
             0 if indexer is None else indexer.num_heads,
             0 if indexer is None else indexer.head_dim,
             0 if indexer is None else indexer.rope_dim,
-            0 if indexer is None else indexer.adapter_rank,
+            0 if indexer is None else -(-indexer.adapter_rank // GROUP) * GROUP,
             int(keys is not None and keys.dtype is torch.uint8),
             c.rms_norm_eps,
             KEY_NORM_EPS,
@@ -176,26 +177,34 @@ class NativeStep:
         ]
         if layer.indexer is None:
             return _Layer(
-                *matrices, *(Descriptor() for _ in range(3)), self._float(layer.input_norm),
-                self._float(layer.post_norm), *(0,) * 6, cache.plane(i, "kv").data_ptr(), 0,
+                *matrices, *(Descriptor() for _ in range(3 + len(_ADAPTER))), self._float(layer.input_norm),
+                self._float(layer.post_norm), 0, 0, cache.plane(i, "kv").data_ptr(), 0,
             )  # fmt: skip
         w = layer.indexer.weights
         return _Layer(
             *matrices,
             *(_packed(part) for part in (w.wq, w.wk, w.weights_proj)),
+            *self._corrections(layer),
             *(
                 self._float(part)
                 for part in (layer.input_norm, layer.post_norm, w.k_norm_weight, w.k_norm_bias)
             ),
-            *self._corrections(layer.adapter),
             cache.plane(i, "kv").data_ptr(),
             cache.plane(i, "index_key").data_ptr(),
         )
 
-    def _corrections(self, adapter: tuple[LowRank, LowRank] | None) -> Sequence[int]:
-        if adapter is None:
-            return (0,) * 4
-        return [self._float(part) for fix in adapter for part in (fix.a, fix.b.T)]
+    def _corrections(self, layer: LlamaLayer) -> Sequence[Descriptor]:
+        """The adapter, in 8 bits beside weights of 4: every row with a selection reads all of it."""
+        if layer.adapter is None:
+            return [Descriptor() for _ in _ADAPTER]
+        assert isinstance(layer.qkv, PackedWeight)
+        made = []
+        for fix in layer.adapter:
+            missing = -fix.rank % GROUP
+            for part in (F.pad(fix.a, (0, 0, 0, missing)), F.pad(fix.b, (0, missing))):
+                made.append(PackedWeight.of(part if layer.qkv.kind == "bf16" else quantise_8bit(part)))
+        self._kept.extend(made)
+        return [part.descriptor for part in made]
 
     def _float(self, tensor: Tensor) -> int:
         """Where a float32 copy of it lies."""

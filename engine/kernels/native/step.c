@@ -19,6 +19,9 @@ struct work {
     struct dsa_rows activated; // [rows, intermediate]
     float *wide;               // [rows, widest]: what a product gave
     float *index_wide;         // [rows, index_width]: of the indexer's
+    float *inner;              // [rows, adapter_rank]: of the adapter's first products
+    struct dsa_rows narrowed;  // [rows, adapter_rank]: likewise, for its second
+    float *correction;         // [rows, widest]: what those gave; of rows with a selection only
     bf16 *query;               // [rows, heads * head_dim]
     bf16 *index_query;         // [rows, index_heads * index_dim]
     int8_t *index_integers;    // likewise
@@ -72,6 +75,11 @@ static size_t lay_out(struct work *w, const struct dsa_model *m, int rows, int l
     TAKE_ROWS(w->activated, m->intermediate);
     TAKE(w->wide, float, (size_t)rows * w->widest);
     TAKE(w->index_wide, float, (size_t)rows * w->index_width);
+    if (m->adapter_rank) {
+        TAKE(w->inner, float, (size_t)rows * m->adapter_rank);
+        TAKE_ROWS(w->narrowed, m->adapter_rank);
+        TAKE(w->correction, float, (size_t)rows * w->widest);
+    }
     TAKE(w->query, bf16, (size_t)rows * attended);
     TAKE(w->index_query, bf16, (size_t)rows * m->index_heads * m->index_dim);
     TAKE(w->index_integers, int8_t, (size_t)rows * m->index_heads * m->index_dim);
@@ -139,26 +147,30 @@ static void product(const struct dsa_matrix *weight, const struct dsa_rows *rows
     dsa_product(weight, rows, out, (size_t)stride, first, last);
 }
 
-// The same, added to x.
-static void product_to_x(struct work *w, const struct dsa_matrix *weight, const struct dsa_rows *rows, int thread,
-                         int threads) {
+// The adapter's second product, of what its first left in `inner`, to `correction`.
+static void correct(struct work *w, const struct dsa_matrix *up, int thread, int threads) {
+    const int rank = w->model->adapter_rank;
+    int first, last;
+    dsa_barrier();
+    dsa_share(w->step->rows, 1, thread, threads, &first, &last);
+    for (int r = first; r < last; r++) dsa_set_row(&w->narrowed, r, w->inner + (size_t)r * rank);
+    dsa_barrier();
+    product(up, &w->narrowed, w->correction, w->widest, thread, threads);
+}
+
+// weight * rows, added to x; with `corrected`, and the correction too where a row has a selection.
+static void product_to_x(struct work *w, const struct dsa_matrix *weight, const struct dsa_rows *rows, int corrected,
+                         int thread, int threads) {
     const int n = w->model->hidden;
     int first, last;
     dsa_share(dsa_tiles(weight), 1, thread, threads, &first, &last);
     dsa_product(weight, rows, w->wide, (size_t)w->widest, first, last);
     last = last * DSA_LANES < n ? last * DSA_LANES : n;
-    for (int r = 0; r < w->step->rows; r++)
-        for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += w->wide[(size_t)r * w->widest + i];
-}
-
-// out += up^T (down x): a correction of low rank, for one row of x.
-static void correct(const float *down, const float *up, int rank, int inputs, int outputs, const bf16 *x, float *out) {
-    for (int k = 0; k < rank; k++, down += inputs, up += outputs) {
-        float sums[16] = {0}, sum = 0;
-        for (int i = 0; i < inputs; i += 16)
-            for (int j = 0; j < 16; j++) sums[j] += down[i + j] * wide(x[i + j]);
-        for (int j = 0; j < 16; j++) sum += sums[j];
-        for (int i = 0; i < outputs; i++) out[i] += sum * up[i];
+    for (int r = 0; r < w->step->rows; r++) {
+        const size_t at = (size_t)r * w->widest;
+        for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += w->wide[at + i];
+        if (corrected && is_sparse(w->step, r))
+            for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += w->correction[at + i];
     }
 }
 
@@ -170,8 +182,7 @@ static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
     float *from = w->wide + (size_t)r * w->widest;
     const float *cos = m->cos + position * half, *sin = m->sin + position * half;
     if (m->adapter_rank && is_sparse(w->step, r))
-        correct(layer->qkv_down, layer->qkv_up, m->adapter_rank, m->hidden, q + 2 * k,
-                w->normed.values + (size_t)r * m->hidden, from);
+        for (int i = 0; i < q + 2 * k; i++) from[i] += w->correction[(size_t)r * w->widest + i];
     for (int h = 0; h < m->heads; h++) rotate(from + h * D, cos, sin, half, D, w->query + (size_t)r * q + h * D);
     const int64_t page = w->step->tables[r][position / PAGE], offset = position % PAGE;
     bf16 *kv = (bf16 *)(void *)(layer->kv_plane + page * m->page_stride) + offset * 2 * k;
@@ -274,16 +285,6 @@ static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t
                        w->attended.values + (size_t)r * m->heads * D, rest);
 }
 
-// What follows a row's attention: sums for the next product, and what the adapter adds to it.
-static void finish_row(struct work *w, const struct dsa_layer *layer, int r) {
-    const struct dsa_model *m = w->model;
-    const int inputs = m->heads * m->head_dim;
-    dsa_sum_row(&w->attended, r);
-    if (m->adapter_rank && is_sparse(w->step, r))
-        correct(layer->o_down, layer->o_up, m->adapter_rank, inputs, m->hidden,
-                w->attended.values + (size_t)r * inputs, w->x + (size_t)r * m->hidden);
-}
-
 // Consecutive rows from `first` on that are a part of one prompt, and alike dense or sparse: one after the last.
 static int run_end(const struct dsa_step *step, int first) {
     int r = first + 1, sparse = is_sparse(step, first);
@@ -354,14 +355,14 @@ static void attend_rows(struct work *w, const struct dsa_layer *layer, int threa
         attend_blocks(w, layer, thread, threads);
         dsa_barrier();
         dsa_share(rows, 1, thread, threads, &first, &last);
-        for (int r = first; r < last; r++) finish_row(w, layer, r);
+        for (int r = first; r < last; r++) dsa_sum_row(&w->attended, r);
         return;
     }
     uint8_t *own = w->own + w->own_bytes * (size_t)thread;
     for (int r = 0; r < rows; r++) {
         attend(w, layer, r, w->own, own, thread, threads);
         dsa_barrier();
-        if (thread == 0) finish_row(w, layer, r);
+        if (thread == 0) dsa_sum_row(&w->attended, r);
     }
 }
 
@@ -389,6 +390,7 @@ static void gated(struct work *w, const struct dsa_layer *layer, int thread, int
 
 static void run_layer(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
     const struct dsa_model *m = w->model;
+    const int corrected = m->adapter_rank && w->sparse;
     int first, last;
     norm_rows(w, layer->input_norm, thread, threads);
     dsa_barrier();
@@ -401,19 +403,27 @@ static void run_layer(struct work *w, const struct dsa_layer *layer, int thread,
             product(&layer->index_weights, &w->normed, key + padded(m->index_dim), w->index_width, thread, threads);
         }
     }
+    if (corrected) {
+        product(&layer->qkv_down, &w->normed, w->inner, m->adapter_rank, thread, threads);
+        correct(w, &layer->qkv_up, thread, threads);
+    }
     dsa_barrier();
     dsa_share(w->step->rows, 1, thread, threads, &first, &last);
     for (int r = first; r < last; r++) place_row(w, layer, r);
     dsa_barrier();
     attend_rows(w, layer, thread, threads);
     dsa_barrier();
-    product_to_x(w, &layer->o, &w->attended, thread, threads);
+    if (corrected) {
+        product(&layer->o_down, &w->attended, w->inner, m->adapter_rank, thread, threads);
+        correct(w, &layer->o_up, thread, threads);
+    }
+    product_to_x(w, &layer->o, &w->attended, corrected, thread, threads);
     dsa_barrier();
     norm_rows(w, layer->post_norm, thread, threads);
     dsa_barrier();
     gated(w, layer, thread, threads);
     dsa_barrier();
-    product_to_x(w, &layer->down, &w->activated, thread, threads);
+    product_to_x(w, &layer->down, &w->activated, 0, thread, threads);
     dsa_barrier();
 }
 
@@ -427,7 +437,7 @@ static void part_of(struct work *w, struct dsa_step *step, int from) {
     step->rows = step->rows - from < AT_ONCE ? step->rows - from : AT_ONCE;
     w->x += (size_t)from * w->model->hidden;
     w->step = step;
-    w->normed.count = w->attended.count = w->activated.count = step->rows;
+    w->normed.count = w->attended.count = w->activated.count = w->narrowed.count = step->rows;
     w->sparse = 0;
     for (int r = 0; r < step->rows; r++) w->sparse |= is_sparse(step, r);
 }

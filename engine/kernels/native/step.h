@@ -8,9 +8,10 @@
 struct dsa_layer {
     struct dsa_matrix qkv, o, gate_up, down;
     struct dsa_matrix index_query, index_key, index_weights; // without data where the model has no indexer
+    // The sparse adapter: [adapter_rank, inputs] and [outputs, adapter_rank]; without data where there is none.
+    struct dsa_matrix qkv_down, qkv_up, o_down, o_up;
     const float *input_norm, *post_norm;                     // [hidden]
     const float *key_norm_weight, *key_norm_bias;            // [index_dim]
-    const float *qkv_down, *qkv_up, *o_down, *o_up;          // sparse adapter: [rank, inputs] and [rank, outputs]
     uint8_t *kv_plane, *index_plane;                         // of the paged cache, see attention.h
 };
 
@@ -23,7 +24,7 @@ struct dsa_model {
     int64_t page_stride, index_stride;  // bytes from page to page of a layer's planes
     int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
     int32_t index_heads, index_dim, index_rope; // index_heads 0: no indexer
-    int32_t adapter_rank;                       // 0: no adapter
+    int32_t adapter_rank;                       // 0: no adapter; else a multiple of 32
     int32_t integer_keys;                       // whether index keys are 8-bit integers, or else bfloat16
     float eps, key_norm_eps;
 };
