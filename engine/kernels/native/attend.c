@@ -3,7 +3,7 @@
 
 #include "attention.h"
 
-enum { FETCHED = 64 }; // tokens ahead
+enum { FETCHED = 32 }; // tokens ahead
 
 static inline int padded(int count) { return (count + 31) & ~31; }
 

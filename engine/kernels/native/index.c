@@ -4,11 +4,13 @@
 #include "attention.h"
 
 float dsa_quantise(const bf16 *x, int d, int8_t *n) {
-    float largest = 0.0f;
+    // Sizes are ordered as their bits are, not-a-number above all: it must show in the scale.
+    int32_t most = 0;
     for (int i = 0; i < d; i++) {
-        float size = fabsf(wide(x[i]));
-        largest = size > largest || size != size ? size : largest; // not-a-number must show in the scale
+        int32_t size = x[i] & 0x7fff;
+        most = size > most ? size : most;
     }
+    float largest = wide((bf16)most);
     float scale = largest / 127.0f;
     // Rounded to even by adding and taking away 1.5 * 2^23: |x / scale| is at most 127.
     float inverse = scale > 0.0f && scale < INFINITY ? 1.0f : 0.0f;
@@ -42,11 +44,11 @@ void dsa_index_query(const bf16 *query, const float *head_weights, int H, int d,
 #ifdef DSA_AVX512
 
 // `heads` heads of one query against a page; sums [4] are the page's scores before the keys' scales. Pages lie anywhere:
-// the `next` one is fetched meanwhile, where that is not NULL. (Into the second-level cache: the first takes few misses at
-// a time, and half as fast.)
+// a part of the next one, `lines` cache lines from `next` on a step, is fetched meanwhile, where that is not NULL. (Into
+// the second-level cache: the first takes few misses at a time, and half as fast.)
 static inline __attribute__((always_inline)) void score_heads(int heads, const int8_t *query, const float *weights,
                                                               const int32_t *begins, const uint8_t *page,
-                                                              const uint8_t *next, int d, __m512 *sums) {
+                                                              const uint8_t *next, int lines, int d, __m512 *sums) {
     __m512i products[4][4];
     for (int h = 0; h < heads; h++)
         for (int g = 0; g < 4; g++) products[h][g] = _mm512_set1_epi32(begins[h]);
@@ -54,7 +56,7 @@ static inline __attribute__((always_inline)) void score_heads(int heads, const i
         __m512i keys[4];
         for (int g = 0; g < 4; g++) keys[g] = _mm512_loadu_si512(page + (g * (d / 4) + j) * 64);
         if (next)
-            for (int g = 0; g < 4; g++) _mm_prefetch((const char *)next + (4 * j + g) * 64, _MM_HINT_T1);
+            for (int i = 0; i < lines; i++) _mm_prefetch((const char *)next + (lines * j + i) * 64, _MM_HINT_T1);
         for (int h = 0; h < heads; h++) {
             int32_t four;
             memcpy(&four, query + h * d + 4 * j, 4);
@@ -77,11 +79,19 @@ static void score_page(const int8_t *query, const float *weights, const int32_t 
     const uint8_t *scales = page + PAGE * d;
     if (next)
         for (int g = 0; g < 4; g++) _mm_prefetch((const char *)next + PAGE * d + 64 * g, _MM_HINT_T1);
+    // The next page's d lines evenly over the heads: in a burst they wait for one another, and this page for them.
+    const int lines = H <= 4 ? 4 : H <= 12 ? 2 : 1, turns = 4 / lines;
     int h = 0;
-    for (; h + 4 <= H; h += 4, next = 0) score_heads(4, query + h * d, weights + h, begins + h, page, next, d, sums);
-    if (H - h == 3) score_heads(3, query + h * d, weights + h, begins + h, page, next, d, sums);
-    if (H - h == 2) score_heads(2, query + h * d, weights + h, begins + h, page, next, d, sums);
-    if (H - h == 1) score_heads(1, query + h * d, weights + h, begins + h, page, next, d, sums);
+    for (int turn = 0; h < H; turn++, h += 4) {
+        const uint8_t *part = next && turn < turns ? next + turn * lines * (d / 4) * 64 : 0;
+        const int8_t *q = query + h * d;
+        switch (H - h) {
+        case 1: score_heads(1, q, weights + h, begins + h, page, part, lines, d, sums); break;
+        case 2: score_heads(2, q, weights + h, begins + h, page, part, lines, d, sums); break;
+        case 3: score_heads(3, q, weights + h, begins + h, page, part, lines, d, sums); break;
+        default: score_heads(4, q, weights + h, begins + h, page, part, lines, d, sums); break;
+        }
+    }
     for (int g = 0; g < 4; g++)
         _mm512_storeu_ps(out + 16 * g, _mm512_mul_ps(sums[g], _mm512_loadu_ps(scales + 64 * g)));
 }
