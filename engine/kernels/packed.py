@@ -90,10 +90,9 @@ class PackedWeight:
             stored: the matrix
             memory: [`packed_bytes`] uint8 to lay it out in, from a cache line on; None for some of its own
         """
-        shape = stored.shape if isinstance(stored, Tensor) else stored.numbers.shape
-        kind: Kind = "bf16" if isinstance(stored, Tensor) else stored.kind
+        kind, shape = _form(stored)
         # torch's own memory begins on a cache line.
-        flat = torch.empty(packed_bytes(kind, *shape), dtype=torch.uint8) if memory is None else memory
+        flat = torch.empty(cls.bytes_of(stored), dtype=torch.uint8) if memory is None else memory
         data = flat.view(-(-shape[0] // packing.LANES), -1)
         # Part by part: packing takes several times what it packs.
         for first in range(0, shape[0], _AT_ONCE):
@@ -102,6 +101,12 @@ class PackedWeight:
             packed = _packed_rows(stored, part)
             data[at : at + len(packed)] = torch.from_numpy(packed)
         return cls(data, kind, *shape)
+
+    @staticmethod
+    def bytes_of(stored: Quantised | Tensor) -> int:
+        """What `of` needs for it."""
+        kind, shape = _form(stored)
+        return packed_bytes(kind, *shape)
 
     @property
     def shape(self) -> torch.Size:
@@ -151,6 +156,12 @@ class PackedWeight:
             ctypes.byref(self.descriptor), _pointer(rows), len(rows), _pointer(sums), narrow, wide
         )
         return out.view(*x.shape[:-1], self.outputs)
+
+
+def _form(stored: Quantised | Tensor) -> tuple[Kind, torch.Size]:
+    if isinstance(stored, Tensor):
+        return "bf16", stored.shape
+    return stored.kind, torch.Size(stored.numbers.shape)
 
 
 def packed_bytes(kind: Kind, outputs: int, inputs: int) -> int:

@@ -19,8 +19,9 @@ from torch import Tensor
 from engine.attention.indexer import KEY_NORM_EPS
 from engine.batch import Batch
 from engine.kernels import native
+from engine.kernels.native.memory import Arena
 from engine.kernels.native.packing import GROUP
-from engine.kernels.packed import Descriptor, PackedWeight, quantise_8bit
+from engine.kernels.packed import Descriptor, PackedWeight, Quantised, quantise_8bit
 from engine.kv.planes import PagedCache
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class NativeStep:
         self._library = library
         self._library.dsa_step_scratch.restype = ctypes.c_int64
         self._kept: list[Any] = []  # float32 copies of what the C code reads, alive as long as this
+        self._adapters = _pack_adapters(model)
         self._laid: _Laid | None = None
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
@@ -184,7 +186,7 @@ class NativeStep:
         return _Layer(
             *matrices,
             *(_packed(part) for part in (w.wq, w.wk, w.weights_proj)),
-            *self._corrections(layer),
+            *([part.descriptor for part in self._adapters[i]] or [Descriptor() for _ in _ADAPTER]),
             *(
                 self._float(part)
                 for part in (layer.input_norm, layer.post_norm, w.k_norm_weight, w.k_norm_bias)
@@ -192,19 +194,6 @@ class NativeStep:
             cache.plane(i, "kv").data_ptr(),
             cache.plane(i, "index_key").data_ptr(),
         )
-
-    def _corrections(self, layer: LlamaLayer) -> Sequence[Descriptor]:
-        """The adapter, in 8 bits beside weights of 4: every row with a selection reads all of it."""
-        if layer.adapter is None:
-            return [Descriptor() for _ in _ADAPTER]
-        assert isinstance(layer.qkv, PackedWeight)
-        made = []
-        for fix in layer.adapter:
-            missing = -fix.rank % GROUP
-            for part in (F.pad(fix.a, (0, 0, 0, missing)), F.pad(fix.b, (0, missing))):
-                made.append(PackedWeight.of(part if layer.qkv.kind == "bf16" else quantise_8bit(part)))
-        self._kept.extend(made)
-        return [part.descriptor for part in made]
 
     def _float(self, tensor: Tensor) -> int:
         """Where a float32 copy of it lies."""
@@ -215,6 +204,26 @@ class NativeStep:
     def _rotation(self, table: RotaryTable) -> tuple[int, int]:
         cos, sin = table.all()
         return self._float(cos), self._float(sin)
+
+
+def _pack_adapters(model: Llama) -> list[list[PackedWeight]]:
+    """Each layer's, in the order of `_ADAPTER`; empty where there is none.
+
+    In 8 bits beside weights of 4, since every row with a selection reads all of it.
+    """
+    parts: list[list[Quantised | Tensor]] = []
+    for layer in model.layers:
+        assert isinstance(layer.qkv, PackedWeight)
+        exact = layer.qkv.kind == "bf16"
+        parts.append([])
+        for fix in layer.adapter or ():
+            missing = -fix.rank % GROUP
+            padded = F.pad(fix.a, (0, 0, 0, missing)), F.pad(fix.b, (0, missing))
+            parts[-1].extend(part if exact else quantise_8bit(part) for part in padded)
+    arena = Arena([PackedWeight.bytes_of(part) for layer in parts for part in layer])
+    return [
+        [PackedWeight.of(part, arena.take(PackedWeight.bytes_of(part))) for part in layer] for layer in parts
+    ]
 
 
 def _packed(weight: Tensor | PackedWeight) -> Descriptor:
