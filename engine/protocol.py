@@ -52,7 +52,8 @@ class SamplingParams(Value, frozen=True, kw_only=True):
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # alternatives to report per generated token; None reports nothing
-    prompt_logprobs: int | None = None  # likewise per prompt token; switches prefix reuse off
+    prompt_logprobs: int | None = None  # likewise per prompt token; a cached prefix of those is not reused
+    prompt_logprobs_start: int = 0  # the first prompt token that has one; >= 0, those before have none
 
 
 class Submit(Message, frozen=True, kw_only=True):

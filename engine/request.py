@@ -51,7 +51,9 @@ class Request:
         self._lookup = PromptLookup(self.token_ids) if lookup else None
         self._proposed: tuple[int, ...] = ()  # by the newest result, to follow the tokens known now
         self._stop_token_ids = frozenset(submit.sampling.stop_token_ids)
-        self._prompt_logprobs: list[TokenLogprob] = []  # of prompt positions 1, 2, ...
+        # The first token follows nothing, so it has no logprob.
+        self._first_scored = max(submit.sampling.prompt_logprobs_start, 1)
+        self._prompt_logprobs: list[TokenLogprob] = []  # of prompt positions from there on
         self._submitted = now
         self._first_scheduled: float | None = None
         self._first_token: float | None = None
@@ -72,9 +74,20 @@ class Request:
         return len(self.token_ids) - self.num_prompt
 
     @property
-    def reads_cache(self) -> bool:
-        """Whether it may start from cached pages: prompt logprobs need every prompt row computed."""
-        return self.sampling.prompt_logprobs is None
+    def num_reusable(self) -> int:
+        """Leading tokens that may come from cached pages.
+
+        One stays to be computed: its row gives the logits of the next. Prompt logprobs need all rows from the one
+        before the first that is asked for.
+        """
+        if self.sampling.prompt_logprobs is None:
+            return self.num_tokens - 1
+        return min(self._first_scored, self.num_tokens) - 1
+
+    @property
+    def _last_scored(self) -> int:
+        """The prompt position up to which logprobs are in hand, or need not be."""
+        return self._first_scored - 1 + len(self._prompt_logprobs)
 
     def admit(self, page_ids: tuple[int, ...], cached_tokens: int, now: float) -> None:
         """Start, or start again, from `page_ids`, which hold the first `cached_tokens` tokens."""
@@ -111,7 +124,7 @@ class Request:
         # recomputation repeats rows whose result is in hand, `accept` drops them.
         targets: list[int] = []
         if self.sampling.prompt_logprobs is not None:
-            known, last = len(self._prompt_logprobs), min(end, self.num_prompt - 1)
+            known, last = self._last_scored, min(end, self.num_prompt - 1)
             targets = self.token_ids[start + 1 : last + 1] if known < last else []
         return ScheduledRequest(
             request_id=self.request_id,
@@ -135,7 +148,7 @@ class Request:
         if sampled.error is not None:
             return self.end("error", now, error=sampled.error)
         self._refuse_mismatch(scheduled, sampled)
-        known = len(self._prompt_logprobs) - scheduled.start
+        known = self._last_scored - scheduled.start
         self._prompt_logprobs.extend(sampled.prompt_logprobs[max(known, 0) :])
         self.num_computed = scheduled.start + len(scheduled.token_ids) - scheduled.num_drafts
         self.peak_computed = max(self.peak_computed, self.num_computed)
@@ -147,7 +160,8 @@ class Request:
         if first:
             self._first_token = now
             if self.sampling.prompt_logprobs is not None:
-                prompt_logprobs = (None, *self._prompt_logprobs)
+                unscored = min(self._first_scored, self.num_prompt)
+                prompt_logprobs = (*(None for _ in range(unscored)), *self._prompt_logprobs)
         kept = 0
         reason: FinishReason | None = None
         while reason is None and kept < len(sampled.token_ids):

@@ -95,7 +95,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], alternatives: int) -> 
     """
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1))
-    ranks = ((logprobs > own).sum(-1) + 1).tolist()
+    ranks = ((logprobs > own).sum(-1, dtype=torch.int32) + 1).tolist()  # as int64 it takes twice as long
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
     if alternatives:
         values, ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))

@@ -43,6 +43,15 @@ def evaluate(
     top_k: Annotated[
         str, typer.Option(metavar="N,N", help="What to compare with dense.", rich_help_panel=_WHAT)
     ] = "256,512",
+    needle_top_k: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N",
+            help="Those for needles, which take longest.",
+            show_default="those of --top-k",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     only: Annotated[
         str | None,
         typer.Option(
@@ -107,9 +116,8 @@ def evaluate(
     from server.models import ModelError, resolve
     from server.text.tokenizer import TokenizerError
 
-    numbers = [part.strip() for part in top_k.split(",")]
-    if not all(number.isdigit() and int(number) for number in numbers):
-        _fail(f"--top-k is {top_k!r}; expected numbers of tokens, such as 256,512", 2)
+    top_ks = _numbers("--top-k", top_k)
+    needle_top_ks = top_ks if needle_top_k is None else _numbers("--needle-top-k", needle_top_k)
     chosen = None if only is None else tuple(part.strip() for part in only.split(","))
     for part in chosen or ():
         if part not in PARTS:
@@ -126,7 +134,8 @@ def evaluate(
             corpus=corpus,
             out=out,
             url=url,
-            top_k=tuple(dict.fromkeys(map(int, numbers))),
+            top_k=top_ks,
+            needle_top_k=needle_top_ks,
             only=chosen,
             per_kind=per_kind or None,
             limit=limit,
@@ -140,6 +149,13 @@ def evaluate(
         _fail(str(error))
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    numbers = [part.strip() for part in text.split(",")]
+    if not all(number.isdigit() and int(number) for number in numbers):
+        _fail(f"{option} is {text!r}; expected numbers of tokens, such as 256,512", 2)
+    return tuple(dict.fromkeys(map(int, numbers)))
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:

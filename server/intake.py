@@ -188,7 +188,25 @@ class Intake:
             max_tokens=body.max_tokens,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
+            prompt_logprobs_start=self._logprob_start(body, prompts),
         )
+
+    @staticmethod
+    def _logprob_start(body: CompletionBody, prompts: Sequence[_Prompt]) -> int:
+        start = body.logprob_start_len or 0
+        if body.logprob_start_len is not None and not (body.echo and body.logprobs is not None):
+            raise bad_request(
+                "logprob_start_len says where a prompt's log-probabilities begin; ask for those with echo true and "
+                "logprobs",
+                param="logprob_start_len",
+            )
+        shortest = min(len(prompt.token_ids) for prompt in prompts)
+        if start > shortest:
+            raise bad_request(
+                f"logprob_start_len is {start}, but a prompt has only {shortest} tokens",
+                param="logprob_start_len",
+            )
+        return start
 
     async def _prompt(self, source: str | list[int], param: str, *, echo: bool) -> _Prompt:
         if isinstance(source, str):
@@ -220,6 +238,7 @@ class Intake:
         max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        prompt_logprobs_start: int = 0,
         answer: Callable[[], Answer] | None = None,
     ) -> Work:
         sparsity = self._sparsity(body, model)
@@ -250,6 +269,7 @@ class Intake:
                     stop_token_ids=() if prompt_only else tuple(stop_ids),
                     logprobs=None if prompt_only else logprobs,
                     prompt_logprobs=prompt_logprobs,
+                    prompt_logprobs_start=prompt_logprobs_start,
                 )
                 index = len(jobs)
                 submit = Submit(

@@ -34,10 +34,9 @@ class Holdings:
     def admit(self, request: Request, now: float) -> bool:
         """Start a waiting request from its longest cached prefix; False if its known tokens would not find room."""
         hits: tuple[int, ...] = ()
-        reads_cache = self._caching and request.reads_cache
+        reads_cache = self._caching and request.num_reusable > 0
         if reads_cache:
-            # One token stays to be computed: its row gives the logits of the next.
-            hits = self._prefix.lookup(request.keys, (request.num_tokens - 1) // PAGE_SIZE)
+            hits = self._prefix.lookup(request.keys, request.num_reusable // PAGE_SIZE)
         unheld = sum(self.pages.references(page_id) == 0 for page_id in hits)
         if self.pages.num_available - unheld < pages_for(request.num_tokens) - len(hits):
             return False

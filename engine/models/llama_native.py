@@ -26,7 +26,7 @@ from engine.kv.planes import PagedCache
 
 if TYPE_CHECKING:
     from engine.layers.rope import RotaryTable
-    from engine.models.llama import Llama, LlamaLayer
+    from engine.models.llama import Llama
 
 FEW_ROWS = 32
 """Rows of a request up to which a step's costs are those of so many lone rows, and beyond which those of a chunk."""

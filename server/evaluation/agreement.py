@@ -91,7 +91,7 @@ async def measure(
         answers, parted, forced = {"": dense.text}, {}, {}
         for setting in settings(top_ks):
             again = await client.chat(messages, setting, answer_tokens)
-            scores = await client.score([*ids, *said], setting, alternatives=1)
+            scores = await client.score([*ids, *said], setting, alternatives=1, start=len(ids))
             answers[str(setting)] = again.text
             parted[str(setting)] = parting(dense, again)
             forced[str(setting)] = best(scores, len(ids), len(said))

@@ -72,7 +72,7 @@ class Client:
         self.repeated = 0
 
     async def score(
-        self, ids: Sequence[int], top_k: Sparsity, *, alternatives: int = 0, more: int = 0
+        self, ids: Sequence[int], top_k: Sparsity, *, alternatives: int = 0, more: int = 0, start: int = 0
     ) -> Scores:
         """Log-probabilities of a prompt's own tokens, and of the best ones with `alternatives` of 1.
 
@@ -81,6 +81,7 @@ class Client:
             top_k: how sparse.
             alternatives: 1 to tell `best` from `own`; without it they are the same.
             more: tokens to generate behind the prompt.
+            start: the first token to score.
         """
         choice = await self._choice(
             "/v1/completions",
@@ -89,6 +90,7 @@ class Client:
                 "prompt": list(ids),
                 "echo": True,
                 "logprobs": alternatives,
+                "logprob_start_len": start,
                 "max_tokens": more,
                 "temperature": 0,
             },

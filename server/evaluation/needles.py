@@ -122,10 +122,10 @@ def grid(found: Sequence[Found], setting: str) -> dict[tuple[float, int], Share]
     }  # fmt: skip
 
 
-def verdicts(result: NeedlesResult, top_ks: Sequence[int]) -> list[Verdict]:
+def verdicts(result: NeedlesResult) -> list[Verdict]:
     """The bars of those top_k that have one."""
     return [
-        at_least(f"needles kept of dense's, top_k {k}", result.retention[str(k)].value, RETENTION_BARS[k])
-        for k in top_ks
-        if k in RETENTION_BARS
+        at_least(f"needles kept of dense's, top_k {k}", share.value, RETENTION_BARS[int(k)])
+        for k, share in result.retention.items()
+        if int(k) in RETENTION_BARS
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from server.evaluation.loss import LossResult, settings
+from server.evaluation.loss import LossResult
 from server.evaluation.needles import NeedlesResult, grid
 from server.evaluation.results import RecallResult, Results
 
@@ -21,7 +21,7 @@ def draw(results: Results, top_ks: list[int], folder: Path) -> list[Path]:
     if results.loss is not None:
         figures["loss"] = _loss(plt, results.loss, top_ks)
     if results.needles is not None and results.needles.needles:
-        figures["needles"] = _needles(plt, results.needles, top_ks)
+        figures["needles"] = _needles(plt, results.needles)
     if results.recall is not None and results.recall.top_k:
         figures["recall"] = _recall(plt, results.recall, top_ks)
     drawn = []
@@ -56,9 +56,9 @@ def _loss(plt: Any, result: LossResult, top_ks: list[int]) -> Any:
     return figure
 
 
-def _needles(plt: Any, result: NeedlesResult, top_ks: list[int]) -> Any:
+def _needles(plt: Any, result: NeedlesResult) -> Any:
     """Depth x context for each setting, side by side."""
-    names = [str(setting) for setting in settings(top_ks)]
+    names = list(result.accuracy)
     depths = sorted({needle.depth for needle in result.needles})
     contexts = sorted({needle.context for needle in result.needles})
     size = (2.2 + 0.75 * len(contexts) * len(names), 2.0 + 0.36 * len(depths))

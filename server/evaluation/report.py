@@ -9,7 +9,7 @@ from rich.table import Table
 
 from server.evaluation.agreement import AgreementResult, Group
 from server.evaluation.equality import EqualityResult
-from server.evaluation.loss import LossResult, Row, settings
+from server.evaluation.loss import LossResult, Row
 from server.evaluation.needles import NeedlesResult, Share, grid
 from server.evaluation.results import RecallResult, Results
 from server.evaluation.verdict import Verdict
@@ -34,7 +34,7 @@ def tables(results: Results, top_ks: Sequence[int]) -> Iterator[RenderableType]:
     if results.loss is not None:
         yield loss_table(results.loss, top_ks)
     if results.needles is not None:
-        yield from needle_tables(results.needles, top_ks)
+        yield from needle_tables(results.needles)
     if results.agreement is not None:
         yield agreement_table(results.agreement, top_ks)
     if results.equality is not None:
@@ -73,9 +73,9 @@ def _above(row: Row) -> str:
     return f"{row.above_dense:+.4f}{interval}".replace("[", "\\[")
 
 
-def needle_tables(result: NeedlesResult, top_ks: Sequence[int]) -> Iterator[Table]:
+def needle_tables(result: NeedlesResult) -> Iterator[Table]:
     """Depth x context, dense beside sparse in every cell; then how much is kept."""
-    names = [str(setting) for setting in settings(top_ks)]
+    names = list(result.accuracy)
     contexts = sorted({needle.context for needle in result.needles})
     table = _table(
         f"needles found, {' / '.join(names)}", "depth", [f"{context} tokens" for context in contexts]
@@ -106,7 +106,7 @@ def needle_tables(result: NeedlesResult, top_ks: Sequence[int]) -> Iterator[Tabl
         "top_k",
         ["dense finds", "sparse finds", "kept of dense's", "found beyond"],
     )
-    for k in map(str, top_ks):
+    for k in result.retention:
         retention, interval = result.retention[k], result.retention[k].interval
         between = "" if interval is None else f" (95 %: {interval.low:.1%} to {interval.high:.1%})"
         kept.add_row(

@@ -41,6 +41,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         out: the folder of results.
         url: a running server; None starts one.
         top_k: settings to compare with dense.
+        needle_top_k: those of them for needles, which take longest.
         only: parts to measure, even if they are done; None is those that are not.
         per_kind: held-out texts of each kind; None is all.
         limit: at most so many texts of a kind, needles, prompts; for a quick look.
@@ -54,6 +55,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     out: Path
     url: str | None
     top_k: tuple[int, ...]
+    needle_top_k: tuple[int, ...]
     only: tuple[str, ...] | None
     per_kind: int | None
     limit: int | None
@@ -134,7 +136,7 @@ async def _ask(plan: Plan, url: str, material: Material, parts: Sequence[str], r
                     results.loss = await loss.measure(client, texts, top_ks, many, progress)
                 elif part == "needles":
                     asked = material.needles(plan.limit)
-                    results.needles = await needles.measure(client, asked, top_ks, many, progress)
+                    results.needles = await needles.measure(client, asked, plan.needle_top_k, many, progress)
                 elif part == "agreement":
                     text, chat = load_tokenizer(plan.files.weights), load_chat_format(plan.files.weights)
                     prompts = material.prompts(plan.limit)
@@ -203,7 +205,7 @@ def _judge(results: Results, top_ks: Sequence[int]) -> None:
     if results.loss is not None:
         made += loss.verdicts(results.loss, top_ks)
     if results.needles is not None:
-        made += needles.verdicts(results.needles, top_ks)
+        made += needles.verdicts(results.needles)
     if results.equality is not None:
         made += equality.verdicts(results.equality, top_ks)
     results.verdicts = made
@@ -219,6 +221,7 @@ def _settings(plan: Plan, material: Material) -> dict[str, Any]:
         "corpus_sha256": material.digest,
         "url": plan.url,
         "top_k": list(plan.top_k),
+        "needle_top_k": list(plan.needle_top_k),
         "per_kind": plan.per_kind,
         "limit": plan.limit,
         "device": plan.device,

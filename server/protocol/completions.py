@@ -42,6 +42,12 @@ class CompletionBody(GenerationBody):
         le=MAX_TOP_LOGPROBS,
         description="Report log-probabilities, with so many alternatives; with echo, of the prompt too.",
     )
+    logprob_start_len: int | None = Field(
+        default=None,
+        ge=0,
+        description="The first prompt token to report one of; what is cached of the prompt before it is not computed "
+        "again.",
+    )
     best_of: Annotated[
         Any, Neutral(1, advice="must be 1 or null: use n, and choose among the answers yourself")
     ] = None

@@ -85,6 +85,9 @@ def test_echo_scores_the_prompt(server: Server, tokenizer: Tokenizer) -> None:
             model=MODEL, prompt=text, echo=True, logprobs=2, max_tokens=4, temperature=0
         )
         prompt_only = sdk.completions.create(model=MODEL, prompt=text, echo=True, logprobs=2, max_tokens=0)
+        end = sdk.completions.create(
+            model=MODEL, prompt=text, echo=True, logprobs=2, max_tokens=0, extra_body={"logprob_start_len": 9}
+        )
     choice = scored.choices[0]
     assert choice.text.startswith(text)
     logprobs = choice.logprobs
@@ -106,6 +109,12 @@ def test_echo_scores_the_prompt(server: Server, tokenizer: Tokenizer) -> None:
     for token, top in zip(logprobs.tokens[-4:], logprobs.top_logprobs[-4:], strict=True):
         assert max(top, key=lambda name: top[name]) == token
     assert prompt_only.choices[0].text == text
+    assert end.choices[0].logprobs is not None
+    assert end.choices[0].logprobs.token_logprobs is not None
+    assert end.choices[0].logprobs.token_logprobs[:9] == [None] * 9
+    assert end.choices[0].logprobs.token_logprobs[9:] == pytest.approx(
+        logprobs.token_logprobs[9 : len(ids)], abs=1e-3
+    )
     assert prompt_only.usage is not None
     assert prompt_only.usage.completion_tokens == 0
     again = prompt_only.choices[0].logprobs

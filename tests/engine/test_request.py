@@ -141,6 +141,31 @@ def test_prompt_logprobs_come_whole_and_once_with_the_first_token() -> None:
     assert delta.prompt_logprobs is None
 
 
+def test_prompt_logprobs_can_begin_late() -> None:
+    request = make(6, prompt_logprobs=0, prompt_logprobs_start=4)
+    assert request.num_reusable == 3  # row 3 gives what token 4 is scored with
+    assert request.plan(3).prompt_targets == ()
+    step(request, 3)
+    assert request.plan(3).prompt_targets == (104, 105)
+    delta = step(request, 3, 7)
+    assert delta is not None
+    assert delta.prompt_logprobs == (None,) * 4 + (logprob(104, -3.0), logprob(105, -4.0))
+    request = make(6, prompt_logprobs=0, prompt_logprobs_start=4)
+    assert request.plan(6).prompt_targets == (
+        101,
+        102,
+        103,
+        104,
+        105,
+    )  # a target a row; the first are left out
+    delta = step(request, 6, 7)
+    assert delta is not None
+    assert delta.prompt_logprobs == (None,) * 4 + (logprob(104, -3.0), logprob(105, -4.0))
+    delta = step(make(6, prompt_logprobs=0, prompt_logprobs_start=6), 6, 7)
+    assert delta is not None
+    assert delta.prompt_logprobs == (None,) * 6
+
+
 def test_a_prompt_of_one_token_has_one_entry() -> None:
     delta = step(make(1, prompt_logprobs=0), 1, 7)
     assert delta is not None

@@ -192,6 +192,16 @@ def test_a_prefix_is_not_reused(first: Any, second: Any, options: Any) -> None:
         assert driver.scheduler.stats().pages_cached == 0
 
 
+@pytest.mark.parametrize(("start", "cached"), [(64, 0), (65, 64), (128, 64), (129, 128), (150, 128)])
+def test_a_prefix_is_reused_before_the_first_prompt_logprob(start: int, cached: int) -> None:
+    driver = Driver(budget=500)
+    prompt = tuple(range(150))
+    driver.add(make("a", prompt))
+    driver.drain()
+    driver.add(make("b", prompt, prompt_logprobs=0, prompt_logprobs_start=start))
+    assert driver.step() == {"b": (cached, 150 - cached)}
+
+
 def test_two_requests_that_compute_the_same_page_at_once_do_not_clash() -> None:
     driver = Driver(budget=500)
     driver.add(make("a", tuple(range(100))), make("b", tuple(range(100))))

@@ -192,7 +192,9 @@ def _prompt_logprobs(request: Submit) -> tuple[TokenLogprob | None, ...] | None:
     alternatives = request.sampling.prompt_logprobs
     if alternatives is None:
         return None
-    return (None, *(_entry(token_id, alternatives) for token_id in request.prompt_token_ids[1:]))
+    start = max(1, request.sampling.prompt_logprobs_start)
+    scored = (_entry(token_id, alternatives) for token_id in request.prompt_token_ids[start:])
+    return (*(None for _ in request.prompt_token_ids[:start]), *scored)
 
 
 def _usage(request: Submit, script: Script, completion_tokens: int) -> RequestUsage:

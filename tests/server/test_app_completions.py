@@ -89,6 +89,32 @@ async def test_echo_with_logprobs() -> None:
     }
 
 
+async def test_echo_with_logprobs_of_a_prompts_end() -> None:
+    engine = speaking("c")
+    wish = completion_body("ab", echo=True, logprobs=1, logprob_start_len=2)
+    body = (await post(engine, wish)).json()
+    assert engine.submitted[0].sampling.prompt_logprobs_start == 2
+    assert body["choices"][0]["logprobs"]["token_logprobs"] == [None, None, -0.5, -0.5]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"echo": True}, "ask for those with echo true and logprobs"),
+        ({"logprobs": 1}, "ask for those with echo true and logprobs"),
+        ({"echo": True, "logprobs": 1, "logprob_start_len": 4}, "is 4, but a prompt has only 3 tokens"),
+    ],
+)
+async def test_where_logprobs_begin_needs_logprobs_and_a_place_in_the_prompt(
+    fields: dict[str, Any], message: str
+) -> None:
+    response = await post(speaking("c"), completion_body("ab", **({"logprob_start_len": 1} | fields)))
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "logprob_start_len"
+    assert message in error["message"]
+
+
 async def test_scoring_a_prompt() -> None:
     engine = speaking("zzz")
     body = (await post(engine, completion_body("ab", echo=True, logprobs=0, max_tokens=0))).json()

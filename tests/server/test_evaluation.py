@@ -110,7 +110,7 @@ def test_needles_retention_is_of_what_dense_finds_and_nothing_is_left_out() -> N
     assert result.accuracy["dense"]["1024"].value == 0
     cells = grid(rows, "256")
     assert (cells[0.0, 1024].right, cells[0.0, 1024].of) == (1, 2)
-    (verdict,) = needles.verdicts(result, [256])
+    (verdict,) = needles.verdicts(result)
     assert verdict.outcome == "missed"
     assert is_right("It is the PENGUIN.", "penguin")
     assert not is_right("It is the pen.", "penguin")
