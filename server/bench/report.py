@@ -11,14 +11,13 @@ from server.bench.statistics import Spread
 
 _WIDE = 100
 """Columns of a terminal that has room for quartiles."""
-_BUSY = 0.05
 """Of a core: a server that takes more while others are measured is told of."""
 
 
 def show(console: Console, results: Results) -> None:
     """Print the table and what it says."""
     console.print(table(results, quartiles=console.width >= _WIDE))
-    for remark in remarks(results):
+    for remark in results.remarks:
         console.print(remark, highlight=False, soft_wrap=True)
 
 
@@ -57,16 +56,6 @@ def table(results: Results, *, quartiles: bool) -> Table:
     made.caption = f"medians of {len(turns)} rounds" + (f"; × best other: {first.heading}" if several else "")
     made.caption_justify = "left"
     return made
-
-
-def remarks(results: Results) -> list[str]:
-    """What the figures say, and what may have disturbed them."""
-    busy = [
-        f"{server.name} took {server.idle_share:.0%} of a core while others were measured: they may be slower for it"
-        for server in results.servers
-        if server.idle_share is not None and server.idle_share > _BUSY
-    ]
-    return [*results.remarks, *busy]
 
 
 def _cell(spread: Spread | None, digits: int, *, quartiles: bool) -> str:

@@ -24,7 +24,6 @@ class Server(msgspec.Struct, kw_only=True):
         about: what it says of itself.
         fields: more fields that its requests had.
         peak_memory_bytes: the most that its largest process had resident so far; None where it is not known.
-        idle_share: of a core, taken while others were measured; None where it is not known.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Server(msgspec.Struct, kw_only=True):
     about: dict[str, Any] = {}
     fields: dict[str, Any] = {}
     peak_memory_bytes: int | None = None
-    idle_share: float | None = None
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from server.bench.machine import describe
 from server.bench.prompts import Words
 from server.bench.report import show
 from server.bench.results import Results, Sample, Server
-from server.bench.servers import LocalServer, all_stopped, leave
+from server.bench.servers import LocalServer, all_stopped, leave, others_paused
 from server.bench.suites import Suite, Values
 from server.bench.timing import Timing
 from server.console import Stages
@@ -183,7 +183,7 @@ async def _turns(
     plan: Plan, suite: Suite, contenders: Sequence[Contender], results: Results, stages: Stages
 ) -> None:
     """Every case, round by round, and in every round each server, another one first each time."""
-    idle = _Idle([local for _, local in contenders if local is not None])
+    ours = [local for _, local in contenders if local is not None]
     names = [server.name for server in results.servers]
     asked = {ask.endpoint.name: (ask, local) for ask, local in contenders}
     total, done = len(suite.cases) * plan.rounds * len(names), 0
@@ -196,11 +196,11 @@ async def _turns(
                 timings: list[Timing] = []
                 peak: int | None = None
                 if isinstance(suite, Overhead) and name == IN_PROCESS:
-                    with idle.but(None):
+                    with others_paused(ours, None):
                         values, peak = await drive(suite.command(plan.files, case), plan.cpus)
                 else:
                     ask, local = asked[name]
-                    with idle.but(local):
+                    with others_paused(ours, local):
                         values, timings = await _sample(suite, ask, local, case, turn)
                     zero = min(timing.sent for timing in timings)
                     timings = [timing.since(zero) for timing in timings]
@@ -214,7 +214,7 @@ async def _turns(
     for server in results.servers:
         local = asked[server.name][1] if server.name in asked else None
         if local is not None:
-            server.peak_memory_bytes, server.idle_share = local.peak_memory(), idle.share(local)
+            server.peak_memory_bytes = local.peak_memory()
         said = suite.remarks(results.figures, server.name)
         results.remarks += [f"{server.name}: {remark}" for remark in said]
 
@@ -228,27 +228,3 @@ async def _sample(
         if local is not None:
             local.check()
         raise BenchError(f"{suite.name} at {case:,}: {error}") from None
-
-
-class _Idle:
-    """How much CPU time servers take while others are measured."""
-
-    def __init__(self, servers: Sequence[LocalServer]) -> None:
-        self._cpu = {id(server): 0.0 for server in servers}
-        self._seconds = dict(self._cpu)
-        self._servers = servers
-
-    @contextlib.contextmanager
-    def but(self, measured: LocalServer | None) -> Iterator[None]:
-        """While one is measured."""
-        others = [server for server in self._servers if server is not measured]
-        began, before = time.monotonic(), [server.cpu_seconds() for server in others]
-        yield
-        for server, taken in zip(others, before, strict=True):
-            self._cpu[id(server)] += server.cpu_seconds() - taken
-            self._seconds[id(server)] += time.monotonic() - began
-
-    def share(self, server: LocalServer) -> float | None:
-        """Of a core."""
-        seconds = self._seconds[id(server)]
-        return self._cpu[id(server)] / seconds if seconds else None

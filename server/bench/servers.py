@@ -15,9 +15,8 @@ from server.bench.errors import BenchError
 
 _STOP_SECONDS = 20.0
 _TAIL = 3
-_PARENT, _SESSION, _USER, _SYSTEM, _START = 1, 3, 11, 12, 19
+_PARENT, _SESSION, _START = 1, 3, 19
 """Fields of `_stat`."""
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class LocalServer:
@@ -81,13 +80,18 @@ class LocalServer:
         peaks = [peak for process in self._processes() if (peak := _peak(process)) is not None]
         return max(peaks, default=None)
 
-    def cpu_seconds(self) -> float:
-        """CPU time that its processes took so far; those that ended are left out."""
-        return sum(map(_cpu_seconds, self._processes()))
+    def pause(self) -> None:
+        """Let it do nothing until `resume`."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """End it and all that it started: politely, then not."""
         family = {process: _stat(process) for process in self._processes()}
+        self.resume()  # one that is paused would not hear of it
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -98,6 +102,11 @@ class LocalServer:
                 with suppress(ProcessLookupError):
                     os.kill(int(process.name), signal.SIGKILL)
         self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes():
+            with suppress(ProcessLookupError):
+                os.kill(int(process.name), number)
 
     def _processes(self) -> list[Path]:
         """Folders in /proc of the process and all that descend from it or are of its session."""
@@ -149,11 +158,6 @@ def _stat(process: Path) -> list[str] | None:
         return None  # it ended
 
 
-def _cpu_seconds(process: Path) -> float:
-    stat = _stat(process)
-    return (int(stat[_USER]) + int(stat[_SYSTEM])) / _TICKS if stat else 0.0
-
-
 def _peak(process: Path) -> int | None:
     with suppress(OSError):
         for line in (process / "status").read_text().splitlines():
@@ -164,6 +168,19 @@ def _peak(process: Path) -> int | None:
 
 def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
+
+
+@contextmanager
+def others_paused(servers: Sequence[LocalServer], measured: LocalServer | None) -> Iterator[None]:
+    """Let one server have the cores that they share: idle ones poll, and take a part of them."""
+    others = [server for server in servers if server is not measured]
+    for server in others:
+        server.pause()
+    try:
+        yield
+    finally:
+        for server in others:
+            server.resume()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from server.bench.endpoint import NotYetError, connect
 from server.bench.errors import BenchError
 from server.bench.prompts import HEAD, Words
 from server.bench.results import load
-from server.bench.servers import LocalServer, pinned
+from server.bench.servers import LocalServer, others_paused, pinned
 from server.bench.statistics import Spread, advantage, spread
 from server.bench.suites import Concurrency, Decode, Prefill, Prefix
 from server.bench.timing import Timing, decode_rate_of_all, gap_percentiles, output_rate
@@ -242,13 +242,34 @@ def test_a_started_server_is_pinned_watched_and_stopped_with_its_children(tmp_pa
         child, cores = (tmp_path / "log").read_text().strip().split(" ", 1)
         assert cores == f"[{core}]"
         assert (server.peak_memory() or 0) > 1 << 20
-        assert server.cpu_seconds() > 0
         assert os.sched_getaffinity(0) == before
     finally:
         server.stop()
     until(lambda: not Path("/proc", child).exists() or " Z " in Path("/proc", child, "stat").read_text())
     with pytest.raises(BenchError, match="it ended with exit status -15"):
         server.check()
+
+
+def test_while_one_server_is_measured_the_others_stand_still(tmp_path: Path) -> None:
+    servers = [
+        LocalServer(name, f"{sys.executable} -c '{FAMILY}' {{port}}", tmp_path / name, None) for name in "ab"
+    ]
+    try:
+        children = []
+        for name in "ab":
+            until((tmp_path / name).read_text)
+            children.append(Path("/proc", (tmp_path / name).read_text().split()[0], "stat"))
+        first, second = children
+        with others_paused(servers, servers[0]):
+            until(lambda: " T " in second.read_text())
+            assert " T " not in first.read_text()
+        until(lambda: " T " not in second.read_text())
+        servers[1].pause()
+    finally:
+        for server in servers:
+            server.stop()  # the paused one, too, before it is killed
+    with pytest.raises(BenchError, match="b ended with exit status -15"):
+        servers[1].check()
 
 
 def test_a_server_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) -> None:
