@@ -22,7 +22,8 @@ from engine.distill.sparse_forward import causal
 from engine.distill.student import Student
 from engine.distill.trunk import Trunk
 from engine.kernels.packed import quantise_4bit
-from engine.models.llama import LlamaConfig, weight_table
+from engine.models.llama_config import LlamaConfig
+from engine.models.llama_weights import weight_table
 from server.models import resolve
 
 

@@ -32,7 +32,8 @@ from engine.distill.student import Student
 from engine.distill.train import StepLog, Trainer
 from engine.distill.trunk import Trunk
 from engine.errors import ConfigError, EngineError
-from engine.models.llama import LlamaConfig, weight_table
+from engine.models.llama_config import LlamaConfig
+from engine.models.llama_weights import weight_table
 from engine.protocol import IndexerInfo
 
 _SIZES = {"heads": 8, "dim": 64, "rope": 32}

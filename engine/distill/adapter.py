@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.checkpoint.overlay import adapter_shapes
 from engine.layers.low_rank import LowRank
-from engine.models.llama import LlamaConfig
+from engine.models.llama_config import LlamaConfig
 
 
 class Adapter:

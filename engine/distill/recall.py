@@ -32,7 +32,8 @@ from engine.distill.sparse_forward import by_window, causal
 from engine.distill.student import Student
 from engine.distill.trunk import Trunk
 from engine.errors import ConfigError, EngineError
-from engine.models.llama import LlamaConfig, weight_table
+from engine.models.llama_config import LlamaConfig
+from engine.models.llama_weights import weight_table
 
 EDGES = (0, 256, 512, 1024, 2048, 4096)
 """Where the buckets of positions begin; the last one is open."""

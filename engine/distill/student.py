@@ -13,7 +13,7 @@ from engine.checkpoint.overlay import indexer_shapes
 from engine.distill.objective import index_logits, top_mask
 from engine.distill.trunk import LayerInputs
 from engine.layers.rope import RotaryTable
-from engine.models.llama import LlamaConfig
+from engine.models.llama_config import LlamaConfig
 from engine.protocol import IndexerInfo
 
 _PARTS = ("wq.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")

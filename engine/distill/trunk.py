@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.layers.low_rank import LowRank
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
-from engine.models.llama import LlamaConfig
+from engine.models.llama_config import LlamaConfig
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from engine.checkpoint.loader import Weight, num_bytes, stays_fp8
 from engine.errors import CheckpointError
 from engine.kernels.blocks import num_blocks
 from engine.kv.layouts import IndexKeyLayout, LatentLayout
-from engine.models import llama
+from engine.models import llama_weights
 from engine.models.deepseek_config import DeepseekConfig
 from engine.models.deepseek_weights import mtp_table, weight_table
+from engine.models.llama_config import LlamaConfig
 from engine.parallel.ranks import Ranks
 from engine.protocol import IndexerInfo
 
@@ -63,8 +64,8 @@ def read_shape(config: Mapping[str, Any], indexer: IndexerInfo | None) -> Shape:
 
 
 def _llama(config: Mapping[str, Any], indexer: IndexerInfo | None) -> Shape:
-    c = llama.LlamaConfig.read(config)
-    table = llama.weight_table(c, indexer)
+    c = LlamaConfig.read(config)
+    table = llama_weights.weight_table(c, indexer)
     cache = {}
     for name, size in (("bfloat16", 2), ("float32", 4)):
         key = 0 if indexer is None else indexer.head_dim * size

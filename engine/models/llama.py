@@ -8,7 +8,7 @@ that the layer's indexer selected.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,13 +20,12 @@ from engine.attention.precision import Precision
 from engine.attention.sparse import attend
 from engine.attention.tiles import TileCosts
 from engine.batch import Batch
-from engine.checkpoint.loader import LoadReport, Weight, load
-from engine.checkpoint.overlay import adapter_shapes
+from engine.checkpoint.loader import LoadReport, load
 from engine.checkpoint.packed import can_pack, load_packed
 from engine.checkpoint.source import Source
 from engine.config import IndexerDtype
 from engine.cost import ModelShape
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import ConfigError
 from engine.kernels import native
 from engine.kernels.interface import Kernels
 from engine.kernels.packed import PackedWeight
@@ -36,135 +35,17 @@ from engine.layers.linear import Held, embedding, linear, linear_float32
 from engine.layers.low_rank import LowRank
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
+from engine.models.llama_config import LlamaConfig
 from engine.models.llama_native import FEW_ROWS, NativeStep
+from engine.models.llama_weights import weight_table
 from engine.parallel.ranks import Ranks
 from engine.protocol import IndexerInfo
-
-_OFF = ("attention_bias", "mlp_bias")
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """The fields of a Hugging Face `config.json` that shape the model."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    max_positions: int
-    rope_theta: float
-    rope_scaling: Mapping[str, Any] | None
-    tied: bool
-
-    @classmethod
-    def read(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """From a config as `engine.checkpoint` normalises it.
-
-        Raises:
-            CheckpointError: a field is missing, or asks for something that this model does not do.
-        """
-        for name in _OFF:
-            if config.get(name):
-                raise CheckpointError(
-                    f"config.json sets {name}, which the llama architecture here does not have"
-                )
-        if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"hidden_act {config['hidden_act']!r} is not supported; llama uses silu")
-        try:
-            heads = int(config["num_attention_heads"])
-            hidden = int(config["hidden_size"])
-            kv_heads = int(config.get("num_key_value_heads") or heads)
-            shape = cls(
-                vocab_size=int(config["vocab_size"]),
-                hidden_size=hidden,
-                intermediate_size=int(config["intermediate_size"]),
-                num_layers=int(config["num_hidden_layers"]),
-                num_heads=heads,
-                num_kv_heads=kv_heads,
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                rms_norm_eps=float(config["rms_norm_eps"]),
-                max_positions=int(config["max_position_embeddings"]),
-                rope_theta=float(config.get("rope_theta") or 10000.0),
-                rope_scaling=config.get("rope_scaling"),
-                tied=bool(config.get("tie_word_embeddings", False)),
-            )
-        except KeyError as missing:
-            raise CheckpointError(
-                f"config.json lacks {missing.args[0]!r}, which a llama model needs"
-            ) from None
-        if heads % kv_heads:
-            raise CheckpointError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
-        return shape
-
-    @property
-    def group(self) -> int:
-        """Query heads a KV head."""
-        return self.num_heads // self.num_kv_heads
-
-
-def weight_table(
-    config: LlamaConfig, indexer: IndexerInfo | None, *, short_queries: bool = False
-) -> dict[str, Weight]:
-    """Every parameter of the model: its name here -> the checkpoint tensors that it is made of, and its shape.
-
-    With `short_queries` the projection to index queries may be packed in 4 bits where the model's weights are: it is
-    most of what an indexer reads of its weights, and what is selected hardly changes (`benchmarks.index_bits`).
-    """
-    c = config
-    attn_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    table = {
-        "embed": _matrix(("model.embed_tokens.weight",), (c.vocab_size, c.hidden_size)),
-        "norm": Weight(("model.norm.weight",), (c.hidden_size,)),
-    }
-    if not c.tied:
-        table["head"] = _matrix(("lm_head.weight",), (c.vocab_size, c.hidden_size))
-    for i in range(c.num_layers):
-        at, layer = f"model.layers.{i}", f"layers.{i}"
-        qkv = tuple(f"{at}.self_attn.{part}_proj.weight" for part in "qkv")
-        gate_up = (f"{at}.mlp.gate_proj.weight", f"{at}.mlp.up_proj.weight")
-        table[f"{layer}.input_norm"] = Weight((f"{at}.input_layernorm.weight",), (c.hidden_size,))
-        table[f"{layer}.qkv"] = _matrix(qkv, (attn_rows, c.hidden_size))
-        table[f"{layer}.o"] = _matrix(
-            (f"{at}.self_attn.o_proj.weight",), (c.hidden_size, c.num_heads * c.head_dim)
-        )
-        table[f"{layer}.post_norm"] = Weight((f"{at}.post_attention_layernorm.weight",), (c.hidden_size,))
-        table[f"{layer}.gate_up"] = _matrix(gate_up, (2 * c.intermediate_size, c.hidden_size))
-        table[f"{layer}.down"] = _matrix(
-            (f"{at}.mlp.down_proj.weight",), (c.hidden_size, c.intermediate_size)
-        )
-        if indexer is not None:
-            h, d, inside = indexer.num_heads, indexer.head_dim, f"{at}.self_attn.indexer"
-            table[f"{layer}.indexer.wq"] = replace(
-                _matrix((f"{inside}.wq.weight",), (h * d, c.hidden_size)), may_lose_bits=short_queries
-            )
-            table[f"{layer}.indexer.wk"] = _matrix((f"{inside}.wk.weight",), (d, c.hidden_size))
-            table[f"{layer}.indexer.k_norm_weight"] = Weight((f"{inside}.k_norm.weight",), (d,))
-            table[f"{layer}.indexer.k_norm_bias"] = Weight((f"{inside}.k_norm.bias",), (d,))
-            table[f"{layer}.indexer.weights_proj"] = _matrix(
-                (f"{inside}.weights_proj.weight",), (h, c.hidden_size)
-            )
-            shapes = adapter_shapes(
-                indexer.adapter_rank, c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-            )
-            within = f"{at}.self_attn.sparse_adapter."
-            for name, shape in shapes.items():
-                if name.startswith(within):
-                    table[f"{layer}.adapter.{name.removeprefix(within)}"] = Weight((name,), shape)
-    return table
 
 
 def plain(weight: Held) -> Tensor:
     """One that is never packed."""
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _matrix(names: tuple[str, ...], shape: tuple[int, int]) -> Weight:
-    return Weight(names, shape, may_be_packed=True)
 
 
 @dataclass(frozen=True)
@@ -196,7 +77,7 @@ class Llama:
         *,
         integer_keys: bool = False,
     ) -> None:
-        """Wire `weights` (named as in `weight_table`, plain ones of one dtype and device).
+        """Wire `weights` (named as in `engine.models.llama_weights`, plain ones of one dtype and device).
 
         Args:
             integer_keys: whether index keys are cached as 8-bit integers

@@ -16,7 +16,8 @@ from engine.checkpoint.loader import load
 from engine.checkpoint.source import open_source
 from engine.distill.student import Student
 from engine.distill.trunk import Trunk
-from engine.models.llama import LlamaConfig, weight_table
+from engine.models.llama_config import LlamaConfig
+from engine.models.llama_weights import weight_table
 from engine.protocol import IndexerInfo
 from tests.engine.lab import VOCAB, tiny_checkpoint
 

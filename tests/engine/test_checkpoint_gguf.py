@@ -25,7 +25,8 @@ from engine.checkpoint.loader import load
 from engine.checkpoint.source import open_source
 from engine.errors import CheckpointError
 from engine.layers.rope import inverse_frequencies
-from engine.models.llama import LlamaConfig, weight_table
+from engine.models.llama_config import LlamaConfig
+from engine.models.llama_weights import weight_table
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB, LAYERS = 4, 2, 16, 64, 96, 50, 2
 CPU = torch.device("cpu")

@@ -21,7 +21,8 @@ from engine.checkpoint.loader import load
 from engine.checkpoint.overlay import FORMAT, base_fingerprint, indexer_shapes, read_overlay, write_overlay
 from engine.checkpoint.source import Source, open_source
 from engine.errors import CheckpointError
-from engine.models.llama import LlamaConfig, weight_table
+from engine.models.llama_config import LlamaConfig
+from engine.models.llama_weights import weight_table
 from engine.protocol import IndexerInfo
 
 LAYERS, HIDDEN = 2, 32
