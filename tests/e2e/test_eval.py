@@ -67,7 +67,20 @@ def test_the_whole_evaluation(server: Server, tokenizer: Tokenizer, tmp_path: Pa
     out = tmp_path / "out"
     command = ["eval", "smollm2-135m-instruct", "--corpus", str(corpus(tmp_path / "corpus", tokenizer))]
     result = CliRunner().invoke(
-        app, [*command, "--url", server.url, "--limit", "2", "--top-k", "256", "--out", str(out)]
+        app,
+        [
+            *command,
+            "--url",
+            server.url,
+            "--limit",
+            "2",
+            "--top-k",
+            "256,400",
+            "--needle-top-k",
+            "256",
+            "--out",
+            str(out),
+        ],
     )
     assert result.exit_code == 0, result.output
     found = json.loads((out / "eval.json").read_text())
