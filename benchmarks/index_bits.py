@@ -1,4 +1,6 @@
-"""What the projection to index queries loses in fewer bits: attention that its selection captures, and the sets' overlap.
+"""What a cheaper index loses: attention that its selection captures, and the overlap with the set as trained.
+
+Queries projected in fewer bits, and every layer reading what the layer before selected.
 
 `python -m benchmarks.index_bits --corpus DIR`, on held-out texts of a folder of `python -m server.corpus`, with the
 default model and its indexer. Attention stays dense, so that every layer is judged on the same inputs.
@@ -41,6 +43,8 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "4 bits": four_bits,
 }
 
+BEFORE = "set of the layer before"  # the first layer has its own
+
 
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,11 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     split = Split.open(options.corpus, "heldout", config.vocab_size)
     texts = [text for text in split.sequences if text.length >= options.length][: options.texts]
-    captured, overlap = dict.fromkeys(FORMS, 0.0), dict.fromkeys(FORMS, 0.0)
+    captured, overlap = dict.fromkeys((*FORMS, BEFORE), 0.0), dict.fromkeys((*FORMS, BEFORE), 0.0)
     rows = torch.arange(options.length // 2, options.length, 25)
     for text in texts:
         ids = split.tokens(text, options.length, cpu)
         allowed, x = causal(rows, len(ids)), trunk.embed(ids)
+        before: Tensor | None = None
         for layer in range(config.num_layers):
             inputs = trunk.open(layer, x)
             target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale)
@@ -82,13 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 form: top_mask(student.scores(layer, inputs, rows), allowed, options.top_k)
                 for form, student in students.items()
             }
+            own = sets["as trained"]
+            sets[BEFORE], before = own if before is None else before, own
             for form, chosen in sets.items():
                 captured[form] += float(captured_mass(target, chosen).mean())
-                overlap[form] += float((chosen & sets["as trained"]).sum() / chosen.sum())
+                overlap[form] += float((chosen & own).sum() / chosen.sum())
             x = trunk.close(layer, x, trunk.attend(inputs, slice(None), None))
     each = len(texts) * config.num_layers
-    for form in FORMS:
-        print(f"{form:12} captured {captured[form] / each:.5f}  overlap {overlap[form] / each:.4f}")
+    for form in captured:
+        print(f"{form:24} captured {captured[form] / each:.5f}  overlap {overlap[form] / each:.4f}")
 
 
 if __name__ == "__main__":
