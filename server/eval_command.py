@@ -43,11 +43,11 @@ def evaluate(
     top_k: Annotated[
         str, typer.Option(metavar="N,N", help="What to compare with dense.", rich_help_panel=_WHAT)
     ] = "256,512",
-    needle_top_k: Annotated[
+    answer_top_k: Annotated[
         str | None,
         typer.Option(
             metavar="N,N",
-            help="Those for needles, which take longest.",
+            help="Those for needles and agreement, which take longest.",
             show_default="those of --top-k",
             rich_help_panel=_WHAT,
         ),
@@ -117,7 +117,7 @@ def evaluate(
     from server.text.tokenizer import TokenizerError
 
     top_ks = _numbers("--top-k", top_k)
-    needle_top_ks = top_ks if needle_top_k is None else _numbers("--needle-top-k", needle_top_k)
+    answer_top_ks = top_ks if answer_top_k is None else _numbers("--answer-top-k", answer_top_k)
     chosen = None if only is None else tuple(part.strip() for part in only.split(","))
     for part in chosen or ():
         if part not in PARTS:
@@ -135,7 +135,7 @@ def evaluate(
             out=out,
             url=url,
             top_k=top_ks,
-            needle_top_k=needle_top_ks,
+            answer_top_k=answer_top_ks,
             only=chosen,
             per_kind=per_kind or None,
             limit=limit,

@@ -36,7 +36,7 @@ def tables(results: Results, top_ks: Sequence[int]) -> Iterator[RenderableType]:
     if results.needles is not None:
         yield from needle_tables(results.needles)
     if results.agreement is not None:
-        yield agreement_table(results.agreement, top_ks)
+        yield agreement_table(results.agreement)
     if results.equality is not None:
         yield equality_table(results.equality, top_ks)
     if results.recall is not None:
@@ -131,7 +131,7 @@ def _both(share: Share) -> str:
     return f"{share.right} of {share.of}" + ("" if share.value is None else f" = {share.value:.1%}")
 
 
-def agreement_table(result: AgreementResult, top_ks: Sequence[int]) -> Table:
+def agreement_table(result: AgreementResult) -> Table:
     """Free and forced agreement with dense, and dense with itself."""
     table = _table(
         f"greedy answers of up to {result.answer_tokens} tokens, compared with dense",
@@ -139,7 +139,7 @@ def agreement_table(result: AgreementResult, top_ks: Sequence[int]) -> Table:
         ["prompts", "same answer", "parts at token (median)", "same best token, forced"],
     )
     table.add_row("dense again (the floor)", *_agreement(result.groups["dense"]["all"]))
-    for k in top_ks:
+    for k in (name for name in result.groups if name != "dense"):
         for name, text in (("longer", f"longer than {k}"), ("within", f"within {k}")):
             table.add_row(f"sparse {k}, {text}", *_agreement(result.groups[str(k)][name]))
     notes = ["longer: prompt and answer together; what is within top_k agrees but for rounding"]

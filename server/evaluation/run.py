@@ -41,7 +41,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         out: the folder of results.
         url: a running server; None starts one.
         top_k: settings to compare with dense.
-        needle_top_k: those of them for needles, which take longest.
+        answer_top_k: those of them whose answers are compared (needles, agreement), which takes longest.
         only: parts to measure, even if they are done; None is those that are not.
         per_kind: held-out texts of each kind; None is all.
         limit: at most so many texts of a kind, needles, prompts; for a quick look.
@@ -55,7 +55,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     out: Path
     url: str | None
     top_k: tuple[int, ...]
-    needle_top_k: tuple[int, ...]
+    answer_top_k: tuple[int, ...]
     only: tuple[str, ...] | None
     per_kind: int | None
     limit: int | None
@@ -136,12 +136,12 @@ async def _ask(plan: Plan, url: str, material: Material, parts: Sequence[str], r
                     results.loss = await loss.measure(client, texts, top_ks, many, progress)
                 elif part == "needles":
                     asked = material.needles(plan.limit)
-                    results.needles = await needles.measure(client, asked, plan.needle_top_k, many, progress)
+                    results.needles = await needles.measure(client, asked, plan.answer_top_k, many, progress)
                 elif part == "agreement":
                     text, chat = load_tokenizer(plan.files.weights), load_chat_format(plan.files.weights)
                     prompts = material.prompts(plan.limit)
                     results.agreement = await agreement.measure(
-                        client, prompts, text, chat, top_ks, many, progress
+                        client, prompts, text, chat, plan.answer_top_k, many, progress
                     )
                 else:
                     texts = material.held_out(1, 4)
@@ -221,7 +221,7 @@ def _settings(plan: Plan, material: Material) -> dict[str, Any]:
         "corpus_sha256": material.digest,
         "url": plan.url,
         "top_k": list(plan.top_k),
-        "needle_top_k": list(plan.needle_top_k),
+        "answer_top_k": list(plan.answer_top_k),
         "per_kind": plan.per_kind,
         "limit": plan.limit,
         "device": plan.device,

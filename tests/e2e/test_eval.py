@@ -76,7 +76,7 @@ def test_the_whole_evaluation(server: Server, tokenizer: Tokenizer, tmp_path: Pa
             "2",
             "--top-k",
             "256,400",
-            "--needle-top-k",
+            "--answer-top-k",
             "256",
             "--out",
             str(out),

@@ -60,10 +60,10 @@ def test_help_is_there_for_every_command(command: list[str]) -> None:
             "error: cannot listen on 203.0.113.1 port 0",
         ),
         (
-            ["eval", "--corpus", ".", "--out", ".", "--needle-top-k", "256,all"],
+            ["eval", "--corpus", ".", "--out", ".", "--answer-top-k", "256,all"],
             {},
             2,
-            "error: --needle-top-k is '256,all'; expected numbers of tokens, such as 256,512",
+            "error: --answer-top-k is '256,all'; expected numbers of tokens, such as 256,512",
         ),
         (["pull", "nothing"], {}, 1, "error: there is no model 'nothing'"),
         (["chat", "--url", "http://127.0.0.1:9"], {}, 1, "start one with `make serve`"),
