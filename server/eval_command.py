@@ -118,6 +118,11 @@ def evaluate(
 
     top_ks = _numbers("--top-k", top_k)
     answer_top_ks = top_ks if answer_top_k is None else _numbers("--answer-top-k", answer_top_k)
+    for number in answer_top_ks:
+        if number not in top_ks:
+            _fail(
+                f"--answer-top-k names {number}, which is not among --top-k: {', '.join(map(str, top_ks))}", 2
+            )
     chosen = None if only is None else tuple(part.strip() for part in only.split(","))
     for part in chosen or ():
         if part not in PARTS:

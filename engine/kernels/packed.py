@@ -1,7 +1,8 @@
 """A weight in the layout of the native kernels: packed in 4 or 8 bits as it is stored, or bfloat16.
 
-Its values are those of the checkpoint, exactly (`quantise_4bit` and `quantise_8bit` apart, which an indexer's queries and an adapter may take). Products round nothing but the activations, to bfloat16, which is what
-they are already; sums are float32 (`engine/kernels/native/matrix.c`).
+Its values are those of the checkpoint, exactly (`quantise_4bit` and `quantise_8bit` apart, which an indexer's queries and
+an adapter may take). Products round nothing but the activations, to bfloat16, which is what they are already; sums are
+float32 (`engine/kernels/native/matrix.c`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from server.bench.statistics import Spread
 
 _WIDE = 100
 """Columns of a terminal that has room for quartiles."""
-"""Of a core: a server that takes more while others are measured is told of."""
 
 
 def show(console: Console, results: Results) -> None:

@@ -141,7 +141,7 @@ def agreement_table(result: AgreementResult) -> Table:
     table.add_row("dense again (the floor)", *_agreement(result.groups["dense"]["all"]))
     for k in (name for name in result.groups if name != "dense"):
         for name, text in (("longer", f"longer than {k}"), ("within", f"within {k}")):
-            table.add_row(f"sparse {k}, {text}", *_agreement(result.groups[str(k)][name]))
+            table.add_row(f"sparse {k}, {text}", *_agreement(result.groups[k][name]))
     notes = ["longer: prompt and answer together; what is within top_k agrees but for rounding"]
     if result.skipped:
         notes.append(f"{result.skipped} prompts leave no room for an answer and were not asked")

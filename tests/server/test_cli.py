@@ -65,6 +65,12 @@ def test_help_is_there_for_every_command(command: list[str]) -> None:
             2,
             "error: --answer-top-k is '256,all'; expected numbers of tokens, such as 256,512",
         ),
+        (
+            ["eval", "--corpus", ".", "--out", ".", "--answer-top-k", "128"],
+            {},
+            2,
+            "error: --answer-top-k names 128, which is not among --top-k: 256, 512",
+        ),
         (["pull", "nothing"], {}, 1, "error: there is no model 'nothing'"),
         (["chat", "--url", "http://127.0.0.1:9"], {}, 1, "start one with `make serve`"),
         (
