@@ -26,6 +26,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && pip install --constraint constraints.txt torch
 COPY pyproject.toml setup.py LICENSE NOTICE ./
 COPY engine engine
+COPY lab lab
 COPY server server
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install --constraint constraints.txt --no-build-isolation ".[otel]" \

@@ -22,19 +22,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from engine.build import Built, build
-from engine.calibration.steps import Bench, Case
 from engine.client import EngineState, EngineStatus
 from engine.config import EngineConfig
-from engine.core import PROGRESS_SECONDS
-from engine.meter import Meter
+from engine.plan.meter import Meter
 from engine.protocol import EngineStats, RequestUsage, SamplingParams, Submit, Work
-from server.accounting import Account, Books
-from server.generate import ChoiceUsage, Job
-from server.ledger import Ledger
-from server.metrics import Metrics
-from server.models import resolve
-from server.pricing import DEFAULT_TABLE, PriceBook
+from engine.step.build import Built, build
+from engine.step.core import PROGRESS_SECONDS
+from lab.calibrate.steps import Bench, Case
+from server.generation.generate import ChoiceUsage, Job
+from server.hub.models import resolve
+from server.money.accounting import Account, Books
+from server.money.ledger import Ledger
+from server.money.pricing import DEFAULT_TABLE, PriceBook
+from server.telemetry.metrics import Metrics
 
 CONTEXT = 1024
 OUTPUT = 32

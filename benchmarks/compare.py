@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from server.models import resolve
+from server.hub.models import resolve
 
-DSA = (sys.executable, "-c", "from server.cli import main; main()")
+DSA = (sys.executable, "-c", "from server.cli.main import main; main()")
 
 
 class Peers(NamedTuple):

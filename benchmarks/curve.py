@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from engine.curve.measure import PHASES, Phase, growth
-from engine.curve.report import HIGH, LOW, Report
+from lab.curve.measure import PHASES, Phase, growth
+from lab.curve.report import HIGH, LOW, Report
 
 HERE = Path(__file__).parent
 WIDTH = 118

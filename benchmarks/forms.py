@@ -1,4 +1,4 @@
-"""What `gather` and `mask` cost, for `engine.attention.tiles.TileCosts`.
+"""What `gather` and `mask` cost, for `engine.plan.tiles.TileCosts`.
 
 `python -m benchmarks.forms` times one layer's sparse attention of the default model's shape for a chunk of rows, in both forms, over
 contexts and top_k, and prints the ratio beside the one that the constants predict. A mask is made of the selection, so that counts too.
@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from engine.attention.sparse import selection_mask
-from engine.attention.tiles import TileCosts
+from engine.attention.gqa import selection_mask
 from engine.config import PAGE_SIZE
 from engine.kernels import choose_backend
-from engine.kernels.interface import Kernels
+from engine.kernels.interface.attention import Kernels
+from engine.plan.tiles import TileCosts
 
 KV_HEADS, GROUP, DIM = 3, 3, 64
 

@@ -2,7 +2,7 @@
 
 Queries projected in fewer bits, and every layer reading what the layer before selected.
 
-`python -m benchmarks.index_bits --corpus DIR`, on held-out texts of a folder of `python -m server.corpus`, with the
+`python -m benchmarks.index_bits --corpus DIR`, on held-out texts of a folder of `python -m lab.corpus`, with the
 default model and its indexer. Attention stays dense, so that every layer is judged on the same inputs.
 """
 
@@ -18,15 +18,15 @@ from torch import Tensor
 from engine.checkpoint.loader import load
 from engine.checkpoint.overlay import indexer_shapes, read_overlay
 from engine.checkpoint.source import open_source
-from engine.distill.objective import attention_target, captured_mass, top_mask
-from engine.distill.sequences import Split
-from engine.distill.sparse_forward import causal
-from engine.distill.student import Student
-from engine.distill.trunk import Trunk
-from engine.kernels.packed import quantise_4bit
-from engine.models.llama_config import LlamaConfig
-from engine.models.llama_weights import weight_table
-from server.models import resolve
+from engine.kernels.native.packed import quantise_4bit
+from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.trunk import Trunk
+from engine.models.gqa.weights import weight_table
+from lab.distill.objective import attention_target, captured_mass, top_mask
+from lab.distill.sequences import Split
+from lab.distill.sparse_forward import causal
+from lab.distill.student import Student
+from server.hub.models import resolve
 
 
 def four_bits(weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.models import resolve
+from server.hub.models import resolve
 
 
 def main() -> None:

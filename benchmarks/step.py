@@ -2,7 +2,7 @@
 
 `python -m benchmarks.step` runs the engine's own loop around a model that does nothing, and prints the CPU time of a step by streams,
 context and sampling. Caches are warm here: beside a real model, which drives this code out of them between two steps, a step of one
-stream costs about three times as much (`python -m engine.bench` measures that: `outside`).
+stream costs about three times as much (`python -m lab.bench.steps` measures that: `outside`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from engine.attention.tiles import TileCosts
-from engine.batch import Batch
+from engine.attention.batch import Batch
 from engine.channel import frame
 from engine.config import PAGE_SIZE
-from engine.core import EngineCore
-from engine.cost import CostModel, ModelShape, assumed_coefficients
-from engine.meter import Meter
-from engine.pace import CostPace
+from engine.plan.cost import CostModel, ModelShape, assumed_coefficients
+from engine.plan.meter import Meter
+from engine.plan.pace import CostPace
+from engine.plan.scheduler import Scheduler
+from engine.plan.tiles import TileCosts
 from engine.protocol import SamplingParams, Submit
-from engine.runner import Runner
-from engine.scheduler import Scheduler
+from engine.step.core import EngineCore
+from engine.step.runner import Runner
 
 VOCAB = 49152
 MOST = 4096

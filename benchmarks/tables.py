@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from server.bench.results import Results, load
-from server.bench.statistics import Spread
+from lab.bench.results import Results, load
+from lab.bench.statistics import Spread
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"

@@ -49,7 +49,7 @@ _MAX_FAILED_STARTS = len(_BACKOFF_SECONDS)
 
 
 class SubprocessEngine:
-    """An `engine.client.Engine` over `python -m engine.process`.
+    """An `engine.client.Engine` over `python -m engine.step.process`.
 
     Args:
         config: what to load and how to run.
@@ -169,7 +169,7 @@ class SubprocessEngine:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
-                    "engine.process",
+                    "engine.step.process",
                     "--fd",
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),

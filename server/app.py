@@ -17,24 +17,24 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from engine.client import Engine
-from server.accounting import Books
-from server.admission import Admission
 from server.chat import ChatFormat
 from server.config import ServerConfig
-from server.intake import Intake
-from server.ledger import Ledger
+from server.generation.admission import Admission
+from server.generation.intake import Intake
+from server.http.middleware import BodyLimitMiddleware, RecordMiddleware
+from server.http.protocol.errors import ApiError, bad_request
+from server.http.protocol.openapi import openapi_of
+from server.http.routes import ROUTERS
 from server.lifecycle import Lifecycle
-from server.logs import AccessLog
-from server.metrics import Metrics
-from server.middleware import BodyLimitMiddleware, RecordMiddleware
-from server.pricing import DEFAULT_TABLE, PriceBook
-from server.protocol.errors import ApiError, bad_request
-from server.protocol.openapi import openapi_of
-from server.record import Ended
-from server.routes import ROUTERS
+from server.money.accounting import Books
+from server.money.ledger import Ledger
+from server.money.pricing import DEFAULT_TABLE, PriceBook
 from server.services import Services, services_of
+from server.telemetry.logs import AccessLog
+from server.telemetry.metrics import Metrics
+from server.telemetry.record import Ended
+from server.telemetry.tracing import Tracing
 from server.text.tokenizer import Tokenizer
-from server.tracing import Tracing
 
 PRICES_SECONDS = 2.0
 """How often the price table's file is looked at."""

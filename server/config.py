@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 
 from engine.config import CacheDtype, EngineConfig, IndexerDtype, KernelChoice, WeightDtype
-from server.models import DEFAULT_MODEL, ModelFiles, cache_folder
-from server.tracing import TracingError, check_endpoint
+from server.hub.models import DEFAULT_MODEL, ModelFiles, cache_folder
+from server.telemetry.tracing import TracingError, check_endpoint
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]

@@ -25,10 +25,10 @@ from server.app import create_app
 from server.chat import ChatFormat, choose, load_chat_format
 from server.chat.detect import model_type
 from server.config import ServerConfig, Settings
-from server.console import Stages
+from server.hub.models import resolve
+from server.hub.stages import Stages
 from server.lifecycle import Lifecycle
-from server.logs import LogFormat, configure, engine_output
-from server.models import resolve
+from server.telemetry.logs import LogFormat, configure, engine_output
 from server.text.tokenizer import Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from engine.client import Engine
-from server.accounting import Books
-from server.admission import Admission
 from server.config import ServerConfig
-from server.intake import Intake
+from server.generation.admission import Admission
+from server.generation.intake import Intake
 from server.lifecycle import Lifecycle
-from server.metrics import Metrics
+from server.money.accounting import Books
+from server.telemetry.metrics import Metrics
 from server.text.tokenizer import Tokenizer
 
 

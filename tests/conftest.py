@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.models import resolve
+from server.hub.models import resolve
 from server.text.tokenizer import Tokenizer, load_tokenizer
 
 # No import above loads torch, which reads this once. Tests share the cores with the servers that they

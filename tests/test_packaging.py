@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from engine.kernels.native.levels import LEVELS
+from tests.kit import ROOT
 
-ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PROJECT, BUILD = PYPROJECT["project"], PYPROJECT["build-system"]
 
@@ -41,7 +41,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
-    for name in ("server", "engine", "tests"):
+    for name in ("server", "engine", "lab", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     overlay = source / "engine" / "overlays" / "smollm2-135m-instruct.safetensors"
     overlay.parent.mkdir(exist_ok=True)
@@ -64,16 +64,17 @@ def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names} == {
         "server",
         "engine",
+        "lab",
         wheel.name.split("-py3")[0] + ".dist-info",
     }
-    assert "dsa = server.cli:main" in entry_points
+    assert "dsa = server.cli.main:main" in entry_points
     assert "engine/overlays/smollm2-135m-instruct.safetensors" in names
     libraries = {level.file for level in LEVELS if level.machine == platform.machine()}
     assert {f"engine/kernels/native/lib/{file}" for file in libraries} == {
         n for n in names if n.endswith(".so")
     }
     assert ("-py3-none-any" in wheel.name) == (not libraries)
-    for package in ("server", "engine"):
+    for package in ("server", "engine", "lab"):
         for module in (ROOT / package).rglob("*.py"):
             assert module.relative_to(ROOT).as_posix() in names
         for data in ("*.html", "*.css", "*.js", "*.svg", "*.safetensors"):

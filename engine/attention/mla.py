@@ -1,6 +1,6 @@
 """Multi-head latent attention (arXiv 2405.04434, section 2.1): projections, and both forms over tiles.
 
-The tile says which form (`engine.attention.tiles.LatentTileCosts` decided): absorbed, where the key
+The tile says which form (`engine.plan.tiles.LatentTileCosts` decided): absorbed, where the key
 expansion is folded into the query and the value expansion into the output, or expanded.
 """
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.attention.sparse import selection_mask
-from engine.batch import Batch
+from engine.attention.batch import Batch
+from engine.attention.gqa import selection_mask
 from engine.config import PAGE_SIZE
 from engine.errors import EngineError
-from engine.kernels.interface import Kernels
-from engine.kernels.interface_latent import Unpack, as_stored
+from engine.kernels.interface.attention import Kernels
+from engine.kernels.interface.latent import Unpack, as_stored
 from engine.layers.linear import Matrix, linear
 from engine.layers.norm import rms_norm
 from engine.layers.rope import rotate

@@ -16,12 +16,12 @@ from torch import Tensor
 from engine.attention.indexer import IndexQueries
 from engine.config import CacheDtype, IndexerDtype, WeightDtype
 from engine.errors import ConfigError
-from engine.kernels.blocks import BLOCK
-from engine.kernels.interface import Kernels
-from engine.kernels.interface_fp8 import CACHE_FLOOR
-from engine.kernels.interface_latent import Unpack, as_stored
-from engine.kv.layouts import IndexKeyLayout, LatentLayout
-from engine.kv.planes import PlaneSpec
+from engine.kernels.interface.attention import Kernels
+from engine.kernels.interface.fp8 import CACHE_FLOOR
+from engine.kernels.interface.latent import Unpack, as_stored
+from engine.memory.blocks import BLOCK
+from engine.memory.layouts import IndexKeyLayout, LatentLayout
+from engine.memory.planes import PlaneSpec
 
 
 @dataclass(frozen=True)

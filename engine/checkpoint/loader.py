@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.checkpoint.source import HoldsBlocks, LaidSource, Part, PartSource, Source
 from engine.errors import CheckpointError
-from engine.kernels.blocks import BLOCK, E4M3, E4M3_MAX, BlockWeight, num_blocks
+from engine.memory.blocks import BLOCK, E4M3, E4M3_MAX, BlockWeight, num_blocks
 
 _BENIGN = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|masked_bias|attn_rot_embd\.weight)")
 """Tensors that checkpoints carry and models compute for themselves."""

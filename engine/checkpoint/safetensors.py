@@ -20,7 +20,7 @@ from engine.checkpoint.hf_config import normalise
 from engine.checkpoint.quantisation import SCALE_SUFFIX, check_quantisation
 from engine.checkpoint.source import Part
 from engine.errors import CheckpointError
-from engine.kernels.blocks import BLOCK, BlockWeight, num_blocks
+from engine.memory.blocks import BLOCK, BlockWeight, num_blocks
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

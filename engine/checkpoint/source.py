@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.kernels.blocks import BlockWeight
-from engine.kernels.packed import Kind, Quantised
+from engine.kernels.native.packed import Kind, Quantised
+from engine.memory.blocks import BlockWeight
 
 
 class Tensors(Protocol):

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 from engine.config import KernelChoice
 from engine.errors import ConfigError
 from engine.kernels import native
-from engine.kernels.interface import Kernels
+from engine.kernels.interface.attention import Kernels
 
 if TYPE_CHECKING:
     import torch
 
 BACKENDS: dict[str, str] = {
-    "native": "engine.kernels.native_kernels:NativeKernels",
-    "reference": "engine.kernels.reference:ReferenceKernels",
-    "torch": "engine.kernels.vectorised:VectorisedKernels",
+    "native": "engine.kernels.native.kernels:NativeKernels",
+    "reference": "engine.kernels.reference.attention:ReferenceKernels",
+    "torch": "engine.kernels.torchops.attention:VectorisedKernels",
 }
 
 

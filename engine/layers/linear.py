@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.errors import EngineError
-from engine.kernels.blocks import BLOCK, BlockWeight
-from engine.kernels.packed import PackedWeight
+from engine.kernels.native.packed import PackedWeight
+from engine.memory.blocks import BLOCK, BlockWeight
 
 Matrix: TypeAlias = Tensor | BlockWeight
 """[out, in], or [n, out, in] of n weights."""

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from engine.attention.precision import Precision
     from engine.checkpoint.loader import LoadReport
     from engine.checkpoint.source import Source
-    from engine.kernels.interface import Kernels
-    from engine.models.interface import Model
+    from engine.kernels.interface.attention import Kernels
+    from engine.models.family import Model
     from engine.protocol import IndexerInfo
 
 ARCHITECTURES: dict[str, str] = {
-    "deepseek_v3": "engine.models.deepseek",
-    "deepseek_v32": "engine.models.deepseek",
-    "glm_moe_dsa": "engine.models.deepseek",
-    "llama": "engine.models.llama",
+    "deepseek_v3": "engine.models.mla.model",
+    "deepseek_v32": "engine.models.mla.model",
+    "glm_moe_dsa": "engine.models.mla.model",
+    "llama": "engine.models.gqa.model",
 }
 """`model_type` of a checkpoint's config -> the module whose `build` makes it; imported only when served."""
 

@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.errors import ProtocolError
 from engine.parallel.group import Meeting
 from engine.parallel.link import Assignment, FromWorker, Link, Loaded
-from engine.plan import StepPlan
+from engine.plan.types import StepPlan
 from engine.protocol import Failed
 
 _END_SECONDS = 5.0  # what a worker may take to end before it is killed
@@ -80,7 +80,7 @@ class Crew:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "engine.parallel.worker", "--fd", str(theirs.fileno())],
+                [sys.executable, "-m", "engine.step.worker", "--fd", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
             )

@@ -17,7 +17,7 @@ from engine.parallel.group import Door, Meeting, join, leave
 from engine.parallel.link import Loaded
 from engine.parallel.nodes import Nodes
 from engine.parallel.ranks import Ranks
-from engine.plan import StepPlan
+from engine.plan.types import StepPlan
 
 _REASON_SECONDS = 3.0  # what a worker's death may take to be noticed after a sum with it has failed
 

@@ -19,9 +19,9 @@ import pytest
 import typer
 import yaml
 
-from server.cli import app
+from server.cli.main import app
 from server.config import Settings, load_settings
-from server.pricing import PriceBook
+from server.money.pricing import PriceBook
 from tests.deploy.kit import DEPLOY, ROOT, tool
 
 KUBERNETES = DEPLOY / "kubernetes"

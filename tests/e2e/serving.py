@@ -20,7 +20,8 @@ import psutil
 from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-ROOT = Path(__file__).parents[2]
+from tests.kit import ROOT
+
 MODEL = "smollm2-135m-instruct"
 START_SECONDS = 100  # a start takes under ten on a quiet machine
 
@@ -35,7 +36,7 @@ def write(number, frame):
     probe.with_suffix(".new").rename(probe)
 
 signal.signal(signal.SIGUSR1, write)
-from server.cli import main
+from server.cli.main import main
 sys.argv[0] = "dsa"
 main()
 """

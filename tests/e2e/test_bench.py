@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from server.bench.results import Results, load
-from server.cli import app
+from lab.bench.results import Results, load
+from server.cli.main import app
 from tests.e2e.serving import Server
 
 
@@ -48,7 +48,9 @@ def test_every_suite_measures_a_real_server(
 @pytest.mark.slow
 def test_a_served_engine_and_the_same_in_process(default_model: Path, tmp_path: Path) -> None:
     """The command starts the server, sees its engine's memory, stops it, and drives the engine in process too."""
-    dsa = f"{sys.executable} -c 'from server.cli import main; main()' serve --ledger none --port {{port}}"
+    dsa = (
+        f"{sys.executable} -c 'from server.cli.main import main; main()' serve --ledger none --port {{port}}"
+    )
     results = bench(
         "overhead", tmp_path, "--serve", f"dsa={dsa}", "--streams", "2", "--context", "64", "--tokens", "16"
     )

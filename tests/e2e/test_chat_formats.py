@@ -8,8 +8,8 @@ from pathlib import Path
 from server.chat import encode_chat
 from server.chat.deepseek_v32 import DeepSeekV32
 from tests.e2e.serving import Server
-from tests.engine.lab import tiny_checkpoint
-from tests.server.test_app_deepseek import EOS, TOKENS, VOCABULARY, ids
+from tests.engine.kit import tiny_checkpoint
+from tests.server.http.test_deepseek import EOS, TOKENS, VOCABULARY, ids
 
 BUDGET, LIMIT = 70, 90  # the reasoning fills a page, which the second half finds again
 

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.e2e.serving import Server
-from tests.engine.deepseek_lab import tiny_deepseek
+from tests.engine.models.mla.kit import tiny_deepseek
 
 PROMPT = "the quick brown fox jumps over the lazy dog, " * 4
 
@@ -90,7 +90,7 @@ def test_two_processes_compute_one_model_and_end_together(
         server.wait_ready()
         before = complete(server)["choices"]
         first = server.children()
-        (worker,) = (process for process in first if "engine.parallel.worker" in process.cmdline())
+        (worker,) = (process for process in first if "engine.step.worker" in process.cmdline())
         worker.kill()
         wait_until(server, lambda: "a new one is starting" in server.errors)
         assert "rank 1 of 2 failed: it was ended by signal 9" in server.errors

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from server.cli import app
-from server.corpus.chatml import ChatML
-from server.corpus.manifest import FILE_NAME, Manifest, SequenceInfo, SplitInfo, sha256
-from server.corpus.needles import make_needles
+from lab.corpus.chatml import ChatML
+from lab.corpus.manifest import FILE_NAME, Manifest, SequenceInfo, SplitInfo, sha256
+from lab.corpus.needles import make_needles
+from server.cli.main import app
 from server.text.tokenizer import Tokenizer
 from tests.e2e.serving import Server
 

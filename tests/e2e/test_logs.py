@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.serving import START_SECONDS, Server, until
-from tests.server.test_tracing import Receiver, values
+from tests.server.telemetry.test_tracing import Receiver, values
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 from tests.e2e.serving import ROOT, Server
 from tests.e2e.test_deepseek import byte_tokenizer, complete, wait_until
 from tests.e2e.test_lifecycle import streaming
-from tests.engine.deepseek_lab import tiny_deepseek
+from tests.engine.models.mla.kit import tiny_deepseek
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -31,7 +31,7 @@ def worker(tmp_path: Path) -> Iterator[tuple[Path, str, subprocess.Popen[str]]]:
         probe.bind(("127.0.0.1", 0))
         leader = f"127.0.0.1:{probe.getsockname()[1]}"
     process = subprocess.Popen(
-        [sys.executable, "-c", "from server.cli import main; main()", "worker", str(folder), "--leader", leader],
+        [sys.executable, "-c", "from server.cli.main import main; main()", "worker", str(folder), "--leader", leader],
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     yield folder, leader, process

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tests.e2e.serving import Server
 from tests.e2e.test_deepseek import byte_tokenizer, complete
-from tests.engine.deepseek_lab import tiny_deepseek
-from tests.engine.test_checkpoint_fp8 import quantise_folder
-from tests.server.test_cli import dsa
+from tests.engine.checkpoint.test_fp8 import quantise_folder
+from tests.engine.models.mla.kit import tiny_deepseek
+from tests.server.cli.test_main import dsa
 
 
 def test_served_from_fp8_and_refused_without(tmp_path: Path) -> None:

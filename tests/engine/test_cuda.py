@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kernels.reference import ReferenceKernels
-from engine.kernels.vectorised import VectorisedKernels
-from tests.engine.lab import Lab, base_of, random_overlay, tiny_checkpoint
-from tests.engine.test_kernels import Case
+from engine.kernels.reference.attention import ReferenceKernels
+from engine.kernels.torchops.attention import VectorisedKernels
+from tests.engine.kernels.test_attention import Case
+from tests.engine.kit import Lab, base_of, random_overlay, tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -10,7 +10,7 @@ import pytest
 
 from engine.config import EngineConfig
 from server.config import ServerConfig, Settings, SettingsError, default_ledger, load_settings, parse_size
-from server.models import ModelFiles
+from server.hub.models import ModelFiles
 
 FILES = ModelFiles("tiny", Path("/models/tiny.gguf"), Path("/models/tiny.safetensors"), None)
 

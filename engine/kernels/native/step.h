@@ -1,5 +1,5 @@
-// One step of a llama-family decoder for any number of rows, all layers in one call: what `engine/models/llama.py` does with
-// torch, without its many small operations. `engine/models/llama_native.py` fills these structures.
+// One step of a llama-family decoder for any number of rows, all layers in one call: what `engine/models/gqa/model.py` does with
+// torch, without its many small operations. `engine/models/gqa/native.py` fills these structures.
 #ifndef DSA_STEP_H
 #define DSA_STEP_H
 

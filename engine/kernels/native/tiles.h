@@ -1,4 +1,4 @@
-// The operations of `engine.kernels.interface` over whole tiles: R requests of Q rows each, one of the two being 1.
+// The operations of `engine.kernels.interface.attention` over whole tiles: R requests of Q rows each, one of the two being 1.
 // Letters, formulas and the layout of tensors are there; all tensors are contiguous but for the planes, see
 // attention.h. Rows are shared among the threads of the pool.
 #ifndef DSA_TILES_H

@@ -1,0 +1,96 @@
+"""Attention over a batch of tiles: dense where top_k covers the context, selected elsewhere.
+
+Leaves the cutting to `tiles`, the arithmetic to the kernels and the projections to the model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.attention.batch import Batch, TileTensors
+from engine.attention.indexer import IndexQueries
+from engine.config import PAGE_SIZE
+from engine.errors import EngineError
+from engine.kernels.interface.attention import Kernels
+from engine.kernels.interface.composed import index_scores_as_stored
+from engine.memory.blocks import E4M3
+
+
+def attend(
+    query: Tensor,
+    index: IndexQueries | None,
+    kv_plane: Tensor,
+    index_plane: Tensor | None,
+    batch: Batch,
+    kernels: Kernels,
+    scale: float,
+) -> Tensor:
+    """Attention of every row over its own request's cached tokens, its own included.
+
+    Args:
+        query: [T, Hkv, G, D]
+        index: the layer's index queries; None where the model has no indexer
+        kv_plane: [num_pages, 64, Hkv, 2, D], this step's rows already written
+        index_plane: [num_pages, 64, d], likewise; None without an indexer
+        batch: the rows and their tiles
+        kernels: the arithmetic
+        scale: softmax scale
+
+    Returns:
+        [T, Hkv, G, D]
+
+    Raises:
+        EngineError: a sparse tile reached a model without an indexer.
+    """
+    out = torch.empty_like(query)
+    for tile in batch.tiles:
+        rows = query[tile.rows].view(*tile.shape, *query.shape[1:])
+        if tile.form == "dense":
+            result = kernels.attend_causal(rows, kv_plane, tile.block_table, tile.positions, scale)
+        else:
+            if index is None or index_plane is None:
+                raise EngineError("a sparse row was scheduled on a model that has no indexer")
+            if tile.form == "gather":
+                result = kernels.attend_sparse(
+                    rows,
+                    *_of(index, tile),
+                    kv_plane,
+                    index_plane,
+                    tile.block_table,
+                    tile.positions,
+                    tile.top_k,
+                    scale,
+                )
+            else:
+                selected = select(index, index_plane, tile, kernels)
+                allowed = selection_mask(selected, tile.block_table.shape[1] * PAGE_SIZE)
+                result = kernels.attend_masked(rows, kv_plane, tile.block_table, allowed, scale)
+        out[tile.rows] = result.flatten(0, 1)
+    return out
+
+
+def select(index: IndexQueries, index_plane: Tensor, tile: TileTensors, kernels: Kernels) -> Tensor:
+    """The selected positions of a tile's rows: [R, Q, K], -1 for none."""
+    query, head_weights = _of(index, tile)
+    scores = index_scores_as_stored(
+        kernels, query, head_weights, index_plane, tile.block_table, tile.positions
+    )
+    return kernels.select(scores, tile.top_k)
+
+
+def _of(index: IndexQueries, tile: TileTensors) -> tuple[Tensor, Tensor]:
+    """The tile's index queries [R, Q, H, d] and head weights [R, Q, H]."""
+    if index.query.dtype is E4M3:  # rows of bytes: not every device gathers FP8
+        query = index.query.view(torch.uint8)[tile.rows].view(E4M3)
+    else:
+        query = index.query[tile.rows]
+    return query.view(*tile.shape, *query.shape[1:]), index.head_weights[tile.rows].view(*tile.shape, -1)
+
+
+def selection_mask(selected: Tensor, context: int) -> Tensor:
+    """[R, Q, K] positions, -1 for none -> [R, Q, context] bool, True at the selected ones."""
+    # One column more than the context catches the -1s, and is cut off.
+    mask = torch.zeros(*selected.shape[:2], context + 1, dtype=torch.bool, device=selected.device)
+    mask.scatter_(-1, selected.where(selected >= 0, context), True)
+    return mask[..., :context]

@@ -1,0 +1,1 @@
+"""What a kernel backend provides: each operation as a formula with shapes."""

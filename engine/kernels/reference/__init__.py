@@ -1,0 +1,1 @@
+"""The plain definition of each operation: what every backend is tested against."""

@@ -1,0 +1,1 @@
+"""The operations with torch's own kernels: they run on any torch device."""

@@ -1,0 +1,1 @@
+"""How numbers lie in memory: FP8 blocks, 4 and 8 bits, cached latents and keys, planes, arenas."""

@@ -1,0 +1,1 @@
+"""Decoders with grouped-query attention: the llama family."""

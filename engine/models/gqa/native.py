@@ -1,0 +1,249 @@
+"""A llama model's step in one native call: decodes, guesses, chunks of prompts.
+
+The arithmetic is `Llama.forward`'s, in C (`engine/kernels/native/step.c`). The residual stream stays in float32, so that
+results differ from torch's by the roundings to bfloat16 that torch makes in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.attention.batch import Batch
+from engine.attention.indexer import KEY_NORM_EPS
+from engine.kernels import native
+from engine.kernels.native.packed import Descriptor, PackedWeight, Quantised, quantise_8bit
+from engine.kernels.native.packing import GROUP
+from engine.memory.arena import Arena
+from engine.memory.planes import PagedCache
+
+if TYPE_CHECKING:
+    from engine.layers.rope import RotaryTable
+    from engine.models.gqa.model import Llama
+
+FEW_ROWS = 32
+"""Rows of a request up to which a step's costs are those of so many lone rows, and beyond which those of a chunk."""
+
+_MATRICES = ("qkv", "o", "gate_up", "down", "index_query", "index_key", "index_weights")
+_ADAPTER = ("qkv_down", "qkv_up", "o_down", "o_up")
+
+
+class _Layer(ctypes.Structure):
+    """`struct dsa_layer` of step.h."""
+
+    _fields_ = (
+        *((name, Descriptor) for name in (*_MATRICES, *_ADAPTER)),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("input_norm", "post_norm", "key_norm_weight", "key_norm_bias")
+        ),
+        *((name, ctypes.c_void_p) for name in ("kv_plane", "index_plane")),
+    )
+
+
+class _Model(ctypes.Structure):
+    """`struct dsa_model`."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("layers", "embed", "norm", "cos", "sin", "index_cos", "index_sin")
+        ),
+        ("page_stride", ctypes.c_int64),
+        ("index_stride", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("num_layers", "hidden", "intermediate", "heads", "kv_heads")),
+        *((name, ctypes.c_int32) for name in ("head_dim", "index_heads", "index_dim", "index_rope")),
+        ("adapter_rank", ctypes.c_int32),
+        ("integer_keys", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("key_norm_eps", ctypes.c_float),
+    )
+
+
+class _Step(ctypes.Structure):
+    """`struct dsa_step`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "tables", "top_k", "out")),
+        ("rows", ctypes.c_int32),
+        ("longest", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """The model's description for one cache."""
+
+    storage: int  # where the cache begins
+    layers: ctypes.Array[_Layer]
+    model: _Model
+
+
+class NativeStep:
+    """The native form of one model."""
+
+    def __init__(self, model: Llama, library: ctypes.CDLL) -> None:
+        """Describe `model`, which `supports` said yes to."""
+        self._model = model
+        self._library = library
+        self._library.dsa_step_scratch.restype = ctypes.c_int64
+        self._kept: list[Any] = []  # float32 copies of what the C code reads, alive as long as this
+        self._adapters = _pack_adapters(model)
+        self._laid: _Laid | None = None
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    @classmethod
+    def of(cls, model: Llama) -> NativeStep | None:
+        """The native form, where there is a library and the model's shapes are those of its loops."""
+        library = native.library()
+        c, indexer = model.config, model.indexer
+        packed = isinstance(model.embed, PackedWeight)
+        whole = c.head_dim % 2 == 0 and not any(
+            size % 32 for size in (c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim)
+        )
+        fits = indexer is None or (indexer.head_dim <= 512 and indexer.head_dim % 4 == 0)
+        return cls(model, library) if library is not None and packed and whole and fits else None
+
+    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """As `Llama.forward`: [T] token ids -> [T, E] hidden states in bfloat16, cache written."""
+        laid = self._laid
+        storage = cache.plane(0, "kv").data_ptr()
+        if laid is None or laid.storage != storage:
+            self._laid = laid = self._lay(cache, storage)
+        rows = len(batch.token_ids)
+        longest = int(batch.positions.max()) + 1
+        needed = self._library.dsa_step_scratch(ctypes.byref(laid.model), rows, longest)
+        if needed + 64 > len(self._scratch):
+            self._scratch = torch.empty(needed + needed // 4 + 64, dtype=torch.uint8)
+        tables, top_k = _rows_of(batch)
+        out = torch.empty(rows, self._model.config.hidden_size, dtype=torch.bfloat16)
+        step = _Step(
+            batch.token_ids.data_ptr(),
+            batch.positions.data_ptr(),
+            tables.ctypes.data,
+            top_k.ctypes.data,
+            out.data_ptr(),
+            rows,
+            longest,
+        )
+        at = self._scratch.data_ptr()
+        self._library.dsa_step(ctypes.byref(laid.model), ctypes.byref(step), ctypes.c_void_p(at + -at % 64))
+        return out
+
+    def _lay(self, cache: PagedCache, storage: int) -> _Laid:
+        m, c, indexer = self._model, self._model.config, self._model.indexer
+        self._kept.clear()
+        layers = (_Layer * c.num_layers)(*(self._layer(i, cache) for i in range(c.num_layers)))
+        kv = cache.plane(0, "kv")
+        assert isinstance(m.embed, PackedWeight)
+        cos, sin = self._rotation(m.rotary)
+        index_cos, index_sin = (0, 0) if m.index_rotary is None else self._rotation(m.index_rotary)
+        keys = None if indexer is None else cache.plane(0, "index_key")
+        model = _Model(
+            ctypes.addressof(layers),
+            ctypes.addressof(m.embed.descriptor),
+            self._float(m.norm),
+            cos,
+            sin,
+            index_cos,
+            index_sin,
+            kv.stride(0) * kv.element_size(),
+            0 if keys is None else keys.stride(0) * keys.element_size(),
+            c.num_layers,
+            c.hidden_size,
+            c.intermediate_size,
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            0 if indexer is None else indexer.num_heads,
+            0 if indexer is None else indexer.head_dim,
+            0 if indexer is None else indexer.rope_dim,
+            0 if indexer is None else -(-indexer.adapter_rank // GROUP) * GROUP,
+            int(keys is not None and keys.dtype is torch.uint8),
+            c.rms_norm_eps,
+            KEY_NORM_EPS,
+        )
+        return _Laid(storage, layers, model)
+
+    def _layer(self, i: int, cache: PagedCache) -> _Layer:
+        layer = self._model.layers[i]
+        matrices: Sequence[Descriptor] = [
+            _packed(part) for part in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        ]
+        if layer.indexer is None:
+            return _Layer(
+                *matrices, *(Descriptor() for _ in range(3 + len(_ADAPTER))), self._float(layer.input_norm),
+                self._float(layer.post_norm), 0, 0, cache.plane(i, "kv").data_ptr(), 0,
+            )  # fmt: skip
+        w = layer.indexer.weights
+        return _Layer(
+            *matrices,
+            *(_packed(part) for part in (w.wq, w.wk, w.weights_proj)),
+            *([part.descriptor for part in self._adapters[i]] or [Descriptor() for _ in _ADAPTER]),
+            *(
+                self._float(part)
+                for part in (layer.input_norm, layer.post_norm, w.k_norm_weight, w.k_norm_bias)
+            ),
+            cache.plane(i, "kv").data_ptr(),
+            cache.plane(i, "index_key").data_ptr(),
+        )
+
+    def _float(self, tensor: Tensor) -> int:
+        """Where a float32 copy of it lies."""
+        copy = tensor.float().contiguous()
+        self._kept.append(copy)
+        return copy.data_ptr()
+
+    def _rotation(self, table: RotaryTable) -> tuple[int, int]:
+        cos, sin = table.all()
+        return self._float(cos), self._float(sin)
+
+
+def _pack_adapters(model: Llama) -> list[list[PackedWeight]]:
+    """Each layer's, in the order of `_ADAPTER`; empty where there is none.
+
+    In 8 bits beside weights of 4, since every row with a selection reads all of it.
+    """
+    parts: list[list[Quantised | Tensor]] = []
+    for layer in model.layers:
+        assert isinstance(layer.qkv, PackedWeight)
+        exact = layer.qkv.kind == "bf16"
+        parts.append([])
+        for fix in layer.adapter or ():
+            missing = -fix.rank % GROUP
+            padded = F.pad(fix.a, (0, 0, 0, missing)), F.pad(fix.b, (0, missing))
+            parts[-1].extend(part if exact else quantise_8bit(part) for part in padded)
+    arena = Arena([PackedWeight.bytes_of(part) for layer in parts for part in layer])
+    return [
+        [PackedWeight.of(part, arena.take(PackedWeight.bytes_of(part))) for part in layer] for layer in parts
+    ]
+
+
+def _packed(weight: Tensor | PackedWeight) -> Descriptor:
+    assert isinstance(weight, PackedWeight)
+    return weight.descriptor
+
+
+def _rows_of(batch: Batch) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]:
+    """Of each row: where its request's page table lies, and its top_k, 0 where it is dense."""
+    rows = len(batch.token_ids)
+    tables, top_k = np.empty(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64)
+    for tile in batch.tiles:
+        at = tile.rows.numpy()
+        requests, each = tile.shape
+        first = tile.block_table.data_ptr()
+        if requests == 1:
+            tables[at] = first
+        else:
+            bytes_each = tile.block_table.shape[1] * tile.block_table.element_size()
+            tables[at] = first + np.repeat(np.arange(requests) * bytes_each, each)
+        if tile.form != "dense":
+            top_k[at] = tile.top_k.numpy().reshape(-1)
+    return tables, top_k

@@ -1,0 +1,123 @@
+"""The frozen main model over whole sequences, with what the indexer learns from laid open.
+
+Serving runs `engine.models.gqa.model` over a paged cache; training wants each layer's hidden states,
+queries and keys of a full sequence, and attention under an explicit mask. The weights are the same
+tensors under the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.layers.low_rank import LowRank
+from engine.layers.norm import rms_norm
+from engine.layers.rope import RotaryTable, rotate
+from engine.models.gqa.config import LlamaConfig
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """One layer's attention before it looks: T positions."""
+
+    hidden: Tensor  # [T, E], normalised: the indexer's input
+    query: Tensor  # [T, Hkv, G, D], rotated
+    keys: Tensor  # [T, Hkv, D], rotated
+    values: Tensor  # [T, Hkv, D]
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """One layer's sparse adapter and the rows that it is for."""
+
+    qkv: LowRank
+    o: LowRank
+    rows: Tensor  # [T, 1] bool
+
+
+class Trunk:
+    """Layer-by-layer forward of one sequence; its weights carry no gradient."""
+
+    def __init__(
+        self, config: LlamaConfig, weights: Mapping[str, Tensor], max_positions: int, device: torch.device
+    ) -> None:
+        self.config = config
+        self._weights = weights
+        self._rotary = RotaryTable(
+            config.head_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
+        )
+        self.scale = config.head_dim**-0.5
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[T] -> [T, E]."""
+        return F.embedding(tokens, self._weights["embed"])
+
+    def open(self, layer: int, x: Tensor, corrections: Corrections | None = None) -> LayerInputs:
+        """What layer `layer`'s attention and indexer see of x [T, E]."""
+        c = self.config
+        hidden = rms_norm(x, self._weights[f"layers.{layer}.input_norm"], c.rms_norm_eps)
+        heads = F.linear(hidden, self._weights[f"layers.{layer}.qkv"])
+        if corrections is not None:
+            heads = heads + corrections.qkv(hidden, corrections.rows)
+        heads = heads.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        query, key, value = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        rotation = self._rotary.at(torch.arange(x.shape[0], device=x.device))
+        query = rotate(query, rotation).view(-1, c.num_kv_heads, c.group, c.head_dim)
+        return LayerInputs(hidden=hidden, query=query, keys=rotate(key, rotation), values=value)
+
+    def attend(self, inputs: LayerInputs, rows: slice, allowed: Tensor | None) -> Tensor:
+        """Attention of some rows: [n, Hq * D]. `allowed` [n, T] bool; None is causal over all rows."""
+        c = self.config
+        query = inputs.query[rows]
+        n = query.shape[0]
+        if allowed is None:
+            out = F.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3).reshape(1, c.num_heads, n, c.head_dim),
+                inputs.keys.transpose(0, 1).repeat_interleave(c.group, 0).unsqueeze(0),
+                inputs.values.transpose(0, 1).repeat_interleave(c.group, 0).unsqueeze(0),
+                is_causal=True,
+                scale=self.scale,
+            )[0]
+            return out.permute(1, 0, 2).reshape(n, -1)
+        folded = query.permute(1, 2, 0, 3).reshape(1, c.num_kv_heads, c.group * n, c.head_dim)
+        out = F.scaled_dot_product_attention(
+            folded,
+            inputs.keys.transpose(0, 1).unsqueeze(0),
+            inputs.values.transpose(0, 1).unsqueeze(0),
+            attn_mask=allowed.repeat(c.group, 1).unsqueeze(0),
+            scale=self.scale,
+        )[0]
+        return out.reshape(c.num_heads, n, c.head_dim).permute(1, 0, 2).reshape(n, -1)
+
+    def close(
+        self, layer: int, x: Tensor, attended: Tensor, corrections: Corrections | None = None
+    ) -> Tensor:
+        """The rest of the layer: x [T, E] and attention's output [T, Hq * D] -> the next x."""
+        w = self._weights
+        x = x + F.linear(attended, w[f"layers.{layer}.o"])
+        if corrections is not None:
+            x = x + corrections.o(attended, corrections.rows)
+        hidden = rms_norm(x, w[f"layers.{layer}.post_norm"], self.config.rms_norm_eps)
+        gate, up = F.linear(hidden, w[f"layers.{layer}.gate_up"]).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, w[f"layers.{layer}.down"])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of some rows' final x: [n, E] -> [n, vocab] float32."""
+        x = rms_norm(x, self._weights["norm"], self.config.rms_norm_eps)
+        return F.linear(x, self._weights["embed" if self.config.tied else "head"]).float()
+
+    def losses(self, x: Tensor, tokens: Tensor, rows_at_once: int = 2048) -> Tensor:
+        """Cross-entropy of each next token, nats: x [T, E], tokens [T] -> [T - 1] float32."""
+        x = rms_norm(x, self._weights["norm"], self.config.rms_norm_eps)
+        head = self._weights["embed" if self.config.tied else "head"]
+        parts = [
+            F.cross_entropy(F.linear(part, head).float(), target, reduction="none")
+            for part, target in zip(
+                torch.split(x[:-1], rows_at_once), torch.split(tokens[1:], rows_at_once), strict=True
+            )
+        ]
+        return torch.cat(parts)

@@ -1,0 +1,1 @@
+"""Decoders with multi-head latent attention and experts: the DeepSeek-V3 family."""

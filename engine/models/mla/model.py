@@ -1,0 +1,373 @@
+"""DeepSeek-V3 and its relatives: deepseek_v3 (dense), deepseek_v32 and glm_moe_dsa (sparse, with an indexer).
+
+Per layer: x = x + MLA(norm(x)); x = x + MLP(norm(x)), where the MLP is dense in the first layers and a mixture
+of experts after. All heads of a layer read the tokens that its indexer selected; a layer without one reads
+those that the last layer before it selected (arXiv 2603.12201).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.attention.batch import Batch
+from engine.attention.gqa import select
+from engine.attention.indexer import IndexerWeights, LightningIndexer
+from engine.attention.mla import LatentAttention, MLAWeights
+from engine.attention.precision import IndexFormat, LatentFormat, Precision
+from engine.checkpoint.loader import LoadReport, load, source_in_blocks, stays_fp8, unused
+from engine.checkpoint.source import Source
+from engine.errors import CheckpointError, ConfigError, EngineError
+from engine.kernels.interface.attention import Kernels
+from engine.layers.linear import Matrix, Parameters, linear
+from engine.layers.moe import MoEConfig, route, run_experts
+from engine.layers.norm import rms_norm
+from engine.layers.rope import RotaryTable, softmax_correction
+from engine.memory.planes import PagedCache, PlaneSpec
+from engine.models.mla.config import DeepseekConfig
+from engine.models.mla.weights import weight_table
+from engine.parallel.ranks import ALONE, Ranks
+from engine.plan.cost import ModelShape
+from engine.plan.tiles import LatentTileCosts
+from engine.protocol import IndexerInfo
+
+Rotation = tuple[Tensor, Tensor]
+Selections = Sequence[Tensor | None]
+"""Of each tile: the positions that its rows selected, or None where the tile is dense."""
+
+
+class DeepseekMLP:
+    """down(silu(gate x) * up x); of several ranks' parts of it, the sum."""
+
+    def __init__(self, gate_up: Matrix, down: Matrix, total: Callable[[Tensor], Tensor]) -> None:
+        self._gate_up, self._down, self._total = gate_up, down, total
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, E] -> [T, E]."""
+        gate, up = linear(x, self._gate_up).chunk(2, dim=-1)
+        return self._total(linear(F.silu(gate) * up, self._down))
+
+
+class DeepseekMoE:
+    """Routed experts and the shared one; the sum, over ranks too, is in float32."""
+
+    def __init__(self, of: Parameters, config: MoEConfig, ranks: Ranks) -> None:
+        self._config, self._total = config, ranks.sum
+        self._first = ranks.share(config.num_experts).start
+        self._gate, self._bias = of("moe.gate"), of("moe.bias")
+        self._gate_up = of.matrix("moe.experts_gate_up").view(
+            -1, 2 * config.intermediate_size, self._gate.shape[1]
+        )
+        self._down = of.matrix("moe.experts_down").view(-1, self._gate.shape[1], config.intermediate_size)
+        self._shared = DeepseekMLP(of.matrix("moe.shared_gate_up"), of.matrix("moe.shared_down"), ALONE.sum)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, E] -> [T, E]."""
+        experts, weights = route(x, self._gate, self._bias, self._config)
+        routed = run_experts(x, experts, weights, self._gate_up, self._down, self._first)
+        return self._total(routed + self._shared(x).float()).to(x.dtype)
+
+
+class DeepseekLayer:
+    """One decoder layer; parameters named as in `engine.models.mla.weights.layer_table`."""
+
+    def __init__(
+        self,
+        of: Parameters,
+        config: DeepseekConfig,
+        *,
+        moe: bool,
+        indexer: bool,
+        latent_format: LatentFormat,
+        index_format: IndexFormat | None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self._latent_format, self._index_format = latent_format, index_format
+        self._total = ranks.sum
+        c = config
+        self._eps = c.rms_norm_eps
+        self._input_norm, self._post_norm = of("input_norm"), of("post_norm")
+        latent = c.q_lora_rank is not None
+        weights = MLAWeights(
+            q_a=of.matrix("attn.q_a") if latent else None,
+            q_a_norm=of("attn.q_a_norm") if latent else None,
+            q_b=of.matrix("attn.q_b" if latent else "attn.q"),
+            kv_a=of.matrix("attn.kv_a"),
+            kv_a_norm=of("attn.kv_a_norm"),
+            kv_b=of("attn.kv_b").view(-1, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank),
+            o=of.matrix("attn.o"),
+        )
+        self.attention = LatentAttention(
+            weights,
+            nope=c.qk_nope_head_dim,
+            scale=c.qk_head_dim**-0.5 * softmax_correction(c.rope_scaling),
+            interleaved=c.rope_interleaved,
+        )
+        self.indexer: LightningIndexer | None = None
+        if indexer and c.indexer is not None:
+            parts = IndexerWeights(
+                wq=of("indexer.wq"),
+                wk=of("indexer.wk"),
+                k_norm_weight=of("indexer.k_norm_weight"),
+                k_norm_bias=of("indexer.k_norm_bias"),
+                weights_proj=of("indexer.weights_proj"),
+            )
+            self.indexer = LightningIndexer(
+                parts, c.indexer.num_heads, interleaved=c.indexer.rope_interleaved
+            )
+        self._mlp = (
+            DeepseekMoE(of, c.moe, ranks)
+            if moe
+            else DeepseekMLP(of.matrix("mlp.gate_up"), of.matrix("mlp.down"), ranks.sum)
+        )
+
+    def __call__(
+        self,
+        i: int,
+        x: Tensor,
+        rotation: Rotation,
+        batch: Batch,
+        cache: PagedCache,
+        kernels: Kernels,
+        selections: Selections,
+    ) -> tuple[Tensor, Selections]:
+        """Run rows x [T, E] as layer `i` of the cache; also the selections, for layers that share them."""
+        hidden = rms_norm(x, self._input_norm, self._eps)
+        rows = self.attention.project(hidden, rotation)
+        packed = self._latent_format.pack(rows.cached, kernels)
+        cache.write(i, "latent", batch.pages, batch.offsets, packed)
+        if self.indexer is not None and self._index_format is not None:
+            # Written whatever the row's top_k: a later sparse row may score this token.
+            plane = cache.plane(i, "index_key")
+            keys = self.indexer.keys(hidden, rotation)
+            self._index_format.write(plane, batch.pages, batch.offsets, keys, kernels)
+            if any(tile.form != "dense" for tile in batch.tiles):
+                queries = self.indexer.queries(hidden, rotation, rows.query_latent)
+                queries = self._index_format.queries(queries, kernels)
+                selections = [
+                    None if tile.form == "dense" else select(queries, plane, tile, kernels)
+                    for tile in batch.tiles
+                ]
+        attended = self.attention.attend(
+            rows.query, selections, cache.plane(i, "latent"), batch, kernels, self._latent_format.unpack
+        )
+        x = x + self._total(attended)
+        return x + self._mlp(rms_norm(x, self._post_norm, self._eps)), selections
+
+
+class Deepseek:
+    """The model, its weights and its rotation table."""
+
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        weights: Mapping[str, Matrix],
+        kernels: Kernels,
+        max_positions: int,
+        latent_format: LatentFormat,
+        index_format: IndexFormat | None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Wire `weights`, named as in `weight_table`.
+
+        Args:
+            latent_format: how latents are cached
+            index_format: how index keys are; None without an indexer
+            max_positions: positions to prepare the rotation table for; at most `config.max_positions`
+            ranks: whose part of the model `weights` are
+        """
+        self._ranks = ranks
+        self.config = config
+        self.architecture = config.architecture
+        self.num_layers = config.num_layers
+        self.vocab_size = config.vocab_size
+        self.max_positions = max_positions
+        self.num_parameters = sum(math.prod(weight.shape) for weight in weight_table(config).values())
+        index = config.indexer
+        self.indexer = (
+            None
+            if index is None
+            else IndexerInfo(
+                num_heads=index.num_heads,
+                head_dim=index.head_dim,
+                rope_dim=index.rope_dim,
+                default_top_k=index.top_k,
+                source="checkpoint",
+            )
+        )
+        self._kernels = kernels
+        self._latent_format, self._index_format = latent_format, index_format
+        of = Parameters(weights)
+        self._embed, self._norm = of("embed"), of("norm")
+        # As the published code does: logits are compared with one another to the last digit.
+        self._head = of("embed" if config.tied else "head").float() if ranks.rank == 0 else None
+        self._layers = [
+            DeepseekLayer(
+                Parameters(weights, f"layers.{i}."),
+                config,
+                moe=config.moe_layers[i],
+                indexer=config.index_layers[i],
+                latent_format=latent_format,
+                index_format=index_format,
+                ranks=ranks,
+            )
+            for i in range(config.num_layers)
+        ]
+        self._rotary = RotaryTable(
+            config.qk_rope_head_dim,
+            config.rope_theta,
+            max_positions,
+            scaling=config.rope_scaling,
+            device=self._embed.device,
+        )
+
+    def products(self) -> str:
+        """See `Model`."""
+        return "products: torch"
+
+    def plane_specs(self) -> tuple[PlaneSpec, ...]:
+        """The latent with the rotated shared key, and the index key where a layer has an indexer of its own."""
+        latent, index = self._latent_format.spec, self._index_format
+        if index is None:
+            return (latent,)
+        return latent, index.spec(frozenset(i for i, own in enumerate(self.config.index_layers) if own))
+
+    def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> LatentTileCosts:
+        """See `LatentTileCosts`."""
+        c, dtype, index = self.config, self._embed.dtype, self._index_format
+        heads = c.num_heads // self._ranks.count
+        latents = self._latent_format.spec.dtype
+        streams = self._kernels.streams_latents(latents, latents if index is None else index.spec_dtype)
+        return LatentTileCosts(
+            budget_bytes=budget_bytes,
+            # Streamed, what is left are a row's positions: a truth each where it may see, 8 bytes where it selected.
+            index_row_bytes=0 if streams or c.indexer is None else 4 * c.indexer.num_heads,
+            attention_row_bytes=1 if streams else 4 * heads,
+            token_bytes=8 if streams else c.latent_dim * dtype.itemsize,
+            streams=streams,
+            gather_cost=1.0 if streams else LatentTileCosts.gather_cost,
+            expanded_unit=1.2 if streams else 1.0,
+            forced=forced,
+            num_heads=heads,
+            rank=c.kv_lora_rank,
+            nope=c.qk_nope_head_dim,
+            rope=c.qk_rope_head_dim,
+            value=c.v_head_dim,
+            item_bytes=dtype.itemsize,
+        )
+
+    def shape(self) -> ModelShape:
+        """See `ModelShape`. Attention is counted in its latent form; of the experts, those that a token visits."""
+        c, e = self.config, self.config.hidden_size
+        head = c.qk_nope_head_dim + c.qk_rope_head_dim
+        queries = c.num_heads * head
+        q = e * queries if c.q_lora_rank is None else c.q_lora_rank * (e + queries)
+        kv = e * c.latent_dim + c.kv_lora_rank * c.num_heads * (c.qk_nope_head_dim + c.v_head_dim)
+        attention = q + kv + c.num_heads * c.v_head_dim * e
+        sparse_layers = sum(c.moe_layers)
+        moe = c.moe.num_experts + 3 * c.moe.intermediate_size * (
+            c.moe.experts_per_token + c.moe.num_shared_experts
+        )
+        weights = self.num_layers * attention + e * (
+            sparse_layers * moe + (self.num_layers - sparse_layers) * 3 * c.intermediate_size
+        )
+        heads = dim = layers = 0
+        if c.indexer is not None:
+            heads, dim, layers = c.indexer.num_heads, c.indexer.head_dim, sum(c.index_layers)
+        item = self._embed.dtype.itemsize
+        return ModelShape(
+            row_flops=2 * (weights + layers * e * dim),
+            sparse_row_flops=2 * layers * heads * ((c.q_lora_rank or e) * dim + e),
+            head_flops=2 * e * c.vocab_size,
+            pair_flops=2 * self.num_layers * c.num_heads * (c.latent_dim + c.kv_lora_rank),
+            index_pair_flops=2 * layers * heads * (dim + 1),
+            weight_bytes=weights * item,
+            kv_token_bytes=self.num_layers * c.latent_dim * item,
+            index_token_bytes=layers * dim * item,
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
+        x = F.embedding(batch.token_ids, self._embed)
+        rotation = self._rotary.at(batch.positions)
+        selections: Selections = [None] * len(batch.tiles)
+        for i, layer in enumerate(self._layers):
+            x, selections = layer(i, x, rotation, batch, cache, self._kernels, selections)
+        return rms_norm(x, self._norm, self.config.rms_norm_eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, E] -> [N, vocab_size] float32; raises EngineError on other ranks than 0, which have no head."""
+        if self._head is None:
+            raise EngineError("only rank 0 computes logits")
+        return F.linear(hidden.float(), self._head)
+
+
+def build(
+    source: Source,
+    indexer: IndexerInfo | None,
+    kernels: Kernels,
+    max_positions: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+    precision: Precision,
+    ranks: Ranks,
+) -> tuple[Deepseek, LoadReport]:
+    """Load a checkpoint of this family; arguments as in `engine.models.build_model`.
+
+    Raises:
+        CheckpointError: the config or the tensors are not what this architecture needs, or an overlay was
+            laid over it.
+        ConfigError: a precision that the checkpoint does not have.
+    """
+    config = DeepseekConfig.read(source.config)
+    if indexer is not None:
+        raise CheckpointError(
+            f"{indexer.source} is an indexer for models of the llama family, but this one is {config.architecture}; "
+            "serve it without an overlay"
+        )
+    raw, index = source.config, config.indexer
+    latent_format = precision.latent(raw, config.kv_lora_rank, config.qk_rope_head_dim, dtype)
+    index_format = None if index is None else precision.index(raw, index.head_dim, dtype)
+    table, fp8 = weight_table(config, ranks), precision.resident(device)
+    in_blocks = source_in_blocks(source)
+    if precision.weights == "fp8" and not any(stays_fp8(weight, in_blocks) for weight in table.values()):
+        raise ConfigError(
+            f"weight_dtype is fp8, but {source.description} has no weights in FP8 blocks that could stay so; "
+            "leave it at auto, or serve an FP8 checkpoint"
+        )
+    weights, report = load(table, source, dtype=dtype, device=device, progress=progress, fp8=fp8)
+    if ranks.count > 1:
+        report = replace(report, unused=unused(weight_table(config), source))
+    return Deepseek(config, weights, kernels, max_positions, latent_format, index_format, ranks), report
+
+
+def check_split(raw: Mapping[str, Any], count: int) -> None:
+    """Whether a model of this config can be split over `count` ranks.
+
+    Raises:
+        ConfigError: something does not divide.
+    """
+    config = DeepseekConfig.read(raw)
+    sizes = {"attention heads": config.num_heads}
+    if not all(config.moe_layers):
+        sizes["inner dims of an MLP"] = config.intermediate_size
+    if any(config.moe_layers):
+        sizes["routed experts"] = config.moe.num_experts
+        shared = config.moe.intermediate_size * config.moe.num_shared_experts
+        sizes["inner dims of the shared expert"] = shared
+    for name, size in sizes.items():
+        if size % count:
+            raise ConfigError(
+                f"the model's {size} {name} cannot be split evenly over {count} devices; "
+                "choose another --tensor-parallel"
+            )

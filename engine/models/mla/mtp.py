@@ -1,0 +1,118 @@
+"""DeepSeek's multi-token prediction module as a draft layer (arXiv 2412.19437, section 2.2).
+
+Row t takes the main model's hidden state of position t (after its last norm) and token t + 1, and predicts
+token t + 2:
+
+    h_t = Layer(eh_proj [enorm(embed(token_{t+1})) | hnorm(hidden_t)]),  logits = head(norm(h_t))
+
+Its keys and index keys lie in the pages of the main model, as one layer more, in the slot of position t.
+Given its own normed output as hidden states, it predicts further ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.attention.batch import Batch
+from engine.attention.precision import IndexFormat, LatentFormat, Precision
+from engine.checkpoint.loader import load
+from engine.checkpoint.source import Source
+from engine.kernels.interface.attention import Kernels
+from engine.layers.linear import Matrix, Parameters
+from engine.layers.norm import rms_norm
+from engine.layers.rope import RotaryTable
+from engine.memory.planes import PagedCache, PlaneSpec
+from engine.models.mla.config import DeepseekConfig
+from engine.models.mla.model import DeepseekLayer
+from engine.models.mla.weights import mtp_table
+
+
+class DeepseekMTP:
+    """One module and its weights, named as in `mtp_table`."""
+
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        weights: Mapping[str, Matrix],
+        kernels: Kernels,
+        max_positions: int,
+        latent_format: LatentFormat,
+        index_format: IndexFormat | None,
+    ) -> None:
+        self._config = config
+        of = self._of = Parameters(weights)
+        self._kernels = kernels
+        self._head = of("head").float()
+        self._layer = DeepseekLayer(
+            of,
+            config,
+            moe=True,
+            indexer=config.indexer is not None,
+            latent_format=latent_format,
+            index_format=index_format,
+        )
+        self._rotary = RotaryTable(
+            config.qk_rope_head_dim,
+            config.rope_theta,
+            max_positions,
+            scaling=config.rope_scaling,
+            device=self._head.device,
+        )
+
+    def plane_specs(self, specs: tuple[PlaneSpec, ...]) -> tuple[PlaneSpec, ...]:
+        """The main model's planes, extended to this layer, which has its own of each."""
+        last = self._config.num_layers
+        return tuple(
+            PlaneSpec(s.name, s.shape, s.dtype, layers=None if s.layers is None else s.layers | {last})
+            for s in specs
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, hidden: Tensor, cache: PagedCache) -> Tensor:
+        """Rows of `batch`, whose token ids are those *after* each row's position: -> normed [T, E].
+
+        Args:
+            hidden: [T, E], of the main model or of this layer
+        """
+        of, eps = self._of, self._config.rms_norm_eps
+        embedded = rms_norm(F.embedding(batch.token_ids, of("embed")), of("enorm"), eps)
+        x = F.linear(torch.cat((embedded, rms_norm(hidden, of("hnorm"), eps)), dim=-1), of("eh_proj"))
+        rotation = self._rotary.at(batch.positions)
+        none = [None] * len(batch.tiles)
+        x, _ = self._layer(self._config.num_layers, x, rotation, batch, cache, self._kernels, none)
+        return rms_norm(x, of("norm"), eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, E] -> [N, vocab_size] float32."""
+        return F.linear(hidden.float(), self._head)
+
+
+def build_draft_layer(
+    source: Source,
+    kernels: Kernels,
+    max_positions: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+    precision: Precision,
+) -> tuple[DeepseekMTP, frozenset[str]]:
+    """Load the first module, and the names of the tensors that it is made of.
+
+    Raises:
+        CheckpointError: a tensor is missing or does not fit.
+    """
+    config = DeepseekConfig.read(source.config)
+    raw, index = source.config, config.indexer
+    latent_format = precision.latent(raw, config.kv_lora_rank, config.qk_rope_head_dim, dtype)
+    index_format = None if index is None else precision.index(raw, index.head_dim, dtype)
+    table = mtp_table(config, 0)
+    fp8 = precision.resident(device)
+    weights, _ = load(table, source, dtype=dtype, device=device, progress=progress, fp8=fp8)
+    names = frozenset(name for weight in table.values() for name in weight.names)
+    return DeepseekMTP(config, weights, kernels, max_positions, latent_format, index_format), names

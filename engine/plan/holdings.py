@@ -1,0 +1,105 @@
+"""Which request holds which pages: taken, shared, given back, and found again by their content.
+
+The allocator knows holders by number only, the prefix cache knows content only; this keeps the two in step for
+requests, and keeps from them the pages of requests that failed. Integers only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from engine.config import PAGE_SIZE
+from engine.plan.pages import PageAllocator, pages_for
+from engine.plan.prefix import PrefixCache
+from engine.plan.request import Request
+
+
+class Holdings:
+    """The pages of all requests.
+
+    Args:
+        num_pages: how many pages exist; at least 1.
+        prefix_caching: whether full pages are kept and found again by their content.
+    """
+
+    def __init__(self, num_pages: int, *, prefix_caching: bool) -> None:
+        self._caching = prefix_caching
+        self._prefix = PrefixCache()
+        self._tainted: list[int] = []
+        self.pages = PageAllocator(num_pages, on_evict=self._prefix.forget)
+        self.prefix_queries = 0  # tokens looked up, at each admission
+        self.prefix_hits = 0  # tokens found
+
+    def admit(self, request: Request, now: float) -> bool:
+        """Start a waiting request from its longest cached prefix; False if its known tokens would not find room."""
+        hits: tuple[int, ...] = ()
+        reads_cache = self._caching and request.num_reusable > 0
+        if reads_cache:
+            hits = self._prefix.lookup(request.keys, request.num_reusable // PAGE_SIZE)
+        unheld = sum(self.pages.references(page_id) == 0 for page_id in hits)
+        if self.pages.num_available - unheld < pages_for(request.num_tokens) - len(hits):
+            return False
+        self.pages.retain(hits)
+        request.admit(hits, len(hits) * PAGE_SIZE, now)
+        if reads_cache:
+            self.prefix_queries += request.num_tokens
+            self.prefix_hits += request.num_computed
+        return True
+
+    def extend(self, request: Request, count: int) -> bool:
+        """Let the request hold pages for `count` more tokens; False, and no change, if they are not there."""
+        missing = pages_for(request.num_computed + count) - len(request.page_ids)
+        if not missing:  # as in most steps of a decode
+            return True
+        pages = self.pages.allocate(missing)
+        if pages is None:
+            return False
+        request.page_ids.extend(pages)
+        return True
+
+    def trim(self, request: Request) -> None:
+        """Give back the pages that only drafts were computed in."""
+        kept = pages_for(request.num_computed)
+        if kept < len(request.page_ids):
+            self.pages.release(request.page_ids[kept:])
+            del request.page_ids[kept:]
+
+    def register(self, request: Request) -> None:
+        """Tell the prefix cache of the pages that became full."""
+        if not self._caching:
+            return
+        for index in range(request.num_registered, request.num_computed // PAGE_SIZE):
+            page_id = request.page_ids[index]
+            if self._prefix.register(request.keys, index, page_id):
+                self.pages.keep(page_id)
+            request.num_registered = index + 1
+
+    def distrust(self, request: Request) -> None:
+        """Drop what a faulty request computed or read from the prefix cache.
+
+        If a page holds what made it fail (not-a-number, say), every later hit would fail the same way.
+        """
+        for page_id in request.page_ids:
+            self._prefix.forget(page_id)
+            self.pages.unkeep(page_id)
+
+    def taint(self, request: Request) -> None:
+        """Have the pages wiped that a faulty request leaves to nobody; what others still hold is theirs."""
+        free = (page_id for page_id in request.page_ids if not self.pages.references(page_id))
+        self._tainted.extend(page_id for page_id in free if page_id not in self._tainted)
+
+    def take_tainted(self) -> tuple[int, ...]:
+        """The pages that the next step zeroes before it writes; they are told once."""
+        tainted = tuple(self._tainted)
+        self._tainted.clear()
+        return tainted
+
+    def check(self, requests: Iterable[Request]) -> None:
+        """Verify that the books agree with what `requests`, all that hold pages, say.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        holders = Counter(page_id for request in requests for page_id in request.page_ids)
+        self.pages.check(holders, self._prefix.page_ids)

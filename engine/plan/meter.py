@@ -1,0 +1,150 @@
+"""Who used the device: each step's measured time and counted work, divided over its requests.
+
+The meter's books balance: the shares of a step sum to its measured time, so the seconds of all requests
+sum to the engine's busy seconds. `engine.plan.cost` says how much work is how much time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from engine.plan.cost import CostModel, Counts
+from engine.plan.types import StepPlan
+from engine.protocol import BATCH_BOUNDS, EngineStats, Work
+
+
+class _Tally:
+    """One request's sums. Mutable, because it grows in every step."""
+
+    __slots__ = (
+        "attended", "decode", "dense_decode", "dense_prefill", "index_pairs", "index_rows_read",
+        "kv_rows_read", "logits", "num_prompt", "prefill", "rows", "sparse_rows",
+    )  # fmt: skip
+
+    def __init__(self, num_prompt: int) -> None:
+        self.num_prompt = num_prompt
+        self.rows = self.attended = self.index_pairs = self.kv_rows_read = 0
+        self.index_rows_read = self.logits = self.sparse_rows = 0
+        self.prefill = self.decode = self.dense_prefill = self.dense_decode = 0.0
+
+    def add(self, counts: Counts) -> None:
+        self.rows += counts.rows
+        self.attended += counts.attended
+        self.index_pairs += counts.index_pairs
+        self.kv_rows_read += counts.kv_rows_read
+        self.index_rows_read += counts.index_rows_read
+        self.logits += counts.logits
+        self.sparse_rows += counts.sparse_rows
+
+    def counts(self) -> Counts:
+        return Counts(
+            self.rows, self.attended, self.index_pairs, self.kv_rows_read, self.index_rows_read,
+            self.logits, self.sparse_rows,
+        )  # fmt: skip
+
+
+class Meter:
+    """Keeps the account of every live request, and the engine's own."""
+
+    def __init__(self, model: CostModel) -> None:
+        self._model = model
+        self._live: dict[str, _Tally] = {}
+        self._all = _Tally(0)
+        self._busy = 0.0
+        self._index = 0.0
+        self._dense = 0.0
+        self._batch_counts = [0] * (len(BATCH_BOUNDS) + 1)
+        self._batch_sum = 0
+
+    def open(self, request_id: str, num_prompt: int) -> None:
+        """Begin the account of a request whose prompt has `num_prompt` tokens."""
+        self._live[request_id] = _Tally(num_prompt)
+
+    def charge(self, plan: StepPlan, seconds: float) -> None:
+        """Divide a step that took `seconds` over the requests in it.
+
+        What a step takes whatever is in it is divided evenly; the rest by modelled work.
+        """
+        model, requests = self._model, plan.requests
+        count = len(requests)
+        shared = model.shared(plan) / count
+        modelled = [model.modelled(request) for request in requests]
+        total = sum(one.actual for one in modelled) + shared * count
+        scale = seconds / total
+        index = dense = 0.0
+        for request, one in zip(requests, modelled, strict=True):
+            tally = self._live[request.request_id]
+            counts = model.counts(request)
+            tally.add(counts)
+            self._all.add(counts)
+            own, full = scale * (one.actual + shared), scale * (one.dense + shared)
+            index += one.index
+            dense += full
+            if request.start < tally.num_prompt:
+                tally.prefill += own
+                tally.dense_prefill += full
+            else:
+                tally.decode += own
+                tally.dense_decode += full
+        self._busy += seconds
+        self._index += scale * index
+        self._dense += dense
+        self._batch_sum += count
+        self._batch_counts[_bucket(count)] += 1
+
+    def progress(self) -> tuple[tuple[str, Work], ...]:
+        """What every live request that was computed has used so far."""
+        return tuple((name, self._work(tally)) for name, tally in self._live.items() if tally.rows)
+
+    def work(self, request_id: str) -> Work:
+        """What a live request has used so far."""
+        return self._work(self._live[request_id])
+
+    def close(self, request_id: str) -> Work:
+        """End the account of a request; what it used. One that was never opened used nothing."""
+        tally = self._live.pop(request_id, None)
+        return Work() if tally is None else self._work(tally)
+
+    def counters(self) -> dict[str, Any]:
+        """The engine's own account: fields of `EngineStats`."""
+        counts = self._all.counts()
+        return {
+            "busy_seconds_total": self._busy,
+            "index_seconds_total": self._index,
+            "dense_seconds_total": self._dense,
+            "selected_tokens_total": counts.attended,
+            "index_pairs_total": counts.index_pairs,
+            "kv_rows_read_total": counts.kv_rows_read,
+            "flops_total": self._model.flops(counts),
+            "cache_bytes_total": self._model.cache_bytes(counts),
+            "batch_requests_total": self._batch_sum,
+            "batch_size_counts_total": tuple(self._batch_counts),
+        }
+
+    def add_to(self, stats: EngineStats) -> EngineStats:
+        """The scheduler's stats with the meter's counters."""
+        return msgspec.structs.replace(stats, **self.counters())
+
+    def _work(self, tally: _Tally) -> Work:
+        counts = tally.counts()
+        return Work(
+            rows=counts.rows,
+            selected_tokens=counts.attended,
+            index_pairs=counts.index_pairs,
+            kv_rows_read=counts.kv_rows_read,
+            flops=self._model.flops(counts),
+            cache_bytes=self._model.cache_bytes(counts),
+            prefill_seconds=tally.prefill,
+            decode_seconds=tally.decode,
+            dense_prefill_seconds=tally.dense_prefill,
+            dense_decode_seconds=tally.dense_decode,
+        )
+
+
+def _bucket(count: int) -> int:
+    for index, bound in enumerate(BATCH_BOUNDS):
+        if count <= bound:
+            return index
+    return len(BATCH_BOUNDS)

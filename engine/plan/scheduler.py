@@ -1,0 +1,375 @@
+"""What runs in each step: admission, token and page budgets, preemption, and the end of requests.
+
+There are no phases: each request has `num_computed` and `num_tokens`, and every step closes some of the
+gap. The rules, in order:
+
+1. A running request that misses one token (a decode) gets it in every step; what is left of the token
+   budget goes to chunks of the other running requests, in order of arrival. Beside decodes, no more goes to
+   chunks, old or new, than the pace allows (`engine.plan.pace`).
+2. Pages are taken in order of arrival, just for this step's tokens. Where they run out, the running
+   request that arrived last gives up its pages and waits again, to be recomputed. So the oldest request
+   never waits for a younger one, and finishes whatever the load.
+3. If nobody was preempted, waiting requests start strictly in order of arrival, each from the longest
+   prefix that is cached, while the budget lasts and the pages left can hold all its known tokens.
+   (Starting with less would only buy a preemption. The running requests have what they need by then: a
+   chunk that was cut short has spent the budget.)
+4. What is left of budget and pages goes to drafts, in order of arrival. So a guess never delays a token that
+   is known, and preempts nobody. Pages taken for drafts that did not hold are given back in `apply`.
+
+As a consequence every running request arrived before every waiting one. Integers only: no tensors here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+
+from engine.config import PAGE_SIZE
+from engine.plan.holdings import Holdings
+from engine.plan.pace import Pace, Place
+from engine.plan.pages import pages_for
+from engine.plan.prefix import HashFunction, sha256
+from engine.plan.request import Request
+from engine.plan.types import ScheduledRequest, StepPlan, StepResult
+from engine.protocol import Delta, EngineStats, Submit
+
+
+class Scheduler:
+    """Owns every request and every page. Use: `plan = schedule(now)`, run it, `apply(plan, result, now)`.
+
+    `add`, `has_work` and `stats` may be used at any time. While a plan is in flight (between `schedule`
+    and `apply`) its step may still write to its pages, so nothing may end then: `abort` and `abort_all`
+    raise. All times are seconds on one clock.
+
+    Args:
+        num_pages: pages that the cache holds.
+        token_budget: tokens computed in one step, over all requests.
+        max_running: requests in one step; at most `token_budget`.
+        max_model_len: positions that one request may use, prompt and output together.
+        prefix_caching: whether full pages are kept and found again by their content.
+        draft_tokens: the most drafts that one request gets in one step; 0 is no speculation.
+        lookup: draft from each request's own text; otherwise drafts are what the runner's results propose.
+        pace: how much of a prompt may join decodes; None is all of the budget.
+        hash_function: finds candidates in the prefix cache; a collision costs a miss only.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        *,
+        token_budget: int,
+        max_running: int,
+        max_model_len: int,
+        prefix_caching: bool,
+        draft_tokens: int = 0,
+        lookup: bool = False,
+        pace: Pace | None = None,
+        hash_function: HashFunction = sha256,
+    ) -> None:
+        if not 1 <= max_running <= token_budget:
+            raise ValueError(
+                f"max_running ({max_running}) must be between 1 and token_budget ({token_budget}), "
+                "so that every running request can decode one token a step"
+            )
+        self._token_budget = token_budget
+        self._max_running = max_running
+        self._max_model_len = max_model_len
+        self._draft_tokens = draft_tokens
+        self._lookup = lookup
+        self._pace = pace
+        self._hash_function = hash_function
+        self._holdings = Holdings(num_pages, prefix_caching=prefix_caching)
+        self._requests: dict[str, Request] = {}
+        self._running: list[Request] = []  # both in order of arrival
+        self._waiting: deque[Request] = deque()
+        self._arrivals = 0
+        self._in_flight: StepPlan | None = None
+        self._steps = 0
+        self._prefill_tokens = 0
+        self._decode_tokens = 0
+        self._preemptions = 0
+        self._drafted = 0
+        self._draft_lengths = [0] * (draft_tokens + 1)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is alive; if so, and none is in flight, `schedule` returns a plan."""
+        return bool(self._requests)
+
+    def add(self, submit: Submit, now: float) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: its id is in use, or it could never run; the sentence says why.
+        """
+        if submit.request_id in self._requests:
+            raise ValueError(f"request id {submit.request_id!r} is in use by a request that has not ended")
+        self._refuse_unfit(submit)
+        request = Request(
+            submit,
+            arrival=self._arrivals,
+            now=now,
+            hash_function=self._hash_function,
+            lookup=self._lookup and self._draft_tokens > 0,
+        )
+        self._arrivals += 1
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+
+    def abort(self, request_id: str, now: float) -> Delta | None:
+        """End a request now and free its pages; returns its terminal delta, or None if the id is unknown.
+
+        Raises:
+            RuntimeError: a plan is in flight, so its pages may still be written.
+        """
+        self._refuse_in_flight("abort")
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self._remove(request)
+        return request.end("abort", now)
+
+    def abort_all(self, now: float) -> tuple[Delta, ...]:
+        """End every request now, in order of arrival; returns their terminal deltas.
+
+        Raises:
+            RuntimeError: a plan is in flight.
+        """
+        deltas = (self.abort(request_id, now) for request_id in tuple(self._requests))
+        return tuple(delta for delta in deltas if delta is not None)
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """Decide the next step, and take its pages; None exactly when there is no work.
+
+        Raises:
+            RuntimeError: the plan before was not applied.
+        """
+        self._refuse_in_flight("schedule")
+        chunks = self._chunk_budget()
+        wanted, chunks = self._grant_tokens(chunks)
+        preemptions = self._preemptions
+        granted = self._take_pages(wanted)
+        if self._preemptions == preemptions:
+            self._admit(granted, chunks, now)
+        if not granted:
+            return None
+        drafts = self._draft(granted)
+        self._in_flight = StepPlan(
+            requests=tuple(
+                request.plan(count, guess) for (request, count), guess in zip(granted, drafts, strict=True)
+            ),
+            wiped_pages=self._holdings.take_tainted(),
+        )
+        return self._in_flight
+
+    def apply(self, plan: StepPlan, result: StepResult, now: float) -> tuple[Delta, ...]:
+        """Take in the result of the plan in flight; returns what clients must hear, in the plan's order.
+
+        Raises:
+            RuntimeError: `plan` is not the plan in flight.
+            ValueError: the result does not answer the plan.
+        """
+        if plan is not self._in_flight:
+            raise RuntimeError("only the plan that schedule() returned last can be applied, and only once")
+        if len(result.sampled) != len(plan.requests):
+            raise ValueError(
+                f"the result has {len(result.sampled)} entries for {len(plan.requests)} requests"
+            )
+        self._in_flight = None
+        self._steps += 1
+        deltas = []
+        for scheduled, sampled in zip(plan.requests, result.sampled, strict=True):
+            request = self._requests[scheduled.request_id]
+            first_new = max(scheduled.start, request.num_prompt, request.peak_computed)
+            delta = request.accept(scheduled, sampled, now)
+            held = max(0, len(delta.token_ids) - 1) if delta is not None else 0
+            self._count(scheduled, first_new, held)
+            if sampled.error is None:
+                self._holdings.register(request)
+                self._holdings.trim(request)
+            else:
+                self._holdings.distrust(request)
+            if delta is not None:
+                deltas.append(delta)
+                if delta.finish_reason is not None:
+                    self._remove(request)
+                    if sampled.error is not None:
+                        self._holdings.taint(request)
+        return tuple(deltas)
+
+    def stats(self) -> EngineStats:
+        """Gauges of now and counters since construction.
+
+        Every computed row counts once: as decode if it holds an output token computed for the first time,
+        as prefill otherwise. The row of a draft that did not hold is neither: it is drafted, not accepted.
+        Prefix queries and hits are counted at each admission.
+        """
+        pages = self._holdings.pages
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            pages_used=pages.num_used,
+            pages_cached=pages.num_cached,
+            pages_free=pages.num_free,
+            steps_total=self._steps,
+            prefill_tokens_total=self._prefill_tokens,
+            decode_tokens_total=self._decode_tokens,
+            preemptions_total=self._preemptions,
+            prefix_queries_total=self._holdings.prefix_queries,
+            prefix_hits_total=self._holdings.prefix_hits,
+            draft_tokens_total=self._drafted,
+            draft_lengths_total=tuple(self._draft_lengths),
+        )
+
+    def check(self) -> None:
+        """Verify what must always hold; for tests.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        self._holdings.check(self._running)
+        queued = [*self._running, *self._waiting]
+        if [r.arrival for r in queued] != sorted(r.arrival for r in self._requests.values()):
+            raise RuntimeError("each request must be queued once, the running before the waiting, by arrival")
+        if len(self._running) > self._max_running:
+            raise RuntimeError(f"{len(self._running)} requests run, but max_running is {self._max_running}")
+        for request in self._running:
+            held, computed = len(request.page_ids), pages_for(request.num_computed)
+            if held < computed or (held > computed and self._in_flight is None) or request.num_missing < 1:
+                raise RuntimeError(f"request {request.request_id!r} holds {held} pages and needs {computed}")
+        if any(request.page_ids or request.num_computed for request in self._waiting):
+            raise RuntimeError("a waiting request must hold no page")
+
+    def _chunk_budget(self) -> int:
+        """Tokens of this step for requests that miss more than one, running or waiting."""
+        decodes = [request for request in self._running if request.num_missing == 1]
+        left = self._token_budget - len(decodes)
+        if self._pace is None or not decodes or not left:
+            return left
+        others = [request for request in self._running if request.num_missing > 1]
+        others += islice(self._waiting, self._max_running - len(self._running))
+        if not others:
+            return left
+        first = others[0]
+        return self._pace(
+            [_place(request) for request in decodes],
+            [Place(request.num_tokens, request.top_k) for request in others],
+            _place(first),
+            left,
+        )
+
+    def _grant_tokens(self, chunks: int) -> tuple[list[tuple[Request, int]], int]:
+        """The running requests and how many tokens each may compute, and what is left of the budget for chunks."""
+        wanted = []
+        for request in self._running:
+            count = 1
+            if request.num_missing > 1:
+                count = min(request.num_missing, chunks)
+                chunks -= count
+            if count:
+                wanted.append((request, count))
+        return wanted, chunks
+
+    def _take_pages(self, wanted: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        """Give each its pages, in order of arrival; returns those that got them and were not preempted."""
+        granted = []
+        for request, count in wanted:
+            # Who is preempted arrived last, so was granted nothing yet. Its share of the token budget lapses:
+            # handing it out again would need more pages, which is what this step is short of.
+            while self._is_running(request):
+                if self._holdings.extend(request, count):
+                    granted.append((request, count))
+                    break
+                self._preempt(self._running[-1])
+        return granted
+
+    def _admit(self, granted: list[tuple[Request, int]], chunks: int, now: float) -> None:
+        """Start waiting requests in order of arrival, and grant them what is left of the budget for chunks."""
+        while self._waiting and chunks and len(self._running) < self._max_running:
+            request = self._waiting[0]
+            if not self._holdings.admit(request, now):
+                break
+            self._waiting.popleft()
+            self._running.append(request)
+            count = min(request.num_missing, chunks)
+            if not self._holdings.extend(request, count):
+                raise RuntimeError(
+                    f"request {request.request_id!r} was admitted without pages for {count} tokens"
+                )
+            granted.append((request, count))
+            chunks -= count
+
+    def _draft(self, granted: list[tuple[Request, int]]) -> list[tuple[int, ...]]:
+        """What each granted request guesses of its next tokens, as far as budget and pages are left."""
+        budget = self._token_budget - sum(count for _, count in granted)
+        drafts: list[tuple[int, ...]] = []
+        for request, count in granted:
+            guess: tuple[int, ...] = ()
+            if count == request.num_missing:
+                guess = request.draft(min(self._draft_tokens, budget))
+                if not self._holdings.extend(request, count + len(guess)):
+                    guess = guess[: len(request.page_ids) * PAGE_SIZE - request.num_computed - count]
+            drafts.append(guess)
+            budget -= len(guess)
+        return drafts
+
+    def _count(self, scheduled: ScheduledRequest, first_new: int, held: int) -> None:
+        """Count the rows of one result: new from position `first_new` on, `held` drafts among them."""
+        known = len(scheduled.token_ids) - scheduled.num_drafts
+        decoded = max(0, scheduled.start + known + held - first_new)
+        self._decode_tokens += decoded
+        self._prefill_tokens += known + held - decoded
+        if scheduled.num_drafts:
+            self._drafted += scheduled.num_drafts
+            self._draft_lengths[held] += 1
+
+    def _preempt(self, request: Request) -> None:
+        """Take the pages of the request that arrived last, and put it at the front of the queue."""
+        self._running.remove(request)
+        self._holdings.pages.release(request.preempt())
+        self._waiting.appendleft(request)
+        self._preemptions += 1
+
+    def _remove(self, request: Request) -> None:
+        """The one way out: off its queue, its pages released."""
+        del self._requests[request.request_id]
+        if request.page_ids:
+            self._running.remove(request)
+        else:
+            self._waiting.remove(request)
+        self._holdings.pages.release(request.page_ids)
+
+    def _is_running(self, request: Request) -> bool:
+        # Only the last of the running ever leaves while pages are taken.
+        return bool(self._running) and self._running[-1].arrival >= request.arrival
+
+    def _refuse_unfit(self, submit: Submit) -> None:
+        prompt, output = len(submit.prompt_token_ids), submit.sampling.max_tokens
+        if prompt < 1 or output < 1:
+            raise ValueError(
+                f"a request needs at least 1 prompt token and 1 output token, not {prompt} and {output}"
+            )
+        if submit.top_k is not None and submit.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {submit.top_k}")
+        if prompt + output > self._max_model_len:
+            raise ValueError(
+                f"prompt ({prompt}) and max_tokens ({output}) are {prompt + output} tokens together, "
+                f"but max_model_len is {self._max_model_len}"
+            )
+        needed = pages_for(prompt + output - 1)  # the last token is sampled but never computed
+        if needed > self._holdings.pages.num_pages:
+            raise ValueError(
+                f"prompt ({prompt}) and max_tokens ({output}) may need {needed} pages, "
+                f"but the cache has {self._holdings.pages.num_pages}"
+            )
+
+    def _refuse_in_flight(self, action: str) -> None:
+        if self._in_flight is not None:
+            raise RuntimeError(f"cannot {action} while a plan is in flight; apply its result first")
+
+
+def _place(request: Request) -> Place:
+    return Place(request.num_computed, request.top_k)

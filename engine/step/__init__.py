@@ -1,0 +1,1 @@
+"""The step: from a plan to tokens, and the process around it."""

@@ -1,0 +1,134 @@
+"""The engine process: `python -m engine.step.process --fd N`, N an inherited stream socket to the server.
+
+Ends when the server does (the end of the stream), when told to stop, or when it can no longer compute.
+Signals are the server's business: Ctrl-C reaches it alone, and it decides what still finishes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+
+from engine.channel import EngineEnd
+from engine.errors import EngineError, ProtocolError, RankError
+from engine.protocol import Abort, Delta, Failed, Loading, Start, Stop, Submit, ToEngine
+from engine.step.build import Built, build
+
+_log = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 0.1
+
+
+def main() -> None:
+    """Read `Start`, load, then serve until the end."""
+    parser = argparse.ArgumentParser(description="The engine process. Started by the server, not by hand.")
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the server")
+    end = EngineEnd(socket.socket(fileno=parser.parse_args().fd))
+    logging.basicConfig(format="engine: %(message)s", level=logging.INFO)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    first = end.receive()
+    if first is None:
+        return
+    if not isinstance(first, Start):
+        raise ProtocolError(f"the first message must be Start, not {type(first).__name__}")
+    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(end, inbox), daemon=True).start()
+    try:
+        built = build(first.config, _Progress(end), lambda reason: _give_up(end, reason))
+    except EngineError as error:
+        end.send(Failed(message=str(error)))
+        sys.exit(1)
+    if built.unused_tensors:
+        names = ", ".join(built.unused_tensors[:5])
+        _log.warning("%d tensors of the checkpoint were not used: %s ...", len(built.unused_tensors), names)
+    if built.weights.fp8_bytes or built.weights.dequantised_bytes:
+        _log.info("%s", built.weights)
+    _log.info("%s", built.kernels)
+    end.send(built.ready)
+    try:
+        _loop(end, inbox, built)
+    except RankError as error:
+        _log.error("%s", error)
+        end.send(Failed(message=str(error)))
+        built.close()
+        os._exit(1)  # what the device still does may wait for a rank that is gone
+    built.close()
+    if built.team is not None:
+        os._exit(0)  # not by unwinding: NCCL would wait for ranks that have left
+
+
+def _give_up(end: EngineEnd, reason: str) -> None:
+    """From any thread, and at once: the main one may wait for a rank that is gone."""
+    with suppress(OSError):
+        end.send(Failed(message=reason))
+    os._exit(1)
+
+
+class _Progress:
+    """Forwards progress, at most a few times a second and always at the end of a stage."""
+
+    def __init__(self, end: EngineEnd) -> None:
+        self._end = end
+        self._last = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done >= total or now - self._last > _PROGRESS_SECONDS:
+            self._last = now
+            self._end.send(Loading(stage=stage, done=done, total=total))
+
+
+def _read(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine]) -> None:
+    """Reader thread: messages to the inbox. When the server is gone there is nobody to compute for."""
+    while True:
+        try:
+            message = end.receive()
+        except ProtocolError as error:
+            _log.error("%s", error)
+            os._exit(2)
+        if message is None:
+            os._exit(0)
+        inbox.put(message)
+
+
+def _loop(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine], built: Built) -> None:
+    core = built.core
+    while True:
+        deltas: list[Delta] = []
+        changed = False
+        while not core.has_work or not inbox.empty():
+            if changed and not core.has_work and inbox.empty():
+                break  # tell what changed before sleeping
+            message = inbox.get()
+            changed = True
+            if isinstance(message, Submit):
+                deltas.extend(core.submit(message))
+            elif isinstance(message, Abort):
+                deltas.extend(core.abort(message.request_id))
+            elif isinstance(message, Stop):
+                deltas.extend(core.abort_all())
+                end.send(core.tell(tuple(deltas)))
+                return
+            else:
+                raise ProtocolError(f"{type(message).__name__} came while the engine was running")
+        if changed:
+            end.send(core.tell(tuple(deltas)))
+        output = core.step()
+        if output is not None:
+            end.send(output)
+        if core.broken:
+            end.send(Failed(message="several steps in a row failed; the device may be broken"))
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

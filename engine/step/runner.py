@@ -1,0 +1,110 @@
+"""Runs a step plan: batch, forward, logits of the rows that matter, tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import accumulate
+
+import msgspec
+import torch
+from torch import Tensor
+
+from engine.attention.batch import Batch, build_batch
+from engine.memory.planes import PagedCache
+from engine.models.family import Model
+from engine.plan.tiles import TileCosts
+from engine.plan.types import Drawn, Sampled, SampleSpec, StepPlan, StepResult
+from engine.protocol import TokenLogprob
+from engine.step.drafting import LayerDrafter
+from engine.step.sampler import sample, token_logprobs
+from engine.step.speculation import row_specs, verify
+
+_LOGIT_ROWS = 64  # rows of prompt logits held at once: 64 x 49152 float32 is 12 MiB
+
+
+class Runner:
+    """One model and its cache on one device."""
+
+    def __init__(
+        self,
+        model: Model,
+        cache: PagedCache,
+        costs: TileCosts,
+        device: torch.device,
+        drafter: LayerDrafter | None = None,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._costs = costs
+        self._device = device
+        self._drafter = drafter
+        self.model_seconds = 0.0  # in the model's forward and logits; with CUDA, to launch them
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute the plan's rows, write their cache entries, draw the tokens that it asks for."""
+        batch, hidden = self.forward(plan)
+        ends = list(accumulate(len(request.token_ids) for request in plan.requests))
+        specs = [row_specs(request) for request in plan.requests]
+        rows = [end - len(own) + i for end, own in zip(ends, specs, strict=True) for i in range(len(own))]
+        drawn: Iterator[Drawn] = iter(())
+        if rows:
+            drawn = iter(_sample_each(self._logits(hidden[rows]), [spec for own in specs for spec in own]))
+        results: list[Sampled] = []
+        for request, end, own in zip(plan.requests, ends, specs, strict=True):
+            one = verify(request, [next(drawn) for _ in own])
+            if request.prompt_targets:
+                first = end - len(request.token_ids)
+                targets = hidden[first : first + len(request.prompt_targets)]
+                scored = self._score(targets, request.prompt_targets, request.prompt_alternatives)
+                one = msgspec.structs.replace(one, prompt_logprobs=scored)
+            results.append(one)
+        if self._drafter is not None:
+            results = self._drafter.propose(plan, batch, hidden, results)
+        if not rows and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # as tokens would wait: a step is timed around this call
+        return StepResult(sampled=tuple(results))
+
+    def hidden(self, plan: StepPlan) -> Tensor:
+        """Hidden states after the last norm, one a row of the plan: [T, hidden]."""
+        return self.forward(plan)[1]
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> tuple[Batch, Tensor]:
+        """The plan's rows as tensors, and `hidden` of them."""
+        if plan.wiped_pages:
+            self._cache.wipe(plan.wiped_pages)
+        batch = build_batch(plan, self._costs, self._device)
+        began = time.perf_counter()
+        hidden = self._model.forward(batch, self._cache)
+        self.model_seconds += time.perf_counter() - began
+        return batch, hidden
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        began = time.perf_counter()
+        logits = self._model.logits(rows)
+        self.model_seconds += time.perf_counter() - began
+        return logits
+
+    def _score(self, rows: Tensor, targets: tuple[int, ...], alternatives: int) -> tuple[TokenLogprob, ...]:
+        """Log-probability of each row's known next token."""
+        scored: list[TokenLogprob] = []
+        for start in range(0, len(targets), _LOGIT_ROWS):
+            logits = self._logits(rows[start : start + _LOGIT_ROWS])
+            scored.extend(token_logprobs(logits, targets[start : start + _LOGIT_ROWS], alternatives))
+        return tuple(scored)
+
+
+def _sample_each(logits: Tensor, specs: list[SampleSpec]) -> list[Drawn]:
+    """All rows together; should that fail, one by one, so that one bad request fails alone."""
+    try:
+        return sample(logits, specs)
+    except (RuntimeError, IndexError, ValueError):
+        drawn: list[Drawn] = []
+        for row, spec in enumerate(specs):
+            try:
+                drawn.extend(sample(logits[row : row + 1], [spec]))
+            except (RuntimeError, IndexError, ValueError) as error:
+                drawn.append(Drawn(error=f"sampling failed: {error}"))
+        return drawn

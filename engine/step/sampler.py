@@ -1,0 +1,147 @@
+"""From logits to tokens. Each request's choice is a function of its own row, seed and position only.
+
+The random numbers of a request's n-th token come from a hash of (seed, n), so neither the batch around it nor
+a preemption and recomputation can change it. Rows are chosen from on the CPU: what is left of a row after its
+filters is short, and work on short arrays is cheaper there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.plan.types import Drawn, SampleSpec
+from engine.protocol import SamplingParams, TokenLogprob
+from engine.step.filters import runners
+from engine.step.race import race
+
+Row = NDArray[np.float32]
+"""[vocab]"""
+
+
+def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
+    """Draw one token a row; a row whose logits are not finite gets an error and harms no other.
+
+    Args:
+        logits: [N, vocab] float32
+        specs: N of them, in the rows' order
+    """
+    tokens, finite = best_tokens(logits)
+    for row, spec in enumerate(specs):
+        if finite[row] and not _is_plain_greedy(spec.params):
+            tokens[row] = _draw(logits[row].cpu().numpy(), spec)
+    reported: dict[int, list[int]] = {}  # rows by how many alternatives they report
+    for row, spec in enumerate(specs):
+        if finite[row] and spec.params.logprobs is not None:
+            reported.setdefault(spec.params.logprobs, []).append(row)
+    logprobs: dict[int, TokenLogprob] = {}
+    for alternatives, rows in reported.items():
+        own = token_logprobs(logits[rows], [tokens[row] for row in rows], alternatives)
+        logprobs.update(zip(rows, own, strict=True))
+    return [
+        Drawn(token_id=token, logprob=logprobs.get(row)) if good else _NOT_FINITE
+        for row, (token, good) in enumerate(zip(tokens, finite, strict=True))
+    ]
+
+
+_NOT_FINITE = Drawn(
+    error="the model's logits are not finite, so no token can be drawn from them", nonfinite=True
+)
+
+
+def best_tokens(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """The first of each row's largest logits [N, vocab], and whether all numbers of the row are finite.
+
+    On a CPU by NumPy, whose argmax and min are vectorised. Both stop at a not-a-number, so that with the largest
+    and the smallest number all are finite.
+    """
+    if logits.device.type != "cpu":
+        return best_tokens_by_sum(logits)
+    tokens: list[int] = []
+    finite: list[bool] = []
+    for row in logits.numpy():
+        token = int(row.argmax())
+        tokens.append(token)
+        finite.append(math.isfinite(row[token]) and math.isfinite(row.min()))
+    return tokens, finite
+
+
+def best_tokens_by_sum(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """The same on any device: a finite sum proves that all are finite, another may only be too large."""
+    finite: list[bool] = torch.isfinite(logits.sum(-1)).tolist()
+    if not all(finite):
+        finite = torch.isfinite(logits).all(-1).tolist()
+    tokens: list[int] = logits.argmax(-1).tolist()
+    return tokens, finite
+
+
+def token_logprob(logits: Tensor, token: int, alternatives: int) -> TokenLogprob:
+    """Natural log-probability of `token` under the unmodified distribution of `logits` [vocab]."""
+    return token_logprobs(logits.unsqueeze(0), [token], alternatives)[0]
+
+
+def token_logprobs(logits: Tensor, tokens: Sequence[int], alternatives: int) -> list[TokenLogprob]:
+    """The same of many rows at once, which waits for the device once and not at every token.
+
+    Args:
+        logits: [N, vocab] float32
+        tokens: N token ids, one a row
+        alternatives: how many of the likeliest tokens to report with each
+    """
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1))
+    ranks = ((logprobs > own).sum(-1, dtype=torch.int32) + 1).tolist()  # as int64 it takes twice as long
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
+    if alternatives:
+        values, ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))
+        tops = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    rows = zip(tokens, own.squeeze(-1).tolist(), ranks, tops, strict=True)
+    return [TokenLogprob(token_id=t, logprob=value, rank=rank, top=top) for t, value, rank, top in rows]
+
+
+def _is_plain_greedy(params: SamplingParams) -> bool:
+    return params.temperature == 0 and not _has_penalty(params) and not params.logit_bias
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+
+
+def _draw(logits: Row, spec: SampleSpec) -> int:
+    """One token from one row: penalties, temperature, filters, then the race."""
+    params = spec.params
+    logits = penalised(logits, spec)
+    if params.temperature == 0:
+        return int(logits.argmax())
+    with np.errstate(over="ignore"):  # at a temperature near 0 all but the best are infinitely far
+        weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
+    token_ids, rest = runners(weights, params)
+    return race(weights, token_ids, rest, params.seed, spec.output_index)
+
+
+def penalised(logits: Row, spec: SampleSpec) -> Row:
+    """Logit bias, then repetition (prompt and output), frequency and presence (output) penalties.
+
+    Repetition penalty divides a positive logit and multiplies a negative one (Keskar et al.,
+    arXiv 1909.05858); presence and frequency subtract (OpenAI's API reference).
+    """
+    params = spec.params
+    if not params.logit_bias and not _has_penalty(params):
+        return logits
+    logits = logits.copy()
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    if params.repetition_penalty != 1:
+        seen = np.unique(np.array(spec.history, dtype=np.int64))
+        values, by = logits[seen], np.float32(params.repetition_penalty)
+        logits[seen] = np.where(values > 0, values / by, values * by)
+    generated = spec.history[spec.prompt_len :]
+    if generated and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = np.unique(np.array(generated, dtype=np.int64), return_counts=True)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    return logits

@@ -1,0 +1,88 @@
+"""A worker: `python -m engine.step.worker`, started by the engine or a node; computes its part of every step.
+
+Ends when that process does (the end of the socket), or when it can no longer compute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import queue
+import shutil
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import EngineError, ProtocolError
+from engine.parallel.group import Meeting, join
+from engine.parallel.link import Assignment, Link, Loaded
+from engine.plan.types import StepPlan
+from engine.protocol import Failed
+from engine.step.build import load_part
+
+_log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main() -> None:
+    """Read the config, load, then compute plans until the end."""
+    parser = argparse.ArgumentParser(
+        description="One rank of the engine. Started by the engine, not by hand."
+    )
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to its parent")
+    options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # the end of the socket is enough, unless this process stands still
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    link = Link(socket.socket(fileno=options.fd))
+    assignment = link.receive(msgspec.msgpack.Decoder(Assignment))
+    if assignment is None:
+        return
+    config, rank, meeting = assignment.config, assignment.rank, assignment.meeting
+    logging.basicConfig(format=f"engine: rank {rank}: %(message)s", level=logging.INFO)
+    plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(link, plans, meeting), daemon=True).start()
+    try:
+        part = load_part(
+            config,
+            rank,
+            lambda device: join(rank, config.tensor_parallel, meeting, device, address=assignment.address),
+        )
+        link.send(Loaded(rank=rank, num_bytes=part.report.num_bytes))
+        while True:
+            part.runner.forward(plans.get())
+    except Exception as error:
+        if not isinstance(error, EngineError):
+            _log.exception("failed")
+        message = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+        link.send(Failed(message=message))
+        # Not by unwinding: what the device still does could wait for ranks that will not come.
+        os._exit(1)
+
+
+def _read(link: Link, plans: queue.SimpleQueue[StepPlan], meeting: Meeting) -> None:
+    """Reader thread. Without an engine process there is nobody to compute for, nor to tidy up."""
+    decoder = msgspec.msgpack.Decoder(StepPlan)
+    while True:
+        try:
+            plan = link.receive(decoder)
+        except ProtocolError as error:
+            _log.error("%s", error)
+            os._exit(2)
+        if plan is None:
+            if meeting.file is not None:
+                shutil.rmtree(Path(meeting.file).parent, ignore_errors=True)
+            os._exit(0)
+        plans.put(plan)
+
+
+if __name__ == "__main__":
+    main()

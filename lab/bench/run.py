@@ -1,0 +1,230 @@
+"""Starts what is to be started, asks everybody in turn, and writes down each suite as it goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lab.bench.ask import Asker
+from lab.bench.endpoint import Endpoint, NotYetError, connect
+from lab.bench.errors import BenchError
+from lab.bench.inprocess import NAME as IN_PROCESS
+from lab.bench.inprocess import Overhead, drive
+from lab.bench.machine import describe
+from lab.bench.prompts import Words
+from lab.bench.report import show
+from lab.bench.results import Results, Sample, Server
+from lab.bench.servers import LocalServer, all_stopped, leave, others_paused
+from lab.bench.suites import Suite, Values
+from lab.bench.timing import Timing
+from server.hub.models import ModelFiles
+from server.hub.stages import Stages
+from server.text.tokenizer import load_tokenizer
+
+QUIET_SECONDS = 15.0
+"""Between lines of progress where there is no terminal."""
+_POLL_SECONDS = 0.5
+_WARM_UP = (64, 8)
+"""Tokens of prompt and answer of the request that nobody measures."""
+
+Contender = tuple[Asker, LocalServer | None]
+"""A server, and its process where it was started here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        suites: one after the other, with the same servers.
+        endpoints: name -> address of servers that run.
+        commands: name -> command line of servers to start, {port} in it.
+        own: the one that is compared with the others.
+        fields: name -> more fields of its requests' bodies.
+        files: the model's, for its tokenizer and for the engine in process.
+        rounds: samples of each case of each server.
+        cpus: cores that the started servers are held to, together; None is any.
+        as_text: send prompts as text, for servers that take no token ids.
+        out: the folder of results.
+        start_seconds: how long a server may take to start.
+        command: what the user typed.
+    """
+
+    suites: tuple[Suite, ...]
+    endpoints: Mapping[str, str]
+    commands: Mapping[str, str]
+    own: str
+    fields: Mapping[str, Mapping[str, Any]]
+    files: ModelFiles
+    rounds: int
+    cpus: tuple[int, ...] | None
+    as_text: bool
+    out: Path
+    start_seconds: float
+    command: str
+
+
+def run(plan: Plan, console: Console) -> list[Results]:
+    """Measure; the results, which are in the folder too.
+
+    Raises:
+        BenchError: it cannot be done; suites that were done before are kept.
+        TokenizerError: the model's tokenizer.
+    """
+    try:  # an extra, and better missed now than after the work
+        from lab.bench.plot import draw
+    except ImportError:
+        raise BenchError(
+            "matplotlib is not installed; the pictures need it: pip install 'dsa-serve[train]'"
+        ) from None
+    words = Words(load_tokenizer(plan.files.weights))
+    plan.out.mkdir(parents=True, exist_ok=True)
+    started: list[LocalServer] = []
+    done = []
+    with all_stopped(started), asyncio.Runner() as runner:
+        if plan.cpus is not None:
+            leave(plan.cpus)
+        for suite in plan.suites:
+            results = runner.run(_measure(plan, suite, words, started))
+            done.append(results)
+            path, picture = results.save(plan.out), draw(results, plan.out)
+            show(console, results)
+            console.print(f"written: {path} and {picture}", highlight=False, soft_wrap=True)
+    return done
+
+
+async def _measure(plan: Plan, suite: Suite, words: Words, started: list[LocalServer]) -> Results:
+    """One suite; the servers are started by the first."""
+    machine, began = describe(), time.monotonic()
+    async with contextlib.AsyncExitStack() as stack:
+        with Stages(quiet_seconds=QUIET_SECONDS) as stages:
+            contenders: list[Contender] = []
+            for name, url in plan.endpoints.items():
+                endpoint = await stack.enter_async_context(
+                    connect(name, url, dict(plan.fields.get(name, {})))
+                )
+                contenders.append((_asker(plan, endpoint, words), None))
+            fresh = not started
+            for i, (name, command) in enumerate(plan.commands.items()):
+                if fresh:
+                    started.append(LocalServer(name, command, plan.out / f"{name}.log", plan.cpus))
+                local = started[i]
+                endpoint = await stack.enter_async_context(
+                    connect(name, local.url, dict(plan.fields.get(name, {})))
+                )
+                contenders.append((_asker(plan, endpoint, words), local))
+                await _warm_up(contenders[-1][0], local, plan.start_seconds, stages)
+            for ask, _ in contenders[: len(plan.endpoints)]:
+                await _warm_up(ask, None, 0, stages)
+            results = _empty(plan, suite, machine, contenders)
+            await _turns(plan, suite, contenders, results, stages)
+    results.seconds = time.monotonic() - began
+    return results
+
+
+def _asker(plan: Plan, endpoint: Endpoint, words: Words) -> Asker:
+    return Asker(endpoint, words, as_text=plan.as_text, run=uuid.uuid4().hex)
+
+
+async def _warm_up(ask: Asker, local: LocalServer | None, seconds: float, stages: Stages) -> None:
+    """Wait until a server answers, and let it answer once."""
+    name, began = ask.endpoint.name, time.monotonic()
+    while True:
+        stages(f"waiting for {name}", 0, 0)
+        if local is not None:
+            local.check()
+        try:
+            await ask.endpoint.greet()
+            await ask.one(*_WARM_UP, body="warm-up", head=("warm-up", began))
+        except NotYetError as reason:
+            if time.monotonic() - began >= seconds:
+                waited = f" after {seconds:g} seconds" if seconds else ""
+                raise BenchError(f"{name} cannot be measured{waited}: {reason}") from None
+            await asyncio.sleep(_POLL_SECONDS)
+        else:
+            return
+
+
+def _empty(plan: Plan, suite: Suite, machine: dict[str, Any], contenders: Sequence[Contender]) -> Results:
+    cpus = None if plan.cpus is None else list(plan.cpus)
+    servers = [
+        Server(
+            name=ask.endpoint.name,
+            url=ask.endpoint.url,
+            command=None if local is None else local.command,
+            cpus=None if local is None else cpus,
+            about=ask.endpoint.about,
+            fields=dict(plan.fields.get(ask.endpoint.name, {})),
+        )
+        for ask, local in contenders
+    ]
+    if isinstance(suite, Overhead):
+        servers = [server for server in servers if server.name == plan.own]
+        servers.append(Server(name=IN_PROCESS, url=None, command=None, cpus=cpus))
+    settings = vars(suite) | {
+        "rounds": plan.rounds, "model": plan.files.name, "as_text": plan.as_text,
+    }  # fmt: skip
+    return Results(
+        suite=suite.name, title=suite.title, axis=suite.axis, metrics=list(suite.metrics), own=plan.own,
+        command=plan.command, started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), settings=settings,
+        machine=machine, servers=servers,
+    )  # fmt: skip
+
+
+async def _turns(
+    plan: Plan, suite: Suite, contenders: Sequence[Contender], results: Results, stages: Stages
+) -> None:
+    """Every case, round by round, and in every round each server, another one first each time."""
+    ours = [local for _, local in contenders if local is not None]
+    names = [server.name for server in results.servers]
+    asked = {ask.endpoint.name: (ask, local) for ask, local in contenders}
+    total, done = len(suite.cases) * plan.rounds * len(names), 0
+    for case in suite.cases:
+        for turn in range(plan.rounds):
+            at = turn % len(names)
+            for name in names[at:] + names[:at]:
+                stages(f"{suite.name}, {case:,} {suite.axis.partition(' ')[0]}: {name}", done, total)
+                done += 1
+                timings: list[Timing] = []
+                peak: int | None = None
+                if isinstance(suite, Overhead) and name == IN_PROCESS:
+                    with others_paused(ours, None):
+                        values, peak = await drive(suite.command(plan.files, case), plan.cpus)
+                else:
+                    ask, local = asked[name]
+                    with others_paused(ours, local):
+                        values, timings = await _sample(suite, ask, local, case, turn)
+                    zero = min(timing.sent for timing in timings)
+                    timings = [timing.since(zero) for timing in timings]
+                    peak = None if local is None else local.peak_memory()
+                sample = Sample(
+                    server=name, case=case, turn=turn, values=values, requests=timings, peak_memory_bytes=peak
+                )
+                results.samples.append(sample)
+            results.summarise()
+            results.save(plan.out)
+    for server in results.servers:
+        local = asked[server.name][1] if server.name in asked else None
+        if local is not None:
+            server.peak_memory_bytes = local.peak_memory()
+        said = suite.remarks(results.figures, server.name)
+        results.remarks += [f"{server.name}: {remark}" for remark in said]
+
+
+async def _sample(
+    suite: Suite, ask: Asker, local: LocalServer | None, case: int, turn: int
+) -> tuple[Values, list[Timing]]:
+    try:
+        return await suite.sample(ask, case, turn)
+    except (BenchError, NotYetError) as error:
+        if local is not None:
+            local.check()
+        raise BenchError(f"{suite.name} at {case:,}: {error}") from None

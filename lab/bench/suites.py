@@ -1,0 +1,272 @@
+"""The suites: what each asks of an endpoint, and which figures follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import msgspec
+
+from lab.bench.ask import Asker
+from lab.bench.statistics import Better, Spread
+from lab.bench.timing import Timing, decode_rate_of_all, gap_percentiles, output_rate
+
+Values = dict[str, float]
+"""Metric -> value of one sample; one that cannot be told is left out."""
+Figures = Mapping[int, Mapping[str, Mapping[str, Spread]]]
+"""Case -> server -> metric -> what was measured."""
+
+
+class Metric(msgspec.Struct, frozen=True, kw_only=True):
+    """A figure of a sample.
+
+    Attributes:
+        name: its key in results.
+        heading: of a table's column, with the unit.
+        better: whether more or less is.
+        digits: after the point, in tables.
+        drawn: whether the picture has it.
+    """
+
+    name: str
+    heading: str
+    better: Better
+    digits: int = 1
+    drawn: bool = False
+
+
+DECODE = Metric(name="decode_rate", heading="decode tok/s", better="more", drawn=True)
+OUTPUT = Metric(name="output_rate", heading="output tok/s", better="more")
+TTFT = Metric(name="ttft", heading="TTFT s", better="less", digits=3, drawn=True)
+P50 = Metric(name="gap_p50", heading="p50 ms", better="less")
+P99 = Metric(name="gap_p99", heading="p99 ms", better="less", drawn=True)
+STARVATION = Metric(name="starvation", heading="p99/p50", better="less", digits=2)
+
+
+class Suite(Protocol):
+    """One thing to measure at several sizes.
+
+    Attributes:
+        name: of the command and the files.
+        title: of table and picture.
+        axis: what a case's number counts.
+        metrics: what is told; the first is compared with the best of the other servers.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    axis: ClassVar[str]
+    metrics: ClassVar[tuple[Metric, ...]]
+
+    @property
+    def cases(self) -> Sequence[int]:
+        """The sizes."""
+
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+        """Measure one endpoint once.
+
+        Args:
+            ask: the endpoint
+            case: the size
+            turn: counts the samples of this case from 0
+        """
+
+    def remarks(self, figures: Figures, server: str) -> list[str]:
+        """What the figures of one server say, in words; each is a part of a sentence about it."""
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One stream's speed behind contexts of several lengths.
+
+    All turns of a case have the same prompt: only what follows the first token counts, so a prefix
+    cache shortens the run and changes nothing.
+    """
+
+    contexts: tuple[int, ...]
+    tokens: int
+
+    name: ClassVar[str] = "decode"
+    title: ClassVar[str] = "decode, one stream"
+    axis: ClassVar[str] = "context (tokens)"
+    metrics: ClassVar[tuple[Metric, ...]] = (DECODE, P50, msgspec.structs.replace(P99, drawn=False))
+
+    @property
+    def cases(self) -> Sequence[int]:
+        """Contexts."""
+        return self.contexts
+
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+        """One request."""
+        timing = await ask.one(case, self.tokens, body=case, head=(self.name, case))
+        return _told(decode_rate=timing.decode_rate) | _gaps([timing]), [timing]
+
+    def remarks(self, figures: Figures, server: str) -> list[str]:
+        """How flat it is."""
+        return _against(figures, server, DECODE, min(self.contexts), max(self.contexts), "tokens of context")
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """How fast prompts of several lengths are read, none of them known to a prefix cache."""
+
+    lengths: tuple[int, ...]
+
+    name: ClassVar[str] = "prefill"
+    title: ClassVar[str] = "prefill, one stream, cold"
+    axis: ClassVar[str] = "prompt (tokens)"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric(name="prefill_rate", heading="prompt tok/s", better="more", drawn=True),
+        msgspec.structs.replace(TTFT, drawn=False),
+    )
+
+    @property
+    def cases(self) -> Sequence[int]:
+        """Lengths."""
+        return self.lengths
+
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+        """One request for one token."""
+        timing = await ask.one(case, 1, body=(case, turn), head=(self.name, case, turn))
+        seconds = timing.first_token_seconds
+        return {"prefill_rate": case / seconds, "ttft": seconds}, [timing]
+
+    def remarks(self, figures: Figures, server: str) -> list[str]:
+        """Nothing that the table does not say."""
+        return []
+
+
+@dataclass(frozen=True)
+class Concurrency:
+    """Several streams at once: speed of all, and whether one of them has to wait.
+
+    All are sent at the same moment, first with cold prompts: the early ones decode while others' prompts
+    are read, which shows in the waits between tokens. A server may hold new prompts back for the sake of
+    those waits, so that the streams never meet; therefore all are sent once more, their prompts cached by
+    now, and the decode rate is taken of that.
+    """
+
+    streams: tuple[int, ...]
+    context: int
+    tokens: int
+
+    name: ClassVar[str] = "concurrency"
+    title: ClassVar[str] = "streams at once, all of them together"
+    axis: ClassVar[str] = "streams"
+    metrics: ClassVar[tuple[Metric, ...]] = (DECODE, OUTPUT, P50, P99, STARVATION, TTFT)
+
+    @property
+    def cases(self) -> Sequence[int]:
+        """Numbers of streams."""
+        return self.streams
+
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+        """All streams, cold and once more; `requests` of the sample has them in this order."""
+        head = (self.name, case, turn)
+        cold = await ask.many(case, self.context, self.tokens, body=turn, head=head)
+        cached = await ask.many(case, self.context, self.tokens, body=turn, head=head)
+        ttft = sum(timing.first_token_seconds for timing in cold) / case
+        values = _told(decode_rate=decode_rate_of_all(cached), output_rate=output_rate(cold), ttft=ttft)
+        return values | _gaps(cold), [*cold, *cached]
+
+    def remarks(self, figures: Figures, server: str) -> list[str]:
+        """What more streams bring."""
+        most = max(self.streams)
+        few = max((n for n in self.streams if n <= 8), default=most)
+        return _against(figures, server, DECODE, few, most, "streams")
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Time to the first token of a prompt whose beginning is cached, against a cold one of the same length."""
+
+    prefixes: tuple[int, ...]
+    tail: int
+
+    name: ClassVar[str] = "prefix"
+    title: ClassVar[str] = "time to the first token behind a cached prefix"
+    axis: ClassVar[str] = "prefix (tokens)"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric(name="warm_ttft", heading="cached TTFT s", better="less", digits=3, drawn=True),
+        Metric(name="cold_ttft", heading="cold TTFT s", better="less", digits=3, drawn=True),
+        Metric(name="share", heading="cached/cold", better="less", digits=3),
+        Metric(name="cached_tokens", heading="cached tokens", better="more", digits=0),
+    )
+
+    @property
+    def cases(self) -> Sequence[int]:
+        """Lengths of the prefix."""
+        return self.prefixes
+
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+        """A cold prompt, and one that begins like it and ends otherwise."""
+        shared = {"body": (case, turn), "head": (self.name, case, turn)}
+        cold = await ask.with_tail(case, self.tail, tail_of=(turn, "cold"), **shared)
+        warm = await ask.with_tail(case, self.tail, tail_of=(turn, "warm"), **shared)
+        values = _told(
+            cold_ttft=cold.first_token_seconds,
+            warm_ttft=warm.first_token_seconds,
+            share=warm.first_token_seconds / cold.first_token_seconds,
+            cached_tokens=warm.cached_tokens,
+        )
+        return values, [cold, warm]
+
+    def remarks(self, figures: Figures, server: str) -> list[str]:
+        """Nothing that the table does not say."""
+        return []
+
+
+@dataclass(frozen=True)
+class Long:
+    """One whole request, cold, as its context grows to all that the model has."""
+
+    contexts: tuple[int, ...]
+    tokens: int
+
+    name: ClassVar[str] = "long"
+    title: ClassVar[str] = "a whole request, one stream, cold"
+    axis: ClassVar[str] = "prompt (tokens)"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric(name="seconds", heading="request s", better="less", digits=2, drawn=True),
+        TTFT,
+        DECODE,
+    )
+
+    @property
+    def cases(self) -> Sequence[int]:
+        """Lengths of the prompt."""
+        return self.contexts
+
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+        """One request."""
+        timing = await ask.one(case, self.tokens, body=(case, turn), head=(self.name, case, turn))
+        values = _told(
+            seconds=timing.ended - timing.sent,
+            ttft=timing.first_token_seconds,
+            decode_rate=timing.decode_rate,
+        )
+        return values, [timing]
+
+    def remarks(self, figures: Figures, server: str) -> list[str]:
+        """How flat decoding is."""
+        return _against(figures, server, DECODE, min(self.contexts), max(self.contexts), "tokens of context")
+
+
+def _told(**values: float | None) -> Values:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _gaps(timings: Sequence[Timing]) -> Values:
+    percentiles = gap_percentiles(timings)
+    if percentiles is None:
+        return {}
+    p50, p99 = percentiles
+    return {"gap_p50": p50 * 1e3, "gap_p99": p99 * 1e3} | ({"starvation": p99 / p50} if p50 else {})
+
+
+def _against(figures: Figures, server: str, metric: Metric, few: int, many: int, unit: str) -> list[str]:
+    one, other = (figures.get(case, {}).get(server, {}).get(metric.name) for case in (few, many))
+    if few == many or one is None or other is None:
+        return []
+    return [f"{other.median / one.median:.2f} × as fast with {many:,} {unit} as with {few:,}"]

@@ -1,0 +1,188 @@
+"""Steps of the real runner, made to order and timed.
+
+Each case is a batch as the scheduler would plan it: prefill chunks and decodes, sparse and dense, over
+contexts and batch sizes. Their coefficients need not be told apart by one case; the fit has all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from engine.config import PAGE_SIZE
+from engine.memory.planes import PagedCache
+from engine.plan.cost import CostModel
+from engine.plan.types import SampleSpec, ScheduledRequest, StepPlan
+from engine.protocol import SamplingParams
+from engine.step.runner import Runner
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A step of `requests` alike requests."""
+
+    kind: str  # dense prefill, sparse decode, ...
+    start: int  # tokens that each request has computed before
+    rows: int  # tokens that each gets
+    requests: int
+    top_k: int | None  # None: dense
+    sampled: bool
+    held_out: bool  # not fitted, but used to judge the fit
+
+    @property
+    def pages(self) -> int:
+        """Pages that all of its requests need."""
+        return self.requests * -(-(self.start + self.rows) // PAGE_SIZE)
+
+
+class Measured(NamedTuple):
+    """What a case took."""
+
+    case: Case
+    features: tuple[float, ...]  # as `features` gives
+    seconds: float  # the least of the rounds: what disturbs a step only adds
+
+
+_CONTEXTS = (
+    512,
+    1024,
+    1536,
+    2048,
+    3072,
+    4096,
+    6144,
+    8192,
+    12288,
+    16384,
+    24576,
+    32768,
+    49152,
+    65536,
+    98304,
+    131072,
+)
+
+
+def cases(max_context: int, num_pages: int, budget: int, max_running: int, top_k: int | None) -> list[Case]:
+    """What is measured: as much of the grid as fits.
+
+    Args:
+        max_context: longest context, in tokens.
+        num_pages: of the cache.
+        budget: tokens of the largest step.
+        max_running: requests of the largest step.
+        top_k: of sparse cases; None: the model has no indexer, and there are none.
+    """
+    made: list[Case] = []
+    for i, context in enumerate([c for c in _CONTEXTS if c <= max_context] or [max_context]):
+        # Steps of one sparsity alone would leave open what of their time is the selected tokens' and what is the
+        # context's. Which others come with which context changes, so that there are not too many.
+        kinds: list[int | None] = [None, *(() if top_k is None else _sparsities(top_k, i, context))]
+        for sparsity in kinds:
+            name, other = "dense" if sparsity is None else "sparse", sparsity not in (None, top_k)
+            for j, rows in enumerate(sorted({min(64, budget), min(256, budget), budget})):
+                if rows > context or (j == 1 and context > 4096) or (j == 2 and context & (context - 1)):
+                    continue  # large steps take long: fewer of them, but up to the longest context
+                if other and j != (i % 2 if context <= 4096 else 0):
+                    continue
+                start, sampled = context - rows, (i + j) % 2 == 0
+                made.append(Case(f"{name} prefill", start, rows, 1, sparsity, sampled, (i + j) % 3 == 2))
+            for j, requests in enumerate((1, 2, 4, 8)):
+                if other and j % 2 != i % 2:
+                    continue
+                made.append(
+                    Case(f"{name} decode", context - 1, 1, requests, sparsity, True, (i + j) % 3 == 2)
+                )
+    return [case for case in made if case.pages <= num_pages and case.requests <= max_running]
+
+
+def _sparsities(top_k: int, i: int, context: int) -> tuple[int, ...]:
+    """Sparsities that are measured at the i-th context: the one that matters, and one beside it."""
+    beside = top_k * 2 if i % 2 else max(1, top_k // 4)
+    return tuple(k for k in (top_k, beside) if k < context)
+
+
+def features(model: CostModel, plan: StepPlan) -> tuple[float, ...]:
+    """Units of a step, in the order of `Coefficients`: its modelled seconds are their dot product."""
+    sums = [sum(column) for column in zip(*(model.features(r) for r in plan.requests), strict=True)]
+    logits = any(request.sample is not None for request in plan.requests)
+    return 1.0, float(logits), *map(float, sums)
+
+
+class Bench:
+    """Times steps over a cache whose every page holds keys and values of random text."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        cache: PagedCache,
+        vocab_size: int,
+        budget: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._runner, self._cache = runner, cache
+        self._budget, self._clock = budget, clock
+        self._ids = torch.randint(vocab_size, (1 << 20,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def fill(self, tokens: int, progress: Progress) -> None:
+        """Compute `tokens` positions, and copy their pages over all others."""
+        for start in range(0, tokens, self._budget):
+            progress("filling the cache", start, tokens)
+            rows = min(self._budget, tokens - start)
+            self.seconds(Case("fill", start, rows, 1, None, sampled=False, held_out=False))
+        self._cache.repeat(-(-tokens // PAGE_SIZE))
+
+    def plan(self, case: Case, first_page: int = 0) -> StepPlan:
+        """The case as the scheduler would give it to the runner; every request has pages of its own."""
+        each = case.pages // case.requests
+        pages = range(first_page, first_page + case.pages)
+        return StepPlan(
+            requests=tuple(
+                ScheduledRequest(
+                    request_id=f"r{i}",
+                    token_ids=tuple(self._ids[case.start + i : case.start + i + case.rows]),
+                    start=case.start,
+                    page_ids=tuple(pages[i * each : (i + 1) * each]),
+                    top_k=case.top_k,
+                    sample=_SAMPLE if case.sampled else None,
+                )
+                for i in range(case.requests)
+            )
+        )
+
+    def seconds(self, case: Case, first_page: int = 0) -> float:
+        """Run it once."""
+        plan = self.plan(case, first_page)
+        began = self._clock()
+        self._runner.run(plan)
+        return self._clock() - began
+
+    def measure(
+        self, chosen: Sequence[Case], model: CostModel, rounds: int, progress: Progress
+    ) -> list[Measured]:
+        """Every case in every round, so that a machine that is busy for a while disturbs no case alone.
+
+        Rounds go forth and back; short steps, which a disturbance weighs on most, are run a few times in each.
+        """
+        times: dict[Case, list[float]] = {case: [] for case in chosen}
+        for turn in range(rounds):
+            for i, case in enumerate(chosen if turn % 2 == 0 else chosen[::-1]):
+                progress("measuring steps", turn * len(chosen) + i, rounds * len(chosen))
+                for _ in range(_SHORT_REPEATS if case.rows == 1 else 1):
+                    times[case].append(self.seconds(case))
+        return [
+            Measured(case, features(model, self.plan(case)), min(seconds)) for case, seconds in times.items()
+        ]
+
+
+_SHORT_REPEATS = 3
+
+_SAMPLE = SampleSpec(
+    params=SamplingParams(max_tokens=1, seed=0, temperature=0.0), output_index=0, prompt_len=1, history=()
+)

@@ -1,0 +1,222 @@
+"""The model's own answers as training text: `python -m lab.corpus.answers --corpus DIR --url URL`.
+
+An indexer serves what the model writes, so it also learns from that: a running server answers the
+corpus's training prompts, and the conversations join the training split as sequences of kind `answers`.
+The answers are kept in `answers.train.json`: where that file is, nobody is asked again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lab.corpus.chatml import ChatML, Message, Rendered
+from lab.corpus.manifest import FILE_NAME, SequenceInfo, SplitInfo, load_manifest, load_tokens, sha256
+from lab.corpus.packing import SHORTEST, Packed, draw_length
+from server.hub.models import ModelError, resolve
+from server.text.tokenizer import TokenizerError, load_tokenizer
+
+KIND = "answers"
+_TIMEOUT = httpx.Timeout(connect=5, read=600, write=60, pool=None)
+
+
+class AnswersError(Exception):
+    """The answers could not be had; the message says why."""
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """A prompt as the corpus lists it."""
+
+    messages: tuple[dict[str, str], ...]
+    source: str
+
+
+async def ask(
+    url: str,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    seed: int,
+    concurrency: int,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> list[str]:
+    """The server's answers to the prompts, in their order, sampled at temperature 0.7.
+
+    Raises:
+        AnswersError: the server cannot be reached, or refuses.
+    """
+    gate = asyncio.Semaphore(concurrency)
+    answers = [""] * len(prompts)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, transport=transport) as client:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("answering", total=len(prompts))
+
+            async def one(index: int, model: str) -> None:
+                body: dict[str, Any] = {
+                    "model": model,
+                    "messages": prompts[index].messages,
+                    "temperature": 0.7,
+                    "seed": seed + index,
+                    "max_tokens": max_tokens,
+                }
+                async with gate:
+                    response = await client.post("/v1/chat/completions", json=body)
+                if response.is_error:
+                    raise AnswersError(
+                        f"{url} refused a prompt with {response.status_code}: {response.text:.300}"
+                    )
+                answers[index] = response.json()["choices"][0]["message"]["content"]
+                progress.advance(task)
+
+            try:
+                model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
+                async with asyncio.TaskGroup() as group:
+                    for index in range(len(prompts)):
+                        group.create_task(one(index, model))
+            except httpx.HTTPError as error:
+                raise AnswersError(f"no server answers at {url} ({error}); start one: dsa serve") from None
+            except BaseExceptionGroup as failures:
+                first = failures.exceptions[0]
+                if isinstance(first, AnswersError):
+                    raise first from None
+                raise AnswersError(f"{url} failed while answering: {first}") from None
+    return answers
+
+
+def converse(
+    prompts: Sequence[Prompt], answers: Sequence[str], chat: ChatML, rng: random.Random
+) -> Iterator[Packed]:
+    """Conversations joined with the separator between them, up to lengths as of other sequences; focus is the answers."""
+    ids: list[int] = []
+    focus: list[tuple[int, int]] = []
+    sources: set[str] = set()
+    length = draw_length(rng)
+
+    def packed() -> Packed:
+        return Packed(np.array(ids, np.uint16), KIND, tuple(sorted(sources)), tuple(focus))
+
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if not answer.strip():
+            continue
+        one: Rendered = chat.render(
+            [*(Message(**turn) for turn in prompt.messages), Message("assistant", answer)]
+        )
+        if ids and len(ids) + len(one.ids) + 1 > length:
+            yield packed()
+            ids, focus, sources, length = [], [], set(), draw_length(rng)
+        focus += [(start + len(ids), end + len(ids)) for start, end in one.answers]
+        ids += [*one.ids, chat.separator]
+        sources |= {prompt.source} if prompt.source else set()
+    if len(ids) >= SHORTEST:
+        yield packed()
+
+
+def extend(folder: Path, made: Sequence[Packed]) -> None:
+    """Add sequences to the training split: its token file, and the manifest last.
+
+    Raises:
+        AnswersError: the corpus has answers already.
+    """
+    manifest = load_manifest(folder)
+    split = manifest.splits["train"]
+    if KIND in split.tokens_by_kind:
+        raise AnswersError(f"{folder} has answers already; build the corpus again to take others")
+    licences = {source.name: source.licence for source in manifest.sources}
+    infos, start = list(split.sequences), split.tokens
+    for packed in made:
+        own = tuple(sorted({licences[name] for name in packed.sources}))
+        infos.append(
+            SequenceInfo(
+                start=start, length=len(packed.ids), kind=KIND, sources=packed.sources, licences=own, focus=packed.focus,
+            )
+        )  # fmt: skip
+        start += len(packed.ids)
+    tokens = np.concatenate([load_tokens(folder, split), *(packed.ids for packed in made)])
+    # A file of its own: until the manifest names it, the corpus is the one that it was.
+    path = folder / "train-with-answers.npy"
+    np.save(path, tokens)
+    grown = SplitInfo(
+        file=path.name,
+        sha256=sha256(path),
+        tokens=start,
+        tokens_by_kind=split.tokens_by_kind | {KIND: start - split.tokens},
+        sequences=tuple(infos),
+    )
+    whole = msgspec.structs.replace(manifest, splits=manifest.splits | {"train": grown})
+    part = folder / f"{FILE_NAME}.part"
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=1))
+    part.replace(folder / FILE_NAME)
+    if split.file != path.name:
+        (folder / split.file).unlink()
+
+
+def _answers(options: argparse.Namespace, prompts: Sequence[Prompt]) -> list[str]:
+    """From the folder's file, else from the server and then into the file."""
+    path: Path = options.corpus / "answers.train.json"
+    if path.exists():
+        answers = msgspec.json.decode(path.read_bytes(), type=list[str])
+        if len(answers) != len(prompts):
+            raise AnswersError(
+                f"{path} holds {len(answers)} answers to {len(prompts)} prompts; delete it, or give --count {len(answers)}"
+            )
+        return answers
+    answers = asyncio.run(
+        ask(
+            options.url,
+            prompts,
+            max_tokens=options.max_tokens,
+            seed=options.seed,
+            concurrency=options.concurrency,
+        )
+    )
+    path.write_bytes(msgspec.json.encode(answers))
+    return answers
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    parser = argparse.ArgumentParser(
+        "lab.corpus.answers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--corpus", type=Path, required=True, help="folder made by python -m lab.corpus")
+    parser.add_argument(
+        "--model", required=True, help="the checkpoint whose tokenizer to use: a name or a path"
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="a server of that model (%(default)s)")
+    parser.add_argument("--count", type=int, default=1200, help="prompts to answer (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of one answer (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and packing (%(default)s)")
+    parser.add_argument("--concurrency", type=int, default=32, help="requests at once (%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        chat = ChatML(load_tokenizer(resolve(options.model).weights))
+        listed = (options.corpus / "prompts.train.json").read_bytes()
+        prompts = msgspec.json.decode(listed, type=list[Prompt])[: options.count]
+        answers = _answers(options, prompts)
+        made = list(converse(prompts, answers, chat, random.Random(f"{options.seed}:answers")))
+        extend(options.corpus, made)
+    except (AnswersError, ModelError, TokenizerError, OSError, ValueError) as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    total = sum(len(packed.ids) for packed in made)
+    Console().print(
+        f"added {len(made)} sequences of {total:,} tokens: {len(prompts):,} prompts and their answers",
+        highlight=False,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

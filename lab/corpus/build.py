@@ -1,0 +1,247 @@
+"""Builds the corpus: fetch, clean, deduplicate, pack, write. The same seed and packages give the same files."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from lab.corpus.chatml import ChatML, Encoder
+from lab.corpus.dedupe import dedupe
+from lab.corpus.dialogues import make_dialogues
+from lab.corpus.documents import Document, gather
+from lab.corpus.manifest import FILE_NAME, VERSION, Manifest, SequenceInfo, SourceInfo, SplitInfo, sha256
+from lab.corpus.needles import Needle, make_needles
+from lab.corpus.packing import Packed, budgets, pack
+from lab.corpus.prompts import make_prompts
+from lab.corpus.retrieval import make_retrieval
+from lab.corpus.sources import SOURCES, Source, Split
+
+SHARES: dict[str, float] = {
+    "prose": 0.16,
+    "books": 0.14,
+    "docs": 0.24,
+    "code": 0.20,
+    "chat": 0.12,
+    "retrieval": 0.14,
+}
+"""The parts of the training tokens. Long context is the matter, so a quarter is chats that look far back."""
+HELDOUT_KINDS = ("prose", "books", "docs", "code", "chat")
+CHARS_PER_TOKEN = 3.5  # before tokenizing, only to share the budget among sources
+
+Report = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+def build_corpus(
+    out: Path,
+    encoder: Encoder,
+    seed: int,
+    target_tokens: int,
+    *,
+    heldout_tokens: int = 400_000,
+    prompts: tuple[int, int] = (2400, 200),
+    needle_repeats: int = 3,
+    sources: Sequence[Source] = SOURCES,
+    cache: Path | None = None,
+    report: Report = lambda what, done, total: None,
+) -> Manifest:
+    """Build a corpus into a folder.
+
+    Args:
+        out: where the files go; made if missing.
+        encoder: the model's tokenizer, with ChatML's control tokens and fewer than 65536 tokens.
+        seed: of everything that is drawn.
+        target_tokens: size of the training split, less where the sources do not have as much.
+        heldout_tokens: size of the held-out split.
+        prompts: how many prompts for training and held out.
+        needle_repeats: needles a cell of the depth and context grid; 0 leaves the needles out.
+        sources: packages to read.
+        cache: where packages are kept and unpacked; `out / "cache"` if not given.
+        report: told about progress.
+
+    Raises:
+        FetchError: a package could not be fetched.
+        ValueError: the tokenizer does not fit.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    chat = ChatML(encoder)
+    names = iter(range(len(sources)))
+    documents, versions = gather(
+        sources,
+        cache or out / "cache",
+        seed,
+        lambda name: report(f"reading {name}", next(names), len(sources)),
+    )
+    report("deduplicating", 0, 1)
+    documents, removed = dedupe(documents)
+    licences = {source.name: source.licence for source in sources}
+    splits: dict[str, SplitInfo] = {}
+    tokens: Counter[str] = Counter()
+    for split, total in (("train", target_tokens), ("heldout", heldout_tokens)):
+        wanted = [document for document in documents if document.split == split]
+        shares = SHARES if split == "train" else dict.fromkeys(HELDOUT_KINDS, 1 / len(HELDOUT_KINDS))
+        made = list(
+            _counted(_sequences(wanted, chat, seed, total, shares), f"packing {split}", total, report)
+        )
+        random.Random(f"{seed}:order:{split}").shuffle(made)
+        for packed in made:
+            if packed.kind not in ("chat", "retrieval"):
+                tokens[packed.sources[0]] += len(packed.ids)
+        splits[split] = _write(out / f"{split}.npy", made, licences)
+    files = [
+        _write_prompts(out, documents, chat, seed, split, n)
+        for split, n in zip(_SPLITS, prompts, strict=True)
+    ]
+    if needle_repeats:
+        files += _write_needles(out, documents, chat, seed, needle_repeats, report)
+    manifest = Manifest(
+        version=VERSION,
+        seed=seed,
+        target_tokens=target_tokens,
+        separator=chat.separator,
+        removed=dict(removed),
+        sources=_source_infos(sources, versions, documents, tokens),
+        splits=splits,
+        files={path.name: sha256(path) for path in files},
+    )
+    (out / FILE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    return manifest
+
+
+_SPLITS: tuple[Split, Split] = ("train", "heldout")
+
+
+def _sequences(
+    documents: Sequence[Document], chat: ChatML, seed: int, total: int, shares: dict[str, float]
+) -> Iterator[Packed]:
+    by_source: dict[str, list[Document]] = defaultdict(list)
+    for document in documents:
+        by_source[document.source].append(document)
+    for kind, share in shares.items():
+        budget = round(share * total)
+        rng = random.Random(f"{seed}:{kind}:{documents[0].split if documents else ''}")
+        if kind == "chat":
+            yield from make_dialogues(documents, chat, rng, budget)
+        elif kind == "retrieval":
+            yield from make_retrieval(documents, chat, rng, budget)
+        else:
+            own = {name: group for name, group in by_source.items() if any(d.kind == kind for d in group)}
+            available = {
+                name: round(sum(len(d.text) for d in group) / CHARS_PER_TOKEN) for name, group in own.items()
+            }
+            for name, part in budgets(available, budget).items():
+                yield from pack(own[name], chat, rng, part)
+
+
+def _counted(made: Iterable[Packed], what: str, total: int, report: Report) -> Iterator[Packed]:
+    done = 0
+    for packed in made:
+        done += len(packed.ids)
+        report(what, min(done, total), total)
+        yield packed
+
+
+def _write(path: Path, made: Sequence[Packed], licences: dict[str, str]) -> SplitInfo:
+    infos: list[SequenceInfo] = []
+    kinds: Counter[str] = Counter()
+    start = 0
+    for packed in made:
+        length = len(packed.ids)
+        own = tuple(sorted({licences[name] for name in packed.sources}))
+        infos.append(
+            SequenceInfo(
+                start=start,
+                length=length,
+                kind=packed.kind,
+                sources=packed.sources,
+                licences=own,
+                focus=packed.focus,
+            )
+        )
+        kinds[packed.kind] += length
+        start += length
+    ids = np.concatenate([packed.ids for packed in made]) if made else np.empty(0, np.uint16)
+    np.save(path, ids)
+    return SplitInfo(
+        file=path.name, sha256=sha256(path), tokens=start, tokens_by_kind=dict(kinds), sequences=tuple(infos)
+    )
+
+
+def _write_prompts(
+    out: Path, documents: Sequence[Document], chat: ChatML, seed: int, split: Split, count: int
+) -> Path:
+    made = make_prompts(documents, split, chat, seed, count)
+    rows = [
+        {
+            "kind": prompt.kind,
+            "source": prompt.source,
+            "tokens": prompt.tokens,
+            "messages": [message._asdict() for message in prompt.messages],
+        }
+        for prompt in made
+    ]
+    path = out / f"prompts.{split}.json"
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=1))
+    return path
+
+
+def _write_needles(
+    out: Path, documents: Sequence[Document], chat: ChatML, seed: int, repeats: int, report: Report
+) -> list[Path]:
+    by_source: dict[str, list[str]] = defaultdict(list)
+    for document in documents:
+        if document.split == "heldout" and document.kind in ("prose", "books"):
+            by_source[document.source].append(document.text)
+    haystacks = ["\n\n".join(group) for group in by_source.values()]
+    needles: list[Needle] = []
+    for needle in make_needles(haystacks, chat, seed, repeats=repeats):
+        needles.append(needle)
+        report("making needles", len(needles), 77 * repeats)
+    rows, start = [], 0
+    for needle in needles:
+        rows.append(
+            {
+                "start": start,
+                "length": len(needle.ids),
+                "context": needle.context,
+                "depth": needle.depth,
+                "phrasing": needle.phrasing,
+                "statement": needle.statement,
+                "question": needle.question,
+                "value": needle.value,
+                "needle": needle.needle,
+            }
+        )
+        start += len(needle.ids)
+    np.save(out / "needles.npy", np.concatenate([np.array(needle.ids, np.uint16) for needle in needles]))
+    (out / "needles.json").write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=1))
+    return [out / "needles.npy", out / "needles.json"]
+
+
+def _source_infos(
+    sources: Sequence[Source], versions: dict[str, str], documents: Sequence[Document], tokens: Counter[str]
+) -> tuple[SourceInfo, ...]:
+    count: Counter[str] = Counter(document.source for document in documents)
+    chars: Counter[str] = Counter()
+    for document in documents:
+        chars[document.source] += len(document.text)
+    return tuple(
+        SourceInfo(
+            name=source.name,
+            package=source.package,
+            version=versions[source.name],
+            fetch=source.fetch,
+            kind=source.kind,
+            split=source.split,
+            licence=source.licence,
+            documents=count[source.name],
+            chars=chars[source.name],
+            tokens=tokens[source.name],
+        )
+        for source in sources
+    )

@@ -1,0 +1,119 @@
+"""What a run of the curve says: JSON with every measured second, tables, and three sentences."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+from rich.table import Table
+
+from lab.curve.measure import PHASES, Phase, Plan, Point, crossover, growth
+
+LOW, HIGH = 8 * 1024, 128 * 1024
+"""Between these positions sparse decode is to grow less than twofold."""
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """All that is needed to draw the curve again, at another price too."""
+
+    command: str
+    quick: bool  # a model smaller in everything: its figures mean nothing
+    model: dict[str, Any]  # its config
+    parameters: int
+    machine: str
+    device: str
+    dtype: str
+    threads: int
+    cpu_time: bool  # the seconds are the process's own, not the clock's
+    torch: str
+    kernels: str
+    cache_bytes: int
+    price_an_hour: float  # USD
+    chunk: int
+    streams: int
+    points: tuple[Point, ...]
+    cheaper_from: dict[Phase, float | None]  # see `crossover`
+
+    @property
+    def title(self) -> str:
+        """Of the picture."""
+        what = "a small random model" if self.quick else "one layer of DeepSeek-V3.2's shape, random weights"
+        return (
+            f"Cost of a million tokens by position: {what}\n{self.machine}, "
+            f"{'CPU time of one thread' if self.cpu_time else f'{self.threads} threads'}, {self.dtype}; "
+            f"prefill in chunks of {self.chunk}, decode of {self.streams} streams"
+        )
+
+
+def make(
+    plan: Plan, points: Sequence[Point], *, command: str, model: dict[str, Any], parameters: int, kernels: str,
+    cache_bytes: int, price: float,
+) -> Report:  # fmt: skip
+    """Put a run's results together."""
+    return Report(
+        command=command, quick=plan.quick, model=model, parameters=parameters, machine=_machine(plan.device),
+        device=str(plan.device), dtype=str(plan.dtype).removeprefix("torch."), threads=torch.get_num_threads(), cpu_time=plan.cpu_time,
+        torch=str(torch.__version__), kernels=kernels, cache_bytes=cache_bytes, price_an_hour=price,
+        chunk=plan.chunk, streams=plan.streams, points=tuple(points),
+        cheaper_from={phase: crossover(points, phase, int(model["index_topk"])) for phase in PHASES},
+    )  # fmt: skip
+
+
+def table(report: Report, phase: Phase) -> Table:
+    """One phase by position: the seconds, and what they cost."""
+    made = Table(
+        "position", "dense s a step", "sparse s a step", "dense ms a token", "sparse ms a token",
+        "dense USD/M", "sparse USD/M", "dense / sparse", "sparse rows attend by",
+    )  # fmt: skip
+    tokens = next(p.tokens for p in report.points if p.phase == phase)
+    made.title = f"{phase}: {tokens} tokens a step, {report.price_an_hour:g} USD an hour"
+    mine = {(p.attention, p.position): p for p in report.points if p.phase == phase}
+    for position in sorted({position for _, position in mine}):
+        dense, sparse = mine["dense", position], mine["sparse", position]
+        made.add_row(
+            f"{position:,}",
+            *(f"{statistics.median(p.seconds):.3f}" for p in (dense, sparse)),
+            *(f"{p.token_seconds * 1e3:.2f}" for p in (dense, sparse)),
+            *(f"{p.usd(report.price_an_hour):.3g}" for p in (dense, sparse)),
+            f"{dense.token_seconds / sparse.token_seconds:.2f}", ", ".join(sparse.forms),
+        )  # fmt: skip
+    return made
+
+
+def sentences(report: Report) -> list[str]:
+    """What the curve shows."""
+    said = []
+    measured = {p.position for p in report.points}
+    for phase in PHASES:
+        if {LOW, HIGH} <= measured:
+            dense, sparse = (growth(report.points, phase, a, LOW, HIGH) for a in ("dense", "sparse"))
+            said.append(
+                f"{phase}: a token at {HIGH:,} costs {sparse:.2f} times one at {LOW:,} sparse, {dense:.2f} times dense"
+            )
+        crossed = report.cheaper_from[phase]
+        said.append(
+            f"{phase}: dense is the cheaper one as far as was measured"
+            if crossed is None
+            else f"{phase}: sparse is cheaper from a context of {crossed:,.0f} tokens"
+        )
+    return said
+
+
+def _machine(device: torch.device) -> str:
+    """The processor, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next(
+                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name
+            )
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores"

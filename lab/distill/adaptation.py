@@ -1,0 +1,100 @@
+"""The last stage's loss: predictions under selection are drawn to those of dense attention.
+
+Everything runs as in serving: each layer reads what its indexer selects, rows past top_k run with the adapter.
+The teacher is the same model, dense and without it. Where a text has answers, they teach too: a small model
+finds a fact far back only now and then, dense or not, and what it does by a hair does not survive any change.
+The indexers go on learning from their own loss, eq. (4) of arXiv 2512.02556, on the attention that the adapter makes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.models.gqa.trunk import LayerInputs, Trunk
+from lab.distill.adapter import Adapter
+from lab.distill.objective import attention_target, captured_mass, divergence, top_mask
+from lab.distill.sparse_forward import ROWS_AT_ONCE, by_student, causal, corrections, final_rows
+from lab.distill.student import Student
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What one sequence gave; all but the first two is for the log."""
+
+    distance: Tensor  # [] KL(dense || sparse) of the next token, mean over rows, nats; with gradient
+    answers: Tensor  # [] cross-entropy of the next token, mean over the answers' rows, nats; with gradient
+    losses: Tensor  # [layers] of the indexers, whose gradients are already added up
+    recalls: Tensor  # [layers]
+
+
+def adapt(
+    trunk: Trunk,
+    student: Student,
+    adapter: Adapter,
+    tokens: Tensor,
+    rows: Tensor,
+    top_k: int,
+    weight: float,
+    answers: Tensor,
+    combine: Literal["sum", "max"] = "sum",
+) -> Adapted:
+    """Forward of one sequence, dense and adapted; backward of the indexers' losses.
+
+    Args:
+        trunk: the main model
+        student: the indexers that select
+        adapter: what is trained
+        tokens: [T]
+        rows: [n] query rows that are compared
+        top_k: how many tokens a row may read
+        weight: what the indexers' losses count for
+        answers: [m] rows whose next token is part of an answer; m may be 0
+        combine: see `attention_target`
+    """
+    with torch.no_grad():
+        dense = trunk.logits(final_rows(trunk, tokens, None)[rows]).log_softmax(-1)
+        x = trunk.embed(tokens)
+    total = len(tokens)
+    allowed = causal(rows, total)
+    losses, recalls = [], []
+    select = by_student(student, top_k)
+    for layer in range(trunk.config.num_layers):
+        fix = corrections(adapter, layer, total, top_k, x)
+        inputs = trunk.open(layer, x, fix)
+        masks = [
+            select(layer, inputs, part)
+            for part in torch.split(torch.arange(total, device=x.device), ROWS_AT_ONCE)
+        ]
+        target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale, combine)
+        scores = student.scores(layer, inputs, rows)
+        chosen = top_mask(scores.detach(), allowed, top_k)
+        loss = divergence(target, scores, chosen).mean()
+        torch.autograd.backward(loss * weight)  # a graph of its own: its input is detached
+        losses.append(loss.detach())
+        recalls.append(captured_mass(target, chosen).mean())
+        x = trunk.close(layer, x, _attend(trunk, inputs, torch.cat(masks)), fix)
+    sparse = trunk.logits(x[rows]).log_softmax(-1)
+    distance = F.kl_div(sparse, dense, log_target=True, reduction="none").sum(-1).mean()
+    told = sparse.new_zeros(())
+    if len(answers):
+        told = F.cross_entropy(trunk.logits(x[answers]), tokens[answers + 1])
+    return Adapted(distance, told, torch.stack(losses), torch.stack(recalls))
+
+
+def _attend(trunk: Trunk, inputs: LayerInputs, allowed: Tensor) -> Tensor:
+    """As `Trunk.attend` of all rows, but with one mask for all heads: what backward keeps is a ninth of it."""
+    c = trunk.config
+    total = allowed.shape[0]
+    out = F.scaled_dot_product_attention(
+        inputs.query.permute(1, 2, 0, 3).reshape(1, c.num_heads, total, c.head_dim),
+        inputs.keys.transpose(0, 1).repeat_interleave(c.group, 0).unsqueeze(0),
+        inputs.values.transpose(0, 1).repeat_interleave(c.group, 0).unsqueeze(0),
+        attn_mask=allowed.expand(1, c.num_heads, total, total),
+        scale=trunk.scale,
+    )[0]
+    return out.permute(1, 0, 2).reshape(total, -1)

@@ -1,0 +1,238 @@
+"""How much of dense attention each selection captures: indexer, the best possible, and a sliding window.
+
+In the trainer's forward, layer by layer with attention dense, so that every layer is judged on the
+inputs that dense attention gives it. Started by `dsa eval`; alone it is `python -m lab.distill.recall`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from engine.checkpoint.loader import load
+from engine.checkpoint.overlay import indexer_shapes, read_overlay
+from engine.checkpoint.source import open_source
+from engine.errors import ConfigError, EngineError
+from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.trunk import Trunk
+from engine.models.gqa.weights import weight_table
+from engine.step.build import resolve_device, resolve_dtype
+from lab.distill.evaluate import BEYOND
+from lab.distill.objective import attention_target, captured_mass, index_logits, top_mask
+from lab.distill.sequences import Sequence as Text
+from lab.distill.sequences import Split
+from lab.distill.sparse_forward import by_window, causal
+from lab.distill.student import Student
+
+EDGES = (0, 256, 512, 1024, 2048, 4096)
+"""Where the buckets of positions begin; the last one is open."""
+WAYS = ("indexer", "oracle", "window")
+SINKS = 4
+_ROWS_AT_ONCE = 256
+
+
+@dataclass
+class Sums:
+    """Over rows of one top_k, float64.
+
+    Attributes:
+        mass: [ways, layers, buckets] captured attention
+        overlap: [layers, buckets] share of the best set that the indexer has
+        beyond: as `mass`, [ways, layers], of the rows at `BEYOND` and later
+        overlap_beyond: [layers]
+    """
+
+    mass: Tensor
+    overlap: Tensor
+    beyond: Tensor
+    overlap_beyond: Tensor
+
+    @classmethod
+    def zeros(cls, layers: int) -> Sums:
+        """Nothing yet."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64)
+
+        return cls(
+            zeros(len(WAYS), layers, len(EDGES)), zeros(layers, len(EDGES)),
+            zeros(len(WAYS), layers), zeros(layers),
+        )  # fmt: skip
+
+
+class Recall:
+    """Adds up captured attention over texts.
+
+    Args:
+        trunk: the dense model
+        student: the indexers to judge
+        top_ks: how many tokens a row may select
+        beyond: position from which on a row counts in the means over positions
+    """
+
+    def __init__(self, trunk: Trunk, student: Student, top_ks: Sequence[int], beyond: int = BEYOND) -> None:
+        self._trunk, self._student, self._beyond = trunk, student, beyond
+        self.sums = {k: Sums.zeros(trunk.config.num_layers) for k in top_ks}
+        self.rows = torch.zeros(len(EDGES), dtype=torch.float64)
+        self.rows_beyond = 0
+        self.texts = 0
+
+    @torch.no_grad()
+    def add(self, tokens: Tensor, count: int, layer_done: Callable[[], None] = lambda: None) -> None:
+        """Judge one text at `count` rows at even distances (0: all): tokens [T]."""
+        total = len(tokens)
+        number = total if not count else min(count, total)
+        rows = (((torch.arange(number) + 1) * total) // number - 1).to(tokens.device)
+        bucket = torch.bucketize(rows.cpu(), torch.tensor(EDGES), right=True) - 1
+        late = rows.cpu() >= self._beyond
+        self.texts += 1
+        self.rows += torch.bincount(bucket, minlength=len(EDGES))
+        self.rows_beyond += int(late.sum())
+        x = self._trunk.embed(tokens)
+        for layer in range(self._trunk.config.num_layers):
+            inputs = self._trunk.open(layer, x)
+            keys = self._student.keys(layer, inputs)
+            for part in torch.split(torch.arange(number), _ROWS_AT_ONCE):
+                own = rows[part.to(rows.device)]
+                allowed = causal(own, total)
+                target = attention_target(inputs.query[own], inputs.keys, allowed, self._trunk.scale)
+                queries = self._student.queries(layer, inputs, own)
+                scores = index_logits(queries.query, queries.head_weights, keys)
+                for k, sums in self.sums.items():
+                    best = top_mask(target, allowed, k)
+                    chosen = top_mask(scores, allowed, k)
+                    window = by_window(k, SINKS)(layer, inputs, own)
+                    shared = (best & chosen).sum(-1).double() / best.sum(-1)
+                    masses = torch.stack([captured_mass(target, mask) for mask in (chosen, best, window)])
+                    _add(sums, layer, masses.double().cpu(), shared.cpu(), bucket[part], late[part])
+            x = self._trunk.close(layer, x, self._trunk.attend(inputs, slice(None), None))
+            layer_done()
+
+    def result(self) -> dict[str, dict[str, Any]]:
+        """Top_k -> `indexer`, `oracle`, `window` (captured), `overlap`, `worst_layers`, `widest_gaps`."""
+        layers, late = self._trunk.config.num_layers, max(self.rows_beyond, 1)
+        made: dict[str, dict[str, Any]] = {}
+        for k, sums in self.sums.items():
+            of_k: dict[str, Any] = {}
+            for i, way in enumerate(WAYS):
+                by_position = (sums.mass[i].sum(0) / (layers * self.rows.clamp_min(1))).tolist()
+                of_k[way] = {
+                    "by_layer": (sums.beyond[i] / late).tolist(),
+                    "by_position": [
+                        v if n else None for v, n in zip(by_position, self.rows.tolist(), strict=True)
+                    ],
+                    "all": float(sums.beyond[i].mean()) / late,
+                }
+            own, oracle = sums.beyond[0], sums.beyond[1]
+            of_k["overlap"] = (sums.overlap_beyond / late).tolist()
+            of_k["worst_layers"] = own.argsort(stable=True).tolist()
+            of_k["widest_gaps"] = (own - oracle).argsort(stable=True).tolist()
+            made[str(k)] = of_k
+        return made
+
+
+def _add(sums: Sums, layer: int, masses: Tensor, shared: Tensor, bucket: Tensor, late: Tensor) -> None:
+    sums.mass[:, layer].index_add_(1, bucket, masses)
+    sums.overlap[layer].index_add_(0, bucket, shared)
+    sums.beyond[:, layer] += masses[:, late].sum(-1)
+    sums.overlap_beyond[layer] += shared[late].sum()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m lab.distill.recall", description=__doc__)
+    add = made.add_argument
+    add("--weights", type=Path, required=True, help="dense checkpoint: .gguf file or folder")
+    add("--overlay", type=Path, required=True, help="the indexer (.safetensors)")
+    add("--corpus", type=Path, required=True, help="folder made by python -m lab.corpus")
+    add("--out", type=Path, required=True, help="JSON file to write")
+    add("--top-k", default="256,512", help="(%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="(%(default)s)")
+    add("--per-kind", type=int, default=4, help="held-out texts of each kind (%(default)s)")
+    add("--rows", type=int, default=512, help="rows judged in a text; 0: all (%(default)s)")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write; the exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        run(options)
+    except torch.OutOfMemoryError:
+        error: object = "the device has too little memory"
+    except (EngineError, OSError) as fault:
+        error = fault
+    except KeyboardInterrupt:
+        return 130
+    else:
+        return 0
+    Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+    return 1
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure as the options say.
+
+    Raises:
+        EngineError: the checkpoint, the overlay, the corpus or the device.
+    """
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    source = open_source(options.weights)
+    overlay = read_overlay(options.overlay, source)
+    config = LlamaConfig.read(source.config)
+    laid = overlay.over(source)
+    weights, _ = load(weight_table(config, None), laid, dtype=dtype, device=device)
+    trunk = Trunk(config, weights, config.max_positions, device)
+    student = Student(config, overlay.info, config.max_positions, device, 0)
+    names = indexer_shapes(overlay.info, config.num_layers, config.hidden_size)
+    student.load({name: overlay.tensors.read(name, torch.float32) for name in names})
+    split = Split.open(options.corpus, "heldout", config.vocab_size)
+    texts = chosen(split, options.per_kind) if config.max_positions >= 2 * BEYOND else []
+    if not texts:
+        raise ConfigError(
+            f"recall takes held-out texts, and room in the model, of {2 * BEYOND} tokens; build a larger corpus"
+        )
+    recall = Recall(trunk, student, [int(k) for k in options.top_k.split(",")])
+    console = Console(stderr=True)
+    for text in track(texts, "recall", console=console, disable=not console.is_terminal):
+        recall.add(split.tokens(text, config.max_positions, device), options.rows)
+        if not console.is_terminal and recall.texts in (1, len(texts)):
+            console.print(f"recall {recall.texts} of {len(texts)} texts", highlight=False)
+    document = {
+        "beyond": BEYOND,
+        "edges": list(EDGES),
+        "sequences": recall.texts,
+        "rows": int(recall.rows.sum()),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "top_k": recall.result(),
+    }
+    options.out.write_text(json.dumps(document, indent=1))
+
+
+def chosen(split: Split, per_kind: int) -> list[Text]:
+    """The first texts of each kind that reach twice `BEYOND`."""
+    taken: Counter[str] = Counter()
+    texts = []
+    for text in split.sequences:
+        if text.length >= 2 * BEYOND and taken[text.kind] < per_kind:
+            taken[text.kind] += 1
+            texts.append(text)
+    return texts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The training text as the engine sees it: token ids and spans. Built by `python -m lab.corpus`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Meta
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence of a split."""
+
+    start: int  # in the split's token file
+    length: int
+    kind: str  # prose, code, chat, ...
+    focus: tuple[tuple[int, int], ...]  # spans whose rows matter most: a chat's answers
+
+
+class _Sequence(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence as the manifest lists it."""
+
+    start: Annotated[int, Meta(ge=0)]
+    length: Annotated[int, Meta(ge=1)]
+    kind: str
+    sources: tuple[str, ...]
+    licences: tuple[str, ...]
+    focus: tuple[tuple[int, int], ...]
+
+
+class _Split(msgspec.Struct, frozen=True):
+    file: str
+    sha256: str
+    sequences: tuple[_Sequence, ...]
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    """What is read here of a corpus folder's manifest.json."""
+
+    splits: dict[str, _Split]
+
+
+class Split:
+    """A token file, where its sequences lie, and the digest that tells it from others."""
+
+    def __init__(self, tokens: NDArray[np.uint16], sequences: tuple[Sequence, ...], digest: str = "") -> None:
+        self._tokens = tokens
+        self.sequences = sequences
+        self.digest = digest
+
+    @classmethod
+    def open(cls, folder: Path, name: str, vocab_size: int) -> Split:
+        """Map one split of a corpus folder into memory.
+
+        Raises:
+            ConfigError: the folder is not a corpus, or one of another vocabulary.
+        """
+        rebuild = f"build one: python -m lab.corpus --out {folder} --model MODEL"
+        try:
+            manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=_Manifest)
+            entry = manifest.splits[name]
+            tokens: NDArray[np.uint16] = np.load(folder / entry.file, mmap_mode="r")
+        except (OSError, KeyError, ValueError, EOFError) as error:
+            raise ConfigError(
+                f"{folder} holds no corpus with a {name!r} split ({error}); {rebuild}"
+            ) from None
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise ConfigError(f"{folder / entry.file} is not a file of tokens; {rebuild}")
+        if any(s.start + s.length > len(tokens) for s in entry.sequences):
+            raise ConfigError(f"{folder / entry.file} is shorter than its manifest says; {rebuild}")
+        if len(tokens) and int(tokens.max()) >= vocab_size:
+            raise ConfigError(
+                f"{folder} has token {int(tokens.max())}, but the model knows {vocab_size} tokens: it was built "
+                f"with another model's tokenizer; {rebuild}"
+            )
+        sequences = tuple(
+            Sequence(start=s.start, length=s.length, kind=s.kind, focus=s.focus) for s in entry.sequences
+        )
+        return cls(tokens, sequences, entry.sha256)
+
+    def tokens(self, sequence: Sequence, max_length: int, device: torch.device) -> Tensor:
+        """[min(length, max_length)] int64."""
+        end = sequence.start + min(sequence.length, max_length)
+        return torch.from_numpy(self._tokens[sequence.start : end].astype(np.int64)).to(device)
+
+    def shuffled(
+        self,
+        seed: int,
+        min_length: int,
+        shares: Mapping[str, float] | None = None,
+        most: int | None = None,
+    ) -> Iterator[Sequence]:
+        """Endless passes over the sequences of at least `min_length` tokens, each in an order of its own.
+
+        Args:
+            seed: of the orders
+            min_length: shorter sequences are left out
+            most: and those of more tokens; None for none
+            shares: kind of text -> how much of what is drawn; other kinds are then left out
+
+        Raises:
+            ConfigError: from the first `next`, where no sequence is that long, or none of a kind in `shares`.
+        """
+        usable = [s for s in self.sequences if s.length >= min_length and (most is None or s.length <= most)]
+        wanted = f"{min_length} tokens" if most is None else f"{min_length} to {most} tokens"
+        if not usable:
+            raise ConfigError(
+                f"no sequence of the corpus has {wanted}; lower the recipe's min_length, or build more"
+            )
+        if not shares:
+            yield from _passes(usable, (seed,))
+            return
+        kinds = sorted(shares)
+        present = sorted({s.kind for s in usable})
+        for kind in kinds:
+            if kind not in present:
+                raise ConfigError(
+                    f"the recipe asks for a share of {kind!r}, of which the corpus has no sequence of {wanted}; "
+                    f"it has {', '.join(present)}"
+                )
+        passes = [_passes([s for s in usable if s.kind == kind], (seed, i)) for i, kind in enumerate(kinds)]
+        weights = np.array([shares[kind] for kind in kinds])
+        rng = np.random.default_rng(seed)
+        while True:
+            yield next(passes[int(rng.choice(len(kinds), p=weights / weights.sum()))])
+
+
+def _passes(sequences: list[Sequence], seed: tuple[int, ...]) -> Iterator[Sequence]:
+    for epoch in range(1 << 30):
+        order = np.random.default_rng((*seed, epoch)).permutation(len(sequences))
+        yield from (sequences[i] for i in order)
+
+
+def sample_rows(
+    sequence: Sequence, length: int, count: int, first: int, generator: torch.Generator, *,
+    share: float = 0.25, before: int = 0,
+) -> Tensor:  # fmt: skip
+    """Query rows to train on: up to `share` of them from the focus spans, the rest anywhere from `first` on.
+
+    Args:
+        sequence: whose rows
+        length: of its tokens, as cut
+        count: of the rows
+        first: no earlier row
+        generator: what is drawn from
+        share: of the rows, at most, from the focus spans
+        before: tokens before a focus span that belong to it
+
+    Returns:
+        [<= count] int64, sorted, distinct
+    """
+    # Row p predicts token p + 1, so a span's first token is the work of the row before it.
+    focused = sorted(
+        {p for start, end in sequence.focus for p in range(max(start - 1 - before, first), min(end, length))}
+    )
+    chosen = torch.tensor(focused, dtype=torch.int64)
+    most = int(share * count)
+    if len(chosen) > most:
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:most]]
+    anywhere = first + torch.randperm(length - first, generator=generator)[: count - len(chosen)]
+    rows: Tensor = torch.unique(torch.cat((chosen, anywhere)))
+    return rows
+
+
+def answer_rows(sequence: Sequence, length: int) -> Tensor:
+    """Rows of a sequence, cut to `length`, whose next token is in a focus span: [m] int64, sorted."""
+    rows = {p for start, end in sequence.focus for p in range(max(start - 1, 0), min(end, length) - 1)}
+    return torch.tensor(sorted(rows), dtype=torch.int64)

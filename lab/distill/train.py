@@ -1,0 +1,288 @@
+"""The training loop: both stages, one forward pass for all layers, resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError
+from engine.models.gqa.trunk import Trunk
+from lab.distill.adaptation import adapt
+from lab.distill.adapter import Adapter
+from lab.distill.objective import attention_target, divergence, top_mask
+from lab.distill.recipe import Recipe, Stage
+from lab.distill.sequences import Sequence, Split, answer_rows, sample_rows
+from lab.distill.sparse_forward import attend_selected, by_student, causal
+from lab.distill.student import Student
+
+RECALL_ROWS = 64
+"""About how many of a sequence's rows the logged recall is taken of: selecting costs as much as learning."""
+
+
+class StepLog(msgspec.Struct, frozen=True, kw_only=True):
+    """One optimiser step, as a line of the log. Lists have one entry a layer."""
+
+    step: int
+    stage: Stage
+    rate: float
+    loss: list[float]  # KL divergence, nats
+    recall: list[float]  # attention mass captured by the best `report_top_k`
+    tokens: int
+    seconds: float
+    distance: float | None = None  # KL divergence of predictions from dense ones, nats a token; adapting only
+
+
+class Trainer:
+    """Owns the student, its optimiser and the position in the data.
+
+    Args:
+        trunk: the model to learn from
+        student: the indexers to train
+        split: the data
+        recipe: how
+        folder: of the log and the checkpoint
+        base: what tells `trunk`'s weights from others; a checkpoint goes on only over the same
+        start: likewise of the student's weights at step 0
+        adapter: to train in the recipe's last stage, which needs one
+    """
+
+    def __init__(
+        self, trunk: Trunk, student: Student, split: Split, recipe: Recipe, folder: Path, base: str = "",
+        start: str = "random weights", adapter: Adapter | None = None,
+    ) -> None:  # fmt: skip
+        if recipe.adapt_steps and adapter is None:
+            raise ConfigError("the recipe has adapt_steps, but there is no adapter to train")
+        self._trunk = trunk
+        self.student = student
+        self.adapter = adapter
+        self._split = split
+        self._recipe = recipe
+        self._folder = folder
+        self._length = min(recipe.max_length, trunk.config.max_positions)
+        if self._length <= recipe.first_row:
+            raise ConfigError(
+                f"the model has {self._length} positions; lower the recipe's first_row ({recipe.first_row})"
+            )
+        info = student.info
+        self._identity: dict[str, object] = {
+            "recipe": json.loads(msgspec.json.encode(recipe)),
+            "indexer": [info.num_heads, info.head_dim, info.rope_dim],
+            "corpus": split.digest,
+            "base model": base,
+            "start": start,
+        }
+        self._device = next(iter(student.parameters.values())).device
+        groups = [{"params": list(student.parameters.values())}]
+        if adapter is not None:
+            groups.append({"params": list(adapter.parameters.values())})
+        self._optimiser = torch.optim.AdamW(
+            groups, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        self._generator = torch.Generator().manual_seed(recipe.seed)
+        self._stopping = False
+        self.step = 0
+
+    def stop(self) -> None:
+        """Make `run` return after the step it is at, with everything saved."""
+        self._stopping = True
+
+    def run(
+        self, on_step: Callable[[StepLog], None] = lambda log: None, *, until: int | None = None,
+        save_every: int = 50,
+    ) -> None:  # fmt: skip
+        """Train to the end of the recipe, or to step `until`; logs each step, saves now and then.
+
+        Raises:
+            ConfigError: the corpus has nothing to train on, or the loss is not finite.
+        """
+        end = self._recipe.total_steps if until is None else min(until, self._recipe.total_steps)
+        data = self._data()
+        for _ in range(self.step * self._recipe.sequences_per_step):
+            next(data)
+        self._cut_log()
+        with (self._folder / "log.jsonl").open("ab") as log_file:
+            while self.step < end and not self._stopping:
+                log = self._step(data)
+                log_file.write(msgspec.json.encode(log) + b"\n")
+                log_file.flush()
+                on_step(log)
+                self.step += 1
+                if self.step % save_every == 0 or self.step == end or self._stopping:
+                    self.save()
+
+    def _cut_log(self) -> None:
+        """Take out what a run that was killed logged after its last checkpoint: those steps come again."""
+        path = self._folder / "log.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                log = msgspec.json.decode(line, type=StepLog)
+            except msgspec.DecodeError:
+                break  # the kill came in the middle of a line
+            if log.step >= self.step:
+                break
+            kept.append(line)
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(b"".join(kept))
+        part.replace(path)
+
+    def _data(self) -> Iterator[Sequence]:
+        r = self._recipe
+        return self._split.shuffled(r.seed, r.min_length, r.shares, None if r.cut else r.max_length)
+
+    def _step(self, data: Iterator[Sequence]) -> StepLog:
+        recipe, began = self._recipe, time.monotonic()
+        stage, _, _ = recipe.stage(self.step)
+        rate = recipe.rate(self.step)
+        rates = (rate, recipe.adapter_rate(self.step))
+        for group, own in zip(self._optimiser.param_groups, rates, strict=False):
+            group["lr"] = own
+        self._optimiser.zero_grad(set_to_none=True)
+        layers = self._trunk.config.num_layers
+        loss, recall, tokens, distance = torch.zeros(layers), torch.zeros(layers), 0, 0.0
+        for _ in range(recipe.sequences_per_step):
+            sequence = next(data)
+            ids = self._split.tokens(sequence, self._length, self._device)
+            rows = sample_rows(
+                sequence, len(ids), recipe.rows, recipe.first_row, self._generator,
+                share=recipe.focus_share, before=recipe.focus_before,
+            )  # fmt: skip
+            if stage == "adapt":
+                answers = answer_rows(sequence, len(ids)).to(self._device)
+                one_loss, one_recall, apart = self._adapt(ids, rows.to(self._device), answers)
+                distance += apart / recipe.sequences_per_step
+            else:
+                one_loss, one_recall = self._sequence(ids, rows.to(self._device), stage)
+            loss += one_loss.cpu() / recipe.sequences_per_step
+            recall += one_recall.cpu() / recipe.sequences_per_step
+            tokens += len(ids)
+        if not bool(loss.isfinite().all()):
+            raise ConfigError(f"the loss of step {self.step} is not finite; lower the recipe's learning_rate")
+        self._clip()
+        self._optimiser.step()
+        return StepLog(
+            step=self.step, stage=stage, rate=rate, loss=loss.tolist(), recall=recall.tolist(), tokens=tokens,
+            seconds=time.monotonic() - began, distance=distance if stage == "adapt" else None,
+        )  # fmt: skip
+
+    def _sequence(
+        self, ids: Tensor, rows: Tensor, stage: Literal["dense", "sparse"]
+    ) -> tuple[Tensor, Tensor]:
+        """Backward through every layer's loss on one sequence: (loss, recall), each [layers]."""
+        trunk, recipe = self._trunk, self._recipe
+        top_k = self._top_k()
+        losses, recalls = [], []
+        allowed = causal(rows, len(ids))
+        probe = slice(None, None, max(1, len(rows) // RECALL_ROWS))
+        with torch.no_grad():
+            x = trunk.embed(ids)
+        for layer in range(trunk.config.num_layers):
+            with torch.no_grad():
+                inputs = trunk.open(layer, x)
+            target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale, recipe.target)
+            scores = self.student.scores(layer, inputs, rows)
+            support = allowed
+            if stage == "sparse" and recipe.sparse_support == "selected":
+                support = top_mask(scores.detach(), allowed, top_k)
+            loss = divergence(target, scores, support).mean()
+            # Each layer's loss is its own graph, because its input is detached: free it at once.
+            torch.autograd.backward(loss / recipe.sequences_per_step)
+            with torch.no_grad():
+                recalls.append(
+                    _recall(target[probe], scores.detach()[probe], allowed[probe], recipe.report_top_k)
+                )
+                losses.append(loss.detach())
+                if stage == "dense":
+                    attended = trunk.attend(inputs, slice(None), None)
+                else:
+                    attended = attend_selected(trunk, layer, inputs, by_student(self.student, top_k), 1024)
+                x = trunk.close(layer, x, attended)
+        return torch.stack(losses), torch.stack(recalls)
+
+    def _top_k(self) -> int:
+        choices = self._recipe.sparse_top_k
+        return choices[int(torch.randint(len(choices), (1,), generator=self._generator))]
+
+    def _adapt(self, ids: Tensor, rows: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Backward through the adapter's loss, and the indexers', on one sequence: both losses, and recall."""
+        recipe, adapter = self._recipe, self.adapter
+        assert adapter is not None
+        share = 1 / recipe.sequences_per_step
+        ids = ids[: len(ids) // 8 * 8]  # attention on a mask has fast kernels for such lengths only
+        rows, answers = rows[rows < len(ids)], answers[answers < len(ids) - 1]
+        made = adapt(
+            self._trunk, self.student, adapter, ids, rows, self._top_k(), share, answers, recipe.target
+        )
+        torch.autograd.backward((made.distance + recipe.answer_weight * made.answers) * share)
+        return made.losses, made.recalls, float(made.distance.detach())
+
+    def _clip(self) -> None:
+        """Bound each layer's gradient norm by itself: the layers are separate problems. The adapter is one."""
+        if self.adapter is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.adapter.parameters.values()), self._recipe.clip)
+        for layer in range(self._trunk.config.num_layers):
+            own = [
+                p for name, p in self.student.parameters.items() if name.startswith(f"model.layers.{layer}.")
+            ]
+            torch.nn.utils.clip_grad_norm_(own, self._recipe.clip)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """All that is trained, by the names of an overlay."""
+        return self.student.parameters | ({} if self.adapter is None else self.adapter.parameters)
+
+    def save(self) -> None:
+        """Write everything that `resume` needs; the file is whole or absent."""
+        state = {
+            "step": self.step,
+            "identity": self._identity,
+            "parameters": {name: p.detach().cpu() for name, p in self.parameters().items()},
+            "optimiser": self._optimiser.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+        part = self._folder / "checkpoint.pt.part"
+        torch.save(state, part)
+        part.replace(self._folder / "checkpoint.pt")
+
+    def resume(self) -> bool:
+        """Go on from the folder's checkpoint; False if there is none.
+
+        Raises:
+            ConfigError: the checkpoint is damaged, or of another recipe, indexer, corpus or base model.
+        """
+        path = self._folder / "checkpoint.pt"
+        if not path.exists():
+            return False
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            identity = state["identity"]
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+            raise ConfigError(f"{path} is not a checkpoint of this trainer; use another folder") from None
+        for name, value in self._identity.items():
+            if identity.get(name) != value:
+                raise ConfigError(
+                    f"{path} was made with another {name}; use another folder, or the same {name}"
+                )
+        self.step = state["step"]
+        self.student.load(state["parameters"])
+        if self.adapter is not None:
+            self.adapter.load(state["parameters"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._generator.set_state(state["generator"])
+        return True
+
+
+def _recall(target: Tensor, scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
+    """Attention on the best `top_k` positions, mean over rows; ties fall as they may, so that no device is waited for."""
+    best = scores.masked_fill(~allowed, -math.inf).topk(min(top_k, scores.shape[-1]), dim=-1, sorted=False)
+    return target.gather(-1, best.indices).sum(-1).mean()

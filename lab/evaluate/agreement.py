@@ -1,0 +1,169 @@
+"""Greedy answers: does sparse attention say what dense says, word by word and token by token?
+
+Two measures. Free: both answer, and the answers are the same or part at some token. Forced: the sparse
+model reads dense's answer, and at each token its own best one is the same or not; one early difference
+does not count for all that follows. Dense itself is asked again for both, as the floor: requests that
+share a step are rounded differently, so that near ties fall either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+import msgspec
+
+from lab.evaluate.client import Answer, Client, EvaluationError, Progress, Scores, each
+from lab.evaluate.loss import settings
+from lab.evaluate.material import Prompt
+from server.chat import ChatFormat, encode_chat
+from server.text.tokenizer import Tokenizer
+
+ANSWER_TOKENS = 128
+
+
+class Compared(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt. Dictionaries are by setting; "dense" is dense asked again."""
+
+    kind: str
+    prompt_tokens: int
+    answer_tokens: int  # of dense's answer
+    answers: dict[str, str]
+    parted: dict[str, int | None]  # token at which the free answer parts from dense's; None: nowhere
+    forced: dict[str, int]  # tokens of dense's answer that are the best ones there
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True):
+    """Prompts together, under one setting."""
+
+    prompts: int
+    same: int  # whole answers
+    median_parted: float | None  # of those that part
+    tokens: int
+    forced: int
+
+
+class AgreementResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The part's entry in eval.json.
+
+    Attributes:
+        answer_tokens: the longest answer.
+        skipped: prompts that are longer than the model's context.
+        groups: setting -> "longer" (than top_k, at the answer's end), "within" (where both are dense) or
+            "all" -> counts. The floor has "all" alone.
+    """
+
+    answer_tokens: int
+    prompts: list[Compared]
+    skipped: int
+    groups: dict[str, dict[str, Group]]
+
+
+async def measure(
+    client: Client,
+    prompts: Sequence[Prompt],
+    text: Tokenizer,
+    chat: ChatFormat,
+    top_ks: Sequence[int],
+    concurrency: int,
+    progress: Progress,
+    *,
+    answer_tokens: int = ANSWER_TOKENS,
+) -> AgreementResult:
+    """Answer every prompt dense, dense again, and at each top_k; then score dense's answer under each."""
+    vocabulary = {text.raw(token_id): token_id for token_id in reversed(range(text.vocab_size))}
+    asked = []
+    for prompt in prompts:
+        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+        ids = encode_chat(chat, text, messages)
+        if len(ids) + answer_tokens < client.max_model_len:
+            asked.append((prompt, messages, ids))
+
+    async def one(item: tuple[Prompt, list[dict[str, str]], list[int]]) -> Compared:
+        prompt, messages, ids = item
+        dense = await client.chat(messages, "dense", answer_tokens)
+        if dense.prompt_tokens != len(ids):
+            raise EvaluationError(
+                f"the server's prompt has {dense.prompt_tokens} tokens and the model's own chat format makes "
+                f"{len(ids)}: the server serves another model than MODEL"
+            )
+        said = ids_of(dense.tokens, vocabulary)
+        answers, parted, forced = {"": dense.text}, {}, {}
+        for setting in settings(top_ks):
+            again = await client.chat(messages, setting, answer_tokens)
+            scores = await client.score([*ids, *said], setting, alternatives=1, start=len(ids))
+            answers[str(setting)] = again.text
+            parted[str(setting)] = parting(dense, again)
+            forced[str(setting)] = best(scores, len(ids), len(said))
+        answers["dense, first"] = answers.pop("")
+        return Compared(
+            kind=prompt.kind,
+            prompt_tokens=len(ids),
+            answer_tokens=len(said),
+            answers=answers,
+            parted=parted,
+            forced=forced,
+        )
+
+    compared = await each(asked, one, concurrency, progress)
+    return AgreementResult(
+        answer_tokens=answer_tokens,
+        prompts=compared,
+        skipped=len(prompts) - len(asked),
+        groups=summarise(compared, top_ks),
+    )
+
+
+def ids_of(tokens: Sequence[bytes], vocabulary: Mapping[bytes, int]) -> list[int]:
+    """Token ids of an answer's tokens.
+
+    Raises:
+        EvaluationError: the vocabulary has no such token, so it is another model's.
+    """
+    try:
+        return [vocabulary[token] for token in tokens]
+    except KeyError as missing:
+        raise EvaluationError(
+            f"the server said {missing.args[0]!r}, which is no token of MODEL: it serves another model"
+        ) from None
+
+
+def parting(one: Answer, other: Answer) -> int | None:
+    """The first token at which two answers differ, an end being a token too; None if they are the same."""
+    for index, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)):
+        if a != b:
+            return index
+    if len(one.tokens) == len(other.tokens) and one.finish == other.finish:
+        return None
+    return min(len(one.tokens), len(other.tokens))
+
+
+def best(scores: Scores, start: int, count: int) -> int:
+    """How many of `count` tokens from `start` on are the likeliest ones at their place."""
+    pairs = zip(scores.own[start : start + count], scores.best[start : start + count], strict=True)
+    return sum(own is not None and top is not None and own >= top for own, top in pairs)
+
+
+def summarise(compared: Sequence[Compared], top_ks: Sequence[int]) -> dict[str, dict[str, Group]]:
+    """Count; see `AgreementResult`."""
+    groups = {"dense": {"all": _group(compared, "dense")}}
+    for k in top_ks:
+        longer = [p for p in compared if p.prompt_tokens + p.answer_tokens > k]
+        within = [p for p in compared if p.prompt_tokens + p.answer_tokens <= k]
+        groups[str(k)] = {
+            "longer": _group(longer, str(k)),
+            "within": _group(within, str(k)),
+            "all": _group(compared, str(k)),
+        }
+    return groups
+
+
+def _group(prompts: Sequence[Compared], setting: str) -> Group:
+    parted = [at for p in prompts if (at := p.parted[setting]) is not None]
+    return Group(
+        prompts=len(prompts),
+        same=len(prompts) - len(parted),
+        median_parted=float(median(parted)) if parted else None,
+        tokens=sum(p.answer_tokens for p in prompts),
+        forced=sum(p.forced[setting] for p in prompts),
+    )

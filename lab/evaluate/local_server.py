@@ -1,0 +1,48 @@
+"""A `dsa serve` of one's own for as long as it is needed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from lab.evaluate.client import EvaluationError
+
+_STOP_SECONDS = 20.0
+
+
+def serve_arguments(arguments: Sequence[str]) -> list[str]:
+    """Arguments of `dsa` that serve on a free port; measurements are nobody's usage, so no ledger is kept."""
+    return ["serve", "--ledger", "none", *arguments, "--host", "127.0.0.1", "--port", "0"]
+
+
+@contextmanager
+def serving(arguments: Sequence[str]) -> Iterator[str]:
+    """Serve on a free port of the loopback; gives the address. What the server says of itself is shown.
+
+    Args:
+        arguments: of `dsa serve`, without host and port
+
+    Raises:
+        EvaluationError: it does not start; its own error stands above.
+    """
+    command = [sys.executable, "-c", "from server.cli.main import main; main()", *serve_arguments(arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        address = next((m[1] for line in process.stdout if (m := re.match(r"ready at (\S+)", line))), None)
+        if address is None:
+            raise EvaluationError("the server did not start; the reason stands above")
+        # Read on, so that the server never waits for room in the pipe.
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        yield address
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

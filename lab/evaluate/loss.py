@@ -1,0 +1,126 @@
+"""Held-out loss: what sparse attention costs in nats a token, by kind of text and by position."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from lab.evaluate.client import Client, Progress, Sparsity, each
+from lab.evaluate.material import HeldOut
+from lab.evaluate.statistics import Interval, bootstrap
+from lab.evaluate.verdict import LOSS_BARS, Verdict, at_most
+
+BEYOND = 1024
+"""Earlier positions have little to leave out at any top_k worth having: they would dilute the difference."""
+EDGES = (1024, 2048, 4096)
+"""Where the buckets of positions begin; the last one is open."""
+
+
+class TextLoss(msgspec.Struct, frozen=True, kw_only=True):
+    """One text. Lists have one entry a bucket of `EDGES`."""
+
+    kind: str
+    start: int
+    length: int
+    tokens: list[int]  # scored
+    nats: dict[str, list[float]]  # setting -> summed losses
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts together, under one setting."""
+
+    tokens: int
+    loss: float
+    above_dense: float
+    interval: Interval | None  # of above_dense, 95 %
+
+
+class LossResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The part's entry in eval.json. Rows: setting -> kind, "all" or "from P" -> row."""
+
+    beyond: int
+    texts: list[TextLoss]
+    rows: dict[str, dict[str, Row]]
+
+
+async def measure(
+    client: Client,
+    texts: Sequence[HeldOut],
+    top_ks: Sequence[int],
+    concurrency: int,
+    progress: Progress,
+    *,
+    beyond: int = BEYOND,
+) -> LossResult:
+    """Score every text dense and at each top_k, one right after the other."""
+
+    async def one(text: HeldOut) -> TextLoss:
+        ids = text.ids[: client.max_model_len - 1]  # the server wants room for one more
+        nats, tokens = {}, [0]
+        for setting in settings(top_ks):
+            scores = await client.score(ids, setting)
+            tokens, nats[str(setting)] = buckets(scores.own[: len(ids)], beyond)
+        return TextLoss(kind=text.kind, start=text.start, length=len(ids), tokens=tokens, nats=nats)
+
+    measured = await each(texts, one, concurrency, progress)
+    return LossResult(beyond=beyond, texts=measured, rows=summarise(measured, top_ks))
+
+
+def settings(top_ks: Sequence[int]) -> tuple[Sparsity, ...]:
+    """Dense first, then each top_k."""
+    return ("dense", *top_ks)
+
+
+def buckets(logprobs: Sequence[float | None], beyond: int) -> tuple[list[int], list[float]]:
+    """Tokens and summed losses from position `beyond` on, by bucket of `EDGES`; the first is open below."""
+    tokens, nats = [0] * len(EDGES), [0.0] * len(EDGES)
+    for position, logprob in enumerate(logprobs[beyond:], beyond):
+        if logprob is not None:
+            bucket = max(0, sum(position >= edge for edge in EDGES) - 1)
+            tokens[bucket] += 1
+            nats[bucket] -= logprob
+    return tokens, nats
+
+
+def summarise(texts: Sequence[TextLoss], top_ks: Sequence[int]) -> dict[str, dict[str, Row]]:
+    """Setting -> kind of text, "all", and "from P" for each bucket of positions -> row. Tokens weigh alike."""
+    rows: dict[str, dict[str, Row]] = {}
+    kinds = list(dict.fromkeys(text.kind for text in texts))
+    for setting in map(str, settings(top_ks)):
+        own = {kind: _row((t for t in texts if t.kind == kind), setting, None) for kind in kinds}
+        own["all"] = _row(texts, setting, None)
+        for bucket, edge in enumerate(EDGES):
+            own[f"from {edge}"] = _row(texts, setting, bucket)
+        rows[setting] = {name: row for name, row in own.items() if row is not None}
+    return rows
+
+
+def _row(texts: Iterable[TextLoss], setting: str, bucket: int | None) -> Row | None:
+    which = slice(None) if bucket is None else slice(bucket, bucket + 1)
+    strata: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    loss, tokens = 0.0, 0
+    for text in texts:
+        count = sum(text.tokens[which])
+        if count:
+            nats = sum(text.nats[setting][which])
+            strata[text.kind].append((nats - sum(text.nats["dense"][which]), count))
+            loss, tokens = loss + nats, tokens + count
+    if not tokens:
+        return None
+    above = sum(difference for own in strata.values() for difference, _ in own) / tokens
+    interval = None if setting == "dense" else bootstrap(list(strata.values()))
+    return Row(tokens=tokens, loss=loss / tokens, above_dense=above, interval=interval)
+
+
+def verdicts(result: LossResult, top_ks: Sequence[int]) -> list[Verdict]:
+    """The bars of those top_k that have one."""
+    made = []
+    for top_k in top_ks:
+        if top_k in LOSS_BARS:
+            row = result.rows[str(top_k)].get("all")
+            bar, aim = LOSS_BARS[top_k]
+            value = None if row is None else row.above_dense
+            made.append(at_most(f"loss above dense, top_k {top_k} (nats)", value, bar, aim))
+    return made

@@ -1,0 +1,145 @@
+"""What is asked: held-out sequences, needles and prompts, read from a folder of `python -m lab.corpus`."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from lab.corpus.manifest import FILE_NAME, load_manifest, load_tokens, sha256
+
+T = TypeVar("T")
+
+
+class MaterialError(ValueError):
+    """The corpus folder is not one, or lacks a file; the message says how to get it."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A held-out sequence."""
+
+    kind: str
+    start: int  # where it lies in the split's file: its name in results
+    ids: tuple[int, ...]
+
+
+class NeedleRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One needle as needles.json lists it; see `lab.corpus.needles.Needle`."""
+
+    start: int
+    length: int
+    context: int
+    depth: float
+    phrasing: int
+    statement: str
+    question: str
+    value: str
+    needle: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class AskedNeedle:
+    """A needle with its prompt's token ids, which end where the assistant begins to answer."""
+
+    row: NeedleRow
+    ids: tuple[int, ...]
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One message of a prompt."""
+
+    role: str
+    content: str
+
+
+class Prompt(msgspec.Struct, frozen=True, kw_only=True):
+    """One conversation to go on with, as prompts.heldout.json lists it."""
+
+    kind: str
+    source: str
+    tokens: int
+    messages: tuple[Message, ...]
+
+
+class Material:
+    """A corpus folder, opened.
+
+    Attributes:
+        digest: SHA-256 of the manifest, which has those of the files.
+    """
+
+    def __init__(self, folder: Path, model: str) -> None:
+        """Open a folder and check that everything is there.
+
+        Args:
+            folder: made by `python -m lab.corpus`
+            model: for the advice in errors
+
+        Raises:
+            MaterialError: it is none.
+        """
+        self._folder = folder
+        self._advice = (
+            f"build one: python -m lab.corpus --out {shlex.quote(str(folder))} --model {shlex.quote(model)}"
+        )
+        try:
+            self._manifest = load_manifest(folder)
+            self._split = self._manifest.splits["heldout"]
+            self._tokens = load_tokens(folder, self._split)
+        except (OSError, KeyError, ValueError) as error:
+            raise MaterialError(
+                f"{folder} holds no corpus with a held-out split ({error}); {self._advice}"
+            ) from None
+        self.digest = sha256(folder / FILE_NAME)
+
+    def held_out(self, shortest: int, per_kind: int | None) -> list[HeldOut]:
+        """Sequences of at least `shortest` tokens, `per_kind` of each kind (None: all), in the file's order.
+
+        The order is that of the builder's shuffle, so that the first few are a fair sample.
+        """
+        taken: Counter[str] = Counter()
+        chosen = []
+        for info in self._split.sequences:
+            if info.length < shortest or (per_kind is not None and taken[info.kind] >= per_kind):
+                continue
+            taken[info.kind] += 1
+            ids = self._tokens[info.start : info.start + info.length]
+            chosen.append(HeldOut(kind=info.kind, start=info.start, ids=tuple(ids.tolist())))
+        return chosen
+
+    def needles(self, limit: int | None) -> list[AskedNeedle]:
+        """The needles, or about `limit` of them spread evenly over the grid."""
+        rows = self._rows("needles.json", tuple[NeedleRow, ...])
+        try:
+            tokens: NDArray[np.uint16] = np.load(self._folder / "needles.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise MaterialError(f"{self._folder} has no needles.npy ({error}); {self._advice}") from None
+        return [
+            AskedNeedle(row, tuple(tokens[row.start : row.start + row.length].tolist()))
+            for row in spread(rows, limit)
+        ]
+
+    def prompts(self, limit: int | None) -> list[Prompt]:
+        """The held-out prompts, or about `limit` of them."""
+        return list(spread(self._rows("prompts.heldout.json", tuple[Prompt, ...]), limit))
+
+    def _rows(self, name: str, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode((self._folder / name).read_bytes(), type=kind)
+        except (OSError, msgspec.DecodeError) as error:
+            raise MaterialError(f"{self._folder} has no {name} ({error}); {self._advice}") from None
+
+
+def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:
+    """At most `limit` items at even distances; None is all."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[round((i + 0.5) * len(items) / limit - 0.5)] for i in range(limit)]

@@ -1,0 +1,241 @@
+"""Runs the parts one after the other, and writes down each as soon as it is done."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from lab.corpus.manifest import sha256
+from lab.evaluate import agreement, equality, loss, needles
+from lab.evaluate.client import Client, EvaluationError, Progress, connect
+from lab.evaluate.local_server import serving
+from lab.evaluate.material import Material
+from lab.evaluate.report import show
+from lab.evaluate.results import PARTS, RecallResult, Results, fingerprint, load
+from server.chat import load_chat_format
+from server.hub.models import ModelFiles
+from server.hub.stages import Stages
+from server.text.tokenizer import load_tokenizer
+
+QUIET_SECONDS = 30.0
+"""Between lines of progress where there is no terminal."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to measure.
+
+    Attributes:
+        files: the model's.
+        corpus: the folder of questions.
+        out: the folder of results.
+        url: a running server; None starts one.
+        top_k: settings to compare with dense.
+        answer_top_k: those of them whose answers are compared (needles, agreement), which takes longest.
+        only: parts to measure, even if they are done; None is those that are not.
+        per_kind: held-out texts of each kind; None is all.
+        limit: at most so many texts of a kind, needles, prompts; for a quick look.
+        concurrency: requests at a time.
+        device, dtype: for the server and for recall.
+        server_flags: more flags of `dsa serve`.
+    """
+
+    files: ModelFiles
+    corpus: Path
+    out: Path
+    url: str | None
+    top_k: tuple[int, ...]
+    answer_top_k: tuple[int, ...]
+    only: tuple[str, ...] | None
+    per_kind: int | None
+    limit: int | None
+    concurrency: int
+    device: str
+    dtype: str
+    server_flags: tuple[str, ...]
+
+    @property
+    def texts_per_kind(self) -> int | None:
+        """`per_kind` under `limit`."""
+        counts = [count for count in (self.per_kind, self.limit) if count is not None]
+        return min(counts) if counts else None
+
+
+def evaluate(plan: Plan, console: Console) -> Results:
+    """Measure; the results, which are in the folder too.
+
+    Raises:
+        EvaluationError: it cannot be done; parts that were done before are kept.
+        MaterialError, TokenizerError, PromptError: the corpus or the model.
+    """
+    try:  # an extra, and better missed now than after the work
+        from lab.evaluate.plot import draw
+    except ImportError:
+        raise EvaluationError(
+            "matplotlib is not installed; the pictures need it: pip install 'dsa-serve[train]'"
+        ) from None
+    if plan.files.overlay is None and plan.url is None:
+        raise EvaluationError(
+            f"{plan.files.name} has no indexer, so there is nothing to compare with dense; give one with --overlay"
+        )
+    material = Material(plan.corpus, plan.files.name)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    settings = _settings(plan, material)
+    results = load(plan.out, settings) or Results(settings=settings, environment={})
+    todo = plan.only or tuple(part for part in PARTS if not results.has(part))
+    if not todo:
+        console.print(f"{plan.out} has every part of these settings already; another folder measures anew")
+    results.environment |= _environment()
+    asked = [part for part in PARTS if part in todo and part != "recall"]
+    if asked:
+        with _server(plan) as url:
+            asyncio.run(_ask(plan, url, material, asked, results))
+    if "recall" in todo:
+        _timed(results, "recall", lambda: _recall(plan, results))
+        results.save(plan.out)
+    results.save(plan.out)
+    show(console, results, plan.top_k)
+    for path in draw(results, list(plan.top_k), plan.out):
+        console.print(f"drawn: {path}", highlight=False)
+    return results
+
+
+def _server(plan: Plan) -> AbstractContextManager[str]:
+    if plan.url is not None:
+        return nullcontext(plan.url)
+    flags = [str(plan.files.weights), "--overlay", str(plan.files.overlay)]
+    return serving([*flags, "--device", plan.device, "--dtype", plan.dtype, *plan.server_flags])
+
+
+async def _ask(plan: Plan, url: str, material: Material, parts: Sequence[str], results: Results) -> None:
+    top_ks, many = plan.top_k, plan.concurrency
+    async with connect(url, many) as client:
+        _check(client, plan)
+        results.environment["server"] = client.info
+        for part in parts:
+            began = time.monotonic()
+            with Stages(quiet_seconds=QUIET_SECONDS) as stages:
+                progress = _progress(stages, part)
+                if part == "loss":
+                    texts = material.held_out(2 * loss.BEYOND, plan.texts_per_kind)
+                    if not texts or client.max_model_len <= 2 * loss.BEYOND:
+                        raise EvaluationError(
+                            f"loss takes held-out texts, and a context, of {2 * loss.BEYOND} tokens and more; "
+                            "leave it out with --only"
+                        )
+                    results.loss = await loss.measure(client, texts, top_ks, many, progress)
+                elif part == "needles":
+                    asked = material.needles(plan.limit)
+                    results.needles = await needles.measure(client, asked, plan.answer_top_k, many, progress)
+                elif part == "agreement":
+                    text, chat = load_tokenizer(plan.files.weights), load_chat_format(plan.files.weights)
+                    prompts = material.prompts(plan.limit)
+                    results.agreement = await agreement.measure(
+                        client, prompts, text, chat, plan.answer_top_k, many, progress
+                    )
+                else:
+                    texts = material.held_out(1, 4)
+                    cases = min(equality.CASES, plan.limit or equality.CASES)
+                    results.equality = await equality.measure(client, texts, top_ks, progress, cases=cases)
+            results.seconds[part] = time.monotonic() - began
+            results.environment["requests_sent_again"] = client.repeated
+            _judge(results, top_ks)
+            results.save(plan.out)
+
+
+def _check(client: Client, plan: Plan) -> None:
+    """The server can do what will be asked of it."""
+    if max(plan.top_k) > client.max_model_len:
+        raise EvaluationError(
+            f"--top-k asks for {max(plan.top_k)}, but the model's context is {client.max_model_len} tokens"
+        )
+    if client.info.get("indexer") == "none":
+        raise EvaluationError(
+            "the server's model has no trained indexer, so all its answers are dense; serve one with --overlay"
+        )
+
+
+def _progress(stages: Stages, part: str) -> Progress:
+    return lambda done, total: stages(part, done, total)
+
+
+def _recall(plan: Plan, results: Results) -> None:
+    """Let the engine's program measure, and take over what it wrote."""
+    overlay = plan.files.overlay
+    if overlay is None:
+        raise EvaluationError("recall reads the indexer from its file; give it with --overlay")
+    target = plan.out / "recall.json"
+    command = [sys.executable, "-m", "lab.distill.recall"]
+    values: dict[str, object] = {
+        "weights": plan.files.weights,
+        "overlay": overlay,
+        "corpus": plan.corpus,
+        "out": target,
+        "top-k": ",".join(map(str, plan.top_k)),
+        "device": plan.device,
+        "dtype": plan.dtype,
+    }
+    if plan.limit is not None:
+        values |= {"per-kind": min(plan.limit, 4), "rows": 64}
+    code = subprocess.run([*command, *(f"--{name}={value}" for name, value in values.items())]).returncode
+    if code:
+        raise EvaluationError(f"recall was not measured (exit status {code}); the reason stands above")
+    results.recall = msgspec.json.decode(target.read_bytes(), type=RecallResult)
+    target.unlink()
+
+
+def _timed(results: Results, part: str, work: Callable[[], None]) -> None:
+    began = time.monotonic()
+    work()
+    results.seconds[part] = time.monotonic() - began
+
+
+def _judge(results: Results, top_ks: Sequence[int]) -> None:
+    made = []
+    if results.loss is not None:
+        made += loss.verdicts(results.loss, top_ks)
+    if results.needles is not None:
+        made += needles.verdicts(results.needles)
+    if results.equality is not None:
+        made += equality.verdicts(results.equality, top_ks)
+    results.verdicts = made
+
+
+def _settings(plan: Plan, material: Material) -> dict[str, Any]:
+    overlay = plan.files.overlay
+    return {
+        "model": plan.files.name,
+        "model_sha256": fingerprint(plan.files.weights),
+        "overlay": None if overlay is None else overlay.name,
+        "overlay_sha256": None if overlay is None else sha256(overlay),
+        "corpus_sha256": material.digest,
+        "url": plan.url,
+        "top_k": list(plan.top_k),
+        "answer_top_k": list(plan.answer_top_k),
+        "per_kind": plan.per_kind,
+        "limit": plan.limit,
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "server_flags": list(plan.server_flags),
+        "concurrency": plan.concurrency,
+        "version": importlib.metadata.version("dsa-serve"),
+    }
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": importlib.metadata.version("torch"),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

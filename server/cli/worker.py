@@ -1,0 +1,60 @@
+"""`dsa worker`: hands over to the engine's node, which is a program of its own because it imports torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+
+def worker(
+    model: Annotated[
+        str, typer.Argument(help="The leader's model, where it is on this host.", show_default=False)
+    ],
+    leader: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT", help="As the leader's own --leader.", envvar="DSA_LEADER", show_default=False
+        ),
+    ],
+    overlay: Annotated[
+        Path | None,
+        typer.Option(
+            help="The leader's overlay, if it has one.", metavar="FILE", show_default="the model's own"
+        ),
+    ] = None,
+    wait_seconds: Annotated[
+        float, typer.Option(help="How long to look for a leader that cannot be reached.", min=0)
+    ] = 600,
+) -> None:
+    """Lend this host's devices to a dsa serve on another host.
+
+    The leader runs dsa serve MODEL --tensor-parallel N --nodes M --leader
+    HOST:PORT, each other node dsa worker MODEL --leader HOST:PORT: N / M devices
+    of each compute the model together. All settings are the leader's; versions and
+    model files must be the same. When the leader's engine starts anew, this node
+    joins it again.
+    """
+    from server.hub.models import ModelError, resolve
+    from server.hub.stages import Stages
+
+    try:
+        with Stages() as stages:
+            files = resolve(model, overlay=overlay, report=stages)
+    except ModelError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    options = {
+        "weights": files.weights, "overlay": files.overlay, "leader": leader, "wait-seconds": wait_seconds
+    }  # fmt: skip
+    command = [sys.executable, "-m", "engine.parallel.node"]
+    command += [f"--{name}={value}" for name, value in options.items() if value is not None]
+    _become(command)
+
+
+def _become(command: list[str]) -> NoReturn:
+    # The node takes this process's place: signals and exit status are its own.
+    os.execv(command[0], command)  # noqa: S606 - an argument list that is written here

@@ -1,9 +1,0 @@
-"""The corpus that the indexer is distilled on, built from freely licensed packages by one seeded command.
-
-`python -m server.corpus --out DIR --model PATH`, or `build_corpus`. Trains nothing and imports no torch.
-"""
-
-from server.corpus.build import build_corpus
-from server.corpus.manifest import Manifest, load_manifest, load_tokens
-
-__all__ = ["Manifest", "build_corpus", "load_manifest", "load_tokens"]

@@ -1,0 +1,209 @@
+"""A chat body's messages and switches, checked for sense: what a prompt format may rely on.
+
+Every call has exactly one result, in the order of the calls; only assistants call and reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.chat import ChatFormat
+from server.http.protocol.chat import ChatCompletionBody, ChatMessage
+from server.http.protocol.errors import bad_request
+from server.http.protocol.tools import NamedTool
+
+NO_TOOLS = "this model's chat format has no tool calling; leave it out and describe the tools in a message"
+_ROLES = {"developer": "system"}
+"""OpenAI's newer name for a role; prompt formats know the older one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a prompt is made of, and how its answer is to be read.
+
+    Attributes:
+        messages: as OpenAI's, with text content.
+        tools: what the prompt describes.
+        thinking: None is the format's default.
+        budget: tokens of reasoning.
+        callable: names that may be called; None where none may.
+        must_call: the answer has to be a call.
+        named: of that tool.
+        single: of one call.
+    """
+
+    messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]]
+    thinking: bool | None
+    budget: int | None
+    callable: frozenset[str] | None
+    must_call: bool
+    named: str | None
+    single: bool
+
+
+def read_conversation(body: ChatCompletionBody, chat: ChatFormat) -> Conversation:
+    """Check what a body says against what its model's format can express.
+
+    Raises:
+        ApiError: it says what cannot be; the message says what to change.
+    """
+    thinking, budget = _thinking(body, chat)
+    choice = body.tool_choice
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    must_call = named is not None or choice == "required"
+    if body.tools and not chat.tools:
+        raise bad_request(f"tools must be empty: {NO_TOOLS}", param="tools")
+    if must_call and not chat.tools:
+        raise bad_request(f"tool_choice must be 'none', 'auto' or null: {NO_TOOLS}", param="tool_choice")
+    functions = [tool.function for tool in body.tools or ()]
+    names = frozenset(function.name for function in functions)
+    if len(names) < len(functions):
+        raise bad_request("tools must have a name each of their own", param="tools")
+    if must_call and not functions:
+        raise bad_request("tool_choice asks for a call, but there are no tools to call", param="tool_choice")
+    if named is not None and named not in names:
+        raise bad_request(
+            f"tool_choice names {named!r}, which is not among the tools", param="tool_choice.function.name"
+        )
+    if functions and thinking and not chat.thinking_with_tools:
+        raise bad_request(
+            "this model's chat format calls tools without thinking only; switch thinking off, or leave the tools "
+            "out",
+            param="tools",
+        )
+    if choice == "none":
+        functions = []
+    if must_call and len(functions) == 1:
+        named = functions[0].name
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": function.name,
+                "description": function.description or "",
+                "parameters": function.parameters or {"type": "object", "properties": {}},
+            },
+        }
+        for function in functions
+    ]
+    return Conversation(
+        messages=_messages(body.messages, chat),
+        tools=tools,
+        thinking=thinking,
+        budget=budget,
+        callable=names if functions else None,
+        must_call=must_call,
+        named=named,
+        single=body.parallel_tool_calls is False,
+    )
+
+
+def _thinking(body: ChatCompletionBody, chat: ChatFormat) -> tuple[bool | None, int | None]:
+    said: dict[str, bool] = {}
+    if body.thinking is not None:
+        said["thinking"] = body.thinking.type == "enabled"
+    kwargs = body.chat_template_kwargs
+    if kwargs is not None and kwargs.thinking is not None:
+        said["chat_template_kwargs.thinking"] = kwargs.thinking
+    if kwargs is not None and kwargs.enable_thinking is not None:
+        said["chat_template_kwargs.enable_thinking"] = kwargs.enable_thinking
+    if body.reasoning_effort is not None:
+        said["reasoning_effort"] = body.reasoning_effort != "none"
+    for name, wanted in said.items():
+        if wanted and not chat.thinking:
+            lack = (
+                "this server does not steer reasoning with this model, whose chat format has no switch for it"
+            )
+            raise bad_request(f"{name} cannot switch thinking on: {lack}", param=name)
+        if wanted != next(iter(said.values())):
+            raise bad_request(f"{' and '.join(said)} contradict each other; send one of them", param=name)
+    budgets = {
+        "thinking.budget_tokens": body.thinking.budget_tokens if body.thinking is not None else None,
+        "thinking_token_budget": body.thinking_token_budget,
+    }
+    given = {name: value for name, value in budgets.items() if value is not None}
+    thinking = next(iter(said.values()), None)
+    if given and not thinking:
+        name = next(iter(given))
+        raise bad_request(f"{name} needs thinking to be switched on", param=name)
+    if len(set(given.values())) > 1:
+        raise bad_request(f"{' and '.join(given)} are two names of one limit; send one", param="thinking")
+    if given and (body.presence_penalty or body.frequency_penalty):
+        raise bad_request(
+            "a thinking budget cannot be combined with presence_penalty or frequency_penalty, which would "
+            "forget the reasoning when it is cut; leave one of them out",
+            param=next(iter(given)),
+        )
+    return thinking, next(iter(given.values()), None)
+
+
+def _messages(messages: Sequence[ChatMessage], chat: ChatFormat) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = []
+    waiting: dict[str, int] = {}  # calls without a result, by id: where the result belongs
+    for index, message in enumerate(messages):
+        _check(message, f"messages[{index}]", chat)
+        if waiting and message.role != "tool":
+            raise bad_request(
+                f"messages[{index}] comes before the result of the call {next(iter(waiting))!r}; send a message of "
+                "role 'tool' for every call",
+                param=f"messages[{index}]",
+            )
+        made: dict[str, Any] = {"role": _ROLES.get(message.role, message.role), "content": message.text()}
+        if message.role == "tool":
+            place = waiting.pop(message.tool_call_id or "", None)
+            if place is None:
+                raise bad_request(
+                    f"messages[{index}].tool_call_id is not the id of a call that waits for its result",
+                    param=f"messages[{index}].tool_call_id",
+                )
+            out[place] = made | {"tool_call_id": message.tool_call_id}
+            continue
+        if message.reasoning_content:
+            made["reasoning_content"] = message.reasoning_content
+        out.append(made)
+        if message.tool_calls:
+            made["tool_calls"] = [call.model_dump(exclude={"index"}) for call in message.tool_calls]
+            waiting = {call.id: len(out) + n for n, call in enumerate(message.tool_calls)}
+            if len(waiting) < len(message.tool_calls):
+                raise bad_request(
+                    f"messages[{index}].tool_calls must have an id each of their own",
+                    param=f"messages[{index}].tool_calls",
+                )
+            out += [{} for _ in waiting]  # to be filled, in whatever order the results come
+    if waiting:
+        raise bad_request(
+            f"the call {next(iter(waiting))!r} has no result; end with a message of role 'tool' for every call",
+            param="messages",
+        )
+    return out
+
+
+def _check(message: ChatMessage, path: str, chat: ChatFormat) -> None:
+    if not chat.tools and (message.role == "tool" or message.tool_calls):
+        name = "role" if message.role == "tool" else "tool_calls"
+        may = "'system', 'developer', 'user' or 'assistant'" if name == "role" else "empty"
+        raise bad_request(f"{path}.{name} must be {may}: {NO_TOOLS}", param=f"{path}.{name}")
+    for name, role in (
+        ("tool_calls", "assistant"),
+        ("reasoning_content", "assistant"),
+        ("tool_call_id", "tool"),
+    ):
+        if getattr(message, name) and message.role != role:
+            raise bad_request(
+                f"{path}.{name} belongs into messages of role '{role}'; leave it out", param=f"{path}.{name}"
+            )
+    if message.reasoning_content and not chat.reasons:
+        raise bad_request(
+            f"{path}.reasoning_content must be null: this model's chat format has no place for reasoning",
+            param=f"{path}.reasoning_content",
+        )
+    if message.content is None and not message.tool_calls:
+        raise bad_request(
+            f"{path}.content is required; it must be a string or a list of parts "
+            'like {"type": "text", "text": "..."}',
+            param=f"{path}.content",
+            code="missing_field" if "content" not in message.model_fields_set else "invalid_value",
+        )

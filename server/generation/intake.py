@@ -1,0 +1,393 @@
+"""Request bodies to jobs: what a valid body means for this model, or why it cannot be run.
+
+Everything that the engine would choke on is refused here: token ids outside the vocabulary, prompts
+beyond the context, too many choices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from engine.client import EngineState, EngineStatus
+from engine.protocol import ModelInfo, SamplingParams, Submit
+from server.chat import ChatFormat, PromptError, encode_chat
+from server.chat.answer import Answer
+from server.chat.parsing import THINK, THOUGHT
+from server.config import ServerConfig
+from server.generation.conversation import Conversation, read_conversation
+from server.generation.generate import Job
+from server.http.protocol.chat import ChatCompletionBody
+from server.http.protocol.completions import CompletionBody
+from server.http.protocol.errors import ENGINE, ApiError, bad_request, unavailable
+from server.http.protocol.sampling import GenerationBody
+from server.text.tokenizer import Tokenizer, TokenizerError
+
+T = TypeVar("T")
+
+_LONG_TEXT = 8192
+"""Characters from which on tokenizing is left to a thread, so that others' tokens keep flowing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsity:
+    """What was asked of attention, and what the engine is told.
+
+    Attributes:
+        top_k: for the engine; None is dense.
+        requested: the client's number where it is not granted.
+    """
+
+    top_k: int | None
+    requested: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A request that can run.
+
+    Attributes:
+        jobs: its choices: every prompt's `n`, in the order of their indices.
+        echoes: what each choice's text begins with.
+        sparsity: how attention is to run.
+    """
+
+    jobs: tuple[Job, ...]
+    echoes: tuple[str, ...]
+    sparsity: Sparsity
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    token_ids: tuple[int, ...]
+    text: str
+
+
+class Intake:
+    """Reads bodies for one server: its settings, its tokenizer, its chat format."""
+
+    def __init__(self, config: ServerConfig, text: Tokenizer, chat: ChatFormat) -> None:
+        self._config = config
+        self._text = text
+        self._chat = chat
+
+    async def chat(self, body: ChatCompletionBody, status: EngineStatus, request_id: str) -> Work:
+        """Turn a conversation into jobs.
+
+        Raises:
+            ApiError: it cannot be run; the message says what to change.
+        """
+        model = self._model(body, status)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise bad_request("top_logprobs needs logprobs to be true", param="top_logprobs")
+        limits = (body.max_completion_tokens, body.max_tokens)
+        if None not in limits and limits[0] != limits[1]:
+            raise bad_request(
+                "max_tokens and max_completion_tokens are two names of one limit; send one of them",
+                param="max_tokens",
+            )
+        said = read_conversation(body, self._chat)
+        try:
+            token_ids = await _apart(
+                sum(len(message["content"]) for message in said.messages),
+                lambda: encode_chat(
+                    self._chat, self._text, said.messages, tools=said.tools, thinking=said.thinking
+                ),
+            )
+        except (PromptError, TokenizerError) as error:
+            raise bad_request(str(error), param="messages") from None
+        opening: tuple[int, ...] = ()
+        if said.must_call:
+            opening = tuple(
+                self._text.encode(self._chat.opening(said.named), add_bos=False, parse_special=True)
+            )
+        thinking = self._opens_reasoning(token_ids)
+        opened = () if thinking else opening
+        return self._work(
+            body,
+            model,
+            request_id,
+            prompts=[_Prompt((*token_ids, *opened), "")],
+            max_tokens=limits[0] or limits[1],
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            answer=self._answer(body, said, opening, thinking=thinking),
+        )
+
+    def _opens_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends with <think>, or with that and a line break."""
+        last = next(
+            (token_id for token_id in reversed(prompt[-3:]) if token_id in self._text.control_ids), None
+        )
+        return self._chat.reasons and last == self._text.control_tokens[THINK]
+
+    def _answer(
+        self,
+        body: ChatCompletionBody,
+        said: Conversation,
+        opening: tuple[int, ...],
+        *,
+        thinking: bool,
+    ) -> Callable[[], Answer]:
+        """What makes a reader of one choice."""
+        chat, text = self._chat, self._text
+        if opening and thinking and (body.presence_penalty or body.frequency_penalty):
+            raise bad_request(
+                "tool_choice with thinking cannot be combined with presence_penalty or frequency_penalty, which "
+                "would forget the reasoning when the call is opened; leave one of them out",
+                param="tool_choice",
+            )
+
+        def answer() -> Answer:
+            return Answer(
+                text,
+                chat.parser(tools=said.callable, thinking=thinking, single=said.single),
+                stop=_stops(body),
+                budget=said.budget,
+                closing=(text.control_tokens[THOUGHT],) if thinking else (),
+                opening=opening if thinking else (),
+                opened=() if thinking else opening,
+                must_call=said.must_call,
+            )
+
+        return answer
+
+    async def completion(self, body: CompletionBody, status: EngineStatus, request_id: str) -> Work:
+        """Turn prompts into jobs.
+
+        Raises:
+            ApiError: they cannot be run; the message says what to change.
+        """
+        model = self._model(body, status)
+        if body.max_tokens == 0 and not body.echo:
+            raise bad_request(
+                "max_tokens must be at least 1, or 0 together with echo, to get the prompt back with its "
+                "log-probabilities",
+                param="max_tokens",
+            )
+        sources = body.prompts()
+        if len(sources) > self._config.max_prompts:
+            raise bad_request(
+                f"prompt has {len(sources)} prompts; this server takes at most {self._config.max_prompts} "
+                "in one request",
+                param="prompt",
+            )
+        many = len(sources) > 1
+        prompts = [
+            await self._prompt(source, f"prompt[{index}]" if many else "prompt", echo=bool(body.echo))
+            for index, source in enumerate(sources)
+        ]
+        return self._work(
+            body,
+            model,
+            request_id,
+            prompts=prompts,
+            max_tokens=body.max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+            prompt_logprobs_start=self._logprob_start(body, prompts),
+        )
+
+    @staticmethod
+    def _logprob_start(body: CompletionBody, prompts: Sequence[_Prompt]) -> int:
+        start = body.logprob_start_len or 0
+        if body.logprob_start_len is not None and not (body.echo and body.logprobs is not None):
+            raise bad_request(
+                "logprob_start_len says where a prompt's log-probabilities begin; ask for those with echo true and "
+                "logprobs",
+                param="logprob_start_len",
+            )
+        shortest = min(len(prompt.token_ids) for prompt in prompts)
+        if start > shortest:
+            raise bad_request(
+                f"logprob_start_len is {start}, but a prompt has only {shortest} tokens",
+                param="logprob_start_len",
+            )
+        return start
+
+    async def _prompt(self, source: str | list[int], param: str, *, echo: bool) -> _Prompt:
+        if isinstance(source, str):
+            try:
+                token_ids = await _apart(len(source), lambda: self._text.encode(source))
+            except TokenizerError as error:
+                raise bad_request(f"{param} cannot be read: {error}", param=param) from None
+            return _Prompt(tuple(token_ids), source if echo else "")
+        self._check_ids(source, param)
+        return _Prompt(tuple(source), self._text.decode(source) if echo else "")
+
+    def _model(self, body: GenerationBody, status: EngineStatus) -> ModelInfo:
+        """Check what does not depend on the prompt; return what the engine has loaded."""
+        if body.model != self._config.model_name:
+            raise model_not_found(body.model, self._config.model_name)
+        if body.n is not None and body.n > self._config.max_n:
+            raise bad_request(f"n must be at most {self._config.max_n} on this server", param="n")
+        if body.stream_options is not None and not body.stream:
+            raise bad_request("stream_options needs stream to be true", param="stream_options")
+        return loaded_model(status)
+
+    def _work(
+        self,
+        body: GenerationBody,
+        model: ModelInfo,
+        request_id: str,
+        *,
+        prompts: Sequence[_Prompt],
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        prompt_logprobs_start: int = 0,
+        answer: Callable[[], Answer] | None = None,
+    ) -> Work:
+        sparsity = self._sparsity(body, model)
+        bias = tuple((int(key), value) for key, value in (body.logit_bias or {}).items())
+        self._check_ids([token_id for token_id, _ in bias], "logit_bias", keys=True)
+        self._check_ids(body.stop_token_ids or [], "stop_token_ids")
+        stop_ids = dict.fromkeys(body.stop_token_ids or [])
+        if not body.ignore_eos:
+            stop_ids |= dict.fromkeys(self._text.eos_token_ids)
+        prompt_only = max_tokens == 0
+        n = body.n or 1
+        jobs: list[Job] = []
+        for prompt in prompts:
+            room = self._room(prompt, model, max_tokens)
+            seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
+            for choice in range(n):
+                sampling = SamplingParams(
+                    max_tokens=room,
+                    seed=_derive(seed, choice),
+                    temperature=_default(body.temperature, 1.0),
+                    top_p=_default(body.top_p, 1.0),
+                    top_k=min(max(_default(body.top_k, 0), 0), self._text.vocab_size),
+                    min_p=_default(body.min_p, 0.0),
+                    presence_penalty=_default(body.presence_penalty, 0.0),
+                    frequency_penalty=_default(body.frequency_penalty, 0.0),
+                    repetition_penalty=_default(body.repetition_penalty, 1.0),
+                    logit_bias=bias,
+                    stop_token_ids=() if prompt_only else tuple(stop_ids),
+                    logprobs=None if prompt_only else logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                    prompt_logprobs_start=prompt_logprobs_start,
+                )
+                index = len(jobs)
+                submit = Submit(
+                    request_id=f"{request_id}-{index}",
+                    prompt_token_ids=prompt.token_ids,
+                    sampling=sampling,
+                    top_k=sparsity.top_k,
+                )
+                jobs.append(
+                    Job(
+                        index,
+                        submit,
+                        _stops(body),
+                        prompt_only,
+                        answer,
+                        thinks=answer is not None and self._chat.reasons,
+                    )
+                )
+        return Work(tuple(jobs), tuple(prompt.text for prompt in prompts for _ in range(n)), sparsity)
+
+    def _sparsity(self, body: GenerationBody, model: ModelInfo) -> Sparsity:
+        asked = body.dsa.top_k if body.dsa is not None else None
+        if isinstance(asked, int) and asked > model.max_model_len:
+            raise bad_request(
+                f"dsa.top_k must be between 1 and the model's context of {model.max_model_len} tokens, "
+                f"or 'dense'; it is {asked}",
+                param="dsa.top_k",
+            )
+        if model.indexer is None:
+            return Sparsity(None, requested=asked if isinstance(asked, int) else None)
+        wanted = asked or self._config.default_top_k or model.indexer.default_top_k
+        return Sparsity(None if wanted == "dense" else min(wanted, model.max_model_len))
+
+    def _room(self, prompt: _Prompt, model: ModelInfo, max_tokens: int | None) -> int:
+        """How many tokens the engine may make after a prompt."""
+        length, context = len(prompt.token_ids), model.max_model_len
+        if not length:
+            raise bad_request("the prompt is empty; send at least one token", param="prompt")
+        if length >= context:
+            raise bad_request(
+                f"the prompt has {length} tokens and needs room for at least one more, but this model's "
+                f"context is {context} tokens; shorten the prompt",
+                code="context_length_exceeded",
+            )
+        if max_tokens is None:
+            return min(self._config.default_max_tokens or context, context - length)
+        if length + max_tokens > context:
+            raise bad_request(
+                f"the prompt has {length} tokens and max_tokens is {max_tokens}, together "
+                f"{length + max_tokens}, but this model's context is {context} tokens; shorten the prompt or "
+                f"set max_tokens to at most {context - length}",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return max(max_tokens, 1)  # 0 is a prompt to be scored: the engine makes one token all the same
+
+    def _check_ids(self, token_ids: Sequence[int], param: str, *, keys: bool = False) -> None:
+        size = self._text.vocab_size
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < size):
+            return
+        for position, token_id in enumerate(token_ids):
+            if not 0 <= token_id < size:
+                where = f"{param}.{token_id}" if keys else f"{param}[{position}]"
+                raise bad_request(
+                    f"{where} is not a token id of this model; ids go from 0 to {size - 1}", param=param
+                )
+
+
+def model_not_found(name: str, served: str) -> ApiError:
+    """404: a model of another name."""
+    shown = name if name.isprintable() and len(name) <= 128 else "that"
+    return ApiError(
+        404,
+        f"the model {shown!r} is not served here; this server has {served!r}",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def loaded_model(status: EngineStatus) -> ModelInfo:
+    """Return what the engine has loaded.
+
+    Raises:
+        ApiError: it takes no requests now.
+    """
+    if status.state is not EngineState.READY or status.model is None:
+        raise unavailable(why_not_ready(status), code="engine_unavailable", kind=ENGINE)
+    return status.model
+
+
+def why_not_ready(status: EngineStatus) -> str:
+    """One sentence about an engine that takes no requests."""
+    reason = status.message or f"the engine is {status.state.value}"
+    loading = status.loading
+    if loading is not None and status.state in (EngineState.STARTING, EngineState.DOWN):
+        progress = f"{loading.done} of {loading.total}" if loading.total else ""
+        stage = "" if loading.stage in reason else f"loading: {loading.stage}"
+        details = " ".join(part for part in (stage, progress) if part)
+        reason += f" ({details})" if details else ""
+    return reason
+
+
+def _derive(seed: int, choice: int) -> int:
+    """The seed of one of several choices. The first keeps the request's, so that n adds and never alters."""
+    if not choice:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def _stops(body: GenerationBody) -> tuple[str, ...]:
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+
+
+def _default(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+async def _apart(size: int, work: Callable[[], T]) -> T:
+    """Do work on a text of `size` characters without holding up the event loop for long."""
+    return await asyncio.to_thread(work) if size > _LONG_TEXT else work()

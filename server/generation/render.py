@@ -1,0 +1,363 @@
+"""Text deltas to OpenAI's objects: whole answers and the chunks of a stream. Knows no engine."""
+
+from __future__ import annotations
+
+import codecs
+import secrets
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from engine.protocol import TokenLogprob
+from server.chat.parts import CallArguments, CallStart, Content, Reasoning, Warn, merge
+from server.generation.generate import ChoiceUsage, TextDelta
+from server.http.protocol import sse
+from server.http.protocol.chat import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    ChoiceWarning,
+    MessageDelta,
+    TopLogprob,
+)
+from server.http.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
+from server.http.protocol.tools import FunctionCall, FunctionDelta, ToolCall, ToolCallDelta
+from server.http.protocol.usage import CompletionTokensDetails, PromptTokensDetails, SparsityUsage, Usage
+from server.text.tokenizer import Tokenizer
+
+_LEAST = -9999.0
+"""Stands for minus infinity, which JSON cannot write."""
+
+NO_INDEXER = "this model has no trained indexer, so attention was dense"
+
+
+class Renderer(Protocol):
+    """One endpoint's objects for one request."""
+
+    def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
+        """The chunks for a delta, none where it has nothing to show. Call in the order of arrival."""
+        ...
+
+    def events(self, delta: TextDelta) -> bytes:
+        """The same chunks as they are sent. Call one or the other."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> BaseModel:
+        """The chunk without choices that ends a stream."""
+        ...
+
+    def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> BaseModel:
+        """The response without streaming, from every choice's deltas."""
+        ...
+
+
+def total_usage(usages: Sequence[ChoiceUsage], requested: int | None) -> Usage:
+    """Sum over choices.
+
+    Args:
+        usages: at least one.
+        requested: the client's top_k where the model could not grant it.
+    """
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    completion = sum(usage.completion_tokens for usage in usages)
+    top_k = usages[0].top_k
+    dsa = SparsityUsage(top_k="dense" if top_k is None else top_k)
+    if requested is not None:
+        dsa = SparsityUsage(top_k=dsa.top_k, requested=requested, note=NO_INDEXER)
+    reasoning = [usage.reasoning_tokens for usage in usages if usage.reasoning_tokens is not None]
+    total = Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(usage.cached_tokens for usage in usages)),
+        dsa=dsa,
+    )
+    details = CompletionTokensDetails(reasoning_tokens=sum(reasoning))
+    return total.model_copy(update={"completion_tokens_details": details}) if reasoning else total
+
+
+def new_call_id() -> str:
+    """A name for a tool call, by which its result will refer to it."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+def warning(part: Warn) -> ChoiceWarning:
+    """A report on the model's format, as clients see it."""
+    return ChoiceWarning(code=part.code, message=part.message, tool_call=part.index, raw=part.raw)
+
+
+class _Streamed:
+    """What is alike in the streams of both endpoints: most events bring nothing but text."""
+
+    def __init__(self) -> None:
+        self._opened: set[int] = set()  # choices whose first chunk, which differs from the others, was made
+        self._text_events: dict[int, sse.TextEvent] = {}
+
+    def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
+        """See `Renderer`."""
+        raise NotImplementedError
+
+    def events(self, delta: TextDelta) -> bytes:
+        """See `Renderer`. Nothing but text takes no objects."""
+        index = delta.index
+        if index not in self._opened or not _only_text(delta):
+            return b"".join(map(sse.chunk, self.chunks(delta)))
+        if not (text := delta.text):
+            return b""
+        if index not in self._text_events:
+            self._text_events[index] = sse.TextEvent(lambda text: self._text_chunk(index, text))
+        return self._text_events[index](text)
+
+    def _text_chunk(self, index: int, text: str) -> BaseModel:
+        (chunk,) = self.chunks(TextDelta(index=index, parts=(Content(text),), token_ids=()))
+        return chunk
+
+
+def _only_text(delta: TextDelta) -> bool:
+    return (
+        delta.finish_reason is None
+        and delta.logprobs is None
+        and delta.prompt_logprobs is None
+        and all(isinstance(part, Content) for part in delta.parts)
+    )
+
+
+class ChatRenderer(_Streamed):
+    """Renders /v1/chat/completions."""
+
+    def __init__(
+        self, *, response_id: str, created: int, model: str, text: Tokenizer, include_usage: bool
+    ) -> None:
+        super().__init__()
+        self._id = response_id
+        self._created = created
+        self._model = model
+        self._text = text
+        self._include_usage = include_usage
+
+    def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
+        """One chunk for each run of parts of one kind, because clients expect one kind in a chunk.
+
+        A choice's first chunk names the role, its last one has the finish reason.
+        """
+        parts = merge(delta.parts)
+        warnings = [warning(part) for part in parts if isinstance(part, Warn)]
+        messages = [self._delta(delta.index, part) for part in parts if not isinstance(part, Warn)]
+        if delta.index not in self._opened:
+            self._opened.add(delta.index)
+            first = messages[0].model_dump(exclude_unset=True) if messages else {}
+            messages[:1] = [MessageDelta(**({"role": "assistant", "content": "", "refusal": None} | first))]
+        elif not messages and (delta.logprobs or warnings or delta.finish_reason is not None):
+            messages = [MessageDelta()]
+        choices = [
+            ChatChunkChoice(
+                index=delta.index,
+                delta=message,
+                logprobs=self._logprobs([delta]) if number == 0 else None,
+                finish_reason=delta.finish_reason if number == len(messages) - 1 else None,
+            )
+            for number, message in enumerate(messages)
+        ]
+        if warnings:
+            choices[-1] = choices[-1].model_copy(update={"warnings": warnings})
+        return [self._chunk([choice]) for choice in choices]
+
+    def _delta(self, choice: int, part: Content | Reasoning | CallStart | CallArguments) -> MessageDelta:
+        match part:
+            case Content(text):
+                return MessageDelta(content=text)
+            case Reasoning(text):
+                return MessageDelta(reasoning_content=text)
+            case CallStart(index, name):
+                function = FunctionDelta(name=name, arguments="")
+                call = ToolCallDelta(index=index, id=new_call_id(), type="function", function=function)
+                return MessageDelta(tool_calls=[call])
+            case CallArguments(index, text):
+                return MessageDelta(
+                    tool_calls=[ToolCallDelta(index=index, function=FunctionDelta(arguments=text))]
+                )
+
+    def usage_chunk(self, usage: Usage) -> BaseModel:
+        """The chunk without choices that ends a stream."""
+        return self._chunk([], usage)
+
+    def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> BaseModel:
+        """The response without streaming."""
+        return ChatCompletion(
+            id=self._id,
+            object="chat.completion",
+            created=self._created,
+            model=self._model,
+            choices=[self._choice(index, deltas) for index, deltas in enumerate(choices)],
+            usage=usage,
+        )
+
+    def _choice(self, index: int, deltas: Sequence[TextDelta]) -> ChatChoice:
+        parts = merge(part for delta in deltas for part in delta.parts)
+        content = "".join(part.text for part in parts if isinstance(part, Content))
+        fields: dict[str, Any] = {}
+        if reasoning := "".join(part.text for part in parts if isinstance(part, Reasoning)):
+            fields["reasoning_content"] = reasoning
+        calls = [part for part in parts if isinstance(part, CallStart)]
+        arguments = ["" for _ in calls]
+        for part in parts:
+            if isinstance(part, CallArguments):
+                arguments[part.index] += part.text
+        if calls:
+            fields["tool_calls"] = [
+                ToolCall(
+                    id=new_call_id(), type="function", function=FunctionCall(name=call.name, arguments=text)
+                )
+                for call, text in zip(calls, arguments, strict=True)
+            ]
+        message = AssistantMessage(
+            role="assistant", content=None if calls and not content else content, refusal=None, **fields
+        )
+        choice = ChatChoice(
+            index=index,
+            message=message,
+            logprobs=self._logprobs(deltas),
+            finish_reason=deltas[-1].finish_reason or "stop",
+        )
+        warnings = [warning(part) for part in parts if isinstance(part, Warn)]
+        return choice.model_copy(update={"warnings": warnings}) if warnings else choice
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatCompletionChunk:
+        chunk = ChatCompletionChunk(
+            id=self._id,
+            object="chat.completion.chunk",
+            created=self._created,
+            model=self._model,
+            choices=choices,
+        )
+        return chunk.model_copy(update={"usage": usage}) if self._include_usage else chunk
+
+    def _logprobs(self, deltas: Sequence[TextDelta]) -> ChatLogprobs | None:
+        if all(delta.logprobs is None for delta in deltas):
+            return None
+        return ChatLogprobs(
+            content=[self._token(token) for delta in deltas for token in delta.logprobs or ()]
+        )
+
+    def _token(self, token: TokenLogprob) -> ChatTokenLogprob:
+        top = [self._alternative(token_id, logprob) for token_id, logprob in token.top]
+        own = self._alternative(token.token_id, token.logprob)
+        return ChatTokenLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=top)
+
+    def _alternative(self, token_id: int, logprob: float) -> TopLogprob:
+        return TopLogprob(
+            token=self._text.token_text(token_id),
+            logprob=max(logprob, _LEAST),
+            bytes=self._text.token_bytes(token_id),
+        )
+
+
+class CompletionRenderer(_Streamed):
+    """Renders /v1/completions."""
+
+    def __init__(
+        self,
+        *,
+        response_id: str,
+        created: int,
+        model: str,
+        text: Tokenizer,
+        include_usage: bool,
+        echoes: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__()
+        self._id = response_id
+        self._created = created
+        self._model = model
+        self._text = text
+        self._include_usage = include_usage
+        self._echoes = echoes
+        self._prompts = prompts
+        self._offsets = [_Offsets(text) for _ in echoes]
+
+    def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
+        """The chunk for a delta; a choice's first one has the echo."""
+        text = self._with_echo(delta.index, delta.text)
+        if not text and not delta.logprobs and not delta.prompt_logprobs and delta.finish_reason is None:
+            return []
+        return [self._completion([self._choice(delta.index, text, [delta])])]
+
+    def usage_chunk(self, usage: Usage) -> BaseModel:
+        """The chunk without choices that ends a stream."""
+        return self._completion([], usage)
+
+    def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> BaseModel:
+        """The response without streaming."""
+        rendered = []
+        for index, deltas in enumerate(choices):
+            text = self._with_echo(index, "".join(delta.text for delta in deltas))
+            rendered.append(self._choice(index, text, deltas))
+        return self._completion(rendered).model_copy(update={"usage": usage})
+
+    def _with_echo(self, index: int, text: str) -> str:
+        if index in self._opened:
+            return text
+        self._opened.add(index)
+        return self._echoes[index] + text
+
+    def _choice(self, index: int, text: str, deltas: Sequence[TextDelta]) -> CompletionChoice:
+        return CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=self._logprobs(index, deltas),
+            finish_reason="length"
+            if deltas[-1].finish_reason == "length"
+            else deltas[-1].finish_reason and "stop",
+        )
+
+    def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+        completion = Completion(
+            id=self._id, object="text_completion", created=self._created, model=self._model, choices=choices
+        )
+        return completion.model_copy(update={"usage": usage}) if self._include_usage else completion
+
+    def _logprobs(self, index: int, deltas: Sequence[TextDelta]) -> CompletionLogprobs | None:
+        if all(delta.logprobs is None and delta.prompt_logprobs is None for delta in deltas):
+            return None
+        out = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for delta in deltas:
+            prompt = delta.prompt_logprobs or ()
+            for token_id, entry in zip(self._prompts[index], prompt, strict=False):
+                self._add(out, index, token_id, entry)
+            for token in delta.logprobs or ():
+                self._add(out, index, token.token_id, token)
+        return out
+
+    def _add(self, out: CompletionLogprobs, index: int, token_id: int, entry: TokenLogprob | None) -> None:
+        out.tokens.append(self._text.token_text(token_id))
+        out.text_offset.append(self._offsets[index].next(token_id))
+        out.token_logprobs.append(None if entry is None else max(entry.logprob, _LEAST))
+        out.top_logprobs.append(None if entry is None else self._top(entry))
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+            # Two tokens may look alike (halves of characters); the likelier one is shown.
+            top.setdefault(self._text.token_text(token_id), max(logprob, _LEAST))
+        return top
+
+
+class _Offsets:
+    """Where each token begins in the text, counted in characters."""
+
+    def __init__(self, text: Tokenizer) -> None:
+        self._text = text
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._length = 0
+
+    def next(self, token_id: int) -> int:
+        start = self._length
+        if token_id not in self._text.special_ids:
+            self._length += len(self._utf8.decode(bytes(self._text.token_bytes(token_id))))
+        return start

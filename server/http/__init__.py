@@ -1,0 +1,1 @@
+"""HTTP: middleware, replies, routes and the shapes of the wire."""

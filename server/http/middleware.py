@@ -1,0 +1,166 @@
+"""What surrounds every route: the request's id, its record, the last resort, the bound on bodies.
+
+Plain ASGI, because anything else would buffer streams or hide a client that hangs up.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.http.protocol.errors import ApiError, internal_error
+from server.telemetry.metrics import Metrics
+from server.telemetry.record import Ended, GenerationRecord
+
+logger = logging.getLogger("server.requests")
+
+_RECORD = "dsa.record"
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+@dataclass(slots=True)
+class Record:
+    """What becomes known about a request while it is served.
+
+    Attributes:
+        request_id: made here; a client's own is never used.
+        started: when it arrived, on the monotonic clock.
+        started_ns: the same moment in nanoseconds since 1970.
+        outcome: how it ended, where the status alone does not say.
+        generation: what is generated, once that has begun.
+    """
+
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started: float = field(default_factory=time.monotonic)
+    started_ns: int = field(default_factory=time.time_ns)
+    outcome: str | None = None
+    generation: GenerationRecord | None = None
+
+
+def record_of(scope: Scope) -> Record:
+    """The record of a request."""
+    record = scope[_RECORD]
+    assert isinstance(record, Record)
+    return record
+
+
+class RecordMiddleware:
+    """Gives every request an id and every failure an answer, counts both, and tells who wants to know."""
+
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, observers: Sequence[Callable[[Ended], None]] = ()
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._observers = observers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = scope[_RECORD] = Record()
+        status: int | None = None
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("request %s failed", record.request_id)
+            record.outcome = "server_error"
+            if status is not None:
+                raise  # half a response is out: the connection must break, or it would look complete
+            await internal_error().to_response()(scope, receive, send_with_id)
+        finally:
+            outcome = record.outcome or outcome_of(status)
+            self._metrics.request_ended(_endpoint(scope), outcome)
+            self._tell(scope, record, status, outcome)
+
+    def _tell(self, scope: Scope, record: Record, status: int | None, outcome: str) -> None:
+        if not self._observers:
+            return
+        headers = Headers(scope=scope)
+        ended = Ended(
+            request_id=record.request_id,
+            method=scope["method"] if scope["method"] in _METHODS else "other",
+            endpoint=_endpoint(scope),
+            status=status,
+            outcome=outcome,
+            started_ns=record.started_ns,
+            started=record.started,
+            seconds=time.monotonic() - record.started,
+            traceparent=headers.get("traceparent"),
+            tracestate=headers.get("tracestate"),
+            generation=record.generation,
+        )
+        for observe in self._observers:
+            try:
+                observe(ended)
+            except Exception:  # a request that was answered must not fail because of a log
+                logger.exception("request %s was not recorded", record.request_id)
+
+
+class BodyLimitMiddleware:
+    """Refuses bodies that are too large, while they arrive."""
+
+    def __init__(self, app: ASGIApp, *, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._limit):
+            await self._refusal().to_response()(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_some() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self._limit:
+                    raise self._refusal()
+            return message
+
+        await self._app(scope, receive_some, send)
+
+    def _refusal(self) -> ApiError:
+        return ApiError(
+            413,
+            f"the body has more than the {self._limit} bytes that this server takes; send less",
+            code="body_too_large",
+            headers={"connection": "close"},  # the rest of the body is not worth reading
+        )
+
+
+def _endpoint(scope: Scope) -> str:
+    route = scope.get("route")
+    return str(getattr(route, "path", "other"))
+
+
+def outcome_of(status: int | None) -> str:
+    """How a request ended, as far as its status tells."""
+    if status is None:
+        return "disconnected"
+    if status == 429:
+        return "rejected"
+    if status == 503:
+        return "unavailable"
+    return {2: "ok", 4: "client_error", 5: "server_error"}.get(status // 100, "other")

@@ -1,0 +1,263 @@
+"""The wire of /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag
+
+from server.http.protocol.base import TAG, Body, Label, Neutral, tag_of_list
+from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
+from server.http.protocol.tools import (
+    MAX_CALLS,
+    MAX_TOOLS,
+    CallId,
+    PastCall,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
+)
+from server.http.protocol.usage import Usage
+
+MAX_MESSAGES = 4096
+
+# ---- request ------------------------------------------------------------------------------------
+
+
+class TextPart(Body):
+    """A piece of a message."""
+
+    type: Literal["text"] = Field(description="This server reads text only.")
+    text: str
+
+
+def _content_tag(value: Any) -> str | None:
+    return tag_of_list(value, text=f"{TAG}text", empty=f"{TAG}parts", kinds=((object, f"{TAG}parts"),))
+
+
+Content = Annotated[
+    Annotated[str, Tag(f"{TAG}text")]
+    | Annotated[list[TextPart], Field(min_length=1, max_length=1024), Tag(f"{TAG}parts")],
+    Discriminator(
+        _content_tag,
+        custom_error_type="content",
+        custom_error_message='must be a string or a list of parts like {{"type": "text", "text": "..."}}',
+    ),
+]
+
+_NO_FUNCTIONS = "functions are the older name of tools; send tools and tool_choice"
+
+
+class ChatMessage(Body):
+    """One message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="`developer` is `system`. `tool` is the result of a call, where the model's format has calls."
+    )
+    content: Content | None = Field(
+        default=None, description="Only a message with tool calls may do without."
+    )
+    name: Annotated[
+        Any, Neutral(advice="must be null: the prompt has no place for names; write it in the content")
+    ] = None
+    # What a client library adds when it sends an answer back.
+    refusal: Annotated[Any, Neutral(advice="must be null: write the refusal in the content")] = None
+    annotations: Annotated[
+        Any, Neutral([], advice="must be empty: annotations are not part of the prompt")
+    ] = None
+    audio: Annotated[Any, Neutral(advice="must be null: this server reads text only")] = None
+    tool_calls: Annotated[list[PastCall], Field(max_length=MAX_CALLS)] | None = None
+    tool_call_id: CallId | None = Field(default=None, description="Whose result a tool message is.")
+    reasoning_content: str | None = Field(
+        default=None, description="Of an earlier answer; the model's format decides how long it is kept."
+    )
+    function_call: Annotated[Any, Neutral(advice=f"must be null: {_NO_FUNCTIONS}")] = None
+
+    def text(self) -> str:
+        """The content as one string; parts stand on lines of their own."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "\n".join(part.text for part in self.content)
+
+
+class ThinkingOptions(Body):
+    """Whether the model reasons before it answers; as DeepSeek's interface has it."""
+
+    type: Literal["enabled", "disabled"]
+    budget_tokens: int | None = Field(
+        default=None, ge=1, description="After so many tokens of reasoning the server ends it."
+    )
+
+
+class TemplateOptions(Body):
+    """What a request may set of the prompt's format: thinking, under the names of two families."""
+
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
+
+
+Metadata = Annotated[
+    dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]],
+    Field(max_length=16),
+]
+
+
+class ChatCompletionBody(GenerationBody):
+    """What to answer, and how."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(
+        default=None, ge=1, description="At most so many tokens; default: to the end of the context."
+    )
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    metadata: Metadata | None = Field(default=None, description="Labels; they change nothing.")
+    safety_identifier: Label | None = Field(default=None, description="A label; it changes nothing.")
+    prompt_cache_key: Label | None = Field(
+        default=None, description="A label; it changes nothing, because there is one cache."
+    )
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="False: the answer ends with its first call."
+    )
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = Field(
+        default=None,
+        description="`required` and a name open the call for the model; `none` leaves the tools out of the prompt.",
+    )
+    thinking: ThinkingOptions | None = None
+    thinking_token_budget: int | None = Field(
+        default=None, ge=1, description="Another name of thinking.budget_tokens."
+    )
+    chat_template_kwargs: TemplateOptions | None = None
+    reasoning_effort: Literal["none", "high"] | None = Field(
+        default=None, description="`high` switches thinking on, `none` off; bound it with a thinking budget."
+    )
+
+    audio: Annotated[Any, Neutral(advice="must be null: this server writes text only")] = None
+    function_call: Annotated[Any, Neutral("none", "auto", advice=f"must be null: {_NO_FUNCTIONS}")] = None
+    functions: Annotated[Any, Neutral([], advice=f"must be empty: {_NO_FUNCTIONS}")] = None
+    modalities: Annotated[
+        Any, Neutral(["text"], advice="must be ['text'] or null: this server writes text only")
+    ] = None
+    moderation: Annotated[Any, Neutral(advice="must be null: this server does not moderate")] = None
+    prediction: Annotated[Any, Neutral(advice="must be null: this server takes no predicted output")] = None
+    prompt_cache_options: Annotated[
+        Any, Neutral(advice="must be null: prompts are cached without options")
+    ] = None
+    prompt_cache_retention: Annotated[
+        Any, Neutral("in_memory", advice="must be 'in_memory' or null: the prompt cache lives in memory")
+    ] = None
+    response_format: Annotated[
+        Any,
+        Neutral(
+            {"type": "text"},
+            advice="must be {'type': 'text'} or null: this server does not constrain the output's grammar",
+        ),
+    ] = None
+    service_tier: Annotated[
+        Any, Neutral("auto", "default", advice="must be 'auto', 'default' or null: there is one service tier")
+    ] = None
+    store: Annotated[Any, Neutral(False, advice="must be false or null: this server stores nothing")] = None
+    verbosity: Annotated[
+        Any, Neutral("medium", advice="must be 'medium' or null: ask for a length in a message instead")
+    ] = None
+    web_search_options: Annotated[
+        Any, Neutral(advice="must be null: this server does not search the web")
+    ] = None
+
+
+# ---- response -----------------------------------------------------------------------------------
+
+
+class TopLogprob(BaseModel):
+    """One alternative at a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    """One generated token and its alternatives."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of a choice's tokens."""
+
+    content: list[ChatTokenLogprob]
+
+
+class AssistantMessage(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"]
+    content: str | None = Field(description="Null where there is nothing but calls.")
+    refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChoiceWarning(BaseModel):
+    """How the model broke its own format. Nothing of what it wrote is lost."""
+
+    code: str = Field(description="Such as `truncated_tool_call` or `invalid_arguments`.")
+    message: str
+    tool_call: int | None = Field(description="Which of the choice's calls is concerned.")
+    raw: str | None = Field(description="The model's text, where it is nowhere else in the choice.")
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    warnings: list[ChoiceWarning] | None = None
+
+
+class ChatCompletion(BaseModel):
+    """The response when `stream` is false."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class MessageDelta(BaseModel):
+    """What is new in an answer."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    """What is new in one choice."""
+
+    index: int
+    delta: MessageDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    warnings: list[ChoiceWarning] | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    """One event when `stream` is true."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None

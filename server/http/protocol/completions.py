@@ -1,0 +1,93 @@
+"""The wire of /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Discriminator, Field, Tag
+
+from server.http.protocol.base import TAG, Neutral, tag_of_list
+from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
+from server.http.protocol.usage import Usage
+
+# ---- request ------------------------------------------------------------------------------------
+
+
+def _prompt_tag(value: Any) -> str | None:
+    kinds = ((str, f"{TAG}texts"), (int, f"{TAG}ids"), (list, f"{TAG}id_lists"))
+    return tag_of_list(value, text=f"{TAG}text", empty=f"{TAG}texts", kinds=kinds)
+
+
+Prompt = Annotated[
+    Annotated[str, Tag(f"{TAG}text")]
+    | Annotated[list[str], Field(min_length=1), Tag(f"{TAG}texts")]
+    | Annotated[list[int], Tag(f"{TAG}ids")]
+    | Annotated[list[list[int]], Tag(f"{TAG}id_lists")],
+    Discriminator(
+        _prompt_tag,
+        custom_error_type="prompt",
+        custom_error_message="must be a string, a list of strings, a list of token ids, or a list of such lists",
+    ),
+]
+
+
+class CompletionBody(GenerationBody):
+    """What to continue, and how."""
+
+    prompt: Prompt
+    echo: bool | None = Field(default=None, description="Put the prompt in front of the text.")
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_TOP_LOGPROBS,
+        description="Report log-probabilities, with so many alternatives; with echo, of the prompt too.",
+    )
+    logprob_start_len: int | None = Field(
+        default=None,
+        ge=0,
+        description="The first prompt token to report one of; what is cached of the prompt before it is not computed "
+        "again.",
+    )
+    best_of: Annotated[
+        Any, Neutral(1, advice="must be 1 or null: use n, and choose among the answers yourself")
+    ] = None
+    suffix: Annotated[Any, Neutral(advice="must be null: this server does not fill in the middle")] = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        token_ids = [part for part in self.prompt if isinstance(part, int)]
+        return [token_ids] if token_ids else [part for part in self.prompt if not isinstance(part, int)]
+
+
+# ---- response -----------------------------------------------------------------------------------
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities of a choice's tokens, one entry a token in each list."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description="Where each token begins in the choice's text.")
+
+
+class CompletionChoice(BaseModel):
+    """One continuation, or in a stream what is new in it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Completion(BaseModel):
+    """The response, and one event of it when `stream` is true."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None

@@ -1,0 +1,86 @@
+"""The generating endpoints' part of the OpenAPI schema.
+
+Their bodies are read by hand (`server.http.protocol.validation`), so the framework has to be told of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from server.http.protocol.base import Body
+from server.http.protocol.chat import ChatCompletionBody, ChatCompletionChunk
+from server.http.protocol.completions import Completion, CompletionBody
+from server.http.protocol.errors import ErrorResponse
+
+_REFERENCE = "#/components/schemas/{model}"
+
+_ERRORS = {
+    400: "The request cannot be run as it is; `message` says what to change.",
+    404: "The model is not served here.",
+    413: "The body is too large.",
+    415: "The body is not declared to be JSON.",
+    429: "The server is full; `Retry-After` says when to try again.",
+    500: "The engine could not run this request, or the server met a fault.",
+    503: "The model is loading, the engine has died or the server is shutting down.",
+}
+
+
+class Description(TypedDict):
+    """Arguments of a route's decorator."""
+
+    responses: dict[int | str, dict[str, Any]]
+    openapi_extra: dict[str, Any]
+
+
+def describe(*, body: type[Body], whole: type[BaseModel], chunk: type[BaseModel]) -> Description:
+    """Describe a generating endpoint: its body, its response, its stream and its errors."""
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorResponse, "description": text} for status, text in _ERRORS.items()
+    }
+    events = (
+        f"With `stream`: server-sent events, each a `{chunk.__name__}`, then `data: [DONE]`. "
+        "A failure on the way is an event with an `ErrorResponse`, and the last one."
+    )
+    responses[200] = {
+        "description": "The response.",
+        "model": whole,
+        "content": {"text/event-stream": {"schema": {"type": "string", "description": events}}},
+    }
+    request = {"required": True, "content": {"application/json": {"schema": _reference(body)}}}
+    return {"responses": responses, "openapi_extra": {"requestBody": request}}
+
+
+def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """The function that makes the app's schema, once."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=app.title, version=app.version, description=app.description, routes=app.routes
+            )
+            _, definitions = models_json_schema(
+                [
+                    (ChatCompletionBody, "validation"),
+                    (CompletionBody, "validation"),
+                    (ChatCompletionChunk, "serialization"),
+                    (Completion, "serialization"),
+                ],
+                ref_template=_REFERENCE,
+            )
+            components = schema.setdefault("components", {}).setdefault("schemas", {})
+            for name, definition in definitions["$defs"].items():
+                components.setdefault(name, definition)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    return openapi
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REFERENCE.format(model=model.__name__)}

@@ -1,0 +1,115 @@
+"""The fields that every generating endpoint shares."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag
+from pydantic_core import PydanticCustomError
+
+from server.http.protocol.base import TAG, Body, Label, Neutral, tag_of_list
+
+MAX_STOPS = 16
+MAX_STOP_TOKENS = 128
+MAX_BIASES = 1024
+MAX_TOP_LOGPROBS = 20
+
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+
+
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
+
+
+def _check_key(key: str) -> str:
+    if not _TOKEN_ID.fullmatch(key):
+        raise PydanticCustomError("token_id", "must be a token id, written as a decimal number")
+    return key
+
+
+def _stop_tag(value: Any) -> str | None:
+    return tag_of_list(value, text=f"{TAG}one", empty=f"{TAG}many", kinds=((object, f"{TAG}many"),))
+
+
+Stop = Annotated[
+    Annotated[StopText, Tag(f"{TAG}one")]
+    | Annotated[list[StopText], Field(max_length=MAX_STOPS), Tag(f"{TAG}many")],
+    Discriminator(
+        _stop_tag,
+        custom_error_type="stop",
+        custom_error_message="must be a string or a list of strings",
+    ),
+]
+
+
+def _top_k_tag(value: Any) -> str | None:
+    return f"{TAG}word" if isinstance(value, str) else f"{TAG}count" if isinstance(value, int) else None
+
+
+TopK = Annotated[
+    Annotated[int, Field(ge=1), Tag(f"{TAG}count")] | Annotated[Literal["dense"], Tag(f"{TAG}word")],
+    Discriminator(
+        _top_k_tag,
+        custom_error_type="top_k",
+        custom_error_message="must be a number of tokens or 'dense'",
+    ),
+]
+
+
+class SparsityOptions(Body):
+    """How much of the context attention may read."""
+
+    top_k: TopK = Field(
+        description=(
+            "How many earlier tokens each token attends to, chosen by the indexer; "
+            "`dense` attends to all. At most the model's context length."
+        ),
+    )
+
+
+class StreamOptions(Body):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = Field(
+        default=None, description="End with a chunk that has no choices and the usage of the request."
+    )
+    include_obfuscation: Annotated[
+        Any, Neutral(False, advice="must be false or null: chunks are not padded")
+    ] = None
+
+
+class GenerationBody(Body):
+    """How to generate. The defaults are OpenAI's."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=512)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, ge=1, description="Choices for each prompt.")
+    max_tokens: int | None = Field(
+        default=None, ge=0, description="At most so many tokens; default: to the end of the context."
+    )
+    temperature: float | None = Field(default=None, ge=0, le=2, description="Default 1; 0 is greedy.")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(
+        default=None, ge=-1, lt=2**31, description="Sample from the k most likely tokens; 0 or -1: from all."
+    )
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100, description="1 switches it off.")
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, AfterValidator(_check_key)],
+                Annotated[float, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=MAX_BIASES),
+        ]
+        | None
+    ) = Field(default=None, description="Token id, written as a string, to what is added to its logit.")
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    ignore_eos: bool | None = Field(default=None, description="Generate on after end-of-sequence tokens.")
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    dsa: SparsityOptions | None = Field(default=None, description="Sparse attention, for this request only.")
+    user: Label | None = Field(default=None, description="A label; it changes nothing.")

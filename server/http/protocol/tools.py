@@ -1,0 +1,108 @@
+"""The wire of tools: what may be called, and calls."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag
+
+from server.http.protocol.base import TAG, Body, Neutral
+
+MAX_TOOLS = 256
+MAX_CALLS = 256
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+CallId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+
+
+class FunctionTool(Body):
+    """A function that the model may call."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="A JSON schema; default: none.")
+    strict: Annotated[
+        Any,
+        Neutral(False, advice="must be false or null: this server does not constrain the output's grammar"),
+    ] = None
+
+
+class Tool(Body):
+    """A tool."""
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class NamedFunction(Body):
+    """A function by its name."""
+
+    name: Name
+
+
+class NamedTool(Body):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def _choice_tag(value: Any) -> str:
+    return f"{TAG}tool" if isinstance(value, dict) else f"{TAG}word"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag(f"{TAG}word")]
+    | Annotated[NamedTool, Tag(f"{TAG}tool")],
+    Discriminator(_choice_tag),
+]
+
+
+class CalledFunction(Body):
+    """What was called. A model may call a tool by a name that no tool could have."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class PastCall(Body):
+    """A call in an earlier answer."""
+
+    id: CallId
+    type: Literal["function"]
+    function: CalledFunction
+    index: Annotated[int, Field(ge=0)] | None = Field(default=None, description="As streams have it; unused.")
+
+
+# ---- response -----------------------------------------------------------------------------------
+
+
+class FunctionCall(BaseModel):
+    """What is called."""
+
+    name: str
+    arguments: str = Field(description="The model's text, which should be a JSON object.")
+
+
+class ToolCall(BaseModel):
+    """A call."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class FunctionDelta(BaseModel):
+    """What is new in a call."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(BaseModel):
+    """A call that begins, or more of its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta

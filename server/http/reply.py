@@ -1,0 +1,264 @@
+"""How a generating endpoint answers: everything between the request's arrival and the last byte.
+
+A stream's headers are sent once the engine has taken the request, which it does or refuses at once,
+and not when its first token is there: a request may wait long, and proxies and clients want to see
+that it was accepted. So a refusal is a plain HTTP error, and a later failure is an `error` event after
+which the stream ends without `[DONE]`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from engine.errors import EngineDiedError, EngineUnavailableError
+from server.generation.admission import QueueFullError, TooLargeError
+from server.generation.generate import (
+    ChoiceUsage,
+    Generation,
+    GenerationAbortedError,
+    GenerationFailedError,
+    QuietError,
+    TextDelta,
+)
+from server.generation.intake import Work
+from server.generation.render import Renderer, total_usage
+from server.http.disconnect import ClientGoneError, unless_disconnected
+from server.http.middleware import Record, outcome_of, record_of
+from server.http.protocol import sse
+from server.http.protocol.errors import ENGINE, RATE_LIMIT, ApiError, bad_request, internal_error, unavailable
+from server.http.protocol.usage import CostUsage, Usage
+from server.money.accounting import Account, LedgerUnavailableError, key_of
+from server.services import Services
+from server.telemetry.metrics import GenerationMeter
+from server.telemetry.record import GenerationRecord
+
+logger = logging.getLogger("server.requests")
+
+ACCEPT_SECONDS = 0.05
+"""How long a stream's headers wait for the engine to refuse; its first token ends the wait."""
+
+KEEP_ALIVE_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What an endpoint made of a request body."""
+
+    work: Work
+    renderer: Renderer
+    stream: bool
+    include_usage: bool
+
+
+class GenerationReply(Response):
+    """Reads a request, runs it and answers, in one block that cleans up whatever happens."""
+
+    def __init__(self, services: Services, prepare: Callable[[Request], Awaitable[Order]]) -> None:
+        super().__init__()
+        self._services = services
+        self._prepare = prepare
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        services, record = self._services, record_of(scope)
+        with services.lifecycle.track():
+            if services.lifecycle.draining:
+                raise unavailable(
+                    "the server is shutting down and takes no new requests; send it to another",
+                    code="draining",
+                )
+            try:
+                with _refusals():
+                    services.admission.check()
+                order = await self._prepare(Request(scope, receive))
+                with _refusals(), services.admission.admit(len(order.work.jobs)):
+                    response = await unless_disconnected(receive, self._run(order, record, send, scope))
+            except (ClientDisconnect, ClientGoneError):
+                record.outcome = "disconnected"
+                logger.info("request %s: the client hung up", record.request_id)
+                return
+            if response is not None:
+                await response(scope, receive, send)
+
+    async def _run(self, order: Order, record: Record, send: Send, scope: Scope) -> Response | None:
+        """Generate; return the response that is still to be sent, None after a stream."""
+        services, jobs = self._services, order.work.jobs
+        meter = services.metrics.generation(jobs, record.started)
+        complete = False
+        record.generation = GenerationRecord(services.config.model_name, tuple(jobs), order.stream)
+        account = Account(
+            services.books,
+            request_id=record.request_id,
+            endpoint=str(scope["path"]),
+            key=key_of(Headers(scope=scope).get("authorization")),
+            jobs=jobs,
+        )
+        ended = "failed"
+        try:
+            async with Generation(services.engine, services.text, jobs, account.settle) as generation:
+                run = _Run(generation, meter, order, record, account)
+                response = await (run.stream(send) if order.stream else run.whole())
+                complete = run.complete
+        except asyncio.CancelledError:
+            ended = "cancelled"
+            raise
+        finally:
+            meter.close(complete=complete)
+            account.abandon(ended)
+        return response
+
+
+class _Run:
+    """One order while it runs."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        meter: GenerationMeter,
+        order: Order,
+        record: Record,
+        account: Account,
+    ) -> None:
+        self._account = account
+        self._generation = generation
+        self._meter = meter
+        self._order = order
+        self._record = record
+        self._usages: dict[int, ChoiceUsage] = {}
+        self._length = False
+        self.complete = False
+
+    async def whole(self) -> Response:
+        choices: list[list[TextDelta]] = [[] for _ in self._order.work.jobs]
+        try:
+            while (delta := await self._next(None)) is not None:
+                choices[delta.index].append(delta)
+        except Exception as error:
+            raise self._explain(error) from error
+        try:
+            usage = await self._finish()
+        except Exception as error:
+            raise self._explain(error) from error
+        model = self._order.renderer.whole(choices, usage)
+        return Response(model.model_dump_json(exclude_unset=True), media_type="application/json")
+
+    async def stream(self, send: Send) -> None:
+        try:
+            await self._generation.settle(ACCEPT_SECONDS)
+        except Exception as error:
+            raise self._explain(error) from error
+        start = Response(headers=sse.HEADERS, media_type=sse.MEDIA_TYPE)
+        del start.headers["content-length"]
+        await send({"type": "http.response.start", "status": 200, "headers": start.raw_headers})
+        try:
+            await self._send_chunks(send)
+            last = sse.DONE
+        except Exception as error:
+            explained = self._explain(error)
+            self._record.outcome = outcome_of(explained.status)
+            last = sse.event(explained.to_json())
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _send_chunks(self, send: Send) -> None:
+        async def put(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        renderer = self._order.renderer
+        waiting: list[bytes] = []  # events that go out together, where deltas came faster than they are sent
+
+        async def flush() -> None:
+            if data := b"".join(waiting):
+                waiting.clear()
+                await put(data)
+
+        while True:
+            if not self._generation.ready:
+                await flush()
+            try:
+                delta = await self._next(KEEP_ALIVE_SECONDS)
+            except QuietError:
+                await put(sse.KEEP_ALIVE)
+                continue
+            except Exception:
+                await flush()
+                raise
+            if delta is None:
+                break
+            waiting.append(renderer.events(delta))
+        await flush()
+        usage = await self._finish()
+        if self._order.include_usage:
+            await put(sse.chunk(renderer.usage_chunk(usage)))
+
+    async def _next(self, seconds: float | None) -> TextDelta | None:
+        delta = await self._generation.next(seconds)
+        if delta is not None:
+            self._meter.delta(delta)
+            if self._record.generation is not None:
+                self._record.generation.take(delta)
+            if delta.usage is not None:
+                self._usages[delta.index] = delta.usage
+                self._length |= delta.finish_reason == "length"
+        return delta
+
+    async def _finish(self) -> Usage:
+        """Close the account before the last event is sent: what the client saw end is written down."""
+        outcome = "length" if self._length else "stop"
+        usages = list(self._usages.values())
+        bill = await self._account.finish(usages, outcome)
+        self.complete = True
+        self._record.outcome = outcome
+        usage = total_usage(usages, self._order.work.sparsity.requested)
+        cost = CostUsage(
+            amount=bill.amount,
+            currency="USD",
+            unit="nano",
+            price_version=bill.price_version,
+            metered_amount=bill.metered,
+            dense_equivalent_amount=bill.dense_equivalent,
+            effective_top_k=usage.dsa.top_k,
+        )
+        return usage.model_copy(update={"cost": cost})
+
+    def _explain(self, error: Exception) -> ApiError:
+        match error:
+            case ApiError():
+                return error
+            case EngineUnavailableError():
+                return unavailable(str(error), code="engine_unavailable", kind=ENGINE)
+            case EngineDiedError():
+                explained = unavailable(str(error), code="engine_died", kind=ENGINE)
+            case LedgerUnavailableError():
+                explained = unavailable(str(error), code="ledger_unavailable")
+            case GenerationAbortedError():
+                explained = unavailable(str(error), code="aborted", kind=ENGINE)
+            case GenerationFailedError():
+                explained = ApiError(500, str(error), kind=ENGINE, code="generation_failed")
+            case _:
+                logger.error("request %s failed", self._record.request_id, exc_info=error)
+                return internal_error()
+        logger.warning("request %s: %s", self._record.request_id, error)
+        return explained
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What admission refuses, as answers."""
+    try:
+        yield
+    except TooLargeError as error:
+        raise bad_request(str(error), param="n", code="too_many_choices") from None
+    except QueueFullError as error:
+        raise ApiError(
+            429, str(error), kind=RATE_LIMIT, code="queue_full", headers={"retry-after": "1"}
+        ) from None

@@ -1,0 +1,13 @@
+"""The endpoints: one file each, and one line each in `ROUTERS`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from server.http.routes.chat import router as chat
+from server.http.routes.completions import router as completions
+from server.http.routes.health import router as health
+from server.http.routes.metrics import router as metrics
+from server.http.routes.models import router as models
+
+ROUTERS: tuple[APIRouter, ...] = (chat, completions, models, health, metrics)

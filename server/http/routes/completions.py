@@ -1,0 +1,47 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.generation.render import CompletionRenderer
+from server.http.middleware import record_of
+from server.http.protocol.completions import Completion, CompletionBody
+from server.http.protocol.openapi import describe
+from server.http.protocol.validation import parse_body
+from server.http.reply import GenerationReply, Order
+from server.services import services_of
+
+router = APIRouter(tags=["generation"])
+
+
+@router.post(
+    "/v1/completions",
+    summary="Continue a text",
+    response_class=Response,
+    **describe(body=CompletionBody, whole=Completion, chunk=Completion),
+)
+async def create_completion(request: Request) -> Response:
+    """Continue one or several prompts, at once or as a stream."""
+    services = services_of(request)
+    request_id = record_of(request.scope).request_id
+
+    async def prepare(request: Request) -> Order:
+        body = parse_body(CompletionBody, request.headers.get("content-type"), await request.body())
+        work = await services.intake.completion(body, services.engine.status, request_id)
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        renderer = CompletionRenderer(
+            response_id=f"cmpl-{request_id}",
+            created=int(time.time()),
+            model=body.model,
+            text=services.text,
+            include_usage=include_usage,
+            echoes=work.echoes,
+            prompts=[job.submit.prompt_token_ids for job in work.jobs],
+        )
+        return Order(work, renderer, stream=bool(body.stream), include_usage=include_usage)
+
+    return GenerationReply(services, prepare)

@@ -1,0 +1,46 @@
+"""GET /health/live and /health/ready."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from engine.client import EngineState
+from server.generation.intake import why_not_ready
+from server.http.protocol.models import Liveness, LoadingProgress, Readiness
+from server.services import services_of
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/health/live", summary="Does the process answer?")
+async def live() -> Liveness:
+    """Whether the process answers; the engine's state is readiness."""
+    return Liveness()
+
+
+@router.get(
+    "/health/ready",
+    summary="Are requests taken?",
+    responses={503: {"model": Readiness, "description": "Not now; `reason` says why."}},
+)
+async def ready(request: Request, response: Response) -> Readiness:
+    """Whether requests are taken now, and why not."""
+    services = services_of(request)
+    status = services.engine.status
+    state, reason = status.state.value, None
+    if services.lifecycle.draining:
+        state, reason = "draining", "the server is shutting down and finishes what runs"
+    elif status.state is not EngineState.READY:
+        reason = why_not_ready(status)
+    loading = status.loading if status.state is not EngineState.READY else None
+    if reason is not None:
+        response.status_code = 503
+    return Readiness(
+        ready=reason is None,
+        state=state,
+        model=services.config.model_name,
+        reason=reason,
+        loading=LoadingProgress(stage=loading.stage, done=loading.done, total=loading.total)
+        if loading
+        else None,
+    )

@@ -1,0 +1,43 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from server.generation.intake import model_not_found
+from server.http.protocol.errors import ErrorResponse
+from server.http.protocol.models import ModelList, ModelObject
+from server.services import Services, services_of
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models", summary="List what is served")
+async def list_models(request: Request) -> ModelList:
+    """The one model that is served. Answers while it loads, too."""
+    return ModelList(data=[_model(services_of(request))])
+
+
+@router.get(
+    "/v1/models/{model_id:path}",
+    summary="Describe one model",
+    responses={
+        404: {"model": ErrorResponse, "description": "It is not served here."},
+        "4XX": {"model": ErrorResponse},
+    },
+)
+async def retrieve_model(model_id: str, request: Request) -> ModelObject:
+    """The model of that name."""
+    services = services_of(request)
+    if model_id != services.config.model_name:
+        raise model_not_found(model_id, services.config.model_name)
+    return _model(services)
+
+
+def _model(services: Services) -> ModelObject:
+    model = services.engine.status.model
+    return ModelObject(
+        id=services.config.model_name,
+        created=services.created,
+        max_model_len=model.max_model_len if model else None,
+    )

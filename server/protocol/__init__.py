@@ -1,4 +1,0 @@
-"""The wire: request bodies, response objects, errors and server-sent events, as OpenAI spells them.
-
-What a body means for a particular model (vocabulary, context, sparsity) is `server.intake`'s.
-"""

@@ -1,0 +1,73 @@
+"""One app's measurements, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.exposition import choose_encoder
+
+from engine.client import EngineStatus
+from server.generation.generate import Job
+from server.money.accounting import Entry
+from server.money.pricing import PriceBook
+from server.telemetry.metrics.cost import CostCollector
+from server.telemetry.metrics.engine import EngineCollector
+from server.telemetry.metrics.generation import GenerationMeter, GenerationMetrics
+
+REJECTIONS = frozenset(
+    "queue_full draining engine_unavailable body_too_large ledger_unavailable rate_limited".split()
+)
+"""Reasons of rejection that have a label of their own; the rest are `other`."""
+
+
+class Metrics:
+    """One app's measurements."""
+
+    def __init__(
+        self, model_name: str, status: Callable[[], EngineStatus], prices: PriceBook | None = None
+    ) -> None:
+        self.registry = registry = CollectorRegistry()
+        registry.register(EngineCollector(model_name, status))
+        self._cost = CostCollector(prices)
+        registry.register(self._cost)
+        self._rejections = Counter(
+            "dsa_rejections", "Requests refused before they ran, by reason.", ["reason"], registry=registry
+        )
+        for reason in (*sorted(REJECTIONS), "other"):
+            self._rejections.labels(reason)
+        self._ledger_errors = Counter(
+            "dsa_ledger_errors", "Rows that the usage ledger could not take.", registry=registry
+        )
+        self._requests = Counter(
+            "dsa_requests",
+            "Requests answered, by how they ended.",
+            ["endpoint", "outcome"],
+            registry=registry,
+        )
+        self._generation = GenerationMetrics(registry)
+
+    def request_ended(self, endpoint: str, outcome: str) -> None:
+        """Count a request of any endpoint."""
+        self._requests.labels(endpoint, outcome).inc()
+
+    def rejected(self, reason: str | None) -> None:
+        """Count a request that was refused before it ran."""
+        self._rejections.labels(reason if reason in REJECTIONS else "other").inc()
+
+    def closed(self, entry: Entry) -> None:
+        """Count the money of a request whose account was closed."""
+        self._cost.closed(entry)
+
+    def ledger_failed(self) -> None:
+        """Count a row that was not written."""
+        self._ledger_errors.inc()
+
+    def expose(self, accept: str) -> tuple[bytes, str]:
+        """Return everything in the format that an Accept header asks for, and its content type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def generation(self, jobs: Sequence[Job], started: float) -> GenerationMeter:
+        """Measure one generating request that arrived at `started` on the monotonic clock."""
+        return GenerationMeter(self._generation, jobs, started)

@@ -1,0 +1,94 @@
+"""The comparison with other servers: whose commands are run, and the tables that are made of the results."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from pathlib import Path
+
+import pytest
+
+from benchmarks import curve, tables
+from benchmarks.compare import Peers, suites
+from lab.bench.results import Results, Sample, Server
+from lab.bench.suites import Decode
+
+WEIGHTS = Path("/models/a model.gguf")
+
+
+def serves(arguments: list[str]) -> dict[str, list[str]]:
+    """Name -> command, of the --serve options."""
+    values = [value for flag, value in itertools.pairwise(arguments) if flag == "--serve"]
+    return {name: shlex.split(command) for name, _, command in (value.partition("=") for value in values)}
+
+
+def test_peers_are_run_with_their_settings_on_the_same_weights() -> None:
+    found = suites(Peers("llama-server", "vllm/bin/python", "bf16", WEIGHTS, "2-3", 2))
+    one = serves(found["decode"])
+    assert list(one) == ["dsa", "llama.cpp", "llama.cpp -fa on", "vLLM"]
+    assert all(command[-2:] == ["--port", "{port}"] for command in one.values())
+    assert one["llama.cpp"][:7] == ["llama-server", "-m", str(WEIGHTS), "-t", "2", "-np", "1"]
+    assert one["llama.cpp -fa on"][one["llama.cpp -fa on"].index("-fa") + 1] == "on"
+    assert "VLLM_CPU_OMP_THREADS_BIND=2-3" in one["vLLM"]
+    many = serves(found["concurrency"])["llama.cpp"]
+    assert many[many.index("-c") + 1] == str(32 * 1280)
+
+
+def test_a_peer_that_is_not_named_is_left_out() -> None:
+    found = suites(Peers(None, None, None, WEIGHTS, "1", 1))
+    assert {name: list(serves(arguments)) for name, arguments in found.items()} == {
+        key: ["dsa"] for key in found
+    }
+
+
+def test_tables_are_made_of_the_results_and_written_between_the_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results(
+        suite="decode", title=Decode.title, axis=Decode.axis, metrics=list(Decode.metrics), own="dsa", command="dsa bench",
+        started="2026-11-25T16:00:00Z", settings={"rounds": 2}, machine={"processor": "a processor"},
+        servers=[Server(name=name, url=None, command=None, cpus=[1]) for name in ("dsa", "other")],
+        samples=[
+            Sample(server=name, case=128, turn=turn, values={"decode_rate": rate + turn}, requests=[])
+            for name, rate in (("dsa", 60.0), ("other", 30.0)) for turn in range(2)
+        ],
+    )  # fmt: skip
+    results.summarise()
+    results.save(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    monkeypatch.setattr(tables, "README", readme)
+    monkeypatch.setattr("sys.argv", ["tables", str(tmp_path), "--write"])
+    tables.main()
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "a processor, servers on core 1, 2 rounds" in text
+    assert "| 128 | **dsa** | 60.5 (60.2 to 60.8) | - | - | - | **1.98** |" in text
+    assert "|  | other | 30.5 (30.2 to 30.8) | - | - | - |  |" in text
+    with pytest.raises(SystemExit, match="has no results of dsa bench"):
+        tables.tables(tmp_path / "nowhere")
+
+
+def test_the_published_readme_has_room_for_the_tables() -> None:
+    text = tables.README.read_text("utf-8")
+    assert text.count(tables.BEGIN) == text.count(tables.END) == 1
+    assert text.index(tables.BEGIN) < text.index(tables.END)
+
+
+def test_the_readmes_say_what_the_published_curve_says() -> None:
+    report = curve.read()
+    assert not report.quick
+    assert curve.table(report) in (curve.HERE / "README.md").read_text("utf-8")
+    assert curve.sentences(report) in (curve.HERE.parent / "README.md").read_text("utf-8")
+
+
+def test_the_curves_text_takes_the_place_of_what_is_there(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{curve.BEGIN}\nold\n{curve.END}\nafter\n", "utf-8")
+    curve.put(page, "new")
+    assert page.read_text("utf-8") == f"before\n{curve.BEGIN}\nnew\n{curve.END}\nafter\n"
+    page.write_text(f"before\n{curve.BEGIN}\n", "utf-8")
+    with pytest.raises(SystemExit, match="has no <!-- curve: begin --> with"):
+        curve.put(page, "new")

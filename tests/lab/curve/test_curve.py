@@ -1,0 +1,143 @@
+"""The cost curve: its arithmetic on made-up seconds, its shape, and the command on a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.memory.planes import PagedCache, PlaneSpec
+from engine.models.mla.config import DeepseekConfig
+from lab.curve.__main__ import main
+from lab.curve.measure import Lab, Phase, Plan, Point, crossover, fill, growth
+from lab.curve.report import Report
+from lab.curve.shape import RandomSource, config
+
+
+def curve(phase: Phase, dense: dict[int, float], sparse: dict[int, float]) -> list[Point]:
+    return [
+        Point(phase=phase, attention=name, position=at, forms=(), tokens=4, seconds=(4 * cost, 8 * cost, 0.0))
+        for name, costs in (("dense", dense), ("sparse", sparse))
+        for at, cost in costs.items()
+    ]  # fmt: skip
+
+
+def test_cost_is_the_median_seconds_of_a_token_times_the_price() -> None:
+    (point, *_) = curve("decode", {0: 0.5}, {0: 0.5})
+    assert point.token_seconds == 0.5
+    assert point.usd(3.6) == pytest.approx(500.0)  # 500,000 s at 0.001 USD a second
+
+
+def test_the_crossover_lies_between_measured_positions() -> None:
+    points = curve("decode", {0: 1, 100: 1, 200: 2, 400: 4}, {0: 2, 100: 2, 200: 2.5, 400: 3})
+    assert crossover(points, "decode", 50) == pytest.approx(200 + 200 / 3)
+    assert growth(points, "decode", "dense", 100, 400) == 4
+    assert growth(points, "decode", "sparse", 100, 400) == 1.5
+
+
+def test_a_gain_that_is_lost_again_is_no_crossover() -> None:
+    points = curve("decode", {100: 2, 200: 1, 300: 3}, {100: 1, 200: 2, 300: 2})
+    assert crossover(points, "decode", 50) == pytest.approx(250)
+    assert crossover(points[:2] + points[3:5], "decode", 50) is None
+
+
+def test_a_gain_below_top_k_is_noise() -> None:
+    """There, both are the same computation."""
+    points = curve("prefill", {0: 2, 100: 1, 200: 3}, {0: 1, 100: 2, 200: 2})
+    assert crossover(points, "prefill", 200) == 200
+
+
+def test_attention_and_indexer_have_the_published_sizes() -> None:
+    shape = DeepseekConfig.read(config(quick=False))
+    assert (shape.hidden_size, shape.num_heads, shape.kv_lora_rank, shape.qk_rope_head_dim) == (
+        7168,
+        128,
+        512,
+        64,
+    )
+    assert (shape.q_lora_rank, shape.qk_nope_head_dim, shape.v_head_dim) == (1536, 128, 128)
+    assert shape.indexer is not None
+    assert (shape.indexer.num_heads, shape.indexer.head_dim, shape.indexer.top_k) == (64, 128, 2048)
+    assert (shape.moe.experts_per_token, shape.moe.intermediate_size) == (8, 2048)
+    assert shape.moe_layers == (True,)
+
+
+def test_random_weights_keep_the_size_of_what_they_multiply() -> None:
+    source = RandomSource(config(quick=True))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    made = source.read(name, torch.bfloat16)
+    assert tuple(made.shape) == source.shape(name) == (256, 8 * 128)
+    assert made.float().std() == pytest.approx(1024**-0.5, rel=0.05)
+    assert (source.read("model.norm.weight", torch.float32) == 1).all()
+
+
+def test_every_page_holds_numbers_of_its_own() -> None:
+    """Equal keys would have equal scores, and a selection would be all ties."""
+    specs = (PlaneSpec("latent", (8,), torch.bfloat16), PlaneSpec("index_key", (4,), torch.bfloat16))
+    cache = PagedCache(5, specs, 1, torch.device("cpu"))
+    fill(cache, [(0, "latent"), (0, "index_key")], lambda *_: None, at_once=2)
+    for name in ("latent", "index_key"):
+        pages = cache.plane(0, name).flatten(1).float()
+        assert len(torch.unique(pages, dim=0)) == 5
+        assert pages.std() == pytest.approx(1, rel=0.1)
+
+
+def test_a_step_is_the_engines_own_dense_or_sparse() -> None:
+    plan = Plan(
+        positions=(64, 1024), chunk=16, streams=2, rounds=1, quick=True, device=torch.device("cpu"),
+        dtype=torch.float32,
+    )  # fmt: skip
+    lab = Lab(plan, lambda *_: None)
+    case = {a: lab.case("decode", a, 1024, plan) for a in ("dense", "sparse")}
+    assert lab.forms(case["dense"]) == ("dense",)
+    assert lab.forms(case["sparse"]) == ("gather",)
+    assert lab.forms(lab.case("decode", "sparse", 64, plan)) == ("dense",)
+    assert (case["sparse"].requests, case["sparse"].rows, case["sparse"].start) == (2, 1, 1024)
+    assert lab.seconds(case["sparse"]) > 0
+
+
+def test_the_command_writes_table_json_and_picture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--quick",
+        "--positions=0,512",
+        "--chunk=8",
+        "--price=2",
+        f"--out={tmp_path}",
+        "--dtype=float32",
+    ]
+    assert main(arguments) == 0
+    out = capfd.readouterr().out
+    assert "dense USD/M" in out
+    assert "sparse is cheaper from" in out or "dense is the cheaper one" in out
+    raw = json.loads((tmp_path / "curve.json").read_text("utf-8"))
+    assert set(raw) == set(Report.__struct_fields__)
+    assert raw["price_an_hour"] == 2
+    assert len(raw["points"]) == 2 * 2 * 2
+    assert {len(point["seconds"]) for point in raw["points"]} == {1}
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--positions=0,x"], "error: positions is '0,x'; expected numbers such as 0,1K"),
+        (["--positions=200K"], "ends beyond the model's 163840 positions; lower positions or chunk"),
+        (["--positions=1K,1K"], "error: positions must be different numbers"),
+        (["--price=0"], "error: price is 0 USD an hour; it must be above 0"),
+        (["--rounds=0"], "error: rounds must be at least 1, not 0"),
+        (["--threads=0"], "error: threads must be at least 1, not 0"),
+        (["--cpu-time", "--threads=2"], "error: cpu_time is the time of one CPU thread; leave it out"),
+        (["--device=tpu"], "error: device 'tpu' is not known"),
+    ],
+)
+def test_errors_are_one_sentence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    threads = torch.get_num_threads()
+    assert main(["--quick", f"--out={tmp_path / 'made'}", *arguments]) == 1
+    torch.set_num_threads(threads)
+    error = capfd.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error

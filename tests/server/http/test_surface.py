@@ -1,0 +1,85 @@
+"""Models, health, the schema, and what importing the app brings along."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from server.http.protocol.chat import ChatCompletionBody
+from server.http.protocol.completions import CompletionBody
+from tests.server.kit import client, make_app, speaking
+
+
+async def test_models() -> None:
+    async with client(make_app(speaking())) as http:
+        listed = (await http.get("/v1/models")).json()
+        (model,) = listed["data"]
+        assert listed["object"] == "list"
+        assert (model["id"], model["object"], model["max_model_len"]) == ("fake-model", "model", 256)
+        assert (await http.get("/v1/models/fake-model")).json() == model
+        assert (await http.get("/v1/models/a/b")).json()["error"]["code"] == "model_not_found"
+
+
+async def test_a_models_name_may_be_a_path() -> None:
+    async with client(make_app(speaking(), model_name="org/name")) as http:
+        assert (await http.get("/v1/models/org/name")).json()["id"] == "org/name"
+
+
+async def test_ready() -> None:
+    async with client(make_app(speaking())) as http:
+        response = await http.get("/health/ready")
+    assert (response.status_code, response.json()["state"]) == (200, "ready")
+    assert response.json()["reason"] is None
+
+
+def references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        for part in value.values():
+            yield from references(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from references(part)
+
+
+async def test_the_schema() -> None:
+    async with client(make_app(speaking())) as http:
+        schema = (await http.get("/openapi.json")).json()
+        assert (await http.get("/docs")).status_code == 200
+    known = schema["components"]["schemas"]
+    for reference in references(schema):
+        assert reference.removeprefix("#/components/schemas/") in known, reference
+    assert "HTTPValidationError" not in known
+    for path, body in (("/v1/chat/completions", ChatCompletionBody), ("/v1/completions", CompletionBody)):
+        operation = schema["paths"][path]["post"]
+        content = operation["requestBody"]["content"]
+        assert content == {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
+        assert set(known[body.__name__]["properties"]) == set(body.model_fields)
+        assert known[body.__name__]["additionalProperties"] is False
+        assert {"400", "404", "413", "415", "429", "500", "503"} <= set(operation["responses"])
+        for status, response in operation["responses"].items():
+            if status != "200":
+                expected = {"$ref": "#/components/schemas/ErrorResponse"}
+                assert response["content"]["application/json"]["schema"] == expected
+        assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert "\\u0000" not in str(schema)
+    assert set(schema["paths"]) == {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{model_id}",
+        "/health/live",
+        "/health/ready",
+        "/metrics",
+    }
+
+
+@pytest.mark.parametrize("module", ["server.app", "tests.server.fake_engine"])
+def test_importing_brings_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
