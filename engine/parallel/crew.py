@@ -15,13 +15,13 @@ from engine.channel import encode
 from engine.config import EngineConfig
 from engine.errors import ProtocolError
 from engine.parallel.group import Meeting
-from engine.parallel.link import Assignment, FromWorker, Link, Loaded
+from engine.parallel.link import Assignment, FromWorker, Link, RankLoaded
 from engine.plan.types import StepPlan
 from engine.protocol import Failed
 
 _END_SECONDS = 5.0  # what a worker may take to end before it is killed
 
-OnLoaded = Callable[[Loaded], None]
+OnLoaded = Callable[[RankLoaded], None]
 OnFailed = Callable[[str], None]
 
 

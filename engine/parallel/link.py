@@ -32,7 +32,7 @@ class Assignment(Message, frozen=True, kw_only=True):
     address: str = ""  # of this host, where the leader is on another
 
 
-class Loaded(Message, frozen=True, kw_only=True):
+class RankLoaded(Message, frozen=True, kw_only=True):
     """A worker has its part of the model."""
 
     rank: int
@@ -56,7 +56,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     meeting: Meeting
 
 
-FromWorker = Loaded | Failed
+FromWorker = RankLoaded | Failed
 ToNode = Welcome | Failed
 
 

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import RankError
 from engine.parallel.crew import Crew
 from engine.parallel.group import Door, Meeting, join, leave
-from engine.parallel.link import Loaded
+from engine.parallel.link import RankLoaded
 from engine.parallel.nodes import Nodes
 from engine.parallel.ranks import Ranks
 from engine.plan.types import StepPlan
@@ -116,7 +116,7 @@ class Team:
         leave()
         self._folder.cleanup()
 
-    def _hear_loaded(self, message: Loaded) -> None:
+    def _hear_loaded(self, message: RankLoaded) -> None:
         with self._changed:
             self.loaded[message.rank] = message.num_bytes
             self._changed.notify_all()

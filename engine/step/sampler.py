@@ -20,7 +20,7 @@ from engine.protocol import SamplingParams, TokenLogprob
 from engine.step.filters import runners
 from engine.step.race import race
 
-Row = NDArray[np.float32]
+LogitRow = NDArray[np.float32]
 """[vocab]"""
 
 
@@ -112,7 +112,7 @@ def _has_penalty(params: SamplingParams) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
 
 
-def _draw(logits: Row, spec: SampleSpec) -> int:
+def _draw(logits: LogitRow, spec: SampleSpec) -> int:
     """One token from one row: penalties, temperature, filters, then the race."""
     params = spec.params
     logits = penalised(logits, spec)
@@ -124,7 +124,7 @@ def _draw(logits: Row, spec: SampleSpec) -> int:
     return race(weights, token_ids, rest, params.seed, spec.output_index)
 
 
-def penalised(logits: Row, spec: SampleSpec) -> Row:
+def penalised(logits: LogitRow, spec: SampleSpec) -> LogitRow:
     """Logit bias, then repetition (prompt and output), frequency and presence (output) penalties.
 
     Repetition penalty divides a positive logit and multiplies a negative one (Keskar et al.,

@@ -21,7 +21,7 @@ import msgspec
 
 from engine.errors import EngineError, ProtocolError
 from engine.parallel.group import Meeting, join
-from engine.parallel.link import Assignment, Link, Loaded
+from engine.parallel.link import Assignment, Link, RankLoaded
 from engine.plan.types import StepPlan
 from engine.protocol import Failed
 from engine.step.build import load_part
@@ -56,7 +56,7 @@ def main() -> None:
             rank,
             lambda device: join(rank, config.tensor_parallel, meeting, device, address=assignment.address),
         )
-        link.send(Loaded(rank=rank, num_bytes=part.report.num_bytes))
+        link.send(RankLoaded(rank=rank, num_bytes=part.report.num_bytes))
         while True:
             part.runner.forward(plans.get())
     except Exception as error:

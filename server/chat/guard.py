@@ -24,16 +24,16 @@ from server.chat.errors import PromptError
 from server.chat.format import ChatFormat
 from server.text.tokenizer import Tokenizer
 
-Values = Sequence[Mapping[str, Any]]
+JsonObjects = Sequence[Mapping[str, Any]]
 
 
 def encode_chat(
     chat_format: ChatFormat,
     tokenizer: Tokenizer,
-    messages: Values,
+    messages: JsonObjects,
     add_generation_prompt: bool = True,
     *,
-    tools: Values = (),
+    tools: JsonObjects = (),
     thinking: bool | None = None,
 ) -> list[int]:
     """Return the prompt's token ids. No text in `messages` or `tools` becomes a control token.
@@ -51,13 +51,13 @@ def encode_chat(
 def _encode_chat(
     chat_format: ChatFormat,
     tokenizer: Tokenizer,
-    messages: Values,
+    messages: JsonObjects,
     add_generation_prompt: bool,
-    tools: Values,
+    tools: JsonObjects,
     thinking: bool | None,
 ) -> list[int]:
 
-    def render(messages: Values, tools: Values) -> str:
+    def render(messages: JsonObjects, tools: JsonObjects) -> str:
         return chat_format.render(
             messages, tools=tools, thinking=thinking, add_generation_prompt=add_generation_prompt
         )

@@ -47,7 +47,7 @@ class Sparsity:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Admitted:
     """A request that can run.
 
     Attributes:
@@ -75,7 +75,7 @@ class Intake:
         self._text = text
         self._chat = chat
 
-    async def chat(self, body: ChatCompletionBody, status: EngineStatus, request_id: str) -> Work:
+    async def chat(self, body: ChatCompletionBody, status: EngineStatus, request_id: str) -> Admitted:
         """Turn a conversation into jobs.
 
         Raises:
@@ -155,7 +155,7 @@ class Intake:
 
         return answer
 
-    async def completion(self, body: CompletionBody, status: EngineStatus, request_id: str) -> Work:
+    async def completion(self, body: CompletionBody, status: EngineStatus, request_id: str) -> Admitted:
         """Turn prompts into jobs.
 
         Raises:
@@ -240,7 +240,7 @@ class Intake:
         prompt_logprobs: int | None = None,
         prompt_logprobs_start: int = 0,
         answer: Callable[[], Answer] | None = None,
-    ) -> Work:
+    ) -> Admitted:
         sparsity = self._sparsity(body, model)
         bias = tuple((int(key), value) for key, value in (body.logit_bias or {}).items())
         self._check_ids([token_id for token_id, _ in bias], "logit_bias", keys=True)
@@ -288,7 +288,7 @@ class Intake:
                         thinks=answer is not None and self._chat.reasons,
                     )
                 )
-        return Work(tuple(jobs), tuple(prompt.text for prompt in prompts for _ in range(n)), sparsity)
+        return Admitted(tuple(jobs), tuple(prompt.text for prompt in prompts for _ in range(n)), sparsity)
 
     def _sparsity(self, body: GenerationBody, model: ModelInfo) -> Sparsity:
         asked = body.dsa.top_k if body.dsa is not None else None

@@ -30,7 +30,7 @@ from server.generation.generate import (
     QuietError,
     TextDelta,
 )
-from server.generation.intake import Work
+from server.generation.intake import Admitted
 from server.generation.render import Renderer, total_usage
 from server.http.disconnect import ClientGoneError, unless_disconnected
 from server.http.middleware import Record, outcome_of, record_of
@@ -54,7 +54,7 @@ KEEP_ALIVE_SECONDS = 15.0
 class Order:
     """What an endpoint made of a request body."""
 
-    work: Work
+    work: Admitted
     renderer: Renderer
     stream: bool
     include_usage: bool

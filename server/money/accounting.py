@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 from engine.protocol import RequestUsage, Work, add_work
 from server.generation.generate import ChoiceUsage, Job
-from server.money.ledger import Ledger, Row
+from server.money.ledger import Ledger, LedgerRow
 from server.money.pricing import NANO, Bill, PriceBook, Tokens, price
 
 SETTLE_SECONDS = 10.0
@@ -28,7 +28,7 @@ class LedgerUnavailableError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Settlement:
     """One closed account."""
 
     bill: Bill
@@ -44,7 +44,7 @@ class Books:
     prices: PriceBook
     ledger: Ledger | None
     model: str
-    closed: Callable[[Entry], None]  # called on the event loop, once a request, when its row is durable
+    closed: Callable[[Settlement], None]  # called on the event loop, once a request, when its row is durable
     ledger_failed: Callable[[], None]
     open_accounts: set[Account] = field(default_factory=set)
 
@@ -137,7 +137,7 @@ class Account:
         entry, row = self._price(Tokens(cached, uncached, completion), outcome, free=outcome != "cancelled")
         self._append(entry, row, lambda written: None)
 
-    def _price(self, tokens: Tokens, outcome: str, *, free: bool) -> tuple[Entry, Row]:
+    def _price(self, tokens: Tokens, outcome: str, *, free: bool) -> tuple[Settlement, LedgerRow]:
         self._closed = True
         self._books.open_accounts.discard(self)
         work = add_work(*(usage.work for usage in self._usages))
@@ -150,7 +150,7 @@ class Account:
             seconds=work.device_seconds,
             dense_seconds=work.dense_seconds,
         )
-        row = Row(
+        row = LedgerRow(
             request_id=self._request_id,
             arrived_us=int(self._arrived.timestamp() * 10**6),
             day=self._arrived.date().isoformat(),
@@ -176,9 +176,9 @@ class Account:
             metered_nanos=bill.metered,
             dense_equivalent_nanos=bill.dense_equivalent,
         )
-        return Entry(bill, row.prompt_tokens, row.completion_tokens, work), row
+        return Settlement(bill, row.prompt_tokens, row.completion_tokens, work), row
 
-    async def _write(self, entry: Entry, row: Row) -> None:
+    async def _write(self, entry: Settlement, row: LedgerRow) -> None:
         written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
         def done(ok: bool) -> None:
@@ -189,7 +189,7 @@ class Account:
         if not await written:
             raise LedgerUnavailableError("the usage ledger cannot be written, so the answer is held back")
 
-    def _append(self, entry: Entry, row: Row, done: Callable[[bool], None]) -> None:
+    def _append(self, entry: Settlement, row: LedgerRow, done: Callable[[bool], None]) -> None:
         books = self._books
 
         def counted(ok: bool) -> None:

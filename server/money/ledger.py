@@ -79,7 +79,7 @@ for _action in ("UPDATE", "DELETE"):
     )
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
     """A row of `TABLE`; amounts in nano-dollars."""
 
     request_id: str
@@ -168,11 +168,11 @@ class Ledger:
     def __init__(self, where: str) -> None:
         """Open or create; raises LedgerError."""
         self._engine = open_database(where, create=True)
-        self._queue: queue.SimpleQueue[tuple[Row, Done] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[LedgerRow, Done] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
 
-    def append(self, row: Row, done: Done) -> None:
+    def append(self, row: LedgerRow, done: Done) -> None:
         """Queue a row; returns at once."""
         self._queue.put((row, done))
 
@@ -186,7 +186,7 @@ class Ledger:
     def _run(self) -> None:
         over = False
         while not over:
-            batch: list[tuple[Row, Done]] = []
+            batch: list[tuple[LedgerRow, Done]] = []
             item = self._queue.get()
             while True:
                 if item is None:
@@ -202,7 +202,7 @@ class Ledger:
                 for row, done in batch:
                     done(row.request_id not in lost)
 
-    def _write(self, rows: list[Row]) -> set[str]:
+    def _write(self, rows: list[LedgerRow]) -> set[str]:
         """Insert each request once; the ids of rows that could not be."""
         left = {row.request_id: row for row in reversed(rows)}  # of one id, the first
         for wait in (*_RETRY_SECONDS, None):

@@ -92,7 +92,7 @@ class TokenPrices(_Part):
     reasoning: Money | None = None  # of the completion; None: as completion
 
 
-class Entry(_Part):
+class PriceEntry(_Part):
     """One model's prices from a moment on, until its next entry."""
 
     model: str  # "*" is every model that has none of its own
@@ -114,7 +114,7 @@ class PriceTable(_Part):
     version: Annotated[str, Field(min_length=1, max_length=64)]
     currency: Literal["USD"]
     machine_hour: Money  # USD an hour of the device
-    prices: tuple[Entry, ...]
+    prices: tuple[PriceEntry, ...]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -123,7 +123,7 @@ class PriceTable(_Part):
             raise ValueError("two entries of one model have the same valid_from")
         return self
 
-    def entry(self, model: str, at: datetime) -> Entry:
+    def entry(self, model: str, at: datetime) -> PriceEntry:
         """The entry that holds for a model.
 
         Raises:

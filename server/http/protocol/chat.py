@@ -36,7 +36,7 @@ def _content_tag(value: Any) -> str | None:
     return tag_of_list(value, text=f"{TAG}text", empty=f"{TAG}parts", kinds=((object, f"{TAG}parts"),))
 
 
-Content = Annotated[
+MessageContent = Annotated[
     Annotated[str, Tag(f"{TAG}text")]
     | Annotated[list[TextPart], Field(min_length=1, max_length=1024), Tag(f"{TAG}parts")],
     Discriminator(
@@ -55,7 +55,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="`developer` is `system`. `tool` is the result of a call, where the model's format has calls."
     )
-    content: Content | None = Field(
+    content: MessageContent | None = Field(
         default=None, description="Only a message with tool calls may do without."
     )
     name: Annotated[

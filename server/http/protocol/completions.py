@@ -18,7 +18,7 @@ def _prompt_tag(value: Any) -> str | None:
     return tag_of_list(value, text=f"{TAG}text", empty=f"{TAG}texts", kinds=kinds)
 
 
-Prompt = Annotated[
+PromptField = Annotated[
     Annotated[str, Tag(f"{TAG}text")]
     | Annotated[list[str], Field(min_length=1), Tag(f"{TAG}texts")]
     | Annotated[list[int], Tag(f"{TAG}ids")]
@@ -34,7 +34,7 @@ Prompt = Annotated[
 class CompletionBody(GenerationBody):
     """What to continue, and how."""
 
-    prompt: Prompt
+    prompt: PromptField
     echo: bool | None = Field(default=None, description="Put the prompt in front of the text.")
     logprobs: int | None = Field(
         default=None,

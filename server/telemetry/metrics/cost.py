@@ -10,7 +10,7 @@ from typing import get_args
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.money.accounting import Entry
+from server.money.accounting import Settlement
 from server.money.pricing import NANO, Class, PriceBook, machine_nanos
 
 CONTEXT_BOUNDS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -37,7 +37,7 @@ class CostCollector(Collector):
             else {}
         )
 
-    def closed(self, entry: Entry) -> None:
+    def closed(self, entry: Settlement) -> None:
         """Add a request whose account was closed."""
         bill, work = entry.bill, entry.work
         for name, nanos in bill.classes.items():

@@ -9,7 +9,7 @@ from prometheus_client.exposition import choose_encoder
 
 from engine.client import EngineStatus
 from server.generation.generate import Job
-from server.money.accounting import Entry
+from server.money.accounting import Settlement
 from server.money.pricing import PriceBook
 from server.telemetry.metrics.cost import CostCollector
 from server.telemetry.metrics.engine import EngineCollector
@@ -55,7 +55,7 @@ class Metrics:
         """Count a request that was refused before it ran."""
         self._rejections.labels(reason if reason in REJECTIONS else "other").inc()
 
-    def closed(self, entry: Entry) -> None:
+    def closed(self, entry: Settlement) -> None:
         """Count the money of a request whose account was closed."""
         self._cost.closed(entry)
 

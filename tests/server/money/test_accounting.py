@@ -12,7 +12,7 @@ import pytest
 
 from engine.protocol import RequestUsage, SamplingParams, Submit, Work
 from server.generation.generate import ChoiceUsage, Job
-from server.money.accounting import Account, Books, Entry, LedgerUnavailableError, key_of
+from server.money.accounting import Account, Books, LedgerUnavailableError, Settlement, key_of
 from server.money.ledger import Ledger
 from server.money.pricing import DEFAULT_TABLE, PriceBook
 
@@ -24,7 +24,7 @@ class Desk:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.closed: list[Entry] = []
+        self.closed: list[Settlement] = []
         self.failures: list[None] = []
         self.ledger = Ledger(str(path))
         self.books = Books(
@@ -35,7 +35,7 @@ class Desk:
             lambda: self.failures.append(None),
         )
 
-    def _close(self, entry: Entry) -> None:
+    def _close(self, entry: Settlement) -> None:
         assert self.rows()  # never counted before it is durable
         self.closed.append(entry)
 
@@ -55,7 +55,7 @@ class Desk:
         finally:
             connection.close()
 
-    async def counted(self) -> Entry:
+    async def counted(self) -> Settlement:
         async with asyncio.timeout(10):
             while not self.closed:  # noqa: ASYNC110 - what is waited for is what accounts call
                 await asyncio.sleep(0.01)

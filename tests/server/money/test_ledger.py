@@ -17,13 +17,13 @@ import pytest
 from sqlalchemy import event
 
 from server.money import ledger as module
-from server.money.ledger import Ledger, LedgerError, Row, open_database, report
+from server.money.ledger import Ledger, LedgerError, LedgerRow, open_database, report
 from tests.kit import ROOT
 from tests.server.fake_engine import FakeEngine
 from tests.server.kit import make_app
 
 
-def row(name: str, **changes: Any) -> Row:
+def row(name: str, **changes: Any) -> LedgerRow:
     values: dict[str, Any] = {
         "request_id": name, "arrived_us": 1, "day": "2026-01-02", "key": "anonymous", "model": "m",
         "endpoint": "/v1/completions", "outcome": "stop", "top_k": None, "prompt_tokens": 3, "cached_tokens": 1,
@@ -31,7 +31,7 @@ def row(name: str, **changes: Any) -> Row:
         "flops": 0, "cache_bytes": 0, "device_ns": 5, "dense_ns": 6, "price_version": "1", "currency": "USD",
         "amount_nanos": 7, "metered_nanos": 8, "dense_equivalent_nanos": 9,
     }  # fmt: skip
-    return Row(**(values | changes))
+    return LedgerRow(**(values | changes))
 
 
 def read(path: Path, columns: str = "request_id") -> list[Any]:
@@ -211,8 +211,8 @@ def test_processes_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "usage.sqlite"
     code = """
 import sys, msgspec
-from server.money.ledger import Ledger, Row
-row, ledger = msgspec.json.decode(sys.argv[2], type=Row), Ledger(sys.argv[1])
+from server.money.ledger import Ledger, LedgerRow
+row, ledger = msgspec.json.decode(sys.argv[2], type=LedgerRow), Ledger(sys.argv[1])
 for number in range(100):
     ledger.append(msgspec.structs.replace(row, request_id=f"{row.request_id}-{number}"), print)
 ledger.close()
