@@ -7,13 +7,13 @@ tensors is `engine.checkpoint.loader`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from engine.checkpoint.part import Slice
 from engine.errors import CheckpointError
 from engine.kernels.native.packed import Kind, Quantised
 from engine.memory.blocks import BlockWeight
@@ -57,15 +57,6 @@ class Source(Tensors, Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Part:
-    """Indices `start` to `stop` - 1 of a matrix along `dim`: 0 rows, 1 columns."""
-
-    dim: int
-    start: int
-    stop: int
-
-
 @runtime_checkable
 class HoldsBlocks(Protocol):
     """A source that may store tensors in FP8 blocks; `read` makes those plain."""
@@ -74,7 +65,7 @@ class HoldsBlocks(Protocol):
         """Whether a tensor is stored so; raises CheckpointError where there is none."""
         ...
 
-    def read_blocks(self, name: str, part: Part | None = None) -> BlockWeight:
+    def read_blocks(self, name: str, part: Slice | None = None) -> BlockWeight:
         """One that is, or all blocks that a part of it touches, as stored, on the CPU and maybe a view of the file.
 
         Raises:
@@ -100,7 +91,7 @@ class HoldsQuantised(Protocol):
 class PartSource(Protocol):
     """A source that reads part of a matrix without the rest."""
 
-    def read_part(self, name: str, part: Part, dtype: torch.dtype) -> Tensor:
+    def read_part(self, name: str, part: Slice, dtype: torch.dtype) -> Tensor:
         """What `read` gives, cut to `part`; errors as there."""
         ...
 

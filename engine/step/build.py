@@ -19,6 +19,7 @@ from engine.kernels import choose_backend, native
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import build_model, check_split
 from engine.models.family import Model
+from engine.parallel.link import Progress
 from engine.parallel.ranks import ALONE, Ranks
 from engine.parallel.team import OnLost, Team
 from engine.plan.cost import CostModel, assumed_coefficients, read_calibration
@@ -30,9 +31,6 @@ from engine.step.core import EngineCore
 from engine.step.drafting import LayerDrafter
 from engine.step.lead import LeadRunner
 from engine.step.runner import Runner
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total) while a model loads."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Part:
+class RankPart:
     """A rank's part of the model, and its own cache of all tokens."""
 
     runner: Runner
@@ -109,7 +107,7 @@ def build(
     return built
 
 
-def load_part(config: EngineConfig, rank: int, join: Callable[[torch.device], Ranks]) -> Part:
+def load_part(config: EngineConfig, rank: int, join: Callable[[torch.device], Ranks]) -> RankPart:
     """What a rank other than 0 computes with.
 
     Args:
@@ -127,7 +125,7 @@ def load_part(config: EngineConfig, rank: int, join: Callable[[torch.device], Ra
     num_pages = config.kv_cache_bytes // page_bytes(specs, model.num_layers)
     cache = PagedCache(num_pages, specs, model.num_layers, opened.device)
     costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
-    return Part(Runner(model, cache, costs, opened.device), report)
+    return RankPart(Runner(model, cache, costs, opened.device), report)
 
 
 def _open(config: EngineConfig, rank: int, progress: Progress) -> _Opened:
