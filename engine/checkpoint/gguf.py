@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.gguf_file import GGUFFile
-from engine.checkpoint.hf_config import normalise
 from engine.errors import CheckpointError
 from engine.kernels.native.packed import Kind, Quantised
 
@@ -175,7 +174,7 @@ def _check_kind(file: GGUFFile) -> None:
 
 
 def _config(file: GGUFFile, names: Mapping[str, str]) -> dict[str, Any]:
-    """The metadata as a config.json would have it, normalised."""
+    """The metadata as a config.json would have it."""
     meta = _Metadata(file)
     heads, hidden = meta.count("attention.head_count"), meta.count("embedding_length")
     rotated = meta.count("rope.dimension_count", hidden // heads)
@@ -188,7 +187,7 @@ def _config(file: GGUFFile, names: Mapping[str, str]) -> dict[str, Any]:
             )
     theta = meta.number("rope.freq_base", 10000.0)
     embedding = file.tensors.get("token_embd.weight")
-    raw = {
+    return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": hidden,
@@ -207,7 +206,6 @@ def _config(file: GGUFFile, names: Mapping[str, str]) -> dict[str, Any]:
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
         "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in names,
     }
-    return normalise(raw, str(file.path))
 
 
 class _Metadata:

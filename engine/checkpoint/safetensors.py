@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint.hf_config import normalise
 from engine.checkpoint.part import Slice
 from engine.checkpoint.quantisation import SCALE_SUFFIX, check_quantisation
 from engine.errors import CheckpointError
@@ -120,7 +119,7 @@ class SafetensorsSource:
         """
         self._folder = folder
         raw, where = _json(folder / "config.json"), str(folder / "config.json")
-        self.config: Mapping[str, Any] = normalise(raw, where)
+        self.config: Mapping[str, Any] = raw
         self._has_blocks = check_quantisation(raw, where)
         self._at = _open_shards(folder)
         self._scales = self._find_scales()

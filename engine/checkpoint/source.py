@@ -53,7 +53,7 @@ class Source(Tensors, Protocol):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """As `engine.checkpoint.hf_config` normalises it."""
+        """The object of config.json as it is in the file, or what the file's format says in its place."""
         ...
 
 

@@ -17,8 +17,8 @@ from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError
 from engine.kernels import choose_backend, native
 from engine.memory.planes import PagedCache, page_bytes
-from engine.models import build_model, check_split
-from engine.models.family import Model
+from engine.models import read_model
+from engine.models.family import Family, Model
 from engine.parallel.link import Progress
 from engine.parallel.ranks import ALONE, Ranks
 from engine.parallel.team import OnLost, Team
@@ -67,6 +67,7 @@ class _Opened:
     """A checkpoint and where it is to be computed, before anything was loaded."""
 
     source: Source
+    family: Family
     overlay: Overlay | None
     device: torch.device
     dtype: torch.dtype
@@ -138,16 +139,21 @@ def _open(config: EngineConfig, rank: int, progress: Progress) -> _Opened:
     native.set_threads(torch.get_num_threads())
     progress("opening the checkpoint", 0, 1)
     source = open_source(Path(config.weights))
-    check_split(source, config.tensor_parallel)
+    family = read_model(source)
+    family.check_split(config.tensor_parallel)
     overlay = None if config.overlay is None else read_overlay(Path(config.overlay), source)
-    max_positions = int(source.config["max_position_embeddings"])
-    if config.max_model_len is not None and config.max_model_len > max_positions:
+    if config.max_model_len is not None and config.max_model_len > family.max_positions:
         raise ConfigError(
-            f"max_model_len is {config.max_model_len}, but this checkpoint has {max_positions} positions; "
+            f"max_model_len is {config.max_model_len}, but this checkpoint has {family.max_positions} positions; "
             "ask for no more than that"
         )
     return _Opened(
-        source, overlay, device, resolve_dtype(config.dtype, device), config.max_model_len or max_positions
+        source,
+        family,
+        overlay,
+        device,
+        resolve_dtype(config.dtype, device),
+        config.max_model_len or family.max_positions,
     )
 
 
@@ -155,7 +161,7 @@ def _load(
     config: EngineConfig, opened: _Opened, progress: Progress, ranks: Ranks
 ) -> tuple[Model, LoadReport]:
     source, overlay = opened.source, opened.overlay
-    return build_model(
+    return opened.family.build(
         source if overlay is None else overlay.over(source),
         None if overlay is None else overlay.info,
         choose_backend(config.kernels, opened.device),
@@ -171,19 +177,13 @@ def _load(
 def _build(
     config: EngineConfig, opened: _Opened, progress: Progress, ranks: Ranks, team: Team | None
 ) -> Built:
-    source, device, dtype, max_model_len = opened.source, opened.device, opened.dtype, opened.max_model_len
+    device, dtype, max_model_len = opened.device, opened.dtype, opened.max_model_len
     model, report = _load(config, opened, progress, ranks)
     specs, num_layers, unused = model.plane_specs(), model.num_layers, report.unused
     layer = None
     if config.drafter == "mtp":
-        if not source.config.get("num_nextn_predict_layers"):
-            raise ConfigError(
-                "drafter is mtp, but this checkpoint has no multi-token prediction layer; use ngram or off"
-            )
-        from engine.models.mla.mtp import build_draft_layer
-
-        layer, names = build_draft_layer(
-            source,
+        layer, names = opened.family.build_draft(
+            opened.source,
             choose_backend(config.kernels, device),
             max_model_len,
             dtype=dtype,

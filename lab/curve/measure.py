@@ -22,7 +22,8 @@ from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError
 from engine.kernels import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
-from engine.models import build_model
+from engine.models import read_model
+from engine.parallel.ranks import ALONE
 from engine.step.runner import Runner
 from lab.calibrate.steps import Bench, Case
 from lab.curve.shape import RandomSource, config
@@ -97,9 +98,11 @@ class Lab:
         defaults = EngineConfig(weights="")
         kernels = choose_backend("auto", plan.device)
         self.kernels = kernels.name
-        model, self.report = build_model(
-            RandomSource(settings), None, kernels, needed, dtype=plan.dtype, device=plan.device,
+        source = RandomSource(settings)
+        model, self.report = read_model(source).build(
+            source, None, kernels, needed, dtype=plan.dtype, device=plan.device,
             progress=lambda done, total: progress("making weights", done, total), precision=Precision(),
+            ranks=ALONE,
         )  # fmt: skip
         self.settings = settings
         specs = model.plane_specs()

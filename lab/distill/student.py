@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.attention.indexer import IndexerWeights, IndexQueries, LightningIndexer
 from engine.checkpoint.overlay import indexer_shapes
 from engine.layers.rope import RotaryTable
-from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.trunk import LayerInputs
 from engine.protocol import IndexerInfo
 from lab.distill.objective import index_logits, top_mask
@@ -23,7 +23,7 @@ class Student:
     """One indexer a layer; parameters are float32 and named as in an overlay."""
 
     def __init__(
-        self, config: LlamaConfig, info: IndexerInfo, max_positions: int, device: torch.device, seed: int
+        self, config: GqaConfig, info: IndexerInfo, max_positions: int, device: torch.device, seed: int
     ) -> None:
         self.info = info
         self._rotary = RotaryTable(

@@ -1,4 +1,4 @@
-"""The shape of a llama-family model, from a config that `engine.checkpoint.hf_config` normalised. Imports no torch."""
+"""The config of a decoder with grouped-query attention. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import CheckpointError
-
-_OFF = ("attention_bias", "mlp_bias")
+from engine.models import fields
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
-    """The fields of a Hugging Face `config.json` that shape the model."""
+class GqaConfig:
+    """What shapes the model."""
 
+    architecture: str  # model_type
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -29,44 +29,41 @@ class LlamaConfig:
     tied: bool
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """From a config as `engine.checkpoint` normalises it.
+    def read(cls, raw: Mapping[str, Any], where: str) -> GqaConfig:
+        """From a config.json's object as it was read; what it leaves unsaid is as in transformers.
 
         Raises:
-            CheckpointError: a field is missing, or asks for something that this model does not do.
+            CheckpointError: a field is missing, makes no sense, or asks for something that the family does not do.
         """
-        for name in _OFF:
-            if config.get(name):
-                raise CheckpointError(
-                    f"config.json sets {name}, which the llama architecture here does not have"
-                )
-        if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"hidden_act {config['hidden_act']!r} is not supported; llama uses silu")
-        try:
-            heads = int(config["num_attention_heads"])
-            hidden = int(config["hidden_size"])
-            kv_heads = int(config.get("num_key_value_heads") or heads)
-            shape = cls(
-                vocab_size=int(config["vocab_size"]),
-                hidden_size=hidden,
-                intermediate_size=int(config["intermediate_size"]),
-                num_layers=int(config["num_hidden_layers"]),
-                num_heads=heads,
-                num_kv_heads=kv_heads,
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                rms_norm_eps=float(config["rms_norm_eps"]),
-                max_positions=int(config["max_position_embeddings"]),
-                rope_theta=float(config.get("rope_theta") or 10000.0),
-                rope_scaling=config.get("rope_scaling"),
-                tied=bool(config.get("tie_word_embeddings", False)),
-            )
-        except KeyError as missing:
-            raise CheckpointError(
-                f"config.json lacks {missing.args[0]!r}, which a llama model needs"
-            ) from None
+        for name in ("attention_bias", "mlp_bias"):
+            if raw.get(name):
+                raise CheckpointError(f"{where} sets {name}, which the llama architecture here does not have")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"{where} has hidden_act {raw['hidden_act']!r}; only silu is supported")
+        heads = fields.count(raw, "num_attention_heads", where)
+        kv_heads = fields.count(raw, "num_key_value_heads", where, heads)
         if heads % kv_heads:
-            raise CheckpointError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
-        return shape
+            raise CheckpointError(
+                f"{where} has {heads} query heads, which cannot share {kv_heads} key heads evenly"
+            )
+        hidden = fields.count(raw, "hidden_size", where)
+        max_positions = fields.count(raw, "max_position_embeddings", where, 2048)
+        theta, scaling = fields.rope(raw, where, max_positions)
+        return cls(
+            architecture=str(raw["model_type"]),
+            vocab_size=fields.count(raw, "vocab_size", where),
+            hidden_size=hidden,
+            intermediate_size=fields.count(raw, "intermediate_size", where),
+            num_layers=fields.count(raw, "num_hidden_layers", where),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=fields.count(raw, "head_dim", where, hidden // heads),
+            rms_norm_eps=fields.positive(raw, "rms_norm_eps", where, 1e-6),
+            max_positions=max_positions,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tied=fields.flag(raw, "tie_word_embeddings", where, False),
+        )
 
     @property
     def group(self) -> int:

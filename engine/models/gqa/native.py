@@ -1,6 +1,6 @@
-"""A llama model's step in one native call: decodes, guesses, chunks of prompts.
+"""A model's step in one native call: decodes, guesses, chunks of prompts.
 
-The arithmetic is `Llama.forward`'s, in C (`engine/kernels/native/step.c`). The residual stream stays in float32, so that
+The arithmetic is `GqaModel.forward`'s, in C (`engine/kernels/native/step.c`). The residual stream stays in float32, so that
 results differ from torch's by the roundings to bfloat16 that torch makes in between.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ from engine.attention.indexer import KEY_NORM_EPS
 from engine.kernels import native
 from engine.kernels.native.packed import Descriptor, PackedWeight, Quantised, quantise_8bit
 from engine.kernels.native.packing import GROUP
+from engine.layers.linear import Held
+from engine.layers.rope import RotaryTable
 from engine.memory.arena import Arena
 from engine.memory.planes import PagedCache
-
-if TYPE_CHECKING:
-    from engine.layers.rope import RotaryTable
-    from engine.models.gqa.model import Llama
+from engine.models.gqa.config import GqaConfig
+from engine.models.gqa.layer import GqaLayer
+from engine.protocol import IndexerInfo
 
 FEW_ROWS = 32
 """Rows of a request up to which a step's costs are those of so many lone rows, and beyond which those of a chunk."""
@@ -77,6 +78,18 @@ class _Step(ctypes.Structure):
     )
 
 
+class Wired(Protocol):
+    """What is read of a model."""
+
+    config: GqaConfig
+    indexer: IndexerInfo | None
+    embed: Held
+    norm: Tensor
+    layers: list[GqaLayer]
+    rotary: RotaryTable
+    index_rotary: RotaryTable | None
+
+
 @dataclass(frozen=True)
 class _Laid:
     """The model's description for one cache."""
@@ -89,7 +102,7 @@ class _Laid:
 class NativeStep:
     """The native form of one model."""
 
-    def __init__(self, model: Llama, library: ctypes.CDLL) -> None:
+    def __init__(self, model: Wired, library: ctypes.CDLL) -> None:
         """Describe `model`, which `supports` said yes to."""
         self._model = model
         self._library = library
@@ -100,7 +113,7 @@ class NativeStep:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     @classmethod
-    def of(cls, model: Llama) -> NativeStep | None:
+    def of(cls, model: Wired) -> NativeStep | None:
         """The native form, where there is a library and the model's shapes are those of its loops."""
         library = native.library()
         c, indexer = model.config, model.indexer
@@ -112,7 +125,7 @@ class NativeStep:
         return cls(model, library) if library is not None and packed and whole and fits else None
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
-        """As `Llama.forward`: [T] token ids -> [T, E] hidden states in bfloat16, cache written."""
+        """As `GqaModel.forward`: [T] token ids -> [T, E] hidden states in bfloat16, cache written."""
         laid = self._laid
         storage = cache.plane(0, "kv").data_ptr()
         if laid is None or laid.storage != storage:
@@ -206,7 +219,7 @@ class NativeStep:
         return self._float(cos), self._float(sin)
 
 
-def _pack_adapters(model: Llama) -> list[list[PackedWeight]]:
+def _pack_adapters(model: Wired) -> list[list[PackedWeight]]:
     """Each layer's, in the order of `_ADAPTER`; empty where there is none.
 
     In 8 bits beside weights of 4, since every row with a selection reads all of it.

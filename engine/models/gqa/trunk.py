@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.layers.low_rank import LowRank
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
-from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.config import GqaConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Trunk:
     """Layer-by-layer forward of one sequence; its weights carry no gradient."""
 
     def __init__(
-        self, config: LlamaConfig, weights: Mapping[str, Tensor], max_positions: int, device: torch.device
+        self, config: GqaConfig, weights: Mapping[str, Tensor], max_positions: int, device: torch.device
     ) -> None:
         self.config = config
         self._weights = weights

@@ -1,4 +1,4 @@
-"""Every tensor of a llama-family checkpoint and its overlay: parameter names here -> published names, and shapes."""
+"""Every tensor of a checkpoint and its overlay: parameter names here -> published names, and shapes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from engine.checkpoint.loader import Weight
 from engine.checkpoint.overlay import adapter_shapes
-from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.config import GqaConfig
 from engine.protocol import IndexerInfo
 
 
 def weight_table(
-    config: LlamaConfig, indexer: IndexerInfo | None, *, short_queries: bool = False
+    config: GqaConfig, indexer: IndexerInfo | None, *, short_queries: bool = False
 ) -> dict[str, Weight]:
     """Every parameter of the model: its name here -> the checkpoint tensors that it is made of, and its shape.
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from engine.checkpoint.loader import load
 from engine.checkpoint.source import open_source
-from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.trunk import Trunk
 from engine.models.gqa.weights import weight_table
 from engine.protocol import IndexerInfo
@@ -68,7 +68,7 @@ class Bench:
         self.folder = folder
         self.model: LlamaForCausalLM = tiny_checkpoint(folder)
         self.source = open_source(folder)
-        config = LlamaConfig.read(self.source.config)
+        config = GqaConfig.read(self.source.config, "config.json")
         weights, _ = load(weight_table(config, None), self.source, dtype=torch.float32, device=CPU)
         self.weights = dict(weights)
         self.trunk = Trunk(config, self.weights, config.max_positions, CPU)

@@ -14,7 +14,7 @@ from engine.checkpoint.loader import load
 from engine.checkpoint.source import open_source
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.models.mla.config import DeepseekConfig
+from engine.models.mla.config import MlaConfig
 from engine.models.mla.weights import weight_table
 from engine.parallel.ranks import Ranks
 from engine.step.build import build
@@ -96,7 +96,7 @@ def test_a_device_of_several_needs_what_its_part_takes(tmp_path: Path) -> None:
     tiny_deepseek("deepseek_v32", folder, moe_intermediate_size=256, hidden_size=128, q_lora_rank=128)
     quantise_folder(folder)
     source = open_source(folder)
-    config = DeepseekConfig.read(source.config)
+    config = MlaConfig.read(source.config, "config.json")
     for count in (2, 4):
         report = inspect(folder, None, Wanted(64, 1, "float32", "auto"), Devices(count, GIB))
         _, first = load(

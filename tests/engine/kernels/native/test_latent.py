@@ -16,7 +16,8 @@ from engine.kernels.native.kernels import NativeKernels
 from engine.kernels.reference.attention import ReferenceKernels
 from engine.kernels.torchops.attention import VectorisedKernels
 from engine.memory.planes import PagedCache
-from engine.models import build_model
+from engine.models import read_model
+from engine.parallel.ranks import ALONE
 from engine.plan.types import ScheduledRequest, StepPlan
 from engine.step.runner import Runner
 from lab.curve.measure import fill
@@ -177,9 +178,10 @@ def test_a_model_of_deepseeks_family_computes_as_with_torchs_operations(
     """Through runner, pages and tiles: one layer, so that one selection differs at most by near ties."""
     hidden = []
     for backend in (kernels, VectorisedKernels()):
-        model, _ = build_model(
-            RandomSource(config(quick=True)), None, backend, 1024, dtype=torch.bfloat16, device=torch.device("cpu"),
-            progress=lambda done, total: None, precision=Precision(),
+        source = RandomSource(config(quick=True))
+        model, _ = read_model(source).build(
+            source, None, backend, 1024, dtype=torch.bfloat16, device=torch.device("cpu"),
+            progress=lambda done, total: None, precision=Precision(), ranks=ALONE,
         )  # fmt: skip
         cache = PagedCache(17, model.plane_specs(), 1, torch.device("cpu"))
         fill(cache, [(0, "latent"), (0, "index_key")], lambda *_: None)
