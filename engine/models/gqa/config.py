@@ -4,10 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import CheckpointError
 from engine.models import fields
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the members of the family differ: in what a config leaves unsaid, and in what it cannot say.
+
+    Attributes:
+        max_positions: where the config does not say
+        head_dim: likewise; None is hidden size / query heads
+        bias: whether projections have biases. `config`: `attention_bias` says of q, k, v and o, `mlp_bias` of the MLP.
+            `qkv`: q, k and v always have them, o and the MLP never
+        qk_norm: whether each head of queries and keys is normalised before it is rotated
+    """
+
+    max_positions: int
+    head_dim: int | None = None
+    bias: Literal["config", "qkv"] = "config"
+    qk_norm: bool = False
+
+
+MEMBERS: Mapping[str, Member] = {
+    "llama": Member(2048),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +50,10 @@ class GqaConfig:
     rope_theta: float
     rope_scaling: Mapping[str, Any] | None
     tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> GqaConfig:
@@ -35,9 +62,7 @@ class GqaConfig:
         Raises:
             CheckpointError: a field is missing, makes no sense, or asks for something that the family does not do.
         """
-        for name in ("attention_bias", "mlp_bias"):
-            if raw.get(name):
-                raise CheckpointError(f"{where} sets {name}, which the llama architecture here does not have")
+        member = MEMBERS[raw["model_type"]]
         if raw.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"{where} has hidden_act {raw['hidden_act']!r}; only silu is supported")
         heads = fields.count(raw, "num_attention_heads", where)
@@ -47,7 +72,9 @@ class GqaConfig:
                 f"{where} has {heads} query heads, which cannot share {kv_heads} key heads evenly"
             )
         hidden = fields.count(raw, "hidden_size", where)
-        max_positions = fields.count(raw, "max_position_embeddings", where, 2048)
+        max_positions = fields.count(raw, "max_position_embeddings", where, member.max_positions)
+        by_config = member.bias == "config"
+        attention_bias = by_config and fields.flag(raw, "attention_bias", where, False)
         theta, scaling = fields.rope(raw, where, max_positions)
         return cls(
             architecture=str(raw["model_type"]),
@@ -57,12 +84,16 @@ class GqaConfig:
             num_layers=fields.count(raw, "num_hidden_layers", where),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=fields.count(raw, "head_dim", where, hidden // heads),
+            head_dim=fields.count(raw, "head_dim", where, member.head_dim or hidden // heads),
             rms_norm_eps=fields.positive(raw, "rms_norm_eps", where, 1e-6),
             max_positions=max_positions,
             rope_theta=theta,
             rope_scaling=scaling,
             tied=fields.flag(raw, "tie_word_embeddings", where, False),
+            qkv_bias=attention_bias or not by_config,
+            o_bias=attention_bias,
+            mlp_bias=by_config and fields.flag(raw, "mlp_bias", where, False),
+            qk_norm=member.qk_norm,
         )
 
     @property

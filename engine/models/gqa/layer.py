@@ -31,6 +31,12 @@ class GqaLayer:
     down: Held  # [E, F]
     indexer: LightningIndexer | None
     adapter: tuple[LowRank, LowRank] | None  # to qkv and o, on rows with a selection
+    qkv_bias: Tensor | None  # as many numbers as the product has; None: no bias
+    o_bias: Tensor | None
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    q_norm: Tensor | None  # [D], of each query head before it is rotated; None: not normalised
+    k_norm: Tensor | None  # [D], likewise of each key head
 
     @classmethod
     def of(cls, weights: Mapping[str, Held], i: int, info: IndexerInfo | None) -> GqaLayer:
@@ -38,6 +44,9 @@ class GqaLayer:
 
         def named(name: str) -> Held:
             return weights[f"layers.{i}.{name}"]
+
+        def optional(name: str) -> Tensor | None:
+            return plain(named(name)) if f"layers.{i}.{name}" in weights else None
 
         indexer = adapter = None
         if info is not None:
@@ -63,4 +72,10 @@ class GqaLayer:
             down=named("down"),
             indexer=indexer,
             adapter=adapter,
+            qkv_bias=optional("qkv_bias"),
+            o_bias=optional("o_bias"),
+            gate_up_bias=optional("gate_up_bias"),
+            down_bias=optional("down_bias"),
+            q_norm=optional("q_norm"),
+            k_norm=optional("k_norm"),
         )

@@ -154,8 +154,9 @@ class GqaModel:
         for i, layer in enumerate(self.layers):
             hidden = rms_norm(x, layer.input_norm, eps)
             x = x + self._attention(i, layer, hidden, rotation, index_rotation, batch, cache)
-            gate, up = linear(rms_norm(x, layer.post_norm, eps), layer.gate_up).chunk(2, dim=-1)
-            x = x + linear(F.silu(gate) * up, layer.down)
+            hidden = rms_norm(x, layer.post_norm, eps)
+            gate, up = linear(hidden, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+            x = x + linear(F.silu(gate) * up, layer.down, layer.down_bias)
         return rms_norm(x, self.norm, eps)
 
     def _attention(
@@ -169,11 +170,16 @@ class GqaModel:
         cache: PagedCache,
     ) -> Tensor:
         c = self.config
-        qkv = linear(hidden, layer.qkv)
+        qkv = linear(hidden, layer.qkv, layer.qkv_bias)
         if layer.adapter is not None and batch.selecting is not None:
             qkv = qkv + layer.adapter[0](hidden, batch.selecting)
         heads = qkv.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         query, key, value = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query, key = (
+                rms_norm(query, layer.q_norm, c.rms_norm_eps),
+                rms_norm(key, layer.k_norm, c.rms_norm_eps),
+            )
         query, key = rotate(query, rotation), rotate(key, rotation)
         cache.write(i, "kv", batch.pages, batch.offsets, torch.stack((key, value), dim=2))
         index = index_plane = None
@@ -196,7 +202,7 @@ class GqaModel:
             c.head_dim**-0.5,
         )
         out = out.flatten(1)
-        attended = linear(out, layer.o)
+        attended = linear(out, layer.o, layer.o_bias)
         if layer.adapter is not None and batch.selecting is not None:
             attended = attended + layer.adapter[1](out, batch.selecting)
         return attended

@@ -114,7 +114,7 @@ class NativeStep:
 
     @classmethod
     def of(cls, model: Wired) -> NativeStep | None:
-        """The native form, where there is a library and the model's shapes are those of its loops."""
+        """The native form, where there is a library and the model is what its loops compute."""
         library = native.library()
         c, indexer = model.config, model.indexer
         packed = isinstance(model.embed, PackedWeight)
@@ -122,7 +122,8 @@ class NativeStep:
             size % 32 for size in (c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim)
         )
         fits = indexer is None or (indexer.head_dim <= 512 and indexer.head_dim % 4 == 0)
-        return cls(model, library) if library is not None and packed and whole and fits else None
+        known = not (c.qkv_bias or c.o_bias or c.mlp_bias or c.qk_norm)
+        return cls(model, library) if library is not None and packed and whole and fits and known else None
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """As `GqaModel.forward`: [T] token ids -> [T, E] hidden states in bfloat16, cache written."""

@@ -60,12 +60,15 @@ class Trunk:
         """What layer `layer`'s attention and indexer see of x [T, E]."""
         c = self.config
         hidden = rms_norm(x, self._weights[f"layers.{layer}.input_norm"], c.rms_norm_eps)
-        heads = F.linear(hidden, self._weights[f"layers.{layer}.qkv"])
+        heads = self._linear(layer, "qkv", hidden)
         if corrections is not None:
             heads = heads + corrections.qkv(hidden, corrections.rows)
         heads = heads.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         query, key, value = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         rotation = self._rotary.at(torch.arange(x.shape[0], device=x.device))
+        if c.qk_norm:
+            query = rms_norm(query, self._weights[f"layers.{layer}.q_norm"], c.rms_norm_eps)
+            key = rms_norm(key, self._weights[f"layers.{layer}.k_norm"], c.rms_norm_eps)
         query = rotate(query, rotation).view(-1, c.num_kv_heads, c.group, c.head_dim)
         return LayerInputs(hidden=hidden, query=query, keys=rotate(key, rotation), values=value)
 
@@ -97,13 +100,16 @@ class Trunk:
         self, layer: int, x: Tensor, attended: Tensor, corrections: Corrections | None = None
     ) -> Tensor:
         """The rest of the layer: x [T, E] and attention's output [T, Hq * D] -> the next x."""
-        w = self._weights
-        x = x + F.linear(attended, w[f"layers.{layer}.o"])
+        x = x + self._linear(layer, "o", attended)
         if corrections is not None:
             x = x + corrections.o(attended, corrections.rows)
-        hidden = rms_norm(x, w[f"layers.{layer}.post_norm"], self.config.rms_norm_eps)
-        gate, up = F.linear(hidden, w[f"layers.{layer}.gate_up"]).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, w[f"layers.{layer}.down"])
+        hidden = rms_norm(x, self._weights[f"layers.{layer}.post_norm"], self.config.rms_norm_eps)
+        gate, up = self._linear(layer, "gate_up", hidden).chunk(2, dim=-1)
+        return x + self._linear(layer, "down", F.silu(gate) * up)
+
+    def _linear(self, layer: int, name: str, x: Tensor) -> Tensor:
+        at = f"layers.{layer}.{name}"
+        return F.linear(x, self._weights[at], self._weights.get(f"{at}_bias"))
 
     def logits(self, x: Tensor) -> Tensor:
         """Of some rows' final x: [n, E] -> [n, vocab] float32."""

@@ -40,6 +40,18 @@ def weight_table(
         table[f"{layer}.down"] = _matrix(
             (f"{at}.mlp.down_proj.weight",), (c.hidden_size, c.intermediate_size)
         )
+        if c.qkv_bias:
+            biases = tuple(name.replace(".weight", ".bias") for name in qkv)
+            table[f"{layer}.qkv_bias"] = Weight(biases, (attn_rows,))
+        if c.o_bias:
+            table[f"{layer}.o_bias"] = Weight((f"{at}.self_attn.o_proj.bias",), (c.hidden_size,))
+        if c.mlp_bias:
+            biases = tuple(name.replace(".weight", ".bias") for name in gate_up)
+            table[f"{layer}.gate_up_bias"] = Weight(biases, (2 * c.intermediate_size,))
+            table[f"{layer}.down_bias"] = Weight((f"{at}.mlp.down_proj.bias",), (c.hidden_size,))
+        if c.qk_norm:
+            for part in "qk":
+                table[f"{layer}.{part}_norm"] = Weight((f"{at}.self_attn.{part}_norm.weight",), (c.head_dim,))
         if indexer is not None:
             h, d, inside = indexer.num_heads, indexer.head_dim, f"{at}.self_attn.indexer"
             table[f"{layer}.indexer.wq"] = replace(
