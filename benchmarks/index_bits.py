@@ -21,7 +21,6 @@ from engine.kernels.native.packed import quantise_4bit
 from lab.distill.base import open_trunk
 from lab.distill.objective import attention_target, captured_mass, top_mask
 from lab.distill.sequences import Split
-from lab.distill.sparse_forward import causal
 from lab.distill.student import Student
 from server.hub.models import resolve
 
@@ -74,10 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = torch.arange(options.length // 2, options.length, 25)
     for text in texts:
         ids = split.tokens(text, options.length, cpu)
-        allowed, x = causal(rows, len(ids)), trunk.embed(ids)
+        x = trunk.embed(ids)
         before: Tensor | None = None
         for layer in range(config.num_layers):
             inputs = trunk.open(layer, x)
+            allowed = inputs.visible(rows)
             target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale)
             sets = {
                 form: top_mask(student.scores(layer, inputs, rows), allowed, options.top_k)

@@ -30,7 +30,7 @@ from lab.distill.evaluate import BEYOND
 from lab.distill.objective import attention_target, captured_mass, index_logits, top_mask
 from lab.distill.sequences import Sequence as Text
 from lab.distill.sequences import Split
-from lab.distill.sparse_forward import by_window, causal
+from lab.distill.sparse_forward import by_window
 from lab.distill.student import Student
 
 EDGES = (0, 256, 512, 1024, 2048, 4096)
@@ -103,7 +103,7 @@ class Recall:
             keys = self._student.keys(layer, inputs)
             for part in torch.split(torch.arange(number), _ROWS_AT_ONCE):
                 own = rows[part.to(rows.device)]
-                allowed = causal(own, total)
+                allowed = inputs.visible(own)
                 target = attention_target(inputs.query[own], inputs.keys, allowed, self._trunk.scale)
                 queries = self._student.queries(layer, inputs, own)
                 scores = index_logits(queries.query, queries.head_weights, keys)

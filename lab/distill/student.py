@@ -70,8 +70,7 @@ class Student:
         """The selected set of each row as a mask: [n, T] bool. `keys` are those of the whole sequence."""
         queries = self.queries(layer, inputs, rows)
         scores = index_logits(queries.query, queries.head_weights, keys)
-        allowed = torch.arange(keys.shape[0], device=rows.device) <= rows.unsqueeze(-1)
-        return top_mask(scores, allowed, top_k)
+        return top_mask(scores, inputs.visible(rows), top_k)
 
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -20,16 +20,21 @@ class Member:
         bias: whether projections have biases. `config`: `attention_bias` says of q, k, v and o, `mlp_bias` of the MLP.
             `qkv`: q, k and v always have them, o and the MLP never
         qk_norm: whether each head of queries and keys is normalised before it is rotated
+        windows: which layers see `sliding_window` positions only. `layers`: those that `layer_types` names, or else
+            those from `max_window_layers` on, where `use_sliding_window` is true
     """
 
     max_positions: int
     head_dim: int | None = None
     bias: Literal["config", "qkv"] = "config"
     qk_norm: bool = False
+    windows: Literal["none", "layers", "all"] = "none"
 
 
 MEMBERS: Mapping[str, Member] = {
     "llama": Member(2048),
+    "qwen2": Member(32768, bias="qkv", windows="layers"),
+    "qwen3": Member(32768, head_dim=128, qk_norm=True, windows="layers"),
 }
 
 
@@ -54,6 +59,9 @@ class GqaConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    windows: tuple[
+        int | None, ...
+    ]  # one a layer: row p sees positions p - window + 1 to p; None: all up to p
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> GqaConfig:
@@ -73,6 +81,7 @@ class GqaConfig:
             )
         hidden = fields.count(raw, "hidden_size", where)
         max_positions = fields.count(raw, "max_position_embeddings", where, member.max_positions)
+        layers = fields.count(raw, "num_hidden_layers", where)
         by_config = member.bias == "config"
         attention_bias = by_config and fields.flag(raw, "attention_bias", where, False)
         theta, scaling = fields.rope(raw, where, max_positions)
@@ -81,7 +90,7 @@ class GqaConfig:
             vocab_size=fields.count(raw, "vocab_size", where),
             hidden_size=hidden,
             intermediate_size=fields.count(raw, "intermediate_size", where),
-            num_layers=fields.count(raw, "num_hidden_layers", where),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=fields.count(raw, "head_dim", where, member.head_dim or hidden // heads),
@@ -94,9 +103,34 @@ class GqaConfig:
             o_bias=attention_bias,
             mlp_bias=by_config and fields.flag(raw, "mlp_bias", where, False),
             qk_norm=member.qk_norm,
+            windows=_windows(raw, where, layers, max_positions, member.windows),
         )
 
     @property
     def group(self) -> int:
         """Query heads a KV head."""
         return self.num_heads // self.num_kv_heads
+
+
+def _windows(
+    raw: Mapping[str, Any],
+    where: str,
+    layers: int,
+    max_positions: int,
+    kind: Literal["none", "layers", "all"],
+) -> tuple[int | None, ...]:
+    """Each layer's window; one that holds all of the model's positions is none."""
+    size: int | None = None
+    if kind == "all" or (kind == "layers" and fields.flag(raw, "use_sliding_window", where, False)):
+        unset = "sliding_window" in raw and raw["sliding_window"] is None
+        size = None if unset else fields.count(raw, "sliding_window", where, 4096)
+    narrow = [True] * layers
+    if kind == "layers" and raw.get("layer_types") is not None:
+        types = fields.layer_list(raw, "layer_types", where, layers, ("full_attention", "sliding_attention"))
+        narrow = [one == "sliding_attention" for one in types]
+        if any(narrow) and size is None:
+            raise CheckpointError(f"{where} has layers of sliding_attention, but no sliding_window in use")
+    elif kind == "layers":
+        first = fields.count(raw, "max_window_layers", where, 28, least=0)
+        narrow = [i >= first for i in range(layers)]
+    return tuple(size if one and size is not None and size < max_positions else None for one in narrow)

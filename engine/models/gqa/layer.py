@@ -37,10 +37,13 @@ class GqaLayer:
     down_bias: Tensor | None
     q_norm: Tensor | None  # [D], of each query head before it is rotated; None: not normalised
     k_norm: Tensor | None  # [D], likewise of each key head
+    window: int | None  # positions that a row sees; None: all up to its own
 
     @classmethod
-    def of(cls, weights: Mapping[str, Held], i: int, info: IndexerInfo | None) -> GqaLayer:
-        """Layer `i` of `weights`, named as in `engine.models.gqa.weights`; `info` is of its indexer."""
+    def of(
+        cls, weights: Mapping[str, Held], i: int, info: IndexerInfo | None, window: int | None
+    ) -> GqaLayer:
+        """Layer `i` of `weights`, named as in `engine.models.gqa.weights`; `info` is of its indexer, `window` its own."""
 
         def named(name: str) -> Held:
             return weights[f"layers.{i}.{name}"]
@@ -78,4 +81,5 @@ class GqaLayer:
             down_bias=optional("down_bias"),
             q_norm=optional("q_norm"),
             k_norm=optional("k_norm"),
+            window=window,
         )

@@ -69,7 +69,7 @@ class GqaModel:
         # Logits are compared with one another to the last digit, so the head runs in float32.
         head = weights["embed" if config.tied else "head"]
         self._head = head.float() if isinstance(head, Tensor) else head
-        self.layers = [GqaLayer.of(weights, i, indexer) for i in range(config.num_layers)]
+        self.layers = [GqaLayer.of(weights, i, indexer, window) for i, window in enumerate(config.windows)]
         device = self.norm.device
         self.rotary = RotaryTable(
             config.head_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
@@ -104,6 +104,7 @@ class GqaModel:
             forced=forced,
             few_rows=1 if self.native is None else FEW_ROWS,
             fused=self._kernels.fused
+            and not any(self.config.windows)  # a window is a mask, which fused kernels do not read
             and self._dtype is torch.bfloat16
             and (self.indexer is None or self._integer_keys),
         )
@@ -170,9 +171,10 @@ class GqaModel:
         cache: PagedCache,
     ) -> Tensor:
         c = self.config
+        selecting = None if layer.adapter is None else _selecting(batch, layer.window)
         qkv = linear(hidden, layer.qkv, layer.qkv_bias)
-        if layer.adapter is not None and batch.selecting is not None:
-            qkv = qkv + layer.adapter[0](hidden, batch.selecting)
+        if layer.adapter is not None and selecting is not None:
+            qkv = qkv + layer.adapter[0](hidden, selecting)
         heads = qkv.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         query, key, value = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -200,14 +202,25 @@ class GqaModel:
             batch,
             self._kernels,
             c.head_dim**-0.5,
+            layer.window,
         )
         out = out.flatten(1)
         attended = linear(out, layer.o, layer.o_bias)
-        if layer.adapter is not None and batch.selecting is not None:
-            attended = attended + layer.adapter[1](out, batch.selecting)
+        if layer.adapter is not None and selecting is not None:
+            attended = attended + layer.adapter[1](out, selecting)
         return attended
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, E] -> [N, vocab_size] float32."""
         return linear_float32(hidden, self._head)
+
+
+def _selecting(batch: Batch, window: int | None) -> Tensor | None:
+    """[T, 1] bool: which rows read a selection in a layer of this window; None: no row does."""
+    rows = batch.selecting
+    if rows is None or window is None:
+        return rows
+    # A row whose window fits within its top_k reads all of it.
+    fewer = [s.top_k is not None and s.top_k < window for s in batch.segments for _ in range(s.num_rows)]
+    return rows & torch.tensor(fewer, device=rows.device).unsqueeze(-1)

@@ -122,7 +122,7 @@ class NativeStep:
             size % 32 for size in (c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim)
         )
         fits = indexer is None or (indexer.head_dim <= 512 and indexer.head_dim % 4 == 0)
-        known = not (c.qkv_bias or c.o_bias or c.mlp_bias or c.qk_norm)
+        known = not (c.qkv_bias or c.o_bias or c.mlp_bias or c.qk_norm or any(c.windows))
         return cls(model, library) if library is not None and packed and whole and fits and known else None
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:

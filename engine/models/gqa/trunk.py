@@ -28,6 +28,13 @@ class LayerInputs:
     query: Tensor  # [T, Hkv, G, D], rotated
     keys: Tensor  # [T, Hkv, D], rotated
     values: Tensor  # [T, Hkv, D]
+    window: int | None  # positions that a row sees; None: all up to its own
+
+    def visible(self, rows: Tensor) -> Tensor:
+        """What the rows [n] may see: [n, T] bool."""
+        at, own = torch.arange(len(self.hidden), device=rows.device), rows.unsqueeze(-1)
+        causal = at <= own
+        return causal if self.window is None else causal & (at > own - self.window)
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,15 @@ class Trunk:
             query = rms_norm(query, self._weights[f"layers.{layer}.q_norm"], c.rms_norm_eps)
             key = rms_norm(key, self._weights[f"layers.{layer}.k_norm"], c.rms_norm_eps)
         query = rotate(query, rotation).view(-1, c.num_kv_heads, c.group, c.head_dim)
-        return LayerInputs(hidden=hidden, query=query, keys=rotate(key, rotation), values=value)
+        return LayerInputs(hidden, query, rotate(key, rotation), value, c.windows[layer])
 
     def attend(self, inputs: LayerInputs, rows: slice, allowed: Tensor | None) -> Tensor:
-        """Attention of some rows: [n, Hq * D]. `allowed` [n, T] bool; None is causal over all rows."""
+        """Attention of some rows: [n, Hq * D]. `allowed` [n, T] bool; None is all that the rows may see, for all rows."""
         c = self.config
         query = inputs.query[rows]
         n = query.shape[0]
+        if allowed is None and inputs.window is not None:
+            allowed = inputs.visible(torch.arange(n, device=query.device))
         if allowed is None:
             out = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3).reshape(1, c.num_heads, n, c.head_dim),
