@@ -21,7 +21,8 @@ class Member:
             `qkv`: q, k and v always have them, o and the MLP never
         qk_norm: whether each head of queries and keys is normalised before it is rotated
         windows: which layers see `sliding_window` positions only. `layers`: those that `layer_types` names, or else
-            those from `max_window_layers` on, where `use_sliding_window` is true
+            those from `max_window_layers` on, where `use_sliding_window` is true. `all`: every layer, unless
+            `sliding_window` is null
     """
 
     max_positions: int

@@ -53,7 +53,7 @@ class Trunk:
         self, config: GqaConfig, weights: Mapping[str, Tensor], max_positions: int, device: torch.device
     ) -> None:
         self.config = config
-        self._weights = weights
+        self.weights = weights
         self._rotary = RotaryTable(
             config.head_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
         )
@@ -61,12 +61,12 @@ class Trunk:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[T] -> [T, E]."""
-        return F.embedding(tokens, self._weights["embed"])
+        return F.embedding(tokens, self.weights["embed"])
 
     def open(self, layer: int, x: Tensor, corrections: Corrections | None = None) -> LayerInputs:
         """What layer `layer`'s attention and indexer see of x [T, E]."""
         c = self.config
-        hidden = rms_norm(x, self._weights[f"layers.{layer}.input_norm"], c.rms_norm_eps)
+        hidden = rms_norm(x, self.weights[f"layers.{layer}.input_norm"], c.rms_norm_eps)
         heads = self._linear(layer, "qkv", hidden)
         if corrections is not None:
             heads = heads + corrections.qkv(hidden, corrections.rows)
@@ -74,8 +74,8 @@ class Trunk:
         query, key, value = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         rotation = self._rotary.at(torch.arange(x.shape[0], device=x.device))
         if c.qk_norm:
-            query = rms_norm(query, self._weights[f"layers.{layer}.q_norm"], c.rms_norm_eps)
-            key = rms_norm(key, self._weights[f"layers.{layer}.k_norm"], c.rms_norm_eps)
+            query = rms_norm(query, self.weights[f"layers.{layer}.q_norm"], c.rms_norm_eps)
+            key = rms_norm(key, self.weights[f"layers.{layer}.k_norm"], c.rms_norm_eps)
         query = rotate(query, rotation).view(-1, c.num_kv_heads, c.group, c.head_dim)
         return LayerInputs(hidden, query, rotate(key, rotation), value, c.windows[layer])
 
@@ -112,23 +112,23 @@ class Trunk:
         x = x + self._linear(layer, "o", attended)
         if corrections is not None:
             x = x + corrections.o(attended, corrections.rows)
-        hidden = rms_norm(x, self._weights[f"layers.{layer}.post_norm"], self.config.rms_norm_eps)
+        hidden = rms_norm(x, self.weights[f"layers.{layer}.post_norm"], self.config.rms_norm_eps)
         gate, up = self._linear(layer, "gate_up", hidden).chunk(2, dim=-1)
         return x + self._linear(layer, "down", F.silu(gate) * up)
 
     def _linear(self, layer: int, name: str, x: Tensor) -> Tensor:
         at = f"layers.{layer}.{name}"
-        return F.linear(x, self._weights[at], self._weights.get(f"{at}_bias"))
+        return F.linear(x, self.weights[at], self.weights.get(f"{at}_bias"))
 
     def logits(self, x: Tensor) -> Tensor:
         """Of some rows' final x: [n, E] -> [n, vocab] float32."""
-        x = rms_norm(x, self._weights["norm"], self.config.rms_norm_eps)
-        return F.linear(x, self._weights["embed" if self.config.tied else "head"]).float()
+        x = rms_norm(x, self.weights["norm"], self.config.rms_norm_eps)
+        return F.linear(x, self.weights["embed" if self.config.tied else "head"]).float()
 
     def losses(self, x: Tensor, tokens: Tensor, rows_at_once: int = 2048) -> Tensor:
         """Cross-entropy of each next token, nats: x [T, E], tokens [T] -> [T - 1] float32."""
-        x = rms_norm(x, self._weights["norm"], self.config.rms_norm_eps)
-        head = self._weights["embed" if self.config.tied else "head"]
+        x = rms_norm(x, self.weights["norm"], self.config.rms_norm_eps)
+        head = self.weights["embed" if self.config.tied else "head"]
         parts = [
             F.cross_entropy(F.linear(part, head).float(), target, reduction="none")
             for part, target in zip(
