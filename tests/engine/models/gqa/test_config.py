@@ -93,3 +93,28 @@ def test_a_config_that_makes_no_sense(changed: dict[str, Any], message: str) -> 
     with pytest.raises(CheckpointError, match=message) as caught:
         read(**changed)
     assert str(caught.value).startswith("config.json ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "windows"),
+    [
+        ("llama", {"sliding_window": 9}, (None, None)),  # transformers knows no such field there
+        ("qwen2", {"sliding_window": 9, "max_window_layers": 0}, (None, None)),
+        ("qwen2", {"sliding_window": 9, "max_window_layers": 1, "use_sliding_window": True}, (None, 9)),
+        ("qwen3", {"sliding_window": 9, "use_sliding_window": True}, (None, None)),  # from layer 28 on
+        (
+            "qwen3",
+            {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+            (4096, None),
+        ),
+    ],
+)
+def test_windows_are_those_of_transformers(
+    kind: str, changed: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    assert read(kind, **changed).windows == windows
+
+
+def test_layers_of_windows_without_a_window_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="layers of sliding_attention, but no sliding_window in use"):
+        read("qwen2", layer_types=["sliding_attention"] * 2)
