@@ -17,6 +17,7 @@ FAMILIES: dict[str, str] = {
     "deepseek_v32": "engine.models.mla.family",
     "glm_moe_dsa": "engine.models.mla.family",
     "llama": "engine.models.gqa.family",
+    "mistral": "engine.models.gqa.family",
     "qwen2": "engine.models.gqa.family",
     "qwen3": "engine.models.gqa.family",
 }

@@ -34,6 +34,7 @@ class Member:
 
 MEMBERS: Mapping[str, Member] = {
     "llama": Member(2048),
+    "mistral": Member(131072, windows="all"),
     "qwen2": Member(32768, bias="qkv", windows="layers"),
     "qwen3": Member(32768, head_dim=128, qk_norm=True, windows="layers"),
 }

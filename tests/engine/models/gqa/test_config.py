@@ -99,6 +99,9 @@ def test_a_config_that_makes_no_sense(changed: dict[str, Any], message: str) -> 
     ("kind", "changed", "windows"),
     [
         ("llama", {"sliding_window": 9}, (None, None)),  # transformers knows no such field there
+        ("mistral", {}, (4096, 4096)),
+        ("mistral", {"sliding_window": 9}, (9, 9)),
+        ("mistral", {"sliding_window": 4096, "max_position_embeddings": 4096}, (None, None)),
         ("qwen2", {"sliding_window": 9, "max_window_layers": 0}, (None, None)),
         ("qwen2", {"sliding_window": 9, "max_window_layers": 1, "use_sliding_window": True}, (None, 9)),
         ("qwen3", {"sliding_window": 9, "use_sliding_window": True}, (None, None)),  # from layer 28 on
@@ -113,6 +116,11 @@ def test_windows_are_those_of_transformers(
     kind: str, changed: dict[str, Any], windows: tuple[int | None, ...]
 ) -> None:
     assert read(kind, **changed).windows == windows
+
+
+def test_a_window_that_is_null_is_none() -> None:
+    raw = {"model_type": "mistral", **SIZES, "sliding_window": None}
+    assert GqaConfig.read(raw, "config.json").windows == (None, None)
 
 
 def test_layers_of_windows_without_a_window_are_refused() -> None:

@@ -24,6 +24,8 @@ WINDOWS: dict[str, Any] = {"use_sliding_window": True, "sliding_window": WINDOW}
 
 MEMBERS: dict[str, dict[str, Any]] = {
     "llama": {"kind": "llama"},
+    "mistral": {"kind": "mistral", "sliding_window": WINDOW},
+    "mistral, tied, no window": {"kind": "mistral", "sliding_window": None, "tie_word_embeddings": True},
     "qwen2": {"kind": "qwen2"},
     "qwen2, tied, windows from layer 1": {
         "kind": "qwen2",
@@ -90,7 +92,7 @@ def test_dense_logits_are_those_of_transformers(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ROPES)
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_every_kind_of_rotation_is_transformers(kind: str, name: str, tmp_path: Path) -> None:
     rope = {"rope_type": name.partition(",")[0], "rope_theta": 1e4, **ROPES[name]}
     model = tiny_checkpoint(tmp_path, kind=kind, rope_parameters=rope)
