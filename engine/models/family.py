@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from engine.checkpoint.loader import LoadReport, Weight
 from engine.checkpoint.source import Source
 from engine.kernels.interface.attention import Kernels
 from engine.memory.planes import PagedCache, PlaneSpec
-from engine.parallel.ranks import Ranks
+from engine.parallel.ranks import ALONE, Ranks
 from engine.plan.cost import ModelShape
 from engine.plan.tiles import TileCosts
 from engine.protocol import IndexerInfo
@@ -73,6 +73,18 @@ class DraftLayer(Protocol):
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where a model computes, and in which numbers."""
+
+    kernels: Kernels
+    max_positions: int  # that one request may use
+    dtype: torch.dtype
+    device: torch.device
+    precision: Precision = field(default_factory=Precision)  # of the cache, the indexer and the weights
+    ranks: Ranks = ALONE  # which part of it this process holds; `check_split` said that it can be split so
+
+
+@dataclass(frozen=True)
 class Shape:
     """A model as inspection sees it."""
 
@@ -119,24 +131,16 @@ class Family(Protocol):
         self,
         source: Source,
         indexer: IndexerInfo | None,
-        kernels: Kernels,
-        max_positions: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
+        on: Placement,
         progress: Callable[[int, int], None],
-        precision: Precision,
-        ranks: Ranks,
     ) -> tuple[Model, LoadReport]:
         """Load the model.
 
         Args:
             source: the checkpoint, with an overlay's tensors already laid over it
             indexer: the overlay's indexer, if one is laid over the checkpoint
-            max_positions: positions that one request may use
+            on: where and in which numbers it computes
             progress: called with (bytes loaded, bytes in all)
-            precision: of the cache, the indexer and the weights
-            ranks: which part of it this process holds; `check_split` said that it can be split so
 
         Raises:
             CheckpointError: the tensors are not what the config needs, or an overlay does not fit this family.
@@ -145,15 +149,7 @@ class Family(Protocol):
         ...
 
     def build_draft(
-        self,
-        source: Source,
-        kernels: Kernels,
-        max_positions: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Callable[[int, int], None],
-        precision: Precision,
+        self, source: Source, on: Placement, progress: Callable[[int, int], None]
     ) -> tuple[DraftLayer, frozenset[str]]:
         """Load the checkpoint's own draft layer; also the names of its tensors. Arguments as in `build`.
 

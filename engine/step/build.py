@@ -18,7 +18,7 @@ from engine.errors import ConfigError
 from engine.kernels import choose_backend, native
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import read_model
-from engine.models.family import Family, Model
+from engine.models.family import Family, Model, Placement
 from engine.parallel.link import Progress
 from engine.parallel.ranks import ALONE, Ranks
 from engine.parallel.team import OnLost, Team
@@ -164,13 +164,19 @@ def _load(
     return opened.family.build(
         source if overlay is None else overlay.over(source),
         None if overlay is None else overlay.info,
+        _placement(config, opened, ranks),
+        lambda done, total: progress("loading weights", done, total),
+    )
+
+
+def _placement(config: EngineConfig, opened: _Opened, ranks: Ranks) -> Placement:
+    return Placement(
         choose_backend(config.kernels, opened.device),
         opened.max_model_len,
-        dtype=opened.dtype,
-        device=opened.device,
-        progress=lambda done, total: progress("loading weights", done, total),
-        precision=Precision(config.kv_cache_dtype, config.indexer_dtype, config.weight_dtype),
-        ranks=ranks,
+        opened.dtype,
+        opened.device,
+        Precision(config.kv_cache_dtype, config.indexer_dtype, config.weight_dtype),
+        ranks,
     )
 
 
@@ -184,12 +190,8 @@ def _build(
     if config.drafter == "mtp":
         layer, names = opened.family.build_draft(
             opened.source,
-            choose_backend(config.kernels, device),
-            max_model_len,
-            dtype=dtype,
-            device=device,
-            progress=lambda done, total: progress("loading the draft layer", done, total),
-            precision=Precision(config.kv_cache_dtype, config.indexer_dtype, config.weight_dtype),
+            _placement(config, opened, ranks),
+            lambda done, total: progress("loading the draft layer", done, total),
         )
         specs, num_layers = layer.plane_specs(specs), num_layers + 1
         unused = tuple(name for name in unused if name not in names)

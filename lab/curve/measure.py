@@ -17,13 +17,12 @@ import msgspec
 import torch
 
 from engine.attention.batch import build_batch
-from engine.attention.precision import Precision
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError
 from engine.kernels import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import read_model
-from engine.parallel.ranks import ALONE
+from engine.models.family import Placement
 from engine.step.runner import Runner
 from lab.calibrate.steps import Bench, Case
 from lab.curve.shape import RandomSource, config
@@ -100,10 +99,11 @@ class Lab:
         self.kernels = kernels.name
         source = RandomSource(settings)
         model, self.report = read_model(source).build(
-            source, None, kernels, needed, dtype=plan.dtype, device=plan.device,
-            progress=lambda done, total: progress("making weights", done, total), precision=Precision(),
-            ranks=ALONE,
-        )  # fmt: skip
+            source,
+            None,
+            Placement(kernels, needed, plan.dtype, plan.device),
+            lambda done, total: progress("making weights", done, total),
+        )
         self.settings = settings
         specs = model.plane_specs()
         pages = max(plan.streams * (longest // PAGE_SIZE + 1), -(-needed // PAGE_SIZE))

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from engine.attention.precision import Precision
 from engine.checkpoint.loader import LoadReport, load
 from engine.checkpoint.packed import can_pack, load_packed
 from engine.checkpoint.source import Source
@@ -17,12 +16,11 @@ from engine.errors import ConfigError
 from engine.kernels.interface.attention import Kernels
 from engine.layers.linear import Held
 from engine.memory.layouts import Int8KeyLayout
-from engine.models.family import Family, Shape
+from engine.models.family import Family, Placement, Shape
 from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.model import GqaModel
 from engine.models.gqa.shape import shape
 from engine.models.gqa.weights import weight_table
-from engine.parallel.ranks import Ranks
 from engine.protocol import IndexerInfo
 
 
@@ -53,16 +51,11 @@ class Gqa:
         self,
         source: Source,
         indexer: IndexerInfo | None,
-        kernels: Kernels,
-        max_positions: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
+        on: Placement,
         progress: Callable[[int, int], None],
-        precision: Precision,
-        ranks: Ranks,
     ) -> tuple[GqaModel, LoadReport]:
         """Load the model; raises as `Family.build`."""
+        dtype, precision = on.dtype, on.precision
         name = str(dtype).removeprefix("torch.")
         if precision.weights == "fp8":
             raise ConfigError(
@@ -76,15 +69,22 @@ class Gqa:
                     f"{name}; leave it at auto"
                 )
         integer_keys = indexer is not None and _integer_keys(
-            precision.indexer, indexer.head_dim, dtype, kernels
+            precision.indexer, indexer.head_dim, dtype, on.kernels
         )
         table = weight_table(self.config, indexer, short_queries=integer_keys)
         weights: Mapping[str, Held]
-        if kernels.name == "native" and device.type == "cpu" and dtype == torch.bfloat16 and can_pack(table):
+        if (
+            on.kernels.name == "native"
+            and on.device.type == "cpu"
+            and dtype == torch.bfloat16
+            and can_pack(table)
+        ):
             weights, report = load_packed(table, source, progress=progress)
         else:
-            weights, report = load(table, source, dtype=dtype, device=device, progress=progress)
-        model = GqaModel(self.config, weights, indexer, kernels, max_positions, integer_keys=integer_keys)
+            weights, report = load(table, source, dtype=dtype, device=on.device, progress=progress)
+        model = GqaModel(
+            self.config, weights, indexer, on.kernels, on.max_positions, integer_keys=integer_keys
+        )
         return model, report
 
     def build_draft(self, *arguments: object, **more: object) -> NoReturn:

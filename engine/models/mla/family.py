@@ -6,20 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from engine.attention.precision import IndexFormat, LatentFormat, Precision
+from engine.attention.precision import IndexFormat, LatentFormat
 from engine.checkpoint.loader import LoadReport, load, source_in_blocks, stays_fp8, unused
 from engine.checkpoint.source import Source
 from engine.errors import CheckpointError, ConfigError
-from engine.kernels.interface.attention import Kernels
-from engine.models.family import Family, Shape
+from engine.models.family import Family, Placement, Shape
 from engine.models.mla.config import MlaConfig
 from engine.models.mla.model import MlaModel
 from engine.models.mla.mtp import MtpLayer
 from engine.models.mla.shape import shape
 from engine.models.mla.weights import mtp_table, weight_table
-from engine.parallel.ranks import Ranks
 from engine.protocol import IndexerInfo
 
 
@@ -59,58 +55,44 @@ class Mla:
         self,
         source: Source,
         indexer: IndexerInfo | None,
-        kernels: Kernels,
-        max_positions: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
+        on: Placement,
         progress: Callable[[int, int], None],
-        precision: Precision,
-        ranks: Ranks,
     ) -> tuple[MlaModel, LoadReport]:
         """Load the model; raises as `Family.build`."""
         self._refuse(indexer)
-        config, formats = self.config, self._formats(source, precision, dtype)
-        table, fp8 = weight_table(config, ranks), precision.resident(device)
+        config, formats = self.config, self._formats(source, on)
+        table, fp8 = weight_table(config, on.ranks), on.precision.resident(on.device)
         in_blocks = source_in_blocks(source)
-        if precision.weights == "fp8" and not any(stays_fp8(weight, in_blocks) for weight in table.values()):
+        if on.precision.weights == "fp8" and not any(
+            stays_fp8(weight, in_blocks) for weight in table.values()
+        ):
             raise ConfigError(
                 f"weight_dtype is fp8, but {source.description} has no weights in FP8 blocks that could stay so; "
                 "leave it at auto, or serve an FP8 checkpoint"
             )
-        weights, report = load(table, source, dtype=dtype, device=device, progress=progress, fp8=fp8)
-        if ranks.count > 1:
+        weights, report = load(table, source, dtype=on.dtype, device=on.device, progress=progress, fp8=fp8)
+        if on.ranks.count > 1:
             report = replace(report, unused=unused(weight_table(config), source))
-        return MlaModel(config, weights, kernels, max_positions, *formats, ranks), report
+        return MlaModel(config, weights, on.kernels, on.max_positions, *formats, on.ranks), report
 
     def build_draft(
-        self,
-        source: Source,
-        kernels: Kernels,
-        max_positions: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Callable[[int, int], None],
-        precision: Precision,
+        self, source: Source, on: Placement, progress: Callable[[int, int], None]
     ) -> tuple[MtpLayer, frozenset[str]]:
         """Load the first MTP module; raises as `Family.build_draft`."""
         if not self.config.num_mtp_layers:
             raise ConfigError(
                 "drafter is mtp, but this checkpoint has no multi-token prediction layer; use ngram or off"
             )
-        formats, table = self._formats(source, precision, dtype), mtp_table(self.config, 0)
-        fp8 = precision.resident(device)
-        weights, _ = load(table, source, dtype=dtype, device=device, progress=progress, fp8=fp8)
+        formats, table = self._formats(source, on), mtp_table(self.config, 0)
+        fp8 = on.precision.resident(on.device)
+        weights, _ = load(table, source, dtype=on.dtype, device=on.device, progress=progress, fp8=fp8)
         names = frozenset(name for weight in table.values() for name in weight.names)
-        return MtpLayer(self.config, weights, kernels, max_positions, *formats), names
+        return MtpLayer(self.config, weights, on.kernels, on.max_positions, *formats), names
 
-    def _formats(
-        self, source: Source, precision: Precision, dtype: torch.dtype
-    ) -> tuple[LatentFormat, IndexFormat | None]:
+    def _formats(self, source: Source, on: Placement) -> tuple[LatentFormat, IndexFormat | None]:
         c, raw = self.config, source.config
-        latent = precision.latent(raw, c.kv_lora_rank, c.qk_rope_head_dim, dtype)
-        return latent, None if c.indexer is None else precision.index(raw, c.indexer.head_dim, dtype)
+        latent = on.precision.latent(raw, c.kv_lora_rank, c.qk_rope_head_dim, on.dtype)
+        return latent, None if c.indexer is None else on.precision.index(raw, c.indexer.head_dim, on.dtype)
 
     def _refuse(self, indexer: IndexerInfo | None) -> None:
         if indexer is not None:

@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention.precision import Precision
 from engine.kernels import native
 from engine.kernels.native.kernels import NativeKernels
 from engine.kernels.reference.attention import ReferenceKernels
 from engine.kernels.torchops.attention import VectorisedKernels
 from engine.memory.planes import PagedCache
 from engine.models import read_model
-from engine.parallel.ranks import ALONE
+from engine.models.family import Placement
 from engine.plan.types import ScheduledRequest, StepPlan
 from engine.step.runner import Runner
 from lab.curve.measure import fill
@@ -180,9 +179,11 @@ def test_a_model_of_deepseeks_family_computes_as_with_torchs_operations(
     for backend in (kernels, VectorisedKernels()):
         source = RandomSource(config(quick=True))
         model, _ = read_model(source).build(
-            source, None, backend, 1024, dtype=torch.bfloat16, device=torch.device("cpu"),
-            progress=lambda done, total: None, precision=Precision(), ranks=ALONE,
-        )  # fmt: skip
+            source,
+            None,
+            Placement(backend, 1024, torch.bfloat16, torch.device("cpu")),
+            lambda done, total: None,
+        )
         cache = PagedCache(17, model.plane_specs(), 1, torch.device("cpu"))
         fill(cache, [(0, "latent"), (0, "index_key")], lambda *_: None)
         runner = Runner(model, cache, model.tile_costs(1 << 24, "auto"), torch.device("cpu"))
