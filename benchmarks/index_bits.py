@@ -15,16 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint.loader import load
 from engine.checkpoint.overlay import indexer_shapes, read_overlay
 from engine.checkpoint.source import open_source
 from engine.memory.quantised import quantise_4bit
-from engine.models.gqa.config import LlamaConfig
-from engine.models.gqa.trunk import Trunk
-from engine.models.gqa.weights import weight_table
+from lab.distill.base import open_trunk
 from lab.distill.objective import attention_target, captured_mass, top_mask
 from lab.distill.sequences import Split
-from lab.distill.sparse_forward import causal
 from lab.distill.student import Student
 from server.hub.models import resolve
 
@@ -59,9 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assert files.overlay is not None
     source = open_source(files.weights)
     overlay = read_overlay(files.overlay, source)
-    config = LlamaConfig.read(source.config)
-    weights, _ = load(weight_table(config, None), source, dtype=torch.float32, device=cpu)
-    trunk = Trunk(config, weights, config.max_positions, cpu)
+    trunk = open_trunk(source, torch.float32, cpu)
+    config = trunk.config
     trained = {
         name: overlay.tensors.read(name, torch.float32)
         for name in indexer_shapes(overlay.info, config.num_layers, config.hidden_size)
@@ -78,10 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = torch.arange(options.length // 2, options.length, 25)
     for text in texts:
         ids = split.tokens(text, options.length, cpu)
-        allowed, x = causal(rows, len(ids)), trunk.embed(ids)
+        x = trunk.embed(ids)
         before: Tensor | None = None
         for layer in range(config.num_layers):
             inputs = trunk.open(layer, x)
+            allowed = inputs.visible(rows)
             target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale)
             sets = {
                 form: top_mask(student.scores(layer, inputs, rows), allowed, options.top_k)

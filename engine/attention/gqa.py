@@ -5,6 +5,8 @@ Leaves the cutting to `tiling`, the arithmetic to the kernels and the projection
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from engine.errors import EngineError
 from engine.kernels.interface.attention import Kernels
 from engine.kernels.interface.composed import index_scores_as_stored
 from engine.memory.blocks import E4M3
+from engine.plan.sparsity import is_dense
 
 
 def attend(
@@ -25,6 +28,7 @@ def attend(
     tiling: Tiling,
     kernels: Kernels,
     scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Attention of every row over its own request's cached tokens, its own included.
 
@@ -36,6 +40,7 @@ def attend(
         tiling: the rows in tiles
         kernels: the arithmetic
         scale: softmax scale
+        window: how many positions a row sees, its own and those before it; None: all up to its own
 
     Returns:
         [T, Hkv, G, D]
@@ -46,7 +51,9 @@ def attend(
     out = torch.empty_like(query)
     for tile in tiling.tiles:
         rows = query[tile.rows].view(*tile.shape, *query.shape[1:])
-        if tile.form == "dense":
+        if window is not None:
+            result = _attend_window(rows, index, kv_plane, index_plane, tile, kernels, scale, window)
+        elif tile.form == "dense":
             result = kernels.attend_causal(rows, kv_plane, tile.block_table, tile.positions, scale)
         else:
             if index is None or index_plane is None:
@@ -70,12 +77,44 @@ def attend(
     return out
 
 
-def select(index: IndexQueries, index_plane: Tensor, tile: TileTensors, kernels: Kernels) -> Tensor:
-    """The selected positions of a tile's rows: [R, Q, K], -1 for none."""
+def _attend_window(
+    rows: Tensor,
+    index: IndexQueries | None,
+    kv_plane: Tensor,
+    index_plane: Tensor | None,
+    tile: TileTensors,
+    kernels: Kernels,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """A tile's rows [R, Q, Hkv, G, D] over their windows: all of each, or the best of it."""
+    own = tile.positions.unsqueeze(-1)
+    at = torch.arange(tile.block_table.shape[1] * PAGE_SIZE, device=rows.device)
+    allowed = (at <= own) & (at > own - window)
+    if tile.form != "dense" and not is_dense(window, int(tile.index_top_k.min())):
+        if index is None or index_plane is None:
+            raise EngineError("a sparse row was scheduled on a model that has no indexer")
+        selected = select(index, index_plane, tile, kernels, allowed)
+        if tile.form == "gather":
+            return kernels.attend_selected(rows, kv_plane, tile.block_table, selected, scale)
+        allowed = selection_mask(selected, len(at))
+    return kernels.attend_masked(rows, kv_plane, tile.block_table, allowed, scale)
+
+
+def select(
+    index: IndexQueries,
+    index_plane: Tensor,
+    tile: TileTensors,
+    kernels: Kernels,
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """The selected positions of a tile's rows: [R, Q, K], -1 for none; of those `allowed` [R, Q, C], if it is given."""
     query, head_weights = _of(index, tile)
     scores = index_scores_as_stored(
         kernels, query, head_weights, index_plane, tile.block_table, tile.positions
     )
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -math.inf)
     return kernels.select(scores, tile.index_top_k)
 
 

@@ -100,7 +100,7 @@ class Precision:
     weights: WeightDtype = "auto"
 
     def latent(self, config: Mapping[str, Any], rank: int, rope: int, dtype: torch.dtype) -> LatentFormat:
-        """For a checkpoint's normalised config and a model loaded in `dtype`."""
+        """For a checkpoint's config and a model loaded in `dtype`."""
         return LatentFormat(LatentLayout(rank, rope), _numbers(self.kv_cache, config, dtype), dtype)
 
     def index(self, config: Mapping[str, Any], dim: int, dtype: torch.dtype) -> IndexFormat:

@@ -17,19 +17,21 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.gguf_file import GGUFFile
-from engine.checkpoint.hf_config import normalise
 from engine.errors import CheckpointError
 from engine.memory.quantised import Kind, Quantised
 
 Number = TypeVar("Number", bound=np.generic)
 
-_ARCHITECTURES = ("llama",)
+_ARCHITECTURES: Mapping[str, bool] = {"llama": True, "qwen2": False, "qwen3": False}
+"""`general.architecture`, which is the `model_type` too -> whether the rows of its queries and keys pair neighbours."""
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
@@ -66,7 +68,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 class GGUFSource:
-    """A llama-family model in one GGUF file."""
+    """A model in one GGUF file."""
 
     def __init__(self, path: Path) -> None:
         """Open the file and translate its header.
@@ -134,6 +136,8 @@ class GGUFSource:
             raise CheckpointError(f"{self._file.path} has no tensor {name}") from None
 
     def _interleaved_heads(self, name: str) -> int | None:
+        if not _ARCHITECTURES[self.config["model_type"]]:
+            return None
         if ".self_attn.q_proj." in name:
             return int(self.config["num_attention_heads"])
         if ".self_attn.k_proj." in name:
@@ -175,7 +179,7 @@ def _check_kind(file: GGUFFile) -> None:
 
 
 def _config(file: GGUFFile, names: Mapping[str, str]) -> dict[str, Any]:
-    """The metadata as a config.json would have it, normalised."""
+    """The metadata as a config.json would have it."""
     meta = _Metadata(file)
     heads, hidden = meta.count("attention.head_count"), meta.count("embedding_length")
     rotated = meta.count("rope.dimension_count", hidden // heads)
@@ -188,9 +192,8 @@ def _config(file: GGUFFile, names: Mapping[str, str]) -> dict[str, Any]:
             )
     theta = meta.number("rope.freq_base", 10000.0)
     embedding = file.tensors.get("token_embd.weight")
-    raw = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
+    return {
+        "model_type": meta.architecture,
         "hidden_size": hidden,
         "intermediate_size": meta.count("feed_forward_length"),
         "num_hidden_layers": meta.count("block_count"),
@@ -207,7 +210,6 @@ def _config(file: GGUFFile, names: Mapping[str, str]) -> dict[str, Any]:
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
         "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in names,
     }
-    return normalise(raw, str(file.path))
 
 
 class _Metadata:
@@ -215,10 +217,10 @@ class _Metadata:
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
-        self._prefix = str(file.metadata["general.architecture"])
+        self.architecture = str(file.metadata["general.architecture"])
 
     def key(self, name: str) -> str:
-        return f"{self._prefix}.{name}"
+        return f"{self.architecture}.{name}"
 
     def get(self, name: str) -> Any:
         return self.file.metadata.get(self.key(name))
@@ -245,7 +247,7 @@ class _Metadata:
         value = default if value is None else value
         if value is None:
             raise CheckpointError(
-                f"{self.file.path} lacks {self.key(name)}, which a {self._prefix} model needs"
+                f"{self.file.path} lacks {self.key(name)}, which a {self.architecture} model needs"
             )
         return value
 

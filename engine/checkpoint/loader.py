@@ -16,7 +16,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from engine.checkpoint.source import HoldsBlocks, LaidSource, Part, PartSource, Source
+from engine.checkpoint.part import Slice
+from engine.checkpoint.source import HoldsBlocks, LaidSource, PartSource, Source
 from engine.errors import CheckpointError
 from engine.memory.blocks import BLOCK, E4M3, E4M3_MAX, BlockWeight, num_blocks
 
@@ -46,7 +47,7 @@ class Weight:
     may_stay_fp8: bool = False
     may_be_packed: bool = False
     may_lose_bits: bool = False
-    part: Part | None = None
+    part: Slice | None = None
 
     @property
     def held_shape(self) -> tuple[int, ...]:
@@ -235,7 +236,7 @@ def _assemble(weight: Weight, dtype: torch.dtype, device: torch.device, source: 
     return whole
 
 
-def _read(name: str, part: Part | None, dtype: torch.dtype, device: torch.device, source: Source) -> Tensor:
+def _read(name: str, part: Slice | None, dtype: torch.dtype, device: torch.device, source: Source) -> Tensor:
     if part is None:
         tensor = source.read(name, dtype).to(device)
     elif isinstance(source, PartSource):

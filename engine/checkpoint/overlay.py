@@ -146,7 +146,8 @@ def base_fingerprint(source: Source) -> str:
     that were never trained are all ones and tell nothing: then the first key projection counts too, as it
     is stored.
     """
-    digest = hashlib.sha256(json.dumps([source.config[field] for field in _SHAPE_FIELDS]).encode())
+    sizes = _sizes(source)
+    digest = hashlib.sha256(json.dumps([sizes[field] for field in _SHAPE_FIELDS]).encode())
     norms = sorted(name for name in source.names() if name.endswith("norm.weight") and "indexer" not in name)
     trained = False
     for name in norms:
@@ -193,15 +194,28 @@ def adapter_shapes(
 
 def overlay_shapes(info: IndexerInfo, base: Source) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that an overlay of `base` must have."""
-    config = base.config
-    layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
-    shapes = indexer_shapes(info, layers, hidden)
-    if info.adapter_rank:
-        heads = int(config["num_attention_heads"])
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        head_dim = int(config.get("head_dim") or hidden // heads)
-        shapes |= adapter_shapes(info.adapter_rank, layers, hidden, heads, kv_heads, head_dim)
-    return shapes
+    of = _sizes(base)
+    layers, hidden = of["num_hidden_layers"], of["hidden_size"]
+    heads = of["num_attention_heads"], of["num_key_value_heads"], of["head_dim"]
+    return indexer_shapes(info, layers, hidden) | adapter_shapes(info.adapter_rank, layers, hidden, *heads)
+
+
+def _sizes(base: Source) -> dict[str, int]:
+    """`_SHAPE_FIELDS` of a checkpoint; what its config leaves unsaid about heads is in the rows of its projections.
+
+    Raises:
+        CheckpointError: a size is missing.
+    """
+    at, sizes = "model.layers.0.self_attn", dict(base.config)
+    try:
+        heads = sizes["num_attention_heads"]
+        if sizes.get("head_dim") is None:
+            sizes["head_dim"] = base.shape(f"{at}.q_proj.weight")[0] // heads
+        if sizes.get("num_key_value_heads") is None:
+            sizes["num_key_value_heads"] = base.shape(f"{at}.k_proj.weight")[0] // sizes["head_dim"]
+        return {field: int(sizes[field]) for field in _SHAPE_FIELDS}
+    except KeyError as missing:
+        raise CheckpointError(f"{base.description} lacks {missing.args[0]!r} in its config") from None
 
 
 def _integer(meta: Mapping[str, str], key: str, path: Path) -> int:
@@ -234,7 +248,7 @@ def _check_info(info: IndexerInfo, where: str) -> None:
 
 def _check_tensors(tensors: Tensors, info: IndexerInfo, base: Source, where: str) -> tuple[str, ...]:
     """The indexers are whole, finite and fit; everything else replaces a tensor of the base: those are returned."""
-    num_layers, names = int(base.config["num_hidden_layers"]), tensors.names()
+    num_layers, names = _sizes(base)["num_hidden_layers"], tensors.names()
     needed = overlay_shapes(info, base)
     missing = sorted(needed.keys() - names)
     if missing:

@@ -16,9 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint.hf_config import normalise
+from engine.checkpoint.part import Slice
 from engine.checkpoint.quantisation import SCALE_SUFFIX, check_quantisation
-from engine.checkpoint.source import Part
 from engine.errors import CheckpointError
 from engine.memory.blocks import BLOCK, BlockWeight, num_blocks
 
@@ -71,7 +70,7 @@ class SafetensorsFile:
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
-    def raw_part(self, name: str, part: Part) -> Tensor:
+    def raw_part(self, name: str, part: Slice) -> Tensor:
         """Part of a matrix as it is stored, and nothing else read; errors as `shape`."""
         span = slice(part.start, part.stop)
         tensor: Tensor = self._slice(name)[span] if part.dim == 0 else self._slice(name)[:, span]
@@ -90,7 +89,7 @@ class SafetensorsFile:
         self._check_plain(name)
         return self.raw(name).to(dtype, copy=True)
 
-    def read_part(self, name: str, part: Part, dtype: torch.dtype) -> Tensor:
+    def read_part(self, name: str, part: Slice, dtype: torch.dtype) -> Tensor:
         """Part of a matrix, else as `read`."""
         self._check_plain(name)
         return self.raw_part(name, part).to(dtype, copy=True).contiguous()
@@ -120,7 +119,7 @@ class SafetensorsSource:
         """
         self._folder = folder
         raw, where = _json(folder / "config.json"), str(folder / "config.json")
-        self.config: Mapping[str, Any] = normalise(raw, where)
+        self.config: Mapping[str, Any] = raw
         self._has_blocks = check_quantisation(raw, where)
         self._at = _open_shards(folder)
         self._scales = self._find_scales()
@@ -158,7 +157,7 @@ class SafetensorsSource:
         """Whether a tensor is stored in FP8; raises CheckpointError where there is none."""
         return self._holder(name).stored(name) == _FP8
 
-    def read_blocks(self, name: str, part: Part | None = None) -> BlockWeight:
+    def read_blocks(self, name: str, part: Slice | None = None) -> BlockWeight:
         """A tensor that is, as it is stored, maybe a view of the file; of a part, all blocks that it touches.
 
         Raises:
@@ -170,10 +169,10 @@ class SafetensorsSource:
         if part is None:
             return BlockWeight(file.raw(name), scales)
         first, last = part.start // BLOCK, num_blocks(part.stop)
-        blocks = Part(part.dim, first * BLOCK, min(last * BLOCK, file.shape(name)[part.dim]))
+        blocks = Slice(part.dim, first * BLOCK, min(last * BLOCK, file.shape(name)[part.dim]))
         return BlockWeight(file.raw_part(name, blocks), scales.narrow(part.dim, first, last - first))
 
-    def read_part(self, name: str, part: Part, dtype: torch.dtype) -> Tensor:
+    def read_part(self, name: str, part: Slice, dtype: torch.dtype) -> Tensor:
         """Part of a matrix, else as `read`; errors as there."""
         if not self.in_blocks(name):
             return self._holder(name).read_part(name, part, dtype)

@@ -7,13 +7,13 @@ tensors is `engine.checkpoint.loader`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from engine.checkpoint.part import Slice
 from engine.errors import CheckpointError
 from engine.memory.blocks import BlockWeight
 from engine.memory.quantised import Kind, Quantised
@@ -53,17 +53,8 @@ class Source(Tensors, Protocol):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """As `engine.checkpoint.hf_config` normalises it."""
+        """The object of config.json as it is in the file, or what the file's format says in its place."""
         ...
-
-
-@dataclass(frozen=True)
-class Part:
-    """Indices `start` to `stop` - 1 of a matrix along `dim`: 0 rows, 1 columns."""
-
-    dim: int
-    start: int
-    stop: int
 
 
 @runtime_checkable
@@ -74,7 +65,7 @@ class HoldsBlocks(Protocol):
         """Whether a tensor is stored so; raises CheckpointError where there is none."""
         ...
 
-    def read_blocks(self, name: str, part: Part | None = None) -> BlockWeight:
+    def read_blocks(self, name: str, part: Slice | None = None) -> BlockWeight:
         """One that is, or all blocks that a part of it touches, as stored, on the CPU and maybe a view of the file.
 
         Raises:
@@ -100,7 +91,7 @@ class HoldsQuantised(Protocol):
 class PartSource(Protocol):
     """A source that reads part of a matrix without the rest."""
 
-    def read_part(self, name: str, part: Part, dtype: torch.dtype) -> Tensor:
+    def read_part(self, name: str, part: Slice, dtype: torch.dtype) -> Tensor:
         """What `read` gives, cut to `part`; errors as there."""
         ...
 

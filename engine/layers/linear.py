@@ -27,14 +27,16 @@ PLAIN_AT_ONCE = 1 << 24
 """Numbers of a block weight that are plain at the same time: some 200 MB with what the conversion needs."""
 
 
-def linear(x: Tensor, weight: Matrix | PackedWeight) -> Tensor:
-    """x weight^T, in the dtype of `x`: [..., in] -> [..., out].
+def linear(x: Tensor, weight: Matrix | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, in the dtype of `x`: [..., in] -> [..., out].
 
     A block weight is made plain a group of rows at a time, as `dequantise_blocks` does (rounded once), so the
     result is that of the weight dequantised beforehand, up to the order of a sum.
     """
     if isinstance(weight, Tensor):
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
+    if bias is not None:
+        return linear(x, weight) + bias
     if isinstance(weight, PackedWeight):
         return weight.multiply(x, dtype=x.dtype)
     rows, columns = weight.shape

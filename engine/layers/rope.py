@@ -14,6 +14,12 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
 
 def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | None) -> Tensor:
     """Rotation speed of each pair, radians a position: theta^(-2i/dim), rescaled as the checkpoint says.
@@ -21,7 +27,10 @@ def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | Non
     Args:
         dim: rotated dims of a head, even
         theta: the base
-        scaling: Hugging Face's `rope_scaling`: None, or type `default`, `linear`, `llama3` or `yarn`
+        scaling: Hugging Face's `rope_scaling`: None, or type `default`, `dynamic`, `linear`, `llama3` or `yarn`.
+            `dynamic` changes nothing up to the model's own number of positions, beyond which the engine serves
+            nothing: its speeds there depend on the length of the whole sequence, so that each new token would turn
+            all cached keys.
 
     Returns:
         [dim / 2] float32
@@ -31,8 +40,11 @@ def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | Non
     """
     speeds = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     kind = "default" if scaling is None else str(scaling.get("rope_type", scaling.get("type", "default")))
-    if scaling is None or kind == "default":
+    if scaling is None or kind in ("default", "dynamic"):
         return speeds
+    missing = [key for key in _NEEDED.get(kind, ()) if scaling.get(key) is None]
+    if missing:
+        raise CheckpointError(f"rope scaling of type {kind} lacks {missing[0]!r}")
     if kind == "linear":
         return speeds / float(scaling["factor"])
     if kind == "llama3":
@@ -40,7 +52,7 @@ def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | Non
     if kind == "yarn":
         return _yarn(speeds, theta, scaling)
     raise CheckpointError(
-        f"rope scaling of type {kind!r} is not supported; known are default, linear, llama3 and yarn"
+        f"rope scaling of type {kind!r} is not supported; known are default, dynamic, linear, llama3 and yarn"
     )
 
 
@@ -75,9 +87,6 @@ def softmax_correction(scaling: Mapping[str, Any] | None) -> float:
 
 def _yarn(speeds: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
     """YaRN (arXiv 2309.00071, section 3.2): pairs that turn often keep their speed, slow ones are stretched."""
-    for key in ("factor", "original_max_position_embeddings"):
-        if scaling.get(key) is None:
-            raise CheckpointError(f"rope scaling of type yarn lacks {key!r}")
     dim, factor = 2 * len(speeds), float(scaling["factor"])
     length = float(scaling["original_max_position_embeddings"])
 

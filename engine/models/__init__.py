@@ -1,90 +1,49 @@
-"""The architectures. `ARCHITECTURES` is the whole list: one file and one line to add another."""
+"""The model families. `FAMILIES` is the only table of `model_type`: a relative of a family is one line here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError
-from engine.parallel.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
-    import torch
-
-    from engine.attention.precision import Precision
-    from engine.checkpoint.loader import LoadReport
     from engine.checkpoint.source import Source
-    from engine.kernels.interface.attention import Kernels
-    from engine.models.family import Model
-    from engine.protocol import IndexerInfo
+    from engine.models.family import Family
 
-ARCHITECTURES: dict[str, str] = {
-    "deepseek_v3": "engine.models.mla.model",
-    "deepseek_v32": "engine.models.mla.model",
-    "glm_moe_dsa": "engine.models.mla.model",
-    "llama": "engine.models.gqa.model",
+FAMILIES: dict[str, str] = {
+    "deepseek_v3": "engine.models.mla.family",
+    "deepseek_v32": "engine.models.mla.family",
+    "glm_moe_dsa": "engine.models.mla.family",
+    "llama": "engine.models.gqa.family",
+    "mistral": "engine.models.gqa.family",
+    "qwen2": "engine.models.gqa.family",
+    "qwen3": "engine.models.gqa.family",
 }
-"""`model_type` of a checkpoint's config -> the module whose `build` makes it; imported only when served."""
+"""`model_type` of a checkpoint's config -> the module whose `read` reads it; imported only when it is needed."""
 
 
-def build_model(
-    source: Source,
-    indexer: IndexerInfo | None,
-    kernels: Kernels,
-    max_positions: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Callable[[int, int], None],
-    precision: Precision,
-    ranks: Ranks = ALONE,
-) -> tuple[Model, LoadReport]:
-    """Load the model that `source` holds.
+def read_config(raw: Mapping[str, Any], where: str) -> Family:
+    """The model that a config.json's object describes.
 
     Args:
-        source: the checkpoint, with an overlay's tensors already laid over it
-        indexer: the overlay's indexer, if one is laid over the checkpoint
-        max_positions: positions that one request may use
-        progress: called with (tensors loaded, tensors in all)
-        precision: of the cache and the indexer
-        ranks: which part of it this process holds; `check_split` said that it can be split so
+        raw: the object as it was read
+        where: the file, for messages
 
     Raises:
-        CheckpointError: an architecture that is not in the table, or a fault in the files.
-        ConfigError: a precision that the architecture does not have.
+        CheckpointError: a model_type that is not in the table; a field that is missing, makes no sense, or asks for
+            something that the family does not do.
     """
-    built: tuple[Model, LoadReport] = _module(source).build(
-        source,
-        indexer,
-        kernels,
-        max_positions,
-        dtype=dtype,
-        device=device,
-        progress=progress,
-        precision=precision,
-        ranks=ranks,
-    )
-    return built
-
-
-def check_split(source: Source, count: int) -> None:
-    """Whether the model can be split over `count` ranks.
-
-    Raises:
-        CheckpointError: an architecture that is not in the table.
-        ConfigError: it cannot.
-    """
-    if count > 1:
-        _module(source).check_split(source.config, count)
-
-
-def _module(source: Source) -> ModuleType:
-    kind = str(source.config.get("model_type"))
-    if kind not in ARCHITECTURES:
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
-            f"{source.description} is of architecture {kind!r}, which is not supported; "
-            f"supported are {', '.join(sorted(ARCHITECTURES))}"
+            f"{where} has model_type {kind!r}, which is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
-    return import_module(ARCHITECTURES[kind])
+    family: Family = import_module(FAMILIES[kind]).read(raw, where)
+    return family
+
+
+def read_model(source: Source) -> Family:
+    """The model of an open checkpoint; errors as `read_config`."""
+    return read_config(source.config, source.description)

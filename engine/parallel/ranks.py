@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.checkpoint.source import Part
+from engine.checkpoint.part import Slice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,12 +35,12 @@ class Ranks:
         each = size // self.count
         return range(self.rank * each, (self.rank + 1) * each)
 
-    def part(self, dim: int, size: int) -> Part | None:
+    def part(self, dim: int, size: int) -> Slice | None:
         """This rank's part of a tensor that is `size` long along `dim`; None is all of it."""
         if self.count == 1:
             return None
         share = self.share(size)
-        return Part(dim, share.start, share.stop)
+        return Slice(dim, share.start, share.stop)
 
 
 ALONE = Ranks()

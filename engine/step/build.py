@@ -18,8 +18,9 @@ from engine.errors import ConfigError
 from engine.kernels import native
 from engine.kernels.choice import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
-from engine.models import build_model, check_split
-from engine.models.family import Model
+from engine.models import read_model
+from engine.models.family import Family, Model, Placement
+from engine.parallel.link import Progress
 from engine.parallel.ranks import ALONE, Ranks
 from engine.parallel.team import OnLost, Team
 from engine.plan.cost import CostModel, assumed_coefficients, read_calibration
@@ -31,9 +32,6 @@ from engine.step.core import EngineCore
 from engine.step.drafting import LayerDrafter
 from engine.step.lead import LeadRunner
 from engine.step.runner import Runner
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total) while a model loads."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Part:
+class RankPart:
     """A rank's part of the model, and its own cache of all tokens."""
 
     runner: Runner
@@ -70,6 +68,7 @@ class _Opened:
     """A checkpoint and where it is to be computed, before anything was loaded."""
 
     source: Source
+    family: Family
     overlay: Overlay | None
     device: torch.device
     dtype: torch.dtype
@@ -110,7 +109,7 @@ def build(
     return built
 
 
-def load_part(config: EngineConfig, rank: int, join: Callable[[torch.device], Ranks]) -> Part:
+def load_part(config: EngineConfig, rank: int, join: Callable[[torch.device], Ranks]) -> RankPart:
     """What a rank other than 0 computes with.
 
     Args:
@@ -128,7 +127,7 @@ def load_part(config: EngineConfig, rank: int, join: Callable[[torch.device], Ra
     num_pages = config.kv_cache_bytes // page_bytes(specs, model.num_layers)
     cache = PagedCache(num_pages, specs, model.num_layers, opened.device)
     costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
-    return Part(Runner(model, cache, costs, opened.device), report)
+    return RankPart(Runner(model, cache, costs, opened.device), report)
 
 
 def _open(config: EngineConfig, rank: int, progress: Progress) -> _Opened:
@@ -141,16 +140,21 @@ def _open(config: EngineConfig, rank: int, progress: Progress) -> _Opened:
     native.set_threads(torch.get_num_threads())
     progress("opening the checkpoint", 0, 1)
     source = open_source(Path(config.weights))
-    check_split(source, config.tensor_parallel)
+    family = read_model(source)
+    family.check_split(config.tensor_parallel)
     overlay = None if config.overlay is None else read_overlay(Path(config.overlay), source)
-    max_positions = int(source.config["max_position_embeddings"])
-    if config.max_model_len is not None and config.max_model_len > max_positions:
+    if config.max_model_len is not None and config.max_model_len > family.max_positions:
         raise ConfigError(
-            f"max_model_len is {config.max_model_len}, but this checkpoint has {max_positions} positions; "
+            f"max_model_len is {config.max_model_len}, but this checkpoint has {family.max_positions} positions; "
             "ask for no more than that"
         )
     return _Opened(
-        source, overlay, device, resolve_dtype(config.dtype, device), config.max_model_len or max_positions
+        source,
+        family,
+        overlay,
+        device,
+        resolve_dtype(config.dtype, device),
+        config.max_model_len or family.max_positions,
     )
 
 
@@ -158,41 +162,37 @@ def _load(
     config: EngineConfig, opened: _Opened, progress: Progress, ranks: Ranks
 ) -> tuple[Model, LoadReport]:
     source, overlay = opened.source, opened.overlay
-    return build_model(
+    return opened.family.build(
         source if overlay is None else overlay.over(source),
         None if overlay is None else overlay.info,
+        _placement(config, opened, ranks),
+        lambda done, total: progress("loading weights", done, total),
+    )
+
+
+def _placement(config: EngineConfig, opened: _Opened, ranks: Ranks) -> Placement:
+    return Placement(
         choose_backend(config.kernels, opened.device),
         opened.max_model_len,
-        dtype=opened.dtype,
-        device=opened.device,
-        progress=lambda done, total: progress("loading weights", done, total),
-        precision=Precision(config.kv_cache_dtype, config.indexer_dtype, config.weight_dtype),
-        ranks=ranks,
+        opened.dtype,
+        opened.device,
+        Precision(config.kv_cache_dtype, config.indexer_dtype, config.weight_dtype),
+        ranks,
     )
 
 
 def _build(
     config: EngineConfig, opened: _Opened, progress: Progress, ranks: Ranks, team: Team | None
 ) -> Built:
-    source, device, dtype, max_model_len = opened.source, opened.device, opened.dtype, opened.max_model_len
+    device, dtype, max_model_len = opened.device, opened.dtype, opened.max_model_len
     model, report = _load(config, opened, progress, ranks)
     specs, num_layers, unused = model.plane_specs(), model.num_layers, report.unused
     layer = None
     if config.drafter == "mtp":
-        if not source.config.get("num_nextn_predict_layers"):
-            raise ConfigError(
-                "drafter is mtp, but this checkpoint has no multi-token prediction layer; use ngram or off"
-            )
-        from engine.models.mla.mtp import build_draft_layer
-
-        layer, names = build_draft_layer(
-            source,
-            choose_backend(config.kernels, device),
-            max_model_len,
-            dtype=dtype,
-            device=device,
-            progress=lambda done, total: progress("loading the draft layer", done, total),
-            precision=Precision(config.kv_cache_dtype, config.indexer_dtype, config.weight_dtype),
+        layer, names = opened.family.build_draft(
+            opened.source,
+            _placement(config, opened, ranks),
+            lambda done, total: progress("loading the draft layer", done, total),
         )
         specs, num_layers = layer.plane_specs(specs), num_layers + 1
         unused = tuple(name for name in unused if name not in names)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
 
 import msgspec
 import torch
@@ -21,22 +20,11 @@ from torch import Tensor
 from engine.attention.batch import Batch, build_batch
 from engine.config import PAGE_SIZE
 from engine.memory.planes import PagedCache
+from engine.models.family import DraftLayer
 from engine.plan.tiles import TileCosts
 from engine.plan.types import Sampled, SampleSpec, ScheduledRequest, StepPlan
 from engine.step.sampler import sample
 from engine.step.speculation import advanced
-
-
-class DraftLayer(Protocol):
-    """A layer after the main model that predicts one token further."""
-
-    def forward(self, batch: Batch, hidden: Tensor, cache: PagedCache, costs: TileCosts) -> Tensor:
-        """Rows whose token ids are those after each position, and hidden states [T, E] -> [T, E]."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, E] -> [N, vocab_size] float32."""
-        ...
 
 
 class LayerDrafter:

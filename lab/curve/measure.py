@@ -17,13 +17,13 @@ import msgspec
 import torch
 
 from engine.attention.batch import build_batch
-from engine.attention.precision import Precision
 from engine.attention.tiling import Tiling
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError
 from engine.kernels.choice import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
-from engine.models import build_model
+from engine.models import read_model
+from engine.models.family import Placement
 from engine.plan.sparsity import is_dense
 from engine.step.runner import Runner
 from lab.calibrate.steps import Bench, Case
@@ -99,10 +99,13 @@ class Lab:
         defaults = EngineConfig(weights="")
         kernels = choose_backend("auto", plan.device)
         self.kernels = kernels.name
-        model, self.report = build_model(
-            RandomSource(settings), None, kernels, needed, dtype=plan.dtype, device=plan.device,
-            progress=lambda done, total: progress("making weights", done, total), precision=Precision(),
-        )  # fmt: skip
+        source = RandomSource(settings)
+        model, self.report = read_model(source).build(
+            source,
+            None,
+            Placement(kernels, needed, plan.dtype, plan.device),
+            lambda done, total: progress("making weights", done, total),
+        )
         self.settings = settings
         specs = model.plane_specs()
         pages = max(plan.streams * (longest // PAGE_SIZE + 1), -(-needed // PAGE_SIZE))

@@ -29,11 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint.hf_config import normalise
 from engine.checkpoint.loader import Weight
 from engine.errors import CheckpointError
-from engine.models.mla.config import DeepseekConfig
-from engine.models.mla.weights import weight_table
+from engine.models import read_config
 
 _ONE_LAYER = {
     "num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0,
@@ -50,11 +48,11 @@ _POOL = 1 << 22
 
 
 def config(*, quick: bool) -> dict[str, Any]:
-    """The model's config as `engine.checkpoint` normalises it."""
+    """The model's config, as a config.json would have it."""
     path = importlib.resources.files("engine").joinpath("models", "mla", "configs", "deepseek-v3.2.json")
-    raw = json.loads(path.read_text("utf-8")) | _ONE_LAYER | (_QUICK if quick else {})
+    raw: dict[str, Any] = json.loads(path.read_text("utf-8")) | _ONE_LAYER | (_QUICK if quick else {})
     del raw["quantization_config"]
-    return normalise(raw, "deepseek-v3.2.json")
+    return raw
 
 
 class RandomSource:
@@ -63,10 +61,10 @@ class RandomSource:
     description = "random weights"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        """What `DeepseekConfig` makes of `settings`, and each weight of it."""
+        """Each weight of the model that `settings`, a config, describe."""
         self.config = settings
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for weight in weight_table(DeepseekConfig.read(settings)).values():
+        for weight in read_config(settings, self.description).shape(None).table.values():
             self._shapes |= _shapes(weight)
         # The speed of a product does not depend on its numbers: one pool serves all weights.
         self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0))

@@ -19,16 +19,14 @@ import msgspec
 import torch
 from rich.console import Console
 
-from engine.checkpoint.loader import load
 from engine.checkpoint.overlay import Overlay, base_fingerprint, read_overlay, write_overlay
 from engine.checkpoint.source import Source, open_source
 from engine.errors import ConfigError, EngineError
-from engine.models.gqa.config import LlamaConfig
-from engine.models.gqa.trunk import Trunk
-from engine.models.gqa.weights import weight_table
+from engine.models.gqa.config import GqaConfig
 from engine.protocol import IndexerInfo
 from engine.step.build import resolve_device, resolve_dtype
 from lab.distill.adapter import Adapter
+from lab.distill.base import open_trunk
 from lab.distill.evaluate import BEYOND, held_out
 from lab.distill.recipe import EXAMPLE, Recipe, read_recipe
 from lab.distill.report import Report
@@ -116,11 +114,10 @@ def run(options: argparse.Namespace) -> int:
         # have 7 (bfloat16), so targets stay the same; the indexer's gradients carry more noise than that anyway.
         torch.set_float32_matmul_precision("high")
     source = open_source(options.weights)
-    config = LlamaConfig.read(source.config)
-    splits = {name: Split.open(options.corpus, name, config.vocab_size) for name in ("train", "heldout")}
     dtype = resolve_dtype(options.dtype, device)
-    weights, _ = load(weight_table(config, None), source, dtype=dtype, device=device)
-    trunk = Trunk(config, weights, config.max_positions, device)
+    trunk = open_trunk(source, dtype, device)
+    config = trunk.config
+    splits = {name: Split.open(options.corpus, name, config.vocab_size) for name in ("train", "heldout")}
     start = None if options.start_from is None else read_overlay(options.start_from, source)
     info = _indexer(options) if start is None else _same_sizes(start.info, options)
     adapter = _adapter(recipe, config, device, start)
@@ -165,7 +162,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _adapter(
-    recipe: Recipe, config: LlamaConfig, device: torch.device, start: Overlay | None
+    recipe: Recipe, config: GqaConfig, device: torch.device, start: Overlay | None
 ) -> Adapter | None:
     """What the recipe's last stage trains: new, or the one that training starts from.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.models.gqa.trunk import LayerInputs, Trunk
 from lab.distill.adapter import Adapter
 from lab.distill.objective import attention_target, captured_mass, divergence, top_mask
-from lab.distill.sparse_forward import ROWS_AT_ONCE, by_student, causal, corrections, final_rows
+from lab.distill.sparse_forward import ROWS_AT_ONCE, by_student, corrections, final_rows
 from lab.distill.student import Student
 
 
@@ -60,12 +60,12 @@ def adapt(
         dense = trunk.logits(final_rows(trunk, tokens, None)[rows]).log_softmax(-1)
         x = trunk.embed(tokens)
     total = len(tokens)
-    allowed = causal(rows, total)
     losses, recalls = [], []
     select = by_student(student, top_k)
     for layer in range(trunk.config.num_layers):
-        fix = corrections(adapter, layer, total, top_k, x)
+        fix = corrections(trunk, adapter, layer, total, top_k, x)
         inputs = trunk.open(layer, x, fix)
+        allowed = inputs.visible(rows)
         masks = [
             select(layer, inputs, part)
             for part in torch.split(torch.arange(total, device=x.device), ROWS_AT_ONCE)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.checkpoint.overlay import adapter_shapes
 from engine.layers.low_rank import LowRank
-from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.config import GqaConfig
 
 
 class Adapter:
@@ -28,7 +28,7 @@ class Adapter:
         seed: of what they start as
     """
 
-    def __init__(self, config: LlamaConfig, rank: int, device: torch.device, seed: int) -> None:
+    def __init__(self, config: GqaConfig, rank: int, device: torch.device, seed: int) -> None:
         self.rank = rank
         self.num_layers = config.num_layers
         generator = torch.Generator().manual_seed(seed)

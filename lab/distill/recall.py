@@ -20,19 +20,17 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from engine.checkpoint.loader import load
 from engine.checkpoint.overlay import indexer_shapes, read_overlay
 from engine.checkpoint.source import open_source
 from engine.errors import ConfigError, EngineError
-from engine.models.gqa.config import LlamaConfig
 from engine.models.gqa.trunk import Trunk
-from engine.models.gqa.weights import weight_table
 from engine.step.build import resolve_device, resolve_dtype
+from lab.distill.base import open_trunk
 from lab.distill.evaluate import BEYOND
 from lab.distill.objective import attention_target, captured_mass, index_logits, top_mask
 from lab.distill.sequences import Sequence as Text
 from lab.distill.sequences import Split
-from lab.distill.sparse_forward import by_window, causal
+from lab.distill.sparse_forward import by_window
 from lab.distill.student import Student
 
 EDGES = (0, 256, 512, 1024, 2048, 4096)
@@ -105,7 +103,7 @@ class Recall:
             keys = self._student.keys(layer, inputs)
             for part in torch.split(torch.arange(number), _ROWS_AT_ONCE):
                 own = rows[part.to(rows.device)]
-                allowed = causal(own, total)
+                allowed = inputs.visible(own)
                 target = attention_target(inputs.query[own], inputs.keys, allowed, self._trunk.scale)
                 queries = self._student.queries(layer, inputs, own)
                 scores = index_logits(queries.query, queries.head_weights, keys)
@@ -192,10 +190,8 @@ def run(options: argparse.Namespace) -> None:
     dtype = resolve_dtype(options.dtype, device)
     source = open_source(options.weights)
     overlay = read_overlay(options.overlay, source)
-    config = LlamaConfig.read(source.config)
-    laid = overlay.over(source)
-    weights, _ = load(weight_table(config, None), laid, dtype=dtype, device=device)
-    trunk = Trunk(config, weights, config.max_positions, device)
+    trunk = open_trunk(overlay.over(source), dtype, device)
+    config = trunk.config
     student = Student(config, overlay.info, config.max_positions, device, 0)
     names = indexer_shapes(overlay.info, config.num_layers, config.hidden_size)
     student.load({name: overlay.tensors.read(name, torch.float32) for name in names})

@@ -43,7 +43,7 @@ def final_rows(
     """
     x = trunk.embed(tokens)
     for layer in range(trunk.config.num_layers):
-        fix = None if adapter is None else corrections(adapter, layer, len(tokens), index_top_k, x)
+        fix = None if adapter is None else corrections(trunk, adapter, layer, len(tokens), index_top_k, x)
         inputs = trunk.open(layer, x, fix)
         if select is None:
             attended = trunk.attend(inputs, slice(None), None)
@@ -53,10 +53,15 @@ def final_rows(
     return x
 
 
-def corrections(adapter: Adapter, layer: int, total: int, index_top_k: int, x: Tensor) -> Corrections:
-    """One layer's, for the sparse rows of a sequence of `total` tokens."""
+def corrections(
+    trunk: Trunk, adapter: Adapter, layer: int, total: int, index_top_k: int, x: Tensor
+) -> Corrections:
+    """One layer's, for the rows of a sequence of `total` tokens that see more than `index_top_k` of them there."""
     qkv, o = adapter.of(layer, x.dtype)
+    window = trunk.config.windows[layer]
     contexts = torch.arange(1, total + 1, device=x.device)
+    if window is not None:
+        contexts = contexts.clamp(max=window)
     return Corrections(qkv, o, ~dense_mask(contexts, index_top_k).unsqueeze(-1))
 
 
@@ -88,7 +93,7 @@ def by_oracle(trunk: Trunk, index_top_k: int) -> Selector:
     """The best selection there is: the positions that dense attention itself looks at most."""
 
     def select(layer: int, inputs: LayerInputs, rows: Tensor) -> Tensor:
-        allowed = causal(rows, inputs.hidden.shape[0])
+        allowed = inputs.visible(rows)
         return top_mask(
             attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale), allowed, index_top_k
         )
@@ -102,11 +107,6 @@ def by_window(index_top_k: int, sinks: int = 4) -> Selector:
     def select(layer: int, inputs: LayerInputs, rows: Tensor) -> Tensor:
         positions = torch.arange(inputs.hidden.shape[0], device=rows.device)
         near = positions > rows.unsqueeze(-1) - (index_top_k - sinks)
-        return (near | (positions < sinks)) & (positions <= rows.unsqueeze(-1))
+        return (near | (positions < sinks)) & inputs.visible(rows)
 
     return select
-
-
-def causal(rows: Tensor, total: int) -> Tensor:
-    """[n] positions -> [n, T] bool, True up to and including each row's own."""
-    return torch.arange(total, device=rows.device) <= rows.unsqueeze(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.attention.indexer import IndexerWeights, IndexQueries, LightningIndexer
 from engine.checkpoint.overlay import indexer_shapes
 from engine.layers.rope import RotaryTable
-from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.trunk import LayerInputs
 from engine.protocol import IndexerInfo
 from lab.distill.objective import index_logits, top_mask
@@ -23,7 +23,7 @@ class Student:
     """One indexer a layer; parameters are float32 and named as in an overlay."""
 
     def __init__(
-        self, config: LlamaConfig, info: IndexerInfo, max_positions: int, device: torch.device, seed: int
+        self, config: GqaConfig, info: IndexerInfo, max_positions: int, device: torch.device, seed: int
     ) -> None:
         self.info = info
         self._rotary = RotaryTable(
@@ -70,8 +70,7 @@ class Student:
         """The selected set of each row as a mask: [n, T] bool. `keys` are those of the whole sequence."""
         queries = self.queries(layer, inputs, rows)
         scores = index_logits(queries.query, queries.head_weights, keys)
-        allowed = torch.arange(keys.shape[0], device=rows.device) <= rows.unsqueeze(-1)
-        return top_mask(scores, allowed, top_k)
+        return top_mask(scores, inputs.visible(rows), top_k)
 
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

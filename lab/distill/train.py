@@ -21,7 +21,7 @@ from lab.distill.adapter import Adapter
 from lab.distill.objective import attention_target, divergence, top_mask
 from lab.distill.recipe import Recipe, Stage
 from lab.distill.sequences import Sequence, Split, answer_rows, sample_rows
-from lab.distill.sparse_forward import attend_selected, by_student, causal
+from lab.distill.sparse_forward import attend_selected, by_student
 from lab.distill.student import Student
 
 RECALL_ROWS = 64
@@ -183,13 +183,13 @@ class Trainer:
         trunk, recipe = self._trunk, self._recipe
         top_k = self._top_k()
         losses, recalls = [], []
-        allowed = causal(rows, len(ids))
         probe = slice(None, None, max(1, len(rows) // RECALL_ROWS))
         with torch.no_grad():
             x = trunk.embed(ids)
         for layer in range(trunk.config.num_layers):
             with torch.no_grad():
                 inputs = trunk.open(layer, x)
+            allowed = inputs.visible(rows)
             target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale, recipe.target)
             scores = self.student.scores(layer, inputs, rows)
             support = allowed

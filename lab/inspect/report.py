@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.checkpoint.hf_config import normalise
 from engine.checkpoint.loader import Weight, check, source_in_blocks, unused
 from engine.checkpoint.overlay import read_overlay
 from engine.checkpoint.quantisation import check_quantisation
@@ -19,16 +17,15 @@ from engine.checkpoint.safetensors import SafetensorsSource, weight_files
 from engine.checkpoint.source import Source, open_source
 from engine.config import PAGE_SIZE, WeightDtype
 from engine.errors import CheckpointError, ConfigError
-from engine.models import ARCHITECTURES
+from engine.models import read_config, read_model
+from engine.models.family import Family, Shape
 from engine.protocol import IndexerInfo
 from lab.inspect.sizes import (
     Loaded,
-    Shape,
     count,
     loaded_bytes,
     published_bytes,
     published_in_blocks,
-    read_shape,
 )
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,7 +57,7 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
         CheckpointError: its files are damaged, incomplete, or of an unknown kind.
         ConfigError: more context than the model has, or a dtype of cache or weights that it has not.
     """
-    source, config, fp8 = _open(path)
+    source, family, fp8 = _open(path)
     indexer: IndexerInfo | None = None
     whole = source
     if overlay is not None:
@@ -68,7 +65,7 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
             raise CheckpointError(f"{path} holds no weights, so {overlay} cannot be checked against them")
         laid = read_overlay(overlay, source)
         indexer, whole = laid.info, laid.over(source)
-    shape = read_shape(config, indexer)
+    shape = family.shape(indexer)
     if whole is not None:
         check(shape.table, whole)
     parameters = count(shape)
@@ -80,17 +77,17 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
             f"--weight-dtype is fp8, but this {shape.architecture} has no weights that are stored in FP8 and could "
             "stay so; leave it at auto"
         )
-    alone = _why_one_device(shape, config, devices.count)
+    alone = _why_one_device(family, devices.count)
     first = shape.table if alone is not None else shape.rank_table(devices.count)
     # Each device has the whole cache: every head reads the same latents.
     each = _loaded(first, in_blocks, wanted).total + cache["bytes"]
     return {
         "model": str(path) if source is None else source.description,
         "architecture": shape.architecture,
-        "served": shape.architecture in ARCHITECTURES,
+        "served": True,
         "layers": shape.num_layers,
         "positions": shape.max_positions,
-        "index_top_k": shape.top_k,
+        "index_top_k": shape.index_top_k,
         "parameters": {
             "total": parameters.total,
             "active": parameters.active,
@@ -119,12 +116,12 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
     }
 
 
-def _open(path: Path) -> tuple[Source | None, Mapping[str, Any], bool]:
-    """(the weights if there are any, the config, whether weights are in FP8 blocks)."""
+def _open(path: Path) -> tuple[Source | None, Family, bool]:
+    """(the weights if there are any, the model, whether weights are in FP8 blocks)."""
     file = path / "config.json" if path.is_dir() and not weight_files(path) else path
     if file.suffix != ".json" or not file.is_file():
         source = open_source(path)
-        return source, source.config, bool(source.config.get("quantization_config"))
+        return source, read_model(source), bool(source.config.get("quantization_config"))
     if (path / "model.safetensors.index.json").exists():
         open_source(path)  # which says what is missing
     try:
@@ -133,7 +130,7 @@ def _open(path: Path) -> tuple[Source | None, Mapping[str, Any], bool]:
         raise CheckpointError(f"{file} is not JSON: {fault}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} is not a JSON object")
-    return None, normalise(raw, str(file)), check_quantisation(raw, str(file))
+    return None, read_config(raw, str(file)), check_quantisation(raw, str(file))
 
 
 def _file_bytes(path: Path, source: Source | None, overlay: Path | None, shape: Shape, fp8: bool) -> int:
@@ -147,12 +144,10 @@ def _file_bytes(path: Path, source: Source | None, overlay: Path | None, shape: 
     return published_bytes({**shape.table, **shape.mtp}, fp8=fp8, itemsize=2)
 
 
-def _why_one_device(shape: Shape, config: Mapping[str, Any], count: int) -> str | None:
+def _why_one_device(family: Family, count: int) -> str | None:
     """Why the model is not split over so many devices (`--tensor-parallel`), if it cannot be."""
-    if count == 1 or shape.architecture not in ARCHITECTURES:
-        return None
     try:
-        import_module(ARCHITECTURES[shape.architecture]).check_split(config, count)
+        family.check_split(count)
     except ConfigError as error:
         return str(error)
     return None
@@ -199,7 +194,6 @@ def _cache(shape: Shape, wanted: Wanted, fp8: bool) -> dict[str, Any]:
 def render(report: Mapping[str, Any]) -> str:
     """As lines for people."""
     parameters, weights, cache, fit = (report[key] for key in ("parameters", "weights", "cache", "fit"))
-    architecture = report["architecture"] + ("" if report["served"] else " (not served by this version)")
     sparse = "" if report["index_top_k"] is None else f", index top_k {report['index_top_k']}"
     total = f"{_count(parameters['total'])}, {_count(parameters['active'])} active a token"
     if parameters["indexer"]:
@@ -221,7 +215,7 @@ def render(report: Mapping[str, Any]) -> str:
         ("model", report["model"]),
         (
             "architecture",
-            f"{architecture}, {report['layers']} layers, {report['positions']} positions{sparse}",
+            f"{report['architecture']}, {report['layers']} layers, {report['positions']} positions{sparse}",
         ),
         ("parameters", total),
     ]

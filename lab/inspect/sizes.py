@@ -9,20 +9,12 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from engine.checkpoint.loader import Weight, num_bytes, stays_fp8
-from engine.errors import CheckpointError
 from engine.memory.blocks import num_blocks
-from engine.memory.layouts import IndexKeyLayout, LatentLayout
-from engine.models.gqa import weights as llama_weights
-from engine.models.gqa.config import LlamaConfig
-from engine.models.mla.config import DeepseekConfig
-from engine.models.mla.weights import mtp_table, weight_table
-from engine.parallel.ranks import Ranks
-from engine.protocol import IndexerInfo
+from engine.models.family import Shape
 
 _EXPERT = re.compile(r".*\.mlp\.experts\.\d+\..*")
 _INDEXER = re.compile(r".*\.self_attn\.indexer\..*")
@@ -32,82 +24,6 @@ _BLOCKED = re.compile(
     r"|indexer\.(wq_b|wk)|gate_proj|up_proj|down_proj)\.weight"
 )
 """What DeepSeek stores in FP8. Routers, head weights, norms, embeddings and MTP projections are not."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model as inspection sees it."""
-
-    architecture: str
-    num_layers: int
-    max_positions: int
-    top_k: int | None  # of its indexer; None: it has none
-    table: Mapping[str, Weight]
-    rank_table: Callable[[int], Mapping[str, Weight]]  # number of devices -> of the first, which holds most
-    mtp: Mapping[str, Weight]  # of all its MTP modules; empty where it has none
-    expert_share: float  # of a token's routed experts
-    index_layers: int  # that cache an index key
-    cache: Mapping[str, tuple[int, int]]  # cache dtype -> bytes a token a layer of (KV, index key)
-
-
-def read_shape(config: Mapping[str, Any], indexer: IndexerInfo | None) -> Shape:
-    """From a config as `engine.checkpoint` normalises it, and the overlay's indexer if there is one.
-
-    Raises:
-        CheckpointError: the config does not make a model.
-    """
-    if config["model_type"] == "llama":
-        return _llama(config, indexer)
-    if indexer is not None:
-        raise CheckpointError(f"an indexer overlay does not fit {config['model_type']}, which brings its own")
-    return _deepseek(config)
-
-
-def _llama(config: Mapping[str, Any], indexer: IndexerInfo | None) -> Shape:
-    c = LlamaConfig.read(config)
-    table = llama_weights.weight_table(c, indexer)
-    cache = {}
-    for name, size in (("bfloat16", 2), ("float32", 4)):
-        key = 0 if indexer is None else indexer.head_dim * size
-        cache[name] = (2 * c.num_kv_heads * c.head_dim * size, key)
-    return Shape(
-        architecture="llama",
-        num_layers=c.num_layers,
-        max_positions=c.max_positions,
-        top_k=None if indexer is None else indexer.default_index_top_k,
-        table=table,
-        rank_table=lambda count: table,
-        mtp={},
-        expert_share=1.0,
-        index_layers=0 if indexer is None else c.num_layers,
-        cache=cache,
-    )
-
-
-def _deepseek(config: Mapping[str, Any]) -> Shape:
-    c = DeepseekConfig.read(config)
-    dim = None if c.indexer is None else c.indexer.head_dim
-    cache = {
-        name: (c.latent_dim * size, 0 if dim is None else dim * size)
-        for name, size in (("bfloat16", 2), ("float32", 4))
-    }
-    cache["fp8"] = (
-        LatentLayout(c.kv_lora_rank, c.qk_rope_head_dim).token_bytes,
-        0 if dim is None else IndexKeyLayout(dim).token_bytes,
-    )
-    modules = (mtp_table(c, k).items() for k in range(c.num_mtp_layers))
-    return Shape(
-        architecture=c.architecture,
-        num_layers=c.num_layers,
-        max_positions=c.max_positions,
-        top_k=None if c.indexer is None else c.indexer.top_k,
-        table=weight_table(c),
-        rank_table=lambda count: weight_table(c, Ranks(0, count)),
-        mtp={f"mtp.{k}.{name}": weight for k, module in enumerate(modules) for name, weight in module},
-        expert_share=c.moe.experts_per_token / c.moe.num_experts,
-        index_layers=sum(c.index_layers),
-        cache=cache,
-    )
 
 
 @dataclass(frozen=True)

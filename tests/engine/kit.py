@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from engine.attention.batch import Batch
 from engine.attention.tiling import Tiling
@@ -31,8 +31,8 @@ from engine.step.runner import Runner
 VOCAB = 97
 
 
-def tiny_checkpoint(folder: Path, seed: int = 0, **changes: object) -> LlamaForCausalLM:
-    """A random model of this family, written as Hugging Face writes it; norms are random too."""
+def tiny_checkpoint(folder: Path, seed: int = 0, kind: str = "llama", **changes: object) -> LlamaForCausalLM:
+    """A random model of this `model_type`, written as Hugging Face writes it; norms and biases are random too."""
     torch.manual_seed(seed)
     settings: dict[str, object] = {
         "vocab_size": VOCAB,
@@ -48,10 +48,13 @@ def tiny_checkpoint(folder: Path, seed: int = 0, **changes: object) -> LlamaForC
         "attn_implementation": "eager",
         **changes,
     }
-    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    config = AutoConfig.for_model(kind, **settings)
+    model: LlamaForCausalLM = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data = 1 + 0.3 * torch.randn_like(parameter)
+        elif name.endswith(".bias"):
+            parameter.data = 0.3 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return model
 

@@ -1,4 +1,4 @@
-"""Llama-family decoders (SmolLM2 among them), dense or with a lightning indexer in every layer.
+"""Decoders with grouped-query attention, dense or with a lightning indexer in every layer.
 
 Per layer: x = x + Wo Attention(norm(x)); x = x + Wdown(silu(Wgate norm(x)) * Wup norm(x)).
 Attention is grouped-query with half-split rotary embedding. All query heads of a layer read the tokens
@@ -7,9 +7,8 @@ that the layer's indexer selected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,60 +16,30 @@ from torch import Tensor
 
 from engine.attention.batch import Batch
 from engine.attention.gqa import attend
-from engine.attention.indexer import IndexerWeights, LightningIndexer
-from engine.attention.precision import Precision
 from engine.attention.tiling import Tiling
-from engine.checkpoint.loader import LoadReport, load
-from engine.checkpoint.packed import can_pack, load_packed
-from engine.checkpoint.source import Source
-from engine.config import IndexerDtype
-from engine.errors import ConfigError
 from engine.kernels import native
 from engine.kernels.interface.attention import Kernels
 from engine.kernels.native.packed import PackedWeight
 from engine.layers.linear import Held, embedding, linear, linear_float32
-from engine.layers.low_rank import LowRank
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
 from engine.memory.layouts import Int8KeyLayout
 from engine.memory.planes import PagedCache, PlaneSpec
-from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.config import GqaConfig
+from engine.models.gqa.layer import GqaLayer, plain
 from engine.models.gqa.native import FEW_ROWS, NativeStep
-from engine.models.gqa.weights import weight_table
-from engine.parallel.ranks import Ranks
 from engine.plan.cost import ModelShape
+from engine.plan.sparsity import is_dense
 from engine.plan.tiles import TileCosts
 from engine.protocol import IndexerInfo
 
 
-def plain(weight: Held) -> Tensor:
-    """One that is never packed."""
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-@dataclass(frozen=True)
-class LlamaLayer:
-    """One layer's weights; E hidden, F intermediate."""
-
-    input_norm: Tensor  # [E]
-    qkv: Held  # [(Hq + 2 Hkv) * D, E]
-    o: Held  # [E, Hq * D]
-    post_norm: Tensor  # [E]
-    gate_up: Held  # [2 F, E]
-    down: Held  # [E, F]
-    indexer: LightningIndexer | None
-    adapter: tuple[LowRank, LowRank] | None  # to qkv and o, on rows with a selection
-
-
-class Llama:
+class GqaModel:
     """The model, its weights and its rotation tables."""
-
-    architecture = "llama"
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: GqaConfig,
         weights: Mapping[str, Held],
         indexer: IndexerInfo | None,
         kernels: Kernels,
@@ -85,6 +54,7 @@ class Llama:
             max_positions: positions to prepare rotation tables for; at most `config.max_positions`
         """
         self.config = config
+        self.architecture = config.architecture
         self.indexer = indexer
         self.num_layers = config.num_layers
         self.vocab_size = config.vocab_size
@@ -101,7 +71,7 @@ class Llama:
         # Logits are compared with one another to the last digit, so the head runs in float32.
         head = weights["embed" if config.tied else "head"]
         self._head = head.float() if isinstance(head, Tensor) else head
-        self.layers = [self._layer(weights, i) for i in range(config.num_layers)]
+        self.layers = [GqaLayer.of(weights, i, indexer, window) for i, window in enumerate(config.windows)]
         device = self.norm.device
         self.rotary = RotaryTable(
             config.head_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
@@ -114,36 +84,6 @@ class Llama:
             )
         )
         self.native = NativeStep.of(self)  # what runs steps, where it can
-
-    def _layer(self, weights: Mapping[str, Held], i: int) -> LlamaLayer:
-        def of(name: str) -> Held:
-            return weights[f"layers.{i}.{name}"]
-
-        indexer = adapter = None
-        if self.indexer is not None:
-            parts = IndexerWeights(
-                wq=of("indexer.wq"),
-                wk=of("indexer.wk"),
-                k_norm_weight=plain(of("indexer.k_norm_weight")),
-                k_norm_bias=plain(of("indexer.k_norm_bias")),
-                weights_proj=of("indexer.weights_proj"),
-            )
-            indexer = LightningIndexer(parts, self.indexer.num_heads)
-            if self.indexer.adapter_rank:
-                adapter = (
-                    LowRank(plain(of("adapter.qkv.a")), plain(of("adapter.qkv.b"))),
-                    LowRank(plain(of("adapter.o.a")), plain(of("adapter.o.b"))),
-                )
-        return LlamaLayer(
-            input_norm=plain(of("input_norm")),
-            qkv=of("qkv"),
-            o=of("o"),
-            post_norm=plain(of("post_norm")),
-            gate_up=of("gate_up"),
-            down=of("down"),
-            indexer=indexer,
-            adapter=adapter,
-        )
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
         """Keys and values of every KV head, and the index key."""
@@ -166,6 +106,7 @@ class Llama:
             forced=forced,
             few_rows=1 if self.native is None else FEW_ROWS,
             fused=self._kernels.fused
+            and not any(self.config.windows)  # a window is a mask, which fused kernels do not read
             and self._dtype is torch.bfloat16
             and (self.indexer is None or self._integer_keys),
         )
@@ -217,14 +158,15 @@ class Llama:
         for i, layer in enumerate(self.layers):
             hidden = rms_norm(x, layer.input_norm, eps)
             x = x + self._attention(i, layer, hidden, rotation, index_rotation, tiling, cache)
-            gate, up = linear(rms_norm(x, layer.post_norm, eps), layer.gate_up).chunk(2, dim=-1)
-            x = x + linear(F.silu(gate) * up, layer.down)
+            hidden = rms_norm(x, layer.post_norm, eps)
+            gate, up = linear(hidden, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+            x = x + linear(F.silu(gate) * up, layer.down, layer.down_bias)
         return rms_norm(x, self.norm, eps)
 
     def _attention(
         self,
         i: int,
-        layer: LlamaLayer,
+        layer: GqaLayer,
         hidden: Tensor,  # [T, E]
         rotation: tuple[Tensor, Tensor],
         index_rotation: tuple[Tensor, Tensor] | None,
@@ -232,11 +174,17 @@ class Llama:
         cache: PagedCache,
     ) -> Tensor:
         c, batch = self.config, tiling.batch
-        qkv = linear(hidden, layer.qkv)
-        if layer.adapter is not None and batch.selecting is not None:
-            qkv = qkv + layer.adapter[0](hidden, batch.selecting)
+        selecting = None if layer.adapter is None else _selecting(batch, layer.window)
+        qkv = linear(hidden, layer.qkv, layer.qkv_bias)
+        if layer.adapter is not None and selecting is not None:
+            qkv = qkv + layer.adapter[0](hidden, selecting)
         heads = qkv.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         query, key, value = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query, key = (
+                rms_norm(query, layer.q_norm, c.rms_norm_eps),
+                rms_norm(key, layer.k_norm, c.rms_norm_eps),
+            )
         query, key = rotate(query, rotation), rotate(key, rotation)
         cache.write(i, "kv", batch.pages, batch.offsets, torch.stack((key, value), dim=2))
         index = index_plane = None
@@ -257,11 +205,12 @@ class Llama:
             tiling,
             self._kernels,
             c.head_dim**-0.5,
+            layer.window,
         )
         out = out.flatten(1)
-        attended = linear(out, layer.o)
-        if layer.adapter is not None and batch.selecting is not None:
-            attended = attended + layer.adapter[1](out, batch.selecting)
+        attended = linear(out, layer.o, layer.o_bias)
+        if layer.adapter is not None and selecting is not None:
+            attended = attended + layer.adapter[1](out, selecting)
         return attended
 
     @torch.inference_mode()
@@ -270,65 +219,11 @@ class Llama:
         return linear_float32(hidden, self._head)
 
 
-def build(
-    source: Source,
-    indexer: IndexerInfo | None,
-    kernels: Kernels,
-    max_positions: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Callable[[int, int], None],
-    precision: Precision,
-    ranks: Ranks,
-) -> tuple[Llama, LoadReport]:
-    """Load a checkpoint of this family; arguments as in `engine.models.build_model`.
-
-    Raises:
-        CheckpointError: the config or the tensors are not what this architecture needs.
-        ConfigError: weights, a cache or an indexer of another dtype than the model's was asked for.
-    """
-    if precision.weights == "fp8":
-        raise ConfigError(
-            f"weight_dtype is fp8, but {source.description} is a llama model, whose weights are held in "
-            f"{str(dtype).removeprefix('torch.')}; leave it at auto"
-        )
-    for name, asked in (("kv_cache_dtype", str(precision.kv_cache)), ("indexer_dtype", precision.indexer)):
-        if asked == "fp8" or (asked == "bf16" and dtype != torch.bfloat16):
-            raise ConfigError(
-                f"{name} is {asked}, but a llama model keeps its cache in its own dtype, "
-                f"{str(dtype).removeprefix('torch.')}; leave it at auto"
-            )
-    config = LlamaConfig.read(source.config)
-    integer_keys = indexer is not None and _integer_keys(precision.indexer, indexer.head_dim, dtype, kernels)
-    table = weight_table(config, indexer, short_queries=integer_keys)
-    weights: Mapping[str, Held]
-    if kernels.name == "native" and device.type == "cpu" and dtype == torch.bfloat16 and can_pack(table):
-        weights, report = load_packed(table, source, progress=progress)
-    else:
-        weights, report = load(table, source, dtype=dtype, device=device, progress=progress)
-    return Llama(config, weights, indexer, kernels, max_positions, integer_keys=integer_keys), report
-
-
-def _integer_keys(asked: IndexerDtype, dim: int, dtype: torch.dtype, kernels: Kernels) -> bool:
-    """Whether index keys are cached as 8-bit integers: where that is faster and bfloat16 is the alternative.
-
-    Raises:
-        ConfigError: they were asked for, and keys of `dim` numbers do not fit.
-    """
-    if asked == "int8" and not Int8KeyLayout.fits(dim):
-        raise ConfigError(
-            f"indexer_dtype is int8, but this indexer's keys have {dim} numbers, and only a multiple of 4 up to 512 "
-            "can be kept so; leave it at auto"
-        )
-    preferred = kernels.integer_keys and dtype is torch.bfloat16 and Int8KeyLayout.fits(dim)
-    return asked == "int8" or (asked == "auto" and preferred)
-
-
-def check_split(raw: Mapping[str, Any], count: int) -> None:
-    """Whether a model of this family can be split over `count` ranks.
-
-    Raises:
-        ConfigError: always.
-    """
-    raise ConfigError(f"llama models are served on one device, not on {count}; leave --tensor-parallel out")
+def _selecting(batch: Batch, window: int | None) -> Tensor | None:
+    """[T, 1] bool: which rows read a selection in a layer of this window; None: no row does."""
+    rows = batch.selecting
+    if rows is None or window is None:
+        return rows
+    # A row of a whole window is dense where the window is.
+    fewer = [not is_dense(window, s.index_top_k) for s in batch.segments for _ in range(s.num_rows)]
+    return rows & torch.tensor(fewer, device=rows.device).unsqueeze(-1)

@@ -1,6 +1,6 @@
-"""A llama model's step in one native call: decodes, guesses, chunks of prompts.
+"""A model's step in one native call: decodes, guesses, chunks of prompts.
 
-The arithmetic is `Llama.forward`'s, in C (`engine/kernels/native/step.c`). The residual stream stays in float32, so that
+The arithmetic is `GqaModel.forward`'s, in C (`engine/kernels/native/step.c`). The residual stream stays in float32, so that
 results differ from torch's by the roundings to bfloat16 that torch makes in between.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,14 @@ from engine.attention.batch import Batch
 from engine.attention.indexer import KEY_NORM_EPS
 from engine.kernels import native
 from engine.kernels.native.packed import Descriptor, PackedWeight
+from engine.layers.linear import Held
+from engine.layers.rope import RotaryTable
 from engine.memory.arena import Arena
 from engine.memory.planes import PagedCache
 from engine.memory.quantised import GROUP, Quantised, quantise_8bit
-
-if TYPE_CHECKING:
-    from engine.layers.rope import RotaryTable
-    from engine.models.gqa.model import Llama
+from engine.models.gqa.config import GqaConfig
+from engine.models.gqa.layer import GqaLayer
+from engine.protocol import IndexerInfo
 
 FEW_ROWS = 32
 """Rows of a request up to which a step's costs are those of so many lone rows, and beyond which those of a chunk."""
@@ -78,6 +79,18 @@ class _Step(ctypes.Structure):
     )
 
 
+class Wired(Protocol):
+    """What is read of a model."""
+
+    config: GqaConfig
+    indexer: IndexerInfo | None
+    embed: Held
+    norm: Tensor
+    layers: list[GqaLayer]
+    rotary: RotaryTable
+    index_rotary: RotaryTable | None
+
+
 @dataclass(frozen=True)
 class _Laid:
     """The model's description for one cache."""
@@ -90,7 +103,7 @@ class _Laid:
 class NativeStep:
     """The native form of one model."""
 
-    def __init__(self, model: Llama, library: ctypes.CDLL) -> None:
+    def __init__(self, model: Wired, library: ctypes.CDLL) -> None:
         """Describe `model`, which `supports` said yes to."""
         self._model = model
         self._library = library
@@ -101,8 +114,8 @@ class NativeStep:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     @classmethod
-    def of(cls, model: Llama) -> NativeStep | None:
-        """The native form, where there is a library and the model's shapes are those of its loops."""
+    def of(cls, model: Wired) -> NativeStep | None:
+        """The native form, where there is a library and the model is what its loops compute."""
         library = native.library()
         c, indexer = model.config, model.indexer
         packed = isinstance(model.embed, PackedWeight)
@@ -110,10 +123,11 @@ class NativeStep:
             size % 32 for size in (c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim)
         )
         fits = indexer is None or (indexer.head_dim <= 512 and indexer.head_dim % 4 == 0)
-        return cls(model, library) if library is not None and packed and whole and fits else None
+        known = not (c.qkv_bias or c.o_bias or c.mlp_bias or c.qk_norm or any(c.windows))
+        return cls(model, library) if library is not None and packed and whole and fits and known else None
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
-        """As `Llama.forward`: [T] token ids -> [T, E] hidden states in bfloat16, cache written."""
+        """As `GqaModel.forward`: [T] token ids -> [T, E] hidden states in bfloat16, cache written."""
         laid = self._laid
         storage = cache.plane(0, "kv").data_ptr()
         if laid is None or laid.storage != storage:
@@ -208,7 +222,7 @@ class NativeStep:
         return self._float(cos), self._float(sin)
 
 
-def _pack_adapters(model: Llama) -> list[list[PackedWeight]]:
+def _pack_adapters(model: Wired) -> list[list[PackedWeight]]:
     """Each layer's, in the order of `_ADAPTER`; empty where there is none.
 
     In 8 bits beside weights of 4, since every row with a selection reads all of it.

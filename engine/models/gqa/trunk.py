@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.layers.low_rank import LowRank
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
-from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.config import GqaConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,13 @@ class LayerInputs:
     query: Tensor  # [T, Hkv, G, D], rotated
     keys: Tensor  # [T, Hkv, D], rotated
     values: Tensor  # [T, Hkv, D]
+    window: int | None  # positions that a row sees; None: all up to its own
+
+    def visible(self, rows: Tensor) -> Tensor:
+        """What the rows [n] may see: [n, T] bool."""
+        at, own = torch.arange(len(self.hidden), device=rows.device), rows.unsqueeze(-1)
+        causal = at <= own
+        return causal if self.window is None else causal & (at > own - self.window)
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,10 @@ class Trunk:
     """Layer-by-layer forward of one sequence; its weights carry no gradient."""
 
     def __init__(
-        self, config: LlamaConfig, weights: Mapping[str, Tensor], max_positions: int, device: torch.device
+        self, config: GqaConfig, weights: Mapping[str, Tensor], max_positions: int, device: torch.device
     ) -> None:
         self.config = config
-        self._weights = weights
+        self.weights = weights
         self._rotary = RotaryTable(
             config.head_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
         )
@@ -54,26 +61,31 @@ class Trunk:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[T] -> [T, E]."""
-        return F.embedding(tokens, self._weights["embed"])
+        return F.embedding(tokens, self.weights["embed"])
 
     def open(self, layer: int, x: Tensor, corrections: Corrections | None = None) -> LayerInputs:
         """What layer `layer`'s attention and indexer see of x [T, E]."""
         c = self.config
-        hidden = rms_norm(x, self._weights[f"layers.{layer}.input_norm"], c.rms_norm_eps)
-        heads = F.linear(hidden, self._weights[f"layers.{layer}.qkv"])
+        hidden = rms_norm(x, self.weights[f"layers.{layer}.input_norm"], c.rms_norm_eps)
+        heads = self._linear(layer, "qkv", hidden)
         if corrections is not None:
             heads = heads + corrections.qkv(hidden, corrections.rows)
         heads = heads.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         query, key, value = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         rotation = self._rotary.at(torch.arange(x.shape[0], device=x.device))
+        if c.qk_norm:
+            query = rms_norm(query, self.weights[f"layers.{layer}.q_norm"], c.rms_norm_eps)
+            key = rms_norm(key, self.weights[f"layers.{layer}.k_norm"], c.rms_norm_eps)
         query = rotate(query, rotation).view(-1, c.num_kv_heads, c.group, c.head_dim)
-        return LayerInputs(hidden=hidden, query=query, keys=rotate(key, rotation), values=value)
+        return LayerInputs(hidden, query, rotate(key, rotation), value, c.windows[layer])
 
     def attend(self, inputs: LayerInputs, rows: slice, allowed: Tensor | None) -> Tensor:
-        """Attention of some rows: [n, Hq * D]. `allowed` [n, T] bool; None is causal over all rows."""
+        """Attention of some rows: [n, Hq * D]. `allowed` [n, T] bool; None is all that the rows may see, for all rows."""
         c = self.config
         query = inputs.query[rows]
         n = query.shape[0]
+        if allowed is None and inputs.window is not None:
+            allowed = inputs.visible(torch.arange(n, device=query.device))
         if allowed is None:
             out = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3).reshape(1, c.num_heads, n, c.head_dim),
@@ -97,23 +109,26 @@ class Trunk:
         self, layer: int, x: Tensor, attended: Tensor, corrections: Corrections | None = None
     ) -> Tensor:
         """The rest of the layer: x [T, E] and attention's output [T, Hq * D] -> the next x."""
-        w = self._weights
-        x = x + F.linear(attended, w[f"layers.{layer}.o"])
+        x = x + self._linear(layer, "o", attended)
         if corrections is not None:
             x = x + corrections.o(attended, corrections.rows)
-        hidden = rms_norm(x, w[f"layers.{layer}.post_norm"], self.config.rms_norm_eps)
-        gate, up = F.linear(hidden, w[f"layers.{layer}.gate_up"]).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, w[f"layers.{layer}.down"])
+        hidden = rms_norm(x, self.weights[f"layers.{layer}.post_norm"], self.config.rms_norm_eps)
+        gate, up = self._linear(layer, "gate_up", hidden).chunk(2, dim=-1)
+        return x + self._linear(layer, "down", F.silu(gate) * up)
+
+    def _linear(self, layer: int, name: str, x: Tensor) -> Tensor:
+        at = f"layers.{layer}.{name}"
+        return F.linear(x, self.weights[at], self.weights.get(f"{at}_bias"))
 
     def logits(self, x: Tensor) -> Tensor:
         """Of some rows' final x: [n, E] -> [n, vocab] float32."""
-        x = rms_norm(x, self._weights["norm"], self.config.rms_norm_eps)
-        return F.linear(x, self._weights["embed" if self.config.tied else "head"]).float()
+        x = rms_norm(x, self.weights["norm"], self.config.rms_norm_eps)
+        return F.linear(x, self.weights["embed" if self.config.tied else "head"]).float()
 
     def losses(self, x: Tensor, tokens: Tensor, rows_at_once: int = 2048) -> Tensor:
         """Cross-entropy of each next token, nats: x [T, E], tokens [T] -> [T - 1] float32."""
-        x = rms_norm(x, self._weights["norm"], self.config.rms_norm_eps)
-        head = self._weights["embed" if self.config.tied else "head"]
+        x = rms_norm(x, self.weights["norm"], self.config.rms_norm_eps)
+        head = self.weights["embed" if self.config.tied else "head"]
         parts = [
             F.cross_entropy(F.linear(part, head).float(), target, reduction="none")
             for part, target in zip(

@@ -1,4 +1,4 @@
-"""Every tensor of a llama-family checkpoint and its overlay: parameter names here -> published names, and shapes."""
+"""Every tensor of a checkpoint and its overlay: parameter names here -> published names, and shapes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from engine.checkpoint.loader import Weight
 from engine.checkpoint.overlay import adapter_shapes
-from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.config import GqaConfig
 from engine.protocol import IndexerInfo
 
 
 def weight_table(
-    config: LlamaConfig, indexer: IndexerInfo | None, *, short_queries: bool = False
+    config: GqaConfig, indexer: IndexerInfo | None, *, short_queries: bool = False
 ) -> dict[str, Weight]:
     """Every parameter of the model: its name here -> the checkpoint tensors that it is made of, and its shape.
 
@@ -40,6 +40,18 @@ def weight_table(
         table[f"{layer}.down"] = _matrix(
             (f"{at}.mlp.down_proj.weight",), (c.hidden_size, c.intermediate_size)
         )
+        if c.qkv_bias:
+            biases = tuple(name.replace(".weight", ".bias") for name in qkv)
+            table[f"{layer}.qkv_bias"] = Weight(biases, (attn_rows,))
+        if c.o_bias:
+            table[f"{layer}.o_bias"] = Weight((f"{at}.self_attn.o_proj.bias",), (c.hidden_size,))
+        if c.mlp_bias:
+            biases = tuple(name.replace(".weight", ".bias") for name in gate_up)
+            table[f"{layer}.gate_up_bias"] = Weight(biases, (2 * c.intermediate_size,))
+            table[f"{layer}.down_bias"] = Weight((f"{at}.mlp.down_proj.bias",), (c.hidden_size,))
+        if c.qk_norm:
+            for part in "qk":
+                table[f"{layer}.{part}_norm"] = Weight((f"{at}.self_attn.{part}_norm.weight",), (c.head_dim,))
         if indexer is not None:
             h, d, inside = indexer.num_heads, indexer.head_dim, f"{at}.self_attn.indexer"
             table[f"{layer}.indexer.wq"] = replace(

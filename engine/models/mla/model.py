@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +19,16 @@ from engine.attention.batch import Batch
 from engine.attention.gqa import select
 from engine.attention.indexer import IndexerWeights, LightningIndexer
 from engine.attention.mla import LatentAttention, MLAWeights
-from engine.attention.precision import IndexFormat, LatentFormat, Precision
+from engine.attention.precision import IndexFormat, LatentFormat
 from engine.attention.tiling import Tiling
-from engine.checkpoint.loader import LoadReport, load, source_in_blocks, stays_fp8, unused
-from engine.checkpoint.source import Source
-from engine.errors import CheckpointError, ConfigError, EngineError
+from engine.errors import EngineError
 from engine.kernels.interface.attention import Kernels
 from engine.layers.linear import Matrix, Parameters, linear
 from engine.layers.moe import MoEConfig, route, run_experts
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, softmax_correction
 from engine.memory.planes import PagedCache, PlaneSpec
-from engine.models.mla.config import DeepseekConfig
+from engine.models.mla.config import MlaConfig
 from engine.models.mla.weights import weight_table
 from engine.parallel.ranks import ALONE, Ranks
 from engine.plan.cost import ModelShape
@@ -43,7 +40,7 @@ Selections = Sequence[Tensor | None]
 """Of each tile: the positions that its rows selected, or None where the tile is dense."""
 
 
-class DeepseekMLP:
+class MlaMlp:
     """down(silu(gate x) * up x); of several ranks' parts of it, the sum."""
 
     def __init__(self, gate_up: Matrix, down: Matrix, total: Callable[[Tensor], Tensor]) -> None:
@@ -55,7 +52,7 @@ class DeepseekMLP:
         return self._total(linear(F.silu(gate) * up, self._down))
 
 
-class DeepseekMoE:
+class MlaMoe:
     """Routed experts and the shared one; the sum, over ranks too, is in float32."""
 
     def __init__(self, of: Parameters, config: MoEConfig, ranks: Ranks) -> None:
@@ -66,7 +63,7 @@ class DeepseekMoE:
             -1, 2 * config.intermediate_size, self._gate.shape[1]
         )
         self._down = of.matrix("moe.experts_down").view(-1, self._gate.shape[1], config.intermediate_size)
-        self._shared = DeepseekMLP(of.matrix("moe.shared_gate_up"), of.matrix("moe.shared_down"), ALONE.sum)
+        self._shared = MlaMlp(of.matrix("moe.shared_gate_up"), of.matrix("moe.shared_down"), ALONE.sum)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, E] -> [T, E]."""
@@ -75,13 +72,13 @@ class DeepseekMoE:
         return self._total(routed + self._shared(x).float()).to(x.dtype)
 
 
-class DeepseekLayer:
+class MlaLayer:
     """One decoder layer; parameters named as in `engine.models.mla.weights.layer_table`."""
 
     def __init__(
         self,
         of: Parameters,
-        config: DeepseekConfig,
+        config: MlaConfig,
         *,
         moe: bool,
         indexer: bool,
@@ -123,9 +120,9 @@ class DeepseekLayer:
                 parts, c.indexer.num_heads, interleaved=c.indexer.rope_interleaved
             )
         self._mlp = (
-            DeepseekMoE(of, c.moe, ranks)
+            MlaMoe(of, c.moe, ranks)
             if moe
-            else DeepseekMLP(of.matrix("mlp.gate_up"), of.matrix("mlp.down"), ranks.sum)
+            else MlaMlp(of.matrix("mlp.gate_up"), of.matrix("mlp.down"), ranks.sum)
         )
 
     def __call__(
@@ -162,12 +159,12 @@ class DeepseekLayer:
         return x + self._mlp(rms_norm(x, self._post_norm, self._eps)), selections
 
 
-class Deepseek:
+class MlaModel:
     """The model, its weights and its rotation table."""
 
     def __init__(
         self,
-        config: DeepseekConfig,
+        config: MlaConfig,
         weights: Mapping[str, Matrix],
         kernels: Kernels,
         max_positions: int,
@@ -198,7 +195,7 @@ class Deepseek:
                 num_heads=index.num_heads,
                 head_dim=index.head_dim,
                 rope_dim=index.rope_dim,
-                default_index_top_k=index.top_k,
+                default_index_top_k=index.index_top_k,
                 source="checkpoint",
             )
         )
@@ -209,7 +206,7 @@ class Deepseek:
         # As the published code does: logits are compared with one another to the last digit.
         self._head = of("embed" if config.tied else "head").float() if ranks.rank == 0 else None
         self._layers = [
-            DeepseekLayer(
+            MlaLayer(
                 Parameters(weights, f"layers.{i}."),
                 config,
                 moe=config.moe_layers[i],
@@ -310,66 +307,3 @@ class Deepseek:
         if self._head is None:
             raise EngineError("only rank 0 computes logits")
         return F.linear(hidden.float(), self._head)
-
-
-def build(
-    source: Source,
-    indexer: IndexerInfo | None,
-    kernels: Kernels,
-    max_positions: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Callable[[int, int], None],
-    precision: Precision,
-    ranks: Ranks,
-) -> tuple[Deepseek, LoadReport]:
-    """Load a checkpoint of this family; arguments as in `engine.models.build_model`.
-
-    Raises:
-        CheckpointError: the config or the tensors are not what this architecture needs, or an overlay was
-            laid over it.
-        ConfigError: a precision that the checkpoint does not have.
-    """
-    config = DeepseekConfig.read(source.config)
-    if indexer is not None:
-        raise CheckpointError(
-            f"{indexer.source} is an indexer for models of the llama family, but this one is {config.architecture}; "
-            "serve it without an overlay"
-        )
-    raw, index = source.config, config.indexer
-    latent_format = precision.latent(raw, config.kv_lora_rank, config.qk_rope_head_dim, dtype)
-    index_format = None if index is None else precision.index(raw, index.head_dim, dtype)
-    table, fp8 = weight_table(config, ranks), precision.resident(device)
-    in_blocks = source_in_blocks(source)
-    if precision.weights == "fp8" and not any(stays_fp8(weight, in_blocks) for weight in table.values()):
-        raise ConfigError(
-            f"weight_dtype is fp8, but {source.description} has no weights in FP8 blocks that could stay so; "
-            "leave it at auto, or serve an FP8 checkpoint"
-        )
-    weights, report = load(table, source, dtype=dtype, device=device, progress=progress, fp8=fp8)
-    if ranks.count > 1:
-        report = replace(report, unused=unused(weight_table(config), source))
-    return Deepseek(config, weights, kernels, max_positions, latent_format, index_format, ranks), report
-
-
-def check_split(raw: Mapping[str, Any], count: int) -> None:
-    """Whether a model of this config can be split over `count` ranks.
-
-    Raises:
-        ConfigError: something does not divide.
-    """
-    config = DeepseekConfig.read(raw)
-    sizes = {"attention heads": config.num_heads}
-    if not all(config.moe_layers):
-        sizes["inner dims of an MLP"] = config.intermediate_size
-    if any(config.moe_layers):
-        sizes["routed experts"] = config.moe.num_experts
-        shared = config.moe.intermediate_size * config.moe.num_shared_experts
-        sizes["inner dims of the shared expert"] = shared
-    for name, size in sizes.items():
-        if size % count:
-            raise ConfigError(
-                f"the model's {size} {name} cannot be split evenly over {count} devices; "
-                "choose another --tensor-parallel"
-            )

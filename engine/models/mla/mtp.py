@@ -11,34 +11,31 @@ Given its own normed output as hidden states, it predicts further ahead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention.batch import Batch
-from engine.attention.precision import IndexFormat, LatentFormat, Precision
+from engine.attention.precision import IndexFormat, LatentFormat
 from engine.attention.tiling import Tiling
-from engine.checkpoint.loader import load
-from engine.checkpoint.source import Source
 from engine.kernels.interface.attention import Kernels
 from engine.layers.linear import Matrix, Parameters
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable
 from engine.memory.planes import PagedCache, PlaneSpec
-from engine.models.mla.config import DeepseekConfig
-from engine.models.mla.model import DeepseekLayer
-from engine.models.mla.weights import mtp_table
+from engine.models.mla.config import MlaConfig
+from engine.models.mla.model import MlaLayer
 from engine.plan.tiles import TileCosts
 
 
-class DeepseekMTP:
+class MtpLayer:
     """One module and its weights, named as in `mtp_table`."""
 
     def __init__(
         self,
-        config: DeepseekConfig,
+        config: MlaConfig,
         weights: Mapping[str, Matrix],
         kernels: Kernels,
         max_positions: int,
@@ -49,7 +46,7 @@ class DeepseekMTP:
         of = self._of = Parameters(weights)
         self._kernels = kernels
         self._head = of("head").float()
-        self._layer = DeepseekLayer(
+        self._layer = MlaLayer(
             of,
             config,
             moe=True,
@@ -94,29 +91,3 @@ class DeepseekMTP:
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, E] -> [N, vocab_size] float32."""
         return F.linear(hidden.float(), self._head)
-
-
-def build_draft_layer(
-    source: Source,
-    kernels: Kernels,
-    max_positions: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Callable[[int, int], None],
-    precision: Precision,
-) -> tuple[DeepseekMTP, frozenset[str]]:
-    """Load the first module, and the names of the tensors that it is made of.
-
-    Raises:
-        CheckpointError: a tensor is missing or does not fit.
-    """
-    config = DeepseekConfig.read(source.config)
-    raw, index = source.config, config.indexer
-    latent_format = precision.latent(raw, config.kv_lora_rank, config.qk_rope_head_dim, dtype)
-    index_format = None if index is None else precision.index(raw, index.head_dim, dtype)
-    table = mtp_table(config, 0)
-    fp8 = precision.resident(device)
-    weights, _ = load(table, source, dtype=dtype, device=device, progress=progress, fp8=fp8)
-    names = frozenset(name for weight in table.values() for name in weight.names)
-    return DeepseekMTP(config, weights, kernels, max_positions, latent_format, index_format), names

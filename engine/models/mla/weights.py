@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from engine.checkpoint.loader import Weight
-from engine.models.mla.config import DeepseekConfig
+from engine.models.mla.config import MlaConfig
 from engine.parallel.ranks import ALONE, Ranks
 
 _MAY_STAY_FP8 = frozenset({
@@ -26,7 +26,7 @@ _MAY_STAY_FP8 = frozenset({
 indexer, which is small and chooses: in bfloat16 they take 1.9 and 1.5 GiB of DeepSeek-V3.2, twice what is stored."""
 
 
-def weight_table(config: DeepseekConfig, ranks: Ranks = ALONE) -> dict[str, Weight]:
+def weight_table(config: MlaConfig, ranks: Ranks = ALONE) -> dict[str, Weight]:
     """The main model: `embed`, `norm`, `head` (unless tied), and `layers.{i}.*` as in `layer_table`."""
     c = config
     table = {
@@ -41,7 +41,7 @@ def weight_table(config: DeepseekConfig, ranks: Ranks = ALONE) -> dict[str, Weig
     return table
 
 
-def mtp_table(config: DeepseekConfig, k: int) -> dict[str, Weight]:
+def mtp_table(config: MlaConfig, k: int) -> dict[str, Weight]:
     """The `k`-th multi-token prediction module, stored as layer `num_layers + k` (arXiv 2412.19437, section 2.2).
 
     A whole MoE layer, its indexer included (never shared), two norms and a projection before it, and a norm and
@@ -61,7 +61,7 @@ def mtp_table(config: DeepseekConfig, k: int) -> dict[str, Weight]:
 
 
 def layer_table(
-    config: DeepseekConfig, at: str, *, moe: bool, indexer: bool, ranks: Ranks = ALONE
+    config: MlaConfig, at: str, *, moe: bool, indexer: bool, ranks: Ranks = ALONE
 ) -> dict[str, Weight]:
     """One decoder layer, whose published names begin with `at` (`model.layers.3`).
 
@@ -104,7 +104,7 @@ def layer_table(
     }
 
 
-def _indexer_table(config: DeepseekConfig, at: str) -> dict[str, Weight]:
+def _indexer_table(config: MlaConfig, at: str) -> dict[str, Weight]:
     index, rank = config.indexer, config.q_lora_rank
     assert index is not None
     assert rank is not None
@@ -120,7 +120,7 @@ def _indexer_table(config: DeepseekConfig, at: str) -> dict[str, Weight]:
     }
 
 
-def _mlp_table(config: DeepseekConfig, at: str, ranks: Ranks) -> dict[str, Weight]:
+def _mlp_table(config: MlaConfig, at: str, ranks: Ranks) -> dict[str, Weight]:
     inner, hidden = config.intermediate_size, config.hidden_size
     return {
         "mlp.gate_up": Weight(
@@ -133,7 +133,7 @@ def _mlp_table(config: DeepseekConfig, at: str, ranks: Ranks) -> dict[str, Weigh
     }
 
 
-def _moe_table(config: DeepseekConfig, at: str, ranks: Ranks) -> dict[str, Weight]:
+def _moe_table(config: MlaConfig, at: str, ranks: Ranks) -> dict[str, Weight]:
     """Experts lie one below the other: [X * 2F, E] (gate rows first, then up) and [X * E, F]."""
     moe, hidden = config.moe, config.hidden_size
     inner, shared, experts = moe.intermediate_size, at + ".shared_experts", ranks.share(moe.num_experts)

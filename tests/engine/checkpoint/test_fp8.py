@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.checkpoint.loader import Weight, load
+from engine.checkpoint.part import Slice
 from engine.checkpoint.safetensors import SafetensorsSource
-from engine.checkpoint.source import Part, open_source
+from engine.checkpoint.source import open_source
 from engine.errors import CheckpointError
 from engine.memory.blocks import E4M3
 from tests.engine.models.mla.kit import tiny_deepseek
@@ -116,7 +117,7 @@ def test_a_part_is_what_the_whole_has_there(folder: Path, quantised: bool, dtype
     whole = source.read(NAME, dtype)  # [208, 160], so blocks end inside of these parts and at their edges
     for dim, spans in ((0, [(0, 104), (104, 208), (128, 208)]), (1, [(0, 80), (80, 160), (128, 160)])):
         for start, stop in spans:
-            part = source.read_part(NAME, Part(dim, start, stop), dtype)
+            part = source.read_part(NAME, Slice(dim, start, stop), dtype)
             assert torch.equal(part, whole.narrow(dim, start, stop - start))
             assert part.is_contiguous()
 

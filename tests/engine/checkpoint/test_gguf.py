@@ -25,7 +25,7 @@ from engine.checkpoint.loader import load
 from engine.checkpoint.source import open_source
 from engine.errors import CheckpointError
 from engine.layers.rope import inverse_frequencies
-from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.weights import weight_table
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB, LAYERS = 4, 2, 16, 64, 96, 50, 2
@@ -153,7 +153,7 @@ def test_default_model_is_what_transformers_reads(default_model: Path) -> None:
 def test_default_model_loads_whole(default_model: Path) -> None:
     source = open_source(default_model)
     calls: list[tuple[int, int]] = []
-    table = weight_table(LlamaConfig.read(source.config), None)
+    table = weight_table(GqaConfig.read(source.config, "config.json"), None)
     weights, report = load(
         table,
         source,
@@ -234,7 +234,10 @@ def test_unknown_tensors_keep_their_names_and_are_reported(tmp_path: Path) -> No
     tensors = {**tiny_tensors(), "blk.0.ffn_gate_inp.weight": np.ones((8, HIDDEN), np.float32)}
     source = open_source(write_gguf(tmp_path / "more.gguf", tensors))
     _, report = load(
-        weight_table(LlamaConfig.read(source.config), None), source, dtype=torch.float32, device=CPU
+        weight_table(GqaConfig.read(source.config, "config.json"), None),
+        source,
+        dtype=torch.float32,
+        device=CPU,
     )
     assert report.unused == ("blk.0.ffn_gate_inp.weight",)
 
@@ -414,7 +417,12 @@ def test_nan_names_the_tensor(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"NaN or infinite values in tensor model\.layers\.1\.mlp\.up_proj"
     ):
-        load(weight_table(LlamaConfig.read(source.config), None), source, dtype=torch.float32, device=CPU)
+        load(
+            weight_table(GqaConfig.read(source.config, "config.json"), None),
+            source,
+            dtype=torch.float32,
+            device=CPU,
+        )
 
 
 # ---- damage -------------------------------------------------------------------------------------

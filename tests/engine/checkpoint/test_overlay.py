@@ -21,7 +21,7 @@ from engine.checkpoint.loader import load
 from engine.checkpoint.overlay import FORMAT, base_fingerprint, indexer_shapes, read_overlay, write_overlay
 from engine.checkpoint.source import Source, open_source
 from engine.errors import CheckpointError
-from engine.models.gqa.config import LlamaConfig
+from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.weights import weight_table
 from engine.protocol import IndexerInfo
 
@@ -94,7 +94,7 @@ def test_what_was_written_is_read(path: Path, base: Source) -> None:
 
 def test_a_model_loads_from_base_and_overlay(path: Path, base: Source) -> None:
     overlay = read_overlay(path, base)
-    table = weight_table(LlamaConfig.read(base.config), overlay.info)
+    table = weight_table(GqaConfig.read(base.config, "config.json"), overlay.info)
     weights, report = load(table, overlay.over(base), dtype=torch.float32, device=torch.device("cpu"))
     assert report.unused == report.replaced == ()
     assert torch.equal(weights["layers.1.indexer.wq"], indexer()[WQ])
@@ -106,7 +106,7 @@ def test_main_weights_may_be_replaced(tmp_path: Path, base: Source) -> None:
     write_overlay(path, {**indexer(), NORM: torch.full((HIDDEN,), 7.0)}, INFO, "", base)
     overlay = read_overlay(path, base)
     assert overlay.replaced == (NORM,)
-    table = weight_table(LlamaConfig.read(base.config), overlay.info)
+    table = weight_table(GqaConfig.read(base.config, "config.json"), overlay.info)
     weights, report = load(table, overlay.over(base), dtype=torch.float32, device=torch.device("cpu"))
     assert report.replaced == (NORM,)
     assert (weights["norm"] == 7).all()

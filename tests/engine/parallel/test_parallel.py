@@ -16,7 +16,7 @@ from engine.checkpoint.loader import load
 from engine.checkpoint.source import open_source
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RankError
-from engine.models.mla.config import DeepseekConfig
+from engine.models.mla.config import MlaConfig
 from engine.models.mla.weights import weight_table
 from engine.parallel.ranks import ALONE, Ranks
 from engine.plan.types import ScheduledRequest, StepPlan
@@ -106,7 +106,7 @@ def test_two_ranks_draw_the_tokens_of_one(pair: tuple[Built, Built]) -> None:
 
 def test_each_rank_loads_its_half(folder: Path, pair: tuple[Built, Built]) -> None:
     source = open_source(folder)
-    config = DeepseekConfig.read(source.config)
+    config = MlaConfig.read(source.config, "config.json")
     whole, first, second = (weight_table(config, ranks) for ranks in (ALONE, Ranks(0, 2), Ranks(1, 2)))
     split = {
         name for name, weight in whole.items() if second.get(name, weight).held_shape != weight.held_shape

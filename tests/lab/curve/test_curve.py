@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.memory.planes import PagedCache, PlaneSpec
-from engine.models.mla.config import DeepseekConfig
+from engine.models.mla.config import MlaConfig
 from lab.curve.__main__ import main
 from lab.curve.measure import Lab, Phase, Plan, Point, crossover, fill, growth
 from lab.curve.report import Report
@@ -50,7 +50,7 @@ def test_a_gain_below_top_k_is_noise() -> None:
 
 
 def test_attention_and_indexer_have_the_published_sizes() -> None:
-    shape = DeepseekConfig.read(config(quick=False))
+    shape = MlaConfig.read(config(quick=False), "config.json")
     assert (shape.hidden_size, shape.num_heads, shape.kv_lora_rank, shape.qk_rope_head_dim) == (
         7168,
         128,
@@ -59,7 +59,7 @@ def test_attention_and_indexer_have_the_published_sizes() -> None:
     )
     assert (shape.q_lora_rank, shape.qk_nope_head_dim, shape.v_head_dim) == (1536, 128, 128)
     assert shape.indexer is not None
-    assert (shape.indexer.num_heads, shape.indexer.head_dim, shape.indexer.top_k) == (64, 128, 2048)
+    assert (shape.indexer.num_heads, shape.indexer.head_dim, shape.indexer.index_top_k) == (64, 128, 2048)
     assert (shape.moe.experts_per_token, shape.moe.intermediate_size) == (8, 2048)
     assert shape.moe_layers == (True,)
 

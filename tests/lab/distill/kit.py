@@ -12,12 +12,9 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from engine.checkpoint.loader import load
 from engine.checkpoint.source import open_source
-from engine.models.gqa.config import LlamaConfig
-from engine.models.gqa.trunk import Trunk
-from engine.models.gqa.weights import weight_table
 from engine.protocol import IndexerInfo
+from lab.distill.base import open_trunk
 from lab.distill.student import Student
 from tests.engine.kit import VOCAB, tiny_checkpoint
 
@@ -64,14 +61,12 @@ def write_corpus(
 class Bench:
     """A tiny random checkpoint as transformers has it, as the trainer has it, and an untrained student."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **changes: Any) -> None:
         self.folder = folder
-        self.model: LlamaForCausalLM = tiny_checkpoint(folder)
+        self.model: LlamaForCausalLM = tiny_checkpoint(folder, **changes)
         self.source = open_source(folder)
-        config = LlamaConfig.read(self.source.config)
-        weights, _ = load(weight_table(config, None), self.source, dtype=torch.float32, device=CPU)
-        self.weights = dict(weights)
-        self.trunk = Trunk(config, self.weights, config.max_positions, CPU)
+        self.trunk = open_trunk(self.source, torch.float32, CPU)
+        self.weights = self.trunk.weights
 
     def student(self, seed: int = 0, info: IndexerInfo = INFO) -> Student:
         config = self.trunk.config

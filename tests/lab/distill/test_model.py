@@ -19,7 +19,7 @@ from engine.models.gqa.trunk import LayerInputs
 from lab.distill.evaluate import held_out
 from lab.distill.objective import attention_target, divergence
 from lab.distill.sequences import Split
-from lab.distill.sparse_forward import by_oracle, by_student, by_window, causal, losses
+from lab.distill.sparse_forward import by_oracle, by_student, by_window, losses
 from lab.distill.student import Student
 from tests.engine.kit import VOCAB
 from tests.engine.models.gqa.plain import PlainLlama
@@ -97,7 +97,7 @@ def test_the_students_scores_are_those_of_the_serving_indexer(bench: Bench, laye
     student, inputs = shaken(bench.student()), inputs_of(bench, layer, tokens_of(3, 64))
     rows = torch.tensor([0, 9, 40, 63])
     with torch.no_grad():
-        scores = student.scores(layer, inputs, rows).masked_fill(~causal(rows, 64), -torch.inf)
+        scores = student.scores(layer, inputs, rows).masked_fill(~inputs.visible(rows), -torch.inf)
     at = f"model.layers.{layer}.self_attn.indexer."
     own = {name.removeprefix(at): p.detach() for name, p in student.parameters.items()}
     served = LightningIndexer(
@@ -128,7 +128,7 @@ def test_gradients_reach_every_indexer_parameter_of_the_layer_and_nothing_else(
     try:
         inputs = bench.trunk.open(0, x)
         assert inputs.hidden.requires_grad  # otherwise this test would say nothing
-        allowed = causal(rows, 64)
+        allowed = inputs.visible(rows)
         target = attention_target(inputs.query[rows], inputs.keys, allowed, bench.trunk.scale)
         if support == "selected":
             allowed = by_student(student, 8)(0, inputs, rows)
@@ -152,7 +152,7 @@ def test_a_window_is_the_last_tokens_and_the_first_four(bench: Bench) -> None:
 
 def test_no_selection_captures_more_than_the_oracle(bench: Bench) -> None:
     inputs, rows = inputs_of(bench, 1, tokens_of(2, 64)), torch.arange(64)
-    target = attention_target(inputs.query, inputs.keys, causal(rows, 64), bench.trunk.scale)
+    target = attention_target(inputs.query, inputs.keys, inputs.visible(rows), bench.trunk.scale)
     best = (target * by_oracle(bench.trunk, 8)(1, inputs, rows)).sum(-1)
     for other in (by_window(8), by_student(bench.student(), 8)):
         assert bool(((target * other(1, inputs, rows)).sum(-1) <= best + 1e-6).all())

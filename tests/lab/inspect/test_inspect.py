@@ -14,13 +14,14 @@ from engine.checkpoint.loader import load
 from engine.checkpoint.source import open_source
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.models.mla.config import DeepseekConfig
+from engine.models.mla.config import MlaConfig
 from engine.models.mla.weights import weight_table
 from engine.parallel.ranks import Ranks
 from engine.step.build import build
 from lab.inspect.report import Devices, Wanted, inspect, render
 from tests.engine.checkpoint.test_fp8 import quantise_folder
 from tests.engine.kit import base_of, random_overlay, tiny_checkpoint
+from tests.engine.models.gqa.test_members import MEMBERS
 from tests.engine.models.mla.kit import FAMILIES, tiny_deepseek
 from tests.kit import ROOT
 
@@ -96,7 +97,7 @@ def test_a_device_of_several_needs_what_its_part_takes(tmp_path: Path) -> None:
     tiny_deepseek("deepseek_v32", folder, moe_intermediate_size=256, hidden_size=128, q_lora_rank=128)
     quantise_folder(folder)
     source = open_source(folder)
-    config = DeepseekConfig.read(source.config)
+    config = MlaConfig.read(source.config, "config.json")
     for count in (2, 4):
         report = inspect(folder, None, Wanted(64, 1, "float32", "auto"), Devices(count, GIB))
         _, first = load(
@@ -164,10 +165,12 @@ def test_counts_are_those_of_transformers(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_llama_needs_what_it_then_takes(tmp_path: Path, tied: bool, indexed: bool) -> None:
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_member_of_the_llama_family_needs_what_it_then_takes(
+    tmp_path: Path, name: str, indexed: bool
+) -> None:
     folder = tmp_path / "tiny"
-    tiny_checkpoint(folder, tie_word_embeddings=tied)
+    tiny_checkpoint(folder, **MEMBERS[name])
     overlay = random_overlay(tmp_path / "o.safetensors", base_of(folder)) if indexed else None
     report = look(folder, overlay, dtype="float32", context=640)
     built = build(
@@ -181,7 +184,8 @@ def test_a_llama_needs_what_it_then_takes(tmp_path: Path, tied: bool, indexed: b
     assert report["parameters"]["total"] == built.ready.model.num_parameters
     assert report["parameters"]["active"] <= report["parameters"]["total"]
     assert report["cache"]["bytes"] == 10 * built.ready.capacity.page_bytes
-    assert report["served"]
+    assert report["unused_tensors"] == []
+    assert report["architecture"] == built.ready.model.architecture == MEMBERS[name]["kind"]
 
 
 def test_a_config_alone_says_the_same_but_for_its_files(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention.precision import Precision
 from engine.kernels import native
 from engine.kernels.native.kernels import NativeKernels
 from engine.kernels.reference.attention import ReferenceKernels
 from engine.kernels.torchops.attention import VectorisedKernels
 from engine.memory.planes import PagedCache
-from engine.models import build_model
+from engine.models import read_model
+from engine.models.family import Placement
 from engine.plan.types import ScheduledRequest, StepPlan
 from engine.step.runner import Runner
 from lab.curve.measure import fill
@@ -177,10 +177,13 @@ def test_a_model_of_deepseeks_family_computes_as_with_torchs_operations(
     """Through runner, pages and tiles: one layer, so that one selection differs at most by near ties."""
     hidden = []
     for backend in (kernels, VectorisedKernels()):
-        model, _ = build_model(
-            RandomSource(config(quick=True)), None, backend, 1024, dtype=torch.bfloat16, device=torch.device("cpu"),
-            progress=lambda done, total: None, precision=Precision(),
-        )  # fmt: skip
+        source = RandomSource(config(quick=True))
+        model, _ = read_model(source).build(
+            source,
+            None,
+            Placement(backend, 1024, torch.bfloat16, torch.device("cpu")),
+            lambda done, total: None,
+        )
         cache = PagedCache(17, model.plane_specs(), 1, torch.device("cpu"))
         fill(cache, [(0, "latent"), (0, "index_key")], lambda *_: None)
         runner = Runner(model, cache, model.tile_costs(1 << 24, "auto"), torch.device("cpu"))

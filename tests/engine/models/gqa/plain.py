@@ -1,4 +1,4 @@
-"""An independent sparse Llama: whole sequences, explicit [T, T] masks, formulas written out.
+"""An independent sparse decoder of the llama family: whole sequences, explicit [T, T] masks, formulas written out.
 
 Shares no code with the engine. Given the selected sets, it says what attention over them must give;
 given none, it selects by its own scores.
@@ -19,6 +19,9 @@ class PlainLlama:
     def __init__(self, weights: Mapping[str, Tensor], config: object, indexer: Mapping[str, Tensor]) -> None:
         self.w = {name: tensor.double() for name, tensor in {**weights, **indexer}.items()}
         self.c = config
+        types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers  # type: ignore[attr-defined]
+        size = getattr(config, "sliding_window", None)
+        self.windows = [size if kind == "sliding_attention" else None for kind in types]
         self.theta = float(config.rope_parameters["rope_theta"])  # type: ignore[attr-defined]
 
     def forward(
@@ -33,20 +36,28 @@ class PlainLlama:
         c, w = self.c, self.w
         n, hq, hk, d = len(tokens), c.num_attention_heads, c.num_key_value_heads, c.head_dim  # type: ignore[attr-defined]
         x = w["model.embed_tokens.weight"][list(tokens)]
-        causal = torch.tril(torch.ones(n, n, dtype=torch.bool))
+        whole = torch.tril(torch.ones(n, n, dtype=torch.bool))
         masks, scores = [], []
         for i in range(c.num_hidden_layers):  # type: ignore[attr-defined]
-            at = f"model.layers.{i}."
+            at, window = f"model.layers.{i}.", self.windows[i]
+            causal = whole if window is None else whole & ~whole.tril(-window)
             h = self._rms(x, w[at + "input_layernorm.weight"])
             index = self._index_scores(h, at + "self_attn.indexer.", heads, rope_dim).masked_fill(
                 ~causal, -math.inf
             )
             mask = self._best(index, top_k) if given is None else given[i]
-            masks.append(mask)
+            masks.append(mask & causal)
             scores.append(index)
-            q, k, v = (h @ w[f"{at}self_attn.{part}_proj.weight"].T for part in "qkv")
-            fix = self._corrections(at, "qkv", h, top_k).split([hq * d, hk * d, hk * d], -1)
-            q, k = self._rope((q + fix[0]).view(n, hq, d), d), self._rope((k + fix[1]).view(n, hk, d), d)
+            narrow = n if window is not None and window <= top_k else top_k
+            q, k, v = (self._product(h, f"{at}self_attn.{part}_proj") for part in "qkv")
+            fix = self._corrections(at, "qkv", h, narrow).split([hq * d, hk * d, hk * d], -1)
+            q, k = (q + fix[0]).view(n, hq, d), (k + fix[1]).view(n, hk, d)
+            if at + "self_attn.q_norm.weight" in w:
+                q, k = (
+                    self._rms(q, w[at + "self_attn.q_norm.weight"]),
+                    self._rms(k, w[at + "self_attn.k_norm.weight"]),
+                )
+            q, k = self._rope(q, d), self._rope(k, d)
             v = (v + fix[2]).view(n, hk, d)
             out = torch.empty(n, hq, d, dtype=torch.float64)
             for head in range(hq):
@@ -54,12 +65,15 @@ class PlainLlama:
                 logits = (q[:, head] @ k[:, shared].T / math.sqrt(d)).masked_fill(~(mask & causal), -math.inf)
                 out[:, head] = torch.softmax(logits, -1) @ v[:, shared]
             out = out.reshape(n, hq * d)
-            x = x + out @ w[at + "self_attn.o_proj.weight"].T + self._corrections(at, "o", out, top_k)
+            x = x + self._product(out, at + "self_attn.o_proj") + self._corrections(at, "o", out, narrow)
             h = self._rms(x, w[at + "post_attention_layernorm.weight"])
-            gate, up = h @ w[at + "mlp.gate_proj.weight"].T, h @ w[at + "mlp.up_proj.weight"].T
-            x = x + (gate * torch.sigmoid(gate) * up) @ w[at + "mlp.down_proj.weight"].T
+            gate, up = self._product(h, at + "mlp.gate_proj"), self._product(h, at + "mlp.up_proj")
+            x = x + self._product(gate * torch.sigmoid(gate) * up, at + "mlp.down_proj")
         head_name = "lm_head.weight" if "lm_head.weight" in w else "model.embed_tokens.weight"
         return self._rms(x, w["model.norm.weight"]) @ w[head_name].T, masks, scores
+
+    def _product(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.w[name + ".weight"].T + self.w.get(name + ".bias", 0)
 
     def _corrections(self, at: str, part: str, x: Tensor, top_k: int) -> Tensor:
         """What the sparse adapter adds, on the rows that see more than top_k tokens."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.kernels import native
-from engine.models.gqa.model import Llama
+from engine.models.gqa.model import GqaModel
 from engine.plan.types import ScheduledRequest, StepPlan
 from engine.step.build import build
 from tests.engine.kit import VOCAB, base_of, random_overlay, tiny_checkpoint
@@ -47,7 +47,7 @@ class Form:
             EngineConfig(weights=str(folder), device="cpu", dtype=dtype, kv_cache_bytes=16 << 20, **settings)  # type: ignore[arg-type]
         )
         model = self.built.runner._model
-        assert isinstance(model, Llama)
+        assert isinstance(model, GqaModel)
         self.model, self.step = model, model.native
         if not fast:
             model.native = None

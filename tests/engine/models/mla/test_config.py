@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint.hf_config import normalise
 from engine.checkpoint.loader import load
 from engine.checkpoint.source import open_source
 from engine.errors import CheckpointError
-from engine.models.mla.config import DeepseekConfig
+from engine.models import read_config
+from engine.models.mla.config import MlaConfig
+from engine.models.mla.family import Mla
 from engine.models.mla.weights import mtp_table, weight_table
 from tests.engine.models.mla.kit import FAMILIES, SIZES, YARN, tiny_deepseek
 
@@ -34,16 +35,18 @@ PUBLISHED: dict[str, Any] = {  # DeepSeek-V3.2's sizes, as its inference code an
 }  # fmt: skip
 
 
-def read(**changes: Any) -> DeepseekConfig:
+def read(**changes: Any) -> MlaConfig:
     raw = {key: value for key, value in {**PUBLISHED, **changes}.items() if value != "absent"}
-    return DeepseekConfig.read(normalise(raw, "config.json"))
+    family = read_config(raw, "config.json")
+    assert isinstance(family, Mla)
+    return family.config
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_names_every_tensor_that_transformers_writes(family: str, tmp_path: Path) -> None:
     tiny_deepseek(family, tmp_path)
     source = open_source(tmp_path)
-    config = DeepseekConfig.read(source.config)
+    config = MlaConfig.read(source.config, "config.json")
     weights, report = load(weight_table(config), source, dtype=torch.float32, device=torch.device("cpu"))
     assert report.unused == ()
     assert config.moe_layers == (False, True, True)
@@ -53,7 +56,7 @@ def test_the_table_names_every_tensor_that_transformers_writes(family: str, tmp_
 def test_a_config_that_transformers_wrote_reads_as_it_was_meant(tmp_path: Path) -> None:
     for family in FAMILIES:
         tiny_deepseek(family, tmp_path / family)
-        config = DeepseekConfig.read(open_source(tmp_path / family).config)
+        config = MlaConfig.read(open_source(tmp_path / family).config, "config.json")
         assert config.architecture == family
         assert config.rope_theta == 10000.0
         assert config.rope_scaling == {k: v for k, v in YARN.items() if k != "rope_theta"}
@@ -61,7 +64,7 @@ def test_a_config_that_transformers_wrote_reads_as_it_was_meant(tmp_path: Path) 
         assert (config.indexer is None) == (family == "deepseek_v3")
         if config.indexer is not None:
             assert config.indexer.rope_interleaved == (family == "glm_moe_dsa")
-            assert config.indexer.top_k == 24
+            assert config.indexer.index_top_k == 24
 
 
 def test_the_published_config() -> None:
@@ -69,7 +72,7 @@ def test_the_published_config() -> None:
     assert sum(config.moe_layers) == 58
     assert config.index_layers == (True,) * 61
     assert config.indexer is not None
-    assert config.indexer.top_k == 2048
+    assert config.indexer.index_top_k == 2048
     assert config.num_mtp_layers == 1
     table = weight_table(config)
     assert table["layers.3.moe.experts_gate_up"].names[:3] == (
@@ -88,7 +91,7 @@ def test_the_published_config() -> None:
 def test_the_table_counts_the_published_parameters() -> None:
     """671 billion in DeepSeek-V3 (its report, section 1), and 14 million an indexer a layer more in V3.2."""
 
-    def count(config: DeepseekConfig) -> float:
+    def count(config: MlaConfig) -> float:
         total = 0
         for weight in weight_table(config).values():
             rows, columns = (*weight.shape, 1)[:2]
@@ -155,6 +158,6 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         raw[key] = value
     file.write_text(json.dumps(raw))
     source = open_source(tmp_path)
-    table = weight_table(DeepseekConfig.read(source.config))
+    table = weight_table(MlaConfig.read(source.config, "config.json"))
     with pytest.raises(CheckpointError, match=r"lacks tensor model\.layers\.3\.input_layernorm\.weight and"):
         load(table, source, dtype=torch.float32, device=torch.device("cpu"))

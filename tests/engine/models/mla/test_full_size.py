@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.checkpoint.source import open_source
-from engine.models.mla.config import DeepseekConfig
+from engine.models.mla.config import MlaConfig
 from tests.engine.kit import Lab
 from tests.engine.models.mla.kit import FAMILIES
 
@@ -41,7 +41,7 @@ def test_a_layer_of_full_dimensions(tmp_path: Path) -> None:
             tensor.data = 1 + 0.2 * torch.randn_like(tensor)
     model.model.rotary_emb.__init__(config)  # its table is float32 whatever the weights are
     model.save_pretrained(tmp_path)
-    read = DeepseekConfig.read(open_source(tmp_path).config)
+    read = MlaConfig.read(open_source(tmp_path).config, "config.json")
     assert (read.hidden_size, read.num_heads, read.latent_dim, read.moe_layers) == (7168, 128, 576, (True,))
     assert read.indexer is not None
     assert (read.indexer.num_heads, read.indexer.head_dim) == (64, 128)

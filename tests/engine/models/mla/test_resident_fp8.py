@@ -19,7 +19,7 @@ from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.layers import linear as module
 from engine.layers.linear import Parameters, linear
 from engine.memory.blocks import E4M3, BlockWeight
-from engine.models.mla.config import DeepseekConfig
+from engine.models.mla.config import MlaConfig
 from engine.models.mla.weights import weight_table
 from engine.step.build import build
 from tests.engine.checkpoint.test_fp8 import NAME, QUANTISATION, change, quantise_folder
@@ -74,7 +74,7 @@ def test_logits_are_those_of_the_dequantised_model(folder: Path, dtype: str, bou
 
 
 def test_bytes_in_memory(folder: Path) -> None:
-    config = DeepseekConfig.read(open_source(folder).config)
+    config = MlaConfig.read(open_source(folder).config, "config.json")
     weights, report = load(
         weight_table(config), open_source(folder), dtype=torch.bfloat16, device=CPU, fp8=True
     )

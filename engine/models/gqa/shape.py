@@ -1,0 +1,29 @@
+"""A model of this family as inspection sees it."""
+
+from __future__ import annotations
+
+from engine.models.family import Shape
+from engine.models.gqa.config import GqaConfig
+from engine.models.gqa.weights import weight_table
+from engine.protocol import IndexerInfo
+
+
+def shape(config: GqaConfig, indexer: IndexerInfo | None) -> Shape:
+    """Of the model with an overlay's indexer, if there is one."""
+    c, table = config, weight_table(config, indexer)
+    key = 0 if indexer is None else indexer.head_dim
+    return Shape(
+        architecture=c.architecture,
+        num_layers=c.num_layers,
+        max_positions=c.max_positions,
+        index_top_k=None if indexer is None else indexer.default_index_top_k,
+        table=table,
+        rank_table=lambda count: table,
+        mtp={},
+        expert_share=1.0,
+        index_layers=0 if indexer is None else c.num_layers,
+        cache={
+            name: (2 * c.num_kv_heads * c.head_dim * size, key * size)
+            for name, size in (("bfloat16", 2), ("float32", 4))
+        },
+    )
