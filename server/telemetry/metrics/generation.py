@@ -1,4 +1,4 @@
-"""What is measured of one generating request while its deltas pass by."""
+"""Measures generating requests from their deltas: tokens, and times between arrival, tokens and end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GenerationMetrics:
             ["kind"],
             registry=registry,
         )
-        # Looked up once: a label is found under a lock, and every delta counts its tokens.
+        # The labels are looked up once, because a look-up takes a lock and every delta counts its tokens.
         self.prompt_computed = tokens.labels("prompt_computed")
         self.prompt_cached = tokens.labels("prompt_cached")
         self.completion = tokens.labels("completion")
@@ -69,7 +69,7 @@ class GenerationMetrics:
 
 
 class GenerationMeter:
-    """Measures one generating request while its deltas pass by."""
+    """Measures one generating request from its deltas."""
 
     def __init__(self, metrics: GenerationMetrics, jobs: Sequence[Job], started: float) -> None:
         self._metrics = metrics
@@ -80,7 +80,7 @@ class GenerationMeter:
         self._tokens = dict.fromkeys(self._prompts, 0)
 
     def delta(self, delta: TextDelta) -> None:
-        """Take in what one choice produced."""
+        """Measure a delta of one choice. Call it when the delta arrives."""
         now = time.monotonic()
         metrics = self._metrics
         if delta.token_ids:
@@ -94,7 +94,7 @@ class GenerationMeter:
             metrics.completion.inc(len(delta.token_ids))
         if (usage := delta.usage) is None:
             return
-        # A stop token is among the tokens used, but not among those given out.
+        # The usage counts a stop token, but no delta contains it.
         rest = max(usage.completion_tokens - self._tokens[delta.index], 0)
         metrics.completion.inc(rest)
         metrics.prompt_cached.inc(usage.cached_tokens)
@@ -109,8 +109,8 @@ class GenerationMeter:
             metrics.per_token.observe((now - self._first[delta.index]) / (tokens - 1))
 
     def close(self, *, complete: bool) -> None:
-        """End, after all choices or before."""
-        for index, tokens in self._prompts.items():  # those that were cut short
+        """End the measurement; `complete` says whether all choices have ended."""
+        for index, tokens in self._prompts.items():  # choices that were cut short
             self._metrics.prompt_computed.inc(tokens if index in self._first else 0)
         if complete:
             self._metrics.latency.observe(time.monotonic() - self._started)
