@@ -1,3 +1,5 @@
+// The decoding step; see step.h. The file has over 400 lines because all threads run the whole step together, and its
+// parts share one layout of memory and one order of barriers.
 #include "step.h"
 
 #include <math.h>
@@ -7,9 +9,9 @@
 #include "pool.h"
 #include "scratch.h"
 
-enum { AT_ONCE = 256 }; // rows that go through a layer together
+enum { AT_ONCE = 256 }; // how many rows go through a layer together
 
-// What a step computes with, in the scratch memory.
+// The memory of a step, in the scratch memory.
 struct work {
     const struct dsa_model *model;
     const struct dsa_step *step;
@@ -17,17 +19,17 @@ struct work {
     struct dsa_rows normed;    // [rows, hidden]
     struct dsa_rows attended;  // [rows, heads * head_dim]
     struct dsa_rows activated; // [rows, intermediate]
-    float *wide;               // [rows, widest]: what a product gave
-    float *index_wide;         // [rows, index_width]: of the indexer's
-    float *inner;              // [rows, adapter_rank]: of the adapter's first products
-    struct dsa_rows narrowed;  // [rows, adapter_rank]: likewise, for its second
-    float *correction;         // [rows, widest]: what those gave; of rows with a selection only
+    float *wide;               // [rows, widest]: the result of a product
+    float *index_wide;         // [rows, index_width]: the results of the indexer's products
+    float *inner;              // [rows, adapter_rank]: the result of the adapter's first product
+    struct dsa_rows narrowed;  // [rows, adapter_rank]: `inner` as the input of the adapter's second product
+    float *correction;         // [rows, widest]: the result of that; used only for rows with a selection
     bf16 *query;               // [rows, heads * head_dim]
     bf16 *index_query;         // [rows, index_heads * index_dim]
-    int8_t *index_integers;    // likewise
+    int8_t *index_integers;    // [rows, index_heads * index_dim]
     float *index_weights;      // [rows, index_heads]
-    int32_t *index_begins;     // likewise: see dsa_index_query
-    uint8_t *own;              // a thread's, `own_bytes` each: scores, selected positions, their kernels' scratch
+    int32_t *index_begins;     // [rows, index_heads], see dsa_index_query
+    uint8_t *own;              // `own_bytes` for each thread: scores, selected positions, the kernels' scratch
     size_t own_bytes;
     int widest, index_width, sparse;
 };
@@ -48,7 +50,7 @@ static size_t scores_bytes(int longest) { return sizeof(float) * (size_t)((longe
 
 static size_t select_bytes(int longest) { return sizeof(float) * 2 * ((scores_bytes(longest) / sizeof(float)) + 16); }
 
-// Lays the scratch out from `at` on; returns its size. With `at` NULL only that.
+// Lay out the scratch from `at` on, and return its size. If `at` is NULL, only return the size.
 static size_t lay_out(struct work *w, const struct dsa_model *m, int rows, int longest, uint8_t *at) {
     size_t total = 0;
     const int attended = m->heads * m->head_dim;
@@ -118,7 +120,7 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
     for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
-// The first 2 * half numbers of x[n] turned, half-split, all rounded to bfloat16.
+// Apply the rotary embedding to the first 2 * half numbers of x[n], as pairs (i, half + i). Round all n to bfloat16.
 static void rotate(const float *x, const float *cos, const float *sin, int half, int n, bf16 *out) {
     for (int i = 0; i < half; i++) {
         out[i] = narrow(x[i] * cos[i] - x[half + i] * sin[i]);
@@ -127,7 +129,7 @@ static void rotate(const float *x, const float *cos, const float *sin, int half,
     for (int i = 2 * half; i < n; i++) out[i] = narrow(x[i]);
 }
 
-// x -> normalised rows for the next products; rows are shared among the threads.
+// Normalise this thread's rows of x for the next products.
 static void norm_rows(struct work *w, const float *weight, int thread, int threads) {
     const int n = w->model->hidden;
     int first, last;
@@ -139,7 +141,7 @@ static void norm_rows(struct work *w, const float *weight, int thread, int threa
     }
 }
 
-// This thread's outputs of weight * rows, to out[r * stride].
+// Compute this thread's outputs of weight * rows, to out[r * stride].
 static void product(const struct dsa_matrix *weight, const struct dsa_rows *rows, float *out, int stride, int thread,
                     int threads) {
     int first, last;
@@ -147,7 +149,7 @@ static void product(const struct dsa_matrix *weight, const struct dsa_rows *rows
     dsa_product(weight, rows, out, (size_t)stride, first, last);
 }
 
-// The adapter's second product, of what its first left in `inner`, to `correction`.
+// The adapter's second product, from `inner`, the result of its first, to `correction`.
 static void correct(struct work *w, const struct dsa_matrix *up, int thread, int threads) {
     const int rank = w->model->adapter_rank;
     int first, last;
@@ -158,7 +160,7 @@ static void correct(struct work *w, const struct dsa_matrix *up, int thread, int
     product(up, &w->narrowed, w->correction, w->widest, thread, threads);
 }
 
-// weight * rows, added to x; with `corrected`, and the correction too where a row has a selection.
+// Add weight * rows to x. With `corrected`, also add the correction of each row that has a selection.
 static void product_to_x(struct work *w, const struct dsa_matrix *weight, const struct dsa_rows *rows, int corrected,
                          int thread, int threads) {
     const int n = w->model->hidden;
@@ -174,7 +176,7 @@ static void product_to_x(struct work *w, const struct dsa_matrix *weight, const 
     }
 }
 
-// Rotated queries of a row, and its entry of the cache.
+// Make the rotated queries of a row, and write the row's entries of the cache.
 static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
     const struct dsa_model *m = w->model;
     const int D = m->head_dim, half = D / 2, q = m->heads * D, k = m->kv_heads * D;
@@ -216,7 +218,7 @@ static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
                         w->index_begins + (size_t)r * H);
 }
 
-// Index scores from keys in bfloat16: plain, since integers are what is fast.
+// Index scores from keys in bfloat16. This is simple code, because 8-bit keys are the fast form.
 static void plain_scores(const bf16 *query, const float *weights, const uint8_t *plane, int64_t stride,
                          const int64_t *table, int first, int last, int H, int d, float *scores) {
     for (int page = first; page < last; page++) {
@@ -233,7 +235,7 @@ static void plain_scores(const bf16 *query, const float *weights, const uint8_t 
     }
 }
 
-// The best of a row's scores, and attention over them.
+// Select the best of a row's scores, and attend over the selected tokens.
 static void select_and_attend(struct work *w, const struct dsa_layer *layer, int r, const float *scores, uint8_t *own) {
     const struct dsa_model *m = w->model;
     const struct dsa_step *step = w->step;
@@ -241,13 +243,14 @@ static void select_and_attend(struct work *w, const struct dsa_layer *layer, int
     int32_t *selected = (int32_t *)(void *)(own + scores_bytes(step->longest));
     uint8_t *rest = own + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
     int found = dsa_select_row(scores, context, (int)step->top_k[r], selected, (float *)(void *)rest);
-    if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
+    if (found == 0) selected[found++] = context - 1; // all scores are not-a-number, and so the row will be too
     dsa_attend_row(w->query + (size_t)r * m->heads * D, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
                    step->tables[r], selected, found, 0, m->kv_heads, m->kv_heads, m->heads / m->kv_heads, D,
                    1.0f / sqrtf((float)D), w->attended.values + (size_t)r * m->heads * D, rest);
 }
 
-// A row's attention, by itself (member 0 of 1) or by several threads together on the memory of one.
+// Attention of one row, by one thread (member 0 of 1) or by several threads together. `shared` is the memory of one
+// thread, for the scores and the selection; `mine` is the calling thread's own memory.
 static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t *shared, uint8_t *mine, int member,
                    int members) {
     const struct dsa_model *m = w->model;
@@ -272,8 +275,8 @@ static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t
         count = (int)step->top_k[r];
         if (member == 0) {
             int found = dsa_select_row(scores, context, count, selected, (float *)(void *)rest);
-            if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
-            // Fewer only with not-a-number among the scores. The last again changes no sum that matters then.
+            if (found == 0) selected[found++] = context - 1; // all scores are not-a-number, and so the row will be too
+            // `found` is smaller only if some scores are not-a-number. Then repeating the last token does no harm.
             for (; found < count; found++) selected[found] = selected[found - 1];
         }
         if (members > 1) dsa_barrier();
@@ -285,7 +288,7 @@ static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t
                        w->attended.values + (size_t)r * m->heads * D, rest);
 }
 
-// Consecutive rows from `first` on that are a part of one prompt, and alike dense or sparse: one after the last.
+// The end of the run of rows from `first` on: consecutive rows of one prompt that are all dense or all sparse.
 static int run_end(const struct dsa_step *step, int first) {
     int r = first + 1, sparse = is_sparse(step, first);
     while (r < step->rows && step->tables[r] == step->tables[first] && step->positions[r] == step->positions[r - 1] + 1 &&
@@ -294,7 +297,7 @@ static int run_end(const struct dsa_step *step, int first) {
     return r;
 }
 
-// Dense rows of one prompt as a tile.
+// Attention of dense rows of one prompt as one tile.
 static void attend_dense(struct work *w, const struct dsa_layer *layer, int first, int last, int head) {
     const struct dsa_model *m = w->model;
     const int G = m->heads / m->kv_heads, D = m->head_dim;
@@ -304,7 +307,7 @@ static void attend_dense(struct work *w, const struct dsa_layer *layer, int firs
                     1.0f / sqrtf((float)D), w->attended.values + at);
 }
 
-// Sparse rows of one prompt: a page of index keys is read from the nearest cache for all but the first.
+// Attention of sparse rows of one prompt. All rows but the first read a page of index keys from the nearest cache.
 static void attend_sparse(struct work *w, const struct dsa_layer *layer, int first, int last, uint8_t *own) {
     const struct dsa_model *m = w->model;
     const struct dsa_step *step = w->step;
@@ -321,7 +324,7 @@ static void attend_sparse(struct work *w, const struct dsa_layer *layer, int fir
 
 enum { SPARSE_ROWS = 8 };
 
-// Rows by blocks of one prompt, which threads take in turn.
+// Attention of all rows, in blocks of rows of one prompt. The threads take the blocks in turn.
 static void attend_blocks(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
     const struct dsa_step *step = w->step;
     const struct dsa_model *m = w->model;
@@ -371,7 +374,7 @@ static inline float silu(float x) {
     return x * (x >= 0 ? over : e * over);
 }
 
-// silu(gate) * up of groups of outputs, both computed by this thread.
+// silu(gate) * up of this thread's groups of outputs. The thread computes both products itself.
 static void gated(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
     const int n = w->model->intermediate, pairs = n / DSA_GROUP, tiles = DSA_GROUP / DSA_LANES;
     int first, last;
@@ -427,7 +430,7 @@ static void run_layer(struct work *w, const struct dsa_layer *layer, int thread,
     dsa_barrier();
 }
 
-// Rows `from` on of a step, at most AT_ONCE of them.
+// Restrict a step to the rows from `from` on, at most AT_ONCE.
 static void part_of(struct work *w, struct dsa_step *step, int from) {
     step->token_ids += from;
     step->positions += from;
@@ -450,8 +453,8 @@ static void run(void *arg, int thread, int threads) {
     for (int r = first; r < last; r++)
         dsa_weights(m->embed, (int)w->step->token_ids[r], w->x + (size_t)r * m->hidden);
     dsa_barrier();
-    // Rows go through a layer in blocks whose activations stay in the second-level cache. A block's keys are there
-    // before the next one asks for them.
+    // Rows go through a layer in blocks, whose activations stay in the second-level cache. A block's keys are written
+    // before the next block reads them.
     for (int i = 0; i < m->num_layers; i++)
         for (int from = 0; from < w->step->rows; from += AT_ONCE) {
             struct dsa_step step = *w->step;
