@@ -13,13 +13,13 @@ _TOKEN_BUCKETS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3),
     *(0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0),
 )
-"""From under a millisecond (a small model on a large GPU) to a minute (a large one on a small CPU)."""
+"""Bounds in seconds: from under a millisecond (a small model on a large GPU) to a minute (a large one on a small CPU)."""
 
 _REQUEST_BUCKETS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0),
     *(40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0, 7680.0),
 )
-"""From under a millisecond (a full prefix hit) to two hours (a long context behind a long queue)."""
+"""Bounds in seconds: from under a millisecond (a full prefix hit) to two hours (a long context behind a long queue)."""
 
 
 class GenerationMetrics:
