@@ -111,7 +111,7 @@ class ChatCompletionBody(GenerationBody):
     max_completion_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="At most so many tokens; default: the server's (8192 for DeepSeek models, else 1024, unless set).",
+        description="At most so many tokens; default: the server's (8192 for DeepSeek and GLM, else 1024, unless set).",
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -88,7 +88,7 @@ class GenerationBody(Body):
     max_tokens: int | None = Field(
         default=None,
         ge=0,
-        description="At most so many tokens; default: the server's (8192 for DeepSeek models, else 1024, unless set).",
+        description="At most so many tokens; default: the server's (8192 for DeepSeek and GLM, else 1024, unless set).",
     )
     temperature: float | None = Field(default=None, ge=0, le=2, description="Default 1; 0 is greedy.")
     top_p: float | None = Field(default=None, gt=0, le=1)
