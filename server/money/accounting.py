@@ -1,9 +1,9 @@
-"""What each request is charged, and that it is written down exactly once.
+"""Charges each request, and writes it into the ledger exactly once.
 
-An `Account` hears from the engine what each choice used, prices the whole request when the last choice is
-settled, and appends one row to the ledger. A request that ends well waits for its row before its last
-event is sent. One that was cancelled pays for what was computed; one that failed pays nothing, and its
-row says what it used all the same.
+The engine reports to an `Account` what each choice used. When the last choice is settled, the account prices the
+whole request and appends one row to the ledger. The last event of a successful request is sent only after its row
+is durable. A cancelled request pays for what was computed. A failed request pays nothing, but its row says what it
+used. The prices are `server.money.pricing`, the table of rows is `server.money.ledger`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from server.money.ledger import Ledger, LedgerRow
 from server.money.pricing import NANO, Bill, PriceBook, Tokens, price
 
 SETTLE_SECONDS = 10.0
-"""How long an answer waits for the engine to let go of it: a step, unless the engine hangs."""
+"""How long an answer waits for the engine to release its choices. It takes a step, unless the engine hangs."""
 
 
 class LedgerUnavailableError(Exception):
@@ -29,7 +29,7 @@ class LedgerUnavailableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """One closed account."""
+    """The result of one closed account, for the metrics."""
 
     bill: Bill
     prompt_tokens: int
@@ -39,17 +39,17 @@ class Settlement:
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """What accounts need: prices, a ledger if there is one, and who counts."""
+    """What all accounts share: the prices, the ledger if there is one, and the callbacks that count."""
 
     prices: PriceBook
     ledger: Ledger | None
     model: str
-    closed: Callable[[Settlement], None]  # called on the event loop, once a request, when its row is durable
+    closed: Callable[[Settlement], None]  # on the event loop, once per request, when its row is durable
     ledger_failed: Callable[[], None]
     open_accounts: set[Account] = field(default_factory=set)
 
     def close(self) -> None:
-        """Write down everything; called after the engine has stopped."""
+        """Close every open account and the ledger. Call it after the engine has stopped."""
         for account in tuple(self.open_accounts):
             account.abandon("failed")
             account.settle_all()
@@ -58,7 +58,7 @@ class Books:
 
 
 def key_of(authorization: str | None) -> str:
-    """A name for whoever sent an Authorization header, from which the token cannot be read."""
+    """A name for the sender of an Authorization header: a digest of its token, or `anonymous`."""
     scheme, _, token = (authorization or "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         return "anonymous"
@@ -66,7 +66,7 @@ def key_of(authorization: str | None) -> str:
 
 
 class Account:
-    """One request's account. Belongs to the event loop."""
+    """One request's account. Only the event loop's thread may use it."""
 
     def __init__(
         self, books: Books, *, request_id: str, endpoint: str, key: str, jobs: Sequence[Job]
@@ -84,7 +84,7 @@ class Account:
         books.open_accounts.add(self)
 
     def settle(self, request_id: str, usage: RequestUsage | None) -> None:
-        """The engine let go of one choice; None: it never had it."""
+        """Record that the engine has released one choice. `usage` is None if the engine never had the choice."""
         if request_id not in self._unsettled:
             return
         self._unsettled.discard(request_id)
@@ -96,12 +96,12 @@ class Account:
                 self._close_abandoned(self._abandoned)
 
     def settle_all(self) -> None:
-        """The engine is gone; nothing more will be heard."""
+        """Settle every open choice without usage, because the engine is gone."""
         for request_id in tuple(self._unsettled):
             self.settle(request_id, None)
 
     def abandon(self, outcome: str) -> None:
-        """End without an answer; the row is written when the engine has let go of every choice."""
+        """End the account without an answer. The row is written when the engine has released every choice."""
         if self._closed or self._abandoned is not None:
             return
         self._abandoned = outcome
@@ -109,7 +109,7 @@ class Account:
             self._close_abandoned(outcome)
 
     async def finish(self, usages: Sequence[ChoiceUsage], outcome: str) -> Bill:
-        """End with an answer: price it and return once its row is durable.
+        """End the account with an answer: price it, and return the bill once the row is durable.
 
         Raises:
             LedgerUnavailableError: the row could not be written.
@@ -118,7 +118,7 @@ class Account:
             async with asyncio.timeout(SETTLE_SECONDS):
                 await self._settled.wait()
         except TimeoutError:
-            pass  # the engine hangs; what it said last is what is known
+            pass  # the engine hangs: the price uses what it reported last
         prompt = sum(usage.prompt_tokens for usage in usages)
         cached = sum(usage.cached_tokens for usage in usages)
         reasoning = sum(usage.reasoning_tokens or 0 for usage in usages)
@@ -204,7 +204,7 @@ class Account:
             return
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # the last rows, when the loop is closing
+        except RuntimeError:  # no loop runs: these are the last rows, at the end of the process
             books.ledger.append(row, lambda ok: None)
             return
         books.ledger.append(row, lambda ok: _call(loop, counted, ok))

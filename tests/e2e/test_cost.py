@@ -1,4 +1,4 @@
-"""Money adds up: answers, ledger and metrics agree to the nano-dollar, whoever hangs up and whatever is killed."""
+"""Answers, ledger and metrics agree to the nano-dollar, even if clients hang up and processes are killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def nanos(server: Server, prefix: str) -> int:
 async def ask(
     server: Server, number: int, answers: dict[str, Any], ids: set[str], long_begun: asyncio.Event
 ) -> None:
-    """One stream of several kinds: long, read to its end, ended by a stop string, or given up half-way."""
+    """Read one stream. Its kind is: long, read to its end, ended by a stop string, or closed half-way."""
     long = number % 4 == 0
     body = {
         "model": MODEL, "prompt": f"Story {number}: once", "max_tokens": 240 if long else 24,
@@ -75,7 +75,7 @@ async def test_answers_ledger_and_metrics_agree(start: Callable[..., Server]) ->
         long_begun = asyncio.Event()
         crowd = [asyncio.create_task(ask(server, i, answers, ids, long_begun)) for i in range(12)]
         if kill:
-            # Hundreds of tokens are still to come, so the engine dies before the long ones end, however fast.
+            # The long streams still have hundreds of tokens to come, so the engine dies before they end.
             await asyncio.wait_for(long_begun.wait(), 60)
             server.engine.kill()
         await asyncio.gather(*crowd)
@@ -109,7 +109,7 @@ async def test_answers_ledger_and_metrics_agree(start: Callable[..., Server]) ->
     )  # fmt: skip
     (reported,) = json.loads(run.stdout)
     assert (reported["amount_nanos"], reported["requests"]) == (total, len(ledger))
-    # A server that is killed leaves a row for every answer that was seen to end, and takes up the same ledger.
+    # A killed server leaves a row for every answer whose end a client saw. The next server uses the same ledger.
     answer = server.post("/v1/completions", prompt="last", max_tokens=2)
     server.process.kill()
     server.process.wait()

@@ -1,4 +1,4 @@
-"""Many clients at once: nobody's text depends on the others, and nothing is left behind."""
+"""Many clients at once: a client's text does not depend on the other clients, and no resource leaks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOPICS = "rivers bread glass winter copper maps bridges tea islands paper clocks
 
 
 async def stream_text(sdk: AsyncOpenAI, **fields: Any) -> tuple[str, Any]:
-    """The text of a completion stream that must end well, and its usage."""
+    """Return the text and the usage of a completion stream, which must end without an error."""
     stream = await sdk.completions.create(
         model=MODEL, stream=True, stream_options={"include_usage": True}, **fields
     )
@@ -33,7 +33,7 @@ async def stream_text(sdk: AsyncOpenAI, **fields: Any) -> tuple[str, Any]:
 
 
 def request(number: int, max_tokens: int = 24) -> dict[str, Any]:
-    """One of a mixed crowd: short and long prompts, sparse and dense, greedy and drawn, with stop strings."""
+    """One of many different requests: short and long prompts, sparse and dense, greedy and drawn, with stop strings."""
     topic = TOPICS[number % len(TOPICS)]
     fields: dict[str, Any] = {
         "prompt": f"{number}. " + f"A note about {topic}, " * (1 + 3 * (number % 5)),

@@ -1,4 +1,4 @@
-"""What /metrics and usage say must agree, and the prefix cache must pay."""
+"""/metrics and the usage in answers agree, and the prefix cache makes the first token faster."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_prompt_that_was_seen_before_is_read_faster(server: Server) -> None:
     assert first.prompt_tokens_details.cached_tokens == 0
     assert second.prompt_tokens_details.cached_tokens == 801 // 64 * 64
     assert warm < cold / 2
-    _, other = time_to_first_token(server, [1, *prompt])  # alike, but nowhere from the start
+    _, other = time_to_first_token(server, [1, *prompt])  # another first token: no prefix is equal
     assert other.prompt_tokens_details.cached_tokens == 0
 
 

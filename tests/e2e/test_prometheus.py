@@ -26,12 +26,12 @@ ALIASES = {
     "vllm:kv_cache_usage_perc": {"model_name", "engine"},
     "vllm:cache_config_info": {"model_name", "engine", "block_size", "num_gpu_blocks"},
 }
-"""Labels of the gauges that the Gateway API inference extension reads where it is not told others."""
+"""The gauges that the Gateway API inference extension reads by default, with their labels."""
 
 
 @pytest.fixture
 def prometheus(server: Server, tmp_path: Path) -> Iterator[str]:
-    """Its address. The shipped configuration, but for the target and the pace."""
+    """Run Prometheus with the shipped configuration, except target and scrape interval; yields its address."""
     program = tool("prometheus", "prometheus")
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text("utf-8"))
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
@@ -72,7 +72,7 @@ def test_the_scrape_passes_promtool(server: Server) -> None:
         [tool("promtool", "prometheus"), "check", "metrics"],
         input=server.get("/metrics").text, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    # The extension's names, which are not ours to choose: colons, which are kept for recording rules by convention.
+    # The extension chose these names. By convention only recording rules have colons.
     lint = {f"{name} metric names should not contain ':'" for name in ALIASES}
     assert (set(run.stderr.splitlines()), run.stdout) == (lint, "")
     assert run.returncode == 3  # there is lint, and nothing worse

@@ -5,7 +5,7 @@
 
 #include "pool.h"
 
-enum { AT_ONCE = 256 }; // rows that go through a layer together
+enum { AT_ONCE = 256 }; // how many rows go through a layer together
 
 static size_t cut(uint8_t **at, size_t bytes) {
     size_t used = (bytes + 63) / 64 * 64;
@@ -17,7 +17,7 @@ static int padded(int n) { return (n + DSA_LANES - 1) / DSA_LANES * DSA_LANES; }
 
 static size_t select_bytes(int longest) { return sizeof(float) * 2 * ((scores_bytes(longest) / sizeof(float)) + 16); }
 
-// Lays the scratch out from `at` on; returns its size. With `at` NULL only that.
+// Lay out the scratch from `at` on, and return its size. If `at` is NULL, only return the size.
 static size_t lay_out(struct work *w, const struct dsa_model *m, int rows, int longest, uint8_t *at) {
     size_t total = 0;
     const int attended = m->heads * m->head_dim;
@@ -87,7 +87,7 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
     for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
-// The first 2 * half numbers of x[n] turned, half-split, all rounded to bfloat16.
+// Apply the rotary embedding to the first 2 * half numbers of x[n], as pairs (i, half + i). Round all n to bfloat16.
 static void rotate(const float *x, const float *cos, const float *sin, int half, int n, bf16 *out) {
     for (int i = 0; i < half; i++) {
         out[i] = narrow(x[i] * cos[i] - x[half + i] * sin[i]);
@@ -96,7 +96,7 @@ static void rotate(const float *x, const float *cos, const float *sin, int half,
     for (int i = 2 * half; i < n; i++) out[i] = narrow(x[i]);
 }
 
-// x -> normalised rows for the next products; rows are shared among the threads.
+// Normalise this thread's rows of x for the next products.
 static void norm_rows(struct work *w, const float *weight, int thread, int threads) {
     const int n = w->model->hidden;
     int first, last;
@@ -108,7 +108,7 @@ static void norm_rows(struct work *w, const float *weight, int thread, int threa
     }
 }
 
-// This thread's outputs of weight * rows, to out[r * stride].
+// Compute this thread's outputs of weight * rows, to out[r * stride].
 static void product(const struct dsa_matrix *weight, const struct dsa_rows *rows, float *out, int stride, int thread,
                     int threads) {
     int first, last;
@@ -116,7 +116,7 @@ static void product(const struct dsa_matrix *weight, const struct dsa_rows *rows
     dsa_product(weight, rows, out, (size_t)stride, first, last);
 }
 
-// The adapter's second product, of what its first left in `inner`, to `correction`.
+// The adapter's second product, from `inner`, the result of its first, to `correction`.
 static void correct(struct work *w, const struct dsa_matrix *up, int thread, int threads) {
     const int rank = w->model->adapter_rank;
     int first, last;
@@ -127,7 +127,7 @@ static void correct(struct work *w, const struct dsa_matrix *up, int thread, int
     product(up, &w->narrowed, w->correction, w->widest, thread, threads);
 }
 
-// weight * rows, added to x; with `corrected`, and the correction too where a row has a selection.
+// Add weight * rows to x. With `corrected`, also add the correction of each row that has a selection.
 static void product_to_x(struct work *w, const struct dsa_matrix *weight, const struct dsa_rows *rows, int corrected,
                          int thread, int threads) {
     const int n = w->model->hidden;
@@ -143,7 +143,7 @@ static void product_to_x(struct work *w, const struct dsa_matrix *weight, const 
     }
 }
 
-// Rotated queries of a row, and its entry of the cache.
+// Make the rotated queries of a row, and write the row's entries of the cache.
 static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
     const struct dsa_model *m = w->model;
     const int D = m->head_dim, half = D / 2, q = m->heads * D, k = m->kv_heads * D;
@@ -190,7 +190,7 @@ static inline float silu(float x) {
     return x * (x >= 0 ? over : e * over);
 }
 
-// silu(gate) * up of groups of outputs, both computed by this thread.
+// silu(gate) * up of this thread's groups of outputs. The thread computes both products itself.
 static void gated(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
     const int n = w->model->intermediate, pairs = n / DSA_GROUP, tiles = DSA_GROUP / DSA_LANES;
     int first, last;
@@ -246,7 +246,7 @@ static void run_layer(struct work *w, const struct dsa_layer *layer, int thread,
     dsa_barrier();
 }
 
-// Rows `from` on of a step, at most AT_ONCE of them.
+// Restrict a step to the rows from `from` on, at most AT_ONCE.
 static void part_of(struct work *w, struct dsa_step *step, int from) {
     step->token_ids += from;
     step->positions += from;
@@ -269,8 +269,8 @@ static void run(void *arg, int thread, int threads) {
     for (int r = first; r < last; r++)
         dsa_weights(m->embed, (int)w->step->token_ids[r], w->x + (size_t)r * m->hidden);
     dsa_barrier();
-    // Rows go through a layer in blocks whose activations stay in the second-level cache. A block's keys are there
-    // before the next one asks for them.
+    // Rows go through a layer in blocks, whose activations stay in the second-level cache. A block's keys are written
+    // before the next block reads them.
     for (int i = 0; i < m->num_layers; i++)
         for (int from = 0; from < w->step->rows; from += AT_ONCE) {
             struct dsa_step step = *w->step;

@@ -1,4 +1,4 @@
-"""The wire of /v1/completions."""
+"""The wire format of /v1/completions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class CompletionBody(GenerationBody):
     suffix: Annotated[Any, Neutral(advice="must be null: this server does not fill in the middle")] = None
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, each a text or token ids."""
+        """The prompts; each is a text or a list of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         token_ids = [part for part in self.prompt if isinstance(part, int)]

@@ -1,4 +1,4 @@
-"""Accounts alone, over a real ledger: what is charged when, and that it is counted once."""
+"""Accounts without a server, over a real ledger: the amounts that are charged, and that each is counted once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL = "deepseek-v3.2"  # USD a million tokens: 0.28, cached 0.028, output 0.42
 
 
 class Desk:
-    """Books over a file, and what they were told."""
+    """Books with a ledger file, and the calls that their callbacks got."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,7 +58,7 @@ class Desk:
 
     async def counted(self) -> Settlement:
         async with asyncio.timeout(10):
-            while not self.closed:  # noqa: ASYNC110 - what is waited for is what accounts call
+            while not self.closed:  # noqa: ASYNC110 - the account's callback fills it, without an event
                 await asyncio.sleep(0.01)
         (entry,) = self.closed
         return entry
@@ -88,7 +88,7 @@ def said(completion: int = 20) -> ChoiceUsage:
 async def test_an_answer_waits_for_its_row_and_is_counted_once(desk: Desk) -> None:
     account = desk.account("a", "b")
     account.settle("a", used())
-    account.settle("a", used())  # said twice
+    account.settle("a", used())  # reported twice
     account.settle("stranger", used())
     finishing = asyncio.create_task(account.finish([said(), said()], "stop"))
     await asyncio.sleep(0.05)

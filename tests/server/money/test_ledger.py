@@ -1,4 +1,4 @@
-"""The usage ledger alone: on disk before it says so, each request once, whoever else writes."""
+"""The usage ledger alone: a row is on disk before `done` is called, and once only, even if others write too."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read(path: Path, columns: str = "request_id") -> list[Any]:
 
 
 class Heard:
-    """What the ledger's thread said of rows."""
+    """Collects the calls of `done` from the ledger's thread."""
 
     def __init__(self) -> None:
         self.said: list[bool] = []
@@ -122,7 +122,7 @@ def test_closing_writes_what_is_queued(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_written_harms_no_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A number beyond the database's is the driver's error, not SQLAlchemy's: the thread lives on."""
+    """A number too large for the database raises the driver's error, not SQLAlchemy's; the thread must survive it."""
     path, heard = tmp_path / "usage.sqlite", Heard()
     ledger = Ledger(str(path))
     with sqlite3.connect(path) as blocker:
@@ -175,7 +175,7 @@ def test_rows_are_never_changed(tmp_path: Path) -> None:
 
 
 def test_amounts_are_whole_nano_dollars(tmp_path: Path) -> None:
-    """Beyond 2^53, where floats lose the last digits."""
+    """The amounts are beyond 2^53, where floats lose the last digits."""
     path = tmp_path / "usage.sqlite"
     ledger = Ledger(str(path))
     for name in ("a", "b"):
