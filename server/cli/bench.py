@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from server.cli.curve import curve
-from server.config import Settings
+from server.settings import Settings
 
 if TYPE_CHECKING:
     from lab.bench.suites import Suite

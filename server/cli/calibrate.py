@@ -59,8 +59,8 @@ def calibrate(
     steps that were not fitted, and the time of a dense request from that of a
     sparse one. Takes minutes, in which nothing else should run.
     """
-    from server.config import SettingsError, parse_size
     from server.hub.models import ModelError, resolve
+    from server.hub.sizes import SizeError, parse_size
     from server.hub.stages import Stages
 
     if dtype not in ("auto", "float32", "bfloat16"):
@@ -69,7 +69,7 @@ def calibrate(
         memory = parse_size(kv_cache_memory, "--kv-cache-memory")
         with Stages() as stages:
             files = resolve(model, overlay=overlay, report=stages)
-    except SettingsError as error:
+    except SizeError as error:
         _fail(str(error), 2)
     except ModelError as error:
         _fail(str(error), 1)

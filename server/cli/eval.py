@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from server.config import Settings
+from server.settings import Settings
 
 _DEFAULTS = Settings()
 _WHAT, _HOW = "What is measured", "How"

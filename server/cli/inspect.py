@@ -56,8 +56,8 @@ def inspect(
     of the cache, and whether they fit. Exit code 1 if the files are damaged or
     something is missing.
     """
-    from server.config import SettingsError, parse_size
     from server.hub.models import ModelError, resolve
+    from server.hub.sizes import SizeError, parse_size
     from server.hub.stages import Stages
 
     for name, value, allowed in (
@@ -80,7 +80,7 @@ def inspect(
             path, overlay = files.weights, files.overlay
         elif overlay is None and (path / "indexer.safetensors").is_file():
             overlay = path / "indexer.safetensors"
-    except SettingsError as error:
+    except SizeError as error:
         _fail(str(error), 2)
     except ModelError as error:
         _fail(str(error), 1)

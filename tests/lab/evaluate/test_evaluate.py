@@ -20,7 +20,7 @@ from lab.evaluate.results import RecallResult, Results, load
 from lab.evaluate.statistics import bootstrap, wilson
 from lab.evaluate.verdict import at_least, at_most
 from server.cli.main import app
-from server.config import load_settings
+from server.settings import load_settings
 from tests.server.fake_engine import FakeEngine, Script
 from tests.server.kit import EOS, MODEL, TEXT, PlainChat, client, ids, make_app
 
