@@ -12,19 +12,19 @@ from pathlib import Path
 import msgspec
 
 from lab.curve.measure import PHASES, Phase, growth
-from lab.curve.report import HIGH, LOW, Report
+from lab.curve.report import HIGH, LOW, CurveReport
 
 HERE = Path(__file__).parent
 WIDTH = 118
 BEGIN, END = "<!-- curve: begin -->", "<!-- curve: end -->"
 
 
-def read(path: Path = HERE / "curve.json") -> Report:
+def read(path: Path = HERE / "curve.json") -> CurveReport:
     """A run's results."""
-    return msgspec.json.decode(path.read_bytes(), type=Report)
+    return msgspec.json.decode(path.read_bytes(), type=CurveReport)
 
 
-def table(report: Report) -> str:
+def table(report: CurveReport) -> str:
     """Both phases by position, and what they were measured on."""
     tokens = {phase: next(p.tokens for p in report.points if p.phase == phase) for phase in PHASES}
     time = "CPU time of one thread" if report.cpu_time else f"{report.threads} threads"
@@ -53,12 +53,12 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def sentences(report: Report) -> str:
+def sentences(report: CurveReport) -> str:
     """What it shows."""
     return textwrap.fill(" ".join(_sentence(report, phase) for phase in reversed(PHASES)), WIDTH)
 
 
-def _sentence(report: Report, phase: Phase) -> str:
+def _sentence(report: CurveReport, phase: Phase) -> str:
     sparse, dense = (growth(report.points, phase, name, LOW, HIGH) for name in ("sparse", "dense"))
     crossed = report.cheaper_from[phase]
     cheaper = (

@@ -2,7 +2,7 @@
 
 Queries projected in fewer bits, and every layer reading what the layer before selected.
 
-`python -m benchmarks.index_bits --corpus DIR`, on held-out texts of a folder of `python -m lab.corpus`, with the
+`python -m benchmarks.index_bits --corpus DIR`, on held-out texts of a folder of `dsa corpus`, with the
 default model and its indexer. Attention stays dense, so that every layer is judged on the same inputs.
 """
 

@@ -66,7 +66,7 @@ class Overhead:
 
     def command(self, files: ModelFiles, case: int) -> list[str]:
         """What drives the engine in process; its default `top_k` is the server's too."""
-        made = [sys.executable, "-m", "lab.bench.steps", f"--weights={files.weights}"]
+        made = [sys.executable, "-P", "-m", "lab.bench.steps", f"--weights={files.weights}"]
         made += [f"--overlay={files.overlay}"] if files.overlay is not None else []
         return [*made, f"--streams={case}", f"--context={self.context}", f"--tokens={self.tokens}"]
 

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lab.corpus.chatml import ChatML, Message, Rendered
 from lab.corpus.manifest import FILE_NAME, SequenceInfo, SplitInfo, load_manifest, load_tokens, sha256
 from lab.corpus.packing import SHORTEST, Packed, draw_length
+from lab.tool import ToolError
 from server.hub.models import ModelError, resolve
 from server.text.tokenizer import TokenizerError, load_tokenizer
 
@@ -31,7 +32,7 @@ KIND = "answers"
 _TIMEOUT = httpx.Timeout(connect=5, read=600, write=60, pool=None)
 
 
-class AnswersError(Exception):
+class AnswersError(ToolError):
     """The answers could not be had; the message says why."""
 
 

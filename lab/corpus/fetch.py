@@ -17,9 +17,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from lab.corpus.sources import Source
+from lab.tool import ToolError
 
 
-class FetchError(Exception):
+class FetchError(ToolError):
     """A package could not be fetched or unpacked; the message says which and why."""
 
 
@@ -75,7 +76,8 @@ def _download(source: Source, archives: Path) -> None:
     if source.fetch == "apt":
         command = ["apt-get", "download", source.package]
     else:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary", ":all:"]
         command.append(source.package)
     try:
         done = subprocess.run(command, cwd=archives, capture_output=True, text=True, check=False)

@@ -35,7 +35,7 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 ATTENTION: tuple[Attention, ...] = ("dense", "sparse")
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
+class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
     """One place of one curve."""
 
     phase: Phase
@@ -56,7 +56,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class CurvePlan:
     """What to measure."""
 
     positions: tuple[int, ...]
@@ -79,7 +79,7 @@ class Plan:
 class Lab:
     """The model over a cache full of random numbers."""
 
-    def __init__(self, plan: Plan, progress: Progress) -> None:
+    def __init__(self, plan: CurvePlan, progress: Progress) -> None:
         """Make both.
 
         Raises:
@@ -119,7 +119,7 @@ class Lab:
         )
         self._device = plan.device
 
-    def case(self, phase: Phase, attention: Attention, position: int, plan: Plan) -> Case:
+    def case(self, phase: Phase, attention: Attention, position: int, plan: CurvePlan) -> Case:
         """The step that stands for a place of a curve."""
         rows, requests = (plan.chunk, 1) if phase == "prefill" else (1, plan.streams)
         top_k = None if attention == "dense" else self.top_k
@@ -151,7 +151,7 @@ def fill(
             part.copy_(torch.randn(part.shape, generator=generator))
 
 
-def measure(plan: Plan, lab: Lab, progress: Progress) -> list[Point]:
+def measure(plan: CurvePlan, lab: Lab, progress: Progress) -> list[CurvePoint]:
     """Every place of the four curves, once a round; dense and sparse take turns, so that noise falls on both."""
     places: list[tuple[Phase, int]] = [(phase, position) for phase in PHASES for position in plan.positions]
     cases = {
@@ -172,7 +172,7 @@ def measure(plan: Plan, lab: Lab, progress: Progress) -> list[Point]:
                 times[phase, attention, position].append(lab.seconds(cases[phase, attention, position]))
                 done += 1
     return [
-        Point(
+        CurvePoint(
             phase=phase, attention=attention, position=position, forms=lab.forms(case),
             tokens=case.rows * case.requests, seconds=tuple(times[phase, attention, position]),
         )
@@ -180,7 +180,7 @@ def measure(plan: Plan, lab: Lab, progress: Progress) -> list[Point]:
     ]  # fmt: skip
 
 
-def crossover(points: Sequence[Point], phase: Phase, top_k: int) -> float | None:
+def crossover(points: Sequence[CurvePoint], phase: Phase, top_k: int) -> float | None:
     """The position from which on sparse is cheaper than dense, between measured ones on a straight line.
 
     Up to `top_k` tokens both are dense attention, so only what lies beyond counts; None if dense is the cheaper
@@ -199,12 +199,12 @@ def crossover(points: Sequence[Point], phase: Phase, top_k: int) -> float | None
     return p + (q - p) * -a / (b - a)
 
 
-def growth(points: Sequence[Point], phase: Phase, attention: Attention, low: int, high: int) -> float:
+def growth(points: Sequence[CurvePoint], phase: Phase, attention: Attention, low: int, high: int) -> float:
     """Cost at `high` / cost at `low`, of measured positions."""
     return _cost(points, phase, attention, high) / _cost(points, phase, attention, low)
 
 
-def _cost(points: Sequence[Point], phase: Phase, attention: Attention, position: int) -> float:
+def _cost(points: Sequence[CurvePoint], phase: Phase, attention: Attention, position: int) -> float:
     return next(
         p.token_seconds for p in points if (p.phase, p.attention, p.position) == (phase, attention, position)
     )

@@ -1,4 +1,4 @@
-"""The training text as the engine sees it: token ids and spans. Built by `python -m lab.corpus`."""
+"""The training text as the engine sees it: token ids and spans. Built by `dsa corpus`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Split:
         Raises:
             ConfigError: the folder is not a corpus, or one of another vocabulary.
         """
-        rebuild = f"build one: python -m lab.corpus --out {folder} --model MODEL"
+        rebuild = f"build one: dsa corpus --out {folder} --model MODEL"
         try:
             manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=_Manifest)
             entry = manifest.splits[name]

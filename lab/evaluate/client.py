@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import httpx
 
+from lab.tool import ToolError
+
 Sparsity = int | Literal["dense"]
 Progress = Callable[[int, int], None]
 """Called with how many items of a part are done, and of how many."""
@@ -24,7 +26,7 @@ _INFO = re.compile(r"^dsa_model_info\{(.*)\} ", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
-class EvaluationError(Exception):
+class EvaluationError(ToolError):
     """It cannot be measured; the message is one sentence that says why and what to do."""
 
 

@@ -1,4 +1,4 @@
-"""What is asked: held-out sequences, needles and prompts, read from a folder of `python -m lab.corpus`."""
+"""What is asked: held-out sequences, needles and prompts, read from a folder of `dsa corpus`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lab.corpus.manifest import FILE_NAME, load_manifest, load_tokens, sha256
+from lab.tool import ToolError
 
 T = TypeVar("T")
 
 
-class MaterialError(ValueError):
+class MaterialError(ToolError):
     """The corpus folder is not one, or lacks a file; the message says how to get it."""
 
 
@@ -80,16 +81,14 @@ class Material:
         """Open a folder and check that everything is there.
 
         Args:
-            folder: made by `python -m lab.corpus`
+            folder: made by `dsa corpus`
             model: for the advice in errors
 
         Raises:
             MaterialError: it is none.
         """
         self._folder = folder
-        self._advice = (
-            f"build one: python -m lab.corpus --out {shlex.quote(str(folder))} --model {shlex.quote(model)}"
-        )
+        self._advice = f"build one: dsa corpus --out {shlex.quote(str(folder))} --model {shlex.quote(model)}"
         try:
             self._manifest = load_manifest(folder)
             self._split = self._manifest.splits["heldout"]

@@ -13,12 +13,8 @@ from typing import NoReturn
 
 import typer
 
-from server.cli.bench import bench
-from server.cli.calibrate import calibrate
 from server.cli.chat import chat
-from server.cli.distill import distill
-from server.cli.eval import evaluate
-from server.cli.inspect import inspect
+from server.cli.lab import add_tools
 from server.cli.pull import pull
 from server.cli.serve import serve
 from server.cli.usage import usage
@@ -32,16 +28,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-app.command("serve")(serve)
-app.command()(pull)
-app.command()(chat)
-app.command()(distill)
-app.command()(inspect)
-app.command("eval")(evaluate)
-app.command()(usage)
-app.command()(calibrate)
-app.add_typer(bench, name="bench")
-app.command()(worker)
+for command in (serve, chat, pull, usage, worker):
+    app.command(command.__name__)(command)
+add_tools(app)
 
 
 def main() -> NoReturn:

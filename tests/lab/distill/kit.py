@@ -39,7 +39,7 @@ def one_thread() -> Iterator[None]:
 def write_corpus(
     folder: Path, *, train: tuple[int, ...] = (200,) * 24, heldout: tuple[int, ...] = (200,), seed: int = 0
 ) -> Path:
-    """A folder as `python -m lab.corpus` leaves it, of random tokens in sequences of these lengths."""
+    """A folder as `dsa corpus` leaves it, of random tokens in sequences of these lengths."""
     folder.mkdir(parents=True, exist_ok=True)
     splits: dict[str, Any] = {}
     for number, (name, lengths) in enumerate({"train": train, "heldout": heldout}.items()):

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from engine.checkpoint.overlay import overlay_shapes, read_overlay, write_overlay
 from engine.errors import CheckpointError, ConfigError
-from lab.distill.__main__ import main
+from lab.distill.__main__ import app
 from lab.distill.adaptation import adapt
 from lab.distill.adapter import Adapter
 from lab.distill.recipe import Recipe
 from lab.distill.sequences import Sequence, Split, answer_rows
 from lab.distill.sparse_forward import by_student, final_rows, losses
 from lab.distill.train import StepLog, Trainer
+from lab.tool import start
 from tests.engine.kit import VOCAB
 from tests.engine.models.gqa.plain import PlainLlama
 from tests.lab.distill.kit import CPU, INFO, Bench, one_thread, write_corpus
@@ -164,21 +165,22 @@ def test_the_command_trains_one_and_goes_on_only_with_it(
 ) -> None:
     def run(out: str, recipe: dict[str, object], *more: str) -> int:
         small = {"max_length": 96, "min_length": 80, "rows": 16, "first_row": 8, "sequences_per_step": 1}
-        return main(
-            ["--weights", str(bench.folder), "--corpus", str(corpus), "--out", str(tmp_path / out), "--heads", "3",
-             "--dim", "16", "--rope", "8", "--device", "cpu", "--recipe", json.dumps(small | recipe), *more]
-        )  # fmt: skip
+        arguments = [
+            str(bench.folder), "--corpus", str(corpus), "--out", str(tmp_path / out), "--heads", "3", "--dim", "16",
+            "--rope", "8", "--device", "cpu", "--recipe", json.dumps(small | recipe), *more,
+        ]  # fmt: skip
+        return start(app, "distill", arguments)
 
     stages = {"warmup_steps": 1, "sparse_steps": 1, "adapt_steps": 2, "adapter_rank": 4}
     assert run("a", stages) == 0
     made = tmp_path / "a" / "indexer.safetensors"
     assert read_overlay(made, bench.source).info.adapter_rank == 4
-    start = ("--start-from", str(made))
-    assert run("b", {"warmup_steps": 0, "sparse_steps": 0, "adapt_steps": 1, "adapter_rank": 4}, *start) == 0
+    begun = ("--start-from", str(made))
+    assert run("b", {"warmup_steps": 0, "sparse_steps": 0, "adapt_steps": 1, "adapter_rank": 4}, *begun) == 0
     capsys.readouterr()
-    assert run("c", {"warmup_steps": 1, "sparse_steps": 0}, *start) == 1
+    assert run("c", {"warmup_steps": 1, "sparse_steps": 0}, *begun) == 1
     assert "has an adapter, which suits its indexers only" in capsys.readouterr().err
-    assert run("d", {"warmup_steps": 0, "sparse_steps": 0, "adapt_steps": 1, "adapter_rank": 8}, *start) == 1
+    assert run("d", {"warmup_steps": 0, "sparse_steps": 0, "adapt_steps": 1, "adapter_rank": 8}, *begun) == 1
     assert "has an adapter of rank 4" in capsys.readouterr().err
 
 

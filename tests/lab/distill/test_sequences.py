@@ -153,7 +153,7 @@ def test_a_folder_that_is_no_corpus_is_refused(
     damage(folder)
     with pytest.raises(ConfigError, match=sentence) as caught:
         Split.open(folder, "train", VOCAB)
-    assert f"python -m lab.corpus --out {folder} --model MODEL" in str(caught.value)
+    assert f"dsa corpus --out {folder} --model MODEL" in str(caught.value)
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path) -> None:

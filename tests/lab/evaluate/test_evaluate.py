@@ -16,7 +16,7 @@ from lab.evaluate.local_server import serve_arguments
 from lab.evaluate.loss import TextLoss, buckets
 from lab.evaluate.material import AskedNeedle, HeldOut, Message, NeedleRow, Prompt, spread
 from lab.evaluate.needles import Found, grid, is_right
-from lab.evaluate.results import RecallResult, Results, load
+from lab.evaluate.results import EvalResults, RecallResult, load
 from lab.evaluate.statistics import bootstrap, wilson
 from lab.evaluate.verdict import at_least, at_most
 from server.cli.main import app
@@ -228,7 +228,7 @@ async def test_a_refusal_is_tried_again_and_then_said() -> None:
 
 
 def test_results_are_kept_for_the_same_settings_only(tmp_path: Any) -> None:
-    results = Results(settings={"top_k": [256]}, environment={})
+    results = EvalResults(settings={"top_k": [256]}, environment={})
     results.needles = needles.summarise([found(512, 0.0, True, True)], [256])
     results.save(tmp_path)
     kept = load(tmp_path, {"top_k": [256]})
