@@ -168,6 +168,7 @@ class SubprocessEngine:
                 # A session of its own: Ctrl-C in the terminal reaches the server alone, which decides.
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
+                    "-P",  # the current folder may have an `engine` of its own
                     "-m",
                     "engine.step.process",
                     "--fd",
