@@ -23,7 +23,7 @@ from engine.models.gqa.config import LlamaConfig
 from engine.models.gqa.trunk import Trunk
 from engine.models.gqa.weights import weight_table
 from lab.distill.objective import attention_target, captured_mass, top_mask
-from lab.distill.sequences import Split
+from lab.distill.sequences import CorpusSplit
 from lab.distill.sparse_forward import causal
 from lab.distill.student import Student
 from server.hub.models import resolve
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         students[form].load(
             {name: changed(w) if name.endswith("wq.weight") else w for name, w in trained.items()}
         )
-    split = Split.open(options.corpus, "heldout", config.vocab_size)
+    split = CorpusSplit.open(options.corpus, "heldout", config.vocab_size)
     texts = [text for text in split.sequences if text.length >= options.length][: options.texts]
     captured, overlap = dict.fromkeys((*FORMS, BEFORE), 0.0), dict.fromkeys((*FORMS, BEFORE), 0.0)
     rows = torch.arange(options.length // 2, options.length, 25)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, get_args
@@ -26,6 +26,10 @@ from server.text.tokenizer import TokenizerError
 
 DSA = (sys.executable, "-P", "-c", "from server.cli.main import main; main()")
 """The `dsa` of this very project, for tools that start a server."""
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, how much of it is done, and how much there is; `Stages` shows it."""
 
 
 class ToolError(Exception):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 """What SmolLM2-Instruct's own template puts first where a chat has no system message."""
 
@@ -21,7 +23,7 @@ class Encoder(Protocol):
         ...
 
 
-class Message(NamedTuple):
+class Message(msgspec.Struct, frozen=True):
     """One turn."""
 
     role: str

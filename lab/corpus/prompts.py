@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from lab.corpus.chatml import ChatML, Message
 from lab.corpus.documents import Document, Section, by_kind, sections
+from lab.corpus.manifest import CorpusPrompt
 from lab.corpus.sources import Split
 
 LONGEST = 6500  # tokens of a prompt: room is left for an answer within the context
@@ -111,19 +111,9 @@ _ABOUT_CODE: dict[Split, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One conversation for the model to go on with. `tokens` counts the rendered prompt."""
-
-    kind: str
-    source: str
-    messages: tuple[Message, ...]
-    tokens: int
-
-
 def make_prompts(
     documents: Sequence[Document], split: Split, chat: ChatML, seed: int, count: int
-) -> list[Prompt]:
+) -> list[CorpusPrompt]:
     """Different prompts: 15 % on topics, 15 % on titles of sections, the rest with pasted text.
 
     The pasted texts are of 400 to 6000 tokens, fewer where a document ends: with fewer tokens than the indexer selects, sparse
@@ -138,7 +128,7 @@ def make_prompts(
             parts = [part for part in sections(document.text) if 2 <= len(part.title.split()) <= 9]
             titles.setdefault(document.source, []).extend(parts)
     titles = {source: parts for source, parts in titles.items() if parts}
-    found: dict[str, Prompt] = {}
+    found: dict[str, CorpusPrompt] = {}
     for _ in range(50 * count):  # short texts give few different prompts: fewer are returned then
         if len(found) == count:
             break
@@ -153,7 +143,8 @@ def make_prompts(
         messages = (Message("user", content),)
         tokens = len(chat.render(messages, generation_prompt=True).ids)
         if tokens <= LONGEST:
-            found.setdefault(content, Prompt(kind, source, messages, tokens))
+            prompt = CorpusPrompt(kind=kind, source=source, tokens=tokens, messages=messages)
+            found.setdefault(content, prompt)
     return list(found.values())
 
 

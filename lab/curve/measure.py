@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,12 +24,12 @@ from engine.kernels import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import build_model
 from engine.step.runner import Runner
-from lab.calibrate.steps import Bench, Case
+from lab.calibrate.steps import Bench, StepCase
 from lab.curve.shape import RandomSource, config
+from lab.tool import Progress
 
 Phase = Literal["prefill", "decode"]
 Attention = Literal["dense", "sparse"]
-Progress = Callable[[str, int, int], None]
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 ATTENTION: tuple[Attention, ...] = ("dense", "sparse")
@@ -119,21 +119,21 @@ class Lab:
         )
         self._device = plan.device
 
-    def case(self, phase: Phase, attention: Attention, position: int, plan: CurvePlan) -> Case:
+    def case(self, phase: Phase, attention: Attention, position: int, plan: CurvePlan) -> StepCase:
         """The step that stands for a place of a curve."""
         rows, requests = (plan.chunk, 1) if phase == "prefill" else (1, plan.streams)
         top_k = None if attention == "dense" else self.top_k
         # A prompt's chunk is followed by another: only a decode step draws tokens.
-        return Case(phase, position, rows, requests, top_k, sampled=phase == "decode", held_out=False)
+        return StepCase(phase, position, rows, requests, top_k, sampled=phase == "decode", held_out=False)
 
-    def forms(self, case: Case) -> tuple[str, ...]:
+    def forms(self, case: StepCase) -> tuple[str, ...]:
         """Of its tiles, as the engine cuts them."""
         batch = build_batch(self._bench.plan(case), self._costs, self._device)
         return tuple(
             dict.fromkeys(tile.form + (" expanded" if tile.expanded else "") for tile in batch.tiles)
         )
 
-    def seconds(self, case: Case) -> float:
+    def seconds(self, case: StepCase) -> float:
         """Run it once."""
         return self._bench.seconds(case)
 

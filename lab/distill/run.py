@@ -31,7 +31,7 @@ from lab.distill.adapter import Adapter
 from lab.distill.evaluate import BEYOND, held_out
 from lab.distill.recipe import Recipe, read_recipe
 from lab.distill.report import TrainingReport
-from lab.distill.sequences import Split
+from lab.distill.sequences import CorpusSplit
 from lab.distill.student import Student
 from lab.distill.train import StepLog, Trainer
 
@@ -89,7 +89,7 @@ def _run(plan: DistillPlan) -> int:
         torch.set_float32_matmul_precision("high")
     source = open_source(plan.weights)
     config = LlamaConfig.read(source.config)
-    splits = {name: Split.open(plan.corpus, name, config.vocab_size) for name in ("train", "heldout")}
+    splits = {name: CorpusSplit.open(plan.corpus, name, config.vocab_size) for name in ("train", "heldout")}
     dtype = resolve_dtype(plan.dtype, device)
     weights, _ = load(weight_table(config, None), source, dtype=dtype, device=device)
     trunk = Trunk(config, weights, config.max_positions, device)

@@ -13,7 +13,7 @@ import httpx
 from lab.tool import ToolError
 
 Sparsity = int | Literal["dense"]
-Progress = Callable[[int, int], None]
+PartProgress = Callable[[int, int], None]
 """Called with how many items of a part are done, and of how many."""
 
 T = TypeVar("T")
@@ -206,7 +206,7 @@ async def connect(url: str, concurrency: int) -> AsyncGenerator[Client, None]:
 
 
 async def each(
-    items: Sequence[T], work: Callable[[T], Awaitable[R]], concurrency: int, progress: Progress
+    items: Sequence[T], work: Callable[[T], Awaitable[R]], concurrency: int, progress: PartProgress
 ) -> list[R]:
     """Do work on all items, some at a time; the results in the items' order. The first failure ends it."""
     gate, done = asyncio.Semaphore(concurrency), 0

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from lab.evaluate.client import Client, Progress, Sparsity, each
+from lab.evaluate.client import Client, PartProgress, Sparsity, each
 from lab.evaluate.material import HeldOut
 from lab.evaluate.statistics import Interval, bootstrap
 from lab.evaluate.verdict import LOSS_BARS, Verdict, at_most
@@ -50,7 +50,7 @@ async def measure(
     texts: Sequence[HeldOut],
     top_ks: Sequence[int],
     concurrency: int,
-    progress: Progress,
+    progress: PartProgress,
     *,
     beyond: int = BEYOND,
 ) -> LossResult:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lab.corpus.manifest import FILE_NAME, load_manifest, load_tokens, sha256
+from lab.corpus.manifest import FILE_NAME, CorpusPrompt, NeedleRow, load_manifest, load_tokens, sha256
 from lab.tool import ToolError
 
 T = TypeVar("T")
@@ -32,42 +32,12 @@ class HeldOut:
     ids: tuple[int, ...]
 
 
-class NeedleRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One needle as needles.json lists it; see `lab.corpus.needles.Needle`."""
-
-    start: int
-    length: int
-    context: int
-    depth: float
-    phrasing: int
-    statement: str
-    question: str
-    value: str
-    needle: tuple[int, int]
-
-
 @dataclass(frozen=True, slots=True)
 class AskedNeedle:
     """A needle with its prompt's token ids, which end where the assistant begins to answer."""
 
     row: NeedleRow
     ids: tuple[int, ...]
-
-
-class Message(msgspec.Struct, frozen=True):
-    """One message of a prompt."""
-
-    role: str
-    content: str
-
-
-class Prompt(msgspec.Struct, frozen=True, kw_only=True):
-    """One conversation to go on with, as prompts.heldout.json lists it."""
-
-    kind: str
-    source: str
-    tokens: int
-    messages: tuple[Message, ...]
 
 
 class Material:
@@ -126,9 +96,9 @@ class Material:
             for row in spread(rows, limit)
         ]
 
-    def prompts(self, limit: int | None) -> list[Prompt]:
+    def prompts(self, limit: int | None) -> list[CorpusPrompt]:
         """The held-out prompts, or about `limit` of them."""
-        return list(spread(self._rows("prompts.heldout.json", tuple[Prompt, ...]), limit))
+        return list(spread(self._rows("prompts.heldout.json", tuple[CorpusPrompt, ...]), limit))
 
     def _rows(self, name: str, kind: type[T]) -> T:
         try:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lab.corpus.manifest import sha256
 from lab.evaluate import agreement, equality, loss, needles
-from lab.evaluate.client import Client, EvaluationError, Progress, connect
+from lab.evaluate.client import Client, EvaluationError, PartProgress, connect
 from lab.evaluate.local_server import serving
 from lab.evaluate.material import Material
 from lab.evaluate.report import show
@@ -165,7 +165,7 @@ def _check(client: Client, plan: EvalPlan) -> None:
         )
 
 
-def _progress(stages: Stages, part: str) -> Progress:
+def _progress(stages: Stages, part: str) -> PartProgress:
     return lambda done, total: stages(part, done, total)
 
 

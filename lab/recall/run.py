@@ -25,10 +25,10 @@ from engine.models.gqa.config import LlamaConfig
 from engine.models.gqa.trunk import Trunk
 from engine.models.gqa.weights import weight_table
 from engine.step.build import resolve_device, resolve_dtype
+from lab.corpus.manifest import SequenceInfo
 from lab.distill.evaluate import BEYOND
 from lab.distill.objective import attention_target, captured_mass, index_logits, top_mask
-from lab.distill.sequences import Sequence as Text
-from lab.distill.sequences import Split
+from lab.distill.sequences import CorpusSplit
 from lab.distill.sparse_forward import by_window, causal
 from lab.distill.student import Student
 from server.hub.models import ModelFiles
@@ -169,7 +169,7 @@ def run(
     student = Student(config, overlay.info, config.max_positions, place, 0)
     names = indexer_shapes(overlay.info, config.num_layers, config.hidden_size)
     student.load({name: overlay.tensors.read(name, torch.float32) for name in names})
-    split = Split.open(corpus, "heldout", config.vocab_size)
+    split = CorpusSplit.open(corpus, "heldout", config.vocab_size)
     texts = chosen(split, per_kind) if config.max_positions >= 2 * BEYOND else []
     if not texts:
         raise ConfigError(
@@ -192,7 +192,7 @@ def run(
     }
 
 
-def chosen(split: Split, per_kind: int) -> list[Text]:
+def chosen(split: CorpusSplit, per_kind: int) -> list[SequenceInfo]:
     """The first texts of each kind that reach twice `BEYOND`."""
     taken: Counter[str] = Counter()
     texts = []

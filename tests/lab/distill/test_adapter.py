@@ -14,11 +14,12 @@ from torch import Tensor
 
 from engine.checkpoint.overlay import overlay_shapes, read_overlay, write_overlay
 from engine.errors import CheckpointError, ConfigError
+from lab.corpus.manifest import SequenceInfo
 from lab.distill.__main__ import app
 from lab.distill.adaptation import adapt
 from lab.distill.adapter import Adapter
 from lab.distill.recipe import Recipe
-from lab.distill.sequences import Sequence, Split, answer_rows
+from lab.distill.sequences import CorpusSplit, answer_rows
 from lab.distill.sparse_forward import by_student, final_rows, losses
 from lab.distill.train import StepLog, Trainer
 from lab.tool import start
@@ -55,7 +56,7 @@ def adapter(bench: Bench, *, shaken: bool = False) -> Adapter:
 
 def trainer(bench: Bench, corpus: Path, folder: Path, recipe: Recipe = RECIPE) -> Trainer:
     folder.mkdir(exist_ok=True)
-    split = Split.open(corpus, "train", VOCAB)
+    split = CorpusSplit.open(corpus, "train", VOCAB)
     return Trainer(bench.trunk, bench.student(), split, recipe, folder, "base", adapter=adapter(bench))
 
 
@@ -149,13 +150,13 @@ def test_a_stopped_run_goes_on_to_the_bit(bench: Bench, corpus: Path, tmp_path: 
 
 
 def test_a_recipe_that_adapts_needs_an_adapter(bench: Bench, corpus: Path, tmp_path: Path) -> None:
-    split = Split.open(corpus, "train", VOCAB)
+    split = CorpusSplit.open(corpus, "train", VOCAB)
     with pytest.raises(ConfigError, match="adapt_steps, but there is no adapter"):
         Trainer(bench.trunk, bench.student(), split, RECIPE, tmp_path)
 
 
 def test_the_rows_of_answers_predict_their_tokens() -> None:
-    sequence = Sequence(start=0, length=50, kind="chat", focus=((10, 13), (48, 50)))
+    sequence = SequenceInfo(start=0, length=50, kind="chat", focus=((10, 13), (48, 50)))
     assert answer_rows(sequence, 50).tolist() == [9, 10, 11, 47, 48]
     assert answer_rows(sequence, 12).tolist() == [9, 10]
 

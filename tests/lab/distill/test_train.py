@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from engine.errors import ConfigError
 from lab.distill.__main__ import app
 from lab.distill.recipe import Recipe, read_recipe
-from lab.distill.sequences import Split
+from lab.distill.sequences import CorpusSplit
 from lab.distill.train import StepLog, Trainer
 from lab.tool import start
 from tests.engine.kit import VOCAB, Lab
@@ -42,7 +42,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trainer(bench: Bench, corpus: Path, folder: Path, recipe: Recipe = SHORT, base: str = "base") -> Trainer:
     folder.mkdir(exist_ok=True)
-    split = Split.open(corpus, "train", VOCAB)
+    split = CorpusSplit.open(corpus, "train", VOCAB)
     return Trainer(bench.trunk, bench.student(recipe.seed), split, recipe, folder, base)
 
 
@@ -119,7 +119,7 @@ def test_stop_ends_after_the_step_and_saves(bench: Bench, corpus: Path, tmp_path
 def test_a_checkpoint_of_something_else_is_refused(bench: Bench, corpus: Path, tmp_path: Path) -> None:
     trainer(bench, corpus, tmp_path / "run").run(until=1)
     other = write_corpus(tmp_path / "corpus", seed=1)
-    split = Split.open(corpus, "train", VOCAB)
+    split = CorpusSplit.open(corpus, "train", VOCAB)
     smaller = bench.student(info=msgspec.structs.replace(INFO, num_heads=2))
     recipe = msgspec.structs.replace(SHORT, rows=17)
     for what, resumed in {
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_something_else_is_refused(bench: Bench, corpus: Path, t
         "start": Trainer(
             bench.trunk,
             bench.student(),
-            Split.open(corpus, "train", VOCAB),
+            CorpusSplit.open(corpus, "train", VOCAB),
             SHORT,
             tmp_path / "run",
             "base",

@@ -9,12 +9,14 @@ import pytest
 import typer
 
 from engine.protocol import Submit
+from lab.corpus.chatml import Message
+from lab.corpus.manifest import CorpusPrompt, NeedleRow
 from lab.evaluate import agreement, equality, loss, needles
 from lab.evaluate.agreement import ids_of, parting
 from lab.evaluate.client import Answer, Client, EvaluationError, Scores
 from lab.evaluate.local_server import serve_arguments
 from lab.evaluate.loss import TextLoss, buckets
-from lab.evaluate.material import AskedNeedle, HeldOut, Message, NeedleRow, Prompt, spread
+from lab.evaluate.material import AskedNeedle, HeldOut, spread
 from lab.evaluate.needles import Found, grid, is_right
 from lab.evaluate.results import EvalResults, RecallResult, load
 from lab.evaluate.statistics import bootstrap, wilson
@@ -202,7 +204,7 @@ async def test_agreement_and_equality_over_the_wire() -> None:
     def script(submit: Submit) -> Script:
         return Script([*ids("same" if submit.top_k != 16 else "sane"), EOS])
 
-    prompts = [Prompt(kind="text", source="", tokens=3, messages=(Message("user", "hello"),))]
+    prompts = [CorpusPrompt(kind="text", source="", tokens=3, messages=(Message("user", "hello"),))]
     result = await agreement.measure(
         of(FakeEngine(script)), prompts, TEXT, PlainChat(), [16, 64], 2, silent, answer_tokens=8
     )

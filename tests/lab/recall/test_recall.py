@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lab.distill.sequences import Split
+from lab.distill.sequences import CorpusSplit
 from lab.recall.__main__ import app
 from lab.recall.run import EDGES, Recall, chosen
 from lab.tool import start
@@ -74,7 +74,7 @@ def test_rows_that_see_no_more_than_k_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_texts_are_long_ones_of_every_kind(tmp_path: Path) -> None:
-    split = Split.open(write_corpus(tmp_path, heldout=(2048, 2100, 900, 2048, 3000)), "heldout", VOCAB)
+    split = CorpusSplit.open(write_corpus(tmp_path, heldout=(2048, 2100, 900, 2048, 3000)), "heldout", VOCAB)
     assert [(text.kind, text.length) for text in chosen(split, 1)] == [("prose", 2048), ("chat", 2100)]
 
 
