@@ -28,7 +28,7 @@ DSA = (sys.executable, "-P", "-c", "from server.cli.main import main; main()")
 """The `dsa` of this very project, for tools that start a server."""
 
 
-Progress = Callable[[str, int, int], None]
+StageProgress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done, and how much there is; `Stages` shows it."""
 
 
@@ -36,20 +36,20 @@ class ToolError(Exception):
     """A tool cannot do it; the message is one sentence that says why and what to do."""
 
 
-Model = Annotated[
+ModelFlag = Annotated[
     str, typer.Argument(help="A name that dsa can fetch, a .gguf file, or a folder with config.json and *.safetensors.")
 ]  # fmt: skip
-Corpus = Annotated[
+CorpusFlag = Annotated[
     Path, typer.Option(metavar="DIR", help="A folder made by dsa corpus --out DIR --model MODEL.")
 ]
-Overlay = Annotated[
+OverlayFlag = Annotated[
     Path | None,
     typer.Option(help="A lightning indexer to lay over the model.", metavar="FILE", show_default="the model's own"),
 ]  # fmt: skip
-Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="Number format: auto, float32 or bfloat16.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core", min=1)]
-CpuTime = Annotated[
+DeviceFlag = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.")]
+DtypeFlag = Annotated[str, typer.Option(help="Number format: auto, float32 or bfloat16.")]
+ThreadsFlag = Annotated[int | None, typer.Option(help="CPU threads.", show_default="one per core", min=1)]
+CpuTimeFlag = Annotated[
     bool,
     typer.Option(
         "--cpu-time",

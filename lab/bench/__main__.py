@@ -37,10 +37,10 @@ def _sizes(what: str) -> Any:
     return typer.Option(metavar="N,N", help=what, rich_help_panel=_WHAT)
 
 
-Tokens = Annotated[int, typer.Option(min=2, help="Tokens of each answer.", rich_help_panel=_WHAT)]
-Context = Annotated[int, typer.Option(min=8, help="Tokens of each prompt.", rich_help_panel=_WHAT)]
-Contexts = Annotated[str, _sizes("Tokens of the prompts.")]
-Streams = Annotated[str, _sizes("Requests at once.")]
+TokensFlag = Annotated[int, typer.Option(min=2, help="Tokens of each answer.", rich_help_panel=_WHAT)]
+ContextFlag = Annotated[int, typer.Option(min=8, help="Tokens of each prompt.", rich_help_panel=_WHAT)]
+ContextsFlag = Annotated[str, _sizes("Tokens of the prompts.")]
+StreamsFlag = Annotated[str, _sizes("Requests at once.")]
 
 
 def _suite(name: str, rounds: int) -> Callable[[Callable[..., Suite]], Callable[..., Suite]]:
@@ -160,19 +160,21 @@ def _measure(
 
 
 @_suite("decode", rounds=5)
-def decode(contexts: Contexts = "128,2048,7168", tokens: Tokens = 64) -> Suite:
+def decode(contexts: ContextsFlag = "128,2048,7168", tokens: TokensFlag = 64) -> Suite:
     """Tokens a second of one stream, by context."""
     return Decode(_numbers("--contexts", contexts), tokens)
 
 
 @_suite("prefill", rounds=5)
-def prefill(lengths: Contexts = "512,2048,7168") -> Suite:
+def prefill(lengths: ContextsFlag = "512,2048,7168") -> Suite:
     """Prompt tokens a second of one stream, by length; nothing of it cached."""
     return Prefill(_numbers("--lengths", lengths))
 
 
 @_suite("concurrency", rounds=3)
-def concurrency(streams: Streams = "1,2,4,8,16,32", context: Context = 1024, tokens: Tokens = 128) -> Suite:
+def concurrency(
+    streams: StreamsFlag = "1,2,4,8,16,32", context: ContextFlag = 1024, tokens: TokensFlag = 128
+) -> Suite:
     """Tokens a second of many streams together, and whether one of them has to wait."""
     return Concurrency(_numbers("--streams", streams), context, tokens)
 
@@ -187,13 +189,13 @@ def prefix(
 
 
 @_suite("long", rounds=3)
-def long_context(contexts: Contexts = "1024,2048,4096,6144,8000", tokens: Tokens = 64) -> Suite:
+def long_context(contexts: ContextsFlag = "1024,2048,4096,6144,8000", tokens: TokensFlag = 64) -> Suite:
     """Whole requests, cold, up to all that the default model's context holds."""
     return Long(_numbers("--contexts", contexts), tokens)
 
 
 @_suite("overhead", rounds=5)
-def overhead(streams: Streams = "1,8", context: Context = 1024, tokens: Tokens = 128) -> Suite:
+def overhead(streams: StreamsFlag = "1,8", context: ContextFlag = 1024, tokens: TokensFlag = 128) -> Suite:
     """What the server costs: streams over HTTP, and the same engine driven in process."""
     return Overhead(_numbers("--streams", streams), context, tokens)
 

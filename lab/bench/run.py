@@ -23,7 +23,7 @@ from lab.bench.prompts import Words
 from lab.bench.report import show
 from lab.bench.results import BenchResults, Sample, Server
 from lab.bench.servers import LocalServer, all_stopped, leave, others_paused
-from lab.bench.suites import Suite, Values
+from lab.bench.suites import SampleValues, Suite
 from lab.bench.timing import Timing
 from server.hub.models import ModelFiles
 from server.hub.stages import Stages
@@ -223,7 +223,7 @@ async def _turns(
 
 async def _sample(
     suite: Suite, ask: Asker, local: LocalServer | None, case: int, turn: int
-) -> tuple[Values, list[Timing]]:
+) -> tuple[SampleValues, list[Timing]]:
     try:
         return await suite.sample(ask, case, turn)
     except (BenchError, NotYetError) as error:

@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from lab.tool import CpuTime, Device, Dtype, Model, Overlay, Threads, find, one_of, program, size, start
+from lab.tool import (
+    CpuTimeFlag,
+    DeviceFlag,
+    DtypeFlag,
+    ModelFlag,
+    OverlayFlag,
+    ThreadsFlag,
+    find,
+    one_of,
+    program,
+    size,
+    start,
+)
 from server.hub.models import DEFAULT_MODEL
 
 app = program()
@@ -17,8 +29,8 @@ app = program()
 @app.command()
 def calibrate(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write what was measured.")],
-    model: Model = DEFAULT_MODEL,
-    overlay: Overlay = None,
+    model: ModelFlag = DEFAULT_MODEL,
+    overlay: OverlayFlag = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Contexts up to 2048, each step once: a first impression.")
     ] = False,
@@ -30,10 +42,10 @@ def calibrate(
     top_k: Annotated[
         int | None, typer.Option(help="Of sparse steps.", show_default="the indexer's default", min=1)
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    cpu_time: CpuTime = False,
+    device: DeviceFlag = "auto",
+    dtype: DtypeFlag = "auto",
+    threads: ThreadsFlag = None,
+    cpu_time: CpuTimeFlag = False,
     kv_cache_memory: Annotated[
         str, typer.Option(help="Memory for the contexts that are measured.", metavar="SIZE")
     ] = "1GiB",

@@ -10,7 +10,7 @@ from engine.plan.cost import CostModel
 from engine.plan.meter import Meter
 from engine.protocol import Work
 from lab.calibrate.steps import Bench, StepCase
-from lab.tool import Progress
+from lab.tool import StageProgress
 
 _SETTLED = 0.02
 _MORE_ROUNDS = 4
@@ -45,7 +45,7 @@ def compare(
     output: int,
     rounds: int,
     budget: int,
-    progress: Progress,
+    progress: StageProgress,
 ) -> Comparison:
     """Run one request to `context` tokens, the last `output` of them one by one, sparse and dense.
 

@@ -19,7 +19,7 @@ from engine.plan.cost import CostModel
 from engine.plan.types import SampleSpec, ScheduledRequest, StepPlan
 from engine.protocol import SamplingParams
 from engine.step.runner import Runner
-from lab.tool import Progress
+from lab.tool import StageProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Bench:
         self._budget, self._clock = budget, clock
         self._ids = torch.randint(vocab_size, (1 << 20,), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def fill(self, tokens: int, progress: Progress) -> None:
+    def fill(self, tokens: int, progress: StageProgress) -> None:
         """Compute `tokens` positions, and copy their pages over all others."""
         for start in range(0, tokens, self._budget):
             progress("filling the cache", start, tokens)
@@ -165,7 +165,7 @@ class Bench:
         return self._clock() - began
 
     def measure(
-        self, chosen: Sequence[StepCase], model: CostModel, rounds: int, progress: Progress
+        self, chosen: Sequence[StepCase], model: CostModel, rounds: int, progress: StageProgress
     ) -> list[Measured]:
         """Every case in every round, so that a machine that is busy for a while disturbs no case alone.
 

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lab.corpus.chatml import ChatML, Message, Rendered
+from lab.corpus.chatml import ChatML, ChatTurn, Rendered
 from lab.corpus.manifest import (
     FILE_NAME,
     CorpusPrompt,
@@ -112,7 +112,7 @@ def converse(
     for prompt, answer in zip(prompts, answers, strict=True):
         if not answer.strip():
             continue
-        one: Rendered = chat.render([*prompt.messages, Message("assistant", answer)])
+        one: Rendered = chat.render([*prompt.messages, ChatTurn("assistant", answer)])
         if ids and len(ids) + len(one.ids) + 1 > length:
             yield packed()
             ids, focus, sources, length = [], [], set(), draw_length(rng)

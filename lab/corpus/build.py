@@ -28,8 +28,8 @@ from lab.corpus.needles import Needle, make_needles
 from lab.corpus.packing import Packed, budgets, pack
 from lab.corpus.prompts import make_prompts
 from lab.corpus.retrieval import make_retrieval
-from lab.corpus.sources import SOURCES, Source, Split
-from lab.tool import Progress
+from lab.corpus.sources import SOURCES, CorpusSource, SplitName
+from lab.tool import StageProgress
 
 SHARES: dict[str, float] = {
     "prose": 0.16,
@@ -53,9 +53,9 @@ def build_corpus(
     heldout_tokens: int = 400_000,
     prompts: tuple[int, int] = (2400, 200),
     needle_repeats: int = 3,
-    sources: Sequence[Source] = SOURCES,
+    sources: Sequence[CorpusSource] = SOURCES,
     cache: Path | None = None,
-    report: Progress = lambda what, done, total: None,
+    report: StageProgress = lambda what, done, total: None,
 ) -> Manifest:
     """Build a corpus into a folder.
 
@@ -120,7 +120,7 @@ def build_corpus(
     return manifest
 
 
-_SPLITS: tuple[Split, Split] = ("train", "heldout")
+_SPLITS: tuple[SplitName, SplitName] = ("train", "heldout")
 
 
 def _sequences(
@@ -145,7 +145,7 @@ def _sequences(
                 yield from pack(own[name], chat, rng, part)
 
 
-def _counted(made: Iterable[Packed], what: str, total: int, report: Progress) -> Iterator[Packed]:
+def _counted(made: Iterable[Packed], what: str, total: int, report: StageProgress) -> Iterator[Packed]:
     done = 0
     for packed in made:
         done += len(packed.ids)
@@ -180,7 +180,7 @@ def _write(path: Path, made: Sequence[Packed], licences: dict[str, str]) -> Spli
 
 
 def _write_prompts(
-    out: Path, documents: Sequence[Document], chat: ChatML, seed: int, split: Split, count: int
+    out: Path, documents: Sequence[Document], chat: ChatML, seed: int, split: SplitName, count: int
 ) -> Path:
     rows = make_prompts(documents, split, chat, seed, count)
     path = out / f"prompts.{split}.json"
@@ -189,7 +189,7 @@ def _write_prompts(
 
 
 def _write_needles(
-    out: Path, documents: Sequence[Document], chat: ChatML, seed: int, repeats: int, report: Progress
+    out: Path, documents: Sequence[Document], chat: ChatML, seed: int, repeats: int, report: StageProgress
 ) -> list[Path]:
     by_source: dict[str, list[str]] = defaultdict(list)
     for document in documents:
@@ -216,7 +216,10 @@ def _write_needles(
 
 
 def _source_infos(
-    sources: Sequence[Source], versions: dict[str, str], documents: Sequence[Document], tokens: Counter[str]
+    sources: Sequence[CorpusSource],
+    versions: dict[str, str],
+    documents: Sequence[Document],
+    tokens: Counter[str],
 ) -> tuple[SourceInfo, ...]:
     count: Counter[str] = Counter(document.source for document in documents)
     chars: Counter[str] = Counter()

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lab.corpus.chatml import Message
+from lab.corpus.chatml import ChatTurn
 
 VERSION = 1
 FILE_NAME = "manifest.json"
@@ -85,7 +85,7 @@ class CorpusPrompt(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     source: str
     tokens: int  # of the rendered prompt
-    messages: tuple[Message, ...]
+    messages: tuple[ChatTurn, ...]
 
 
 def sha256(path: Path) -> str:

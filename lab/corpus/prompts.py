@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from lab.corpus.chatml import ChatML, Message
+from lab.corpus.chatml import ChatML, ChatTurn
 from lab.corpus.documents import Document, Section, by_kind, sections
 from lab.corpus.manifest import CorpusPrompt
-from lab.corpus.sources import Split
+from lab.corpus.sources import SplitName
 
 LONGEST = 6500  # tokens of a prompt: room is left for an answer within the context
 
-_TOPICS: dict[Split, tuple[str, ...]] = {
+_TOPICS: dict[SplitName, tuple[str, ...]] = {
     "train": tuple(
         "photosynthesis,the water cycle,black holes,the French Revolution,compound interest,vaccines,earthquakes,"
         "binary search,the Roman Empire,inflation,bees and pollination,how rainbows form,sorting algorithms,jazz,"
@@ -39,7 +39,7 @@ _TOPICS: dict[Split, tuple[str, ...]] = {
         )
     ),
 }
-_TEMPLATES: dict[Split, tuple[str, ...]] = {
+_TEMPLATES: dict[SplitName, tuple[str, ...]] = {
     "train": (
         "Explain {t} in simple terms.",
         "Write a short story that has something to do with {t}.",
@@ -71,7 +71,7 @@ _TEMPLATES: dict[Split, tuple[str, ...]] = {
         "Which words would help me to talk about {t}? Define each of them.",
     ),
 }
-_ABOUT_SECTION: dict[Split, tuple[str, ...]] = {
+_ABOUT_SECTION: dict[SplitName, tuple[str, ...]] = {
     "train": (
         'What is meant by "{t}"?',
         "Write a short introduction to {t}.",
@@ -81,7 +81,7 @@ _ABOUT_SECTION: dict[Split, tuple[str, ...]] = {
     ),
     "heldout": ("Could you walk me through {t}?", "In what situations would somebody need {t}?"),
 }
-_ABOUT_TEXT: dict[Split, tuple[str, ...]] = {
+_ABOUT_TEXT: dict[SplitName, tuple[str, ...]] = {
     "train": (
         "Summarise this text:\n\n{d}",
         "{d}\n\nWhat are the main points of this text?",
@@ -98,7 +98,7 @@ _ABOUT_TEXT: dict[Split, tuple[str, ...]] = {
         "{d}\n\nWhat could be a good title for this, and why?",
     ),
 }
-_ABOUT_CODE: dict[Split, tuple[str, ...]] = {
+_ABOUT_CODE: dict[SplitName, tuple[str, ...]] = {
     "train": (
         "What does this code do?\n\n```\n{d}\n```",
         "```\n{d}\n```\n\nWrite documentation for the code above.",
@@ -112,7 +112,7 @@ _ABOUT_CODE: dict[Split, tuple[str, ...]] = {
 
 
 def make_prompts(
-    documents: Sequence[Document], split: Split, chat: ChatML, seed: int, count: int
+    documents: Sequence[Document], split: SplitName, chat: ChatML, seed: int, count: int
 ) -> list[CorpusPrompt]:
     """Different prompts: 15 % on topics, 15 % on titles of sections, the rest with pasted text.
 
@@ -140,7 +140,7 @@ def make_prompts(
         else:
             document, content = _text(texts, split, rng)
             kind, source = "text", document.source
-        messages = (Message("user", content),)
+        messages = (ChatTurn("user", content),)
         tokens = len(chat.render(messages, generation_prompt=True).ids)
         if tokens <= LONGEST:
             prompt = CorpusPrompt(kind=kind, source=source, tokens=tokens, messages=messages)
@@ -148,12 +148,12 @@ def make_prompts(
     return list(found.values())
 
 
-def _topic(split: Split, rng: random.Random) -> str:
+def _topic(split: SplitName, rng: random.Random) -> str:
     topic, other = rng.sample(_TOPICS[split], 2)
     return rng.choice(_TEMPLATES[split]).format(t=topic, u=other)
 
 
-def _section(titles: dict[str, list[Section]], split: Split, rng: random.Random) -> tuple[str, str]:
+def _section(titles: dict[str, list[Section]], split: SplitName, rng: random.Random) -> tuple[str, str]:
     source = rng.choice(sorted(titles))
     part = rng.choice(titles[source])
     if part.title.endswith("?"):
@@ -161,7 +161,7 @@ def _section(titles: dict[str, list[Section]], split: Split, rng: random.Random)
     return source, rng.choice(_ABOUT_SECTION[split]).format(t=part.title)
 
 
-def _text(groups: Sequence[Sequence[Document]], split: Split, rng: random.Random) -> tuple[Document, str]:
+def _text(groups: Sequence[Sequence[Document]], split: SplitName, rng: random.Random) -> tuple[Document, str]:
     chars = round(rng.choice((400, 800, 1500, 2500, 4000, 6000)) * 3.2)
     # Most documents are short: the longest of a few, so that long prompts do become long.
     group = rng.choice(groups)

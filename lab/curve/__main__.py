@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lab.tool import CpuTime, Device, Dtype, Threads, one_of, program, start
+from lab.tool import CpuTimeFlag, DeviceFlag, DtypeFlag, ThreadsFlag, one_of, program, start
 
 app = program()
 
@@ -38,10 +38,10 @@ def curve(
     quick: Annotated[
         bool, typer.Option("--quick", help="A model smaller in everything, once: does the command work?")
     ] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    cpu_time: CpuTime = False,
+    device: DeviceFlag = "auto",
+    dtype: DtypeFlag = "auto",
+    threads: ThreadsFlag = None,
+    cpu_time: CpuTimeFlag = False,
 ) -> None:
     """Cost of a million tokens by position, 0 to 128K, dense and sparse.
 

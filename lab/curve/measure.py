@@ -26,7 +26,7 @@ from engine.models import build_model
 from engine.step.runner import Runner
 from lab.calibrate.steps import Bench, StepCase
 from lab.curve.shape import RandomSource, config
-from lab.tool import Progress
+from lab.tool import StageProgress
 
 Phase = Literal["prefill", "decode"]
 Attention = Literal["dense", "sparse"]
@@ -79,7 +79,7 @@ class CurvePlan:
 class Lab:
     """The model over a cache full of random numbers."""
 
-    def __init__(self, plan: CurvePlan, progress: Progress) -> None:
+    def __init__(self, plan: CurvePlan, progress: StageProgress) -> None:
         """Make both.
 
         Raises:
@@ -139,7 +139,7 @@ class Lab:
 
 
 def fill(
-    cache: PagedCache, planes: Iterable[tuple[int, str]], progress: Progress, at_once: int = 256
+    cache: PagedCache, planes: Iterable[tuple[int, str]], progress: StageProgress, at_once: int = 256
 ) -> None:
     """Write normal numbers everywhere, `at_once` pages at a time."""
     generator = torch.Generator().manual_seed(1)
@@ -151,7 +151,7 @@ def fill(
             part.copy_(torch.randn(part.shape, generator=generator))
 
 
-def measure(plan: CurvePlan, lab: Lab, progress: Progress) -> list[CurvePoint]:
+def measure(plan: CurvePlan, lab: Lab, progress: StageProgress) -> list[CurvePoint]:
     """Every place of the four curves, once a round; dense and sparse take turns, so that noise falls on both."""
     places: list[tuple[Phase, int]] = [(phase, position) for phase in PHASES for position in plan.positions]
     cases = {

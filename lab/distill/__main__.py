@@ -12,7 +12,7 @@ import msgspec
 import typer
 
 from lab.distill.recipe import EXAMPLE, Recipe
-from lab.tool import Corpus, Model, fail, find, one_of, program, start
+from lab.tool import CorpusFlag, ModelFlag, fail, find, one_of, program, start
 
 app = program()
 _INDEXER, _RUN = "The indexer", "The run"
@@ -22,8 +22,8 @@ _EPILOG = f"The recipe's fields and their defaults: {_FIELDS}"
 
 @app.command(epilog=_EPILOG.replace("[", "\\["))
 def distill(
-    model: Model,
-    corpus: Corpus,
+    model: ModelFlag,
+    corpus: CorpusFlag,
     out: Annotated[
         Path,
         typer.Option(

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from lab.evaluate.results import PARTS
-from lab.tool import Corpus, Model, fail, find, numbers, one_of, program, start
+from lab.tool import CorpusFlag, ModelFlag, fail, find, numbers, one_of, program, start
 from server.hub.models import DEFAULT_MODEL
 
 app = program()
@@ -22,7 +22,7 @@ _TOKENS = "numbers of tokens, such as 256,512"
 
 @app.command("eval")
 def evaluate(
-    corpus: Corpus,
+    corpus: CorpusFlag,
     out: Annotated[
         Path,
         typer.Option(
@@ -30,7 +30,7 @@ def evaluate(
             help="Where eval.json and the pictures go. Parts that are there, of the same settings, are kept.",
         ),
     ],
-    model: Model = DEFAULT_MODEL,
+    model: ModelFlag = DEFAULT_MODEL,
     top_k: Annotated[
         str, typer.Option(metavar="N,N", help="What to compare with dense.", rich_help_panel=_WHAT)
     ] = "256,512",

@@ -14,7 +14,7 @@ from statistics import median
 import msgspec
 
 from lab.corpus.manifest import CorpusPrompt
-from lab.evaluate.client import Answer, Client, EvaluationError, PartProgress, Scores, each
+from lab.evaluate.client import Client, EvaluationError, ModelAnswer, PartProgress, Scores, each
 from lab.evaluate.loss import settings
 from server.chat import ChatFormat, encode_chat
 from server.text.tokenizer import Tokenizer
@@ -128,7 +128,7 @@ def ids_of(tokens: Sequence[bytes], vocabulary: Mapping[bytes, int]) -> list[int
         ) from None
 
 
-def parting(one: Answer, other: Answer) -> int | None:
+def parting(one: ModelAnswer, other: ModelAnswer) -> int | None:
     """The first token at which two answers differ, an end being a token too; None if they are the same."""
     for index, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)):
         if a != b:

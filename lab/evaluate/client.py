@@ -12,7 +12,7 @@ import httpx
 
 from lab.tool import ToolError
 
-Sparsity = int | Literal["dense"]
+TopKSetting = int | Literal["dense"]
 PartProgress = Callable[[int, int], None]
 """Called with how many items of a part are done, and of how many."""
 
@@ -38,7 +38,7 @@ class Scores(NamedTuple):
     finish: str  # how what was generated behind the text ended
 
 
-class Answer(NamedTuple):
+class ModelAnswer(NamedTuple):
     """What the model said."""
 
     text: str
@@ -74,7 +74,7 @@ class Client:
         self.repeated = 0
 
     async def score(
-        self, ids: Sequence[int], top_k: Sparsity, *, alternatives: int = 0, more: int = 0, start: int = 0
+        self, ids: Sequence[int], top_k: TopKSetting, *, alternatives: int = 0, more: int = 0, start: int = 0
     ) -> Scores:
         """Log-probabilities of a prompt's own tokens, and of the best ones with `alternatives` of 1.
 
@@ -104,26 +104,28 @@ class Client:
             raise EvaluationError(f"the server scored {len(own)} of {len(ids)} tokens")
         return Scores(own, best, choice["finish_reason"])
 
-    async def complete(self, ids: Sequence[int], top_k: Sparsity, max_tokens: int) -> Answer:
+    async def complete(self, ids: Sequence[int], top_k: TopKSetting, max_tokens: int) -> ModelAnswer:
         """The greedy continuation of a prompt, up to the end of the turn."""
         body = {"prompt": list(ids), "max_tokens": max_tokens, "temperature": 0}
         choice = await self._choice("/v1/completions", top_k, body)
-        return Answer(choice["text"], (), choice["finish_reason"], len(ids))
+        return ModelAnswer(choice["text"], (), choice["finish_reason"], len(ids))
 
-    async def chat(self, messages: Sequence[dict[str, str]], top_k: Sparsity, max_tokens: int) -> Answer:
+    async def chat(
+        self, messages: Sequence[dict[str, str]], top_k: TopKSetting, max_tokens: int
+    ) -> ModelAnswer:
         """The greedy answer in a conversation, token by token."""
         body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "logprobs": True}
         answer = await self._post("/v1/chat/completions", top_k, body)
         choice = answer["choices"][0]
         logprobs = choice["logprobs"] or {"content": []}
-        return Answer(
+        return ModelAnswer(
             choice["message"]["content"] or "",
             tuple(bytes(token["bytes"]) for token in logprobs["content"]),
             choice["finish_reason"],
             answer["usage"]["prompt_tokens"],
         )
 
-    async def raw(self, ids: Sequence[int], top_k: Sparsity, max_tokens: int) -> dict[str, Any]:
+    async def raw(self, ids: Sequence[int], top_k: TopKSetting, max_tokens: int) -> dict[str, Any]:
         """A choice with everything that the server tells of prompt and answer, past the end of the turn."""
         body = {
             "prompt": list(ids),
@@ -135,12 +137,12 @@ class Client:
         }
         return await self._choice("/v1/completions", top_k, body)
 
-    async def _choice(self, path: str, top_k: Sparsity, body: dict[str, Any]) -> dict[str, Any]:
+    async def _choice(self, path: str, top_k: TopKSetting, body: dict[str, Any]) -> dict[str, Any]:
         answer = await self._post(path, top_k, body)
         choice: dict[str, Any] = answer["choices"][0]
         return choice
 
-    async def _post(self, path: str, top_k: Sparsity, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post(self, path: str, top_k: TopKSetting, body: dict[str, Any]) -> dict[str, Any]:
         body = {"model": self.model, "dsa": {"top_k": top_k}} | body
         for left in reversed(range(_TRIES)):
             try:
@@ -159,7 +161,7 @@ class Client:
         raise EvaluationError(f"{problem}; {_TRIES} tries were made")
 
 
-def _checked(response: httpx.Response, top_k: Sparsity) -> dict[str, Any]:
+def _checked(response: httpx.Response, top_k: TopKSetting) -> dict[str, Any]:
     """The answer's body, if attention ran as was asked."""
     answer: dict[str, Any] = response.json()
     used = answer["usage"]["dsa"]["top_k"]

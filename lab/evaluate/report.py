@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lab.evaluate.agreement import AgreementResult, Group
 from lab.evaluate.equality import EqualityResult
-from lab.evaluate.loss import LossResult, Row
+from lab.evaluate.loss import LossResult, LossRow
 from lab.evaluate.needles import NeedlesResult, Share, grid
 from lab.evaluate.results import EvalResults, RecallResult
 from lab.evaluate.verdict import Verdict
@@ -67,7 +67,7 @@ def loss_table(result: LossResult, top_ks: Sequence[int]) -> Table:
     return table
 
 
-def _above(row: Row) -> str:
+def _above(row: LossRow) -> str:
     interval = "" if row.interval is None else f" [{row.interval.low:+.4f}, {row.interval.high:+.4f}]"
     # Square brackets are markup to rich.
     return f"{row.above_dense:+.4f}{interval}".replace("[", "\\[")

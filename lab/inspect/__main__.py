@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from engine.config import WeightDtype
-from lab.tool import Overlay, find, one_of, program, size, start
+from lab.tool import OverlayFlag, find, one_of, program, size, start
 
 if TYPE_CHECKING:
     from lab.inspect.report import Devices
@@ -51,7 +51,7 @@ def inspect(
         str,
         typer.Option(help="Of weights stored in FP8: auto (fp8 but on a CPU), fp8, or plain (in --dtype)."),
     ] = "auto",
-    overlay: Overlay = None,
+    overlay: OverlayFlag = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a model is and needs, without loading it.

@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from lab.tool import Corpus, Device, Dtype, Model, Overlay, find, numbers, one_of, program, start
+from lab.tool import (
+    CorpusFlag,
+    DeviceFlag,
+    DtypeFlag,
+    ModelFlag,
+    OverlayFlag,
+    find,
+    numbers,
+    one_of,
+    program,
+    start,
+)
 from server.hub.models import DEFAULT_MODEL
 
 app = program()
@@ -17,15 +28,15 @@ app = program()
 
 @app.command()
 def recall(
-    corpus: Corpus,
+    corpus: CorpusFlag,
     out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file to write.")],
-    model: Model = DEFAULT_MODEL,
-    overlay: Overlay = None,
+    model: ModelFlag = DEFAULT_MODEL,
+    overlay: OverlayFlag = None,
     top_k: Annotated[
         str, typer.Option(metavar="N,N", help="How many earlier tokens are chosen.")
     ] = "256,512",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: DeviceFlag = "auto",
+    dtype: DtypeFlag = "auto",
     per_kind: Annotated[int, typer.Option(help="Held-out texts of each kind.", min=1)] = 4,
     rows: Annotated[int, typer.Option(help="Rows judged in a text; 0 is all.", min=0)] = 512,
 ) -> None:

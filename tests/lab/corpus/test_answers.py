@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lab.corpus.answers import KIND, AnswersError, ask, converse, extend
-from lab.corpus.chatml import Message
+from lab.corpus.chatml import ChatTurn
 from lab.corpus.manifest import (
     FILE_NAME,
     CorpusPrompt,
@@ -28,7 +28,7 @@ from lab.corpus.packing import SHORTEST
 from tests.lab.corpus.test_build import CHAT, CONTROL
 
 PROMPTS = [
-    CorpusPrompt(kind="text", source="book", tokens=5, messages=(Message("user", f"What of {i}?"),))
+    CorpusPrompt(kind="text", source="book", tokens=5, messages=(ChatTurn("user", f"What of {i}?"),))
     for i in range(40)
 ]
 

@@ -9,11 +9,11 @@ import pytest
 import typer
 
 from engine.protocol import Submit
-from lab.corpus.chatml import Message
+from lab.corpus.chatml import ChatTurn
 from lab.corpus.manifest import CorpusPrompt, NeedleRow
 from lab.evaluate import agreement, equality, loss, needles
 from lab.evaluate.agreement import ids_of, parting
-from lab.evaluate.client import Answer, Client, EvaluationError, Scores
+from lab.evaluate.client import Client, EvaluationError, ModelAnswer, Scores
 from lab.evaluate.local_server import serve_arguments
 from lab.evaluate.loss import TextLoss, buckets
 from lab.evaluate.material import AskedNeedle, HeldOut, spread
@@ -31,8 +31,8 @@ def silent(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-def answer(*tokens: str, finish: str = "stop") -> Answer:
-    return Answer("".join(tokens), tuple(token.encode() for token in tokens), finish, 3)
+def answer(*tokens: str, finish: str = "stop") -> ModelAnswer:
+    return ModelAnswer("".join(tokens), tuple(token.encode() for token in tokens), finish, 3)
 
 
 def test_a_server_of_its_own_writes_no_ledger() -> None:
@@ -204,7 +204,7 @@ async def test_agreement_and_equality_over_the_wire() -> None:
     def script(submit: Submit) -> Script:
         return Script([*ids("same" if submit.top_k != 16 else "sane"), EOS])
 
-    prompts = [CorpusPrompt(kind="text", source="", tokens=3, messages=(Message("user", "hello"),))]
+    prompts = [CorpusPrompt(kind="text", source="", tokens=3, messages=(ChatTurn("user", "hello"),))]
     result = await agreement.measure(
         of(FakeEngine(script)), prompts, TEXT, PlainChat(), [16, 64], 2, silent, answer_tokens=8
     )
