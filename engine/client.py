@@ -51,15 +51,7 @@ class Engine(Protocol):
         ...
 
     async def start(self) -> None:
-        """Begin to load. Returns at once; `wait_ready` waits."""
-        ...
-
-    async def wait_ready(self) -> None:
-        """Return when the engine is ready.
-
-        Raises:
-            EngineUnavailableError: it failed or was stopped; the message says why.
-        """
+        """Begin to load. Returns at once; `status` tells how far it is."""
         ...
 
     async def stop(self) -> None:

@@ -21,7 +21,6 @@ _EXPORT_SECONDS = 5.0  # what one export may take, repeats included; a stop wait
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "text_completion",
-    "/v1/responses": "chat",
 }
 """The endpoints that generate, with the conventions' word for what they do."""
 

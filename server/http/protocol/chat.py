@@ -109,7 +109,9 @@ class ChatCompletionBody(GenerationBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(
-        default=None, ge=1, description="At most so many tokens; default: to the end of the context."
+        default=None,
+        ge=1,
+        description="At most so many tokens; default: that of dsa serve --max-tokens, 1024 or 8192.",
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -86,7 +86,9 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1, description="Choices for each prompt.")
     max_tokens: int | None = Field(
-        default=None, ge=0, description="At most so many tokens; default: to the end of the context."
+        default=None,
+        ge=0,
+        description="At most so many tokens; default: that of dsa serve --max-tokens, 1024 or 8192.",
     )
     temperature: float | None = Field(default=None, ge=0, le=2, description="Default 1; 0 is greedy.")
     top_p: float | None = Field(default=None, gt=0, le=1)
