@@ -63,7 +63,6 @@ class Submit(Message, frozen=True, kw_only=True):
     prompt_token_ids: tuple[int, ...]  # >= 1 token, each in [0, vocab_size)
     sampling: SamplingParams
     top_k: int | None
-    namespace: str = ""  # cached prefixes are shared only inside one namespace
 
 
 class Abort(Message, frozen=True, kw_only=True):
