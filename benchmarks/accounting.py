@@ -28,7 +28,7 @@ from engine.plan.meter import Meter
 from engine.protocol import EngineStats, RequestUsage, SamplingParams, Submit, Work
 from engine.step.build import Built, build
 from engine.step.core import PROGRESS_SECONDS
-from lab.calibrate.steps import Bench, Case
+from lab.calibrate.steps import Bench, StepCase
 from server.generation.generate import ChoiceUsage, Job
 from server.hub.models import resolve
 from server.money.accounting import Account, Books
@@ -72,7 +72,7 @@ def _share(built: Built, requests: int, account: float, repeats: int) -> Share:
     bench = Bench(
         built.runner, built.cache, built.ready.model.vocab_size, 512, time.process_time
     )  # fmt: skip
-    case = Case("decode", CONTEXT - 1, 1, requests, 512, sampled=True, held_out=False)
+    case = StepCase("decode", CONTEXT - 1, 1, requests, 512, sampled=True, held_out=False)
     step = statistics.median(bench.seconds(case) for _ in range(repeats)) / torch.get_num_threads()
     meter, plan = Meter(built.costs), bench.plan(case)
     for request in plan.requests:

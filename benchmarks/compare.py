@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lab.tool import DSA
 from server.hub.models import resolve
-
-DSA = (sys.executable, "-c", "from server.cli.main import main; main()")
 
 
 class Peers(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from lab.curve.measure import PHASES, Phase, growth
-from lab.curve.report import HIGH, LOW, Report
+from lab.curve.report import HIGH, LOW, CurveReport
 
 ROOT = Path(__file__).parents[1]
 MEASURED, README = ROOT / "docs" / "measured.md", ROOT / "README.md"
@@ -21,12 +21,12 @@ WIDTH = 118
 BEGIN, END = "<!-- curve: begin -->", "<!-- curve: end -->"
 
 
-def read(path: Path = CURVE) -> Report:
+def read(path: Path = CURVE) -> CurveReport:
     """A run's results."""
-    return msgspec.json.decode(path.read_bytes(), type=Report)
+    return msgspec.json.decode(path.read_bytes(), type=CurveReport)
 
 
-def table(report: Report) -> str:
+def table(report: CurveReport) -> str:
     """Both phases by position, and what they were measured on."""
     tokens = {phase: next(p.tokens for p in report.points if p.phase == phase) for phase in PHASES}
     time = "CPU time of one thread" if report.cpu_time else f"{report.threads} threads"
@@ -55,12 +55,12 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def sentences(report: Report) -> str:
+def sentences(report: CurveReport) -> str:
     """What it shows."""
     return textwrap.fill(" ".join(_sentence(report, phase) for phase in reversed(PHASES)), WIDTH)
 
 
-def _sentence(report: Report, phase: Phase) -> str:
+def _sentence(report: CurveReport, phase: Phase) -> str:
     sparse, dense = (growth(report.points, phase, name, LOW, HIGH) for name in ("sparse", "dense"))
     crossed = report.cheaper_from[phase]
     cheaper = (

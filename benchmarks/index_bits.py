@@ -2,7 +2,7 @@
 
 Queries projected in fewer bits, and every layer reading what the layer before selected.
 
-`python -m benchmarks.index_bits --corpus DIR`, on held-out texts of a folder of `python -m lab.corpus`, with the
+`python -m benchmarks.index_bits --corpus DIR`, on held-out texts of a folder of `dsa corpus`, with the
 default model and its indexer. Attention stays dense, so that every layer is judged on the same inputs.
 """
 
@@ -20,7 +20,7 @@ from engine.checkpoint.source import open_source
 from engine.memory.quantised import quantise_4bit
 from lab.distill.base import open_trunk
 from lab.distill.objective import attention_target, captured_mass, top_mask
-from lab.distill.sequences import Split
+from lab.distill.sequences import CorpusSplit
 from lab.distill.student import Student
 from server.hub.models import resolve
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         students[form].load(
             {name: changed(w) if name.endswith("wq.weight") else w for name, w in trained.items()}
         )
-    split = Split.open(options.corpus, "heldout", config.vocab_size)
+    split = CorpusSplit.open(options.corpus, "heldout", config.vocab_size)
     texts = [text for text in split.sequences if text.length >= options.length][: options.texts]
     captured, overlap = dict.fromkeys((*FORMS, BEFORE), 0.0), dict.fromkeys((*FORMS, BEFORE), 0.0)
     rows = torch.arange(options.length // 2, options.length, 25)

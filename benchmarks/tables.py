@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab.bench.results import Results, load
+from lab.bench.results import BenchResults, load
 from lab.bench.statistics import Spread
 
 MEASURED = Path(__file__).parents[1] / "docs" / "measured.md"
@@ -27,7 +27,7 @@ def tables(folder: Path) -> str:
     return "\n\n".join(_text(results) for results in found)
 
 
-def _text(results: Results) -> str:
+def _text(results: BenchResults) -> str:
     machine = results.machine
     cpus = next((server.cpus for server in results.servers if server.cpus), None)
     where = f"{machine['processor']}, servers on " + (
@@ -43,7 +43,7 @@ def _text(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _rows(results: Results) -> Iterator[str]:
+def _rows(results: BenchResults) -> Iterator[str]:
     several = len(results.servers) > 1
     heads = [results.axis, "server", *(metric.heading for metric in results.metrics), "peak MiB"]
     yield _row([*heads, "× best other"] if several else heads)

@@ -54,15 +54,7 @@ class Engine(Protocol):
         ...
 
     async def start(self) -> None:
-        """Begin to load, and return at once. `wait_ready` waits for the end of loading."""
-        ...
-
-    async def wait_ready(self) -> None:
-        """Return when the engine is ready.
-
-        Raises:
-            EngineUnavailableError: the engine failed or was stopped; the message says why.
-        """
+        """Begin to load, and return at once. `status` tells how far loading is."""
         ...
 
     async def stop(self) -> None:

@@ -13,6 +13,18 @@ DEFAULT_DRAFT_TOKENS = {"off": 0, "ngram": 4, "mtp": 1}
 """Guesses a request a step, where only a drafter is named: the MTP layer was trained for one."""
 
 
+PlainDtype = Literal["auto", "float32", "bfloat16"]
+"""Of what is stored in no narrower form: auto is what suits the device."""
+
+
+SparseForm = Literal["auto", "gather", "mask"]
+"""How rows longer than top_k are attended."""
+
+
+Drafter = Literal["off", "ngram", "mtp"]
+"""What guesses tokens ahead: nothing, the text's own repetitions, or the checkpoint's MTP layer."""
+
+
 CacheDtype = Literal["auto", "bf16", "fp8"]
 """Of cached latents; auto is FP8 where the checkpoint's weights are."""
 
@@ -39,7 +51,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weights: str  # a .gguf file, or a folder with config.json and safetensors
     overlay: str | None = None  # an indexer overlay (safetensors) laid over the checkpoint
     device: str = "auto"  # auto | cpu | cuda | cuda:N
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: PlainDtype = "auto"
     max_model_len: int | None = None  # None: what the checkpoint was trained for
     kv_cache_bytes: int = 1 << 30
     token_budget: int = 512  # tokens computed in one step, prefill and decode together
@@ -50,8 +62,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tensor_parallel: int = 1  # devices that compute the model together, a process each
     nodes: int = 1  # hosts that those are on, as many on each; all but the first run `engine.parallel.node`
     leader: str | None = None  # HOST:PORT of the first, where the others join; it listens there alone
-    sparse_form: Literal["auto", "gather", "mask"] = "auto"  # how rows longer than index_top_k are attended
-    drafter: Literal["off", "ngram", "mtp"] = "off"  # what guesses tokens ahead: own text, or the MTP layer
+    sparse_form: SparseForm = "auto"
+    drafter: Drafter = "off"
     speculative_tokens: int | None = None  # guesses a request a step; None: as many as suit the drafter
     cost_calibration: str | None = None  # a file of `dsa calibrate`; None: assumed from the model's shape
 

@@ -66,7 +66,6 @@ class Submit(Message, frozen=True, kw_only=True):
     prompt_token_ids: tuple[int, ...]  # >= 1 token, each in [0, vocab_size)
     sampling: SamplingParams
     index_top_k: IndexTopK
-    namespace: str = ""  # cached prefixes are shared only inside one namespace
 
 
 class Abort(Message, frozen=True, kw_only=True):

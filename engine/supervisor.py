@@ -61,7 +61,6 @@ class SubprocessEngine:
         self._config = config
         self._on_output = on_output
         self._status = EngineStatus(state=EngineState.STARTING, message="the engine has not been started yet")
-        self._changed = asyncio.Event()  # set with the next change of state, then replaced
         self._supervisor: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._end: ServerEnd | None = None
@@ -79,14 +78,6 @@ class SubprocessEngine:
         if self._supervisor is None:
             self._set(EngineState.STARTING, "the engine is starting")
             self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
-
-    async def wait_ready(self) -> None:
-        """Return once the engine takes requests; raise `EngineUnavailableError` if it failed or was stopped."""
-        over = (EngineState.READY, EngineState.FAILED, EngineState.STOPPED)
-        while self._status.state not in over:
-            await self._changed.wait()
-        if self._status.state is not EngineState.READY:
-            raise EngineUnavailableError(self._status.message)
 
     async def stop(self) -> None:
         """End the engine: running requests get their `abort`, then the process exits or is killed."""
@@ -168,6 +159,7 @@ class SubprocessEngine:
                 # The process has its own session, so Ctrl-C in the terminal reaches only the server, which decides.
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
+                    "-P",  # the current folder may have an `engine` of its own
                     "-m",
                     "engine.step.process",
                     "--fd",
@@ -259,8 +251,6 @@ class SubprocessEngine:
 
     def _set(self, state: EngineState, message: str, **changes: object) -> None:
         self._status = msgspec.structs.replace(self._status, state=state, message=message, **changes)
-        self._changed.set()
-        self._changed = asyncio.Event()
 
     def _fail_streams(self) -> None:
         for stream in self._streams.values():

@@ -80,6 +80,18 @@ def test_the_engine_does_not_know_the_server() -> None:
     )
 
 
+def test_nothing_that_serves_imports_the_lab() -> None:
+    found = [breaches(package, lambda path, name: top(name) == "lab") for package in ("server", "engine")]
+    assert found == [[], []]
+
+
+def test_the_lab_knows_of_the_server_text_chat_and_hub() -> None:
+    def is_breach(path: str, name: str) -> bool:
+        return top(name) == "server" and name.split(".")[1] not in ("text", "chat", "hub")
+
+    assert breaches("lab", is_breach) == []
+
+
 def test_the_server_never_imports_torch() -> None:
     assert breaches("server", lambda path, name: top(name) in ("torch", "transformers")) == []
 

@@ -91,7 +91,7 @@ class Crew:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "engine.step.worker", "--fd", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "engine.step.worker", "--fd", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
             )

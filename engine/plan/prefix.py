@@ -1,9 +1,9 @@
 """Which full pages hold which content: automatic prefix caching.
 
-A page's content is named by a `PageKey`: its tokens, its sparsity salt, its namespace and the key of the
-page before it, so a key stands for a whole prefix. A chained SHA-256 digest finds a candidate, and a
-compare of what was hashed decides: no digest ever decides alone, so a collision costs a miss and never a
-wrong answer. This is an index only: page states are the allocator's (`engine.plan.pages`).
+A page's content is named by a `PageKey`: its tokens, its sparsity salt and the key of the page before it.
+So a key stands for a whole prefix. A chained SHA-256 digest finds a candidate, and a compare of what was
+hashed decides: no digest ever decides alone, so a collision costs a miss and never a wrong answer. This is
+an index only: page states are the allocator's (`engine.plan.pages`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class PageKey:
     """The full identity of one full page's content. Compare with `same_content`."""
 
     parent: PageKey | None = field(repr=False)  # the page before; None for the first
-    namespace: str
     salt: int | None
     token_ids: tuple[int, ...]
     digest: bytes
@@ -58,7 +57,7 @@ def same_content(left: PageKey | None, right: PageKey | None) -> bool:
     while left is not right:
         if left is None or right is None:
             return False
-        if left.token_ids != right.token_ids or left.salt != right.salt or left.namespace != right.namespace:
+        if left.token_ids != right.token_ids or left.salt != right.salt:
             return False
         left, right = left.parent, right.parent
     return True
@@ -69,7 +68,6 @@ class PageKeys:
 
     Args:
         token_ids: the request's own list, which may grow at its end but must not change otherwise.
-        namespace: prefixes are shared only inside one namespace.
         index_top_k: how many earlier tokens attention may read; None is dense.
         hash_function: of which a collision may cost speed, never correctness.
     """
@@ -78,12 +76,10 @@ class PageKeys:
         self,
         token_ids: Sequence[int],
         *,
-        namespace: str,
         index_top_k: IndexTopK,
         hash_function: HashFunction = sha256,
     ) -> None:
         self._token_ids = token_ids
-        self._namespace = namespace
         self._top_k = index_top_k
         self._hash_function = hash_function
         self._keys: list[PageKey] = []
@@ -118,12 +114,11 @@ class PageKeys:
         end = (index + 1) * PAGE_SIZE
         tokens = tuple(self._token_ids[end - PAGE_SIZE : end])
         salt = sparsity_salt(end, self._top_k)
-        namespace = self._namespace.encode()
         above = parent.digest if parent else b""
-        # Lengths first, so that no two different keys are ever the same bytes. A index_top_k is at least 1.
-        header = struct.pack("<qqq", len(namespace), len(above), salt or 0)
-        digest = self._hash_function(header + namespace + above + array("q", tokens).tobytes())
-        return PageKey(parent, self._namespace, salt, tokens, digest)
+        # Lengths first, so that no two different keys are ever the same bytes. An index_top_k is at least 1.
+        header = struct.pack("<qq", len(above), salt or 0)
+        digest = self._hash_function(header + above + array("q", tokens).tobytes())
+        return PageKey(parent, salt, tokens, digest)
 
 
 class PrefixCache:

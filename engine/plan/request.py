@@ -43,12 +43,7 @@ class Request:
         self.peak_computed = 0  # the most that was ever computed: what lies below is recomputation
         self.page_ids: list[int] = []
         self.num_registered = 0  # leading pages that the prefix cache has been told of
-        self.keys = PageKeys(
-            self.token_ids,
-            namespace=submit.namespace,
-            index_top_k=submit.index_top_k,
-            hash_function=hash_function,
-        )
+        self.keys = PageKeys(self.token_ids, index_top_k=submit.index_top_k, hash_function=hash_function)
         self.cached_tokens: int | None = None  # found at first admission; None before it
         self.preemptions = 0
         self._lookup = PromptLookup(self.token_ids) if lookup else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lab.tool import ToolError
 
-class BenchError(Exception):
+
+class BenchError(ToolError):
     """It cannot be measured; the message is one sentence that says why and what to do."""

@@ -13,7 +13,7 @@ import msgspec
 from lab.bench.ask import Asker
 from lab.bench.errors import BenchError
 from lab.bench.servers import pinned
-from lab.bench.suites import DECODE, OUTPUT, P50, P99, Concurrency, Figures, Metric, Values
+from lab.bench.suites import DECODE, OUTPUT, P50, P99, Concurrency, Figures, Metric, SampleValues
 from lab.bench.timing import Timing
 from server.hub.models import ModelFiles
 
@@ -55,7 +55,7 @@ class Overhead:
         """Numbers of streams."""
         return self.streams
 
-    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
         """Over HTTP."""
         values, timings = await Concurrency(self.streams, self.context, self.tokens).sample(ask, case, turn)
         return {metric.name: values[metric.name] for metric in self.metrics if metric.name in values}, timings
@@ -66,12 +66,12 @@ class Overhead:
 
     def command(self, files: ModelFiles, case: int) -> list[str]:
         """What drives the engine in process; its default `top_k` is the server's too."""
-        made = [sys.executable, "-m", "lab.bench.steps", f"--weights={files.weights}"]
+        made = [sys.executable, "-P", "-m", "lab.bench.steps", f"--weights={files.weights}"]
         made += [f"--overlay={files.overlay}"] if files.overlay is not None else []
         return [*made, f"--streams={case}", f"--context={self.context}", f"--tokens={self.tokens}"]
 
 
-async def drive(command: Sequence[str], cpus: Sequence[int] | None) -> tuple[Values, int]:
+async def drive(command: Sequence[str], cpus: Sequence[int] | None) -> tuple[SampleValues, int]:
     """Run the engine once; what it measured, and its peak memory in bytes.
 
     Raises:

@@ -7,11 +7,11 @@ from typing import Any
 
 import matplotlib as mpl
 
-from lab.bench.results import Results
+from lab.bench.results import BenchResults
 from lab.bench.suites import Metric
 
 
-def draw(results: Results, folder: Path) -> Path:
+def draw(results: BenchResults, folder: Path) -> Path:
     """Draw SUITE.png; the file that was written."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
@@ -35,7 +35,7 @@ def draw(results: Results, folder: Path) -> Path:
     return path
 
 
-def _lines(axis: Any, results: Results, metric: Metric) -> None:
+def _lines(axis: Any, results: BenchResults, metric: Metric) -> None:
     """One line a server, quartiles as error bars; the own one is thicker."""
     for server in results.servers:
         points = [
@@ -63,7 +63,7 @@ def _lines(axis: Any, results: Results, metric: Metric) -> None:
     axis.legend()
 
 
-def _bars(axis: Any, results: Results, metric: Metric) -> None:
+def _bars(axis: Any, results: BenchResults, metric: Metric) -> None:
     """One bar a server."""
     for case, servers in results.figures.items():
         found = {name: of[metric.name] for name, of in servers.items() if metric.name in of}

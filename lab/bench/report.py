@@ -6,21 +6,21 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lab.bench.results import Results
+from lab.bench.results import BenchResults
 from lab.bench.statistics import Spread
 
 _WIDE = 100
 """Columns of a terminal that has room for quartiles."""
 
 
-def show(console: Console, results: Results) -> None:
+def show(console: Console, results: BenchResults) -> None:
     """Print the table and what it says."""
     console.print(table(results, quartiles=console.width >= _WIDE))
     for remark in results.remarks:
         console.print(remark, highlight=False, soft_wrap=True)
 
 
-def table(results: Results, *, quartiles: bool) -> Table:
+def table(results: BenchResults, *, quartiles: bool) -> Table:
     """Cases by servers: medians, the first metric's quartiles, and the own server against the best of the others."""
     several = len(results.servers) > 1
     made = Table(
@@ -69,7 +69,7 @@ def _cell(spread: Spread | None, digits: int, *, quartiles: bool) -> str:
     )
 
 
-def _memory(results: Results, case: int, server: str) -> str:
+def _memory(results: BenchResults, case: int, server: str) -> str:
     peaks = [
         sample.peak_memory_bytes
         for sample in results.samples

@@ -46,7 +46,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     peak_memory_bytes: int | None = None  # after it, since the start
 
 
-class Results(msgspec.Struct, kw_only=True):
+class BenchResults(msgspec.Struct, kw_only=True):
     """A suite's run, whole or so far.
 
     Attributes:
@@ -112,6 +112,6 @@ def figures_of(samples: list[Sample], metrics: list[str]) -> dict[int, dict[str,
     }
 
 
-def load(path: Path) -> Results:
+def load(path: Path) -> BenchResults:
     """Read a SUITE.json."""
-    return msgspec.json.decode(path.read_bytes(), type=Results)
+    return msgspec.json.decode(path.read_bytes(), type=BenchResults)

@@ -21,9 +21,9 @@ from lab.bench.inprocess import Overhead, drive
 from lab.bench.machine import describe
 from lab.bench.prompts import Words
 from lab.bench.report import show
-from lab.bench.results import Results, Sample, Server
+from lab.bench.results import BenchResults, Sample, Server
 from lab.bench.servers import LocalServer, all_stopped, leave, others_paused
-from lab.bench.suites import Suite, Values
+from lab.bench.suites import SampleValues, Suite
 from lab.bench.timing import Timing
 from server.hub.models import ModelFiles
 from server.hub.stages import Stages
@@ -40,7 +40,7 @@ Contender = tuple[Asker, LocalServer | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class BenchPlan:
     """What to measure.
 
     Attributes:
@@ -72,7 +72,7 @@ class Plan:
     command: str
 
 
-def run(plan: Plan, console: Console) -> list[Results]:
+def run(plan: BenchPlan, console: Console) -> list[BenchResults]:
     """Measure; the results, which are in the folder too.
 
     Raises:
@@ -101,7 +101,7 @@ def run(plan: Plan, console: Console) -> list[Results]:
     return done
 
 
-async def _measure(plan: Plan, suite: Suite, words: Words, started: list[LocalServer]) -> Results:
+async def _measure(plan: BenchPlan, suite: Suite, words: Words, started: list[LocalServer]) -> BenchResults:
     """One suite; the servers are started by the first."""
     machine, began = describe(), time.monotonic()
     async with contextlib.AsyncExitStack() as stack:
@@ -130,7 +130,7 @@ async def _measure(plan: Plan, suite: Suite, words: Words, started: list[LocalSe
     return results
 
 
-def _asker(plan: Plan, endpoint: Endpoint, words: Words) -> Asker:
+def _asker(plan: BenchPlan, endpoint: Endpoint, words: Words) -> Asker:
     return Asker(endpoint, words, as_text=plan.as_text, run=uuid.uuid4().hex)
 
 
@@ -153,7 +153,9 @@ async def _warm_up(ask: Asker, local: LocalServer | None, seconds: float, stages
             return
 
 
-def _empty(plan: Plan, suite: Suite, machine: dict[str, Any], contenders: Sequence[Contender]) -> Results:
+def _empty(
+    plan: BenchPlan, suite: Suite, machine: dict[str, Any], contenders: Sequence[Contender]
+) -> BenchResults:
     cpus = None if plan.cpus is None else list(plan.cpus)
     servers = [
         Server(
@@ -172,7 +174,7 @@ def _empty(plan: Plan, suite: Suite, machine: dict[str, Any], contenders: Sequen
     settings = vars(suite) | {
         "rounds": plan.rounds, "model": plan.files.name, "as_text": plan.as_text,
     }  # fmt: skip
-    return Results(
+    return BenchResults(
         suite=suite.name, title=suite.title, axis=suite.axis, metrics=list(suite.metrics), own=plan.own,
         command=plan.command, started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), settings=settings,
         machine=machine, servers=servers,
@@ -180,7 +182,7 @@ def _empty(plan: Plan, suite: Suite, machine: dict[str, Any], contenders: Sequen
 
 
 async def _turns(
-    plan: Plan, suite: Suite, contenders: Sequence[Contender], results: Results, stages: Stages
+    plan: BenchPlan, suite: Suite, contenders: Sequence[Contender], results: BenchResults, stages: Stages
 ) -> None:
     """Every case, round by round, and in every round each server, another one first each time."""
     ours = [local for _, local in contenders if local is not None]
@@ -221,7 +223,7 @@ async def _turns(
 
 async def _sample(
     suite: Suite, ask: Asker, local: LocalServer | None, case: int, turn: int
-) -> tuple[Values, list[Timing]]:
+) -> tuple[SampleValues, list[Timing]]:
     try:
         return await suite.sample(ask, case, turn)
     except (BenchError, NotYetError) as error:

@@ -2,7 +2,7 @@
 
 `python -m lab.bench.steps --weights FILE --streams 8 --context 1024 --tokens 128` sends so many requests at once, each
 with a prompt of its own of `--context` random tokens, lets each make `--tokens` tokens, does so again with the prompts
-cached, and prints one line of JSON (a `Report`). It is the yardstick for what HTTP and the second process cost. Speed
+cached, and prints one line of JSON (a `StepsReport`). It is the yardstick for what HTTP and the second process cost. Speed
 only: what is generated is noise.
 """
 
@@ -26,7 +26,7 @@ from engine.step.build import build
 from engine.step.core import EngineCore
 
 
-class Spread(msgspec.Struct, frozen=True):
+class StepSpread(msgspec.Struct, frozen=True):
     """Order statistics of one kind of time, in seconds."""
 
     p50: float
@@ -34,7 +34,7 @@ class Spread(msgspec.Struct, frozen=True):
     max: float
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class StepsReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a run took. Times are seconds of the wall clock.
 
     Requests run twice: cold, and again with their prompts cached, so that the streams meet whatever their prompts
@@ -52,11 +52,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     decode_steps: int
     decode_streams: int  # in each of them
     decode_tokens_per_second: float  # of all streams, over the decode steps
-    decode_step: Spread
-    model: Spread  # the part of decode steps that the model's forward and logits take
-    outside: Spread  # the rest: schedule, batch, sample, account
-    first_token: Spread  # of a stream, from the first step on
-    between_tokens: Spread  # of all streams
+    decode_step: StepSpread
+    model: StepSpread  # the part of decode steps that the model's forward and logits take
+    outside: StepSpread  # the rest: schedule, batch, sample, account
+    first_token: StepSpread  # of a stream, from the first step on
+    between_tokens: StepSpread  # of all streams
     starvation: float  # p99 of the time between two tokens, over its median
     peak_rss_bytes: int
 
@@ -130,7 +130,7 @@ def report(
     requests: Sequence[Submit],
     threads: int,
     peak_rss_bytes: int,
-) -> Report:
+) -> StepsReport:
     """Statistics of two runs of `drive`, cold and cached."""
     streams = len(requests)
     decodes = [step for step in again if len(step.tokens) == step.rows]
@@ -149,7 +149,7 @@ def report(
     waits = spread(between)
     made = sum(count for step in steps for _, count in step.tokens)
     decoding = sum(step.seconds for step in decodes)
-    return Report(
+    return StepsReport(
         streams=streams,
         context=len(requests[0].prompt_token_ids),
         tokens=requests[0].sampling.max_tokens,
@@ -170,12 +170,12 @@ def report(
     )
 
 
-def spread(seconds: Sequence[float]) -> Spread:
+def spread(seconds: Sequence[float]) -> StepSpread:
     """Median, 99th percentile (nearest rank) and maximum; zeros where nothing was measured."""
     if not seconds:
-        return Spread(0.0, 0.0, 0.0)
+        return StepSpread(0.0, 0.0, 0.0)
     ordered = sorted(seconds)
-    return Spread(ordered[len(ordered) // 2], ordered[-(-99 * len(ordered) // 100) - 1], ordered[-1])
+    return StepSpread(ordered[len(ordered) // 2], ordered[-(-99 * len(ordered) // 100) - 1], ordered[-1])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from lab.bench.ask import Asker
 from lab.bench.statistics import Better, Spread
 from lab.bench.timing import Timing, decode_rate_of_all, gap_percentiles, output_rate
 
-Values = dict[str, float]
+SampleValues = dict[str, float]
 """Metric -> value of one sample; one that cannot be told is left out."""
 Figures = Mapping[int, Mapping[str, Mapping[str, Spread]]]
 """Case -> server -> metric -> what was measured."""
@@ -63,7 +63,7 @@ class Suite(Protocol):
     def cases(self) -> Sequence[int]:
         """The sizes."""
 
-    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
         """Measure one endpoint once.
 
         Args:
@@ -97,7 +97,7 @@ class Decode:
         """Contexts."""
         return self.contexts
 
-    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
         """One request."""
         timing = await ask.one(case, self.tokens, body=case, head=(self.name, case))
         return _told(decode_rate=timing.decode_rate) | _gaps([timing]), [timing]
@@ -126,7 +126,7 @@ class Prefill:
         """Lengths."""
         return self.lengths
 
-    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
         """One request for one token."""
         timing = await ask.one(case, 1, body=(case, turn), head=(self.name, case, turn))
         seconds = timing.first_token_seconds
@@ -161,7 +161,7 @@ class Concurrency:
         """Numbers of streams."""
         return self.streams
 
-    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
         """All streams, cold and once more; `requests` of the sample has them in this order."""
         head = (self.name, case, turn)
         cold = await ask.many(case, self.context, self.tokens, body=turn, head=head)
@@ -199,7 +199,7 @@ class Prefix:
         """Lengths of the prefix."""
         return self.prefixes
 
-    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
         """A cold prompt, and one that begins like it and ends otherwise."""
         shared = {"body": (case, turn), "head": (self.name, case, turn)}
         cold = await ask.with_tail(case, self.tail, tail_of=(turn, "cold"), **shared)
@@ -238,7 +238,7 @@ class Long:
         """Lengths of the prompt."""
         return self.contexts
 
-    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[Values, list[Timing]]:
+    async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
         """One request."""
         timing = await ask.one(case, self.tokens, body=(case, turn), head=(self.name, case, turn))
         values = _told(
@@ -253,11 +253,11 @@ class Long:
         return _against(figures, server, DECODE, min(self.contexts), max(self.contexts), "tokens of context")
 
 
-def _told(**values: float | None) -> Values:
+def _told(**values: float | None) -> SampleValues:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _gaps(timings: Sequence[Timing]) -> Values:
+def _gaps(timings: Sequence[Timing]) -> SampleValues:
     percentiles = gap_percentiles(timings)
     if percentiles is None:
         return {}

@@ -9,7 +9,8 @@ from engine.config import PAGE_SIZE
 from engine.plan.cost import CostModel
 from engine.plan.meter import Meter
 from engine.protocol import Work
-from lab.calibrate.steps import Bench, Case, Progress
+from lab.calibrate.steps import Bench, StepCase
+from lab.tool import StageProgress
 
 _SETTLED = 0.02
 _MORE_ROUNDS = 4
@@ -44,7 +45,7 @@ def compare(
     output: int,
     rounds: int,
     budget: int,
-    progress: Progress,
+    progress: StageProgress,
 ) -> Comparison:
     """Run one request to `context` tokens, the last `output` of them one by one, sparse and dense.
 
@@ -58,12 +59,12 @@ def compare(
     pages = -(-context // PAGE_SIZE)
     cases = [
         {
-            k: Case("", start, rows, 1, k, sampled=start + rows >= prompt, held_out=True)
+            k: StepCase("", start, rows, 1, k, sampled=start + rows >= prompt, held_out=True)
             for k in (index_top_k, None)
         }
         for start, rows in steps
     ]
-    times: dict[Case, float] = {}
+    times: dict[StepCase, float] = {}
     found: list[Comparison] = []
     while len(found) < rounds + _MORE_ROUNDS:
         for i, pair in enumerate(cases):

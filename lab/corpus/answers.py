@@ -21,9 +21,18 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lab.corpus.chatml import ChatML, Message, Rendered
-from lab.corpus.manifest import FILE_NAME, SequenceInfo, SplitInfo, load_manifest, load_tokens, sha256
+from lab.corpus.chatml import ChatML, ChatTurn, Rendered
+from lab.corpus.manifest import (
+    FILE_NAME,
+    CorpusPrompt,
+    SequenceInfo,
+    SplitInfo,
+    load_manifest,
+    load_tokens,
+    sha256,
+)
 from lab.corpus.packing import SHORTEST, Packed, draw_length
+from lab.tool import ToolError
 from server.hub.models import ModelError, resolve
 from server.text.tokenizer import TokenizerError, load_tokenizer
 
@@ -31,20 +40,13 @@ KIND = "answers"
 _TIMEOUT = httpx.Timeout(connect=5, read=600, write=60, pool=None)
 
 
-class AnswersError(Exception):
+class AnswersError(ToolError):
     """The answers could not be had; the message says why."""
-
-
-class Prompt(msgspec.Struct, frozen=True):
-    """A prompt as the corpus lists it."""
-
-    messages: tuple[dict[str, str], ...]
-    source: str
 
 
 async def ask(
     url: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[CorpusPrompt],
     *,
     max_tokens: int,
     seed: int,
@@ -66,7 +68,7 @@ async def ask(
             async def one(index: int, model: str) -> None:
                 body: dict[str, Any] = {
                     "model": model,
-                    "messages": prompts[index].messages,
+                    "messages": msgspec.to_builtins(prompts[index].messages),
                     "temperature": 0.7,
                     "seed": seed + index,
                     "max_tokens": max_tokens,
@@ -96,7 +98,7 @@ async def ask(
 
 
 def converse(
-    prompts: Sequence[Prompt], answers: Sequence[str], chat: ChatML, rng: random.Random
+    prompts: Sequence[CorpusPrompt], answers: Sequence[str], chat: ChatML, rng: random.Random
 ) -> Iterator[Packed]:
     """Conversations joined with the separator between them, up to lengths as of other sequences; focus is the answers."""
     ids: list[int] = []
@@ -110,9 +112,7 @@ def converse(
     for prompt, answer in zip(prompts, answers, strict=True):
         if not answer.strip():
             continue
-        one: Rendered = chat.render(
-            [*(Message(**turn) for turn in prompt.messages), Message("assistant", answer)]
-        )
+        one: Rendered = chat.render([*prompt.messages, ChatTurn("assistant", answer)])
         if ids and len(ids) + len(one.ids) + 1 > length:
             yield packed()
             ids, focus, sources, length = [], [], set(), draw_length(rng)
@@ -162,7 +162,7 @@ def extend(folder: Path, made: Sequence[Packed]) -> None:
         (folder / split.file).unlink()
 
 
-def _answers(options: argparse.Namespace, prompts: Sequence[Prompt]) -> list[str]:
+def _answers(options: argparse.Namespace, prompts: Sequence[CorpusPrompt]) -> list[str]:
     """From the folder's file, else from the server and then into the file."""
     path: Path = options.corpus / "answers.train.json"
     if path.exists():
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chat = ChatML(load_tokenizer(resolve(options.model).weights))
         listed = (options.corpus / "prompts.train.json").read_bytes()
-        prompts = msgspec.json.decode(listed, type=list[Prompt])[: options.count]
+        prompts = msgspec.json.decode(listed, type=list[CorpusPrompt])[: options.count]
         answers = _answers(options, prompts)
         made = list(converse(prompts, answers, chat, random.Random(f"{options.seed}:answers")))
         extend(options.corpus, made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,12 +14,22 @@ from lab.corpus.chatml import ChatML, Encoder
 from lab.corpus.dedupe import dedupe
 from lab.corpus.dialogues import make_dialogues
 from lab.corpus.documents import Document, gather
-from lab.corpus.manifest import FILE_NAME, VERSION, Manifest, SequenceInfo, SourceInfo, SplitInfo, sha256
+from lab.corpus.manifest import (
+    FILE_NAME,
+    VERSION,
+    Manifest,
+    NeedleRow,
+    SequenceInfo,
+    SourceInfo,
+    SplitInfo,
+    sha256,
+)
 from lab.corpus.needles import Needle, make_needles
 from lab.corpus.packing import Packed, budgets, pack
 from lab.corpus.prompts import make_prompts
 from lab.corpus.retrieval import make_retrieval
-from lab.corpus.sources import SOURCES, Source, Split
+from lab.corpus.sources import SOURCES, CorpusSource, SplitName
+from lab.tool import StageProgress
 
 SHARES: dict[str, float] = {
     "prose": 0.16,
@@ -33,9 +43,6 @@ SHARES: dict[str, float] = {
 HELDOUT_KINDS = ("prose", "books", "docs", "code", "chat")
 CHARS_PER_TOKEN = 3.5  # before tokenizing, only to share the budget among sources
 
-Report = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
 
 def build_corpus(
     out: Path,
@@ -46,9 +53,9 @@ def build_corpus(
     heldout_tokens: int = 400_000,
     prompts: tuple[int, int] = (2400, 200),
     needle_repeats: int = 3,
-    sources: Sequence[Source] = SOURCES,
+    sources: Sequence[CorpusSource] = SOURCES,
     cache: Path | None = None,
-    report: Report = lambda what, done, total: None,
+    report: StageProgress = lambda what, done, total: None,
 ) -> Manifest:
     """Build a corpus into a folder.
 
@@ -113,7 +120,7 @@ def build_corpus(
     return manifest
 
 
-_SPLITS: tuple[Split, Split] = ("train", "heldout")
+_SPLITS: tuple[SplitName, SplitName] = ("train", "heldout")
 
 
 def _sequences(
@@ -138,7 +145,7 @@ def _sequences(
                 yield from pack(own[name], chat, rng, part)
 
 
-def _counted(made: Iterable[Packed], what: str, total: int, report: Report) -> Iterator[Packed]:
+def _counted(made: Iterable[Packed], what: str, total: int, report: StageProgress) -> Iterator[Packed]:
     done = 0
     for packed in made:
         done += len(packed.ids)
@@ -173,25 +180,16 @@ def _write(path: Path, made: Sequence[Packed], licences: dict[str, str]) -> Spli
 
 
 def _write_prompts(
-    out: Path, documents: Sequence[Document], chat: ChatML, seed: int, split: Split, count: int
+    out: Path, documents: Sequence[Document], chat: ChatML, seed: int, split: SplitName, count: int
 ) -> Path:
-    made = make_prompts(documents, split, chat, seed, count)
-    rows = [
-        {
-            "kind": prompt.kind,
-            "source": prompt.source,
-            "tokens": prompt.tokens,
-            "messages": [message._asdict() for message in prompt.messages],
-        }
-        for prompt in made
-    ]
+    rows = make_prompts(documents, split, chat, seed, count)
     path = out / f"prompts.{split}.json"
     path.write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=1))
     return path
 
 
 def _write_needles(
-    out: Path, documents: Sequence[Document], chat: ChatML, seed: int, repeats: int, report: Report
+    out: Path, documents: Sequence[Document], chat: ChatML, seed: int, repeats: int, report: StageProgress
 ) -> list[Path]:
     by_source: dict[str, list[str]] = defaultdict(list)
     for document in documents:
@@ -205,18 +203,12 @@ def _write_needles(
     rows, start = [], 0
     for needle in needles:
         rows.append(
-            {
-                "start": start,
-                "length": len(needle.ids),
-                "context": needle.context,
-                "depth": needle.depth,
-                "phrasing": needle.phrasing,
-                "statement": needle.statement,
-                "question": needle.question,
-                "value": needle.value,
-                "needle": needle.needle,
-            }
-        )
+            NeedleRow(
+                start=start, length=len(needle.ids), context=needle.context, depth=needle.depth,
+                phrasing=needle.phrasing, statement=needle.statement, question=needle.question, value=needle.value,
+                needle=needle.needle,
+            )
+        )  # fmt: skip
         start += len(needle.ids)
     np.save(out / "needles.npy", np.concatenate([np.array(needle.ids, np.uint16) for needle in needles]))
     (out / "needles.json").write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=1))
@@ -224,7 +216,10 @@ def _write_needles(
 
 
 def _source_infos(
-    sources: Sequence[Source], versions: dict[str, str], documents: Sequence[Document], tokens: Counter[str]
+    sources: Sequence[CorpusSource],
+    versions: dict[str, str],
+    documents: Sequence[Document],
+    tokens: Counter[str],
 ) -> tuple[SourceInfo, ...]:
     count: Counter[str] = Counter(document.source for document in documents)
     chars: Counter[str] = Counter()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 """What SmolLM2-Instruct's own template puts first where a chat has no system message."""
 
@@ -21,7 +23,7 @@ class Encoder(Protocol):
         ...
 
 
-class Message(NamedTuple):
+class ChatTurn(msgspec.Struct, frozen=True):
     """One turn."""
 
     role: str
@@ -57,11 +59,11 @@ class ChatML:
         """Ids of plain text."""
         return list(self._encoder.encode(text, add_bos=False, parse_special=False))
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> Rendered:
+    def render(self, messages: Sequence[ChatTurn], *, generation_prompt: bool = False) -> Rendered:
         """Ids of a chat, with the default system message where it has none."""
         turns = list(messages)
         if not turns or turns[0].role != "system":
-            turns.insert(0, Message("system", SYSTEM_PROMPT))
+            turns.insert(0, ChatTurn("system", SYSTEM_PROMPT))
         ids: list[int] = []
         answers: list[tuple[int, int]] = []
         for turn in turns:

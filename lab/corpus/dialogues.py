@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from lab.corpus.chatml import ChatML, Message
+from lab.corpus.chatml import ChatML, ChatTurn
 from lab.corpus.documents import Document, Section, by_kind, sections
 from lab.corpus.packing import Packed
 
@@ -100,11 +100,11 @@ def _pasted(document: Document, chat: ChatML, rng: random.Random) -> Packed | No
         return None
     question, answer = exchanges[0]
     messages = [
-        Message("user", rng.choice(_PASTE).format(d=text, q=question)),
-        Message("assistant", answer),
+        ChatTurn("user", rng.choice(_PASTE).format(d=text, q=question)),
+        ChatTurn("assistant", answer),
     ]
     for question, answer in exchanges[1:]:
-        messages += [Message("user", question), Message("assistant", answer)]
+        messages += [ChatTurn("user", question), ChatTurn("assistant", answer)]
     return _pack(chat, messages, (document.source,))
 
 
@@ -144,7 +144,7 @@ def _explained(titled: dict[str, list[Section]], chat: ChatML, rng: random.Rando
     source = rng.choice(sorted(titled))
     parts = titled[source]
     begin, limit = rng.randrange(len(parts)), rng.choice((1500, 3000, 6000, 7500)) * 3
-    messages: list[Message] = []
+    messages: list[ChatTurn] = []
     size = 0
     for part in parts[begin:]:
         question = part.title if part.title.endswith("?") else rng.choice(_ABOUT).format(t=part.title)
@@ -152,7 +152,7 @@ def _explained(titled: dict[str, list[Section]], chat: ChatML, rng: random.Rando
         size += len(question) + len(answer)
         if messages and size > limit:
             break
-        messages += [Message("user", question), Message("assistant", answer)]
+        messages += [ChatTurn("user", question), ChatTurn("assistant", answer)]
     return _pack(chat, messages, (source,))
 
 
@@ -161,14 +161,14 @@ def _shown(functions: dict[str, list[Exchange]], chat: ChatML, rng: random.Rando
     source = rng.choice(sorted(functions))
     found = functions[source]
     begin, count = rng.randrange(len(found)), rng.randrange(4, 25)
-    messages: list[Message] = []
+    messages: list[ChatTurn] = []
     chosen = found[begin : begin + count]
     for name, body in chosen:
         question = rng.choice(("Show me {n}.", "What does {n} look like?", "How is `{n}` implemented?"))
-        messages += [Message("user", question.format(n=name)), Message("assistant", f"```\n{body}\n```")]
+        messages += [ChatTurn("user", question.format(n=name)), ChatTurn("assistant", f"```\n{body}\n```")]
     name, body = rng.choice(chosen)
     if sum(other == name for other, _ in chosen) == 1:
-        messages += [Message("user", f"Show me {name} again."), Message("assistant", f"```\n{body}\n```")]
+        messages += [ChatTurn("user", f"Show me {name} again."), ChatTurn("assistant", f"```\n{body}\n```")]
     return _pack(chat, messages, (source,))
 
 
@@ -196,7 +196,7 @@ def _functions(text: str) -> list[Exchange]:
     return found
 
 
-def _pack(chat: ChatML, messages: Sequence[Message], sources: tuple[str, ...]) -> Packed | None:
+def _pack(chat: ChatML, messages: Sequence[ChatTurn], sources: tuple[str, ...]) -> Packed | None:
     rendered = chat.render(messages)
     while len(rendered.ids) > CONTEXT and len(messages) > 2:
         messages = messages[:-2]

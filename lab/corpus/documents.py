@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lab.corpus.extract import texts
 from lab.corpus.fetch import fetch, files
-from lab.corpus.sources import Kind, Source, Split
+from lab.corpus.sources import CorpusSource, SplitName, TextKind
 
 MIN_CHARS = 300
 _COMMON = re.compile(r"\b(?:the|of|to|and|a|is|in|that|for|it|be|as|with|this)\b", re.I)
@@ -25,8 +25,8 @@ class Document:
 
     source: str
     path: str
-    kind: Kind
-    split: Split
+    kind: TextKind
+    split: SplitName
     text: str
 
 
@@ -47,7 +47,7 @@ def clean(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def acceptable(text: str, kind: Kind) -> bool:
+def acceptable(text: str, kind: TextKind) -> bool:
     """Whether a cleaned text is long enough, and English prose or written code rather than tables or data."""
     if len(text) < MIN_CHARS:
         return False
@@ -75,7 +75,7 @@ def sections(text: str) -> list[Section]:
     return found
 
 
-def read(source: Source, cache: Path, seed: int) -> tuple[list[Document], str]:
+def read(source: CorpusSource, cache: Path, seed: int) -> tuple[list[Document], str]:
     """The documents of a source in path order, and the package's version.
 
     Where there is more than `max_chars`, whole folders are taken in a seeded random order: files of
@@ -101,7 +101,10 @@ def read(source: Source, cache: Path, seed: int) -> tuple[list[Document], str]:
 
 
 def gather(
-    sources: Iterable[Source], cache: Path, seed: int, progress: Callable[[str], None] = lambda name: None
+    sources: Iterable[CorpusSource],
+    cache: Path,
+    seed: int,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> tuple[list[Document], dict[str, str]]:
     """Documents of every source, and each source's version."""
     documents: list[Document] = []

@@ -16,14 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
-from lab.corpus.sources import Source
+from lab.corpus.sources import CorpusSource
+from lab.tool import ToolError
 
 
-class FetchError(Exception):
+class FetchError(ToolError):
     """A package could not be fetched or unpacked; the message says which and why."""
 
 
-def fetch(source: Source, cache: Path) -> tuple[Path, str]:
+def fetch(source: CorpusSource, cache: Path) -> tuple[Path, str]:
     """Return the folder that the package is unpacked in, and its version. Fetched once a cache."""
     archives = cache / "archives"
     archives.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ def fetch(source: Source, cache: Path) -> tuple[Path, str]:
     return tree, unquote(archive.name.split(separator)[1])
 
 
-def files(source: Source, tree: Path) -> Iterator[Path]:
+def files(source: CorpusSource, tree: Path) -> Iterator[Path]:
     """The files of an unpacked package that the source reads, sorted by path."""
     for path in sorted(tree.rglob("*")):
         name = path.relative_to(tree).as_posix().removesuffix(".gz")
@@ -62,7 +63,7 @@ def read_bytes(path: Path) -> bytes:
     return gzip.decompress(data) if path.suffix == ".gz" else data
 
 
-def _find(source: Source, archives: Path) -> Path | None:
+def _find(source: CorpusSource, archives: Path) -> Path | None:
     if source.fetch == "apt":
         found = sorted(archives.glob(f"{source.package}_*.deb"))
     else:
@@ -71,11 +72,12 @@ def _find(source: Source, archives: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _download(source: Source, archives: Path) -> None:
+def _download(source: CorpusSource, archives: Path) -> None:
     if source.fetch == "apt":
         command = ["apt-get", "download", source.package]
     else:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary", ":all:"]
         command.append(source.package)
     try:
         done = subprocess.run(command, cwd=archives, capture_output=True, text=True, check=False)

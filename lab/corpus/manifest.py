@@ -1,13 +1,16 @@
-"""What a built corpus consists of: the types of `manifest.json`, and reading the token files by it."""
+"""What a built corpus consists of: the types of its JSON files, and reading the token files by them."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+from lab.corpus.chatml import ChatTurn
 
 VERSION = 1
 FILE_NAME = "manifest.json"
@@ -31,12 +34,12 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True):
 class SequenceInfo(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Where a sequence lies in its split's file, and what it is."""
 
-    start: int
-    length: int
+    start: Annotated[int, msgspec.Meta(ge=0)]
+    length: Annotated[int, msgspec.Meta(ge=1)]
     kind: str
-    sources: tuple[str, ...]
-    licences: tuple[str, ...]
-    focus: tuple[tuple[int, int], ...]  # spans [start, end) inside the sequence: the assistant's turns
+    sources: tuple[str, ...] = ()
+    licences: tuple[str, ...] = ()
+    focus: tuple[tuple[int, int], ...] = ()  # spans [start, end) inside the sequence: the assistant's turns
 
 
 class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +63,29 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     sources: tuple[SourceInfo, ...]
     splits: dict[str, SplitInfo]
     files: dict[str, str]
+
+
+class NeedleRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of needles.json; see `lab.corpus.needles.Needle`."""
+
+    start: int  # in needles.npy
+    length: int
+    context: int
+    depth: float
+    phrasing: int
+    statement: str
+    question: str
+    value: str
+    needle: tuple[int, int]
+
+
+class CorpusPrompt(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of prompts.SPLIT.json: a conversation for the model to go on with."""
+
+    kind: str
+    source: str
+    tokens: int  # of the rendered prompt
+    messages: tuple[ChatTurn, ...]
 
 
 def sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lab.corpus.chatml import ChatML, Message
+from lab.corpus.chatml import ChatML, ChatTurn
 from lab.corpus.facts import number
 
 CONTEXTS = (512, 1024, 2048, 3072, 4096, 6144, 8000)
@@ -208,13 +208,13 @@ class _Frame:
         return f"{INTRODUCTION}\n\n{text}\n\n{CLOSING.format(question=self._question)}"
 
     def ids(self, before: Sequence[str], after: Sequence[str]) -> list[int]:
-        message = Message("user", self.prompt(before, after))
+        message = ChatTurn("user", self.prompt(before, after))
         return self._chat.render([message], generation_prompt=True).ids
 
     def length_before(self, before: Sequence[str]) -> int:
         """Tokens up to the statement."""
         text = f"{INTRODUCTION}\n\n" + " ".join(before)
-        closed = self._chat.render([Message("user", text)]).ids
+        closed = self._chat.render([ChatTurn("user", text)]).ids
         return len(closed) - 1 - len(self._chat.text("\n"))
 
 

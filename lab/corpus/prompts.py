@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from lab.corpus.chatml import ChatML, Message
+from lab.corpus.chatml import ChatML, ChatTurn
 from lab.corpus.documents import Document, Section, by_kind, sections
-from lab.corpus.sources import Split
+from lab.corpus.manifest import CorpusPrompt
+from lab.corpus.sources import SplitName
 
 LONGEST = 6500  # tokens of a prompt: room is left for an answer within the context
 
-_TOPICS: dict[Split, tuple[str, ...]] = {
+_TOPICS: dict[SplitName, tuple[str, ...]] = {
     "train": tuple(
         "photosynthesis,the water cycle,black holes,the French Revolution,compound interest,vaccines,earthquakes,"
         "binary search,the Roman Empire,inflation,bees and pollination,how rainbows form,sorting algorithms,jazz,"
@@ -39,7 +39,7 @@ _TOPICS: dict[Split, tuple[str, ...]] = {
         )
     ),
 }
-_TEMPLATES: dict[Split, tuple[str, ...]] = {
+_TEMPLATES: dict[SplitName, tuple[str, ...]] = {
     "train": (
         "Explain {t} in simple terms.",
         "Write a short story that has something to do with {t}.",
@@ -71,7 +71,7 @@ _TEMPLATES: dict[Split, tuple[str, ...]] = {
         "Which words would help me to talk about {t}? Define each of them.",
     ),
 }
-_ABOUT_SECTION: dict[Split, tuple[str, ...]] = {
+_ABOUT_SECTION: dict[SplitName, tuple[str, ...]] = {
     "train": (
         'What is meant by "{t}"?',
         "Write a short introduction to {t}.",
@@ -81,7 +81,7 @@ _ABOUT_SECTION: dict[Split, tuple[str, ...]] = {
     ),
     "heldout": ("Could you walk me through {t}?", "In what situations would somebody need {t}?"),
 }
-_ABOUT_TEXT: dict[Split, tuple[str, ...]] = {
+_ABOUT_TEXT: dict[SplitName, tuple[str, ...]] = {
     "train": (
         "Summarise this text:\n\n{d}",
         "{d}\n\nWhat are the main points of this text?",
@@ -98,7 +98,7 @@ _ABOUT_TEXT: dict[Split, tuple[str, ...]] = {
         "{d}\n\nWhat could be a good title for this, and why?",
     ),
 }
-_ABOUT_CODE: dict[Split, tuple[str, ...]] = {
+_ABOUT_CODE: dict[SplitName, tuple[str, ...]] = {
     "train": (
         "What does this code do?\n\n```\n{d}\n```",
         "```\n{d}\n```\n\nWrite documentation for the code above.",
@@ -111,19 +111,9 @@ _ABOUT_CODE: dict[Split, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One conversation for the model to go on with. `tokens` counts the rendered prompt."""
-
-    kind: str
-    source: str
-    messages: tuple[Message, ...]
-    tokens: int
-
-
 def make_prompts(
-    documents: Sequence[Document], split: Split, chat: ChatML, seed: int, count: int
-) -> list[Prompt]:
+    documents: Sequence[Document], split: SplitName, chat: ChatML, seed: int, count: int
+) -> list[CorpusPrompt]:
     """Different prompts: 15 % on topics, 15 % on titles of sections, the rest with pasted text.
 
     The pasted texts are of 400 to 6000 tokens, fewer where a document ends: with fewer tokens than the indexer selects, sparse
@@ -138,7 +128,7 @@ def make_prompts(
             parts = [part for part in sections(document.text) if 2 <= len(part.title.split()) <= 9]
             titles.setdefault(document.source, []).extend(parts)
     titles = {source: parts for source, parts in titles.items() if parts}
-    found: dict[str, Prompt] = {}
+    found: dict[str, CorpusPrompt] = {}
     for _ in range(50 * count):  # short texts give few different prompts: fewer are returned then
         if len(found) == count:
             break
@@ -150,19 +140,20 @@ def make_prompts(
         else:
             document, content = _text(texts, split, rng)
             kind, source = "text", document.source
-        messages = (Message("user", content),)
+        messages = (ChatTurn("user", content),)
         tokens = len(chat.render(messages, generation_prompt=True).ids)
         if tokens <= LONGEST:
-            found.setdefault(content, Prompt(kind, source, messages, tokens))
+            prompt = CorpusPrompt(kind=kind, source=source, tokens=tokens, messages=messages)
+            found.setdefault(content, prompt)
     return list(found.values())
 
 
-def _topic(split: Split, rng: random.Random) -> str:
+def _topic(split: SplitName, rng: random.Random) -> str:
     topic, other = rng.sample(_TOPICS[split], 2)
     return rng.choice(_TEMPLATES[split]).format(t=topic, u=other)
 
 
-def _section(titles: dict[str, list[Section]], split: Split, rng: random.Random) -> tuple[str, str]:
+def _section(titles: dict[str, list[Section]], split: SplitName, rng: random.Random) -> tuple[str, str]:
     source = rng.choice(sorted(titles))
     part = rng.choice(titles[source])
     if part.title.endswith("?"):
@@ -170,7 +161,7 @@ def _section(titles: dict[str, list[Section]], split: Split, rng: random.Random)
     return source, rng.choice(_ABOUT_SECTION[split]).format(t=part.title)
 
 
-def _text(groups: Sequence[Sequence[Document]], split: Split, rng: random.Random) -> tuple[Document, str]:
+def _text(groups: Sequence[Sequence[Document]], split: SplitName, rng: random.Random) -> tuple[Document, str]:
     chars = round(rng.choice((400, 800, 1500, 2500, 4000, 6000)) * 3.2)
     # Most documents are short: the longest of a few, so that long prompts do become long.
     group = rng.choice(groups)

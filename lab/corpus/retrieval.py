@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lab.corpus.chatml import ChatML, Message
+from lab.corpus.chatml import ChatML, ChatTurn
 from lab.corpus.documents import Document, by_kind
 from lab.corpus.facts import Fact, make_facts
 from lab.corpus.packing import Packed
@@ -112,10 +112,10 @@ def _converse(
     else:
         request = rng.choice(_REQUESTS).format(q=first.question)
         opening = f"{introduction}\n\n{text}\n\n{request}".strip()
-    messages = [Message("user", opening), Message("assistant", first.answer)]
+    messages = [ChatTurn("user", opening), ChatTurn("assistant", first.answer)]
     for fact in asked[1:]:
-        messages.append(Message("user", rng.choice(_REQUESTS).format(q=fact.question)))
-        messages.append(Message("assistant", fact.answer))
+        messages.append(ChatTurn("user", rng.choice(_REQUESTS).format(q=fact.question)))
+        messages.append(ChatTurn("assistant", fact.answer))
     rendered = chat.render(messages)
     if len(rendered.ids) > CONTEXT:
         return None

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["prose", "books", "docs", "code"]
-Split = Literal["train", "heldout"]
+TextKind = Literal["prose", "books", "docs", "code"]
+SplitName = Literal["train", "heldout"]
 Reader = Literal["plain", "html", "rst", "markdown", "pod", "rdb", "sword"]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CorpusSource:
     """One package, which of its files to read, and how.
 
     `include` and `exclude` are shell patterns over the path inside the package (`*` also matches `/`).
@@ -24,39 +24,39 @@ class Source:
     """
 
     name: str
-    kind: Kind
+    kind: TextKind
     licence: str
     fetch: Literal["apt", "pip"]
     package: str
     reader: Reader
     include: tuple[str, ...]
     exclude: tuple[str, ...] = ()
-    split: Split = "train"
+    split: SplitName = "train"
     max_chars: int = 8_000_000  # read no more than this, so that no one source sets the tone
 
 
 def _apt(
     package: str,
-    kind: Kind,
+    kind: TextKind,
     licence: str,
     reader: Reader,
     *include: str,
     exclude: tuple[str, ...] = (),
-    split: Split = "train",
+    split: SplitName = "train",
     name: str = "",
-) -> Source:
-    return Source(name or package, kind, licence, "apt", package, reader, include, exclude, split)
+) -> CorpusSource:
+    return CorpusSource(name or package, kind, licence, "apt", package, reader, include, exclude, split)
 
 
-def _wheel(package: str, licence: str, *, split: Split = "train") -> Source:
+def _wheel(package: str, licence: str, *, split: SplitName = "train") -> CorpusSource:
     name, _, _ = package.partition("==")
     exclude = ("*/tests/*", "*/test/*", "*/locale/*", "*/_vendor/*", "*/typeshed/*", "*/third_party/*")
-    return Source(name, "code", licence, "pip", package, "plain", ("*.py",), exclude, split)
+    return CorpusSource(name, "code", licence, "pip", package, "plain", ("*.py",), exclude, split)
 
 
 _GPL2 = "GPL-2.0-or-later"
 
-SOURCES: tuple[Source, ...] = (
+SOURCES: tuple[CorpusSource, ...] = (
     # ---- held out: nothing of these packages is trained on
     _apt("cfi-en", "prose", "public domain", "html", "*/ch*web.htm", "*/preface.htm", split="heldout"),
     _apt("debian-history", "prose", _GPL2, "plain", "*/project-history.en.txt", split="heldout"),

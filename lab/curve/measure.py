@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,18 +26,18 @@ from engine.models import read_model
 from engine.models.family import Placement
 from engine.plan.sparsity import is_dense
 from engine.step.runner import Runner
-from lab.calibrate.steps import Bench, Case
+from lab.calibrate.steps import Bench, StepCase
 from lab.curve.shape import RandomSource, config
+from lab.tool import StageProgress
 
 Phase = Literal["prefill", "decode"]
 Attention = Literal["dense", "sparse"]
-Progress = Callable[[str, int, int], None]
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 ATTENTION: tuple[Attention, ...] = ("dense", "sparse")
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
+class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
     """One place of one curve."""
 
     phase: Phase
@@ -58,7 +58,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class CurvePlan:
     """What to measure."""
 
     positions: tuple[int, ...]
@@ -81,7 +81,7 @@ class Plan:
 class Lab:
     """The model over a cache full of random numbers."""
 
-    def __init__(self, plan: Plan, progress: Progress) -> None:
+    def __init__(self, plan: CurvePlan, progress: StageProgress) -> None:
         """Make both.
 
         Raises:
@@ -124,27 +124,29 @@ class Lab:
         )
         self._device = plan.device
 
-    def case(self, phase: Phase, attention: Attention, position: int, plan: Plan) -> Case:
+    def case(self, phase: Phase, attention: Attention, position: int, plan: CurvePlan) -> StepCase:
         """The step that stands for a place of a curve."""
         rows, requests = (plan.chunk, 1) if phase == "prefill" else (1, plan.streams)
         index_top_k = None if attention == "dense" else self.index_top_k
         # A prompt's chunk is followed by another: only a decode step draws tokens.
-        return Case(phase, position, rows, requests, index_top_k, sampled=phase == "decode", held_out=False)
+        return StepCase(
+            phase, position, rows, requests, index_top_k, sampled=phase == "decode", held_out=False
+        )
 
-    def forms(self, case: Case) -> tuple[str, ...]:
+    def forms(self, case: StepCase) -> tuple[str, ...]:
         """Of its tiles, as the engine cuts them."""
         tiling = Tiling(build_batch(self._bench.plan(case), self._device), self._costs)
         return tuple(
             dict.fromkeys(tile.form + (" expanded" if tile.expanded else "") for tile in tiling.tiles)
         )
 
-    def seconds(self, case: Case) -> float:
+    def seconds(self, case: StepCase) -> float:
         """Run it once."""
         return self._bench.seconds(case)
 
 
 def fill(
-    cache: PagedCache, planes: Iterable[tuple[int, str]], progress: Progress, at_once: int = 256
+    cache: PagedCache, planes: Iterable[tuple[int, str]], progress: StageProgress, at_once: int = 256
 ) -> None:
     """Write normal numbers everywhere, `at_once` pages at a time."""
     generator = torch.Generator().manual_seed(1)
@@ -156,7 +158,7 @@ def fill(
             part.copy_(torch.randn(part.shape, generator=generator))
 
 
-def measure(plan: Plan, lab: Lab, progress: Progress) -> list[Point]:
+def measure(plan: CurvePlan, lab: Lab, progress: StageProgress) -> list[CurvePoint]:
     """Every place of the four curves, once a round; dense and sparse take turns, so that noise falls on both."""
     places: list[tuple[Phase, int]] = [(phase, position) for phase in PHASES for position in plan.positions]
     cases = {
@@ -179,7 +181,7 @@ def measure(plan: Plan, lab: Lab, progress: Progress) -> list[Point]:
                 times[phase, attention, position].append(lab.seconds(cases[phase, attention, position]))
                 done += 1
     return [
-        Point(
+        CurvePoint(
             phase=phase, attention=attention, position=position, forms=lab.forms(case),
             tokens=case.rows * case.requests, seconds=tuple(times[phase, attention, position]),
         )
@@ -187,7 +189,7 @@ def measure(plan: Plan, lab: Lab, progress: Progress) -> list[Point]:
     ]  # fmt: skip
 
 
-def crossover(points: Sequence[Point], phase: Phase, index_top_k: int) -> float | None:
+def crossover(points: Sequence[CurvePoint], phase: Phase, index_top_k: int) -> float | None:
     """The position from which on sparse is cheaper than dense, between measured ones on a straight line.
 
     Dense rows cost the same in both, so only what lies beyond them counts; None if dense is the cheaper
@@ -208,12 +210,12 @@ def crossover(points: Sequence[Point], phase: Phase, index_top_k: int) -> float 
     return p + (q - p) * -a / (b - a)
 
 
-def growth(points: Sequence[Point], phase: Phase, attention: Attention, low: int, high: int) -> float:
+def growth(points: Sequence[CurvePoint], phase: Phase, attention: Attention, low: int, high: int) -> float:
     """Cost at `high` / cost at `low`, of measured positions."""
     return _cost(points, phase, attention, high) / _cost(points, phase, attention, low)
 
 
-def _cost(points: Sequence[Point], phase: Phase, attention: Attention, position: int) -> float:
+def _cost(points: Sequence[CurvePoint], phase: Phase, attention: Attention, position: int) -> float:
     return next(
         p.token_seconds for p in points if (p.phase, p.attention, p.position) == (phase, attention, position)
     )

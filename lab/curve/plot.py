@@ -7,13 +7,17 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from lab.curve.measure import ATTENTION, PHASES, Phase, Point
+from lab.curve.measure import ATTENTION, PHASES, CurvePoint, Phase
 
 _COLOURS = {"dense": "tab:orange", "sparse": "tab:blue"}
 
 
 def draw(
-    points: Sequence[Point], price: float, crossovers: Mapping[Phase, float | None], title: str, path: Path
+    points: Sequence[CurvePoint],
+    price: float,
+    crossovers: Mapping[Phase, float | None],
+    title: str,
+    path: Path,
 ) -> None:
     """Write a PNG."""
     mpl.use("Agg")
@@ -51,5 +55,5 @@ def draw(
     plt.close(figure)
 
 
-def _median(point: Point) -> float:
+def _median(point: CurvePoint) -> float:
     return point.token_seconds * point.tokens

@@ -12,13 +12,13 @@ import msgspec
 import torch
 from rich.table import Table
 
-from lab.curve.measure import PHASES, Phase, Plan, Point, crossover, growth
+from lab.curve.measure import PHASES, CurvePlan, CurvePoint, Phase, crossover, growth
 
 LOW, HIGH = 8 * 1024, 128 * 1024
 """Between these positions sparse decode is to grow less than twofold."""
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class CurveReport(msgspec.Struct, frozen=True, kw_only=True):
     """All that is needed to draw the curve again, at another price too."""
 
     command: str
@@ -36,7 +36,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     price_an_hour: float  # USD
     chunk: int
     streams: int
-    points: tuple[Point, ...]
+    points: tuple[CurvePoint, ...]
     cheaper_from: dict[Phase, float | None]  # see `crossover`
 
     @property
@@ -51,11 +51,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make(
-    plan: Plan, points: Sequence[Point], *, command: str, model: dict[str, Any], parameters: int, kernels: str,
+    plan: CurvePlan, points: Sequence[CurvePoint], *, command: str, model: dict[str, Any], parameters: int, kernels: str,
     cache_bytes: int, price: float,
-) -> Report:  # fmt: skip
+) -> CurveReport:  # fmt: skip
     """Put a run's results together."""
-    return Report(
+    return CurveReport(
         command=command, quick=plan.quick, model=model, parameters=parameters, machine=_machine(plan.device),
         device=str(plan.device), dtype=str(plan.dtype).removeprefix("torch."), threads=torch.get_num_threads(), cpu_time=plan.cpu_time,
         torch=str(torch.__version__), kernels=kernels, cache_bytes=cache_bytes, price_an_hour=price,
@@ -64,7 +64,7 @@ def make(
     )  # fmt: skip
 
 
-def table(report: Report, phase: Phase) -> Table:
+def table(report: CurveReport, phase: Phase) -> Table:
     """One phase by position: the seconds, and what they cost."""
     made = Table(
         "position", "dense s a step", "sparse s a step", "dense ms a token", "sparse ms a token",
@@ -85,7 +85,7 @@ def table(report: Report, phase: Phase) -> Table:
     return made
 
 
-def sentences(report: Report) -> list[str]:
+def sentences(report: CurveReport) -> list[str]:
     """What the curve shows."""
     said = []
     measured = {p.position for p in report.points}

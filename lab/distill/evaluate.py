@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 
 from engine.models.gqa.trunk import Trunk
+from lab.corpus.manifest import SequenceInfo
 from lab.distill.adapter import Adapter
-from lab.distill.sequences import Sequence, Split
+from lab.distill.sequences import CorpusSplit
 from lab.distill.sparse_forward import Selector, by_oracle, by_student, by_window, losses
 from lab.distill.student import Student
 
@@ -23,7 +24,7 @@ BEYOND = 1024
 def held_out(
     trunk: Trunk,
     student: Student,
-    split: Split,
+    split: CorpusSplit,
     device: torch.device,
     *,
     top_k: tuple[int, ...] = (256, 512),
@@ -50,7 +51,7 @@ def held_out(
                 selectors[f"plain {k}"] = by_student(student, k), None, k
             selectors[f"oracle {k}"] = by_oracle(trunk, k), None, k
             selectors[f"window {k}"] = by_window(k), None, k
-    chosen: dict[str, list[Sequence]] = defaultdict(list)
+    chosen: dict[str, list[SequenceInfo]] = defaultdict(list)
     for sequence in split.sequences:
         if (
             per_kind > 0

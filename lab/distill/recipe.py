@@ -11,7 +11,7 @@ from msgspec import Meta
 from engine.errors import ConfigError
 
 Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
+PositiveCount = Annotated[int, Meta(ge=1)]
 Rate = Annotated[float, Meta(gt=0)]
 Stage = Literal["dense", "sparse", "adapt"]
 
@@ -22,10 +22,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The training loop's numbers."""
 
     seed: Count = 0
-    max_length: Positive = 8192
-    min_length: Positive = 512
+    max_length: PositiveCount = 8192
+    min_length: PositiveCount = 512
     cut: bool = True  # longer sequences to max_length; else they are left out, with an answer at their end
-    rows: Positive = 256  # query rows a sequence
+    rows: PositiveCount = 256  # query rows a sequence
     first_row: Count = 64  # rows before it see too few tokens to choose among
     focus_share: Annotated[float, Meta(ge=0, le=1)] = 0.25  # of the rows, at most, from a chat's answers
     focus_before: Count = 0  # tokens before an answer that count as its own: the question
@@ -34,14 +34,14 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # what the heads' attention is put together by: the paper's sum, or the largest, which gives a head that
     # looks at one token alone as much say there as many that look around
     target: Literal["sum", "max"] = "sum"
-    sequences_per_step: Positive = 4
+    sequences_per_step: PositiveCount = 4
     warmup_steps: Count = 600  # dense stage
     sparse_steps: Count = 200
     learning_rate: Rate = 1e-3  # of the dense stage, arXiv 2512.02556
     sparse_learning_rate: Rate = 2e-4
     # of the sparse adapter and, at the sparse stage's rate, the indexers with it; 0: no adapter
     adapt_steps: Count = 0
-    adapter_rank: Positive = 16
+    adapter_rank: PositiveCount = 16
     adapter_learning_rate: Rate = 1e-3
     answer_weight: Annotated[float, Meta(ge=0)] = (
         0.0  # of the answers' own loss, beside the distance to dense
@@ -50,9 +50,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     final_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.1  # of the learning rate, at each stage's end
     clip: Rate = 1.0  # gradient norm of each layer
     # drawn anew for each sequence
-    sparse_top_k: Annotated[tuple[Positive, ...], Meta(min_length=1)] = (128, 256, 512)
+    sparse_top_k: Annotated[tuple[PositiveCount, ...], Meta(min_length=1)] = (128, 256, 512)
     sparse_support: Literal["selected", "causal"] = "selected"
-    report_top_k: Positive = 256
+    report_top_k: PositiveCount = 256
 
     def __post_init__(self) -> None:
         if not self.first_row < self.min_length <= self.max_length:

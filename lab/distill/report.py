@@ -13,7 +13,7 @@ EVERY = 20
 """Steps between lines where there is no terminal."""
 
 
-class Report:
+class TrainingReport:
     """Shows the steps of one run from `start` to `total`."""
 
     def __init__(self, console: Console, start: int, total: int) -> None:
@@ -27,7 +27,7 @@ class Report:
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("training", total=total, completed=start, status="")
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> TrainingReport:
         self._bar.start()
         return self
 

@@ -1,75 +1,40 @@
-"""The training text as the engine sees it: token ids and spans. Built by `python -m lab.corpus`."""
+"""The training text as the engine sees it: token ids and spans. Built by `dsa corpus`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import msgspec
 import numpy as np
 import torch
-from msgspec import Meta
 from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import ConfigError
+from lab.corpus.manifest import SequenceInfo, load_manifest, load_tokens
 
 
-@dataclass(frozen=True)
-class Sequence:
-    """One sequence of a split."""
-
-    start: int  # in the split's token file
-    length: int
-    kind: str  # prose, code, chat, ...
-    focus: tuple[tuple[int, int], ...]  # spans whose rows matter most: a chat's answers
-
-
-class _Sequence(msgspec.Struct, frozen=True, array_like=True):
-    """A sequence as the manifest lists it."""
-
-    start: Annotated[int, Meta(ge=0)]
-    length: Annotated[int, Meta(ge=1)]
-    kind: str
-    sources: tuple[str, ...]
-    licences: tuple[str, ...]
-    focus: tuple[tuple[int, int], ...]
-
-
-class _Split(msgspec.Struct, frozen=True):
-    file: str
-    sha256: str
-    sequences: tuple[_Sequence, ...]
-
-
-class _Manifest(msgspec.Struct, frozen=True):
-    """What is read here of a corpus folder's manifest.json."""
-
-    splits: dict[str, _Split]
-
-
-class Split:
+class CorpusSplit:
     """A token file, where its sequences lie, and the digest that tells it from others."""
 
-    def __init__(self, tokens: NDArray[np.uint16], sequences: tuple[Sequence, ...], digest: str = "") -> None:
+    def __init__(
+        self, tokens: NDArray[np.uint16], sequences: tuple[SequenceInfo, ...], digest: str = ""
+    ) -> None:
         self._tokens = tokens
         self.sequences = sequences
         self.digest = digest
 
     @classmethod
-    def open(cls, folder: Path, name: str, vocab_size: int) -> Split:
+    def open(cls, folder: Path, name: str, vocab_size: int) -> CorpusSplit:
         """Map one split of a corpus folder into memory.
 
         Raises:
             ConfigError: the folder is not a corpus, or one of another vocabulary.
         """
-        rebuild = f"build one: python -m lab.corpus --out {folder} --model MODEL"
+        rebuild = f"build one: dsa corpus --out {folder} --model MODEL"
         try:
-            manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=_Manifest)
-            entry = manifest.splits[name]
-            tokens: NDArray[np.uint16] = np.load(folder / entry.file, mmap_mode="r")
+            entry = load_manifest(folder).splits[name]
+            tokens = load_tokens(folder, entry)
         except (OSError, KeyError, ValueError, EOFError) as error:
             raise ConfigError(
                 f"{folder} holds no corpus with a {name!r} split ({error}); {rebuild}"
@@ -83,12 +48,9 @@ class Split:
                 f"{folder} has token {int(tokens.max())}, but the model knows {vocab_size} tokens: it was built "
                 f"with another model's tokenizer; {rebuild}"
             )
-        sequences = tuple(
-            Sequence(start=s.start, length=s.length, kind=s.kind, focus=s.focus) for s in entry.sequences
-        )
-        return cls(tokens, sequences, entry.sha256)
+        return cls(tokens, entry.sequences, entry.sha256)
 
-    def tokens(self, sequence: Sequence, max_length: int, device: torch.device) -> Tensor:
+    def tokens(self, sequence: SequenceInfo, max_length: int, device: torch.device) -> Tensor:
         """[min(length, max_length)] int64."""
         end = sequence.start + min(sequence.length, max_length)
         return torch.from_numpy(self._tokens[sequence.start : end].astype(np.int64)).to(device)
@@ -99,7 +61,7 @@ class Split:
         min_length: int,
         shares: Mapping[str, float] | None = None,
         most: int | None = None,
-    ) -> Iterator[Sequence]:
+    ) -> Iterator[SequenceInfo]:
         """Endless passes over the sequences of at least `min_length` tokens, each in an order of its own.
 
         Args:
@@ -135,14 +97,14 @@ class Split:
             yield next(passes[int(rng.choice(len(kinds), p=weights / weights.sum()))])
 
 
-def _passes(sequences: list[Sequence], seed: tuple[int, ...]) -> Iterator[Sequence]:
+def _passes(sequences: list[SequenceInfo], seed: tuple[int, ...]) -> Iterator[SequenceInfo]:
     for epoch in range(1 << 30):
         order = np.random.default_rng((*seed, epoch)).permutation(len(sequences))
         yield from (sequences[i] for i in order)
 
 
 def sample_rows(
-    sequence: Sequence, length: int, count: int, first: int, generator: torch.Generator, *,
+    sequence: SequenceInfo, length: int, count: int, first: int, generator: torch.Generator, *,
     share: float = 0.25, before: int = 0,
 ) -> Tensor:  # fmt: skip
     """Query rows to train on: up to `share` of them from the focus spans, the rest anywhere from `first` on.
@@ -172,7 +134,7 @@ def sample_rows(
     return rows
 
 
-def answer_rows(sequence: Sequence, length: int) -> Tensor:
+def answer_rows(sequence: SequenceInfo, length: int) -> Tensor:
     """Rows of a sequence, cut to `length`, whose next token is in a focus span: [m] int64, sorted."""
     rows = {p for start, end in sequence.focus for p in range(max(start - 1, 0), min(end, length) - 1)}
     return torch.tensor(sorted(rows), dtype=torch.int64)

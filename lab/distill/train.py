@@ -16,11 +16,12 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.models.gqa.trunk import Trunk
+from lab.corpus.manifest import SequenceInfo
 from lab.distill.adaptation import adapt
 from lab.distill.adapter import Adapter
 from lab.distill.objective import attention_target, divergence, top_mask
 from lab.distill.recipe import Recipe, Stage
-from lab.distill.sequences import Sequence, Split, answer_rows, sample_rows
+from lab.distill.sequences import CorpusSplit, answer_rows, sample_rows
 from lab.distill.sparse_forward import attend_selected, by_student
 from lab.distill.student import Student
 
@@ -56,7 +57,7 @@ class Trainer:
     """
 
     def __init__(
-        self, trunk: Trunk, student: Student, split: Split, recipe: Recipe, folder: Path, base: str = "",
+        self, trunk: Trunk, student: Student, split: CorpusSplit, recipe: Recipe, folder: Path, base: str = "",
         start: str = "random weights", adapter: Adapter | None = None,
     ) -> None:  # fmt: skip
         if recipe.adapt_steps and adapter is None:
@@ -137,11 +138,11 @@ class Trainer:
         part.write_bytes(b"".join(kept))
         part.replace(path)
 
-    def _data(self) -> Iterator[Sequence]:
+    def _data(self) -> Iterator[SequenceInfo]:
         r = self._recipe
         return self._split.shuffled(r.seed, r.min_length, r.shares, None if r.cut else r.max_length)
 
-    def _step(self, data: Iterator[Sequence]) -> StepLog:
+    def _step(self, data: Iterator[SequenceInfo]) -> StepLog:
         recipe, began = self._recipe, time.monotonic()
         stage, _, _ = recipe.stage(self.step)
         rate = recipe.rate(self.step)

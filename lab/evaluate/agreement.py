@@ -13,9 +13,9 @@ from statistics import median
 
 import msgspec
 
-from lab.evaluate.client import Answer, Client, EvaluationError, Progress, Scores, each
+from lab.corpus.manifest import CorpusPrompt
+from lab.evaluate.client import Client, EvaluationError, ModelAnswer, PartProgress, Scores, each
 from lab.evaluate.loss import settings
-from lab.evaluate.material import Prompt
 from server.chat import ChatFormat, encode_chat
 from server.text.tokenizer import Tokenizer
 
@@ -61,12 +61,12 @@ class AgreementResult(msgspec.Struct, frozen=True, kw_only=True):
 
 async def measure(
     client: Client,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[CorpusPrompt],
     text: Tokenizer,
     chat: ChatFormat,
     top_ks: Sequence[int],
     concurrency: int,
-    progress: Progress,
+    progress: PartProgress,
     *,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> AgreementResult:
@@ -79,7 +79,7 @@ async def measure(
         if len(ids) + answer_tokens < client.max_model_len:
             asked.append((prompt, messages, ids))
 
-    async def one(item: tuple[Prompt, list[dict[str, str]], list[int]]) -> Compared:
+    async def one(item: tuple[CorpusPrompt, list[dict[str, str]], list[int]]) -> Compared:
         prompt, messages, ids = item
         dense = await client.chat(messages, "dense", answer_tokens)
         if dense.prompt_tokens != len(ids):
@@ -128,7 +128,7 @@ def ids_of(tokens: Sequence[bytes], vocabulary: Mapping[bytes, int]) -> list[int
         ) from None
 
 
-def parting(one: Answer, other: Answer) -> int | None:
+def parting(one: ModelAnswer, other: ModelAnswer) -> int | None:
     """The first token at which two answers differ, an end being a token too; None if they are the same."""
     for index, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)):
         if a != b:

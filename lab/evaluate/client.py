@@ -10,8 +10,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import httpx
 
-Sparsity = int | Literal["dense"]
-Progress = Callable[[int, int], None]
+from lab.tool import ToolError
+
+TopKSetting = int | Literal["dense"]
+PartProgress = Callable[[int, int], None]
 """Called with how many items of a part are done, and of how many."""
 
 T = TypeVar("T")
@@ -24,7 +26,7 @@ _INFO = re.compile(r"^dsa_model_info\{(.*)\} ", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
-class EvaluationError(Exception):
+class EvaluationError(ToolError):
     """It cannot be measured; the message is one sentence that says why and what to do."""
 
 
@@ -36,7 +38,7 @@ class Scores(NamedTuple):
     finish: str  # how what was generated behind the text ended
 
 
-class Answer(NamedTuple):
+class ModelAnswer(NamedTuple):
     """What the model said."""
 
     text: str
@@ -72,7 +74,7 @@ class Client:
         self.repeated = 0
 
     async def score(
-        self, ids: Sequence[int], top_k: Sparsity, *, alternatives: int = 0, more: int = 0, start: int = 0
+        self, ids: Sequence[int], top_k: TopKSetting, *, alternatives: int = 0, more: int = 0, start: int = 0
     ) -> Scores:
         """Log-probabilities of a prompt's own tokens, and of the best ones with `alternatives` of 1.
 
@@ -102,26 +104,28 @@ class Client:
             raise EvaluationError(f"the server scored {len(own)} of {len(ids)} tokens")
         return Scores(own, best, choice["finish_reason"])
 
-    async def complete(self, ids: Sequence[int], top_k: Sparsity, max_tokens: int) -> Answer:
+    async def complete(self, ids: Sequence[int], top_k: TopKSetting, max_tokens: int) -> ModelAnswer:
         """The greedy continuation of a prompt, up to the end of the turn."""
         body = {"prompt": list(ids), "max_tokens": max_tokens, "temperature": 0}
         choice = await self._choice("/v1/completions", top_k, body)
-        return Answer(choice["text"], (), choice["finish_reason"], len(ids))
+        return ModelAnswer(choice["text"], (), choice["finish_reason"], len(ids))
 
-    async def chat(self, messages: Sequence[dict[str, str]], top_k: Sparsity, max_tokens: int) -> Answer:
+    async def chat(
+        self, messages: Sequence[dict[str, str]], top_k: TopKSetting, max_tokens: int
+    ) -> ModelAnswer:
         """The greedy answer in a conversation, token by token."""
         body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "logprobs": True}
         answer = await self._post("/v1/chat/completions", top_k, body)
         choice = answer["choices"][0]
         logprobs = choice["logprobs"] or {"content": []}
-        return Answer(
+        return ModelAnswer(
             choice["message"]["content"] or "",
             tuple(bytes(token["bytes"]) for token in logprobs["content"]),
             choice["finish_reason"],
             answer["usage"]["prompt_tokens"],
         )
 
-    async def raw(self, ids: Sequence[int], top_k: Sparsity, max_tokens: int) -> dict[str, Any]:
+    async def raw(self, ids: Sequence[int], top_k: TopKSetting, max_tokens: int) -> dict[str, Any]:
         """A choice with everything that the server tells of prompt and answer, past the end of the turn."""
         body = {
             "prompt": list(ids),
@@ -133,12 +137,12 @@ class Client:
         }
         return await self._choice("/v1/completions", top_k, body)
 
-    async def _choice(self, path: str, top_k: Sparsity, body: dict[str, Any]) -> dict[str, Any]:
+    async def _choice(self, path: str, top_k: TopKSetting, body: dict[str, Any]) -> dict[str, Any]:
         answer = await self._post(path, top_k, body)
         choice: dict[str, Any] = answer["choices"][0]
         return choice
 
-    async def _post(self, path: str, top_k: Sparsity, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post(self, path: str, top_k: TopKSetting, body: dict[str, Any]) -> dict[str, Any]:
         body = {"model": self.model, "dsa": {"top_k": top_k}} | body
         for left in reversed(range(_TRIES)):
             try:
@@ -157,7 +161,7 @@ class Client:
         raise EvaluationError(f"{problem}; {_TRIES} tries were made")
 
 
-def _checked(response: httpx.Response, top_k: Sparsity) -> dict[str, Any]:
+def _checked(response: httpx.Response, top_k: TopKSetting) -> dict[str, Any]:
     """The answer's body, if attention ran as was asked."""
     answer: dict[str, Any] = response.json()
     used = answer["usage"]["dsa"]["top_k"]
@@ -204,7 +208,7 @@ async def connect(url: str, concurrency: int) -> AsyncGenerator[Client, None]:
 
 
 async def each(
-    items: Sequence[T], work: Callable[[T], Awaitable[R]], concurrency: int, progress: Progress
+    items: Sequence[T], work: Callable[[T], Awaitable[R]], concurrency: int, progress: PartProgress
 ) -> list[R]:
     """Do work on all items, some at a time; the results in the items' order. The first failure ends it."""
     gate, done = asyncio.Semaphore(concurrency), 0

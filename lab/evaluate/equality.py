@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from lab.evaluate.client import Client, Progress, each
+from lab.evaluate.client import Client, PartProgress, each
 from lab.evaluate.material import HeldOut
 from lab.evaluate.verdict import Verdict, at_least
 
@@ -19,7 +19,7 @@ ANSWER_TOKENS = 32
 CASES = 12
 
 
-class Case(msgspec.Struct, frozen=True, kw_only=True):
+class EqualityCase(msgspec.Struct, frozen=True, kw_only=True):
     """One text, cut to `prompt_tokens`."""
 
     top_k: int
@@ -34,14 +34,14 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 class EqualityResult(msgspec.Struct, frozen=True, kw_only=True):
     """The part's entry in eval.json."""
 
-    cases: list[Case]
+    cases: list[EqualityCase]
 
 
 async def measure(
     client: Client,
     texts: Sequence[HeldOut],
     top_ks: Sequence[int],
-    progress: Progress,
+    progress: PartProgress,
     *,
     cases: int = CASES,
     answer_tokens: int = ANSWER_TOKENS,
@@ -56,11 +56,11 @@ async def measure(
             if length > 0 and usable:
                 todo.append((top_k, usable[number % len(usable)], length))
 
-    async def one(item: tuple[int, HeldOut, int]) -> Case:
+    async def one(item: tuple[int, HeldOut, int]) -> EqualityCase:
         top_k, text, length = item
         dense = await client.raw(text.ids[:length], "dense", answer_tokens)
         sparse = await client.raw(text.ids[:length], top_k, answer_tokens)
-        return Case(
+        return EqualityCase(
             top_k=top_k,
             kind=text.kind,
             start=text.start,

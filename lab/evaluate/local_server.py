@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lab.evaluate.client import EvaluationError
+from lab.tool import DSA
 
 _STOP_SECONDS = 20.0
 
@@ -29,7 +29,7 @@ def serving(arguments: Sequence[str]) -> Iterator[str]:
     Raises:
         EvaluationError: it does not start; its own error stands above.
     """
-    command = [sys.executable, "-c", "from server.cli.main import main; main()", *serve_arguments(arguments)]
+    command = [*DSA, *serve_arguments(arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

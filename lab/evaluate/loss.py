@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from lab.evaluate.client import Client, Progress, Sparsity, each
+from lab.evaluate.client import Client, PartProgress, TopKSetting, each
 from lab.evaluate.material import HeldOut
 from lab.evaluate.statistics import Interval, bootstrap
 from lab.evaluate.verdict import LOSS_BARS, Verdict, at_most
@@ -28,7 +28,7 @@ class TextLoss(msgspec.Struct, frozen=True, kw_only=True):
     nats: dict[str, list[float]]  # setting -> summed losses
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class LossRow(msgspec.Struct, frozen=True, kw_only=True):
     """Texts together, under one setting."""
 
     tokens: int
@@ -42,7 +42,7 @@ class LossResult(msgspec.Struct, frozen=True, kw_only=True):
 
     beyond: int
     texts: list[TextLoss]
-    rows: dict[str, dict[str, Row]]
+    rows: dict[str, dict[str, LossRow]]
 
 
 async def measure(
@@ -50,7 +50,7 @@ async def measure(
     texts: Sequence[HeldOut],
     top_ks: Sequence[int],
     concurrency: int,
-    progress: Progress,
+    progress: PartProgress,
     *,
     beyond: int = BEYOND,
 ) -> LossResult:
@@ -68,7 +68,7 @@ async def measure(
     return LossResult(beyond=beyond, texts=measured, rows=summarise(measured, top_ks))
 
 
-def settings(top_ks: Sequence[int]) -> tuple[Sparsity, ...]:
+def settings(top_ks: Sequence[int]) -> tuple[TopKSetting, ...]:
     """Dense first, then each top_k."""
     return ("dense", *top_ks)
 
@@ -84,9 +84,9 @@ def buckets(logprobs: Sequence[float | None], beyond: int) -> tuple[list[int], l
     return tokens, nats
 
 
-def summarise(texts: Sequence[TextLoss], top_ks: Sequence[int]) -> dict[str, dict[str, Row]]:
+def summarise(texts: Sequence[TextLoss], top_ks: Sequence[int]) -> dict[str, dict[str, LossRow]]:
     """Setting -> kind of text, "all", and "from P" for each bucket of positions -> row. Tokens weigh alike."""
-    rows: dict[str, dict[str, Row]] = {}
+    rows: dict[str, dict[str, LossRow]] = {}
     kinds = list(dict.fromkeys(text.kind for text in texts))
     for setting in map(str, settings(top_ks)):
         own = {kind: _row((t for t in texts if t.kind == kind), setting, None) for kind in kinds}
@@ -97,7 +97,7 @@ def summarise(texts: Sequence[TextLoss], top_ks: Sequence[int]) -> dict[str, dic
     return rows
 
 
-def _row(texts: Iterable[TextLoss], setting: str, bucket: int | None) -> Row | None:
+def _row(texts: Iterable[TextLoss], setting: str, bucket: int | None) -> LossRow | None:
     which = slice(None) if bucket is None else slice(bucket, bucket + 1)
     strata: dict[str, list[tuple[float, int]]] = defaultdict(list)
     loss, tokens = 0.0, 0
@@ -111,7 +111,7 @@ def _row(texts: Iterable[TextLoss], setting: str, bucket: int | None) -> Row | N
         return None
     above = sum(difference for own in strata.values() for difference, _ in own) / tokens
     interval = None if setting == "dense" else bootstrap(list(strata.values()))
-    return Row(tokens=tokens, loss=loss / tokens, above_dense=above, interval=interval)
+    return LossRow(tokens=tokens, loss=loss / tokens, above_dense=above, interval=interval)
 
 
 def verdicts(result: LossResult, top_ks: Sequence[int]) -> list[Verdict]:

@@ -1,4 +1,4 @@
-"""What is asked: held-out sequences, needles and prompts, read from a folder of `python -m lab.corpus`."""
+"""What is asked: held-out sequences, needles and prompts, read from a folder of `dsa corpus`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lab.corpus.manifest import FILE_NAME, load_manifest, load_tokens, sha256
+from lab.corpus.manifest import FILE_NAME, CorpusPrompt, NeedleRow, load_manifest, load_tokens, sha256
+from lab.tool import ToolError
 
 T = TypeVar("T")
 
 
-class MaterialError(ValueError):
+class MaterialError(ToolError):
     """The corpus folder is not one, or lacks a file; the message says how to get it."""
 
 
@@ -31,42 +32,12 @@ class HeldOut:
     ids: tuple[int, ...]
 
 
-class NeedleRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One needle as needles.json lists it; see `lab.corpus.needles.Needle`."""
-
-    start: int
-    length: int
-    context: int
-    depth: float
-    phrasing: int
-    statement: str
-    question: str
-    value: str
-    needle: tuple[int, int]
-
-
 @dataclass(frozen=True, slots=True)
 class AskedNeedle:
     """A needle with its prompt's token ids, which end where the assistant begins to answer."""
 
     row: NeedleRow
     ids: tuple[int, ...]
-
-
-class Message(msgspec.Struct, frozen=True):
-    """One message of a prompt."""
-
-    role: str
-    content: str
-
-
-class Prompt(msgspec.Struct, frozen=True, kw_only=True):
-    """One conversation to go on with, as prompts.heldout.json lists it."""
-
-    kind: str
-    source: str
-    tokens: int
-    messages: tuple[Message, ...]
 
 
 class Material:
@@ -80,16 +51,14 @@ class Material:
         """Open a folder and check that everything is there.
 
         Args:
-            folder: made by `python -m lab.corpus`
+            folder: made by `dsa corpus`
             model: for the advice in errors
 
         Raises:
             MaterialError: it is none.
         """
         self._folder = folder
-        self._advice = (
-            f"build one: python -m lab.corpus --out {shlex.quote(str(folder))} --model {shlex.quote(model)}"
-        )
+        self._advice = f"build one: dsa corpus --out {shlex.quote(str(folder))} --model {shlex.quote(model)}"
         try:
             self._manifest = load_manifest(folder)
             self._split = self._manifest.splits["heldout"]
@@ -127,9 +96,9 @@ class Material:
             for row in spread(rows, limit)
         ]
 
-    def prompts(self, limit: int | None) -> list[Prompt]:
+    def prompts(self, limit: int | None) -> list[CorpusPrompt]:
         """The held-out prompts, or about `limit` of them."""
-        return list(spread(self._rows("prompts.heldout.json", tuple[Prompt, ...]), limit))
+        return list(spread(self._rows("prompts.heldout.json", tuple[CorpusPrompt, ...]), limit))
 
     def _rows(self, name: str, kind: type[T]) -> T:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from lab.evaluate.client import Client, Progress, each
+from lab.evaluate.client import Client, PartProgress, each
 from lab.evaluate.loss import settings
 from lab.evaluate.material import AskedNeedle
 from lab.evaluate.statistics import Interval, wilson
@@ -61,7 +61,7 @@ async def measure(
     needles: Sequence[AskedNeedle],
     top_ks: Sequence[int],
     concurrency: int,
-    progress: Progress,
+    progress: PartProgress,
 ) -> NeedlesResult:
     """Ask for every needle dense and at each top_k, greedily."""
     asked = [needle for needle in needles if len(needle.ids) + ANSWER_TOKENS <= client.max_model_len]

@@ -9,10 +9,10 @@ import matplotlib as mpl
 
 from lab.evaluate.loss import LossResult
 from lab.evaluate.needles import NeedlesResult, grid
-from lab.evaluate.results import RecallResult, Results
+from lab.evaluate.results import EvalResults, RecallResult
 
 
-def draw(results: Results, top_ks: list[int], folder: Path) -> list[Path]:
+def draw(results: EvalResults, top_ks: list[int], folder: Path) -> list[Path]:
     """Draw what there is: eval.loss.png, eval.needles.png and eval.recall.png; the files that were written."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt

@@ -9,9 +9,9 @@ from rich.table import Table
 
 from lab.evaluate.agreement import AgreementResult, Group
 from lab.evaluate.equality import EqualityResult
-from lab.evaluate.loss import LossResult, Row
+from lab.evaluate.loss import LossResult, LossRow
 from lab.evaluate.needles import NeedlesResult, Share, grid
-from lab.evaluate.results import RecallResult, Results
+from lab.evaluate.results import EvalResults, RecallResult
 from lab.evaluate.verdict import Verdict
 
 _COLOURS = {
@@ -23,13 +23,13 @@ _COLOURS = {
 _WORST = 5
 
 
-def show(console: Console, results: Results, top_ks: Sequence[int]) -> None:
+def show(console: Console, results: EvalResults, top_ks: Sequence[int]) -> None:
     """Print a table for each part that is done, and the verdicts."""
     for table in tables(results, top_ks):
         console.print(table)
 
 
-def tables(results: Results, top_ks: Sequence[int]) -> Iterator[RenderableType]:
+def tables(results: EvalResults, top_ks: Sequence[int]) -> Iterator[RenderableType]:
     """Everything that there is to show, in order."""
     if results.loss is not None:
         yield loss_table(results.loss, top_ks)
@@ -67,7 +67,7 @@ def loss_table(result: LossResult, top_ks: Sequence[int]) -> Table:
     return table
 
 
-def _above(row: Row) -> str:
+def _above(row: LossRow) -> str:
     interval = "" if row.interval is None else f" [{row.interval.low:+.4f}, {row.interval.high:+.4f}]"
     # Square brackets are markup to rich.
     return f"{row.above_dense:+.4f}{interval}".replace("[", "\\[")

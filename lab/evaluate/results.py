@@ -41,7 +41,7 @@ class RecallOfK(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RecallResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The part's entry in eval.json, written by `python -m lab.distill.recall`."""
+    """The part's entry in eval.json, written by `dsa recall`."""
 
     beyond: int
     edges: list[int]  # where the buckets of positions begin; the last one is open
@@ -52,7 +52,7 @@ class RecallResult(msgspec.Struct, frozen=True, kw_only=True):
     top_k: dict[str, RecallOfK]
 
 
-class Results(msgspec.Struct, kw_only=True):
+class EvalResults(msgspec.Struct, kw_only=True):
     """A run, whole or so far.
 
     Attributes:
@@ -83,10 +83,10 @@ class Results(msgspec.Struct, kw_only=True):
         os.replace(part, path)
 
 
-def load(folder: Path, settings: dict[str, Any]) -> Results | None:
+def load(folder: Path, settings: dict[str, Any]) -> EvalResults | None:
     """What an earlier run of the same settings left in the folder, if there is any."""
     try:
-        found = msgspec.json.decode((folder / FILE_NAME).read_bytes(), type=Results)
+        found = msgspec.json.decode((folder / FILE_NAME).read_bytes(), type=EvalResults)
     except (OSError, msgspec.DecodeError):
         return None
     same = msgspec.json.decode(msgspec.json.encode(settings))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,11 +16,11 @@ from rich.console import Console
 
 from lab.corpus.manifest import sha256
 from lab.evaluate import agreement, equality, loss, needles
-from lab.evaluate.client import Client, EvaluationError, Progress, connect
+from lab.evaluate.client import Client, EvaluationError, PartProgress, connect
 from lab.evaluate.local_server import serving
 from lab.evaluate.material import Material
 from lab.evaluate.report import show
-from lab.evaluate.results import PARTS, RecallResult, Results, fingerprint, load
+from lab.evaluate.results import PARTS, EvalResults, RecallResult, fingerprint, load
 from server.chat import load_chat_format
 from server.hub.models import ModelFiles
 from server.hub.stages import Stages
@@ -32,7 +30,7 @@ QUIET_SECONDS = 30.0
 """Between lines of progress where there is no terminal."""
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class EvalPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What to measure.
 
     Attributes:
@@ -71,7 +69,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return min(counts) if counts else None
 
 
-def evaluate(plan: Plan, console: Console) -> Results:
+def evaluate(plan: EvalPlan, console: Console) -> EvalResults:
     """Measure; the results, which are in the folder too.
 
     Raises:
@@ -91,7 +89,7 @@ def evaluate(plan: Plan, console: Console) -> Results:
     material = Material(plan.corpus, plan.files.name)
     plan.out.mkdir(parents=True, exist_ok=True)
     settings = _settings(plan, material)
-    results = load(plan.out, settings) or Results(settings=settings, environment={})
+    results = load(plan.out, settings) or EvalResults(settings=settings, environment={})
     todo = plan.only or tuple(part for part in PARTS if not results.has(part))
     if not todo:
         console.print(f"{plan.out} has every part of these settings already; another folder measures anew")
@@ -110,14 +108,16 @@ def evaluate(plan: Plan, console: Console) -> Results:
     return results
 
 
-def _server(plan: Plan) -> AbstractContextManager[str]:
+def _server(plan: EvalPlan) -> AbstractContextManager[str]:
     if plan.url is not None:
         return nullcontext(plan.url)
     flags = [str(plan.files.weights), "--overlay", str(plan.files.overlay)]
     return serving([*flags, "--device", plan.device, "--dtype", plan.dtype, *plan.server_flags])
 
 
-async def _ask(plan: Plan, url: str, material: Material, parts: Sequence[str], results: Results) -> None:
+async def _ask(
+    plan: EvalPlan, url: str, material: Material, parts: Sequence[str], results: EvalResults
+) -> None:
     top_ks, many = plan.top_k, plan.concurrency
     async with connect(url, many) as client:
         _check(client, plan)
@@ -153,7 +153,7 @@ async def _ask(plan: Plan, url: str, material: Material, parts: Sequence[str], r
             results.save(plan.out)
 
 
-def _check(client: Client, plan: Plan) -> None:
+def _check(client: Client, plan: EvalPlan) -> None:
     """The server can do what will be asked of it."""
     if max(plan.top_k) > client.max_model_len:
         raise EvaluationError(
@@ -165,42 +165,28 @@ def _check(client: Client, plan: Plan) -> None:
         )
 
 
-def _progress(stages: Stages, part: str) -> Progress:
+def _progress(stages: Stages, part: str) -> PartProgress:
     return lambda done, total: stages(part, done, total)
 
 
-def _recall(plan: Plan, results: Results) -> None:
-    """Let the engine's program measure, and take over what it wrote."""
-    overlay = plan.files.overlay
-    if overlay is None:
+def _recall(plan: EvalPlan, results: EvalResults) -> None:
+    """Judge the indexer in this process; the server has gone."""
+    from lab.recall.run import run
+
+    if plan.files.overlay is None:
         raise EvaluationError("recall reads the indexer from its file; give it with --overlay")
-    target = plan.out / "recall.json"
-    command = [sys.executable, "-m", "lab.distill.recall"]
-    values: dict[str, object] = {
-        "weights": plan.files.weights,
-        "overlay": overlay,
-        "corpus": plan.corpus,
-        "out": target,
-        "top-k": ",".join(map(str, plan.top_k)),
-        "device": plan.device,
-        "dtype": plan.dtype,
-    }
-    if plan.limit is not None:
-        values |= {"per-kind": min(plan.limit, 4), "rows": 64}
-    code = subprocess.run([*command, *(f"--{name}={value}" for name, value in values.items())]).returncode
-    if code:
-        raise EvaluationError(f"recall was not measured (exit status {code}); the reason stands above")
-    results.recall = msgspec.json.decode(target.read_bytes(), type=RecallResult)
-    target.unlink()
+    quick = {} if plan.limit is None else {"per_kind": min(plan.limit, 4), "rows": 64}
+    found = run(plan.files, plan.corpus, top_k=plan.top_k, device=plan.device, dtype=plan.dtype, **quick)
+    results.recall = msgspec.convert(found, RecallResult)
 
 
-def _timed(results: Results, part: str, work: Callable[[], None]) -> None:
+def _timed(results: EvalResults, part: str, work: Callable[[], None]) -> None:
     began = time.monotonic()
     work()
     results.seconds[part] = time.monotonic() - began
 
 
-def _judge(results: Results, top_ks: Sequence[int]) -> None:
+def _judge(results: EvalResults, top_ks: Sequence[int]) -> None:
     made = []
     if results.loss is not None:
         made += loss.verdicts(results.loss, top_ks)
@@ -211,7 +197,7 @@ def _judge(results: Results, top_ks: Sequence[int]) -> None:
     results.verdicts = made
 
 
-def _settings(plan: Plan, material: Material) -> dict[str, Any]:
+def _settings(plan: EvalPlan, material: Material) -> dict[str, Any]:
     overlay = plan.files.overlay
     return {
         "model": plan.files.name,

@@ -1,55 +1,107 @@
-"""`python -m lab.inspect PATH`: a program of its own because it imports torch; started by `dsa inspect`."""
+"""The command line of `dsa inspect`."""
 
 from __future__ import annotations
 
-import argparse
+import importlib.resources
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, get_args
 
-import torch
+import typer
 
-from engine.errors import EngineError
-from engine.step.build import resolve_device, resolve_dtype
-from lab.inspect.report import Devices, Wanted, inspect, render
+from engine.config import WeightDtype
+from lab.tool import OverlayFlag, find, one_of, program, size, start
+
+if TYPE_CHECKING:
+    from lab.inspect.report import Devices
+
+app = program()
+PRESETS = ("deepseek-v3.2",)
+"""Published configs that come with the engine, so that a model's needs can be read before it is fetched."""
 
 
-def main() -> None:
-    """Read the arguments, print the report, leave with 1 where there is a fault in the model's files."""
-    parser = argparse.ArgumentParser(prog="dsa inspect")
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--overlay", type=Path)
-    parser.add_argument("--context", type=int)
-    parser.add_argument("--concurrency", type=int, default=1)
-    parser.add_argument("--devices", type=int)
-    parser.add_argument("--device-memory", type=int, help="bytes of each")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kv-cache-dtype", default="auto")
-    parser.add_argument("--weight-dtype", default="auto", choices=("auto", "plain", "fp8"))
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    described = options.devices is not None or options.device_memory is not None
-    devices = _devices(options.devices, options.device_memory)
-    dtype, weights = options.dtype, options.weight_dtype
+@app.command()
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A name that dsa can fetch, a .gguf file, a folder with config.json (weights may be missing), "
+            f"a config.json, or the published config {PRESETS[0]}."
+        ),
+    ],
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of one request.", show_default="all positions of the model", min=1),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 1,
+    devices: Annotated[
+        int | None, typer.Option(help="How many devices.", show_default="what is found", min=1)
+    ] = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of each, as 80GiB.", metavar="SIZE", show_default="what is found"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the loaded weights: auto, float32 or bfloat16.")] = "auto",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Of the cache: auto (as the weights), float32, bfloat16 or fp8.")
+    ] = "auto",
+    weight_dtype: Annotated[
+        str,
+        typer.Option(help="Of weights stored in FP8: auto (fp8 but on a CPU), fp8, or plain (in --dtype)."),
+    ] = "auto",
+    overlay: OverlayFlag = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a model is and needs, without loading it.
+
+    Reads config and headers: architecture, parameters, bytes of the weights and
+    of the cache, and whether they fit. Exit code 1 if the files are damaged or
+    something is missing.
+    """
+    one_of("--dtype", dtype)
+    one_of("--kv-cache-dtype", kv_cache_dtype, ("auto", "float32", "bfloat16", "fp8"))
+    stored: WeightDtype = one_of("--weight-dtype", weight_dtype, get_args(WeightDtype))
+    memory = None if device_memory is None else size("--device-memory", device_memory)
+    path, overlay = _files(model, overlay)
+    import torch
+
+    from engine.step.build import resolve_device, resolve_dtype
+    from lab.inspect.report import Wanted, render
+    from lab.inspect.report import inspect as look
+
+    described = devices is not None or memory is not None
     found = resolve_device("auto")
     if dtype == "auto":
         plain = torch.bfloat16 if described else resolve_dtype("auto", found)
         dtype = str(plain).removeprefix("torch.")
-    if weights == "auto" and not described and found.type == "cpu":
-        weights = "plain"  # as the engine does there
-    wanted = Wanted(options.context, options.concurrency, dtype, options.kv_cache_dtype, weights)
-    try:
-        report: dict[str, Any] = inspect(options.path, options.overlay, wanted, devices)
-    except EngineError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
-    sys.stdout.write((json.dumps(report, indent=2) if options.json else render(report)) + "\n")
+    if stored == "auto" and not described and found.type == "cpu":
+        stored = "plain"  # as the engine does there
+    wanted = Wanted(context, concurrency, dtype, kv_cache_dtype, stored)
+    report = look(path, overlay, wanted, _devices(devices, memory))
+    sys.stdout.write((json.dumps(report, indent=2) if as_json else render(report)) + "\n")
+
+
+def _files(model: str, overlay: Path | None) -> tuple[Path, Path | None]:
+    """What to read: a config alone, a folder that may lack its weights, or a model's files."""
+    path = Path(model).expanduser().absolute()
+    if model in PRESETS:
+        configs = importlib.resources.files("engine").joinpath("models", "mla", "configs")
+        return Path(str(configs.joinpath(f"{model}.json"))), overlay
+    if path.suffix == ".json" or (path / "config.json").is_file():
+        beside = path / "indexer.safetensors"
+        return path, beside if overlay is None and beside.is_file() else overlay
+    files = find(model, overlay)
+    return files.weights, files.overlay
 
 
 def _devices(count: int | None, memory: int | None) -> Devices:
     """As described; what is not, as found here."""
+    import torch
+
+    from lab.inspect.report import Devices
+
     found = torch.cuda.device_count()
     if memory is None:
         memory = (
@@ -61,4 +113,4 @@ def _devices(count: int | None, memory: int | None) -> Devices:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(start(app, "inspect"))

@@ -21,7 +21,7 @@ from engine.models import read_config, read_model
 from engine.models.family import Family, Shape
 from engine.protocol import IndexerInfo
 from lab.inspect.sizes import (
-    Loaded,
+    LoadedSizes,
     count,
     loaded_bytes,
     published_bytes,
@@ -160,7 +160,7 @@ def _in_blocks(source: Source | None, fp8: bool) -> Callable[[str], bool]:
     return published_in_blocks if fp8 else lambda name: False
 
 
-def _loaded(table: Mapping[str, Weight], in_blocks: Callable[[str], bool], wanted: Wanted) -> Loaded:
+def _loaded(table: Mapping[str, Weight], in_blocks: Callable[[str], bool], wanted: Wanted) -> LoadedSizes:
     """Bytes of the weights in memory."""
     return loaded_bytes(table, _DTYPES[wanted.dtype], in_blocks, keep=wanted.weight_dtype != "plain")
 

@@ -27,7 +27,7 @@ _BLOCKED = re.compile(
 
 
 @dataclass(frozen=True)
-class Parameters:
+class ParameterCounts:
     """How many numbers; `active` ones are used for one token, which reads one row of the embedding."""
 
     total: int  # of the main model
@@ -36,7 +36,7 @@ class Parameters:
     mtp: int  # more than total: the MTP modules, less their copies of embedding and head
 
 
-def count(shape: Shape) -> Parameters:
+def count(shape: Shape) -> ParameterCounts:
     """Count the table."""
     total = experts = indexer = 0
     for weight in shape.table.values():
@@ -55,11 +55,11 @@ def count(shape: Shape) -> Parameters:
     if "head" in shape.table:  # else the embedding is the head too, and all of it is used
         vocab, hidden = shape.table["embed"].shape
         active -= (vocab - 1) * hidden
-    return Parameters(total, active, indexer, mtp)
+    return ParameterCounts(total, active, indexer, mtp)
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedSizes:
     """Bytes of the weights on the device."""
 
     total: int
@@ -69,7 +69,7 @@ class Loaded:
 
 def loaded_bytes(
     table: Mapping[str, Weight], dtype: torch.dtype, in_blocks: Callable[[str], bool], *, keep: bool
-) -> Loaded:
+) -> LoadedSizes:
     """All in `dtype` but what the table holds otherwise, and the head in float32.
 
     Args:
@@ -88,7 +88,7 @@ def loaded_bytes(
             fp8 += size
         elif any(in_blocks(stored) for stored in weight.names):
             dequantised += size
-    return Loaded(total, fp8, dequantised)
+    return LoadedSizes(total, fp8, dequantised)
 
 
 def published_in_blocks(name: str) -> bool:

@@ -1,19 +1,49 @@
-"""A conversation with a running server, in a terminal or over a pipe."""
+"""`dsa chat`: a conversation with a running server, in a terminal or over a pipe."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
+import typer
+
+from server.cli.options import fail
 
 _TIMEOUT = httpx.Timeout(connect=5, read=300, write=30, pool=5)
 
 
 class ChatClientError(Exception):
     """There is no server, or it refuses; the message says what to do."""
+
+
+def chat(
+    url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
+    model: Annotated[
+        str | None, typer.Option(help="Which of its models to talk to.", show_default="the first")
+    ] = None,
+    top_k: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|dense",
+            help="How many earlier tokens each token attends to.",
+            show_default="the server's",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token.", min=0, max=2)
+    ] = 0.7,
+) -> None:
+    """Talk to a running server. /clear forgets the conversation, /quit leaves."""
+    if top_k is not None and top_k != "dense" and not (top_k.isdigit() and int(top_k)):
+        fail(f"--top-k is {top_k!r}; expected a number of tokens, or dense", 2)
+    sparsity = int(top_k) if top_k is not None and top_k.isdigit() else top_k
+    try:
+        talk(url, model=model, top_k=sparsity, temperature=temperature)
+    except ChatClientError as error:
+        fail(error)
 
 
 def talk(url: str, *, model: str | None, top_k: int | str | None, temperature: float) -> None:

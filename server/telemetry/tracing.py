@@ -21,7 +21,6 @@ _EXPORT_SECONDS = 5.0  # time limit of one export with its retries, and so of `c
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "text_completion",
-    "/v1/responses": "chat",
 }
 """The endpoints that generate -> the conventions' name of their operation."""
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import curve, tables
 from benchmarks.compare import Peers, suites
-from lab.bench.results import Results, Sample, Server
+from lab.bench.results import BenchResults, Sample, Server
 from lab.bench.suites import Decode
 
 WEIGHTS = Path("/models/a model.gguf")
@@ -44,7 +44,7 @@ def test_a_peer_that_is_not_named_is_left_out() -> None:
 def test_tables_are_made_of_the_results_and_written_between_the_marks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = Results(
+    results = BenchResults(
         suite="decode", title=Decode.title, axis=Decode.axis, metrics=list(Decode.metrics), own="dsa", command="dsa bench",
         started="2026-11-25T16:00:00Z", settings={"rounds": 2}, machine={"processor": "a processor"},
         servers=[Server(name=name, url=None, command=None, cpus=[1]) for name in ("dsa", "other")],

@@ -20,8 +20,8 @@ import typer
 import yaml
 
 from server.cli.main import app
-from server.config import Settings, load_settings
 from server.money.pricing import PriceBook
+from server.settings import Settings, load_settings
 from tests.deploy.kit import DEPLOY, ROOT, tool
 
 KUBERNETES = DEPLOY / "kubernetes"

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lab.bench.results import Results, load
-from server.cli.main import app
+from lab.bench.__main__ import app
+from lab.bench.results import BenchResults, load
 from tests.e2e.serving import Server
 
 
-def bench(suite: str, out: Path, *flags: str) -> Results:
-    result = CliRunner().invoke(app, ["bench", suite, "--rounds", "1", "--out", str(out), *flags])
+def bench(suite: str, out: Path, *flags: str) -> BenchResults:
+    result = CliRunner().invoke(app, [suite, "--rounds", "1", "--out", str(out), *flags])
     assert result.exit_code == 0, result.output
     assert (out / f"{suite}.png").stat().st_size > 1000
     return load(out / f"{suite}.json")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from lab.corpus.chatml import ChatML
 from lab.corpus.manifest import FILE_NAME, Manifest, SequenceInfo, SplitInfo, sha256
 from lab.corpus.needles import make_needles
-from server.cli.main import app
+from lab.evaluate.__main__ import app
 from server.text.tokenizer import Tokenizer
 from tests.e2e.serving import Server
 
@@ -65,7 +65,7 @@ def corpus(folder: Path, tokenizer: Tokenizer) -> Path:
 @pytest.mark.timeout(400)
 def test_the_whole_evaluation(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = ["eval", "smollm2-135m-instruct", "--corpus", str(corpus(tmp_path / "corpus", tokenizer))]
+    command = ["smollm2-135m-instruct", "--corpus", str(corpus(tmp_path / "corpus", tokenizer))]
     result = CliRunner().invoke(
         app,
         [

@@ -108,10 +108,6 @@ class FakeEngine:
     async def start(self) -> None:
         self.started = True
 
-    async def wait_ready(self) -> None:
-        if self._status.state is not EngineState.READY:
-            raise EngineUnavailableError(self._status.message)
-
     async def stop(self) -> None:
         self.stopped = True
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from engine.config import EngineConfig
-from server.config import ServerConfig, Settings, SettingsError, default_ledger, load_settings, parse_size
+from server.config import ServerConfig
 from server.hub.models import ModelFiles
+from server.hub.sizes import SizeError, parse_size, size_text
+from server.settings import FLAGS, Settings, SettingsError, default_ledger, load_settings
 
 FILES = ModelFiles("tiny", Path("/models/tiny.gguf"), Path("/models/tiny.safetensors"), None)
 
@@ -58,9 +60,14 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, "x") == size
 
 
+@pytest.mark.parametrize("text", ["1", "1000", "3KiB", "64MiB", "1GiB", "1536MiB"])
+def test_sizes_are_written_as_they_are_read(text: str) -> None:
+    assert size_text(parse_size(text, "x")) == text
+
+
 @pytest.mark.parametrize("text", ["", "GiB", "1XB", "-1", "0", "1e3", "1 GiB more"])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(SettingsError, match="such as 512MiB"):
+    with pytest.raises(SizeError, match="such as 512MiB"):
         parse_size(text, "x")
 
 
@@ -103,6 +110,14 @@ def test_a_bad_file_is_a_sentence(tmp_path: Path, text: str, sentence: str) -> N
 def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot be read"):
         load_settings({}, {}, tmp_path / "none.toml")
+
+
+def test_every_field_of_a_part_has_a_setting() -> None:
+    """An engine setting is one field of EngineConfig and one of Settings: none is forgotten."""
+    given = {flag.bytes_of or name for name, flag in FLAGS.items()}
+    assert set(EngineConfig.__struct_fields__) - given == {"weights"}
+    renamed = {"model_name", "default_max_tokens", "default_top_k"}
+    assert set(ServerConfig.__struct_fields__) - given == renamed
 
 
 def test_settings_are_frozen() -> None:

@@ -47,18 +47,6 @@ def set_threads(count: int) -> None:
         found.dsa_set_threads(count)
 
 
-def address(function: str) -> int:
-    """Of a function of the library, for handing it to another.
-
-    Raises:
-        RuntimeError: there is no library.
-    """
-    found = library()
-    if found is None:
-        raise RuntimeError(f"there are no native kernels here: {missing()}")
-    return ctypes.cast(getattr(found, function), ctypes.c_void_p).value or 0
-
-
 @cache
 def _open() -> _Found:
     machine, flags = platform.machine(), _cpu_flags()

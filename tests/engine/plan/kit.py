@@ -1,6 +1,6 @@
 """A fake model over a fake paged cache, and a driver that checks every step of a scheduler with them.
 
-What the fake model stores for a position depends on every token, the namespace and the sparsity of all
+What the fake model stores for a position depends on every token and the sparsity of all
 positions before it, and its next token depends on what it reads back, so a page that is reused, evicted or
 shared wrongly is seen at once, and so is a text that a preemption changed.
 """
@@ -27,7 +27,7 @@ FAULTY_SEED = 9  # a request with this seed fails when its third token is due
 def make(name: str, prompt: int | tuple[int, ...], max_tokens: int = 4, **fields: Any) -> Submit:
     """A request; its prompt is spelled out, or a length of tokens that only this name has."""
     tokens = prompt if isinstance(prompt, tuple) else tuple(1000 + ord(name[0]) for _ in range(prompt))
-    outer = {"index_top_k": None, "namespace": ""}
+    outer = {"index_top_k": None}
     outer |= {field: fields.pop(field) for field in tuple(fields) if field in outer}
     params = SamplingParams(max_tokens=max_tokens, **{"seed": 0, **fields})
     return Submit(request_id=name, prompt_token_ids=tokens, sampling=params, **outer)  # type: ignore[arg-type]
@@ -38,7 +38,7 @@ def content(before: int, token_id: int, position: int, submit: Submit) -> int:
     sparse = (
         submit.index_top_k if submit.index_top_k is not None and position + 1 > submit.index_top_k else -1
     )
-    return hash((before, token_id, sparse, *submit.namespace.encode())) & 0xFFFFFFFF
+    return hash((before, token_id, sparse)) & 0xFFFFFFFF
 
 
 def next_token(last: int, submit: Submit, output_index: int) -> int:

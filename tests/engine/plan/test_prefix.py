@@ -12,12 +12,10 @@ from engine.config import PAGE_SIZE
 from engine.plan.prefix import HashFunction, PageKeys, PrefixCache, same_content, sha256, sparsity_salt
 
 
-def keys_of(
-    *fills: int, namespace: str = "", index_top_k: int | None = None, hash_function: HashFunction = sha256
-) -> PageKeys:
+def keys_of(*fills: int, index_top_k: int | None = None, hash_function: HashFunction = sha256) -> PageKeys:
     """Keys of a request whose page i is filled with one repeated token id."""
     tokens = [fill for fill in fills for _ in range(PAGE_SIZE)]
-    return PageKeys(tokens, namespace=namespace, index_top_k=index_top_k, hash_function=hash_function)
+    return PageKeys(tokens, index_top_k=index_top_k, hash_function=hash_function)
 
 
 def register_all(cache: PrefixCache, keys: PageKeys, page_ids: Sequence[int]) -> list[bool]:
@@ -71,7 +69,6 @@ def test_everything_in_a_key_changes_its_digest() -> None:
         keys_of(1, 2),
         keys_of(1, 3),
         keys_of(2, 2),
-        keys_of(1, 2, namespace="a"),
         keys_of(1, 2, index_top_k=1),
         keys_of(1, 2, index_top_k=2),
     ]
@@ -88,7 +85,7 @@ def test_a_page_cannot_hold_two_contents() -> None:
 
 def test_keys_exist_for_full_pages_only_and_follow_a_growing_request() -> None:
     tokens = [5] * (PAGE_SIZE - 1)
-    keys = PageKeys(tokens, namespace="", index_top_k=None)
+    keys = PageKeys(tokens, index_top_k=None)
     with pytest.raises(IndexError, match="not one of the full pages of 63 tokens"):
         keys.key(0)
     tokens.append(5)
@@ -96,14 +93,6 @@ def test_keys_exist_for_full_pages_only_and_follow_a_growing_request() -> None:
     with pytest.raises(IndexError, match="not one of the full pages"):
         keys.key(-1)
     assert len(keys) == 1
-
-
-def test_namespaces_do_not_share() -> None:
-    cache = PrefixCache()
-    register_all(cache, keys_of(1, 2, namespace="red"), (10, 11))
-    assert cache.lookup(keys_of(1, 2, namespace="blue"), 2) == ()
-    assert cache.lookup(keys_of(1, 2), 2) == ()
-    assert cache.lookup(keys_of(1, 2, namespace="red"), 2) == (10, 11)
 
 
 def test_salt_begins_where_a_row_sees_more_than_top_k() -> None:
@@ -148,10 +137,9 @@ def one_for_all(data: bytes) -> bytes:
     "other",
     [
         keys_of(2, hash_function=one_for_all),
-        keys_of(1, namespace="x", hash_function=one_for_all),
         keys_of(1, index_top_k=8, hash_function=one_for_all),
     ],
-    ids=["tokens", "namespace", "salt"],
+    ids=["tokens", "salt"],
 )
 def test_a_collision_is_a_miss(other: PageKeys) -> None:
     cache = PrefixCache()
@@ -191,7 +179,6 @@ def test_long_chains_are_compared_and_dropped_without_recursion() -> None:
     requests=st.lists(
         st.tuples(
             st.lists(st.integers(0, 1), min_size=1, max_size=5),
-            st.sampled_from(["", "a"]),
             st.sampled_from([None, 64, 130, 190]),
             st.integers(0, 4),  # which page to forget afterwards
         ),
@@ -200,7 +187,7 @@ def test_long_chains_are_compared_and_dropped_without_recursion() -> None:
     hash_bytes=st.sampled_from([0, 1, 32]),
 )
 def test_every_hit_is_the_same_content(
-    requests: list[tuple[list[int], str, int | None, int]], hash_bytes: int
+    requests: list[tuple[list[int], int | None, int]], hash_bytes: int
 ) -> None:
     """Against plain prefixes as identity, with hashes from perfect to constant."""
     cache = PrefixCache()
@@ -210,18 +197,13 @@ def test_every_hit_is_the_same_content(
     def short(data: bytes) -> bytes:
         return sha256(data)[:hash_bytes]
 
-    for fills, namespace, index_top_k, forget in requests:
+    for fills, index_top_k, forget in requests:
 
-        def identity(
-            index: int,
-            fills: list[int] = fills,
-            namespace: str = namespace,
-            index_top_k: int | None = index_top_k,
-        ) -> object:
+        def identity(index: int, fills: list[int] = fills, index_top_k: int | None = index_top_k) -> object:
             salts = [sparsity_salt((page + 1) * PAGE_SIZE, index_top_k) for page in range(index + 1)]
-            return namespace, fills[: index + 1], salts
+            return fills[: index + 1], salts
 
-        keys = keys_of(*fills, namespace=namespace, index_top_k=index_top_k, hash_function=short)
+        keys = keys_of(*fills, index_top_k=index_top_k, hash_function=short)
         hits = cache.lookup(keys, len(fills))
         for index, page_id in enumerate(hits):
             assert content[page_id] == identity(index)

@@ -171,13 +171,12 @@ def test_pages_filled_while_decoding_are_cached() -> None:
 @pytest.mark.parametrize(
     ("first", "second", "options"),
     [
-        ({"namespace": "red"}, {"namespace": "blue"}, {}),
         ({"index_top_k": 50}, {"index_top_k": 51}, {}),
         ({"index_top_k": 50}, {}, {}),
         ({}, {"prompt_logprobs": 0}, {}),
         ({}, {}, {"prefix_caching": False}),
     ],
-    ids=["namespaces", "index_top_k", "dense", "prompt logprobs", "switched off"],
+    ids=["index_top_k", "dense", "prompt logprobs", "switched off"],
 )
 def test_a_prefix_is_not_reused(first: Any, second: Any, options: Any) -> None:
     driver = Driver(budget=500, **options)
@@ -412,7 +411,6 @@ submits = st.builds(
     length=st.one_of(st.integers(40, 260), st.sampled_from([1, 63, 64, 65, 128, 192])),
     max_tokens=st.one_of(st.integers(80, 120), st.integers(1, 120)),
     index_top_k=st.sampled_from([None, None, None, 20, 70, 128, 200, 300]),
-    namespace=st.sampled_from(["", "", "", "", "b"]),
     seed=st.sampled_from([0, 0, 0, 0, 1, FAULTY_SEED]),
     stop_token_ids=st.sampled_from([(), (), (), (3,)]),
     prompt_logprobs=st.sampled_from([None, None, None, 1]),

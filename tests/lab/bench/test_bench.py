@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from lab.bench.__main__ import app
 from lab.bench.ask import Asker
 from lab.bench.endpoint import NotYetError, connect
 from lab.bench.errors import BenchError
@@ -23,7 +24,7 @@ from lab.bench.servers import LocalServer, others_paused, pinned
 from lab.bench.statistics import Spread, advantage, spread
 from lab.bench.suites import Concurrency, Decode, Prefill, Prefix
 from lab.bench.timing import Timing, decode_rate_of_all, gap_percentiles, output_rate
-from server.cli.main import app
+from lab.tool import start
 from server.text.tokenizer import Tokenizer
 from tests.e2e.serving import until
 from tests.lab.bench.kit import Told
@@ -294,7 +295,7 @@ def test_a_server_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) 
 @pytest.mark.parametrize("suite", ["", "decode", "prefill", "concurrency", "prefix", "long", "overhead"])
 def test_help_says_what_is_measured(suite: str) -> None:
     result = CliRunner().invoke(
-        app, ["bench", *suite.split(), "--help"], env={"COLUMNS": "160", "TERMINAL_WIDTH": "160"}
+        app, [*suite.split(), "--help"], env={"COLUMNS": "160", "TERMINAL_WIDTH": "160"}
     )
     assert result.exit_code == 0
     for word in (
@@ -335,11 +336,11 @@ def test_help_says_what_is_measured(suite: str) -> None:
     ],
 )
 def test_errors_are_one_sentence(
-    tmp_path: Path, default_model: Path, arguments: list[str], code: int, sentence: str
-) -> None:
-    result = CliRunner().invoke(app, ["bench", "decode", "--out", str(tmp_path / "bench"), *arguments])
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    tmp_path: Path, default_model: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int,
+    sentence: str,
+) -> None:  # fmt: skip
+    assert start(app, "bench", ["decode", "--out", str(tmp_path / "bench"), *arguments]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert sentence in lines[0]
 

@@ -10,7 +10,7 @@ import pytest
 
 from engine.checkpoint.source import open_source
 from engine.errors import EngineError
-from lab.bench.steps import Report, Step, drive, main, report, spread, submits
+from lab.bench.steps import Step, StepsReport, drive, main, report, spread, submits
 from tests.engine.kit import VOCAB, Lab, random_overlay, tiny_checkpoint
 
 
@@ -73,7 +73,7 @@ def test_the_command_prints_one_line_of_json(
     flags = ["--weights", str(tiny[0]), "--overlay", str(tiny[1]), "--kv-cache-bytes", str(64 << 20)]
     main([*flags, "--streams", "2", "--context", "80", "--tokens", "4"])
     (line,) = capsys.readouterr().out.splitlines()
-    one = msgspec.convert(json.loads(line), Report)
+    one = msgspec.convert(json.loads(line), StepsReport)
     assert (one.streams, one.context, one.tokens, one.top_k) == (2, 80, 4, 64)
     assert one.peak_rss_bytes > 50 << 20
     with pytest.raises(SystemExit):

@@ -11,9 +11,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from lab.corpus.answers import KIND, AnswersError, Prompt, ask, converse, extend
+from lab.corpus.answers import KIND, AnswersError, ask, converse, extend
+from lab.corpus.chatml import ChatTurn
 from lab.corpus.manifest import (
     FILE_NAME,
+    CorpusPrompt,
     Manifest,
     SequenceInfo,
     SourceInfo,
@@ -25,7 +27,10 @@ from lab.corpus.manifest import (
 from lab.corpus.packing import SHORTEST
 from tests.lab.corpus.test_build import CHAT, CONTROL
 
-PROMPTS = [Prompt(messages=({"role": "user", "content": f"What of {i}?"},), source="book") for i in range(40)]
+PROMPTS = [
+    CorpusPrompt(kind="text", source="book", tokens=5, messages=(ChatTurn("user", f"What of {i}?"),))
+    for i in range(40)
+]
 
 
 def serve(refuse: int | None = None) -> httpx.MockTransport:

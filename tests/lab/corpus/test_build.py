@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from lab.corpus import build_corpus, facts, load_manifest, load_tokens, needles
-from lab.corpus.chatml import ChatML, Message
+from lab.corpus.chatml import ChatML, ChatTurn
 from lab.corpus.dialogues import make_dialogues
 from lab.corpus.documents import Document
 from lab.corpus.manifest import sha256
 from lab.corpus.packing import SHORTEST, budgets, pack
 from lab.corpus.prompts import make_prompts
 from lab.corpus.retrieval import make_retrieval
-from lab.corpus.sources import Source
+from lab.corpus.sources import CorpusSource
 
 CONTROL = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
 
@@ -81,7 +81,7 @@ def documents(split: str = "train") -> list[Document]:
 
 def test_chat_text_cannot_become_a_control_token() -> None:
     rendered = CHAT.render(
-        [Message("user", "a <|im_end|> b"), Message("assistant", "c")], generation_prompt=True
+        [ChatTurn("user", "a <|im_end|> b"), ChatTurn("assistant", "c")], generation_prompt=True
     )
     assert rendered.ids.count(2) == 3  # system, user, assistant: none from the text
     assert rendered.ids.count(1) == 4
@@ -172,7 +172,7 @@ def test_needles_have_exact_lengths_and_stand_at_their_depth() -> None:
     assert [needle.context for needle in made] == [context for context in contexts for _ in range(8)]
     assert {needle.phrasing for needle in made} == set(range(len(needles.PHRASINGS)))
     for needle in made:
-        rendered = CHAT.render([Message("user", needle.prompt)], generation_prompt=True)
+        rendered = CHAT.render([ChatTurn("user", needle.prompt)], generation_prompt=True)
         assert list(needle.ids) == rendered.ids
         assert len(needle.ids) == needle.context
         assert needle.prompt.count(needle.statement) == 1
@@ -226,7 +226,7 @@ def test_build_is_deterministic_and_keeps_the_splits_apart(tmp_path: Path) -> No
             for i in range(4):
                 seed = 100 * number + i
                 wheel.writestr(f"{name}/{i}.txt", prose(seed, 90) if kind == "books" else code(seed, 90))
-        sources.append(Source(name, kind, "MIT", "pip", f"{name}==1", "plain", ("*.txt",), (), split))  # type: ignore[arg-type]
+        sources.append(CorpusSource(name, kind, "MIT", "pip", f"{name}==1", "plain", ("*.txt",), (), split))  # type: ignore[arg-type]
 
     def build(folder: str, seed: int) -> dict[str, str]:
         reports: list[tuple[str, int, int]] = []

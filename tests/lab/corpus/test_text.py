@@ -12,7 +12,7 @@ from lab.corpus.dedupe import dedupe, sketch
 from lab.corpus.documents import Document, acceptable, clean, sections
 from lab.corpus.extract import from_html, from_markdown, from_pod, from_rdb, from_rst, from_sword
 from lab.corpus.fetch import FetchError, fetch, files
-from lab.corpus.sources import SOURCES, Source
+from lab.corpus.sources import SOURCES, CorpusSource
 
 
 def sentence(start: int, count: int) -> str:
@@ -140,7 +140,7 @@ def test_fetch_uses_what_the_cache_holds(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "archives" / "tiny_pkg-1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tiny_pkg/a.py", "x = 1\n")
         wheel.writestr("tiny_pkg/tests/b.py", "x = 2\n")
-    source = Source("tiny", "code", "MIT", "pip", "tiny-pkg==1.2", "plain", ("*.py",), ("*/tests/*",))
+    source = CorpusSource("tiny", "code", "MIT", "pip", "tiny-pkg==1.2", "plain", ("*.py",), ("*/tests/*",))
     tree, version = fetch(source, tmp_path)
     assert version == "1.2"
     assert [path.name for path in files(source, tree)] == ["a.py"]
@@ -149,4 +149,4 @@ def test_fetch_uses_what_the_cache_holds(tmp_path: Path) -> None:
 def test_a_failed_download_says_which_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FetchError, match="fetching nothing-of-the-kind needs apt-get"):
-        fetch(Source("n", "docs", "MIT", "apt", "nothing-of-the-kind", "plain", ("*",)), tmp_path)
+        fetch(CorpusSource("n", "docs", "MIT", "apt", "nothing-of-the-kind", "plain", ("*",)), tmp_path)

@@ -10,15 +10,16 @@ import torch
 
 from engine.memory.planes import PagedCache, PlaneSpec
 from engine.models.mla.config import MlaConfig
-from lab.curve.__main__ import main
-from lab.curve.measure import Lab, Phase, Plan, Point, crossover, fill, growth
-from lab.curve.report import Report
+from lab.curve.__main__ import app
+from lab.curve.measure import CurvePlan, CurvePoint, Lab, Phase, crossover, fill, growth
+from lab.curve.report import CurveReport
 from lab.curve.shape import RandomSource, config
+from lab.tool import start
 
 
-def curve(phase: Phase, dense: dict[int, float], sparse: dict[int, float]) -> list[Point]:
+def curve(phase: Phase, dense: dict[int, float], sparse: dict[int, float]) -> list[CurvePoint]:
     return [
-        Point(phase=phase, attention=name, position=at, forms=(), tokens=4, seconds=(4 * cost, 8 * cost, 0.0))
+        CurvePoint(phase=phase, attention=name, position=at, forms=(), tokens=4, seconds=(4 * cost, 8 * cost, 0.0))
         for name, costs in (("dense", dense), ("sparse", sparse))
         for at, cost in costs.items()
     ]  # fmt: skip
@@ -85,7 +86,7 @@ def test_every_page_holds_numbers_of_its_own() -> None:
 
 
 def test_a_step_is_the_engines_own_dense_or_sparse() -> None:
-    plan = Plan(
+    plan = CurvePlan(
         positions=(64, 1024), chunk=16, streams=2, rounds=1, quick=True, device=torch.device("cpu"),
         dtype=torch.float32,
     )  # fmt: skip
@@ -107,13 +108,14 @@ def test_the_command_writes_table_json_and_picture(tmp_path: Path, capfd: pytest
         f"--out={tmp_path}",
         "--dtype=float32",
     ]
-    assert main(arguments) == 0
+    assert start(app, "bench curve", arguments) == 0
     out = capfd.readouterr().out
     assert "dense USD/M" in out
     assert "sparse is cheaper from" in out or "dense is the cheaper one" in out
     raw = json.loads((tmp_path / "curve.json").read_text("utf-8"))
-    assert set(raw) == set(Report.__struct_fields__)
+    assert set(raw) == set(CurveReport.__struct_fields__)
     assert raw["price_an_hour"] == 2
+    assert raw["command"].startswith("dsa bench curve --quick")
     assert len(raw["points"]) == 2 * 2 * 2
     assert {len(point["seconds"]) for point in raw["points"]} == {1}
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -126,8 +128,6 @@ def test_the_command_writes_table_json_and_picture(tmp_path: Path, capfd: pytest
         (["--positions=200K"], "ends beyond the model's 163840 positions; lower positions or chunk"),
         (["--positions=1K,1K"], "error: positions must be different numbers"),
         (["--price=0"], "error: price is 0 USD an hour; it must be above 0"),
-        (["--rounds=0"], "error: rounds must be at least 1, not 0"),
-        (["--threads=0"], "error: threads must be at least 1, not 0"),
         (["--cpu-time", "--threads=2"], "error: cpu_time is the time of one CPU thread; leave it out"),
         (["--device=tpu"], "error: device 'tpu' is not known"),
     ],
@@ -136,7 +136,7 @@ def test_errors_are_one_sentence(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], sentence: str
 ) -> None:
     threads = torch.get_num_threads()
-    assert main(["--quick", f"--out={tmp_path / 'made'}", *arguments]) == 1
+    assert start(app, "bench curve", ["--quick", f"--out={tmp_path / 'made'}", *arguments]) == 1
     torch.set_num_threads(threads)
     error = capfd.readouterr().err
     assert sentence in error

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
 from engine.checkpoint.source import open_source
 from engine.protocol import IndexerInfo
+from lab.corpus.manifest import FILE_NAME, Manifest, SequenceInfo, SplitInfo
 from lab.distill.base import open_trunk
 from lab.distill.student import Student
 from tests.engine.kit import VOCAB, tiny_checkpoint
@@ -36,25 +37,26 @@ def one_thread() -> Iterator[None]:
 def write_corpus(
     folder: Path, *, train: tuple[int, ...] = (200,) * 24, heldout: tuple[int, ...] = (200,), seed: int = 0
 ) -> Path:
-    """A folder as `python -m lab.corpus` leaves it, of random tokens in sequences of these lengths."""
+    """A folder as `dsa corpus` leaves it, of random tokens in sequences of these lengths."""
     folder.mkdir(parents=True, exist_ok=True)
-    splits: dict[str, Any] = {}
+    splits: dict[str, SplitInfo] = {}
     for number, (name, lengths) in enumerate({"train": train, "heldout": heldout}.items()):
         tokens = np.random.default_rng((seed, number)).integers(0, VOCAB, sum(lengths), dtype=np.uint16)
         np.save(folder / f"{name}.npy", tokens)
         sequences, start = [], 0
         for i, length in enumerate(lengths):
-            chat = i % 2 == 1
-            focus = [[length // 2, length // 2 + 9]] if chat else []
-            sequences.append([start, length, "chat" if chat else "prose", ["it"], ["MIT"], focus])
+            kind = "chat" if i % 2 else "prose"
+            focus = ((length // 2, length // 2 + 9),) if kind == "chat" else ()
+            sequences.append(SequenceInfo(start=start, length=length, kind=kind, focus=focus))
             start += length
-        splits[name] = {
-            "file": f"{name}.npy",
-            "sha256": f"{name} {seed} {lengths}",
-            "tokens": start,
-            "sequences": sequences,
-        }
-    (folder / "manifest.json").write_text(json.dumps({"version": 1, "splits": splits}))
+        splits[name] = SplitInfo(
+            file=f"{name}.npy", sha256=f"{name} {seed} {lengths}", tokens=start, tokens_by_kind={},
+            sequences=tuple(sequences),
+        )  # fmt: skip
+    manifest = Manifest(
+        version=1, seed=seed, target_tokens=0, separator=0, removed={}, sources=(), splits=splits, files={}
+    )
+    (folder / FILE_NAME).write_bytes(msgspec.json.encode(manifest))
     return folder
 
 

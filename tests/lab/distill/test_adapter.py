@@ -14,13 +14,15 @@ from torch import Tensor
 
 from engine.checkpoint.overlay import overlay_shapes, read_overlay, write_overlay
 from engine.errors import CheckpointError, ConfigError
-from lab.distill.__main__ import main
+from lab.corpus.manifest import SequenceInfo
+from lab.distill.__main__ import app
 from lab.distill.adaptation import adapt
 from lab.distill.adapter import Adapter
 from lab.distill.recipe import Recipe
-from lab.distill.sequences import Sequence, Split, answer_rows
+from lab.distill.sequences import CorpusSplit, answer_rows
 from lab.distill.sparse_forward import by_student, final_rows, losses
 from lab.distill.train import StepLog, Trainer
+from lab.tool import start
 from tests.engine.kit import VOCAB
 from tests.engine.models.gqa.plain import PlainLlama
 from tests.lab.distill.kit import CPU, INFO, Bench, one_thread, write_corpus
@@ -54,7 +56,7 @@ def adapter(bench: Bench, *, shaken: bool = False) -> Adapter:
 
 def trainer(bench: Bench, corpus: Path, folder: Path, recipe: Recipe = RECIPE) -> Trainer:
     folder.mkdir(exist_ok=True)
-    split = Split.open(corpus, "train", VOCAB)
+    split = CorpusSplit.open(corpus, "train", VOCAB)
     return Trainer(bench.trunk, bench.student(), split, recipe, folder, "base", adapter=adapter(bench))
 
 
@@ -148,13 +150,13 @@ def test_a_stopped_run_goes_on_to_the_bit(bench: Bench, corpus: Path, tmp_path: 
 
 
 def test_a_recipe_that_adapts_needs_an_adapter(bench: Bench, corpus: Path, tmp_path: Path) -> None:
-    split = Split.open(corpus, "train", VOCAB)
+    split = CorpusSplit.open(corpus, "train", VOCAB)
     with pytest.raises(ConfigError, match="adapt_steps, but there is no adapter"):
         Trainer(bench.trunk, bench.student(), split, RECIPE, tmp_path)
 
 
 def test_the_rows_of_answers_predict_their_tokens() -> None:
-    sequence = Sequence(start=0, length=50, kind="chat", focus=((10, 13), (48, 50)))
+    sequence = SequenceInfo(start=0, length=50, kind="chat", focus=((10, 13), (48, 50)))
     assert answer_rows(sequence, 50).tolist() == [9, 10, 11, 47, 48]
     assert answer_rows(sequence, 12).tolist() == [9, 10]
 
@@ -164,21 +166,22 @@ def test_the_command_trains_one_and_goes_on_only_with_it(
 ) -> None:
     def run(out: str, recipe: dict[str, object], *more: str) -> int:
         small = {"max_length": 96, "min_length": 80, "rows": 16, "first_row": 8, "sequences_per_step": 1}
-        return main(
-            ["--weights", str(bench.folder), "--corpus", str(corpus), "--out", str(tmp_path / out), "--heads", "3",
-             "--dim", "16", "--rope", "8", "--device", "cpu", "--recipe", json.dumps(small | recipe), *more]
-        )  # fmt: skip
+        arguments = [
+            str(bench.folder), "--corpus", str(corpus), "--out", str(tmp_path / out), "--heads", "3", "--dim", "16",
+            "--rope", "8", "--device", "cpu", "--recipe", json.dumps(small | recipe), *more,
+        ]  # fmt: skip
+        return start(app, "distill", arguments)
 
     stages = {"warmup_steps": 1, "sparse_steps": 1, "adapt_steps": 2, "adapter_rank": 4}
     assert run("a", stages) == 0
     made = tmp_path / "a" / "indexer.safetensors"
     assert read_overlay(made, bench.source).info.adapter_rank == 4
-    start = ("--start-from", str(made))
-    assert run("b", {"warmup_steps": 0, "sparse_steps": 0, "adapt_steps": 1, "adapter_rank": 4}, *start) == 0
+    begun = ("--start-from", str(made))
+    assert run("b", {"warmup_steps": 0, "sparse_steps": 0, "adapt_steps": 1, "adapter_rank": 4}, *begun) == 0
     capsys.readouterr()
-    assert run("c", {"warmup_steps": 1, "sparse_steps": 0}, *start) == 1
+    assert run("c", {"warmup_steps": 1, "sparse_steps": 0}, *begun) == 1
     assert "has an adapter, which suits its indexers only" in capsys.readouterr().err
-    assert run("d", {"warmup_steps": 0, "sparse_steps": 0, "adapt_steps": 1, "adapter_rank": 8}, *start) == 1
+    assert run("d", {"warmup_steps": 0, "sparse_steps": 0, "adapt_steps": 1, "adapter_rank": 8}, *begun) == 1
     assert "has an adapter of rank 4" in capsys.readouterr().err
 
 

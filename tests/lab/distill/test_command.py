@@ -1,32 +1,36 @@
-"""`dsa distill`: what it hands to the trainer, and what it refuses before."""
+"""`dsa distill`: what it has the trainer do, and what it refuses before."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from lab.distill.__main__ import parser
-from lab.distill.recipe import read_recipe
-from server.cli.distill import DEFAULTS
-from server.cli.main import app
+from lab.distill.__main__ import app
+from lab.distill.recipe import Recipe, read_recipe
+from lab.distill.run import DistillPlan
+from lab.tool import start
 from tests.kit import ROOT
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    calls: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda program, arguments: calls.append([program, *arguments]))
-    return calls
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[DistillPlan]:
+    plans: list[DistillPlan] = []
+
+    def run(plan: DistillPlan) -> int:
+        plans.append(plan)
+        return 0
+
+    monkeypatch.setattr("lab.distill.run.run", run)
+    return plans
 
 
 @pytest.fixture
@@ -44,82 +48,65 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def test_it_becomes_the_trainer_with_the_options_that_were_given(
-    started: list[list[str]], model: Path, corpus: Path
+def test_flags_that_are_not_given_are_the_trainers_defaults(
+    planned: list[DistillPlan], model: Path, corpus: Path
 ) -> None:
-    arguments = [str(model), "--corpus", str(corpus), "--out", "o", "--default-top-k", "9", "--recipe", "{}"]
-    assert CliRunner().invoke(app, ["distill", *arguments]).exit_code == 0
-    ((program, *command),) = started
-    assert program == sys.executable
-    assert command[:3] == [sys.executable, "-m", "lab.distill"]
-    options = parser().parse_args(command[3:])
-    given = {"weights": model, "corpus": corpus, "out": Path("o"), "default_top_k": 9, "recipe": "{}"}
-    assert vars(options) == vars(parser().parse_args(["--weights=", "--corpus=", "--out="])) | given
-
-
-def test_every_option_of_the_trainer_can_be_given_and_the_help_has_its_defaults(
-    started: list[list[str]], model: Path, corpus: Path
-) -> None:
-    trainer = vars(parser().parse_args(["--weights=", "--corpus=", "--out="]))
-    optional = {name: value for name, value in trainer.items() if name not in ("weights", "corpus", "out")}
-    assert {
-        name: value for name, value in optional.items() if name not in ("recipe", "until", "start_from")
-    } == DEFAULTS
-    values = {name: "float32" if name == "dtype" else "5" for name in optional}
-    flags = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", value)]
-    result = CliRunner().invoke(app, ["distill", str(model), "--corpus", str(corpus), "--out", "o", *flags])
-    assert result.exit_code == 0, result.output
-    options = vars(parser().parse_args(started[0][4:]))
-    assert {name: str(options[name]) for name in values} == values
+    arguments = [str(model), f"--corpus={corpus}", "--out=o"]
+    assert start(app, "distill", arguments) == 0
+    assert start(app, "distill", [*arguments, "--default-top-k", "9", "--heads=8"]) == 0
+    usual = DistillPlan(weights=model, corpus=corpus, out=Path("o"))
+    assert planned == [usual, dataclasses.replace(usual, default_top_k=9, heads=8)]
 
 
 def test_a_missing_corpus_is_a_sentence_with_the_command_that_builds_one(
-    started: list[list[str]], model: Path, tmp_path: Path
+    planned: list[DistillPlan], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = tmp_path / "none"
-    result = CliRunner().invoke(app, ["distill", str(model), "--corpus", str(missing), "--out", "o"])
-    assert result.exit_code == 1
-    assert result.stderr == (
-        f"error: {missing} holds no corpus; build one: "
-        f"python -m lab.corpus --out {missing} --model '{model}'\n"
+    assert start(app, "distill", [str(model), "--corpus", str(missing), "--out", "o"]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {missing} holds no corpus; build one: dsa corpus --out {missing} --model '{model}'\n"
     )
-    assert started == []
+    assert planned == []
 
 
-def test_a_missing_model_is_a_sentence(started: list[list[str]], corpus: Path) -> None:
-    result = CliRunner().invoke(app, ["distill", "nothing", "--corpus", str(corpus), "--out", "o"])
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: there is no model 'nothing'")
-    assert result.stderr.count("\n") == 1
-    assert started == []
+def test_a_missing_model_is_a_sentence(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(app, "distill", ["nothing", "--corpus", str(corpus), "--out", "o"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: there is no model 'nothing'")
+    assert error.count("\n") == 1
 
 
 def test_the_help_says_what_a_newcomer_needs() -> None:
-    result = CliRunner().invoke(app, ["distill", "--help"], env={"COLUMNS": "160", "TERMINAL_WIDTH": "160"})
+    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "160", "TERMINAL_WIDTH": "160"})
     assert result.exit_code == 0
-    for words in (
-        "python -m lab.corpus --out DIR",
-        "dsa serve --overlay",
-        "[default: 512]",
-        "goes on from there",
-    ):
-        assert words in result.output
+    said = " ".join(result.output.split())
+    words = ("dsa corpus --out DIR", "dsa serve --overlay", "[default: 512]", "goes on from there")
+    for expected in (*words, *(name for name in Recipe.__struct_fields__)):
+        assert expected in said
 
 
-def test_the_model_cards_command_is_the_one_that_the_overlays_header_tells_of() -> None:
+def test_the_model_cards_command_is_the_one_that_the_overlays_header_tells_of(
+    planned: list[DistillPlan], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = ROOT / "engine" / "overlays"
     card = (folder / "README.md").read_text()
     with safe_open(folder / "smollm2-135m-instruct.safetensors", "pt") as file:
         header = file.metadata()
     written = re.findall(r"dsa distill smollm2-135m-instruct (.*?)\n\n", card, re.DOTALL)
-    runs = [parser().parse_args(["--weights=x", *shlex.split(one.replace("\\\n", " "))]) for one in written]
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "manifest.json").touch()
+    monkeypatch.chdir(tmp_path)
+    for one in written:
+        assert start(app, "distill", [str(model), *shlex.split(one.replace("\\\n", " "))]) == 0
+    runs = planned
     for before, after in itertools.pairwise(runs):
         assert after.start_from == before.out / "indexer.safetensors"
     options = runs[-1]
     made = json.loads(header["recipe"])
     assert read_recipe(options.recipe) == read_recipe(json.dumps(made["recipe"]))
     assert (options.until or read_recipe(options.recipe).total_steps) == made["steps"]
-    sizes = [options.heads, options.dim, options.rope, options.default_top_k]
+    usual = zip((options.heads, options.dim, options.rope), (8, 64, 32), strict=True)
+    sizes = [*(given or size for given, size in usual), options.default_top_k]
     assert sizes == [int(header[name]) for name in ("num_heads", "head_dim", "rope_dim", "default_top_k")]
     assert f"| `default_top_k` | {header['default_top_k']} |" in card
     evaluation = json.loads((ROOT / "docs" / "overlays" / "smollm2-135m-instruct.eval.json").read_text())

@@ -14,8 +14,8 @@ from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.source import open_source
 from engine.errors import ConfigError
 from engine.models.gqa.trunk import LayerInputs
-from lab.distill.__main__ import main
 from lab.distill.base import open_trunk
+from lab.distill.run import DistillPlan, run
 from lab.distill.sparse_forward import by_student, losses
 from tests.engine.kit import Lab
 from tests.engine.models.gqa.plain import PlainLlama
@@ -60,20 +60,21 @@ def test_what_two_steps_and_one_of_the_adapter_leave_is_served(name: str, tmp_pa
         "warmup_steps": 1, "sparse_steps": 1, "adapt_steps": 1, "adapter_rank": 4, "sparse_top_k": [16],
     }  # fmt: skip
     with one_thread():
-        assert main(
-            ["--weights", str(bench.folder), "--corpus", str(corpus), "--out", str(out), "--heads", "3", "--dim", "16",
-             "--rope", "8", "--device", "cpu", "--evaluate-kind", "0", "--recipe", json.dumps(recipe)]
-        ) == 0  # fmt: skip
+        plan = DistillPlan(
+            weights=bench.folder, corpus=corpus, out=out, heads=3, dim=16, rope=8, device="cpu", evaluate_kind=0,
+            recipe=json.dumps(recipe),
+        )  # fmt: skip
+        assert run(plan) == 0
     file = SafetensorsFile(out / "indexer.safetensors")
-    run = Lab(bench.folder, out / "indexer.safetensors").run(budget=50)
-    run.submit("a", tokens_of(0, 120), 3, index_top_k=16)
-    run.finish()
+    served = Lab(bench.folder, out / "indexer.safetensors").run(budget=50)
+    served.submit("a", tokens_of(0, 120), 3, index_top_k=16)
+    served.finish()
     overlay = {name: file.read(name, torch.float32) for name in file.names()}
     assert any(bool(tensor.any()) for name, tensor in overlay.items() if name.endswith("qkv.b"))
     plain = PlainLlama(bench.model.state_dict(), bench.model.config, overlay)
-    masks = run.masks("a", 16, layers=3)
-    logits, _, _ = plain.forward(run.tokens["a"], 16, 3, 8, given=masks)
-    assert run.error("a", logits) < DENSE
+    masks = served.masks("a", 16, layers=3)
+    logits, _, _ = plain.forward(served.tokens["a"], 16, 3, 8, given=masks)
+    assert served.error("a", logits) < DENSE
 
 
 def test_a_family_without_a_trunk_is_refused_in_a_sentence(tmp_path: Path) -> None:

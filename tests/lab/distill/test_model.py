@@ -18,7 +18,7 @@ from engine.layers.rope import RotaryTable
 from engine.models.gqa.trunk import LayerInputs
 from lab.distill.evaluate import held_out
 from lab.distill.objective import attention_target, divergence
-from lab.distill.sequences import Split
+from lab.distill.sequences import CorpusSplit
 from lab.distill.sparse_forward import by_oracle, by_student, by_window, losses
 from lab.distill.student import Student
 from tests.engine.kit import VOCAB
@@ -160,7 +160,7 @@ def test_no_selection_captures_more_than_the_oracle(bench: Bench) -> None:
 
 def test_the_evaluation_is_a_mean_over_tokens_by_kind(bench: Bench, tmp_path: Path) -> None:
     folder = write_corpus(tmp_path, heldout=(150, 200, 60, 100))
-    split = Split.open(folder, "heldout", VOCAB)
+    split = CorpusSplit.open(folder, "heldout", VOCAB)
     table = held_out(
         bench.trunk, bench.student(), split, CPU, top_k=(8, 500), per_kind=2, baselines=True, beyond=50
     )

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from lab.distill.sequences import Sequence, Split, sample_rows
+from lab.corpus.manifest import SequenceInfo
+from lab.distill.sequences import CorpusSplit, sample_rows
 from tests.engine.kit import VOCAB
 from tests.lab.distill.kit import CPU, write_corpus
 
@@ -29,7 +30,7 @@ def test_rows_are_sorted_distinct_and_favour_the_focus(data: st.DataObject) -> N
         st.lists(st.tuples(st.integers(0, 220), st.integers(1, 30)).map(lambda s: (s[0], s[0] + s[1])), max_size=4)
     )  # fmt: skip
     seed = data.draw(st.integers(0, 1000))
-    sequence = Sequence(start=0, length=220, kind="chat", focus=tuple(spans))
+    sequence = SequenceInfo(start=0, length=220, kind="chat", focus=tuple(spans))
 
     def draw() -> list[int]:
         return sample_rows(sequence, length, count, first, torch.Generator().manual_seed(seed)).tolist()
@@ -46,20 +47,20 @@ def test_rows_are_sorted_distinct_and_favour_the_focus(data: st.DataObject) -> N
 
 
 def test_most_rows_come_from_anywhere_though_the_focus_is_large() -> None:
-    sequence = Sequence(start=0, length=4000, kind="chat", focus=((2000, 4000),))
+    sequence = SequenceInfo(start=0, length=4000, kind="chat", focus=((2000, 4000),))
     rows = sample_rows(sequence, 4000, 400, 0, torch.Generator().manual_seed(0))
     assert int((rows < 1999).sum()) in range(110, 190)  # half of the 300 that are drawn from anywhere
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_row_that_predicts_a_spans_first_token_belongs_to_it(seed: int) -> None:
-    sequence = Sequence(start=0, length=4000, kind="chat", focus=((2000, 2001),))
+    sequence = SequenceInfo(start=0, length=4000, kind="chat", focus=((2000, 2001),))
     rows = sample_rows(sequence, 4000, 8, 64, torch.Generator().manual_seed(seed)).tolist()
     assert {1999, 2000} <= set(rows)
 
 
 def test_tokens_are_those_of_the_file(tmp_path: Path) -> None:
-    split = Split.open(write_corpus(tmp_path, train=(30, 50)), "train", VOCAB)
+    split = CorpusSplit.open(write_corpus(tmp_path, train=(30, 50)), "train", VOCAB)
     stored = np.load(tmp_path / "train.npy")
     assert split.tokens(split.sequences[1], 999, CPU).tolist() == stored[30:80].tolist()
     assert split.tokens(split.sequences[1], 20, CPU).tolist() == stored[30:50].tolist()
@@ -68,7 +69,7 @@ def test_tokens_are_those_of_the_file(tmp_path: Path) -> None:
 
 def test_every_pass_has_each_long_sequence_once_in_an_order_of_its_own(tmp_path: Path) -> None:
     lengths = (*range(40, 60), 10, 12)
-    split = Split.open(write_corpus(tmp_path, train=lengths), "train", VOCAB)
+    split = CorpusSplit.open(write_corpus(tmp_path, train=lengths), "train", VOCAB)
     drawn = [s.length for s in islice(split.shuffled(0, 40), 60)]
     passes = [drawn[:20], drawn[20:40], drawn[40:]]
     assert [sorted(p) for p in passes] == [list(range(40, 60))] * 3
@@ -80,7 +81,7 @@ def test_every_pass_has_each_long_sequence_once_in_an_order_of_its_own(tmp_path:
 
 
 def test_what_is_too_long_can_be_left_out_instead_of_cut(tmp_path: Path) -> None:
-    split = Split.open(write_corpus(tmp_path, train=range(40, 60)), "train", VOCAB)
+    split = CorpusSplit.open(write_corpus(tmp_path, train=range(40, 60)), "train", VOCAB)
     assert {s.length for s in islice(split.shuffled(0, 45, most=50), 30)} == set(range(45, 51))
     with pytest.raises(ConfigError, match="no sequence of the corpus has 45 to 44 tokens"):
         next(split.shuffled(0, 45, most=44))
@@ -149,13 +150,13 @@ def test_a_folder_that_is_no_corpus_is_refused(
     tmp_path: Path, damage: Callable[[Path], None], sentence: str
 ) -> None:
     folder = write_corpus(tmp_path, train=(300, 200))
-    Split.open(folder, "train", VOCAB)
+    CorpusSplit.open(folder, "train", VOCAB)
     damage(folder)
     with pytest.raises(ConfigError, match=sentence) as caught:
-        Split.open(folder, "train", VOCAB)
-    assert f"python -m lab.corpus --out {folder} --model MODEL" in str(caught.value)
+        CorpusSplit.open(folder, "train", VOCAB)
+    assert f"dsa corpus --out {folder} --model MODEL" in str(caught.value)
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the model knows 90 tokens: it was built with another model's"):
-        Split.open(write_corpus(tmp_path), "train", 90)
+        CorpusSplit.open(write_corpus(tmp_path), "train", 90)

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from engine.errors import ConfigError
-from lab.distill.__main__ import main
+from lab.distill.__main__ import app
 from lab.distill.recipe import Recipe, read_recipe
-from lab.distill.sequences import Split
+from lab.distill.sequences import CorpusSplit
 from lab.distill.train import StepLog, Trainer
+from lab.tool import start
 from tests.engine.kit import VOCAB, Lab
 from tests.lab.distill.kit import INFO, Bench, one_thread, write_corpus
 
@@ -41,7 +42,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trainer(bench: Bench, corpus: Path, folder: Path, recipe: Recipe = SHORT, base: str = "base") -> Trainer:
     folder.mkdir(exist_ok=True)
-    split = Split.open(corpus, "train", VOCAB)
+    split = CorpusSplit.open(corpus, "train", VOCAB)
     return Trainer(bench.trunk, bench.student(recipe.seed), split, recipe, folder, base)
 
 
@@ -118,7 +119,7 @@ def test_stop_ends_after_the_step_and_saves(bench: Bench, corpus: Path, tmp_path
 def test_a_checkpoint_of_something_else_is_refused(bench: Bench, corpus: Path, tmp_path: Path) -> None:
     trainer(bench, corpus, tmp_path / "run").run(until=1)
     other = write_corpus(tmp_path / "corpus", seed=1)
-    split = Split.open(corpus, "train", VOCAB)
+    split = CorpusSplit.open(corpus, "train", VOCAB)
     smaller = bench.student(info=msgspec.structs.replace(INFO, num_heads=2))
     recipe = msgspec.structs.replace(SHORT, rows=17)
     for what, resumed in {
@@ -128,7 +129,7 @@ def test_a_checkpoint_of_something_else_is_refused(bench: Bench, corpus: Path, t
         "start": Trainer(
             bench.trunk,
             bench.student(),
-            Split.open(corpus, "train", VOCAB),
+            CorpusSplit.open(corpus, "train", VOCAB),
             SHORT,
             tmp_path / "run",
             "base",
@@ -198,7 +199,7 @@ FLAGS = ("--heads=3", "--dim=16", "--rope=8", "--default-top-k=16", "--device=cp
 def command(bench: Bench, corpus: Path, out: Path, *more: str, recipe: Recipe = SHORT) -> list[str]:
     text = msgspec.json.encode(recipe).decode()
     return [
-        f"--weights={bench.folder}",
+        str(bench.folder),
         f"--corpus={corpus}",
         f"--out={out}",
         *FLAGS,
@@ -213,9 +214,9 @@ def test_the_command_leaves_an_overlay_that_the_engine_serves(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("lab.distill.evaluate.held_out.__kwdefaults__", _defaults(beyond=64))
     out = tmp_path / "out"
-    assert main(command(bench, corpus, out, "--until=3", "--evaluate-every=2")) == 0
+    assert start(app, "distill", command(bench, corpus, out, "--until=3", "--evaluate-every=2")) == 0
     assert "step 1 of 7  dense  KL " in capsys.readouterr().out
-    assert main(command(bench, corpus, out)) == 0
+    assert start(app, "distill", command(bench, corpus, out)) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("resuming at step 3 of 7\nstep 4 of 7  dense  KL ")
     assert "step 7 of 7  sparse  KL " in printed
@@ -243,10 +244,10 @@ def test_a_run_goes_on_from_an_overlay(
     bench: Bench, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    assert main(command(bench, corpus, first, "--evaluate-kind=0")) == 0
+    assert start(app, "distill", command(bench, corpus, first, "--evaluate-kind=0")) == 0
     overlay = first / "indexer.safetensors"
     more = (f"--start-from={overlay}", "--evaluate-kind=0")
-    assert main(command(bench, corpus, second, *more, "--until=0")) == 0
+    assert start(app, "distill", command(bench, corpus, second, *more, "--until=0")) == 0
     assert load_file(second / "indexer.safetensors").keys() == load_file(overlay).keys()
     for name, tensor in load_file(second / "indexer.safetensors").items():
         assert torch.equal(tensor, load_file(overlay)[name])
@@ -256,7 +257,7 @@ def test_a_run_goes_on_from_an_overlay(
     assert made["start"] == json.loads(safe_open(overlay, "pt").metadata()["recipe"])
     assert made["start"]["steps"] == SHORT.total_steps
     capsys.readouterr()
-    assert main(command(bench, corpus, tmp_path / "third", *more, "--heads=4")) == 1
+    assert start(app, "distill", command(bench, corpus, tmp_path / "third", *more, "--heads=4")) == 1
     assert "--heads is 4, but" in capsys.readouterr().err
 
 
@@ -278,17 +279,24 @@ def test_a_signal_stops_the_command_and_the_same_command_goes_on(
 
     monkeypatch.setattr(Trainer, "_step", interrupted)
     handler = signal.getsignal(signal.SIGINT)
-    assert main(command(bench, corpus, tmp_path)) == 130
+    assert start(app, "distill", command(bench, corpus, tmp_path)) == 130
     assert "stopped at step 3; the same command goes on from there" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "indexer.safetensors").exists()
-    assert main(command(bench, corpus, tmp_path, "--until=4")) == 0
+    assert start(app, "distill", command(bench, corpus, tmp_path, "--until=4")) == 0
     printed = capsys.readouterr().out
     assert "resuming at step 3 of 7" in printed
     assert (
         "nothing evaluated: that takes held-out sequences, and room in the model, of 2048 tokens" in printed
     )
-    assert main(command(bench, corpus, tmp_path, "--until=5", "--evaluate-kind=0", "--evaluate-every=1")) == 0
+    assert (
+        start(
+            app,
+            "distill",
+            command(bench, corpus, tmp_path, "--until=5", "--evaluate-kind=0", "--evaluate-every=1"),
+        )
+        == 0
+    )
     assert "above dense" not in capsys.readouterr().out
 
 
@@ -297,19 +305,16 @@ def test_a_signal_stops_the_command_and_the_same_command_goes_on(
     [
         (["--recipe={"], "error: the recipe '{' is not JSON"),
         (['--recipe={"rowz": 1}'], "error: the recipe cannot be used: Object contains unknown field"),
-        (["--heads=0"], "error: --heads is 0; expected at least 1"),
-        (["--default-top-k=0"], "error: --default-top-k is 0; expected at least 1"),
         (["--rope=18"], "error: --rope is 18; expected an even number up to --dim (16)"),
         (["--rope=7"], "error: --rope is 7; expected an even number up to --dim (16)"),
         (["--device=tpu"], "error: device 'tpu'"),
-        (["--corpus=nowhere"], "error: nowhere holds no corpus with a 'train' split"),
-        (["--weights=nowhere"], "error: "),
+        (["--corpus=nowhere"], "error: nowhere holds no corpus; build one: dsa corpus --out nowhere"),
     ],
 )
 def test_errors_of_the_command_are_one_sentence(
     bench: Bench, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
 ) -> None:  # fmt: skip
-    assert main(command(bench, corpus, tmp_path / "out", *more)) == 1
+    assert start(app, "distill", command(bench, corpus, tmp_path / "out", *more)) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith(sentence)
     assert captured.err.count("\n") == 1

@@ -9,18 +9,20 @@ import pytest
 import typer
 
 from engine.protocol import Submit
+from lab.corpus.chatml import ChatTurn
+from lab.corpus.manifest import CorpusPrompt, NeedleRow
 from lab.evaluate import agreement, equality, loss, needles
 from lab.evaluate.agreement import ids_of, parting
-from lab.evaluate.client import Answer, Client, EvaluationError, Scores
+from lab.evaluate.client import Client, EvaluationError, ModelAnswer, Scores
 from lab.evaluate.local_server import serve_arguments
 from lab.evaluate.loss import TextLoss, buckets
-from lab.evaluate.material import AskedNeedle, HeldOut, Message, NeedleRow, Prompt, spread
+from lab.evaluate.material import AskedNeedle, HeldOut, spread
 from lab.evaluate.needles import Found, grid, is_right
-from lab.evaluate.results import RecallResult, Results, load
+from lab.evaluate.results import EvalResults, RecallResult, load
 from lab.evaluate.statistics import bootstrap, wilson
 from lab.evaluate.verdict import at_least, at_most
 from server.cli.main import app
-from server.config import load_settings
+from server.settings import load_settings
 from tests.server.fake_engine import FakeEngine, Script
 from tests.server.kit import EOS, MODEL, TEXT, PlainChat, client, ids, make_app
 
@@ -29,8 +31,8 @@ def silent(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-def answer(*tokens: str, finish: str = "stop") -> Answer:
-    return Answer("".join(tokens), tuple(token.encode() for token in tokens), finish, 3)
+def answer(*tokens: str, finish: str = "stop") -> ModelAnswer:
+    return ModelAnswer("".join(tokens), tuple(token.encode() for token in tokens), finish, 3)
 
 
 def test_a_server_of_its_own_writes_no_ledger() -> None:
@@ -180,11 +182,11 @@ def needle(context: int) -> AskedNeedle:
 
 async def test_needles_are_asked_dense_and_sparse_of_one_server() -> None:
     def script(submit: Submit) -> Script:
-        return Script([*ids("Oh Yes." if submit.top_k != 16 else "no"), EOS])
+        return Script([*ids("Oh Yes." if submit.index_top_k != 16 else "no"), EOS])
 
     engine = FakeEngine(script)
     result = await needles.measure(of(engine), [needle(40), needle(240)], [16, 32], 2, silent)
-    assert [submit.top_k for submit in engine.submitted] == [None, 16, 32]
+    assert [submit.index_top_k for submit in engine.submitted] == [None, 16, 32]
     assert all(EOS in submit.sampling.stop_token_ids for submit in engine.submitted)
     assert result.skipped == 1  # 240 + 32 tokens are more than the context
     assert result.needles[0].right == {"dense": True, "16": False, "32": True}
@@ -200,9 +202,9 @@ async def test_loss_is_of_every_token_beyond() -> None:
 
 async def test_agreement_and_equality_over_the_wire() -> None:
     def script(submit: Submit) -> Script:
-        return Script([*ids("same" if submit.top_k != 16 else "sane"), EOS])
+        return Script([*ids("same" if submit.index_top_k != 16 else "sane"), EOS])
 
-    prompts = [Prompt(kind="text", source="", tokens=3, messages=(Message("user", "hello"),))]
+    prompts = [CorpusPrompt(kind="text", source="", tokens=3, messages=(ChatTurn("user", "hello"),))]
     result = await agreement.measure(
         of(FakeEngine(script)), prompts, TEXT, PlainChat(), [16, 64], 2, silent, answer_tokens=8
     )
@@ -228,7 +230,7 @@ async def test_a_refusal_is_tried_again_and_then_said() -> None:
 
 
 def test_results_are_kept_for_the_same_settings_only(tmp_path: Any) -> None:
-    results = Results(settings={"top_k": [256]}, environment={})
+    results = EvalResults(settings={"top_k": [256]}, environment={})
     results.needles = needles.summarise([found(512, 0.0, True, True)], [256])
     results.save(tmp_path)
     kept = load(tmp_path, {"top_k": [256]})

@@ -19,7 +19,7 @@ def test_a_worker_becomes_the_engines_node(tmp_path: Path, monkeypatch: pytest.M
     result = CliRunner().invoke(app, ["worker", str(tmp_path)], env={"DSA_LEADER": "10.0.0.1:7000"})
     assert result.exit_code == 0, result.output
     assert given[1:] == [
-        "-m", "engine.parallel.node", f"--weights={tmp_path}", "--leader=10.0.0.1:7000", "--wait-seconds=600.0"
+        "-P", "-m", "engine.parallel.node", f"--weights={tmp_path}", "--leader=10.0.0.1:7000", "--wait-seconds=600.0"
     ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from server.config import SettingsError, load_settings
+from server.settings import SettingsError, load_settings
 from server.telemetry.logs import configure
 from tests.server.kit import chat_body, client, completion_body, make_app, speaking
 

@@ -15,7 +15,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from server.config import SettingsError, load_settings
+from server.settings import SettingsError, load_settings
 from tests.server.kit import chat_body, client, completion_body, make_app, speaking
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

@@ -1,28 +1,28 @@
-"""`dsa eval`: reads the flags and hands over to `lab.evaluate`."""
+"""The command line of `dsa eval`."""
 
 from __future__ import annotations
 
 import asyncio
 import shlex
+import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from server.config import Settings
+from lab.evaluate.results import PARTS
+from lab.tool import CorpusFlag, ModelFlag, fail, find, numbers, one_of, program, start
+from server.hub.models import DEFAULT_MODEL
 
-_DEFAULTS = Settings()
+app = program()
 _WHAT, _HOW = "What is measured", "How"
+_TOKENS = "numbers of tokens, such as 256,512"
 
 
+@app.command("eval")
 def evaluate(
-    corpus: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR",
-            help="What to ask: a folder made by python -m lab.corpus --out DIR --model MODEL.",
-        ),
-    ],
+    corpus: CorpusFlag,
     out: Annotated[
         Path,
         typer.Option(
@@ -30,16 +30,7 @@ def evaluate(
             help="Where eval.json and the pictures go. Parts that are there, of the same settings, are kept.",
         ),
     ],
-    model: Annotated[
-        str,
-        typer.Argument(help="A name that dsa can fetch, a .gguf file, or a folder."),
-    ] = _DEFAULTS.model,
-    url: Annotated[
-        str | None,
-        typer.Option(
-            help="A running server of MODEL to ask, instead of one that is started.", rich_help_panel=_HOW
-        ),
-    ] = None,
+    model: ModelFlag = DEFAULT_MODEL,
     top_k: Annotated[
         str, typer.Option(metavar="N,N", help="What to compare with dense.", rich_help_panel=_WHAT)
     ] = "256,512",
@@ -71,15 +62,21 @@ def evaluate(
             rich_help_panel=_WHAT,
         ),
     ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="A running server of MODEL to ask, instead of one that is started.", rich_help_panel=_HOW
+        ),
+    ] = None,
     concurrency: Annotated[
         int, typer.Option(help="Requests at a time.", min=1, max=256, rich_help_panel=_HOW)
     ] = 16,
     device: Annotated[
         str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.", rich_help_panel=_HOW)
-    ] = _DEFAULTS.device,
+    ] = "auto",
     dtype: Annotated[
         str, typer.Option(help="Number format: auto, float32 or bfloat16.", rich_help_panel=_HOW)
-    ] = str(_DEFAULTS.dtype),
+    ] = "auto",
     overlay: Annotated[
         Path | None,
         typer.Option(
@@ -104,65 +101,32 @@ def evaluate(
     contexts, and how much of dense attention the indexer captures. A bar that
     is missed is said; the exit status is 0 all the same.
     """
-    from rich.console import Console
-
-    from lab.evaluate.client import EvaluationError
-    from lab.evaluate.material import MaterialError
-    from lab.evaluate.results import PARTS
-    from lab.evaluate.run import Plan
-    from lab.evaluate.run import evaluate as run
-    from server.chat import PromptError
-    from server.hub.models import ModelError, resolve
-    from server.hub.stages import Stages
-    from server.text.tokenizer import TokenizerError
-
-    top_ks = _numbers("--top-k", top_k)
-    answer_top_ks = top_ks if answer_top_k is None else _numbers("--answer-top-k", answer_top_k)
+    top_ks = numbers("--top-k", top_k, _TOKENS)
+    answer_top_ks = top_ks if answer_top_k is None else numbers("--answer-top-k", answer_top_k, _TOKENS)
     for number in answer_top_ks:
         if number not in top_ks:
-            _fail(
-                f"--answer-top-k names {number}, which is not among --top-k: {', '.join(map(str, top_ks))}", 2
-            )
+            fail(f"--answer-top-k names {number}, which is not among --top-k: {', '.join(map(str, top_ks))}")
     chosen = None if only is None else tuple(part.strip() for part in only.split(","))
     for part in chosen or ():
         if part not in PARTS:
-            _fail(f"--only names {part!r}; expected some of {', '.join(PARTS)}", 2)
-    if dtype not in ("auto", "float32", "bfloat16"):
-        _fail(f"--dtype is {dtype!r}; expected one of auto, float32, bfloat16", 2)
+            fail(f"--only names {part!r}; expected some of {', '.join(PARTS)}")
+    one_of("--dtype", dtype)
     if url is not None and server_flags:
-        _fail("--server-flags are for a server that is started, but --url names a running one", 2)
+        fail("--server-flags are for a server that is started, but --url names a running one")
+    files = find(model, overlay)
+    from lab.evaluate.run import EvalPlan
+    from lab.evaluate.run import evaluate as run
+
+    plan = EvalPlan(
+        files=files, corpus=corpus, out=out, url=url, top_k=top_ks, answer_top_k=answer_top_ks, only=chosen,
+        per_kind=per_kind or None, limit=limit, concurrency=concurrency, device=device, dtype=dtype,
+        server_flags=tuple(shlex.split(server_flags)),
+    )  # fmt: skip
     try:
-        with Stages() as stages:
-            files = resolve(model, overlay=overlay, report=stages)
-        plan = Plan(
-            files=files,
-            corpus=corpus,
-            out=out,
-            url=url,
-            top_k=top_ks,
-            answer_top_k=answer_top_ks,
-            only=chosen,
-            per_kind=per_kind or None,
-            limit=limit,
-            concurrency=concurrency,
-            device=device,
-            dtype=dtype,
-            server_flags=tuple(shlex.split(server_flags)),
-        )
         run(plan, Console())
-    except (ModelError, EvaluationError, MaterialError, TokenizerError, PromptError, OSError) as error:
-        _fail(str(error))
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    numbers = [part.strip() for part in text.split(",")]
-    if not all(number.isdigit() and int(number) for number in numbers):
-        _fail(f"{option} is {text!r}; expected numbers of tokens, such as 256,512", 2)
-    return tuple(dict.fromkeys(map(int, numbers)))
-
-
-def _fail(message: str, code: int = 1) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(code)
+if __name__ == "__main__":
+    sys.exit(start(app, "eval"))

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lab.distill.recall import EDGES, Recall, chosen, main
-from lab.distill.sequences import Split
+from lab.distill.sequences import CorpusSplit
+from lab.recall.__main__ import app
+from lab.recall.run import EDGES, Recall, chosen
+from lab.tool import start
 from tests.engine.kit import VOCAB, random_overlay
 from tests.lab.distill.kit import Bench, one_thread, write_corpus
 
@@ -72,7 +74,7 @@ def test_rows_that_see_no_more_than_k_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_texts_are_long_ones_of_every_kind(tmp_path: Path) -> None:
-    split = Split.open(write_corpus(tmp_path, heldout=(2048, 2100, 900, 2048, 3000)), "heldout", VOCAB)
+    split = CorpusSplit.open(write_corpus(tmp_path, heldout=(2048, 2100, 900, 2048, 3000)), "heldout", VOCAB)
     assert [(text.kind, text.length) for text in chosen(split, 1)] == [("prose", 2048), ("chat", 2100)]
 
 
@@ -80,6 +82,6 @@ def test_a_model_without_room_is_a_sentence(tmp_path: Path, capsys: pytest.Captu
     bench = Bench(tmp_path / "model")
     overlay = random_overlay(tmp_path / "indexer.safetensors", bench.source)
     corpus = write_corpus(tmp_path / "corpus", heldout=(2048,))
-    flags = {"weights": bench.folder, "overlay": overlay, "corpus": corpus, "out": tmp_path / "r.json"}
-    assert main([f"--{name}={value}" for name, value in flags.items()] + ["--device=cpu"]) == 1
+    flags = [f"--overlay={overlay}", f"--corpus={corpus}", f"--out={tmp_path / 'r.json'}", "--device=cpu"]
+    assert start(app, "recall", [str(bench.folder), *flags]) == 1
     assert "recall takes held-out texts" in capsys.readouterr().err

@@ -1,14 +1,11 @@
 """How much of dense attention each selection captures: indexer, the best possible, and a sliding window.
 
 In the trainer's forward, layer by layer with attention dense, so that every layer is judged on the
-inputs that dense attention gives it. Started by `dsa eval`; alone it is `python -m lab.distill.recall`.
+inputs that dense attention gives it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,16 +19,17 @@ from torch import Tensor
 
 from engine.checkpoint.overlay import indexer_shapes, read_overlay
 from engine.checkpoint.source import open_source
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError
 from engine.models.gqa.trunk import Trunk
 from engine.step.build import resolve_device, resolve_dtype
+from lab.corpus.manifest import SequenceInfo
 from lab.distill.base import open_trunk
 from lab.distill.evaluate import BEYOND
 from lab.distill.objective import attention_target, captured_mass, index_logits, top_mask
-from lab.distill.sequences import Sequence as Text
-from lab.distill.sequences import Split
+from lab.distill.sequences import CorpusSplit
 from lab.distill.sparse_forward import by_window
 from lab.distill.student import Student
+from server.hub.models import ModelFiles
 
 EDGES = (0, 256, 512, 1024, 2048, 4096)
 """Where the buckets of positions begin; the last one is open."""
@@ -147,79 +145,50 @@ def _add(sums: Sums, layer: int, masses: Tensor, shared: Tensor, bucket: Tensor,
     sums.overlap_beyond[layer] += shared[late].sum()
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(prog="python -m lab.distill.recall", description=__doc__)
-    add = made.add_argument
-    add("--weights", type=Path, required=True, help="dense checkpoint: .gguf file or folder")
-    add("--overlay", type=Path, required=True, help="the indexer (.safetensors)")
-    add("--corpus", type=Path, required=True, help="folder made by python -m lab.corpus")
-    add("--out", type=Path, required=True, help="JSON file to write")
-    add("--top-k", default="256,512", help="(%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="(%(default)s)")
-    add("--per-kind", type=int, default=4, help="held-out texts of each kind (%(default)s)")
-    add("--rows", type=int, default=512, help="rows judged in a text; 0: all (%(default)s)")
-    return made
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write; the exit status."""
-    options = parser().parse_args(arguments)
-    try:
-        run(options)
-    except torch.OutOfMemoryError:
-        error: object = "the device has too little memory"
-    except (EngineError, OSError) as fault:
-        error = fault
-    except KeyboardInterrupt:
-        return 130
-    else:
-        return 0
-    Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-    return 1
-
-
-def run(options: argparse.Namespace) -> None:
-    """Measure as the options say.
+def run(
+    files: ModelFiles, corpus: Path, *, top_k: Sequence[int], device: str, dtype: str, per_kind: int = 4,
+    rows: int = 512,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure; what `dsa recall` writes, whose help says what the arguments are.
 
     Raises:
         EngineError: the checkpoint, the overlay, the corpus or the device.
     """
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
-    source = open_source(options.weights)
-    overlay = read_overlay(options.overlay, source)
-    trunk = open_trunk(overlay.over(source), dtype, device)
+    if files.overlay is None:
+        raise ConfigError(f"{files.name} has no indexer; give one with --overlay")
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    source = open_source(files.weights)
+    overlay = read_overlay(files.overlay, source)
+    trunk = open_trunk(overlay.over(source), kind, place)
     config = trunk.config
-    student = Student(config, overlay.info, config.max_positions, device, 0)
+    student = Student(config, overlay.info, config.max_positions, place, 0)
     names = indexer_shapes(overlay.info, config.num_layers, config.hidden_size)
     student.load({name: overlay.tensors.read(name, torch.float32) for name in names})
-    split = Split.open(options.corpus, "heldout", config.vocab_size)
-    texts = chosen(split, options.per_kind) if config.max_positions >= 2 * BEYOND else []
+    split = CorpusSplit.open(corpus, "heldout", config.vocab_size)
+    texts = chosen(split, per_kind) if config.max_positions >= 2 * BEYOND else []
     if not texts:
         raise ConfigError(
             f"recall takes held-out texts, and room in the model, of {2 * BEYOND} tokens; build a larger corpus"
         )
-    recall = Recall(trunk, student, [int(k) for k in options.top_k.split(",")])
+    recall = Recall(trunk, student, top_k)
     console = Console(stderr=True)
     for text in track(texts, "recall", console=console, disable=not console.is_terminal):
-        recall.add(split.tokens(text, config.max_positions, device), options.rows)
+        recall.add(split.tokens(text, config.max_positions, place), rows)
         if not console.is_terminal and recall.texts in (1, len(texts)):
             console.print(f"recall {recall.texts} of {len(texts)} texts", highlight=False)
-    document = {
+    return {
         "beyond": BEYOND,
         "edges": list(EDGES),
         "sequences": recall.texts,
         "rows": int(recall.rows.sum()),
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(place),
+        "dtype": str(kind).removeprefix("torch."),
         "top_k": recall.result(),
     }
-    options.out.write_text(json.dumps(document, indent=1))
 
 
-def chosen(split: Split, per_kind: int) -> list[Text]:
+def chosen(split: CorpusSplit, per_kind: int) -> list[SequenceInfo]:
     """The first texts of each kind that reach twice `BEYOND`."""
     taken: Counter[str] = Counter()
     texts = []
@@ -228,7 +197,3 @@ def chosen(split: Split, per_kind: int) -> list[Text]:
             taken[text.kind] += 1
             texts.append(text)
     return texts
-
-
-if __name__ == "__main__":
-    sys.exit(main())

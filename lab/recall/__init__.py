@@ -1,0 +1,1 @@
+"""`dsa recall`: how much of dense attention an indexer captures."""

@@ -1,0 +1,42 @@
+"""The tools of the lab as commands of `dsa`: each is a program of its own, and reads its own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+from typer.core import TyperCommand
+
+from server.cli.options import become
+
+TOOLS = {
+    "inspect": ("lab.inspect", "Say what a model is and needs, without loading it."),
+    "bench": ("lab.bench", "Measure speed, of this server or of several side by side."),
+    "calibrate": ("lab.calibrate", "Measure what steps cost on this machine, for dsa serve --cost-calibration."),
+    "corpus": ("lab.corpus", "Build the text that an indexer is trained on and measured with."),
+    "distill": ("lab.distill", "Train the lightning indexer that makes a dense model sparse."),
+    "eval": ("lab.evaluate", "Compare sparse with dense attention, side by side on one server."),
+    "recall": ("lab.recall", "Measure how much of dense attention an indexer captures."),
+}  # fmt: skip
+"""Name -> module, and the first line of its help."""
+
+
+class _Passed(TyperCommand):
+    """A command that leaves its arguments as they are, --help too."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        ctx.args = list(args)
+        return args
+
+
+def add_tools(app: typer.Typer) -> None:
+    """Give the command line a command for every tool."""
+    for name, (module, line) in TOOLS.items():
+        app.command(name, cls=_Passed, help=line, rich_help_panel="Measure and train")(_starter(module))
+
+
+def _starter(module: str) -> Callable[[typer.Context], None]:
+    def start(ctx: typer.Context) -> None:
+        become(module, *ctx.args)
+
+    return start

@@ -1,0 +1,389 @@
+"""Settings: read once from flags, environment and file, checked, frozen.
+
+A flag wins over `DSA_<NAME>` in the environment, which wins over the file, which wins over the
+default. One name serves all three: `--max-queue`, `DSA_MAX_QUEUE`, `max_queue = 256`.
+
+A setting is one field of `Settings`: its type, its `Flag` and its default. Everything else is made from that
+field: the flag of `dsa serve`, the name in the environment and in the file, and the value that the HTTP side
+(`ServerConfig`) or the engine (`EngineConfig`) gets under the same name. Those two state the defaults.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from engine.config import (
+    DEFAULT_DRAFT_TOKENS,
+    CacheDtype,
+    Drafter,
+    EngineConfig,
+    IndexerDtype,
+    KernelChoice,
+    PlainDtype,
+    SparseForm,
+    WeightDtype,
+)
+from server.config import Port, Positive, Seconds, ServerConfig, Sparsity
+from server.hub.models import DEFAULT_MODEL, ModelFiles, cache_folder
+from server.hub.sizes import parse_size, size_text
+from server.telemetry.logs import LogFormat
+from server.telemetry.tracing import TracingError, check_endpoint
+
+DEFAULT_MAX_TOKENS = {"deepseek_v3": 8192, "deepseek_v32": 8192, "glm_moe_dsa": 8192}
+"""A request's token limit if it names none, by `model_type`; for others it is `ServerConfig`'s default."""
+
+
+class SettingsError(ValueError):
+    """A setting is not valid; the message is one sentence that says which one and what it may be."""
+
+
+class Flag(msgspec.Struct, frozen=True):
+    """What `dsa serve --help` says of a setting.
+
+    Attributes:
+        panel: the heading that the flag stands under.
+        help: what the setting does.
+        shown: the default as the help words it; None is the default itself.
+        metavar: what stands for the value; None is the value's type.
+        bytes_of: for a size, the field of `ServerConfig` or `EngineConfig` that gets the bytes.
+    """
+
+    panel: str
+    help: str
+    shown: str | None = None
+    metavar: str | None = None
+    bytes_of: str | None = None
+
+
+SERVER, MODEL, MEMORY = "Server", "Model", "Memory and scheduling"
+COST, LOGS, ADVANCED = "Cost", "Logs and traces", "Advanced"
+_HTTP, _ENGINE = ServerConfig(model_name=""), EngineConfig(weights="")
+"""Both parts with their defaults."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Every setting of `dsa serve`, under the name that users give it; None leaves it to others."""
+
+    model: Annotated[
+        str,
+        Flag("", "A name that dsa can fetch, a .gguf file, or a folder with config.json and *.safetensors."),
+    ] = DEFAULT_MODEL
+
+    host: Annotated[str, Flag(SERVER, "Address to listen on; 0.0.0.0 is every network.")] = _HTTP.host
+    port: Annotated[Port, Flag(SERVER, "Port to listen on; 0 is any free one.")] = _HTTP.port
+    served_model_name: Annotated[
+        str | None, Flag(SERVER, "What clients call the model.", "MODEL's name", "NAME")
+    ] = None
+    max_queue: Annotated[Positive, Flag(SERVER, "Requests in work or waiting before new ones get 429.")] = (
+        _HTTP.max_queue
+    )
+    drain_seconds: Annotated[
+        Seconds, Flag(SERVER, "How long running requests may go on after Ctrl-C or SIGTERM.")
+    ] = _HTTP.drain_seconds
+
+    device: Annotated[str, Flag(MODEL, "Where to compute: auto, cpu, cuda or cuda:N.")] = _ENGINE.device
+    dtype: Annotated[PlainDtype, Flag(MODEL, "Number format: auto, float32 or bfloat16.")] = _ENGINE.dtype
+    max_model_len: Annotated[
+        Annotated[int, msgspec.Meta(ge=2)] | None,
+        Flag(MODEL, "Longest prompt plus answer, in tokens.", "what the model was trained for"),
+    ] = _ENGINE.max_model_len
+    top_k: Annotated[
+        Sparsity | None,
+        Flag(
+            MODEL,
+            "Sparsity for requests that do not choose: how many earlier tokens each token attends to, or dense.",
+            "what the model's indexer was trained for",
+            "N|dense",
+        ),
+    ] = _HTTP.default_top_k
+    overlay: Annotated[
+        str | None,
+        Flag(MODEL, "A lightning indexer (.safetensors) to lay over the model.", "the model's own", "FILE"),
+    ] = None
+
+    kv_cache_memory: Annotated[
+        str,
+        Flag(
+            MEMORY,
+            "Memory for the context of all running requests, as 512MiB or 4GiB.",
+            None,
+            "SIZE",
+            "kv_cache_bytes",
+        ),
+    ] = size_text(_ENGINE.kv_cache_bytes)
+    weight_dtype: Annotated[
+        WeightDtype,
+        Flag(
+            MEMORY,
+            "Weights stored in FP8 (DeepSeek family) are kept so: auto (on CUDA), fp8, or plain (in --dtype).",
+        ),
+    ] = _ENGINE.weight_dtype
+    kv_cache_dtype: Annotated[
+        CacheDtype,
+        Flag(
+            MEMORY,
+            "Numbers of cached latents (DeepSeek family): auto (fp8 where the weights are), bf16 or fp8.",
+        ),
+    ] = _ENGINE.kv_cache_dtype
+    indexer_dtype: Annotated[
+        IndexerDtype,
+        Flag(
+            MEMORY,
+            "Numbers of index keys and queries: bf16, fp8 (DeepSeek family), int8 (Llama family), or auto (fp8 "
+            "where the weights are, int8 with native kernels).",
+        ),
+    ] = _ENGINE.indexer_dtype
+    kernels: Annotated[
+        KernelChoice,
+        Flag(MEMORY, "What computes attention: native (compiled, CPU), torch, reference (slow), or auto."),
+    ] = _ENGINE.kernels
+    token_budget: Annotated[Positive, Flag(MEMORY, "Most tokens computed in one step.")] = (
+        _ENGINE.token_budget
+    )
+    max_running: Annotated[Positive, Flag(MEMORY, "Most requests computed in one step.")] = (
+        _ENGINE.max_running
+    )
+    threads: Annotated[Positive | None, Flag(MEMORY, "CPU threads.", "one per core")] = _ENGINE.threads
+    tensor_parallel: Annotated[
+        Positive, Flag(MEMORY, "Split the model over so many devices (DeepSeek family).")
+    ] = _ENGINE.tensor_parallel
+    nodes: Annotated[
+        Positive,
+        Flag(
+            MEMORY, "Hosts that have those devices, as many each: this one, and others that run dsa worker."
+        ),
+    ] = _ENGINE.nodes
+    leader: Annotated[
+        str | None,
+        Flag(
+            MEMORY,
+            "Where the other nodes join this one: an address of this host in a network that is theirs alone.",
+            "none, with one node",
+            "HOST:PORT",
+        ),
+    ] = _ENGINE.leader
+    prefix_caching: Annotated[
+        bool, Flag(MEMORY, "Reuse what requests that begin alike have in common.", "on")
+    ] = _ENGINE.prefix_caching
+
+    prices: Annotated[
+        str | None,
+        Flag(COST, "A price table; it is read again when it changes.", "the one that ships", "FILE"),
+    ] = _HTTP.prices
+    machine_price: Annotated[
+        str | None, Flag(COST, "USD an hour of the device.", "the price table's", "USD")
+    ] = _HTTP.machine_price
+    ledger: Annotated[
+        str | None,
+        Flag(
+            COST,
+            "Where usage is written down: a SQLite file, a SQLAlchemy URL, or none.",
+            "usage.sqlite beside the fetched models",
+            "FILE|URL|none",
+        ),
+    ] = None
+    cost_calibration: Annotated[
+        str | None,
+        Flag(COST, "Measured coefficients of the cost model.", "assumed from the model's shape", "FILE"),
+    ] = _ENGINE.cost_calibration
+
+    max_tokens: Annotated[
+        Positive | None,
+        Flag(
+            ADVANCED,
+            "Token limit for requests that name none.",
+            f"{DEFAULT_MAX_TOKENS['deepseek_v3']} for the DeepSeek-V3 family, else {_HTTP.default_max_tokens}",
+        ),
+    ] = None
+    chat_format: Annotated[
+        str,
+        Flag(
+            MODEL,
+            "How conversations become prompts: auto, jinja (the checkpoint's own template), deepseek-v3.1 or "
+            "deepseek-v3.2.",
+            None,
+            "NAME",
+        ),
+    ] = "auto"
+    max_n: Annotated[Positive, Flag(ADVANCED, "Most choices in one request.")] = _HTTP.max_n
+    max_prompts: Annotated[Positive, Flag(ADVANCED, "Most prompts in one request.")] = _HTTP.max_prompts
+    max_body: Annotated[str, Flag(ADVANCED, "Largest request body.", None, "SIZE", "max_body_bytes")] = (
+        size_text(_HTTP.max_body_bytes)
+    )
+    score_memory: Annotated[
+        str, Flag(ADVANCED, "Memory for one tile of attention scores.", None, "SIZE", "score_budget_bytes")
+    ] = size_text(_ENGINE.score_budget_bytes)
+    sparse_form: Annotated[
+        SparseForm, Flag(ADVANCED, "How long contexts are attended: auto, gather or mask.")
+    ] = _ENGINE.sparse_form
+
+    log_format: Annotated[
+        LogFormat, Flag(LOGS, "text, or json: an object a line, and one line a request.", None, "text|json")
+    ] = _HTTP.log_format
+    log_prompts: Annotated[bool, Flag(LOGS, "Put prompts into the log, too.", "never")] = _HTTP.log_prompts
+    otlp_endpoint: Annotated[
+        str | None,
+        Flag(
+            LOGS,
+            "Send a trace a request to this OpenTelemetry receiver (OTLP over HTTP), as http://localhost:4318.",
+            "no traces",
+            "URL",
+        ),
+    ] = _HTTP.otlp_endpoint
+
+    drafter: Annotated[
+        Drafter,
+        Flag(
+            ADVANCED,
+            "What guesses tokens ahead, to be verified in one step (speculative decoding): off, ngram "
+            "(repetitions in the text) or mtp (the draft layer of a DeepSeek checkpoint). Answers stay the same.",
+        ),
+    ] = _ENGINE.drafter
+    speculative_tokens: Annotated[
+        Positive | None,
+        Flag(
+            ADVANCED, "Most tokens guessed ahead for each request.",
+            f"{DEFAULT_DRAFT_TOKENS['ngram']}, mtp {DEFAULT_DRAFT_TOKENS['mtp']}",
+        ),
+    ] = _ENGINE.speculative_tokens  # fmt: skip
+
+    def overlay_path(self) -> Path | None:
+        """The overlay that was asked for."""
+        return None if self.overlay is None else Path(self.overlay).expanduser()
+
+    def server(self, model_name: str, model_type: str = "") -> ServerConfig:
+        """The HTTP side's part.
+
+        Args:
+            model_name: what the model is called where no setting says so.
+            model_type: its family, by which the token limit of requests that name none is chosen.
+
+        Raises:
+            SettingsError: a size is not valid, prompts have no log to go to, or traces cannot be exported.
+        """
+        if self.log_prompts and self.log_format != "json":
+            raise SettingsError("--log-prompts needs --log-format json, whose access lines have the prompts")
+        try:
+            if self.otlp_endpoint is not None:
+                check_endpoint(self.otlp_endpoint)
+            given = self._given_to(ServerConfig) | {
+                "model_name": self.served_model_name or model_name,
+                "default_max_tokens": self.max_tokens
+                or DEFAULT_MAX_TOKENS.get(model_type, _HTTP.default_max_tokens),
+                "default_top_k": self.top_k,
+                "machine_price": _decimal(self.machine_price),
+                "ledger": None if self.ledger == "none" else self.ledger or default_ledger(),
+            }
+        except (TracingError, ValueError) as error:
+            raise SettingsError(str(error)) from error
+        return ServerConfig(**given)
+
+    def engine(self, files: ModelFiles) -> EngineConfig:
+        """The engine's part.
+
+        Raises:
+            SettingsError: the settings contradict each other, or a size is not valid.
+        """
+        overlay = None if files.overlay is None else str(files.overlay)
+        try:
+            return EngineConfig(
+                **self._given_to(EngineConfig) | {"weights": str(files.weights), "overlay": overlay}
+            )
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+
+    def _given_to(self, part: type[ServerConfig | EngineConfig]) -> dict[str, Any]:
+        """The settings that a part has too: under the same name, or as the bytes of a size."""
+        given: dict[str, Any] = {}
+        for name, flag in FLAGS.items():
+            value = getattr(self, name)
+            if flag.bytes_of is not None:
+                name, value = flag.bytes_of, parse_size(value, name)
+            if name in part.__struct_fields__:
+                given[name] = value
+        return given
+
+
+KINDS: dict[str, Any] = get_type_hints(Settings, include_extras=True)
+"""The type of each setting, with its bounds."""
+FLAGS: dict[str, Flag] = {name: kind.__metadata__[-1] for name, kind in KINDS.items()}
+
+
+def default_ledger() -> str:
+    """Where the usage ledger is if nobody says otherwise: beside the fetched models."""
+    return str(cache_folder() / "usage.sqlite")
+
+
+def _decimal(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"\d{1,6}(\.\d{1,9})?", text):
+        raise SettingsError(f"machine_price is {text!r}; expected USD an hour, such as 0.10")
+    return text
+
+
+def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None) -> Settings:
+    """Merge the three sources and check every value.
+
+    Args:
+        flags: by name; None stands for a flag that was not given.
+        environ: of which only `DSA_<NAME>` of known names is read.
+        file: a TOML file; $DSA_CONFIG if None.
+
+    Raises:
+        SettingsError: a value is not valid, or the file is missing or has a name that no setting has.
+    """
+    if file is None and environ.get("DSA_CONFIG"):
+        file = Path(environ["DSA_CONFIG"])
+    values: dict[str, Any] = {}
+    for origin, name, value in (*_from_file(file), *_from_environ(environ), *_from_flags(flags)):
+        try:
+            values[name] = msgspec.convert(value, KINDS[name], strict=False)
+        except msgspec.ValidationError as error:
+            expected = str(error).removeprefix("Expected ").replace("`", "")
+            raise SettingsError(f"{origin} is {value!r}; expected {_choices(name) or expected}") from None
+    settings = Settings(**values)
+    settings.server("any")  # so that sizes are found wrong before anything is loaded
+    settings.engine(ModelFiles("any", Path("any"), None, None))
+    return settings
+
+
+def _from_file(file: Path | None) -> Iterator[tuple[str, str, Any]]:
+    if file is None:
+        return
+    try:
+        entries = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"the settings file {file} cannot be read: {error}") from error
+    for key, value in entries.items():
+        name = key.replace("-", "_")
+        if name not in KINDS:
+            raise SettingsError(
+                f"the settings file {file} has {key!r}, which is no setting; there are {', '.join(KINDS)}"
+            )
+        yield f"{key} in {file}", name, str(value) if KINDS[name].__origin__ is str else value
+
+
+def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
+    for name in KINDS:
+        variable = f"DSA_{name.upper()}"
+        if environ.get(variable):  # an empty one is as good as none, as in compose files
+            yield variable, name, environ[variable]
+
+
+def _from_flags(flags: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    for name, value in flags.items():
+        if value is not None:
+            yield "MODEL" if name == "model" else f"--{name.replace('_', '-')}", name, value
+
+
+def _choices(name: str) -> str | None:
+    """What a value may be, for the types that msgspec describes badly."""
+    kind = KINDS[name].__origin__
+    if kind == Sparsity | None:
+        return "a number of tokens, or dense"
+    return "one of " + ", ".join(get_args(kind)) if get_origin(kind) is Literal else None
