@@ -57,12 +57,12 @@ class SamplingParams(Value, frozen=True, kw_only=True):
 
 
 class Submit(Message, frozen=True, kw_only=True):
-    """Start a request. `top_k` is how many earlier tokens attention may read; None is dense."""
+    """Start a request. `index_top_k` is how many earlier tokens attention may read; None is dense."""
 
     request_id: str  # made by the server, unique for the life of the engine process
     prompt_token_ids: tuple[int, ...]  # >= 1 token, each in [0, vocab_size)
     sampling: SamplingParams
-    top_k: int | None
+    index_top_k: int | None
     namespace: str = ""  # cached prefixes are shared only inside one namespace
 
 
@@ -94,7 +94,7 @@ class IndexerInfo(Value, frozen=True, kw_only=True):
     num_heads: int
     head_dim: int
     rope_dim: int
-    default_top_k: int  # what its training and evaluation justify
+    default_index_top_k: int  # what its training and evaluation justify
     source: str  # file name of the overlay, or `checkpoint`
     adapter_rank: int = 0  # of the corrections on rows with a selection; 0: there are none
 
@@ -109,7 +109,7 @@ class ModelInfo(Value, frozen=True, kw_only=True):
     max_model_len: int  # positions that one request may use, prompt and output together
     device: str
     dtype: str
-    indexer: IndexerInfo | None  # None: attention is always dense, whatever top_k says
+    indexer: IndexerInfo | None  # None: attention is always dense, whatever index_top_k says
     cost_model: Literal["assumed", "measured"] = "assumed"  # where the cost model's coefficients are from
 
 
@@ -195,7 +195,7 @@ class RequestUsage(Value, frozen=True, kw_only=True):
     cached_tokens: int  # prompt tokens whose pages were reused at first admission
     completion_tokens: int
     preemptions: int
-    top_k: int | None  # effective: None is dense
+    index_top_k: int | None  # effective: None is dense
     queue_seconds: float  # submit to first scheduled
     prefill_seconds: float  # first scheduled to first token
     decode_seconds: float  # first token to end

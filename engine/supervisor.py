@@ -297,7 +297,7 @@ class _Held:
             cached_tokens=0,
             completion_tokens=0,
             preemptions=0,
-            top_k=self._request.top_k,
+            index_top_k=self._request.index_top_k,
             queue_seconds=0.0,
             prefill_seconds=0.0,
             decode_seconds=0.0,

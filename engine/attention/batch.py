@@ -25,7 +25,7 @@ class TileTensors:
     shape: tuple[int, int]  # (R, Q)
     positions: Tensor  # [R, Q] int64
     block_table: Tensor  # [R, P] int64, padded with page 0
-    top_k: Tensor  # [R, Q] int64
+    index_top_k: Tensor  # [R, Q] int64
     expanded: bool = False  # see `Tile`
 
 
@@ -71,7 +71,7 @@ def build_batch(plan: StepPlan, costs: TileCosts, device: torch.device) -> Batch
                 num_rows=count,
                 start=request.start,
                 page_ids=request.page_ids,
-                top_k=request.top_k,
+                index_top_k=request.index_top_k,
             )
         )
         first += count
@@ -109,7 +109,7 @@ def _tensors(tile: Tile, device: torch.device) -> TileTensors:
         shape=shape,
         positions=_to(np.array(tile.positions, dtype=np.int64), device),
         block_table=_to(_table(tile.page_ids, tile.context_pages), device),
-        top_k=_to(np.array(tile.top_k, dtype=np.int64), device).unsqueeze(1).expand(shape),
+        index_top_k=_to(np.array(tile.index_top_k, dtype=np.int64), device).unsqueeze(1).expand(shape),
         expanded=tile.expanded,
     )
 

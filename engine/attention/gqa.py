@@ -1,4 +1,4 @@
-"""Attention over a batch of tiles: dense where top_k covers the context, selected elsewhere.
+"""Attention over a batch of tiles: dense where index_top_k covers the context, selected elsewhere.
 
 Leaves the cutting to `tiles`, the arithmetic to the kernels and the projections to the model.
 """
@@ -59,7 +59,7 @@ def attend(
                     index_plane,
                     tile.block_table,
                     tile.positions,
-                    tile.top_k,
+                    tile.index_top_k,
                     scale,
                 )
             else:
@@ -76,7 +76,7 @@ def select(index: IndexQueries, index_plane: Tensor, tile: TileTensors, kernels:
     scores = index_scores_as_stored(
         kernels, query, head_weights, index_plane, tile.block_table, tile.positions
     )
-    return kernels.select(scores, tile.top_k)
+    return kernels.select(scores, tile.index_top_k)
 
 
 def _of(index: IndexQueries, tile: TileTensors) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ class Place(NamedTuple):
     """Where a request's next row is."""
 
     position: int
-    top_k: int | None  # None: dense
+    index_top_k: int | None  # None: dense
 
 
 Pace = Callable[[Iterable[Place], Iterable[Place], Place, int], int]

@@ -94,8 +94,8 @@ class EngineCore:
 
     def submit(self, request: Submit) -> tuple[Delta, ...]:
         """Queue a request; one that can never run ends at once, with the reason."""
-        if not self._sparse and request.top_k is not None:
-            request = msgspec.structs.replace(request, top_k=None)
+        if not self._sparse and request.index_top_k is not None:
+            request = msgspec.structs.replace(request, index_top_k=None)
         try:
             self._scheduler.add(request, self._clock())
         except ValueError as error:
@@ -163,7 +163,7 @@ def _refusal(request: Submit, reason: str) -> Delta:
         cached_tokens=0,
         completion_tokens=0,
         preemptions=0,
-        top_k=request.top_k,
+        index_top_k=request.index_top_k,
         queue_seconds=0.0,
         prefill_seconds=0.0,
         decode_seconds=0.0,

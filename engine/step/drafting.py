@@ -132,6 +132,6 @@ def _next(row: _Row, ahead: int, token_id: int) -> ScheduledRequest:
         token_ids=(token_id,),
         start=row.position + ahead,
         page_ids=row.request.page_ids,
-        top_k=row.request.top_k,
+        index_top_k=row.request.index_top_k,
         sample=None,
     )

@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> Calibration:
     )
     info, capacity = built.ready.model, built.ready.capacity
     device = torch.device(info.device).type
-    top_k = options.top_k or (info.indexer.default_top_k if info.indexer else None)
+    top_k = options.top_k or (info.indexer.default_index_top_k if info.indexer else None)
     if options.top_k is not None and info.indexer is None:
         raise ConfigError("top_k was given, but this model has no indexer and is always dense; leave it out")
     longest = _longest(options, info.max_model_len, top_k)

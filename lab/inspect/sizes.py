@@ -74,7 +74,7 @@ def _llama(config: Mapping[str, Any], indexer: IndexerInfo | None) -> Shape:
         architecture="llama",
         num_layers=c.num_layers,
         max_positions=c.max_positions,
-        top_k=None if indexer is None else indexer.default_top_k,
+        top_k=None if indexer is None else indexer.default_index_top_k,
         table=table,
         rank_table=lambda count: table,
         mtp={},

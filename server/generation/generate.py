@@ -69,7 +69,7 @@ class ChoiceUsage:
         cached_tokens: those of them that the engine reused.
         completion_tokens: tokens of the output, up to and including the one that completed a stop string;
             those that the server wrote into it (the end of reasoning) are among them.
-        top_k: tokens that attention could read; None is all.
+        index_top_k: tokens that attention could read; None is all.
         queue_seconds: time between submission and first step, where known.
         reasoning_tokens: those of the output that are reasoning; None where the model has none.
         prefill_seconds: time between first step and first token, where known.
@@ -78,7 +78,7 @@ class ChoiceUsage:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    top_k: int | None
+    index_top_k: int | None
     queue_seconds: float | None
     reasoning_tokens: int | None = None
     prefill_seconds: float | None = None
@@ -280,7 +280,7 @@ class _Choice:
             prompt_tokens=len(self._job.submit.prompt_token_ids),
             cached_tokens=known.cached_tokens if known else 0,
             completion_tokens=completion_tokens,
-            top_k=known.top_k if known else self._job.submit.top_k,
+            index_top_k=known.index_top_k if known else self._job.submit.index_top_k,
             queue_seconds=known.queue_seconds if known else None,
             reasoning_tokens=self._reader.reasoning_tokens if self._job.thinks else None,
             prefill_seconds=known.prefill_seconds if known else None,

@@ -38,11 +38,11 @@ class Sparsity:
     """What was asked of attention, and what the engine is told.
 
     Attributes:
-        top_k: for the engine; None is dense.
+        index_top_k: for the engine; None is dense.
         requested: the client's number where it is not granted.
     """
 
-    top_k: int | None
+    index_top_k: int | None
     requested: int | None = None
 
 
@@ -276,7 +276,7 @@ class Intake:
                     request_id=f"{request_id}-{index}",
                     prompt_token_ids=prompt.token_ids,
                     sampling=sampling,
-                    top_k=sparsity.top_k,
+                    index_top_k=sparsity.index_top_k,
                 )
                 jobs.append(
                     Job(
@@ -300,7 +300,7 @@ class Intake:
             )
         if model.indexer is None:
             return Sparsity(None, requested=asked if isinstance(asked, int) else None)
-        wanted = asked or self._config.default_top_k or model.indexer.default_top_k
+        wanted = asked or self._config.default_top_k or model.indexer.default_index_top_k
         return Sparsity(None if wanted == "dense" else min(wanted, model.max_model_len))
 
     def _room(self, prompt: _Prompt, model: ModelInfo, max_tokens: int | None) -> int:

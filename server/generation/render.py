@@ -61,12 +61,12 @@ def total_usage(usages: Sequence[ChoiceUsage], requested: int | None) -> Usage:
 
     Args:
         usages: at least one.
-        requested: the client's top_k where the model could not grant it.
+        requested: the client's `dsa.top_k` where the model could not grant it.
     """
     prompt = sum(usage.prompt_tokens for usage in usages)
     completion = sum(usage.completion_tokens for usage in usages)
-    top_k = usages[0].top_k
-    dsa = SparsityUsage(top_k="dense" if top_k is None else top_k)
+    index_top_k = usages[0].index_top_k
+    dsa = SparsityUsage(top_k="dense" if index_top_k is None else index_top_k)
     if requested is not None:
         dsa = SparsityUsage(top_k=dsa.top_k, requested=requested, note=NO_INDEXER)
     reasoning = [usage.reasoning_tokens for usage in usages if usage.reasoning_tokens is not None]

@@ -75,7 +75,7 @@ class Account:
         self._request_id, self._endpoint, self._key = request_id, endpoint, key
         self._arrived = datetime.now(UTC)
         self._table = books.prices.table
-        self._top_k = jobs[0].submit.top_k
+        self._index_top_k = jobs[0].submit.index_top_k
         self._unsettled = {job.submit.request_id for job in jobs}
         self._usages: list[RequestUsage] = []
         self._settled = asyncio.Event()
@@ -146,7 +146,7 @@ class Account:
             self._books.model,
             self._arrived,
             Tokens(0, 0, 0) if free else tokens,
-            top_k=self._top_k,
+            index_top_k=self._index_top_k,
             seconds=work.device_seconds,
             dense_seconds=work.dense_seconds,
         )
@@ -158,7 +158,7 @@ class Account:
             model=self._books.model,
             endpoint=self._endpoint,
             outcome=outcome,
-            top_k=self._top_k,
+            top_k=self._index_top_k,
             prompt_tokens=tokens.cached + tokens.uncached,
             cached_tokens=tokens.cached,
             completion_tokens=tokens.completion,

@@ -238,7 +238,7 @@ def price(
     at: datetime,
     tokens: Tokens,
     *,
-    top_k: int | None,
+    index_top_k: int | None,
     seconds: float,
     dense_seconds: float,
 ) -> Bill:
@@ -249,7 +249,7 @@ def price(
         model: its name in the table.
         at: when it arrived.
         tokens: what is charged for; all 0 for a request that failed, which then costs nothing.
-        top_k: effective; None is dense.
+        index_top_k: effective; None is dense.
         seconds: of the device, measured.
         dense_seconds: what dense attention would have taken.
     """
@@ -259,7 +259,7 @@ def price(
         if window.holds(at):
             factor = Fraction(window.factor)
             break
-    fitting = [tier for tier in entry.tiers if top_k is not None and top_k <= tier.top_k]
+    fitting = [tier for tier in entry.tiers if index_top_k is not None and index_top_k <= tier.top_k]
     if fitting:
         factor *= Fraction(min(fitting, key=lambda tier: tier.top_k).factor)
     metered = machine_nanos(table, seconds)

@@ -88,7 +88,7 @@ class AccessLog:
             fields |= {
                 "model": generation.model,
                 "stream": generation.stream,
-                "top_k": generation.jobs[0].submit.top_k,
+                "top_k": generation.jobs[0].submit.index_top_k,
                 "choices": len(choices),
                 "prompt_tokens": sum(choice.prompt_tokens for choice in choices),
                 "cached_tokens": sum(choice.cached_tokens for choice in choices),

@@ -134,7 +134,7 @@ def _attributes(ended: Ended, operation: str) -> dict[str, Any]:
     if (generation := ended.generation) is None:
         return attributes
     sampling = generation.jobs[0].submit.sampling
-    top_k = generation.jobs[0].submit.top_k
+    index_top_k = generation.jobs[0].submit.index_top_k
     choices = generation.choices.values()
     attributes |= {
         "gen_ai.request.model": generation.model,
@@ -147,7 +147,7 @@ def _attributes(ended: Ended, operation: str) -> dict[str, Any]:
         "gen_ai.usage.output_tokens": sum(choice.tokens for choice in choices),
         "gen_ai.usage.cache_read.input_tokens": sum(choice.cached_tokens for choice in choices),
         "gen_ai.response.finish_reasons": [choice.finish for choice in choices if choice.finish],
-        "dsa.top_k": "dense" if top_k is None else str(top_k),
+        "dsa.top_k": "dense" if index_top_k is None else str(index_top_k),
     }
     if len(choices) > 1:
         attributes["gen_ai.request.choice.count"] = len(choices)

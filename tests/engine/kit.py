@@ -59,7 +59,12 @@ def random_overlay(
 ) -> Path:
     """An untrained indexer and adapter, for arithmetic only. Scores are of both signs, norms not neutral."""
     info = IndexerInfo(
-        num_heads=heads, head_dim=dim, rope_dim=rope, default_top_k=64, source=path.name, adapter_rank=rank
+        num_heads=heads,
+        head_dim=dim,
+        rope_dim=rope,
+        default_index_top_k=64,
+        source=path.name,
+        adapter_rank=rank,
     )
     generator = torch.Generator().manual_seed(seed)
     shapes = overlay_shapes(info, base)
@@ -81,8 +86,8 @@ class TapKernels:
     def __getattr__(self, name: str) -> object:
         return getattr(self._kernels, name)
 
-    def select(self, scores: Tensor, top_k: Tensor) -> Tensor:
-        selected: Tensor = self._kernels.select(scores, top_k)  # type: ignore[attr-defined]
+    def select(self, scores: Tensor, index_top_k: Tensor) -> Tensor:
+        selected: Tensor = self._kernels.select(scores, index_top_k)  # type: ignore[attr-defined]
         self.selected.append(selected)
         return selected
 
@@ -174,7 +179,9 @@ class Run:
         self.lab = lab
         self.core = EngineCore(scheduler, self, lab.meter(), sparse=lab.sparse, clock=lambda: 0.0)
         self.rows: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-        self.selected: dict[tuple[int, ...], list[Tensor]] = {}  # (top_k, *tokens up to the row) -> by layer
+        self.selected: dict[
+            tuple[int, ...], list[Tensor]
+        ] = {}  # (index_top_k, *tokens up to the row) -> by layer
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, Delta] = {}
 
@@ -195,7 +202,7 @@ class Run:
                 self.rows[request.request_id][position].append(hidden[row])
                 if row in self.lab.tap.selected:
                     known = self._known(request.request_id, request.token_ids, request.start)
-                    key = (request.top_k or 0, *known[: position + 1])
+                    key = (request.index_top_k or 0, *known[: position + 1])
                     self.selected[key] = self.lab.tap.selected[row]
                 row += 1
         return result
@@ -205,14 +212,16 @@ class Run:
         name: str,
         prompt: Sequence[int],
         max_tokens: int = 4,
-        top_k: int | None = None,
+        index_top_k: int | None = None,
         **sampling: object,
     ) -> None:
         params = SamplingParams(**{"max_tokens": max_tokens, "seed": 0, "temperature": 0.0, **sampling})  # type: ignore[arg-type]
         self.tokens[name] = list(prompt)
         self.take(
             self.core.submit(
-                Submit(request_id=name, prompt_token_ids=tuple(prompt), sampling=params, top_k=top_k)
+                Submit(
+                    request_id=name, prompt_token_ids=tuple(prompt), sampling=params, index_top_k=index_top_k
+                )
             )
         )
 
@@ -238,12 +247,12 @@ class Run:
         """A request's tokens up to the end of this step's rows."""
         return [*self.tokens[name][:start], *new]
 
-    def masks(self, name: str, top_k: int, layers: int) -> list[Tensor]:
+    def masks(self, name: str, index_top_k: int, layers: int) -> list[Tensor]:
         """Each layer's selected sets as a mask [T, T] over the request's computed tokens."""
         tokens = self.tokens[name]
         masks = [torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril() for _ in range(layers)]
-        for position in range(top_k, len(tokens) - 1):  # the last token was sampled, never computed
-            for layer, chosen in enumerate(self.selected[(top_k, *tokens[: position + 1])]):
+        for position in range(index_top_k, len(tokens) - 1):  # the last token was sampled, never computed
+            for layer, chosen in enumerate(self.selected[(index_top_k, *tokens[: position + 1])]):
                 masks[layer][position] = False
                 masks[layer][position, chosen] = True
         return masks

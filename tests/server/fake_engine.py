@@ -73,7 +73,7 @@ class FakeEngine:
                 num_heads=2,
                 head_dim=8,
                 rope_dim=4,
-                default_top_k=self.default_top_k,
+                default_index_top_k=self.default_top_k,
                 source="fake.safetensors",
             )
         model = ModelInfo(
@@ -203,7 +203,7 @@ def _usage(request: Submit, script: Script, completion_tokens: int) -> RequestUs
         cached_tokens=script.cached,
         completion_tokens=completion_tokens,
         preemptions=0,
-        top_k=request.top_k,
+        index_top_k=request.index_top_k,
         queue_seconds=0.001,
         prefill_seconds=0.001,
         decode_seconds=0.001,

@@ -114,7 +114,7 @@ async def serving(app: FastAPI) -> AsyncGenerator[str, None]:
 def submit(prompt: Sequence[int] = (1, 2), **changes: Any) -> Submit:
     values: dict[str, Any] = {"max_tokens": 100, "seed": 1, "stop_token_ids": (EOS,)}
     sampling = SamplingParams(**(values | changes))
-    return Submit(request_id="r", prompt_token_ids=tuple(prompt), sampling=sampling, top_k=None)
+    return Submit(request_id="r", prompt_token_ids=tuple(prompt), sampling=sampling, index_top_k=None)
 
 
 def error_of(response: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:

@@ -41,7 +41,7 @@ static size_t cut(uint8_t **at, size_t bytes) {
 static int padded(int n) { return (n + DSA_LANES - 1) / DSA_LANES * DSA_LANES; }
 
 static int is_sparse(const struct dsa_step *step, int row) {
-    return step->top_k[row] > 0 && step->top_k[row] <= step->positions[row];
+    return step->index_top_k[row] > 0 && step->index_top_k[row] <= step->positions[row];
 }
 
 static size_t scores_bytes(int longest) { return sizeof(float) * (size_t)((longest + PAGE - 1) / PAGE * PAGE); }
@@ -240,7 +240,7 @@ static void select_and_attend(struct work *w, const struct dsa_layer *layer, int
     const int D = m->head_dim, context = (int)step->positions[r] + 1;
     int32_t *selected = (int32_t *)(void *)(own + scores_bytes(step->longest));
     uint8_t *rest = own + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
-    int found = dsa_select_row(scores, context, (int)step->top_k[r], selected, (float *)(void *)rest);
+    int found = dsa_select_row(scores, context, (int)step->index_top_k[r], selected, (float *)(void *)rest);
     if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
     dsa_attend_row(w->query + (size_t)r * m->heads * D, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
                    step->tables[r], selected, found, 0, m->kv_heads, m->kv_heads, m->heads / m->kv_heads, D,
@@ -269,7 +269,7 @@ static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t
             plain_scores(w->index_query + (size_t)r * H * d, weights, layer->index_plane, m->index_stride, table, first,
                          last, H, d, scores);
         if (members > 1) dsa_barrier();
-        count = (int)step->top_k[r];
+        count = (int)step->index_top_k[r];
         if (member == 0) {
             int found = dsa_select_row(scores, context, count, selected, (float *)(void *)rest);
             if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
@@ -432,7 +432,7 @@ static void part_of(struct work *w, struct dsa_step *step, int from) {
     step->token_ids += from;
     step->positions += from;
     step->tables += from;
-    step->top_k += from;
+    step->index_top_k += from;
     step->out += (size_t)from * w->model->hidden;
     step->rows = step->rows - from < AT_ONCE ? step->rows - from : AT_ONCE;
     w->x += (size_t)from * w->model->hidden;

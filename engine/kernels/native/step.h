@@ -29,12 +29,12 @@ struct dsa_model {
     float eps, key_norm_eps;
 };
 
-// Row r is token_ids[r] at positions[r] of a request whose pages are tables[r], attending to the top_k[r] best of its
+// Row r is token_ids[r] at positions[r] of a request whose pages are tables[r], attending to the index_top_k[r] best of its
 // context, or to all of it where that is 0 or the context is no longer.
 struct dsa_step {
     const int64_t *token_ids, *positions;
     const int64_t *const *tables;
-    const int64_t *top_k;
+    const int64_t *index_top_k;
     bf16 *out; // [rows, hidden] after the last norm
     int32_t rows;
     int32_t longest; // context of any row, in positions

@@ -71,7 +71,7 @@ class _Step(ctypes.Structure):
     """`struct dsa_step`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "tables", "top_k", "out")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "tables", "index_top_k", "out")),
         ("rows", ctypes.c_int32),
         ("longest", ctypes.c_int32),
     )
@@ -122,13 +122,13 @@ class NativeStep:
         needed = self._library.dsa_step_scratch(ctypes.byref(laid.model), rows, longest)
         if needed + 64 > len(self._scratch):
             self._scratch = torch.empty(needed + needed // 4 + 64, dtype=torch.uint8)
-        tables, top_k = _rows_of(batch)
+        tables, index_top_k = _rows_of(batch)
         out = torch.empty(rows, self._model.config.hidden_size, dtype=torch.bfloat16)
         step = _Step(
             batch.token_ids.data_ptr(),
             batch.positions.data_ptr(),
             tables.ctypes.data,
-            top_k.ctypes.data,
+            index_top_k.ctypes.data,
             out.data_ptr(),
             rows,
             longest,
@@ -232,9 +232,9 @@ def _packed(weight: Tensor | PackedWeight) -> Descriptor:
 
 
 def _rows_of(batch: Batch) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]:
-    """Of each row: where its request's page table lies, and its top_k, 0 where it is dense."""
+    """Of each row: where its request's page table lies, and its index_top_k, 0 where it is dense."""
     rows = len(batch.token_ids)
-    tables, top_k = np.empty(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64)
+    tables, index_top_k = np.empty(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64)
     for tile in batch.tiles:
         at = tile.rows.numpy()
         requests, each = tile.shape
@@ -245,5 +245,5 @@ def _rows_of(batch: Batch) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndar
             bytes_each = tile.block_table.shape[1] * tile.block_table.element_size()
             tables[at] = first + np.repeat(np.arange(requests) * bytes_each, each)
         if tile.form != "dense":
-            top_k[at] = tile.top_k.numpy().reshape(-1)
-    return tables, top_k
+            index_top_k[at] = tile.index_top_k.numpy().reshape(-1)
+    return tables, index_top_k

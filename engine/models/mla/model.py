@@ -143,7 +143,7 @@ class DeepseekLayer:
         packed = self._latent_format.pack(rows.cached, kernels)
         cache.write(i, "latent", batch.pages, batch.offsets, packed)
         if self.indexer is not None and self._index_format is not None:
-            # Written whatever the row's top_k: a later sparse row may score this token.
+            # Written whatever the row's index_top_k: a later sparse row may score this token.
             plane = cache.plane(i, "index_key")
             keys = self.indexer.keys(hidden, rotation)
             self._index_format.write(plane, batch.pages, batch.offsets, keys, kernels)
@@ -197,7 +197,7 @@ class Deepseek:
                 num_heads=index.num_heads,
                 head_dim=index.head_dim,
                 rope_dim=index.rope_dim,
-                default_top_k=index.top_k,
+                default_index_top_k=index.top_k,
                 source="checkpoint",
             )
         )

@@ -29,7 +29,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
                 token_ids=tuple(draw(st.integers(0, 9)) + 10 * i for i in range(count)),
                 start=start,
                 page_ids=tuple(range(number * 1000, number * 1000 + pages)),
-                top_k=draw(st.one_of(st.none(), st.integers(1, 1500))),
+                index_top_k=draw(st.one_of(st.none(), st.integers(1, 1500))),
                 sample=None,
             )
         )
@@ -52,7 +52,7 @@ def test_every_row_has_its_token_its_place_and_its_pages(plan: StepPlan) -> None
     seen = []
     for tile in batch.tiles:
         assert tile.rows.shape == (tile.shape[0] * tile.shape[1],)
-        assert tile.positions.shape == tile.top_k.shape == tile.shape
+        assert tile.positions.shape == tile.index_top_k.shape == tile.shape
         for place, row in enumerate(tile.rows.tolist()):
             line, column = divmod(place, tile.shape[1])
             request, _, position = rows[row]
@@ -62,14 +62,14 @@ def test_every_row_has_its_token_its_place_and_its_pages(plan: StepPlan) -> None
             assert tile.block_table[line, :needed].tolist() == list(request.page_ids[:needed])
             assert set(tile.block_table[line, len(request.page_ids) :].tolist()) <= {0}
             if tile.form != "dense":
-                assert tile.top_k[line, column] == request.top_k
+                assert tile.index_top_k[line, column] == request.index_top_k
     assert sorted(seen) == list(range(len(rows)))
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_pages_that_do_not_cover_the_rows_are_an_error(count: int) -> None:
     request = ScheduledRequest(
-        request_id="r", token_ids=(1,) * count, start=64, page_ids=(0,), top_k=None, sample=None
+        request_id="r", token_ids=(1,) * count, start=64, page_ids=(0,), index_top_k=None, sample=None
     )
     with pytest.raises(IndexError):
         build_batch(StepPlan(requests=(request,)), COSTS, CPU)

@@ -180,11 +180,11 @@ def needle(context: int) -> AskedNeedle:
 
 async def test_needles_are_asked_dense_and_sparse_of_one_server() -> None:
     def script(submit: Submit) -> Script:
-        return Script([*ids("Oh Yes." if submit.top_k != 16 else "no"), EOS])
+        return Script([*ids("Oh Yes." if submit.index_top_k != 16 else "no"), EOS])
 
     engine = FakeEngine(script)
     result = await needles.measure(of(engine), [needle(40), needle(240)], [16, 32], 2, silent)
-    assert [submit.top_k for submit in engine.submitted] == [None, 16, 32]
+    assert [submit.index_top_k for submit in engine.submitted] == [None, 16, 32]
     assert all(EOS in submit.sampling.stop_token_ids for submit in engine.submitted)
     assert result.skipped == 1  # 240 + 32 tokens are more than the context
     assert result.needles[0].right == {"dense": True, "16": False, "32": True}
@@ -200,7 +200,7 @@ async def test_loss_is_of_every_token_beyond() -> None:
 
 async def test_agreement_and_equality_over_the_wire() -> None:
     def script(submit: Submit) -> Script:
-        return Script([*ids("same" if submit.top_k != 16 else "sane"), EOS])
+        return Script([*ids("same" if submit.index_top_k != 16 else "sane"), EOS])
 
     prompts = [Prompt(kind="text", source="", tokens=3, messages=(Message("user", "hello"),))]
     result = await agreement.measure(

@@ -42,7 +42,8 @@ class Desk:
     def account(self, *choices: str) -> Account:
         sampling = SamplingParams(max_tokens=20, seed=1)
         submits = [
-            Submit(request_id=name, prompt_token_ids=(1,), sampling=sampling, top_k=64) for name in choices
+            Submit(request_id=name, prompt_token_ids=(1,), sampling=sampling, index_top_k=64)
+            for name in choices
         ]
         jobs = [Job(index, submit) for index, submit in enumerate(submits)]
         return Account(self.books, request_id="r", endpoint="/v1/completions", key="anonymous", jobs=jobs)
@@ -72,7 +73,7 @@ async def desk(tmp_path: Path) -> AsyncGenerator[Desk, None]:
 
 def used(seconds: float = 0.5, *, rows: int = 120, completion: int = 20) -> RequestUsage:
     return RequestUsage(
-        prompt_tokens=100, cached_tokens=40, completion_tokens=completion, preemptions=0, top_k=64,
+        prompt_tokens=100, cached_tokens=40, completion_tokens=completion, preemptions=0, index_top_k=64,
         queue_seconds=0.0, prefill_seconds=0.1, decode_seconds=0.4,
         work=Work(rows=rows, decode_seconds=seconds, dense_decode_seconds=2 * seconds),
     )  # fmt: skip
@@ -80,7 +81,7 @@ def used(seconds: float = 0.5, *, rows: int = 120, completion: int = 20) -> Requ
 
 def said(completion: int = 20) -> ChoiceUsage:
     return ChoiceUsage(
-        prompt_tokens=100, cached_tokens=40, completion_tokens=completion, top_k=64, queue_seconds=0.0
+        prompt_tokens=100, cached_tokens=40, completion_tokens=completion, index_top_k=64, queue_seconds=0.0
     )
 
 
