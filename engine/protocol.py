@@ -18,6 +18,9 @@ from engine.config import EngineConfig
 BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Upper bounds of `EngineStats.batch_size_counts_total`; one more counts what lies above."""
 
+IndexTopK = int | None
+"""How many tokens of its context a row of attention may read: at least 1, or None, which is all of them (dense)."""
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 """Why a request ended: a stop token, its token limit, the server's abort, or a fault of its own."""
 
@@ -57,12 +60,12 @@ class SamplingParams(Value, frozen=True, kw_only=True):
 
 
 class Submit(Message, frozen=True, kw_only=True):
-    """Start a request. `index_top_k` is how many earlier tokens attention may read; None is dense."""
+    """Start a request."""
 
     request_id: str  # made by the server, unique for the life of the engine process
     prompt_token_ids: tuple[int, ...]  # >= 1 token, each in [0, vocab_size)
     sampling: SamplingParams
-    index_top_k: int | None
+    index_top_k: IndexTopK
     namespace: str = ""  # cached prefixes are shared only inside one namespace
 
 
@@ -195,7 +198,7 @@ class RequestUsage(Value, frozen=True, kw_only=True):
     cached_tokens: int  # prompt tokens whose pages were reused at first admission
     completion_tokens: int
     preemptions: int
-    index_top_k: int | None  # effective: None is dense
+    index_top_k: IndexTopK  # effective: None where the model has no indexer
     queue_seconds: float  # submit to first scheduled
     prefill_seconds: float  # first scheduled to first token
     decode_seconds: float  # first token to end

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.config import PAGE_SIZE
+from engine.plan.sparsity import row_index_top_k
+from engine.protocol import IndexTopK
 
 HashFunction = Callable[[bytes], bytes]
 
@@ -24,19 +26,16 @@ def sha256(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def sparsity_salt(page_end: int, index_top_k: int | None) -> int | None:
+def sparsity_salt(page_end: int, index_top_k: IndexTopK) -> int | None:
     """What a page's key must know of the request's sparsity: None if nothing, else `index_top_k`.
 
-    `page_end` is the page's last position + 1: the context length of its last row. While that is at most
-    `index_top_k`, every row of the page (and of the pages before it) attends to its whole context, exactly as
-    dense attention does, so the hidden states and hence the keys and values are the dense ones, and the
-    page is shared by dense requests and by every `index_top_k` that is large enough. Beyond that, rows see a
-    choice of `index_top_k` earlier tokens, and their content belongs to that `index_top_k` alone. Dense requests
-    (`index_top_k` None) are never salted. As keys are chained, what follows a salted page inherits its salt.
+    `page_end` is the page's last position + 1: the context length of its last row. Where that row is dense, every row
+    of the page (and of the pages before it) is. Then the hidden states, and hence the keys and values, are those of
+    dense attention, and the page is shared by dense requests and by every `index_top_k` that is large enough. Beyond
+    that, rows read a choice of `index_top_k` tokens, and their content belongs to that `index_top_k` alone. Dense
+    requests (`index_top_k` None) are never salted. As keys are chained, what follows a salted page inherits its salt.
     """
-    if index_top_k is None or page_end <= index_top_k:
-        return None
-    return index_top_k
+    return row_index_top_k(page_end, index_top_k) or None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,7 +79,7 @@ class PageKeys:
         token_ids: Sequence[int],
         *,
         namespace: str,
-        index_top_k: int | None,
+        index_top_k: IndexTopK,
         hash_function: HashFunction = sha256,
     ) -> None:
         self._token_ids = token_ids

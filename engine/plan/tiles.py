@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config import PAGE_SIZE
+from engine.plan.sparsity import dense_rows
+from engine.protocol import IndexTopK
 
 Form = Literal["dense", "gather", "mask"]
 
@@ -32,14 +34,12 @@ class Segment:
     num_rows: int
     start: int  # position of the first row
     page_ids: tuple[int, ...]
-    index_top_k: int | None  # None: dense
+    index_top_k: IndexTopK
 
     @property
     def dense_rows(self) -> int:
-        """How many leading rows see no more than index_top_k tokens (themselves included)."""
-        if self.index_top_k is None:
-            return self.num_rows
-        return max(0, min(self.num_rows, self.index_top_k - self.start))
+        """How many leading rows read their whole context."""
+        return dense_rows(self.start, self.num_rows, self.index_top_k)
 
 
 @dataclass(frozen=True)

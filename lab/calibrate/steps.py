@@ -16,8 +16,9 @@ import torch
 from engine.config import PAGE_SIZE
 from engine.memory.planes import PagedCache
 from engine.plan.cost import CostModel
+from engine.plan.sparsity import is_dense
 from engine.plan.types import SampleSpec, ScheduledRequest, StepPlan
-from engine.protocol import SamplingParams
+from engine.protocol import IndexTopK, SamplingParams
 from engine.step.runner import Runner
 
 Progress = Callable[[str, int, int], None]
@@ -31,7 +32,7 @@ class Case:
     start: int  # tokens that each request has computed before
     rows: int  # tokens that each gets
     requests: int
-    index_top_k: int | None  # None: dense
+    index_top_k: IndexTopK
     sampled: bool
     held_out: bool  # not fitted, but used to judge the fit
 
@@ -70,7 +71,7 @@ _CONTEXTS = (
 
 
 def cases(
-    max_context: int, num_pages: int, budget: int, max_running: int, index_top_k: int | None
+    max_context: int, num_pages: int, budget: int, max_running: int, index_top_k: IndexTopK
 ) -> list[Case]:
     """What is measured: as much of the grid as fits.
 
@@ -85,7 +86,7 @@ def cases(
     for i, context in enumerate([c for c in _CONTEXTS if c <= max_context] or [max_context]):
         # Steps of one sparsity alone would leave open what of their time is the selected tokens' and what is the
         # context's. Which others come with which context changes, so that there are not too many.
-        kinds: list[int | None] = [
+        kinds: list[IndexTopK] = [
             None,
             *(() if index_top_k is None else _sparsities(index_top_k, i, context)),
         ]
@@ -110,7 +111,7 @@ def cases(
 def _sparsities(index_top_k: int, i: int, context: int) -> tuple[int, ...]:
     """Sparsities that are measured at the i-th context: the one that matters, and one beside it."""
     beside = index_top_k * 2 if i % 2 else max(1, index_top_k // 4)
-    return tuple(k for k in (index_top_k, beside) if k < context)
+    return tuple(k for k in (index_top_k, beside) if not is_dense(context, k))
 
 
 def features(model: CostModel, plan: StepPlan) -> tuple[float, ...]:

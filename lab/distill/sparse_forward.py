@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.models.gqa.trunk import Corrections, LayerInputs, Trunk
+from engine.plan.sparsity import dense_mask
 from lab.distill.adapter import Adapter
 from lab.distill.objective import attention_target, top_mask
 from lab.distill.student import Student
@@ -38,7 +39,7 @@ def final_rows(
 ) -> Tensor:  # fmt: skip
     """The last layer's output [T, E]; `select` None is dense.
 
-    With an `adapter`, the rows from `index_top_k` on run corrected, as they do in serving.
+    With an `adapter`, the rows that are sparse under `index_top_k` run corrected, as they do in serving.
     """
     x = trunk.embed(tokens)
     for layer in range(trunk.config.num_layers):
@@ -53,9 +54,10 @@ def final_rows(
 
 
 def corrections(adapter: Adapter, layer: int, total: int, index_top_k: int, x: Tensor) -> Corrections:
-    """One layer's, for the rows of a sequence of `total` tokens that see more than `index_top_k` of them."""
+    """One layer's, for the sparse rows of a sequence of `total` tokens."""
     qkv, o = adapter.of(layer, x.dtype)
-    return Corrections(qkv, o, torch.arange(total, device=x.device).unsqueeze(-1) >= index_top_k)
+    contexts = torch.arange(1, total + 1, device=x.device)
+    return Corrections(qkv, o, ~dense_mask(contexts, index_top_k).unsqueeze(-1))
 
 
 @torch.no_grad()

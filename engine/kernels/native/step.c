@@ -40,9 +40,7 @@ static size_t cut(uint8_t **at, size_t bytes) {
 
 static int padded(int n) { return (n + DSA_LANES - 1) / DSA_LANES * DSA_LANES; }
 
-static int is_sparse(const struct dsa_step *step, int row) {
-    return step->index_top_k[row] > 0 && step->index_top_k[row] <= step->positions[row];
-}
+static int is_sparse(const struct dsa_step *step, int row) { return step->index_top_k[row] > 0; }
 
 static size_t scores_bytes(int longest) { return sizeof(float) * (size_t)((longest + PAGE - 1) / PAGE * PAGE); }
 

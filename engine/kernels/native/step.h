@@ -30,7 +30,7 @@ struct dsa_model {
 };
 
 // Row r is token_ids[r] at positions[r] of a request whose pages are tables[r], attending to the index_top_k[r] best of its
-// context, or to all of it where that is 0 or the context is no longer.
+// context, or to all of it where that is 0: which rows are dense is said by engine/plan/sparsity.py, not here.
 struct dsa_step {
     const int64_t *token_ids, *positions;
     const int64_t *const *tables;
