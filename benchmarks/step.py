@@ -62,7 +62,7 @@ class Nothing:
         self._logits = torch.randn(rows, VOCAB, generator=generator) * 2
         self._logits[:, ::5000] += 12
 
-    def forward(self, batch: Batch, cache: object) -> Tensor:
+    def forward(self, batch: Batch, cache: object, costs: TileCosts) -> Tensor:
         """Hidden states of nothing."""
         return self._hidden[: batch.token_ids.shape[0]]
 

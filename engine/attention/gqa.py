@@ -1,6 +1,6 @@
-"""Attention over a batch of tiles: dense where index_top_k covers the context, selected elsewhere.
+"""Attention over the tiles of a batch: dense where a row reads its whole context, selected elsewhere.
 
-Leaves the cutting to `tiles`, the arithmetic to the kernels and the projections to the model.
+Leaves the cutting to `tiling`, the arithmetic to the kernels and the projections to the model.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.attention.batch import Batch, TileTensors
 from engine.attention.indexer import IndexQueries
+from engine.attention.tiling import TileTensors, Tiling
 from engine.config import PAGE_SIZE
 from engine.errors import EngineError
 from engine.kernels.interface.attention import Kernels
@@ -22,7 +22,7 @@ def attend(
     index: IndexQueries | None,
     kv_plane: Tensor,
     index_plane: Tensor | None,
-    batch: Batch,
+    tiling: Tiling,
     kernels: Kernels,
     scale: float,
 ) -> Tensor:
@@ -33,7 +33,7 @@ def attend(
         index: the layer's index queries; None where the model has no indexer
         kv_plane: [num_pages, 64, Hkv, 2, D], this step's rows already written
         index_plane: [num_pages, 64, d], likewise; None without an indexer
-        batch: the rows and their tiles
+        tiling: the rows in tiles
         kernels: the arithmetic
         scale: softmax scale
 
@@ -44,7 +44,7 @@ def attend(
         EngineError: a sparse tile reached a model without an indexer.
     """
     out = torch.empty_like(query)
-    for tile in batch.tiles:
+    for tile in tiling.tiles:
         rows = query[tile.rows].view(*tile.shape, *query.shape[1:])
         if tile.form == "dense":
             result = kernels.attend_causal(rows, kv_plane, tile.block_table, tile.positions, scale)

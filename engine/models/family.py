@@ -39,8 +39,12 @@ class Model(Protocol):
         """What multiplies with weights, for the engine's log."""
         ...
 
-    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
-        """Write the batch's rows to the cache; hidden states after the last norm, [T, hidden]."""
+    def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
+        """Write the batch's rows to the cache; hidden states after the last norm, [T, hidden].
+
+        Args:
+            costs: how rows are cut, where the kernels take tiles
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from engine.step.speculation import advanced
 class DraftLayer(Protocol):
     """A layer after the main model that predicts one token further."""
 
-    def forward(self, batch: Batch, hidden: Tensor, cache: PagedCache) -> Tensor:
+    def forward(self, batch: Batch, hidden: Tensor, cache: PagedCache, costs: TileCosts) -> Tensor:
         """Rows whose token ids are those after each position, and hidden states [T, E] -> [T, E]."""
         ...
 
@@ -62,7 +62,8 @@ class LayerDrafter:
         """
         tokens = [_following(r, s) for r, s in zip(plan.requests, results, strict=True)]
         following = torch.tensor([t for own in tokens for t in own], device=self._device)
-        out = self._layer.forward(dataclasses.replace(batch, token_ids=following), hidden, self._cache)
+        ahead_by_one = dataclasses.replace(batch, token_ids=following)
+        out = self._layer.forward(ahead_by_one, hidden, self._cache, self._costs)
         ends = accumulate(len(request.token_ids) for request in plan.requests)
         rows: list[_Row] = []
         states: list[int] = []
@@ -94,7 +95,7 @@ class LayerDrafter:
                     requests=tuple(_next(row, ahead + 1, drafts[row.index][-1]) for row in rows)
                 )
                 hidden = self._layer.forward(
-                    build_batch(further, self._costs, self._device), hidden, self._cache
+                    build_batch(further, self._device), hidden, self._cache, self._costs
                 )
         return [
             msgspec.structs.replace(one, draft_token_ids=tuple(own))

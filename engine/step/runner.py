@@ -75,9 +75,9 @@ class Runner:
         """The plan's rows as tensors, and `hidden` of them."""
         if plan.wiped_pages:
             self._cache.wipe(plan.wiped_pages)
-        batch = build_batch(plan, self._costs, self._device)
+        batch = build_batch(plan, self._device)
         began = time.perf_counter()
-        hidden = self._model.forward(batch, self._cache)
+        hidden = self._model.forward(batch, self._cache, self._costs)
         self.model_seconds += time.perf_counter() - began
         return batch, hidden
 

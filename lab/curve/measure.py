@@ -18,6 +18,7 @@ import torch
 
 from engine.attention.batch import build_batch
 from engine.attention.precision import Precision
+from engine.attention.tiling import Tiling
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError
 from engine.kernels import choose_backend
@@ -129,9 +130,9 @@ class Lab:
 
     def forms(self, case: Case) -> tuple[str, ...]:
         """Of its tiles, as the engine cuts them."""
-        batch = build_batch(self._bench.plan(case), self._costs, self._device)
+        tiling = Tiling(build_batch(self._bench.plan(case), self._device), self._costs)
         return tuple(
-            dict.fromkeys(tile.form + (" expanded" if tile.expanded else "") for tile in batch.tiles)
+            dict.fromkeys(tile.form + (" expanded" if tile.expanded else "") for tile in tiling.tiles)
         )
 
     def seconds(self, case: Case) -> float:

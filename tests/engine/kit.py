@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.attention.batch import Batch
+from engine.attention.tiling import Tiling
 from engine.checkpoint.overlay import overlay_shapes, write_overlay
 from engine.checkpoint.source import Source, open_source
 from engine.config import EngineConfig
@@ -20,6 +21,7 @@ from engine.memory.planes import PagedCache
 from engine.plan.cost import CostModel, assumed_coefficients
 from engine.plan.meter import Meter
 from engine.plan.scheduler import Scheduler
+from engine.plan.tiles import TileCosts
 from engine.plan.types import StepPlan, StepResult
 from engine.protocol import Delta, IndexerInfo, SamplingParams, Submit
 from engine.step.build import build
@@ -109,11 +111,11 @@ class TapModel:
     def __getattr__(self, name: str) -> object:
         return getattr(self._model, name)
 
-    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+    def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
         self._kernels.selected.clear()
-        self.hidden = self._model.forward(batch, cache)  # type: ignore[attr-defined]
+        self.hidden = self._model.forward(batch, cache, costs)  # type: ignore[attr-defined]
         self.selected = defaultdict(list)
-        sparse = [tile for tile in batch.tiles if tile.form != "dense"]
+        sparse = [tile for tile in Tiling(batch, costs).tiles if tile.form != "dense"]
         for call, selected in enumerate(self._kernels.selected):  # layers outside, tiles inside
             for row, chosen in zip(
                 sparse[call % len(sparse)].rows.tolist(), selected.flatten(0, 1), strict=True

@@ -5,6 +5,8 @@
 // pairs of 16 heads' queries, and nothing of the cache is copied but a block's values, whose pairs lie across tokens.
 // Softmax runs along tokens, lane by lane: no sum crosses lanes before the end.
 //
+// One file, though long: its three operations inline the same products.
+//
 // Position c of a request lies in page `table[c / 64]` at offset c % 64.
 #include <stdatomic.h>
 #include <stdint.h>

@@ -1,3 +1,5 @@
+// Products of packed weights with rows of activations. One file, though long: what a product is made of is inlined into it
+// whole, with the kind of the weight and the number of rows as constants.
 #include "matrix.h"
 
 #include "pool.h"

@@ -29,13 +29,16 @@ struct dsa_model {
     float eps, key_norm_eps;
 };
 
-// Row r is token_ids[r] at positions[r] of a request whose pages are tables[r], attending to the index_top_k[r] best of its
-// context, or to all of it where that is 0: which rows are dense is said by engine/plan/sparsity.py, not here.
+// Row r is token_ids[r] at positions[r] of request[r], whose pages are line request[r] of the block table. It attends to the
+// index_top_k[r] best of its context, or to all of it where that is 0: which rows are dense is said by
+// engine/plan/sparsity.py, not here.
 struct dsa_step {
     const int64_t *token_ids, *positions;
-    const int64_t *const *tables;
+    const int32_t *request;
     const int64_t *index_top_k;
-    bf16 *out; // [rows, hidden] after the last norm
+    const int64_t *block_table; // [requests, pages]
+    bf16 *out;                  // [rows, hidden] after the last norm
+    int64_t pages;
     int32_t rows;
     int32_t longest; // context of any row, in positions
 };

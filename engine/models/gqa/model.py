@@ -19,6 +19,7 @@ from engine.attention.batch import Batch
 from engine.attention.gqa import attend
 from engine.attention.indexer import IndexerWeights, LightningIndexer
 from engine.attention.precision import Precision
+from engine.attention.tiling import Tiling
 from engine.checkpoint.loader import LoadReport, load
 from engine.checkpoint.packed import can_pack, load_packed
 from engine.checkpoint.source import Source
@@ -202,19 +203,20 @@ class Llama:
         return f"products: compiled for {native.level()}, weights packed as stored or in bfloat16{steps}"
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+    def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
         """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
         # The step scores index keys in bfloat16 plainly, which few rows can bear.
         whole = self.indexer is None or self._integer_keys or len(batch.token_ids) <= FEW_ROWS
         if self.native is not None and whole:
             return self.native.forward(batch, cache)
+        tiling = Tiling(batch, costs)
         x = embedding(batch.token_ids, self.embed, self._dtype)
         rotation = self.rotary.at(batch.positions)
         index_rotation = None if self.index_rotary is None else self.index_rotary.at(batch.positions)
         eps = self.config.rms_norm_eps
         for i, layer in enumerate(self.layers):
             hidden = rms_norm(x, layer.input_norm, eps)
-            x = x + self._attention(i, layer, hidden, rotation, index_rotation, batch, cache)
+            x = x + self._attention(i, layer, hidden, rotation, index_rotation, tiling, cache)
             gate, up = linear(rms_norm(x, layer.post_norm, eps), layer.gate_up).chunk(2, dim=-1)
             x = x + linear(F.silu(gate) * up, layer.down)
         return rms_norm(x, self.norm, eps)
@@ -226,10 +228,10 @@ class Llama:
         hidden: Tensor,  # [T, E]
         rotation: tuple[Tensor, Tensor],
         index_rotation: tuple[Tensor, Tensor] | None,
-        batch: Batch,
+        tiling: Tiling,
         cache: PagedCache,
     ) -> Tensor:
-        c = self.config
+        c, batch = self.config, tiling.batch
         qkv = linear(hidden, layer.qkv)
         if layer.adapter is not None and batch.selecting is not None:
             qkv = qkv + layer.adapter[0](hidden, batch.selecting)
@@ -245,14 +247,14 @@ class Llama:
                 self._kernels.store_index_keys(index_plane, batch.pages, batch.offsets, keys)
             else:
                 index_plane[batch.pages, batch.offsets] = keys
-            if any(tile.form != "dense" for tile in batch.tiles):
+            if tiling.selects:
                 index = layer.indexer.queries(hidden, index_rotation)
         out = attend(
             query.view(-1, c.num_kv_heads, c.group, c.head_dim),
             index,
             cache.plane(i, "kv"),
             index_plane,
-            batch,
+            tiling,
             self._kernels,
             c.head_dim**-0.5,
         )
