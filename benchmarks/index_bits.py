@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.checkpoint.loader import load
 from engine.checkpoint.overlay import indexer_shapes, read_overlay
 from engine.checkpoint.source import open_source
-from engine.kernels.native.packed import quantise_4bit
+from engine.memory.quantised import quantise_4bit
 from engine.models.gqa.config import LlamaConfig
 from engine.models.gqa.trunk import Trunk
 from engine.models.gqa.weights import weight_table

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.kernels.native.packed import Kind, Quantised
 from engine.memory.blocks import BlockWeight
+from engine.memory.quantised import Kind, Quantised
 
 
 class Tensors(Protocol):

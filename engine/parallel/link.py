@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
@@ -21,6 +22,9 @@ from engine.parallel.group import Meeting
 from engine.protocol import Failed, Message
 
 T = TypeVar("T")
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total) while the processes meet and load."""
 
 
 class Assignment(Message, frozen=True, kw_only=True):

@@ -24,12 +24,11 @@ from engine.config import EngineConfig, host_and_port
 from engine.errors import ConfigError, ProtocolError
 from engine.parallel.fingerprint import fingerprint
 from engine.parallel.group import Meeting
-from engine.parallel.link import FromWorker, Hello, Link, Welcome
+from engine.parallel.link import FromWorker, Hello, Link, Progress, Welcome
 from engine.protocol import Failed
 
 if TYPE_CHECKING:
     from engine.parallel.crew import OnFailed, OnLoaded
-    from engine.parallel.team import Progress
 
 _log = logging.getLogger(__name__)
 

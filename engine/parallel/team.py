@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import RankError
 from engine.parallel.crew import Crew
 from engine.parallel.group import Door, Meeting, join, leave
-from engine.parallel.link import Loaded
+from engine.parallel.link import Loaded, Progress
 from engine.parallel.nodes import Nodes
 from engine.parallel.ranks import Ranks
 from engine.plan.types import StepPlan
@@ -23,8 +23,6 @@ _REASON_SECONDS = 3.0  # what a worker's death may take to be noticed after a su
 
 OnLost = Callable[[str], None]
 """Called, from a thread, with the reason, once: a worker is gone and no step can be computed any more."""
-
-Progress = Callable[[str, int, int], None]
 
 
 class Team:

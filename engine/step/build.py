@@ -15,7 +15,8 @@ from engine.checkpoint.overlay import Overlay, read_overlay
 from engine.checkpoint.source import Source, open_source
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError
-from engine.kernels import choose_backend, native
+from engine.kernels import native
+from engine.kernels.choice import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import build_model, check_split
 from engine.models.family import Model

@@ -21,7 +21,7 @@ from engine.attention.precision import Precision
 from engine.attention.tiling import Tiling
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError
-from engine.kernels import choose_backend
+from engine.kernels.choice import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import build_model
 from engine.plan.sparsity import is_dense

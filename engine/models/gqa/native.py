@@ -18,10 +18,10 @@ from torch import Tensor
 from engine.attention.batch import Batch
 from engine.attention.indexer import KEY_NORM_EPS
 from engine.kernels import native
-from engine.kernels.native.packed import Descriptor, PackedWeight, Quantised, quantise_8bit
-from engine.kernels.native.packing import GROUP
+from engine.kernels.native.packed import Descriptor, PackedWeight
 from engine.memory.arena import Arena
 from engine.memory.planes import PagedCache
+from engine.memory.quantised import GROUP, Quantised, quantise_8bit
 
 if TYPE_CHECKING:
     from engine.layers.rope import RotaryTable

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import load_backend
+from engine.kernels.choice import load_backend
 from engine.memory.layouts import IndexKeyLayout
 from engine.memory.planes import PagedCache
 

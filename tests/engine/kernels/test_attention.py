@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels import BACKENDS, load_backend, native
+from engine.kernels import native
+from engine.kernels.choice import BACKENDS, load_backend
 from engine.kernels.reference.attention import ReferenceKernels
 from engine.kernels.torchops import attention as vectorised
 from engine.memory.layouts import Int8KeyLayout

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from engine.attention.gqa import selection_mask
-from engine.kernels import load_backend
+from engine.kernels.choice import load_backend
 from engine.kernels.reference.attention import ReferenceKernels
 from tests.engine.kernels.test_attention import HERE, OTHERS, TOLERANCE, Case, make_cache, tile_shapes
 
