@@ -107,13 +107,15 @@ async def _account_seconds(count: int, at_once: int = 8) -> float:
 
 async def _one(books: Books, name: str) -> None:
     params = SamplingParams(max_tokens=OUTPUT, seed=0)
-    job = Job(index=0, submit=Submit(request_id=name, prompt_token_ids=(1,), sampling=params, top_k=512))
+    job = Job(
+        index=0, submit=Submit(request_id=name, prompt_token_ids=(1,), sampling=params, index_top_k=512)
+    )
     account = Account(books, request_id=name, endpoint="/v1/completions", key="anonymous", jobs=[job])
     work = Work(rows=CONTEXT, flops=10**12, cache_bytes=10**9, prefill_seconds=1.0, decode_seconds=2.0)
     account.settle(
         name,
         RequestUsage(
-            prompt_tokens=CONTEXT - OUTPUT, cached_tokens=0, completion_tokens=OUTPUT, preemptions=0, top_k=512,
+            prompt_tokens=CONTEXT - OUTPUT, cached_tokens=0, completion_tokens=OUTPUT, preemptions=0, index_top_k=512,
             queue_seconds=0.0, prefill_seconds=1.0, decode_seconds=2.0, work=work,
         ),
     )  # fmt: skip

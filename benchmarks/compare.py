@@ -1,4 +1,4 @@
-"""This server beside llama.cpp and vLLM on the same cores, each with the settings that benchmarks/README.md argues for.
+"""This server beside llama.cpp and vLLM on the same cores, each with the settings that docs/measured.md argues for.
 
 `python -m benchmarks.compare --out DIR` runs `dsa bench` suite by suite. The peers are found by options, or by the
 environment variables LLAMA_SERVER, VLLM_PYTHON and VLLM_MODEL; one that is not named is left out.

@@ -1,6 +1,6 @@
-"""What the READMEs say of the cost curve, from the `curve.json` that `dsa bench curve --out benchmarks` wrote.
+"""What README.md and docs/measured.md say of the cost curve, from the `curve.json` that `dsa bench curve --out docs` wrote.
 
-`python -m benchmarks.curve` prints it; with `--write` it takes its place in README.md and benchmarks/README.md.
+`python -m benchmarks.curve` prints it; with `--write` it takes its place in both.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import msgspec
 from lab.curve.measure import PHASES, Phase, growth
 from lab.curve.report import HIGH, LOW, Report
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+MEASURED, README = ROOT / "docs" / "measured.md", ROOT / "README.md"
+CURVE = ROOT / "docs" / "curve.json"
 WIDTH = 118
 BEGIN, END = "<!-- curve: begin -->", "<!-- curve: end -->"
 
 
-def read(path: Path = HERE / "curve.json") -> Report:
+def read(path: Path = CURVE) -> Report:
     """A run's results."""
     return msgspec.json.decode(path.read_bytes(), type=Report)
 
@@ -84,12 +86,12 @@ def put(path: Path, text: str) -> None:
 def main() -> None:
     """Print, or write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into README.md and benchmarks/README.md")
+    parser.add_argument("--write", action="store_true", help="into README.md and docs/measured.md")
     options = parser.parse_args()
     report = read()
     if options.write:
-        put(HERE / "README.md", table(report))
-        put(HERE.parent / "README.md", sentences(report))
+        put(MEASURED, table(report))
+        put(README, sentences(report))
     else:
         print(table(report), sentences(report), sep="\n\n")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.attention.gqa import selection_mask
 from engine.config import PAGE_SIZE
-from engine.kernels import choose_backend
+from engine.kernels.choice import choose_backend
 from engine.kernels.interface.attention import Kernels
 from engine.plan.tiles import TileCosts
 

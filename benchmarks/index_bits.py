@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.checkpoint.overlay import indexer_shapes, read_overlay
 from engine.checkpoint.source import open_source
-from engine.kernels.native.packed import quantise_4bit
+from engine.memory.quantised import quantise_4bit
 from lab.distill.base import open_trunk
 from lab.distill.objective import attention_target, captured_mass, top_mask
 from lab.distill.sequences import Split

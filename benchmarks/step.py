@@ -62,7 +62,7 @@ class Nothing:
         self._logits = torch.randn(rows, VOCAB, generator=generator) * 2
         self._logits[:, ::5000] += 12
 
-    def forward(self, batch: Batch, cache: object) -> Tensor:
+    def forward(self, batch: Batch, cache: object, costs: TileCosts) -> Tensor:
         """Hidden states of nothing."""
         return self._hidden[: batch.token_ids.shape[0]]
 
@@ -95,7 +95,7 @@ def measure(streams: int, context: int, sampling: str, steps: int = 100) -> Cost
         params = SamplingParams(**{"max_tokens": MOST, "seed": i, **SAMPLING[sampling]})
         prompt = (i, *draw.choices(range(VOCAB), k=context - 1))
         core.submit(
-            Submit(request_id=f"chatcmpl-{i:032x}", prompt_token_ids=prompt, sampling=params, top_k=512)
+            Submit(request_id=f"chatcmpl-{i:032x}", prompt_token_ids=prompt, sampling=params, index_top_k=512)
         )
     while (output := core.step()) is not None and len(output.deltas) < streams:
         pass

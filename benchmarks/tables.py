@@ -1,6 +1,6 @@
-"""The tables of benchmarks/README.md, from the JSON files that `dsa bench` wrote.
+"""The tables of docs/measured.md, from the JSON files that `dsa bench` wrote.
 
-`python -m benchmarks.tables DIR` prints them; with `--write` they take their place in the README.
+`python -m benchmarks.tables DIR` prints them; with `--write` they take their place there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from lab.bench.results import Results, load
 from lab.bench.statistics import Spread
 
-README = Path(__file__).with_name("README.md")
+MEASURED = Path(__file__).parents[1] / "docs" / "measured.md"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 SUITES = ("decode", "prefill", "concurrency", "prefix", "long", "overhead")
 
@@ -88,17 +88,15 @@ def main() -> None:
     """Print, or write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="the --out of benchmarks.compare")
-    parser.add_argument(
-        "--write", action="store_true", help="into benchmarks/README.md, in place of those there"
-    )
+    parser.add_argument("--write", action="store_true", help="into docs/measured.md, in place of those there")
     options = parser.parse_args()
     made = tables(options.folder)
     if not options.write:
         print(made)
         return
-    before, _, rest = README.read_text("utf-8").partition(BEGIN)
+    before, _, rest = MEASURED.read_text("utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", "utf-8")
+    MEASURED.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", "utf-8")
 
 
 if __name__ == "__main__":

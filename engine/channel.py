@@ -1,4 +1,7 @@
-"""Frames on a stream socket: a 4-byte big-endian length, then one msgpack message. No pickle, no ports."""
+"""Sends and reads frames on a stream socket: a 4-byte big-endian length, then one msgpack message.
+
+Messages are plain data (`engine.protocol`), never pickle. The socket is an inherited pair, not a port.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from engine.errors import ProtocolError
 from engine.protocol import ToEngine, ToServer
 
 MAX_FRAME_BYTES = 256 << 20
-"""Far above any real message; a length beyond it means that the stream is out of step."""
+"""Far more than any real message has. A larger length means that the reader lost the frame boundaries."""
 
 _HEADER = struct.Struct(">I")
 _encoder = msgspec.msgpack.Encoder()
@@ -24,17 +27,17 @@ _to_server: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer
 
 
 def frame(message: msgspec.Struct) -> bytes:
-    """A message as bytes on the wire."""
+    """Encode a message as a whole frame."""
     return framed(encode(message))
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """A frame's body."""
+    """Encode a message as the body of a frame, without the length."""
     return _encoder.encode(message)
 
 
 def framed(body: bytes) -> bytes:
-    """A frame of a body."""
+    """Put the length in front of a body."""
     return _HEADER.pack(len(body)) + body
 
 
@@ -48,7 +51,11 @@ def _body_length(header: bytes | bytearray) -> int:
 
 
 def decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
-    """The message in a frame's body; raises ProtocolError where there is none."""
+    """Decode the message in a frame's body.
+
+    Raises:
+        ProtocolError: the body is not a message of the decoder's type.
+    """
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, ValueError) as error:
@@ -56,10 +63,10 @@ def decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
 
 
 def read_frame(sock: socket.socket) -> bytes | None:
-    """The body of the next frame of a blocking socket, or None when the other side has closed its end.
+    """Read the body of the next frame from a blocking socket; None if the other side has closed its end.
 
     Raises:
-        ProtocolError: what came is not a frame.
+        ProtocolError: the bytes are not a frame.
     """
     header = _read(sock, _HEADER.size)
     return None if header is None else _read(sock, _body_length(header))
@@ -70,7 +77,7 @@ def _read(sock: socket.socket, count: int) -> bytes | None:
     while len(parts) < count:
         try:
             part = sock.recv(min(count - len(parts), 1 << 20))
-        except (ConnectionResetError, TimeoutError):  # the latter: a host that no longer answers
+        except (ConnectionResetError, TimeoutError):  # TimeoutError: the other host no longer answers
             return None
         if not part:
             return None
@@ -79,23 +86,27 @@ def _read(sock: socket.socket, count: int) -> bytes | None:
 
 
 class EngineEnd:
-    """The engine's side: blocking, one reader thread at most; any thread may write."""
+    """The engine's end of the socket. It blocks. At most one thread may read; any thread may write."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._writing = threading.Lock()
 
     def send(self, message: ToServer) -> None:
-        """Write a message; raises OSError when the server is gone."""
+        """Write a message.
+
+        Raises:
+            OSError: the server is gone.
+        """
         data = frame(message)
         with self._writing:
             self._sock.sendall(data)
 
     def receive(self) -> ToEngine | None:
-        """The next message, or None when the server has closed its end.
+        """Read the next message; None if the server has closed its end.
 
         Raises:
-            ProtocolError: what came is not a message.
+            ProtocolError: the bytes are not a message.
         """
         body = read_frame(self._sock)
         if body is None:
@@ -105,10 +116,11 @@ class EngineEnd:
 
 
 class _Incoming(asyncio.Protocol):
-    """Cuts what the engine sends into messages as it comes, and hands each over at once.
+    """Cuts the engine's bytes into messages as they arrive, and calls `hear` with each message at once.
 
-    Not asyncio's streams, whose reader wakes twice a frame, and no task that waits for messages: beside a busy
-    model each wake-up takes some 40 microseconds, and every token of every stream comes through here.
+    Every token of every stream comes through here, and beside a busy model each wake-up of a task takes about
+    40 microseconds. So this class uses no task that waits for messages, and not asyncio's streams, whose reader
+    wakes twice for each frame.
     """
 
     def __init__(self, hear: Callable[[ToServer], None]) -> None:
@@ -117,7 +129,7 @@ class _Incoming(asyncio.Protocol):
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def data_received(self, data: bytes) -> None:
-        """Called by the event loop."""
+        """Handle the messages that `data` completes. The event loop calls it."""
         if self.closed.done():
             return
         self._bytes += data
@@ -128,7 +140,7 @@ class _Incoming(asyncio.Protocol):
             self.closed.set_exception(error)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Called by the event loop."""
+        """Record the end of the stream. The event loop calls it."""
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -144,7 +156,7 @@ class _Incoming(asyncio.Protocol):
 
 
 class ServerEnd:
-    """The server's side: asyncio."""
+    """The server's end of the socket, for asyncio."""
 
     def __init__(self, transport: asyncio.WriteTransport, incoming: _Incoming) -> None:
         self._transport = transport
@@ -152,24 +164,29 @@ class ServerEnd:
 
     @classmethod
     async def over(cls, sock: socket.socket, hear: Callable[[ToServer], None]) -> ServerEnd:
-        """Wrap a connected AF_UNIX stream socket; owns it from now on. `hear` gets each message."""
+        """Make the server's end from a connected AF_UNIX stream socket, which it then owns.
+
+        Args:
+            sock: the socket.
+            hear: called on the event loop with each message.
+        """
         loop = asyncio.get_running_loop()
         return cls(*await loop.create_unix_connection(lambda: _Incoming(hear), sock=sock))
 
     def send(self, message: ToEngine) -> None:
-        """Queue a message for writing; messages are few and small, so nobody waits for the drain."""
+        """Queue a message for writing. Messages are few and small, so no caller waits until they are written."""
         if not self._transport.is_closing():
             self._transport.write(frame(message))
 
     async def wait_closed(self) -> None:
-        """Return when the engine is gone.
+        """Return when the engine has closed its end. After an error no more messages are read.
 
         Raises:
-            ProtocolError: what came is not a message; no more is heard.
-            Exception: what `hear` raised; likewise.
+            ProtocolError: the bytes are not a message.
+            Exception: any error that `hear` raised.
         """
         await asyncio.shield(self._incoming.closed)
 
     def close(self) -> None:
-        """Close the socket; the engine sees the end of the stream and leaves."""
+        """Close the socket. The engine sees the end of the stream and exits."""
         self._transport.close()

@@ -1,6 +1,6 @@
-"""What the server holds of an engine: start it, watch it, ask it to generate.
+"""The engine's interface for the server: start it, watch it, generate with it.
 
-`Engine` is the face; `SubprocessEngine` (in `engine.supervisor`) is the engine that serves.
+`Engine` is the interface; `SubprocessEngine` in `engine.supervisor` is the engine that serves.
 Imports no torch.
 """
 
@@ -15,63 +15,66 @@ import msgspec
 from engine.protocol import Capacity, Delta, EngineStats, Loading, ModelInfo, RequestUsage, Submit
 
 Settled = Callable[[str, RequestUsage | None], None]
-"""Hears, exactly once a request, that the engine let go of it: its id, and what it used as far as is known."""
+"""A callback, called exactly once for each request, when the engine has released it: (request id, known usage).
+
+The usage is None if the engine never had the request.
+"""
 
 
 class EngineState(enum.StrEnum):
-    """Where an engine is in its life. Only `READY` takes requests."""
+    """The state of an engine. Only a `READY` engine takes requests."""
 
     STARTING = "starting"
     READY = "ready"
-    DOWN = "down"  # died; a fresh one is on its way
-    FAILED = "failed"  # cannot start: the message says why; nothing will change by itself
-    STOPPED = "stopped"  # asked to stop
+    DOWN = "down"  # the engine died; a new process is starting
+    FAILED = "failed"  # the engine cannot start, and does not try again; the message says why
+    STOPPED = "stopped"  # the engine was asked to stop
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot; `message` is one sentence for a human whenever the state is not `READY`."""
+    """A snapshot of an engine. If the state is not `READY`, `message` is one sentence for a human."""
 
     state: EngineState
     message: str = ""
     loading: Loading | None = None
-    model: ModelInfo | None = None  # known once ready, kept while a fresh engine starts
+    model: ModelInfo | None = None  # known once ready, and kept while a new process starts
     capacity: Capacity | None = None
     stats: EngineStats = EngineStats()
     restarts: int = 0
-    ended: EngineStats = EngineStats()  # the counters of engine processes that are gone, summed
+    ended: EngineStats = EngineStats()  # the summed counters of engine processes that have ended
     pid: int | None = None
 
 
 class Engine(Protocol):
-    """An engine that runs somewhere."""
+    """An engine, in this process or in another."""
 
     @property
     def status(self) -> EngineStatus:
-        """The newest snapshot; never blocks."""
+        """The newest snapshot. Reading it never blocks."""
         ...
 
     async def start(self) -> None:
-        """Begin to load. Returns at once; `wait_ready` waits."""
+        """Begin to load, and return at once. `wait_ready` waits for the end of loading."""
         ...
 
     async def wait_ready(self) -> None:
         """Return when the engine is ready.
 
         Raises:
-            EngineUnavailableError: it failed or was stopped; the message says why.
+            EngineUnavailableError: the engine failed or was stopped; the message says why.
         """
         ...
 
     async def stop(self) -> None:
-        """End the engine; requests still running get their `abort` delta. Idempotent."""
+        """End the engine. Requests that still run get an `abort` delta. Idempotent."""
         ...
 
     def generate(self, request: Submit, settled: Settled | None = None) -> AsyncGenerator[Delta, None]:
-        """Run one request; the last delta, and only it, has a finish reason.
+        """Run one request. Only the last delta has a finish reason.
 
         Closing the generator early, or cancelling the task that reads it, aborts the request: its
-        pages are free within one step. `settled` is called once the generator was asked for its first
-        delta: at the end, or, for a request that was given up or refused, when the engine has let go of it.
+        pages are free within one step. If the generator was asked for a delta, `settled` is called once:
+        at the request's end, or when the engine has released a request that was aborted or refused.
 
         Raises:
             EngineUnavailableError: the engine takes no requests now.

@@ -50,7 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tensor_parallel: int = 1  # devices that compute the model together, a process each
     nodes: int = 1  # hosts that those are on, as many on each; all but the first run `engine.parallel.node`
     leader: str | None = None  # HOST:PORT of the first, where the others join; it listens there alone
-    sparse_form: Literal["auto", "gather", "mask"] = "auto"  # how rows longer than top_k are attended
+    sparse_form: Literal["auto", "gather", "mask"] = "auto"  # how rows longer than index_top_k are attended
     drafter: Literal["off", "ngram", "mtp"] = "off"  # what guesses tokens ahead: own text, or the MTP layer
     speculative_tokens: int | None = None  # guesses a request a step; None: as many as suit the drafter
     cost_calibration: str | None = None  # a file of `dsa calibrate`; None: assumed from the model's shape

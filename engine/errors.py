@@ -1,4 +1,4 @@
-"""Errors that cross the engine's face. Every message is one sentence that says what to change."""
+"""The errors that the engine's callers see. Every message is one sentence that says what to change."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class EngineDiedError(EngineError):
 
 
 class EngineUnavailableError(EngineError):
-    """The engine is not (or not yet, or no longer) taking requests."""
+    """The engine takes no requests: not yet, not now or not any more."""
 
 
 class RankError(EngineError):
-    """One of the processes that compute the model together has failed, and with it all of them."""
+    """One of the processes that compute the model together has failed, so none of them can go on."""
 
 
 class ProtocolError(EngineError):

@@ -1,9 +1,9 @@
 """The messages between the server process and the engine process.
 
-Frozen msgspec structs, encoded as msgpack, one message a frame (see `engine.channel`). Both sides
-decode into these types, so a malformed message is an error at the door and never a half-filled
-object inside. Token ids only: text is the server's, and so is the meaning of a stop string or of an
-end-of-sequence token (it arrives here as one of `stop_token_ids`).
+Messages are frozen msgspec structs, encoded as msgpack, one message a frame (see `engine.channel`). Both sides
+decode into these types, so a malformed message is an error when it is read, and no object is ever half filled.
+Messages have token ids only. The server handles text, stop strings and end-of-sequence tokens; an
+end-of-sequence token is one of `stop_token_ids` here.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import msgspec
 from engine.config import EngineConfig
 
 BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-"""Upper bounds of `EngineStats.batch_size_counts_total`; one more counts what lies above."""
+"""Upper bounds of `EngineStats.batch_size_counts_total`; one more entry counts larger batches."""
+
+IndexTopK = int | None
+"""How many tokens of its context a row of attention may read: at least 1, or None, which is all of them (dense)."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-"""Why a request ended: a stop token, its token limit, the server's abort, or a fault of its own."""
+"""Why a request ended: a stop token, its token limit, an abort by the server, or a fault of the request."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -34,10 +37,10 @@ class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class SamplingParams(Value, frozen=True, kw_only=True):
-    """How to choose each next token. Validated by the server; ranges are repeated here as facts.
+    """How to choose each next token. The server has validated the values; the comments state their ranges.
 
-    `seed` is always set (the server draws one where the client gave none), so that a request can be
-    recomputed after a preemption and give the same text.
+    `seed` is always set (the server draws one if the client gave none). So a request that is recomputed
+    after a preemption gives the same text.
     """
 
     max_tokens: int  # >= 1; prompt + max_tokens <= max_model_len
@@ -52,22 +55,22 @@ class SamplingParams(Value, frozen=True, kw_only=True):
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # alternatives to report per generated token; None reports nothing
-    prompt_logprobs: int | None = None  # likewise per prompt token; a cached prefix of those is not reused
-    prompt_logprobs_start: int = 0  # the first prompt token that has one; >= 0, those before have none
+    prompt_logprobs: int | None = None  # per prompt token; a cached prefix of these is not reused
+    prompt_logprobs_start: int = 0  # >= 0; the first prompt token that gets a log-probability
 
 
 class Submit(Message, frozen=True, kw_only=True):
-    """Start a request. `top_k` is how many earlier tokens attention may read; None is dense."""
+    """Start a request."""
 
     request_id: str  # made by the server, unique for the life of the engine process
     prompt_token_ids: tuple[int, ...]  # >= 1 token, each in [0, vocab_size)
     sampling: SamplingParams
-    top_k: int | None
+    index_top_k: IndexTopK
     namespace: str = ""  # cached prefixes are shared only inside one namespace
 
 
 class Abort(Message, frozen=True, kw_only=True):
-    """End a request now; unknown ids are ignored, because it may have just finished."""
+    """End a request now. The engine ignores unknown ids, because the request may have just finished."""
 
     request_id: str
 
@@ -79,7 +82,7 @@ class Start(Message, frozen=True, kw_only=True):
 
 
 class Stop(Message, frozen=True, kw_only=True):
-    """Leave after the current step; what still runs ends with `abort`."""
+    """Exit after the current step; requests that still run end with `abort`."""
 
 
 ToEngine = Start | Submit | Abort | Stop
@@ -89,18 +92,18 @@ ToEngine = Start | Submit | Abort | Stop
 
 
 class IndexerInfo(Value, frozen=True, kw_only=True):
-    """The lightning indexer: the checkpoint's own, or one laid over it."""
+    """The lightning indexer: the checkpoint's own, or the overlay's."""
 
     num_heads: int
     head_dim: int
     rope_dim: int
-    default_top_k: int  # what its training and evaluation justify
+    default_index_top_k: int  # the value that its training and evaluation justify
     source: str  # file name of the overlay, or `checkpoint`
-    adapter_rank: int = 0  # of the corrections on rows with a selection; 0: there are none
+    adapter_rank: int = 0  # rank of the corrections on rows with a selection; 0: there are none
 
 
 class ModelInfo(Value, frozen=True, kw_only=True):
-    """What was loaded."""
+    """The model that was loaded."""
 
     architecture: str
     num_layers: int
@@ -109,12 +112,12 @@ class ModelInfo(Value, frozen=True, kw_only=True):
     max_model_len: int  # positions that one request may use, prompt and output together
     device: str
     dtype: str
-    indexer: IndexerInfo | None  # None: attention is always dense, whatever top_k says
-    cost_model: Literal["assumed", "measured"] = "assumed"  # where the cost model's coefficients are from
+    indexer: IndexerInfo | None  # None: attention is always dense, whatever index_top_k says
+    cost_model: Literal["assumed", "measured"] = "assumed"  # the origin of the cost model's coefficients
 
 
 class Capacity(Value, frozen=True, kw_only=True):
-    """What the engine can hold."""
+    """The engine's limits: cache pages, tokens in a step, running requests."""
 
     num_pages: int
     page_size: int  # tokens a page
@@ -124,7 +127,7 @@ class Capacity(Value, frozen=True, kw_only=True):
 
 
 class Loading(Message, frozen=True, kw_only=True):
-    """Progress before `Ready`."""
+    """Progress of loading, before `Ready`."""
 
     stage: str
     done: int
@@ -139,7 +142,7 @@ class Ready(Message, frozen=True, kw_only=True):
 
 
 class Failed(Message, frozen=True, kw_only=True):
-    """The engine could not start, or met a fault that it cannot survive; the process ends after it."""
+    """The engine could not start, or met a fault that it cannot survive. The process then ends."""
 
     message: str
 
@@ -156,17 +159,17 @@ class TokenLogprob(Value, frozen=True, kw_only=True):
 class Work(Value, frozen=True, kw_only=True, array_like=True):
     """What a request has used of the machine so far. Counts of tokens are those of one layer.
 
-    The seconds are measured: a step's time divided over its requests by modelled work, so those of all
-    requests sum to the engine's busy seconds. The dense ones are what the same steps would have taken had
-    this request's attention been dense.
+    The seconds are measured: a step's time is divided over its requests in proportion to modelled work, so the
+    seconds of all requests sum to the engine's busy seconds. The `dense_` seconds are the time that the same
+    steps would have taken if this request's attention had been dense.
     """
 
     rows: int = 0  # tokens computed, recomputation included
     selected_tokens: int = 0  # (row, token) pairs that attention read
     index_pairs: int = 0  # (row, token) pairs that the indexer scored
-    kv_rows_read: int = 0  # tokens whose keys and values were read; once a tile where rows share them
+    kv_rows_read: int = 0  # tokens whose keys and values were read; once for a tile whose rows share them
     flops: int = 0
-    cache_bytes: int = 0  # of the paged cache, read and written
+    cache_bytes: int = 0  # bytes of the paged cache, read and written
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     dense_prefill_seconds: float = 0.0
@@ -174,28 +177,28 @@ class Work(Value, frozen=True, kw_only=True, array_like=True):
 
     @property
     def device_seconds(self) -> float:
-        """Its share of the engine's busy time."""
+        """The request's share of the engine's busy time, in seconds."""
         return self.prefill_seconds + self.decode_seconds
 
     @property
     def dense_seconds(self) -> float:
-        """What its share would have been, dense."""
+        """The share that dense attention would have had, in seconds."""
         return self.dense_prefill_seconds + self.dense_decode_seconds
 
 
 def add_work(*works: Work) -> Work:
-    """The sum."""
+    """Sum `works` field by field."""
     return Work(**{name: sum(getattr(work, name) for work in works) for name in Work.__struct_fields__})
 
 
 class RequestUsage(Value, frozen=True, kw_only=True):
-    """What a request has used so far. Times are seconds on the engine's clock."""
+    """What a request has used so far. Times are in seconds on the engine's clock."""
 
     prompt_tokens: int
     cached_tokens: int  # prompt tokens whose pages were reused at first admission
     completion_tokens: int
     preemptions: int
-    top_k: int | None  # effective: None is dense
+    index_top_k: IndexTopK  # effective: None where the model has no indexer
     queue_seconds: float  # submit to first scheduled
     prefill_seconds: float  # first scheduled to first token
     decode_seconds: float  # first token to end
@@ -203,25 +206,25 @@ class RequestUsage(Value, frozen=True, kw_only=True):
 
 
 class Delta(Value, frozen=True, kw_only=True):
-    """New tokens of one request. The last one, and only it, has a finish reason."""
+    """New tokens of one request. Only the last delta of a request has a finish reason."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None  # one a token, if asked for
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # whole prompt, once; first: None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # once, for the whole prompt; [0] is None
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error"
     usage: RequestUsage | None = None  # with the first token, and with any finish reason
 
 
 class EngineStats(Value, frozen=True, kw_only=True):
-    """Gauges of now and counters since the engine process started (names end in `_total`)."""
+    """Gauges of this moment, and counters since the engine process started (their names end in `_total`)."""
 
     running: int = 0
     waiting: int = 0
     pages_used: int = 0  # held by at least one request
-    pages_cached: int = 0  # held by none, content kept for prefix hits
-    pages_free: int = 0  # content worthless
+    pages_cached: int = 0  # held by no request; the content is kept for prefix hits
+    pages_free: int = 0  # without useful content
     steps_total: int = 0
     prefill_tokens_total: int = 0  # prompt tokens computed, recomputation included
     decode_tokens_total: int = 0
@@ -229,23 +232,23 @@ class EngineStats(Value, frozen=True, kw_only=True):
     prefix_queries_total: int = 0  # tokens looked up
     prefix_hits_total: int = 0  # tokens found
     draft_tokens_total: int = 0  # drafts that were verified
-    draft_lengths_total: tuple[int, ...] = ()  # [n]: how often n drafts in a row held; each gave n + 1 tokens
+    draft_lengths_total: tuple[int, ...] = ()  # [n]: steps in which n drafts were right: n + 1 tokens
     busy_seconds_total: float = 0.0  # time that steps took
-    index_seconds_total: float = 0.0  # the part of it that scoring and selecting took, as modelled
-    dense_seconds_total: float = 0.0  # what the steps would have taken with dense attention, as modelled
+    index_seconds_total: float = 0.0  # modelled: the part that scoring and selecting took
+    dense_seconds_total: float = 0.0  # modelled: the steps' time with dense attention
     selected_tokens_total: int = 0  # (row, token) pairs that attention read
     index_pairs_total: int = 0  # (row, token) pairs that the indexer scored
     kv_rows_read_total: int = 0
     flops_total: int = 0
     cache_bytes_total: int = 0
     batch_requests_total: int = 0  # requests summed over steps
-    batch_size_counts_total: tuple[int, ...] = ()  # steps by requests in them; bounds in `BATCH_BOUNDS`
+    batch_size_counts_total: tuple[int, ...] = ()  # steps by number of requests; see `BATCH_BOUNDS`
     nonfinite_logits_total: int = 0  # requests that ended because their logits were not finite
     failed_steps_total: int = 0  # steps that raised; every request in one ends with an error
 
 
 def add_counters(one: EngineStats, other: EngineStats) -> EngineStats:
-    """The sum of the counters, the fields that end in `_total`; the gauges are 0."""
+    """Sum the counters (the fields that end in `_total`); the gauges of the result are 0."""
     sums: dict[str, Any] = {}
     for name in EngineStats.__struct_fields__:
         if name.endswith("_total"):
@@ -258,7 +261,7 @@ def add_counters(one: EngineStats, other: EngineStats) -> EngineStats:
 
 
 class StepOutput(Message, frozen=True, kw_only=True):
-    """Everything that one step produced, and the state after it."""
+    """The deltas that one step produced, and the engine's state after it."""
 
     deltas: tuple[Delta, ...]
     stats: EngineStats

@@ -1,7 +1,7 @@
-"""The engine in a process of its own, kept alive.
+"""Runs the engine in its own process and restarts it when it dies.
 
-If it dies, every request that waits for it gets one error at once, and a fresh engine starts by
-itself. If it says that it cannot start, it is not tried again: nothing would change.
+If the engine dies, every request that waits for it gets an error at once, and a new process starts by
+itself. If the engine reports that it cannot start, it is not started again: it would fail again.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from engine.protocol import (
 
 _log = logging.getLogger(__name__)
 
-# OpenMP's threads spin while they wait, each on a core. Where anything else wants that core (the server
-# process does), a step takes many times as long as with threads that sleep; alone it gains little.
+# OpenMP's threads spin while they wait, each on a core. If another process needs that core (the server
+# does), a step takes many times as long as with threads that sleep. Without other processes spinning gains little.
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-_STOP_SECONDS = 5.0  # what a step may take to end before the process is killed
-_BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)  # before the n-th start in a row that did not become ready
+_STOP_SECONDS = 5.0  # time for the current step to end before the process is killed
+_BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)  # the wait after n failed starts in a row
 _OUTPUT_BYTES = 1 << 16
 _OUTPUT_SECONDS = 1.0
 _MAX_FAILED_STARTS = len(_BACKOFF_SECONDS)
@@ -53,8 +53,8 @@ class SubprocessEngine:
 
     Args:
         config: what to load and how to run.
-        on_output: gets what the process writes to its standard output and error, a few whole lines at a
-            time; None lets it write to the server's own.
+        on_output: called with the text that the process writes to its standard output and error, a few whole
+            lines at a time; None lets the process write to the server's own output.
     """
 
     def __init__(self, config: EngineConfig, on_output: Callable[[str], None] | None = None) -> None:
@@ -65,23 +65,23 @@ class SubprocessEngine:
         self._supervisor: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._end: ServerEnd | None = None
-        self._was_ready = False  # this process
+        self._was_ready = False  # whether the current process was ready at some time
         self._streams: dict[str, asyncio.Queue[Delta | None]] = {}
-        self._held: dict[str, _Held] = {}  # what the engine has not let go of
+        self._held: dict[str, _Held] = {}  # requests that the engine has not released
 
     @property
     def status(self) -> EngineStatus:
-        """The newest snapshot."""
+        """The newest snapshot of the engine."""
         return self._status
 
     async def start(self) -> None:
-        """Begin to load, and to watch."""
+        """Start the process and the task that watches it."""
         if self._supervisor is None:
             self._set(EngineState.STARTING, "the engine is starting")
             self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
 
     async def wait_ready(self) -> None:
-        """Return once the engine takes requests; raise `EngineUnavailableError` if it never will."""
+        """Return once the engine takes requests; raise `EngineUnavailableError` if it failed or was stopped."""
         over = (EngineState.READY, EngineState.FAILED, EngineState.STOPPED)
         while self._status.state not in over:
             await self._changed.wait()
@@ -89,13 +89,13 @@ class SubprocessEngine:
             raise EngineUnavailableError(self._status.message)
 
     async def stop(self) -> None:
-        """End the engine: what runs gets its `abort`, then the process leaves or is killed."""
+        """End the engine: running requests get their `abort`, then the process exits or is killed."""
         if self._status.state is EngineState.STOPPED:
             return
         runs = self._status.state is EngineState.READY
         self._set(EngineState.STOPPED, "the engine was stopped")
         if not runs:
-            self._kill()  # it has nothing to finish, and would only hear of the end once it had loaded
+            self._kill()  # it has nothing to finish, and would read a message only after it has loaded
         elif self._end is not None:
             self._end.send(Stop())
         if self._process is not None:
@@ -109,7 +109,7 @@ class SubprocessEngine:
         self._fail_streams()
 
     async def generate(self, request: Submit, settled: Settled | None = None) -> AsyncGenerator[Delta, None]:
-        """Run one request; see `engine.client.Engine.generate`."""
+        """Run one request, as `engine.client.Engine.generate` describes."""
         if self._status.state is not EngineState.READY or self._end is None:
             if settled is not None:
                 settled(request.request_id, None)
@@ -135,7 +135,7 @@ class SubprocessEngine:
                 end.send(Abort(request_id=request.request_id))
 
     async def _supervise(self) -> None:
-        """Start, listen until the end, start again."""
+        """Start the process, watch it until its end, and start it again."""
         failed_starts = 0
         while not self._over:
             await asyncio.sleep(_BACKOFF_SECONDS[failed_starts])
@@ -161,11 +161,11 @@ class SubprocessEngine:
                 self._set(EngineState.DOWN, message, restarts=self._status.restarts + 1)
 
     async def _run_once(self) -> tuple[bool, int]:
-        """One life of the process: (became ready, exit status; negative for a signal)."""
+        """Run one process until its end. Return (whether it became ready, its exit status: -n for signal n)."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                # A session of its own: Ctrl-C in the terminal reaches the server alone, which decides.
+                # The process has its own session, so Ctrl-C in the terminal reaches only the server, which decides.
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
@@ -185,7 +185,7 @@ class SubprocessEngine:
         self._process = process
         output = asyncio.create_task(self._pass_on(process.stdout), name="engine output")
         if self._over:
-            self._kill()  # stopped while the process was being made
+            self._kill()  # `stop` was called while the process was being started
         self._was_ready = False
         end = self._end = await ServerEnd.over(ours, self._hear)
         self._status = msgspec.structs.replace(self._status, pid=process.pid)
@@ -203,14 +203,14 @@ class SubprocessEngine:
             self._kill()
             code = await process.wait()
             self._process = None
-            # The last words are in the log before the next process starts. Its own children may outlive it and
-            # hold the pipe; they are not waited for.
+            # The process's last output is logged before the next process starts. Its children may outlive it and
+            # keep the pipe open, so the wait has a limit.
             with suppress(TimeoutError):
                 await asyncio.wait_for(output, _OUTPUT_SECONDS)
         return self._was_ready, code
 
     async def _pass_on(self, stream: asyncio.StreamReader | None) -> None:
-        """Hand over what the process writes until it ends, cut at ends of lines."""
+        """Pass the process's output to `on_output` until it ends, in pieces that end with a line."""
         if stream is None or self._on_output is None:
             return
         rest = b""
@@ -235,7 +235,7 @@ class SubprocessEngine:
                     held.hear(delta)
                     if delta.finish_reason is not None:
                         self._held.pop(delta.request_id).settle()
-                # Unknown ids are requests that the server gave up before the engine heard of it.
+                # An unknown id is a request that the server aborted, before the engine read the abort.
                 stream = self._streams.get(delta.request_id)
                 if stream is not None:
                     stream.put_nowait(delta)
@@ -275,7 +275,7 @@ class SubprocessEngine:
 
 
 class _Held:
-    """A request that the engine has, and what it is known to have used."""
+    """A request that the engine has not released, and its known usage."""
 
     def __init__(self, request: Submit, settled: Settled | None) -> None:
         self._request = request
@@ -297,7 +297,7 @@ class _Held:
             cached_tokens=0,
             completion_tokens=0,
             preemptions=0,
-            top_k=self._request.top_k,
+            index_top_k=self._request.index_top_k,
             queue_seconds=0.0,
             prefill_seconds=0.0,
             decode_seconds=0.0,

@@ -1,6 +1,6 @@
-"""The application: parts, middleware, routes and the table of errors. Runs nowhere by itself.
+"""Builds the application from its parts: services, middleware, routes and error handlers. `server.serve` runs it.
 
-`app.state.lifecycle` is for the process that runs it (`server.lifecycle.Lifecycle`).
+`app.state.lifecycle` is for the process that runs the application (`server.lifecycle.Lifecycle`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from server.telemetry.tracing import Tracing
 from server.text.tokenizer import Tokenizer
 
 PRICES_SECONDS = 2.0
-"""How often the price table's file is looked at."""
+"""The time between two checks of the price table's file."""
 
 
 def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: ChatFormat) -> FastAPI:
@@ -53,7 +53,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         try:
-            await engine.start()  # loading goes on behind; until it is done, requests get 503
+            await engine.start()  # the engine loads in the background; until then requests get 503
             prices_task = asyncio.create_task(_follow(prices), name="price table")
             try:
                 yield
@@ -111,7 +111,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
 
 
 async def _follow(prices: PriceBook) -> None:
-    """Look now and then whether the price table was edited."""
+    """Check again and again whether the price table was edited."""
     while True:
         await asyncio.sleep(PRICES_SECONDS)
         await asyncio.to_thread(prices.refresh)

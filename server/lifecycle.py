@@ -1,4 +1,4 @@
-"""Whether the server takes new work, and how much is still going on. Knows no HTTP."""
+"""Knows whether the server takes new work, and how many requests still run. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Lifecycle:
-    """Shared by the routes, which do the work, and the process, which decides when to leave."""
+    """The state that the routes, which serve requests, share with the process, which decides when to exit."""
 
     def __init__(self) -> None:
         self._active = 0
@@ -23,15 +23,15 @@ class Lifecycle:
 
     @property
     def active_requests(self) -> int:
-        """Requests between their arrival and the last byte of their answer."""
+        """How many requests have arrived and are not yet answered completely."""
         return self._active
 
     def begin_drain(self) -> None:
-        """Refuse new work from now on; what runs goes on. Idempotent."""
+        """Refuse new work from now on; running requests continue. Idempotent."""
         self._draining = True
 
-    async def wait_idle(self, timeout: float | None) -> bool:  # noqa: ASYNC109 - the answer is no error
-        """Wait until no request is active; return whether that came within `timeout` seconds."""
+    async def wait_idle(self, timeout: float | None) -> bool:  # noqa: ASYNC109 - a timeout is not an error here
+        """Wait at most `timeout` seconds until no request is active; return whether none is. None: no limit."""
         try:
             async with asyncio.timeout(timeout):
                 await self._idle.wait()

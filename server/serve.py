@@ -1,8 +1,8 @@
-"""The life of the server process: bind, load, listen, drain, leave.
+"""The life of the server process: bind the port, load, listen, drain, exit.
 
-uvicorn's own signal handling is not used: it stops accepting at once and re-raises the signal at
-the end. Here a signal makes the server refuse new work with a clear 503 while it finishes what runs;
-then the process leaves with 0.
+uvicorn's own signal handling is not used: it stops accepting at once and re-raises the signal at the end.
+Here the server answers new requests with a clear 503 after a signal, while it finishes the running ones.
+Then the process exits with 0. The application itself is `server.app`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from server.text.tokenizer import Tokenizer, load_tokenizer
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
-_CLOSE_SECONDS = 2  # what connections may take to close once their requests have ended
+_CLOSE_SECONDS = 2  # time for connections to close after their requests have ended
 _HEADER_BYTES = 64 << 10
 
 
@@ -50,7 +50,7 @@ def serve(settings: Settings) -> int:
         ModelError, TokenizerError, PromptError, SettingsError: the model or a setting is not valid.
     """
     configure(settings.log_format)
-    with bind(settings.host, settings.port) as listener:  # first: loading takes long, a taken port does not
+    with bind(settings.host, settings.port) as listener:  # before loading, to report a taken port at once
         with _stages(settings.log_format) as stages:
             files = resolve(settings.model, overlay=settings.overlay_path(), report=stages)
             stages("reading the tokenizer", 0, 0)
@@ -59,7 +59,7 @@ def serve(settings: Settings) -> int:
             chat = load_chat_format(files.weights, name, text)
             stages(f"chat format: {name} ({why})", 0, 0)
         config = settings.server(files.name, model_type(files.weights))
-        from engine.supervisor import SubprocessEngine  # not before the port and the model are sure
+        from engine.supervisor import SubprocessEngine  # only when the port and the model are good
 
         engine = SubprocessEngine(
             settings.engine(files), on_output=engine_output if settings.log_format == "json" else None
@@ -69,10 +69,10 @@ def serve(settings: Settings) -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the address, so that nothing is loaded in vain.
+    """Bind the address, before anything is loaded.
 
     Raises:
-        ServeError: it is taken, or not of this machine.
+        ServeError: the address is taken, or does not belong to this machine.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -99,16 +99,16 @@ def bind(host: str, port: int) -> socket.socket:
 async def run(
     config: ServerConfig, engine: Engine, text: Tokenizer, chat: ChatFormat, listener: socket.socket
 ) -> int:
-    """Serve on a bound socket until a signal, or until the engine has failed for good.
+    """Serve on a bound socket until a signal comes; return the process's exit code.
 
     Raises:
-        ServeError: the engine failed.
+        ServeError: the engine has failed and will not start again.
     """
     app = create_app(config, engine, text, chat)
     server = _Server(
         uvicorn.Config(
             app,
-            log_config=None,  # its records go where all others go
+            log_config=None,  # uvicorn's records go where all others go
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -128,7 +128,7 @@ async def run(
         if leaving.done():
             await _drain(app.state.lifecycle, signals, config)
         leaving.cancel()
-        await engine.stop()  # ends what still runs, each with its last event
+        await engine.stop()  # requests that still run get their last event
         server.should_exit = True
         await serving
     if failure is not None:
@@ -137,7 +137,11 @@ async def run(
 
 
 async def _watch(engine: Engine, config: ServerConfig, listener: socket.socket) -> None:
-    """Show how loading goes, say when the engine takes requests (again), and fail when it has."""
+    """Show the progress of loading, and say when the engine takes requests, for the first time or again.
+
+    Raises:
+        ServeError: the engine has failed and will not start again.
+    """
     await _loaded(engine, config.log_format)
     line = greeting(config.model_name, *listener.getsockname()[:2])
     if config.log_format == "json":
@@ -145,7 +149,7 @@ async def _watch(engine: Engine, config: ServerConfig, listener: socket.socket) 
     else:
         print(line, flush=True)
     while True:
-        while engine.status.state is EngineState.READY:  # noqa: ASYNC110 - an engine's face is a snapshot
+        while engine.status.state is EngineState.READY:  # noqa: ASYNC110 - the engine only offers a snapshot
             await asyncio.sleep(_POLL_SECONDS)
         await _loaded(engine, config.log_format)
         _say(config.log_format, "the engine is ready again")
@@ -163,7 +167,7 @@ async def _loaded(engine: Engine, log_format: LogFormat) -> None:
 
 def _after_ctrl_c() -> None:
     if sys.stderr.isatty():
-        print(file=sys.stderr, flush=True)  # the terminal has written ^C into the line
+        print(file=sys.stderr, flush=True)  # end the line in which the terminal shows ^C
 
 
 def _say(log_format: LogFormat, sentence: str) -> None:
@@ -195,7 +199,7 @@ async def _drain(lifecycle: Lifecycle, signals: _Signals, config: ServerConfig) 
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's where it is installed; it is not for every platform."""
+    """The event loop of uvloop; None if it is not installed, as it is not made for every platform."""
     if importlib.util.find_spec("uvloop") is None:
         return None
     import uvloop
@@ -222,7 +226,7 @@ class _Server(uvicorn.Server):
 
 
 class _Signals:
-    """SIGTERM and SIGINT, counted."""
+    """Counts the signals SIGTERM and SIGINT: `first` and `second` are set when they come."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Everything that a route needs, in one frozen object of the app."""
+"""One frozen object with everything that a route needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """One app's parts."""
+    """The parts of one app."""
 
     config: ServerConfig
     engine: Engine

@@ -1,8 +1,11 @@
-"""A step plan as tensors: one flat batch of T rows, built once and read by every layer."""
+"""A step plan as tensors: one flat batch of T rows of R requests, built once and read by every layer.
+
+Rows are the plain form: a row has its token, its place in the cache, its request and its sparsity, and a request has its
+pages. Kernels that take rows need nothing else. What wants rows in groups makes them of a batch (`engine.attention.tiling`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,57 +15,41 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.config import PAGE_SIZE
-from engine.plan.tiles import Form, Segment, Tile, TileCosts, cut
+from engine.plan.tiles import Segment
 from engine.plan.types import StepPlan
 
 
 @dataclass(frozen=True)
-class TileTensors:
-    """A tile on the device: R requests x Q rows, context of P pages."""
-
-    form: Form
-    rows: Tensor  # [R * Q] int64, into the batch
-    shape: tuple[int, int]  # (R, Q)
-    positions: Tensor  # [R, Q] int64
-    block_table: Tensor  # [R, P] int64, padded with page 0
-    top_k: Tensor  # [R, Q] int64
-    expanded: bool = False  # see `Tile`
-
-
-@dataclass(frozen=True)
 class Batch:
-    """T rows, token-major. Tiles are cut when they are first asked for: a kernel that takes rows needs none."""
+    """T rows, token-major: the rows of each request together, in the order of their positions."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     pages: Tensor  # [T] int64: where each row's cache entry goes
     offsets: Tensor  # [T] int64
-    segments: tuple[Segment, ...]  # the requests, in the order of their rows
-    costs: TileCosts
-
-    @cached_property
-    def tiles(self) -> tuple[TileTensors, ...]:
-        """The attention work."""
-        device = self.token_ids.device
-        return tuple(_tensors(tile, device) for tile in cut(self.segments, self.costs))
+    request: Tensor  # [T] int32: the row's request, a line of `block_table`
+    index_top_k: (
+        Tensor  # [T] int64: how many tokens the row selects; 0: it is dense and reads its whole context
+    )
+    block_table: Tensor  # [R, P] int64: the pages of each request, padded with page 0
+    segments: tuple[Segment, ...]  # [R]: the same rows as integers, a request each
 
     @cached_property
     def selecting(self) -> Tensor | None:
         """[T, 1] bool: which rows read a selection; None: no row does."""
-        flags = np.zeros((self.token_ids.shape[0], 1), dtype=np.bool_)
-        for segment in self.segments:
-            flags[segment.first_row + segment.dense_rows : segment.first_row + segment.num_rows] = True
-        return torch.from_numpy(flags).to(self.token_ids.device) if flags.any() else None
+        if all(segment.dense_rows == segment.num_rows for segment in self.segments):
+            return None
+        return (self.index_top_k > 0).unsqueeze(1)
 
 
-def build_batch(plan: StepPlan, costs: TileCosts, device: torch.device) -> Batch:
+def build_batch(plan: StepPlan, device: torch.device) -> Batch:
     """Lay the requests of `plan` one after the other.
 
     Raises:
         IndexError: a request's page table does not cover its rows.
     """
     segments: list[Segment] = []
-    first = 0
+    first = width = 0
     for request in plan.requests:
         count = len(request.token_ids)
         segments.append(
@@ -71,51 +58,40 @@ def build_batch(plan: StepPlan, costs: TileCosts, device: torch.device) -> Batch
                 num_rows=count,
                 start=request.start,
                 page_ids=request.page_ids,
-                top_k=request.top_k,
+                index_top_k=request.index_top_k,
             )
         )
         first += count
+        width = max(width, len(request.page_ids))
     token_ids, positions, pages = (np.empty(first, dtype=np.int64) for _ in range(3))
-    for request, segment in zip(plan.requests, segments, strict=True):
-        rows = slice(segment.first_row, segment.first_row + segment.num_rows)
-        token_ids[rows] = request.token_ids
+    request_of, index_top_k = np.empty(first, dtype=np.int32), np.zeros(first, dtype=np.int64)
+    block_table = np.zeros((len(segments), width), dtype=np.int64)
+    for number, (request, segment) in enumerate(zip(plan.requests, segments, strict=True)):
+        at, end = segment.first_row, segment.first_row + segment.num_rows
+        token_ids[at:end] = request.token_ids
+        request_of[at:end] = number
+        index_top_k[at + segment.dense_rows : end] = segment.index_top_k or 0
+        table = block_table[number, : len(request.page_ids)]
+        table[:] = request.page_ids
         if segment.num_rows == 1:
-            positions[rows] = segment.start
-            pages[rows] = request.page_ids[segment.start // PAGE_SIZE]
+            positions[at] = segment.start
+            pages[at] = request.page_ids[segment.start // PAGE_SIZE]
         else:
             own = np.arange(segment.start, segment.start + segment.num_rows)
-            positions[rows] = own
-            pages[rows] = np.array(request.page_ids)[own // PAGE_SIZE]
+            positions[at:end] = own
+            pages[at:end] = table[own // PAGE_SIZE]
     return Batch(
-        token_ids=_to(token_ids, device),
-        positions=_to(positions, device),
-        pages=_to(pages, device),
-        offsets=_to(positions % PAGE_SIZE, device),
+        token_ids=to_device(token_ids, device),
+        positions=to_device(positions, device),
+        pages=to_device(pages, device),
+        offsets=to_device(positions % PAGE_SIZE, device),
+        request=to_device(request_of, device),
+        index_top_k=to_device(index_top_k, device),
+        block_table=to_device(block_table, device),
         segments=tuple(segments),
-        costs=costs,
     )
 
 
-def _to(numbers: NDArray[np.int64], device: torch.device) -> Tensor:
+def to_device(numbers: NDArray[np.int32] | NDArray[np.int64], device: torch.device) -> Tensor:
     """A tensor of it; on the CPU over the same memory. Much cheaper than torch.tensor of a list."""
     return torch.from_numpy(numbers).to(device)
-
-
-def _tensors(tile: Tile, device: torch.device) -> TileTensors:
-    shape = (len(tile.rows), len(tile.rows[0]))
-    return TileTensors(
-        form=tile.form,
-        rows=_to(np.array(tile.rows, dtype=np.int64).reshape(-1), device),
-        shape=shape,
-        positions=_to(np.array(tile.positions, dtype=np.int64), device),
-        block_table=_to(_table(tile.page_ids, tile.context_pages), device),
-        top_k=_to(np.array(tile.top_k, dtype=np.int64), device).unsqueeze(1).expand(shape),
-        expanded=tile.expanded,
-    )
-
-
-def _table(page_ids: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
-    table = np.zeros((len(page_ids), width), dtype=np.int64)
-    for row, ids in zip(table, page_ids, strict=True):
-        row[: len(ids)] = ids
-    return table

@@ -1,6 +1,6 @@
-"""Attention over a batch of tiles: dense where top_k covers the context, selected elsewhere.
+"""Attention over the tiles of a batch: dense where a row reads its whole context, selected elsewhere.
 
-Leaves the cutting to `tiles`, the arithmetic to the kernels and the projections to the model.
+Leaves the cutting to `tiling`, the arithmetic to the kernels and the projections to the model.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import math
 import torch
 from torch import Tensor
 
-from engine.attention.batch import Batch, TileTensors
 from engine.attention.indexer import IndexQueries
+from engine.attention.tiling import TileTensors, Tiling
 from engine.config import PAGE_SIZE
 from engine.errors import EngineError
 from engine.kernels.interface.attention import Kernels
 from engine.kernels.interface.composed import index_scores_as_stored
 from engine.memory.blocks import E4M3
+from engine.plan.sparsity import is_dense
 
 
 def attend(
@@ -24,7 +25,7 @@ def attend(
     index: IndexQueries | None,
     kv_plane: Tensor,
     index_plane: Tensor | None,
-    batch: Batch,
+    tiling: Tiling,
     kernels: Kernels,
     scale: float,
     window: int | None = None,
@@ -36,7 +37,7 @@ def attend(
         index: the layer's index queries; None where the model has no indexer
         kv_plane: [num_pages, 64, Hkv, 2, D], this step's rows already written
         index_plane: [num_pages, 64, d], likewise; None without an indexer
-        batch: the rows and their tiles
+        tiling: the rows in tiles
         kernels: the arithmetic
         scale: softmax scale
         window: how many positions a row sees, its own and those before it; None: all up to its own
@@ -48,7 +49,7 @@ def attend(
         EngineError: a sparse tile reached a model without an indexer.
     """
     out = torch.empty_like(query)
-    for tile in batch.tiles:
+    for tile in tiling.tiles:
         rows = query[tile.rows].view(*tile.shape, *query.shape[1:])
         if window is not None:
             result = _attend_window(rows, index, kv_plane, index_plane, tile, kernels, scale, window)
@@ -65,7 +66,7 @@ def attend(
                     index_plane,
                     tile.block_table,
                     tile.positions,
-                    tile.top_k,
+                    tile.index_top_k,
                     scale,
                 )
             else:
@@ -86,11 +87,11 @@ def _attend_window(
     scale: float,
     window: int,
 ) -> Tensor:
-    """A tile's rows [R, Q, Hkv, G, D] over their windows: all of each, or the best top_k where it holds more."""
+    """A tile's rows [R, Q, Hkv, G, D] over their windows: all of each, or the best of it."""
     own = tile.positions.unsqueeze(-1)
     at = torch.arange(tile.block_table.shape[1] * PAGE_SIZE, device=rows.device)
     allowed = (at <= own) & (at > own - window)
-    if tile.form != "dense" and window > int(tile.top_k.min()):
+    if tile.form != "dense" and not is_dense(window, int(tile.index_top_k.min())):
         if index is None or index_plane is None:
             raise EngineError("a sparse row was scheduled on a model that has no indexer")
         selected = select(index, index_plane, tile, kernels, allowed)
@@ -114,7 +115,7 @@ def select(
     )
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
-    return kernels.select(scores, tile.top_k)
+    return kernels.select(scores, tile.index_top_k)
 
 
 def _of(index: IndexQueries, tile: TileTensors) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ class LightningIndexer:
         self.head_dim = weights.wk.shape[0]
 
     def keys(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Index keys to be cached: hidden [T, E] -> [T, d], whatever the row's top_k.
+        """Index keys to be cached: hidden [T, E] -> [T, d], whatever the row's index_top_k.
 
         A token that was computed densely may be scored by a sparse row later.
         """

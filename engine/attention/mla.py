@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.attention.batch import Batch
 from engine.attention.gqa import selection_mask
+from engine.attention.tiling import Tiling
 from engine.config import PAGE_SIZE
 from engine.errors import EngineError
 from engine.kernels.interface.attention import Kernels
@@ -79,7 +79,7 @@ class LatentAttention:
         query: Tensor,
         selections: Sequence[Tensor | None],
         plane: Tensor,
-        batch: Batch,
+        tiling: Tiling,
         kernels: Kernels,
         unpack: Unpack = as_stored,
     ) -> Tensor:
@@ -89,7 +89,7 @@ class LatentAttention:
             query: [T, H, n + p]
             selections: a tile's selected positions [R, Q, K], None where the tile is dense
             plane: [num_pages, 64, stored], this step's rows already written
-            batch: the rows and their tiles
+            tiling: the rows in tiles
             kernels: the arithmetic
             unpack: how the plane stores a token
 
@@ -101,7 +101,7 @@ class LatentAttention:
         """
         w, values = self.weights, self.weights.kv_b.shape[1] - self.nope
         out = query.new_empty(len(query), self.num_heads, values)
-        for tile, selected in zip(batch.tiles, selections, strict=True):
+        for tile, selected in zip(tiling.tiles, selections, strict=True):
             rows = query[tile.rows].view(*tile.shape, *query.shape[1:])
             common = (plane, tile.block_table)
             if tile.form == "gather" and selected is not None:

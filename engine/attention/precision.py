@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,68 +23,69 @@ from engine.memory.blocks import BLOCK
 from engine.memory.layouts import IndexKeyLayout, LatentLayout
 from engine.memory.planes import PlaneSpec
 
+Numbers = torch.dtype | Literal["fp8"]
+"""What a plane's numbers are: plain ones of a dtype, or FP8 with power-of-two scales beside them."""
+
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """Of the latent with its rotated key: `dtype`, or FP8 with power-of-two scales where that is None."""
+    """Of the latent with its rotated key."""
 
     layout: LatentLayout
-    dtype: torch.dtype | None
+    numbers: Numbers
     model_dtype: torch.dtype
 
     @property
     def spec(self) -> PlaneSpec:
         """Its plane."""
-        if self.dtype is None:
+        if self.numbers == "fp8":
             return self.layout.spec("latent")
-        return PlaneSpec("latent", (self.layout.rank + self.layout.rope,), self.dtype)
+        return PlaneSpec("latent", (self.layout.rank + self.layout.rope,), self.numbers)
 
     def pack(self, cached: Tensor, kernels: Kernels) -> Tensor:
         """[T, rank + rope] -> what the plane stores of each."""
-        if self.dtype is None:
+        if self.numbers == "fp8":
             latent, rope = cached[:, : self.layout.rank], cached[:, self.layout.rank :]
             return self.layout.pack(*kernels.quantise(latent, "ue8m0", CACHE_FLOOR), rope)
-        return cached.to(self.dtype)
+        return cached.to(self.numbers)
 
     @property
     def unpack(self) -> Unpack:
         """The inverse, but for what the format lost."""
-        return (
-            as_stored
-            if self.dtype is not None
-            else lambda stored: self.layout.unpack(stored, self.model_dtype)
-        )
+        if self.numbers == "fp8":
+            return lambda stored: self.layout.unpack(stored, self.model_dtype)
+        return as_stored
 
 
 @dataclass(frozen=True)
 class IndexFormat:
-    """Of index keys and queries: `dtype`, or rotated FP8 with one power-of-two scale a vector where that is None."""
+    """Of index keys and queries; in FP8 they are rotated, and each vector has one scale."""
 
     dim: int
-    dtype: torch.dtype | None
+    numbers: Numbers
 
     @property
     def spec_dtype(self) -> torch.dtype:
         """Of its plane."""
-        return torch.uint8 if self.dtype is None else self.dtype
+        return torch.uint8 if self.numbers == "fp8" else self.numbers
 
     def spec(self, layers: frozenset[int]) -> PlaneSpec:
         """Its plane, on the layers that have an indexer."""
-        if self.dtype is None:
+        if self.numbers == "fp8":
             return PlaneSpec("index_key", (IndexKeyLayout(self.dim).token_bytes,), torch.uint8, layers=layers)
-        return PlaneSpec("index_key", (self.dim,), self.dtype, layers=layers)
+        return PlaneSpec("index_key", (self.dim,), self.numbers, layers=layers)
 
     def write(self, plane: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor, kernels: Kernels) -> None:
         """Store keys [T, d] at (pages[t], offsets[t])."""
-        if self.dtype is None:
+        if self.numbers == "fp8":
             values, scales = kernels.quantise(kernels.hadamard(keys), "ue8m0")
             IndexKeyLayout(self.dim).write(plane, pages, offsets, values, scales.squeeze(-1))
         else:
-            plane[pages, offsets] = keys.to(self.dtype)
+            plane[pages, offsets] = keys.to(self.numbers)
 
     def queries(self, queries: IndexQueries, kernels: Kernels) -> IndexQueries:
         """As the keys are scored with; an FP8 query's scale goes into its head's weight."""
-        if self.dtype is not None:
+        if self.numbers != "fp8":
             return queries
         values, scales = kernels.quantise(kernels.hadamard(queries.query), "ue8m0")
         return IndexQueries(query=values, head_weights=queries.head_weights * scales.squeeze(-1))
@@ -100,7 +101,7 @@ class Precision:
 
     def latent(self, config: Mapping[str, Any], rank: int, rope: int, dtype: torch.dtype) -> LatentFormat:
         """For a checkpoint's config and a model loaded in `dtype`."""
-        return LatentFormat(LatentLayout(rank, rope), _dtype(self.kv_cache, config, dtype), dtype)
+        return LatentFormat(LatentLayout(rank, rope), _numbers(self.kv_cache, config, dtype), dtype)
 
     def index(self, config: Mapping[str, Any], dim: int, dtype: torch.dtype) -> IndexFormat:
         """Likewise.
@@ -111,8 +112,8 @@ class Precision:
         """
         if self.indexer == "int8":
             raise ConfigError("indexer_dtype is int8, which is for llama models; set it to bf16, fp8 or auto")
-        chosen = _dtype(self.indexer, config, dtype)
-        if chosen is None and (dim > BLOCK or dim & (dim - 1)):
+        chosen = _numbers(self.indexer, config, dtype)
+        if chosen == "fp8" and (dim > BLOCK or dim & (dim - 1)):
             raise ConfigError(
                 f"index vectors of {dim} numbers cannot be kept in FP8, which takes a power of two up to {BLOCK}; "
                 "set indexer_dtype to bf16"
@@ -124,7 +125,7 @@ class Precision:
         return self.weights == "fp8" or (self.weights == "auto" and device.type == "cuda")
 
 
-def _dtype(asked: IndexerDtype, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype | None:
+def _numbers(asked: IndexerDtype, config: Mapping[str, Any], dtype: torch.dtype) -> Numbers:
     if asked == "fp8" or (asked == "auto" and config.get("quantization_config")):
-        return None
+        return "fp8"
     return torch.bfloat16 if asked == "bf16" else dtype

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.checkpoint.gguf_file import GGUFFile
 from engine.errors import CheckpointError
-from engine.kernels.native.packed import Kind, Quantised
+from engine.memory.quantised import Kind, Quantised
 
 Number = TypeVar("Number", bound=np.generic)
 

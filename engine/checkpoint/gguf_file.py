@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import CheckpointError
-from engine.kernels.native.packed import Kind, Quantised
+from engine.memory.quantised import Kind, Quantised
 
 _SCALARS: Mapping[gguf.GGUFValueType, str] = {
     gguf.GGUFValueType.UINT8: "B",

@@ -85,7 +85,7 @@ def read_overlay(path: Path, base: Source) -> Overlay:
         num_heads=_integer(meta, "num_heads", path),
         head_dim=_integer(meta, "head_dim", path),
         rope_dim=_integer(meta, "rope_dim", path),
-        default_top_k=_integer(meta, "default_top_k", path),
+        default_index_top_k=_integer(meta, "default_top_k", path),
         adapter_rank=_integer(meta, "adapter_rank", path) if "adapter_rank" in meta else 0,
         source=path.name,
     )
@@ -124,7 +124,7 @@ def write_overlay(
         "num_heads": str(info.num_heads),
         "head_dim": str(info.head_dim),
         "rope_dim": str(info.rope_dim),
-        "default_top_k": str(info.default_top_k),
+        "default_top_k": str(info.default_index_top_k),
         "recipe": recipe,
     }
     if info.adapter_rank:
@@ -231,9 +231,15 @@ def _integer(meta: Mapping[str, str], key: str, path: Path) -> int:
 
 def _check_info(info: IndexerInfo, where: str) -> None:
     """The numbers make sense by themselves."""
-    for key in ("num_heads", "head_dim", "rope_dim", "default_top_k"):
-        if getattr(info, key) < 1:
-            raise CheckpointError(f"{where} has {key} {getattr(info, key)}, which is not a positive integer")
+    sizes = {
+        "num_heads": info.num_heads,
+        "head_dim": info.head_dim,
+        "rope_dim": info.rope_dim,
+        "default_top_k": info.default_index_top_k,
+    }
+    for key, value in sizes.items():
+        if value < 1:
+            raise CheckpointError(f"{where} has {key} {value}, which is not a positive integer")
     if info.rope_dim % 2 or info.rope_dim > info.head_dim:
         raise CheckpointError(
             f"{where} has rope_dim {info.rope_dim}, which must be even and at most head_dim ({info.head_dim})"

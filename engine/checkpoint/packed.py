@@ -12,9 +12,9 @@ from torch import Tensor
 from engine.checkpoint.loader import LoadReport, Weight, check, load, unused
 from engine.checkpoint.source import HoldsQuantised, Source
 from engine.errors import CheckpointError
-from engine.kernels.native.packed import Kind, PackedWeight, Quantised, packed_bytes, quantise_4bit
-from engine.kernels.native.packing import GROUP
+from engine.kernels.native.packed import PackedWeight, packed_bytes
 from engine.memory.arena import Arena
+from engine.memory.quantised import GROUP, Kind, Quantised, quantise_4bit
 
 
 def can_pack(model_table: Mapping[str, Weight]) -> bool:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from engine.checkpoint.part import Slice
 from engine.errors import CheckpointError
-from engine.kernels.native.packed import Kind, Quantised
 from engine.memory.blocks import BlockWeight
+from engine.memory.quantised import Kind, Quantised
 
 
 class Tensors(Protocol):

@@ -47,8 +47,12 @@ class Model(Protocol):
         """What multiplies with weights, for the engine's log."""
         ...
 
-    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
-        """Write the batch's rows to the cache; hidden states after the last norm, [T, hidden]."""
+    def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
+        """Write the batch's rows to the cache; hidden states after the last norm, [T, hidden].
+
+        Args:
+            costs: how rows are cut, where the kernels take tiles
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -63,7 +67,7 @@ class DraftLayer(Protocol):
         """The main model's planes, extended to this layer."""
         ...
 
-    def forward(self, batch: Batch, hidden: Tensor, cache: PagedCache) -> Tensor:
+    def forward(self, batch: Batch, hidden: Tensor, cache: PagedCache, costs: TileCosts) -> Tensor:
         """Rows whose token ids are those after each position, and hidden states [T, E] -> [T, E]."""
         ...
 
@@ -91,7 +95,7 @@ class Shape:
     architecture: str
     num_layers: int
     max_positions: int
-    top_k: int | None  # of its indexer; None: it has none
+    index_top_k: int | None  # of its indexer; None: it has none
     table: Mapping[str, Weight]
     rank_table: Callable[[int], Mapping[str, Weight]]  # number of devices -> of the first, which holds most
     mtp: Mapping[str, Weight]  # of all its MTP modules; empty where it has none

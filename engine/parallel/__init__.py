@@ -1,1 +1,1 @@
-"""One model over several devices of one host. The only user of torch.distributed."""
+"""Tensor parallelism: one model over several devices, of one host or several. Only this package uses torch.distributed."""

@@ -1,4 +1,7 @@
-"""Worker processes of this host: started, fed with plans, watched, ended."""
+"""Starts this host's worker processes, sends them plans, watches them and ends them.
+
+`engine.step.worker` is what such a process runs. Other hosts are `engine.parallel.nodes`.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,26 @@ from engine.channel import encode
 from engine.config import EngineConfig
 from engine.errors import ProtocolError
 from engine.parallel.group import Meeting
-from engine.parallel.link import Assignment, FromWorker, Link, Loaded
+from engine.parallel.link import Assignment, FromWorker, Link, RankLoaded
 from engine.plan.types import StepPlan
 from engine.protocol import Failed
 
-_END_SECONDS = 5.0  # what a worker may take to end before it is killed
+_END_SECONDS = 5.0  # time for a worker to end before it is killed
 
-OnLoaded = Callable[[Loaded], None]
+OnLoaded = Callable[[RankLoaded], None]
 OnFailed = Callable[[str], None]
 
 
 class Crew:
-    """The ranks `ranks`, a process each. What is called is called from threads.
+    """Worker processes, one for each rank of this host. The callbacks are called from threads.
 
     Args:
-        ranks: of this host, without rank 0, which is no worker
-        config: theirs
-        meeting: where they find the others
-        on_loaded: hears of each that has its part of the model
-        on_failed: hears of each that is gone and how, unless `close` was called
-        address: of this host, where the leader is on another
+        ranks: this host's ranks, without rank 0, which is the engine process
+        config: the engine's
+        meeting: where all ranks meet
+        on_loaded: called when a worker has loaded its part of the model
+        on_failed: called with the reason when a worker has failed or ended, unless `close` was called
+        address: this host's address if the leader is another host, else ""
     """
 
     def __init__(
@@ -56,16 +59,24 @@ class Crew:
             self._start(Assignment(config=config, rank=rank, meeting=meeting, address=address))
 
     def send(self, plan: StepPlan) -> None:
-        """Have every worker compute a plan."""
+        """Send a plan to every worker, which computes it.
+
+        Raises:
+            OSError: a worker is gone.
+        """
         self.forward(encode(plan))
 
     def forward(self, body: bytes) -> None:
-        """The same with a plan as it came from the leader; raises OSError when a worker is gone."""
+        """Send an encoded plan to every worker.
+
+        Raises:
+            OSError: a worker is gone.
+        """
         for link in self._links:
             link.forward(body)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, and wait until they have ended."""
         self._closing = True
         for link in self._links:
             link.close()
@@ -87,12 +98,12 @@ class Crew:
         link = Link(ours)
         self.processes.append(process)
         self._links.append(link)
-        with suppress(OSError):  # already gone: the watcher will say so
+        with suppress(OSError):  # the worker is already gone: `_watch` will report it
             link.send(assignment)
         threading.Thread(target=self._watch, args=(assignment.rank, link, process), daemon=True).start()
 
     def _watch(self, rank: int, link: Link, process: subprocess.Popen[bytes]) -> None:
-        """Thread, one a worker: what it says, and its end."""
+        """Read one worker's messages and report its end. Each worker has a thread for this."""
         decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
         told: str | None = None
         try:

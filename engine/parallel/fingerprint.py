@@ -1,4 +1,4 @@
-"""Whether two hosts have the same model, told from its files without reading them through."""
+"""Compares the models of two hosts by a digest of their files, without reading the files completely."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _SAMPLE_BYTES = 64 << 10
 
 
 def fingerprint(weights: Path, overlay: Path | None) -> str:
-    """Digest of sizes, beginnings, middles and ends of what is loaded.
+    """Digest the size, beginning, middle and end of every file that is loaded.
 
-    That covers every header, so other shapes, types and names, and of other weights of the same shape at least a
-    sample.
+    The digest covers every header, so it differs for other shapes, types and names. Of the weights it covers only a
+    sample, which shows most models with the same shapes but other weights.
 
     Args:
         weights: a .gguf file, or a folder
-        overlay: laid over it
+        overlay: the overlay's file, if there is one
 
     Raises:
         OSError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""The process group: the ranks meet, and sum tensors over NCCL or gloo."""
+"""The process group, in which the ranks meet and sum tensors over NCCL or gloo."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 class Meeting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where ranks find one another.
+    """Where the ranks find one another.
 
-    On one host that is a file in a folder that only this user can read, and they talk over the loopback: a
-    rendezvous on a TCP port takes anybody who can reach it for a rank. Over several hosts there is no other way.
+    On one host the ranks meet at a file in a folder that only this user can read, and they talk over the loopback.
+    A TCP port would accept anybody who can reach it as a rank. Over several hosts a port is the only way.
     """
 
-    file: str | None = None  # a path that no file is at yet
-    host: str = ""  # else a numeric address of the leader's,
+    file: str | None = None  # on one host: a path at which there is no file yet
+    host: str = ""  # over several hosts: a numeric address of the leader
     port: int = 0  # and the port of its store
 
 
 class Door:
-    """The leader's end of a meeting over several hosts: a store on a port of one of its addresses."""
+    """The leader's end of a meeting over several hosts: a store that listens on one of its addresses."""
 
     def __init__(self, host: str, count: int) -> None:
-        """Listen on any free port of `host`, a numeric address, and of no other."""
+        """Listen on a free port of the numeric address `host`, and on no other address."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as listener:
             listener.bind((host, 0))
@@ -56,15 +56,15 @@ def join(
     address: str = "",
     store: Store | None = None,
 ) -> Ranks:
-    """Wait until all `count` ranks are here.
+    """Join the process group, and wait until all `count` ranks have joined.
 
     Args:
-        rank: this process
-        count: how many there are
-        meeting: the same for all
-        device: of this rank: NCCL on CUDA, gloo on the CPU
-        address: over several hosts, the address of this one by which it talks to the leader
-        store: the leader's own, see `Door`
+        rank: the rank of this process
+        count: how many ranks there are
+        meeting: where they meet; the same for all ranks
+        device: this rank's device; CUDA uses NCCL, the CPU uses gloo
+        address: over several hosts, this host's address on the way to the leader; else ""
+        store: on the leader, the store of its `Door`; None elsewhere
     """
     interface = interface_of(address) if meeting.file is None else _loopback()
     if interface is not None:
@@ -90,18 +90,18 @@ def join(
 
 
 def leave() -> None:
-    """Forget the group; NCCL's ends with the process, since leaving it in order needs every rank alive."""
+    """Leave a gloo group. An NCCL group ends with the process, because leaving it needs every rank alive."""
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has a numeric address; None where that cannot be told."""
+    """The network interface with a numeric address; None if it cannot be found."""
     for _, name in socket.if_nameindex():
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
                 packed = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-        except OSError:  # an interface without an IPv4 address, or not on Linux
+        except OSError:  # an interface without an IPv4 address, or not Linux
             continue
         if socket.inet_ntoa(packed[20:24]) == address:
             return name
@@ -113,7 +113,10 @@ def _loopback() -> str | None:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """In float32, rounded once to x's dtype: with a rounding a rank, more ranks would compute less exactly."""
+    """Sum x over the ranks in float32 and round once to x's dtype.
+
+    With a rounding for each rank, the error would grow with the number of ranks.
+    """
     wide = x.float().contiguous()
     dist.all_reduce(wide)
     return wide.to(x.dtype)

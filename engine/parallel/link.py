@@ -1,9 +1,9 @@
-"""What the processes of one engine say to each other: frames on a socket, as to the server, and never pickle.
+"""The messages between the processes of one engine, in the frames of `engine.channel`, never pickle.
 
-On one host the sockets are inherited pairs; a node of its own has one TCP connection to the leader.
+On one host the sockets are inherited pairs. Another node has one TCP connection to the leader.
 
-Plans go this way and not as a collective: a worker may wait for the next one for days, and a collective that
-waits so long ends the group (after 10 minutes with NCCL) and keeps the device busy until then.
+Plans are messages and not a collective operation, because a worker may wait for days for the next plan. A collective
+that waits ends the group (after 10 minutes with NCCL) and keeps the device busy until then.
 """
 
 from __future__ import annotations
@@ -24,66 +24,74 @@ from engine.protocol import Failed, Message
 T = TypeVar("T")
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total) while a model loads."""
+"""Called with (stage, done, total) while the processes meet and load."""
 
 
 class Assignment(Message, frozen=True, kw_only=True):
-    """To a worker, first: what to compute with."""
+    """The first message to a worker: what to load, and where to meet the other ranks."""
 
     config: EngineConfig
     rank: int
     meeting: Meeting
-    address: str = ""  # of this host, where the leader is on another
+    address: str = ""  # this host's address if the leader is another host
 
 
-class Loaded(Message, frozen=True, kw_only=True):
-    """A worker has its part of the model."""
+class RankLoaded(Message, frozen=True, kw_only=True):
+    """A worker has loaded its part of the model."""
 
     rank: int
     num_bytes: int  # of weights
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """From a node that wants to take part, first. All of it must be the leader's."""
+    """The first message of a node that wants to join. The versions and the model must equal the leader's."""
 
-    version: str  # of this program
+    version: str  # version of dsa-serve
     torch: str
-    model: str  # `engine.parallel.fingerprint.fingerprint` of its files
-    path: str  # where it has them, for people
+    model: str  # `engine.parallel.fingerprint.fingerprint` of the model's files
+    path: str  # path of these files on the node, for messages
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """To a node, once all are there: its ranks, and what to start them with."""
+    """The answer to a node once all nodes have joined: its ranks, and the config to start them with."""
 
-    config: EngineConfig  # but for the paths, which are the node's own
+    config: EngineConfig  # the leader's; the node replaces the paths by its own
     first_rank: int
     meeting: Meeting
 
 
-FromWorker = Loaded | Failed
+FromWorker = RankLoaded | Failed
 ToNode = Welcome | Failed
 
 
 class Link:
-    """One end, blocking; one reader thread at most, any thread may write."""
+    """One end of a connection. It blocks. At most one thread may read; any thread may write."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._writing = threading.Lock()
 
     def send(self, value: msgspec.Struct) -> None:
-        """Write one value; raises OSError when the other end is gone."""
+        """Write one value.
+
+        Raises:
+            OSError: the other end is gone.
+        """
         self._write(frame(value))
 
     def forward(self, body: bytes) -> None:
-        """Write what `receive_body` gave elsewhere; errors likewise."""
+        """Write an encoded value, as `receive_body` of another link returned it.
+
+        Raises:
+            OSError: the other end is gone.
+        """
         self._write(framed(body))
 
     def receive(self, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
-        """The next value, or None when the other end is gone.
+        """Read the next value; None if the other end is gone.
 
         Raises:
-            ProtocolError: what came is no such value.
+            ProtocolError: the bytes are not a value of the decoder's type.
         """
         body = self.receive_body()
         if body is None:
@@ -92,13 +100,13 @@ class Link:
         return value
 
     def receive_body(self) -> bytes | None:
-        """The next value as it came, or None when the other end is gone."""
+        """Read the next value without decoding it; None if the other end is gone."""
         return read_frame(self._sock)
 
     def close(self) -> None:
-        """The other end sees the end of the stream."""
+        """Close the socket; the other end sees the end of the stream."""
         with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)  # close alone leaves a thread that reads waiting
+            self._sock.shutdown(socket.SHUT_RDWR)  # `close` alone would not wake a thread that reads
         self._sock.close()
 
     def _write(self, data: bytes) -> None:

@@ -1,7 +1,8 @@
 """Another node of the engine: `python -m engine.parallel.node`, started by `dsa worker`.
 
-Joins the leader, starts a worker for each of its ranks, passes the plans on, and reports. When the leader's engine
-ends, so do the workers, and the node joins the next engine; when there is none for long, the node ends too.
+A node joins the leader, starts a worker for each of its ranks, forwards plans to them and reports their failures.
+When the leader's engine ends, the node ends its workers and joins the next engine. If there is no engine for
+`wait_seconds`, the node ends too.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ _PAUSE_SECONDS = 1.0
 
 
 class Node:
-    """This host's part.
+    """This host as a node of the engine.
 
     Args:
-        weights, overlay: as in `EngineConfig`
+        weights, overlay: paths on this host, as in `EngineConfig`
         leader: HOST:PORT
         wait_seconds: how long to look for a leader that cannot be reached
     """
@@ -52,7 +53,7 @@ class Node:
         self._leaving = False
 
     def leave(self, *, now: bool) -> None:
-        """End this process: at once, or where it computes for a leader, when that has finished what it runs."""
+        """End this process: at once with `now` or if it has no engine, else when the leader's engine has ended."""
         if now or not self._working or self._leaving:
             sys.exit(0)
         self._leaving = True
@@ -70,7 +71,7 @@ class Node:
                 self._work(*joined)
 
     def _join(self) -> tuple[Link, Welcome, str] | None:
-        """The link, what the leader says, and this host's address; None where it went away before it said anything."""
+        """Join the leader. Return the link, its `Welcome` and this host's address; None if it left without an answer."""
         sock = self._connect()
         link = Link(sock)
         try:
@@ -112,7 +113,7 @@ class Node:
                 return sock
 
     def _work(self, link: Link, welcome: Welcome, address: str) -> None:
-        """Until the leader's engine ends."""
+        """Run this node's workers until the leader's engine ends."""
         config: EngineConfig = msgspec.structs.replace(welcome.config, **self._files)
         ranks = range(welcome.first_rank, welcome.first_rank + config.devices_a_node)
         _log.info("ranks %d to %d of %d are on this node", ranks[0], ranks[-1], config.tensor_parallel)
@@ -130,7 +131,7 @@ class Node:
         try:
             self._working = True
             while (body := link.receive_body()) is not None:
-                with suppress(OSError):  # a worker is gone; the leader hears of it, and ends the engine
+                with suppress(OSError):  # a worker is gone: `failed` tells the leader, which ends the engine
                     crew.forward(body)
         except OSError as error:
             _log.warning("%s", error)
@@ -144,7 +145,7 @@ class Node:
 
 
 def main() -> None:
-    """Join until stopped."""
+    """Run a node until it is stopped."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", required=True, help="checkpoint: .gguf file or folder, as the leader's")
     parser.add_argument("--overlay", help="an indexer to lay over it, as the leader's")

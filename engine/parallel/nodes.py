@@ -1,7 +1,7 @@
-"""The other nodes, as the leader sees them: they come, are checked, get the plans, and are missed when gone.
+"""The leader's side of the other nodes: it accepts and checks them, sends them plans, and notices when one is gone.
 
-The port has no password, as NCCL's and gloo's own have none: it belongs in a network that only the nodes can reach.
-What comes over it is decoded into plain types; a stranger can be refused, but can start nothing here.
+The port has no password, and neither have NCCL's and gloo's own ports: use a network that only the nodes can reach.
+Its bytes are decoded into plain types, so a stranger who connects is refused and cannot run anything here.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_HELLO_SECONDS = 10.0  # what a caller may take to say who it is
-_LOOKUP_SECONDS = 60.0  # a name may be younger than the host that has it
+_HELLO_SECONDS = 10.0  # time for a caller to send its `Hello`
+_LOOKUP_SECONDS = 60.0  # a host's name may become known only after the host has started
 _POLL_SECONDS = 0.2
-_SILENT_SECONDS = 20  # after which a host that does not answer is gone
+_SILENT_SECONDS = 20  # a host that does not answer for so long is gone
 
 
 @dataclass(eq=False)
@@ -45,15 +45,15 @@ class _Node:
 
 
 class Nodes:
-    """All nodes but this one.
+    """All nodes except this one, which is the leader. The callbacks are called from threads.
 
     Args:
-        config: of the engine; `nodes` and `leader` say how many and where
-        on_loaded: hears of each rank of theirs that has its part of the model
-        on_failed: hears of each that is gone and how, unless `close` was called
+        config: the engine's; `nodes` and `leader` say how many nodes there are and where they join
+        on_loaded: called when a rank of another node has loaded its part of the model
+        on_failed: called with the reason when a node is gone, unless `close` was called
 
     Raises:
-        ConfigError: the leader's address is not of this host, or taken.
+        ConfigError: the leader's address does not belong to this host, or is taken.
     """
 
     def __init__(self, config: EngineConfig, on_loaded: OnLoaded, on_failed: OnFailed) -> None:
@@ -70,7 +70,7 @@ class Nodes:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def gather(self, meeting: Meeting, progress: Progress) -> None:
-        """Wait until all nodes are here and give each its ranks; from now on none comes and none may leave."""
+        """Wait until all nodes have joined, and give each its ranks. After this no node can join or leave."""
         wanted, stage = self._config.nodes - 1, f"waiting for the other nodes at {self._config.leader}"
         with self._changed:
             while len(self._nodes) < wanted:
@@ -78,27 +78,31 @@ class Nodes:
                 self._changed.wait()
             self._started = True
         progress(stage, wanted, wanted)
-        self._listener.close()  # who comes now tries again until the port is open for a new engine
+        self._listener.close()  # a node that comes later tries again until a new engine opens the port
         each = self._config.devices_a_node
         for place, node in enumerate(self._nodes, 1):
             _log.info("node %s has ranks %d to %d", node.name, place * each, place * each + each - 1)
-            with suppress(OSError):  # already gone: its reader will say so
+            with suppress(OSError):  # the node is already gone: its reader will report it
                 node.link.send(Welcome(config=self._config, first_rank=place * each, meeting=meeting))
 
     def forward(self, body: bytes) -> None:
-        """Send a plan to all; raises OSError when one is gone."""
+        """Send an encoded plan to all nodes.
+
+        Raises:
+            OSError: a node is gone.
+        """
         for node in self._nodes:
             node.link.forward(body)
 
     def close(self) -> None:
-        """End them: each sees the end of the stream."""
+        """Close all connections. Each node sees the end of its stream and ends its workers."""
         self._closing = True
         self._listener.close()
         for node in self._nodes:
             node.link.close()
 
     def _accept(self) -> None:
-        """Thread: a thread for each caller."""
+        """Accept callers, each with a thread of its own. This runs in a thread."""
         self._listener.settimeout(_POLL_SECONDS)
         while True:
             try:
@@ -111,7 +115,7 @@ class Nodes:
             threading.Thread(target=self._serve, args=(caller, name), daemon=True).start()
 
     def _serve(self, caller: socket.socket, name: str) -> None:
-        """Thread, one a caller: who it is, what it says, and its end."""
+        """Check one caller, read its messages and report its end. Each caller has a thread for this."""
         link = Link(caller)
         try:
             caller.settimeout(_HELLO_SECONDS)
@@ -128,7 +132,7 @@ class Nodes:
                     self._nodes.append(node)
                     self._changed.notify_all()
                 elif refusal is None:
-                    link.close()  # one too many
+                    link.close()  # all nodes have joined already
                     return
             if refusal is not None:
                 _log.warning("node %s was turned away: %s", name, refusal)
@@ -161,7 +165,7 @@ class Nodes:
 
 
 def hello(weights: str, overlay: str | None) -> Hello:
-    """What this host is, for the other to compare.
+    """Describe this host's program and model, so that the leader can compare them with its own.
 
     Raises:
         ConfigError: the model cannot be read.
@@ -179,7 +183,7 @@ def hello(weights: str, overlay: str | None) -> Hello:
 
 
 def keep_alive(sock: socket.socket) -> None:
-    """Have the system notice that the other host is gone, also where nobody is there to close its end."""
+    """Make the system notice that the other host is gone, even if it could not close its end."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
@@ -193,7 +197,7 @@ def keep_alive(sock: socket.socket) -> None:
 
 
 def _difference(own: Hello, said: Hello) -> str | None:
-    """Why a node cannot take part, if it cannot."""
+    """Why a node cannot join, as a sentence; None if it can."""
     for what, mine, theirs in (("dsa-serve", own.version, said.version), ("torch", own.torch, said.torch)):
         if mine != theirs:
             return f"the leader has {what} {mine} and this node {theirs}; install the same on all nodes"

@@ -1,4 +1,4 @@
-"""Which part of the model a process holds, and how parts become sums. Knows neither processes nor networks."""
+"""Which part of the model a rank holds, and how ranks sum their results. Knows neither processes nor networks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Ranks:
 
     Attributes:
         rank: 0 to count - 1; 0 is the engine process
-        count: how many there are
-        sum: a tensor of every rank's -> their sum, the same to the last bit on every rank
+        count: how many ranks there are
+        sum: this rank's tensor -> the sum of all ranks' tensors, the same to the last bit on every rank
     """
 
     rank: int = 0
@@ -31,12 +31,12 @@ class Ranks:
     sum: Callable[[Tensor], Tensor] = _as_it_is
 
     def share(self, size: int) -> range:
-        """This rank's indices of `size` that are dealt out evenly, in order; `size` divides by `count`."""
+        """This rank's part of the indices 0 to `size` - 1, split evenly in order; `count` must divide `size`."""
         each = size // self.count
         return range(self.rank * each, (self.rank + 1) * each)
 
     def part(self, dim: int, size: int) -> Slice | None:
-        """This rank's part of a tensor that is `size` long along `dim`; None is all of it."""
+        """This rank's part of a tensor with length `size` along `dim`; None is the whole tensor."""
         if self.count == 1:
             return None
         share = self.share(size)

@@ -1,4 +1,4 @@
-"""All other ranks, as the engine process sees them: its own workers, and the nodes with theirs."""
+"""The engine process's side of all other ranks: the workers of this host, and the other nodes with theirs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from engine.config import EngineConfig
 from engine.errors import RankError
 from engine.parallel.crew import Crew
 from engine.parallel.group import Door, Meeting, join, leave
-from engine.parallel.link import Loaded, Progress
+from engine.parallel.link import Progress, RankLoaded
 from engine.parallel.nodes import Nodes
 from engine.parallel.ranks import Ranks
 from engine.plan.types import StepPlan
 
-_REASON_SECONDS = 3.0  # what a worker's death may take to be noticed after a sum with it has failed
+_REASON_SECONDS = 3.0  # after a failed sum, how long to wait for the report of the worker's death
 
 OnLost = Callable[[str], None]
-"""Called, from a thread, with the reason, once: a worker is gone and no step can be computed any more."""
+"""Called once, from a thread, with the reason, when a worker is gone and no more steps can be computed."""
 
 
 class Team:
-    """Ranks 1 to count - 1, and this process as rank 0."""
+    """Ranks 1 to count - 1, led by this process, which is rank 0."""
 
     def __init__(
         self,
@@ -34,15 +34,15 @@ class Team:
         on_lost: OnLost | None = None,
         progress: Progress = lambda stage, done, total: None,
     ) -> None:
-        """Wait for the other nodes, if there are any, and start the workers; all begin to load.
+        """Wait for the other nodes, if there are any, and start the workers. All ranks then begin to load.
 
         Args:
-            config: theirs, and how many
-            on_lost: tells of a death at once; without it the next step does
-            progress: of the waiting
+            config: the engine's; it says how many ranks and nodes there are
+            on_lost: called at once when a rank is lost; without it only the next step fails
+            progress: gets the progress of waiting for the nodes
 
         Raises:
-            ConfigError: the leader's address is not of this host, or taken.
+            ConfigError: the leader's address does not belong to this host, or is taken.
         """
         self._count = config.tensor_parallel
         self._on_lost = on_lost
@@ -77,15 +77,15 @@ class Team:
         return self._crew
 
     def join(self, device: torch.device) -> Ranks:
-        """Become rank 0; returns when every worker has joined too."""
+        """Join the process group as rank 0; return when every worker has joined."""
         store = None if self._door is None else self._door.store
         return join(0, self._count, self._meeting, device, address=self._address, store=store)
 
     def wait_loaded(self) -> None:
-        """Return once every worker has its part.
+        """Return once every worker has loaded its part of the model.
 
         Raises:
-            RankError: one of them has failed.
+            RankError: a worker or a node has failed.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._lost is not None or len(self.loaded) == self._count - 1)
@@ -93,14 +93,18 @@ class Team:
             raise RankError(self._lost)
 
     def send(self, plan: StepPlan) -> None:
-        """Have every worker compute a plan; this process must compute it too, next."""
+        """Send a plan to every worker, which computes it. This process must compute the same plan next.
+
+        Raises:
+            OSError: a worker or a node is gone.
+        """
         body = encode(plan)
         if self._nodes is not None:
             self._nodes.forward(body)
         self.crew.forward(body)
 
     def reason(self) -> str | None:
-        """Which worker was lost and how, if one was; waits a little for it to be known."""
+        """Which rank was lost and why; None if none was. Waits at most `_REASON_SECONDS` for a report."""
         with self._changed:
             self._changed.wait_for(lambda: self._lost is not None, _REASON_SECONDS)
         return self._lost
@@ -114,7 +118,7 @@ class Team:
         leave()
         self._folder.cleanup()
 
-    def _hear_loaded(self, message: Loaded) -> None:
+    def _hear_loaded(self, message: RankLoaded) -> None:
         with self._changed:
             self.loaded[message.rank] = message.num_bytes
             self._changed.notify_all()
@@ -125,5 +129,5 @@ class Team:
             self._lost = self._lost or reason
             self._changed.notify_all()
         if first and self._on_lost is not None:
-            self._folder.cleanup()  # what is called may end this process
+            self._folder.cleanup()  # before `on_lost`, which may end this process
             self._on_lost(reason)

@@ -21,8 +21,10 @@ import msgspec
 
 from engine.config import PAGE_SIZE
 from engine.errors import ConfigError
+from engine.plan.sparsity import dense_rows, is_dense, row_index_top_k
 from engine.plan.tiles import Segment, TileCosts, prefill_spans
 from engine.plan.types import ScheduledRequest, StepPlan
+from engine.protocol import IndexTopK
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -225,18 +227,19 @@ class CostModel:
     def counts(self, request: ScheduledRequest) -> Counts:
         """The work of a request's rows, from the plan."""
         start, rows = request.start, len(request.token_ids)
-        end, top_k = start + rows, request.top_k
+        end = start + rows
         seen = _triangle(end) - _triangle(start)  # sum of positions + 1
         logits = len(request.prompt_targets) + (0 if request.sample is None else 1 + request.num_drafts)
-        if top_k is None or end <= top_k:
+        selected = row_index_top_k(end, request.index_top_k)
+        if not selected:  # the last row is dense, and so are all
             return Counts(rows, seen, 0, end, 0, logits, 0)
-        dense = max(0, top_k - start)
+        dense = dense_rows(start, rows, selected)
         edge = start + dense  # the first sparse position
         scored = _triangle(end) - _triangle(edge)
-        attended = seen - scored + (rows - dense) * top_k
+        attended = seen - scored + (rows - dense) * selected
         read = edge if dense else 0
         indexed = 0
-        for form, count, context, width in self._spans(rows, start, top_k):
+        for form, count, context, width in self._spans(rows, start, selected):
             if form == "dense":
                 continue
             indexed += context
@@ -245,18 +248,18 @@ class CostModel:
 
     def features(self, request: ScheduledRequest) -> tuple[int, ...]:
         """Units of a request's work as they are run, tiles padded: those of `Coefficients` from `lone` on."""
-        return self._features(len(request.token_ids), request.start, request.top_k)
+        return self._features(len(request.token_ids), request.start, request.index_top_k)
 
     def modelled(self, request: ScheduledRequest) -> Modelled:
         """The request's own seconds, actual and dense."""
-        return self.modelled_rows(len(request.token_ids), request.start, request.top_k)
+        return self.modelled_rows(len(request.token_ids), request.start, request.index_top_k)
 
-    def modelled_rows(self, rows: int, start: int, top_k: int | None) -> Modelled:
+    def modelled_rows(self, rows: int, start: int, index_top_k: IndexTopK) -> Modelled:
         """The same of `rows` rows of a request, from position `start` on."""
         dense = self._seconds(self._features(rows, start, None))
-        if top_k is None or start + rows <= top_k:
+        if is_dense(start + rows, index_top_k):
             return Modelled(dense, 0.0, dense)
-        units = self._features(rows, start, top_k)
+        units = self._features(rows, start, index_top_k)
         return Modelled(self._seconds(units), self._seconds(_index_part(units)), dense)
 
     def shared(self, plan: StepPlan) -> float:
@@ -285,21 +288,22 @@ class CostModel:
         written = counts.rows * (s.kv_token_bytes + s.index_token_bytes)
         return written + counts.kv_rows_read * s.kv_token_bytes + counts.index_rows_read * s.index_token_bytes
 
-    def _spans(self, rows: int, start: int, top_k: int | None) -> Iterable[tuple[str, int, int, int]]:
-        """(form, rows, context of whole pages, top_k) of each tile of a request's rows."""
+    def _spans(self, rows: int, start: int, index_top_k: IndexTopK) -> Iterable[tuple[str, int, int, int]]:
+        """(form, rows, context of whole pages, index_top_k) of each tile of a request's rows."""
         if rows == 1:
             context = (start // PAGE_SIZE + 1) * PAGE_SIZE
-            if top_k is None or start < top_k:
-                return ((("dense"), 1, context, context),)
+            selected = row_index_top_k(start + 1, index_top_k)
+            if not selected:
+                return (("dense", 1, context, context),)
             form = "mask" if self._tiles.forced == "mask" else "gather"
-            return ((form, 1, context, top_k),)
-        segment = Segment(first_row=0, num_rows=rows, start=start, page_ids=(), top_k=top_k)
+            return ((form, 1, context, selected),)
+        segment = Segment(first_row=0, num_rows=rows, start=start, page_ids=(), index_top_k=index_top_k)
         return prefill_spans(segment, self._tiles)
 
-    def _features(self, rows: int, start: int, top_k: int | None) -> tuple[int, ...]:
+    def _features(self, rows: int, start: int, index_top_k: IndexTopK) -> tuple[int, ...]:
         pair = context = gathered = sparse = index = 0
         end = start
-        for form, count, width, selected in self._spans(rows, start, top_k):
+        for form, count, width, selected in self._spans(rows, start, index_top_k):
             end += count
             # Fused kernels stop at each row's own position; a mask is over the tile's whole context.
             exact = self._tiles.fused and form != "mask"

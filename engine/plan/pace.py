@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from engine.plan.cost import CostModel
+from engine.protocol import IndexTopK
 
 SLOWDOWN = 4.0
 """Of a step, against decodes alone. Below 5, so that there is room for the model's error."""
@@ -24,7 +25,7 @@ class Place(NamedTuple):
     """Where a request's next row is."""
 
     position: int
-    top_k: int | None  # None: dense
+    index_top_k: IndexTopK
 
 
 Pace = Callable[[Iterable[Place], Iterable[Place], Place, int], int]

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.config import PAGE_SIZE
+from engine.plan.sparsity import row_index_top_k
+from engine.protocol import IndexTopK
 
 HashFunction = Callable[[bytes], bytes]
 
@@ -24,19 +26,16 @@ def sha256(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def sparsity_salt(page_end: int, top_k: int | None) -> int | None:
-    """What a page's key must know of the request's sparsity: None if nothing, else `top_k`.
+def sparsity_salt(page_end: int, index_top_k: IndexTopK) -> int | None:
+    """What a page's key must know of the request's sparsity: None if nothing, else `index_top_k`.
 
-    `page_end` is the page's last position + 1: the context length of its last row. While that is at most
-    `top_k`, every row of the page (and of the pages before it) attends to its whole context, exactly as
-    dense attention does, so the hidden states and hence the keys and values are the dense ones, and the
-    page is shared by dense requests and by every `top_k` that is large enough. Beyond that, rows see a
-    choice of `top_k` earlier tokens, and their content belongs to that `top_k` alone. Dense requests
-    (`top_k` None) are never salted. As keys are chained, what follows a salted page inherits its salt.
+    `page_end` is the page's last position + 1: the context length of its last row. Where that row is dense, every row
+    of the page (and of the pages before it) is. Then the hidden states, and hence the keys and values, are those of
+    dense attention, and the page is shared by dense requests and by every `index_top_k` that is large enough. Beyond
+    that, rows read a choice of `index_top_k` tokens, and their content belongs to that `index_top_k` alone. Dense
+    requests (`index_top_k` None) are never salted. As keys are chained, what follows a salted page inherits its salt.
     """
-    if top_k is None or page_end <= top_k:
-        return None
-    return top_k
+    return row_index_top_k(page_end, index_top_k) or None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +70,7 @@ class PageKeys:
     Args:
         token_ids: the request's own list, which may grow at its end but must not change otherwise.
         namespace: prefixes are shared only inside one namespace.
-        top_k: how many earlier tokens attention may read; None is dense.
+        index_top_k: how many earlier tokens attention may read; None is dense.
         hash_function: of which a collision may cost speed, never correctness.
     """
 
@@ -80,12 +79,12 @@ class PageKeys:
         token_ids: Sequence[int],
         *,
         namespace: str,
-        top_k: int | None,
+        index_top_k: IndexTopK,
         hash_function: HashFunction = sha256,
     ) -> None:
         self._token_ids = token_ids
         self._namespace = namespace
-        self._top_k = top_k
+        self._top_k = index_top_k
         self._hash_function = hash_function
         self._keys: list[PageKey] = []
 
@@ -121,7 +120,7 @@ class PageKeys:
         salt = sparsity_salt(end, self._top_k)
         namespace = self._namespace.encode()
         above = parent.digest if parent else b""
-        # Lengths first, so that no two different keys are ever the same bytes. A top_k is at least 1.
+        # Lengths first, so that no two different keys are ever the same bytes. A index_top_k is at least 1.
         header = struct.pack("<qqq", len(namespace), len(above), salt or 0)
         digest = self._hash_function(header + namespace + above + array("q", tokens).tobytes())
         return PageKey(parent, self._namespace, salt, tokens, digest)

@@ -35,7 +35,7 @@ class Request:
     ) -> None:
         self.request_id = submit.request_id
         self.sampling = submit.sampling
-        self.top_k = submit.top_k
+        self.index_top_k = submit.index_top_k
         self.arrival = arrival
         self.num_prompt = len(submit.prompt_token_ids)
         self.token_ids = list(submit.prompt_token_ids)  # prompt, then output
@@ -44,7 +44,10 @@ class Request:
         self.page_ids: list[int] = []
         self.num_registered = 0  # leading pages that the prefix cache has been told of
         self.keys = PageKeys(
-            self.token_ids, namespace=submit.namespace, top_k=submit.top_k, hash_function=hash_function
+            self.token_ids,
+            namespace=submit.namespace,
+            index_top_k=submit.index_top_k,
+            hash_function=hash_function,
         )
         self.cached_tokens: int | None = None  # found at first admission; None before it
         self.preemptions = 0
@@ -133,7 +136,7 @@ class Request:
             next_token_id=self.token_ids[end] if end < self.num_tokens else None,
             start=start,
             page_ids=tuple(self.page_ids),
-            top_k=self.top_k,
+            index_top_k=self.index_top_k,
             sample=self._sample_spec() if end == self.num_tokens else None,
             prompt_targets=tuple(targets),
             prompt_alternatives=(self.sampling.prompt_logprobs or 0) if targets else 0,
@@ -199,7 +202,7 @@ class Request:
             cached_tokens=self.cached_tokens or 0,
             completion_tokens=self.num_generated,
             preemptions=self.preemptions,
-            top_k=self.top_k,
+            index_top_k=self.index_top_k,
             queue_seconds=first_scheduled - self._submitted,
             prefill_seconds=first_token - first_scheduled,
             decode_seconds=now - first_token,

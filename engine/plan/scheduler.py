@@ -256,7 +256,7 @@ class Scheduler:
         first = others[0]
         return self._pace(
             [_place(request) for request in decodes],
-            [Place(request.num_tokens, request.top_k) for request in others],
+            [Place(request.num_tokens, request.index_top_k) for request in others],
             _place(first),
             left,
         )
@@ -352,8 +352,8 @@ class Scheduler:
             raise ValueError(
                 f"a request needs at least 1 prompt token and 1 output token, not {prompt} and {output}"
             )
-        if submit.top_k is not None and submit.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {submit.top_k}")
+        if submit.index_top_k is not None and submit.index_top_k < 1:
+            raise ValueError(f"index_top_k must be at least 1, not {submit.index_top_k}")
         if prompt + output > self._max_model_len:
             raise ValueError(
                 f"prompt ({prompt}) and max_tokens ({output}) are {prompt + output} tokens together, "
@@ -372,4 +372,4 @@ class Scheduler:
 
 
 def _place(request: Request) -> Place:
-    return Place(request.num_computed, request.top_k)
+    return Place(request.num_computed, request.index_top_k)

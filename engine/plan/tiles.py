@@ -3,11 +3,11 @@
 A tile is either many rows of one request (a prefill chunk) or one row of each of several requests
 (decodes), all attended in the same form:
 
-- `dense`: every earlier token is within the row's top_k, so selection would choose them all. This is
+- `dense`: every earlier token is within the row's index_top_k, so selection would choose them all. This is
   exact, not an approximation, and the indexer has nothing to say.
 - `gather`: score, select, gather the selected tokens, attend over those.
 - `mask`: score, select, then attend over the whole context with the rest masked out. Equal to
-  `gather`, and cheaper where many rows share a context hardly longer than top_k.
+  `gather`, and cheaper where many rows share a context hardly longer than index_top_k.
 
 Tiles bound memory: what a tile materialises stays under the byte budget however long the context and
 the chunk are (unless a single row is over it, which no cutting helps).
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config import PAGE_SIZE
+from engine.plan.sparsity import dense_rows
+from engine.protocol import IndexTopK
 
 Form = Literal["dense", "gather", "mask"]
 
@@ -32,14 +34,12 @@ class Segment:
     num_rows: int
     start: int  # position of the first row
     page_ids: tuple[int, ...]
-    top_k: int | None  # None: dense
+    index_top_k: IndexTopK
 
     @property
     def dense_rows(self) -> int:
-        """How many leading rows see no more than top_k tokens (themselves included)."""
-        if self.top_k is None:
-            return self.num_rows
-        return max(0, min(self.num_rows, self.top_k - self.start))
+        """How many leading rows read their whole context."""
+        return dense_rows(self.start, self.num_rows, self.index_top_k)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Tile:
     rows: tuple[tuple[int, ...], ...]  # [R][Q] indices into the batch
     positions: tuple[tuple[int, ...], ...]  # [R][Q]
     page_ids: tuple[tuple[int, ...], ...]  # [R], each as long as its own context needs
-    top_k: tuple[int, ...]  # [R]; in dense tiles, where no row reaches its bound, the context instead
+    index_top_k: tuple[int, ...]  # [R]; in dense tiles, where no row reaches its bound, the context instead
     expanded: bool = False  # latent attention makes each head's keys and values, rather than absorb them
 
     @property
@@ -79,25 +79,25 @@ class TileCosts:
         1  # steps of no more rows run through code of their own; nothing here but costs depends on it
     )
 
-    def sparse_form(self, rows: int, context: int, top_k: int) -> Form:
+    def sparse_form(self, rows: int, context: int, index_top_k: int) -> Form:
         """The cheaper sparse form for `rows` rows of one request; a lone row always gathers."""
         if self.forced != "auto":
             return self.forced
         if rows == 1 or self.fused:  # fused kernels gather no slower than they read on, and need no mask made
             return "gather"
-        return "gather" if top_k * self.gather_cost < context * self.mask_cost else "mask"
+        return "gather" if index_top_k * self.gather_cost < context * self.mask_cost else "mask"
 
     def expands(self, rows: int, context: int) -> bool:
         """Whether a dense or masked tile makes keys and values of its context first; for latent attention."""
         return False
 
-    def row_bytes(self, form: Form, context: int, top_k: int) -> int:
+    def row_bytes(self, form: Form, context: int, index_top_k: int) -> int:
         """Bytes that one more row of a tile materialises at its peak."""
         if self.fused and form != "mask":
             return 1
         scores = 0 if form == "dense" else context * (self.index_row_bytes + 4)
         if form == "gather":
-            return max(scores, min(top_k, context) * self.token_bytes)
+            return max(scores, min(index_top_k, context) * self.token_bytes)
         return max(scores, context * self.attention_row_bytes)
 
 
@@ -123,10 +123,10 @@ class LatentTileCosts(TileCosts):
     expanded_unit: float = 1.0  # a multiply-add of the expanded form, against one absorbed
     gather_cost: float = 2.0  # a gathered multiply-add against one of a product over the whole context
 
-    def row_bytes(self, form: Form, context: int, top_k: int) -> int:
+    def row_bytes(self, form: Form, context: int, index_top_k: int) -> int:
         """Streamed, what is left of a row beside its positions are its sums of values."""
         sums = 4 * self.num_heads * max(self.value, self.rank if form == "gather" else 0)
-        return max(super().row_bytes(form, context, top_k), sums if self.streams else 0)
+        return max(super().row_bytes(form, context, index_top_k), sums if self.streams else 0)
 
     def absorbed_cost(self, rows: int, tokens: float) -> float:
         """`rows` rows over `tokens` tokens each, every head on the latent itself."""
@@ -145,7 +145,7 @@ class LatentTileCosts(TileCosts):
         fits = self.streams or context * per_token * 2 <= self.budget_bytes
         return fits and self.expanded_cost(rows, context) < self.absorbed_cost(rows, context)
 
-    def sparse_form(self, rows: int, context: int, top_k: int) -> Form:
+    def sparse_form(self, rows: int, context: int, index_top_k: int) -> Form:
         """The cheapest of gathering, masking absorbed, and masking expanded."""
         if self.forced != "auto":
             return self.forced
@@ -154,7 +154,7 @@ class LatentTileCosts(TileCosts):
         mask = self.absorbed_cost(rows, context)
         if self.expands(rows, context):
             mask = self.expanded_cost(rows, context)
-        return "gather" if self.absorbed_cost(rows, top_k * self.gather_cost) < mask else "mask"
+        return "gather" if self.absorbed_cost(rows, index_top_k * self.gather_cost) < mask else "mask"
 
 
 def cut(segments: Sequence[Segment], costs: TileCosts) -> tuple[Tile, ...]:
@@ -180,7 +180,7 @@ def _decode_tiles(form: Form, segments: Iterable[Segment], costs: TileCosts) -> 
     used = 0
     for segment in sorted(segments, key=lambda s: -s.start):
         context = _pages_for(group[0].start if group else segment.start) * PAGE_SIZE
-        need = context * costs.token_bytes + costs.row_bytes(form, context, segment.top_k or context)
+        need = context * costs.token_bytes + costs.row_bytes(form, context, segment.index_top_k or context)
         short = _pages_for(segment.start) * 2 * PAGE_SIZE < context and context > 4 * PAGE_SIZE
         if group and (used + need > costs.budget_bytes or short):
             yield _decode_tile(form, group)
@@ -197,37 +197,37 @@ def _decode_tile(form: Form, group: Sequence[Segment]) -> Tile:
         rows=tuple((s.first_row,) for s in group),
         positions=tuple((s.start,) for s in group),
         page_ids=tuple(s.page_ids[: _pages_for(s.start)] for s in group),
-        top_k=tuple(s.start + 1 if s.top_k is None else s.top_k for s in group),
+        index_top_k=tuple(s.start + 1 if s.index_top_k is None else s.index_top_k for s in group),
     )
 
 
 def prefill_spans(segment: Segment, costs: TileCosts) -> Iterator[tuple[Form, int, int, int]]:
     """How one request's rows are cut: where they turn sparse, and wherever the budget is full.
 
-    Yields (form, rows, context in whole pages, top_k) of each tile, in the order of the rows.
+    Yields (form, rows, context in whole pages, index_top_k) of each tile, in the order of the rows.
     """
     row = 0
     while row < segment.num_rows:
         dense = row < segment.dense_rows
         end = segment.dense_rows if dense else segment.num_rows
         context = _pages_for(segment.start + end - 1) * PAGE_SIZE
-        top_k = context if segment.top_k is None else segment.top_k
-        form: Form = "dense" if dense else costs.sparse_form(end - row, context, top_k)
-        count = max(1, min(end - row, costs.budget_bytes // costs.row_bytes(form, context, top_k)))
+        index_top_k = context if segment.index_top_k is None else segment.index_top_k
+        form: Form = "dense" if dense else costs.sparse_form(end - row, context, index_top_k)
+        count = max(1, min(end - row, costs.budget_bytes // costs.row_bytes(form, context, index_top_k)))
         row += count
-        yield form, count, _pages_for(segment.start + row - 1) * PAGE_SIZE, top_k
+        yield form, count, _pages_for(segment.start + row - 1) * PAGE_SIZE, index_top_k
 
 
 def _prefill_tiles(segment: Segment, costs: TileCosts) -> Iterator[Tile]:
     row = 0
-    for form, count, context, top_k in prefill_spans(segment, costs):
+    for form, count, context, index_top_k in prefill_spans(segment, costs):
         first, position = segment.first_row + row, segment.start + row
         yield Tile(
             form=form,
             rows=(tuple(range(first, first + count)),),
             positions=(tuple(range(position, position + count)),),
             page_ids=(segment.page_ids[: context // PAGE_SIZE],),
-            top_k=(top_k,),
+            index_top_k=(index_top_k,),
             expanded=form != "gather" and costs.expands(count, context),
         )
         row += count

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.protocol import SamplingParams, TokenLogprob
+from engine.protocol import IndexTopK, SamplingParams, TokenLogprob
 
 
 class SampleSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +28,7 @@ class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...]
     start: int
     page_ids: tuple[int, ...]  # page i holds positions [64 i, 64 i + 64); covers every row of this step
-    top_k: int | None  # None: dense
+    index_top_k: IndexTopK
     sample: SampleSpec | None  # None: a chunk that does not reach the end of the known tokens
     num_drafts: int = 0  # the last of `token_ids` are drafts; only where `sample` is set
     next_token_id: int | None = None  # the known token after the last row, where there is one

@@ -1,1 +1,1 @@
-"""The step: from a plan to tokens, and the process around it."""
+"""Computes steps: from a plan of the scheduler to tokens. Contains the engine process and its workers."""

@@ -1,4 +1,4 @@
-"""From an `EngineConfig` to a running core: checkpoint, model, cache, scheduler."""
+"""Builds a running core from an `EngineConfig`: opens the checkpoint, loads the model, makes cache and scheduler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from engine.checkpoint.overlay import Overlay, read_overlay
 from engine.checkpoint.source import Source, open_source
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError
-from engine.kernels import choose_backend, native
+from engine.kernels import native
+from engine.kernels.choice import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import read_model
 from engine.models.family import Family, Model, Placement
@@ -35,7 +36,7 @@ from engine.step.runner import Runner
 
 @dataclass(frozen=True)
 class Built:
-    """An engine that is ready to step, and what it is."""
+    """An engine that is ready to step, and a description of it."""
 
     core: EngineCore
     runner: Runner
@@ -43,9 +44,9 @@ class Built:
     costs: CostModel
     ready: Ready
     unused_tensors: tuple[str, ...]
-    weights: LoadReport  # of the main model
-    backend: str  # name of what computes attention
-    kernels: str  # the same as a sentence for the log
+    weights: LoadReport  # the main model's
+    backend: str  # name of the attention backend
+    kernels: str  # a sentence about the kernels for the log
     team: Team | None = None  # the other ranks
 
     def close(self) -> None:
@@ -56,7 +57,7 @@ class Built:
 
 @dataclass(frozen=True)
 class RankPart:
-    """A rank's part of the model, and its own cache of all tokens."""
+    """A rank's part of the model, with its own cache, which has all tokens."""
 
     runner: Runner
     report: LoadReport
@@ -64,7 +65,7 @@ class RankPart:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A checkpoint and where it is to be computed, before anything was loaded."""
+    """A checkpoint, and the device and dtype to compute with, before weights are loaded."""
 
     source: Source
     family: Family
@@ -79,22 +80,22 @@ def build(
     progress: Progress = lambda stage, done, total: None,
     on_lost: OnLost | None = None,
 ) -> Built:
-    """Load everything that `config` names, in this process and, if it says so, in others.
+    """Load everything that `config` names, in this process and in the other ranks if there are any.
 
     Args:
         config: what to load and how
-        progress: of this process
-        on_lost: called, from a thread, when another process of the engine has ended; see `Team`
+        progress: gets the progress of this process
+        on_lost: called from a thread when another rank has ended; see `engine.parallel.team.OnLost`
 
     Raises:
-        CheckpointError: the model's files.
-        ConfigError: settings that do not fit the model or the machine.
-        RankError: another process failed.
+        CheckpointError: the model's files are missing, damaged or of an unknown architecture.
+        ConfigError: a setting does not fit the model or the machine.
+        RankError: another rank failed.
     """
     opened = _open(config, 0, progress)
     if config.tensor_parallel == 1:
         return _build(config, opened, progress, ALONE, None)
-    # What is `auto` is settled here, for all ranks.
+    # Decide `auto` here, so that all ranks use the same values.
     settled = msgspec.structs.replace(
         config, device=opened.device.type, dtype=str(opened.dtype).removeprefix("torch.")
     )
@@ -109,20 +110,20 @@ def build(
 
 
 def load_part(config: EngineConfig, rank: int, join: Callable[[torch.device], Ranks]) -> RankPart:
-    """What a rank other than 0 computes with.
+    """Load the part of the model of a rank other than 0.
 
     Args:
         config: the engine's
         rank: 1 to `config.tensor_parallel` - 1
-        join: meets the other ranks, given this one's device
+        join: joins the other ranks, given this rank's device
 
     Raises:
-        EngineError: as `build`.
+        EngineError: the same errors as in `build`.
     """
     opened = _open(config, rank, lambda stage, done, total: None)
     model, report = _load(config, opened, lambda stage, done, total: None, join(opened.device))
     specs = model.plane_specs()
-    # At least as many pages as rank 0 has, whose pages hold the same or a draft layer more.
+    # At least as many pages as rank 0, whose pages hold the same or also a draft layer.
     num_pages = config.kv_cache_bytes // page_bytes(specs, model.num_layers)
     cache = PagedCache(num_pages, specs, model.num_layers, opened.device)
     costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
@@ -265,10 +266,10 @@ def _build(
 
 
 def resolve_device(name: str, rank: int = 0, count: int = 1) -> torch.device:
-    """`auto` is CUDA if there is any, else the CPU; on CUDA rank n has device n.
+    """Return the device of a rank. `auto` is CUDA if there is any, else the CPU. On CUDA rank n gets device n.
 
     Raises:
-        ConfigError: no such device here, or fewer than `count`.
+        ConfigError: this machine does not have the device, or has fewer than `count` of them.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -304,12 +305,12 @@ def _nth_cuda(device: torch.device, rank: int, count: int) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it, float32 elsewhere."""
+    """Return the dtype to compute in. `auto` is bfloat16 if the hardware multiplies bfloat16, else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     return torch.bfloat16 if device.type == "cuda" or _cpu_multiplies_bfloat16() else torch.float32
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 products on this CPU; without them bfloat16 is slower than float32."""
+    """Whether oneDNN multiplies bfloat16 on this CPU. If it does not, bfloat16 is slower than float32."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

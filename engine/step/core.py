@@ -1,4 +1,4 @@
-"""The engine's step: schedule, run, apply."""
+"""The engine's loop body: schedule a step, run it, apply its result. `engine.step.process` is the loop around it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from engine.protocol import Delta, EngineStats, RequestUsage, StepOutput, Submit
 _log = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
-"""Failed steps in a row after which the device is thought broken and the process should be replaced."""
+"""After so many failed steps in a row the device is probably broken, and the process should be replaced."""
 
 
 PROGRESS_SECONDS = 0.2
-"""How often the server hears what live requests have used: what an engine's death can lose of it."""
+"""The time between two reports of what running requests have used. If the engine dies, at most so much is lost."""
 
 
 class StepRunner(Protocol):
-    """What computes a plan: `engine.step.runner.Runner`, or a stand-in in tests of the loop."""
+    """Computes a plan: `engine.step.runner.Runner`, or a substitute in tests of the loop."""
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute the plan."""
+        """Compute the plan, and return the drawn tokens."""
         ...
 
 
 class EngineCore:
-    """One synchronous loop body around a scheduler and a runner."""
+    """The synchronous loop body, around a scheduler and a runner."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class EngineCore:
         sparse: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`sparse`: the model has an indexer; without one every request runs dense, whatever it asks."""
+        """`sparse`: the model has an indexer. Without one every request runs dense, whatever it asks for."""
         self._scheduler = scheduler
         self._runner = runner
         self._meter = meter
@@ -59,16 +59,16 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Some request is waiting or running."""
+        """Whether a request is waiting or running."""
         return self._scheduler.has_work
 
     @property
     def broken(self) -> bool:
-        """Too many steps failed in a row."""
+        """Whether `MAX_FAILED_STEPS` steps have failed in a row."""
         return self._failed_steps >= MAX_FAILED_STEPS
 
     def stats(self) -> EngineStats:
-        """Gauges and counters of now."""
+        """The gauges and counters of this moment."""
         return self._meter.add_to(self._scheduled())
 
     def _scheduled(self) -> EngineStats:
@@ -79,10 +79,11 @@ class EngineCore:
         )
 
     def tell(self, deltas: tuple[Delta, ...]) -> StepOutput:
-        """What the server hears of a step, or of what happened between two.
+        """Make the message to the server about a step, or about events between two steps.
 
-        The engine's account and those of its requests are told together: a few times a second, and whenever
-        a delta brings usage. So they agree whenever the engine dies, and what it did since then is in neither.
+        The engine's counters and the usage of running requests are reported together: a few times a second, and
+        whenever a delta has usage. So the two agree at every report. If the engine dies, its work since the last
+        report is in neither of them.
         """
         now = self._clock()
         progress: tuple[tuple[str, Work], ...] = ()
@@ -93,9 +94,9 @@ class EngineCore:
         return StepOutput(deltas=deltas, stats=stats, progress=progress)
 
     def submit(self, request: Submit) -> tuple[Delta, ...]:
-        """Queue a request; one that can never run ends at once, with the reason."""
-        if not self._sparse and request.top_k is not None:
-            request = msgspec.structs.replace(request, top_k=None)
+        """Queue a request. If it can never run, return the delta that ends it, with the reason."""
+        if not self._sparse and request.index_top_k is not None:
+            request = msgspec.structs.replace(request, index_top_k=None)
         try:
             self._scheduler.add(request, self._clock())
         except ValueError as error:
@@ -104,16 +105,16 @@ class EngineCore:
         return ()
 
     def abort(self, request_id: str) -> tuple[Delta, ...]:
-        """End a request between steps; nothing if it is not here any more."""
+        """End a request between steps, and return its last delta. Nothing happens if it has already ended."""
         delta = self._scheduler.abort(request_id, self._clock())
         return () if delta is None else self._metered((delta,))
 
     def abort_all(self) -> tuple[Delta, ...]:
-        """End everything."""
+        """End all requests, and return their last deltas."""
         return self._metered(self._scheduler.abort_all(self._clock()))
 
     def step(self) -> StepOutput | None:
-        """One step, or None when there is nothing to do."""
+        """Run one step and return its output; None if there is nothing to do."""
         plan = self._scheduler.schedule(self._clock())
         if plan is None:
             return None
@@ -126,10 +127,10 @@ class EngineCore:
         return self.tell(deltas)
 
     def _run(self, plan: StepPlan) -> StepResult:
-        """Run the plan; a fault ends the requests that were in it, with the reason, and no others.
+        """Run the plan. An error ends the requests in the plan, with the reason, and no other requests.
 
         Raises:
-            RankError: the ranks no longer compute the same, so there is no next step.
+            RankError: the ranks may no longer be at the same step, so no more steps are possible.
         """
         try:
             result = self._runner.run(plan)
@@ -145,7 +146,7 @@ class EngineCore:
         return result
 
     def _metered(self, deltas: tuple[Delta, ...]) -> tuple[Delta, ...]:
-        """Write into each usage what the meter counted; a terminal one ends the request's account."""
+        """Write the meter's counts into each usage. A last delta also ends the request's count."""
         return tuple(
             delta if delta.usage is None else self._with_work(delta, delta.usage) for delta in deltas
         )
@@ -157,13 +158,13 @@ class EngineCore:
 
 
 def _refusal(request: Submit, reason: str) -> Delta:
-    """The one delta of a request that was never queued."""
+    """The only delta of a request that was not queued."""
     usage = RequestUsage(
         prompt_tokens=len(request.prompt_token_ids),
         cached_tokens=0,
         completion_tokens=0,
         preemptions=0,
-        top_k=request.top_k,
+        index_top_k=request.index_top_k,
         queue_seconds=0.0,
         prefill_seconds=0.0,
         decode_seconds=0.0,

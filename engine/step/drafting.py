@@ -1,10 +1,10 @@
-"""Drafts from a draft layer: what the runner guesses of the tokens after a step, once it is verified.
+"""Drafts from a draft layer: guesses of the tokens after a step, made once the step's own drafts are verified.
 
-A draft is drawn from the draft layer's logits as the target will draw at its place: with the request's own
-parameters and the random numbers of that output index (see `engine.step.speculation` for why).
+A draft is drawn from the draft layer's logits in the same way as the target will draw at that place: with the
+request's own parameters and the random numbers of that output index (`engine.step.speculation` says why).
 
-A page that a request found in the prefix cache was filled by a request whose next page may begin with another
-token, so the draft layer's entry in its last slot may have been made with that one. It touches guesses only.
+A page from the prefix cache was filled by another request, whose next page may begin with another token. So the
+draft layer's entry in the page's last slot may come from that other token. This affects only guesses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from engine.step.speculation import advanced
 
 
 class LayerDrafter:
-    """Fills the draft layer's cache for every row of a step, and guesses up to `count` tokens a request."""
+    """Fills the draft layer's cache for every row of a step, and guesses up to `count` tokens for each request."""
 
     def __init__(
         self, layer: DraftLayer, count: int, cache: PagedCache, costs: TileCosts, device: torch.device
@@ -42,15 +42,18 @@ class LayerDrafter:
     def propose(
         self, plan: StepPlan, batch: Batch, hidden: Tensor, results: Sequence[Sampled]
     ) -> list[Sampled]:
-        """The results, each with its drafts.
+        """Return the results, each with its drafts.
 
         Args:
-            plan: the step; batch: its tensors; hidden: [T, E], the main model's
-            results: what was drawn, one a request
+            plan: the step
+            batch: the step's tensors
+            hidden: [T, E], the main model's hidden states
+            results: the drawn tokens, one result for each request
         """
         tokens = [_following(r, s) for r, s in zip(plan.requests, results, strict=True)]
         following = torch.tensor([t for own in tokens for t in own], device=self._device)
-        out = self._layer.forward(dataclasses.replace(batch, token_ids=following), hidden, self._cache)
+        ahead_by_one = dataclasses.replace(batch, token_ids=following)
+        out = self._layer.forward(ahead_by_one, hidden, self._cache, self._costs)
         ends = accumulate(len(request.token_ids) for request in plan.requests)
         rows: list[_Row] = []
         states: list[int] = []
@@ -69,7 +72,7 @@ class LayerDrafter:
             for row, token_id in zip(rows, drawn, strict=True):
                 if token_id is not None:
                     drafts[row.index].append(token_id)
-            # The next row's keys need a slot; where that is on a page not taken yet, fewer drafts will do.
+            # The next row's keys need a slot. If its page is not allocated yet, the request gets fewer drafts.
             on = [
                 n
                 for n, row in enumerate(rows)
@@ -82,7 +85,7 @@ class LayerDrafter:
                     requests=tuple(_next(row, ahead + 1, drafts[row.index][-1]) for row in rows)
                 )
                 hidden = self._layer.forward(
-                    build_batch(further, self._costs, self._device), hidden, self._cache
+                    build_batch(further, self._device), hidden, self._cache, self._costs
                 )
         return [
             msgspec.structs.replace(one, draft_token_ids=tuple(own))
@@ -92,16 +95,16 @@ class LayerDrafter:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """The last row of a request that is kept: at `position`, predicting after the drawn tokens."""
+    """The last kept row of a request. It is at `position`, and predicts the token after the drawn tokens."""
 
-    index: int  # of the request in the plan
+    index: int  # the request's index in the plan
     request: ScheduledRequest
     position: int
     spec: SampleSpec
 
 
 def _following(request: ScheduledRequest, one: Sampled) -> list[int]:
-    """The token after each row's; rows of drafts that did not hold get any, and are overwritten later."""
+    """The token after each row's token. Rows of wrong drafts get 0; their cache entries are overwritten later."""
     known = request.token_ids[: len(request.token_ids) - request.num_drafts]
     after = one.token_ids or (() if request.next_token_id is None else (request.next_token_id,))
     tokens = [*known[1:], *after]
@@ -109,7 +112,7 @@ def _following(request: ScheduledRequest, one: Sampled) -> list[int]:
 
 
 def _quiet(spec: SampleSpec, token_ids: Sequence[int]) -> SampleSpec:
-    """The spec after `token_ids`, without logprobs, of which a draft needs none."""
+    """The spec after `token_ids`, without log-probabilities, which a draft does not need."""
     params = msgspec.structs.replace(spec.params, logprobs=None)
     return msgspec.structs.replace(advanced(spec, token_ids), params=params)
 
@@ -120,6 +123,6 @@ def _next(row: _Row, ahead: int, token_id: int) -> ScheduledRequest:
         token_ids=(token_id,),
         start=row.position + ahead,
         page_ids=row.request.page_ids,
-        top_k=row.request.top_k,
+        index_top_k=row.request.index_top_k,
         sample=None,
     )

@@ -1,10 +1,10 @@
-"""top_k, top_p and min_p: which tokens stay in the race.
+"""The filters top_k, top_p and min_p: which tokens stay in the race (`engine.step.race`).
 
-Applied one after the other, as vLLM does: top_k on all, top_p on the renormalised rest; min_p is relative to
-the best token, so its order does not matter. Equal weights at an edge all stay.
+The filters apply one after the other, as in vLLM: top_k to all tokens, top_p to the renormalised rest. min_p is
+relative to the best token, so its order does not matter. Tokens with equal weights at an edge all stay.
 
-A vocabulary is long and its likely part short. So the edge is looked for among the tokens that have a
-noticeable weight, and among all of them only where those do not tell.
+A vocabulary is long, but few of its tokens are likely. So the edge is searched among the tokens with a
+noticeable weight, and among all tokens only if these do not contain it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from numpy.typing import NDArray
 from engine.protocol import SamplingParams
 
 NOTICEABLE = np.float32(2.0**-13)
-"""Of the best token's weight."""
+"""A token is noticeable if its weight is more than this; the best token's weight is 1."""
 
 
 def runners(weights: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], float]:
-    """The tokens that run for themselves, ascending, and the weight of all others if those run too.
+    """Return the tokens that race one by one, and the weight of all others if these race too.
 
     Args:
         weights: [V], in proportion to each token's probability; the largest is 1.
         params: the filters.
+
+    Returns:
+        (token ids [N] ascending, the summed weight of the others; 0 if the filters removed them).
     """
     total = float(weights.sum())
     likely = np.flatnonzero(weights > NOTICEABLE)
@@ -39,13 +42,13 @@ def runners(weights: NDArray[np.float32], params: SamplingParams) -> tuple[NDArr
 def _edge(
     weights: NDArray[np.float32], total: float, params: SamplingParams, *, all_of_them: bool = False
 ) -> float | None:
-    """The smallest weight that stays; None if these, the largest of all, do not tell.
+    """The smallest weight that stays; None if the edge is not among `weights`.
 
     Args:
-        weights: [N], at least one
-        total: over all tokens
+        weights: [N], the largest weights; at least one
+        total: the sum of all tokens' weights
         params: the filters
-        all_of_them: there are no others but those whose weight is 0; then None is no edge
+        all_of_them: `weights` has all tokens except those with weight 0; then None means that all stay
     """
     ordered = np.sort(weights)[::-1]
     edge = 0.0

@@ -1,4 +1,4 @@
-"""Rank 0's runner: every plan goes to the workers before it is computed here."""
+"""The runner of rank 0. It sends every plan to the workers before it computes the plan itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.step.runner import Runner
 
 
 class LeadRunner(Runner):
-    """Hidden states are computed by all ranks; logits, tokens and drafts by rank 0, which alone has the head."""
+    """All ranks compute the hidden states. Only rank 0 has the head, so it computes logits, tokens and drafts."""
 
     def __init__(
         self,
@@ -32,11 +32,11 @@ class LeadRunner(Runner):
         self._team = team
 
     def forward(self, plan: StepPlan) -> tuple[Batch, Tensor]:
-        """See `Runner.forward`.
+        """Compute the plan's rows on all ranks; returns what `Runner.forward` returns.
 
         Raises:
-            RankError: some rank failed; the others have computed the step, or still wait for it, so that no
-                other step can follow.
+            RankError: a rank failed. The other ranks have computed the step or still wait in it, so no other
+                step can follow.
         """
         try:
             self._team.send(plan)

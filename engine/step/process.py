@@ -1,7 +1,7 @@
-"""The engine process: `python -m engine.step.process --fd N`, N an inherited stream socket to the server.
+"""The engine process: `python -m engine.step.process --fd N`, where N is an inherited stream socket to the server.
 
-Ends when the server does (the end of the stream), when told to stop, or when it can no longer compute.
-Signals are the server's business: Ctrl-C reaches it alone, and it decides what still finishes.
+The process ends when the server ends (it sees the end of the stream), when it is told to stop, or when it can no
+longer compute. It ignores signals: only the server handles Ctrl-C, and decides which requests still finish.
 """
 
 from __future__ import annotations
@@ -60,21 +60,21 @@ def main() -> None:
         _log.error("%s", error)
         end.send(Failed(message=str(error)))
         built.close()
-        os._exit(1)  # what the device still does may wait for a rank that is gone
+        os._exit(1)  # a normal exit would wait for the device, which may wait for a rank that is gone
     built.close()
     if built.team is not None:
-        os._exit(0)  # not by unwinding: NCCL would wait for ranks that have left
+        os._exit(0)  # in a normal exit NCCL would wait for ranks that have ended
 
 
 def _give_up(end: EngineEnd, reason: str) -> None:
-    """From any thread, and at once: the main one may wait for a rank that is gone."""
+    """Report a failure and end the process at once, from any thread. The main thread may wait for a lost rank."""
     with suppress(OSError):
         end.send(Failed(message=reason))
     os._exit(1)
 
 
 class _Progress:
-    """Forwards progress, at most a few times a second and always at the end of a stage."""
+    """Sends progress to the server, at most a few times a second and always at the end of a stage."""
 
     def __init__(self, end: EngineEnd) -> None:
         self._end = end
@@ -88,7 +88,7 @@ class _Progress:
 
 
 def _read(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine]) -> None:
-    """Reader thread: messages to the inbox. When the server is gone there is nobody to compute for."""
+    """Put the server's messages into the inbox; ends the process when the server is gone. Runs in a thread."""
     while True:
         try:
             message = end.receive()
@@ -107,7 +107,7 @@ def _loop(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine], built: Built) -> N
         changed = False
         while not core.has_work or not inbox.empty():
             if changed and not core.has_work and inbox.empty():
-                break  # tell what changed before sleeping
+                break  # report what changed before the wait
             message = inbox.get()
             changed = True
             if isinstance(message, Submit):

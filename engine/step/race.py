@@ -1,14 +1,14 @@
-"""The exponential race: one token of a distribution, by random numbers that belong to each token.
+"""The exponential race: draws one token of a distribution, with a random number for each token.
 
-Token i has an Exp(1) number e_i and wins if p_i / e_i is the largest, which happens with probability p_i
-(Gumbel-max in another form). Unlike the inverse of the CDF, it hardly notices the last digits of the logits,
-which change with the batch around the row: only a near tie for the win can flip, not each of the many edges
-between tokens. And two distributions that race with the same numbers mostly agree, which is what speculation
-lives on (`engine.step.speculation`).
+Token i has an Exp(1) number e_i. It wins if p_i / e_i is the largest, which happens with probability p_i
+(another form of Gumbel-max). The last digits of the logits change with the batch around the row. The race hardly
+depends on them: only a near tie for the win can flip. The inverse of the CDF has many edges between tokens, and each
+of them can flip. Also, two distributions that race with the same numbers mostly draw the same token, which
+speculation uses (`engine.step.speculation`).
 
-e_i is a hash of (seed, place in the output, i), so the numbers of a few tokens are had without those of all.
-The many tokens that hardly ever win run as one, with their summed weight and a number of their own; should
-they win, a second race among them decides. The distribution is the same.
+e_i is a hash of (seed, place in the output, i), so the numbers of a few tokens need not those of all. The many
+tokens that hardly ever win race as one, with their summed weight and a number of their own. If they win, a second
+race among them decides. The distribution is the same.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 _REST = np.array([-1])
-"""Stands for the tokens that run as one."""
+"""The token id of the tokens that race as one."""
 
 _SECOND = 1 << 40
-"""Added to token ids in the second race: its numbers must not be those that lost the first."""
+"""Added to token ids in the second race, which must not use the numbers of the first."""
 
 
 def exponential_noise(seed: int, index: int, token_ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The tokens' Exp(1) numbers for a request's `index`-th token: [N], each above 0.
+    """The Exp(1) numbers of tokens for a request's `index`-th output token: [N], each above 0.
 
-    The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over a counter, from a key that is a
+    They are the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over a counter. Its key is a
     SHA-256 of seed and index.
     """
     digest = hashlib.sha256(seed.to_bytes(8, "little") + index.to_bytes(8, "little")).digest()
@@ -38,7 +38,7 @@ def exponential_noise(seed: int, index: int, token_ids: NDArray[np.int64]) -> ND
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     bits ^= bits >> np.uint64(31)
-    # 53 bits and a half: never 0, never 1.
+    # (53 random bits + 0.5) * 2**-53 is never 0 and never 1.
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     noise: NDArray[np.float64] = -np.log(uniform)
     return noise
@@ -47,20 +47,20 @@ def exponential_noise(seed: int, index: int, token_ids: NDArray[np.int64]) -> ND
 def race(
     weights: NDArray[np.float32], token_ids: NDArray[np.int64], rest: float, seed: int, index: int
 ) -> int:
-    """The token that wins.
+    """Return the id of the token that wins.
 
     Args:
         weights: [V], in proportion to each token's probability.
-        token_ids: [N] ascending, at least one: those that run for themselves.
-        rest: the weight of all others together if they run too, else 0.
-        seed: of the request.
-        index: how many tokens the request has made before.
+        token_ids: [N] ascending, at least one: the tokens that race one by one.
+        rest: the summed weight of all other tokens if these race too, else 0.
+        seed: the request's seed.
+        index: how many tokens the request has generated before.
     """
     own = weights[token_ids] / exponential_noise(seed, index, token_ids)
     best = int(own.argmax())
     if rest <= 0 or rest / exponential_noise(seed, index, _REST)[0] <= own[best]:
         return int(token_ids[best])
     others = np.setdiff1d(np.flatnonzero(weights), token_ids, assume_unique=True)
-    if not len(others):  # a rounding error of the sum, and nobody
+    if not len(others):  # `rest` is only a rounding error of the sum: there are no other tokens
         return int(token_ids[best])
     return int(others[(weights[others] / exponential_noise(seed, index, others + _SECOND)).argmax()])

@@ -1,4 +1,4 @@
-"""Runs a step plan: batch, forward, logits of the rows that matter, tokens."""
+"""Runs a plan on one rank: builds the batch, runs the model, computes the needed logits and draws the tokens."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Runner:
         self._costs = costs
         self._device = device
         self._drafter = drafter
-        self.model_seconds = 0.0  # in the model's forward and logits; with CUDA, to launch them
+        self.model_seconds = 0.0  # time in the model's forward and logits; with CUDA, time to launch them
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute the plan's rows, write their cache entries, draw the tokens that it asks for."""
+        """Compute the plan's rows, write their cache entries, and draw the tokens that the plan asks for."""
         batch, hidden = self.forward(plan)
         ends = list(accumulate(len(request.token_ids) for request in plan.requests))
         specs = [row_specs(request) for request in plan.requests]
@@ -63,21 +63,21 @@ class Runner:
         if self._drafter is not None:
             results = self._drafter.propose(plan, batch, hidden, results)
         if not rows and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # as tokens would wait: a step is timed around this call
+            torch.cuda.synchronize(self._device)  # as tokens would: the step is timed around this call
         return StepResult(sampled=tuple(results))
 
     def hidden(self, plan: StepPlan) -> Tensor:
-        """Hidden states after the last norm, one a row of the plan: [T, hidden]."""
+        """Hidden states after the last norm, for each row of the plan: [T, hidden]."""
         return self.forward(plan)[1]
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> tuple[Batch, Tensor]:
-        """The plan's rows as tensors, and `hidden` of them."""
+        """Compute the plan's rows; return them as tensors, with their hidden states after the last norm [T, hidden]."""
         if plan.wiped_pages:
             self._cache.wipe(plan.wiped_pages)
-        batch = build_batch(plan, self._costs, self._device)
+        batch = build_batch(plan, self._device)
         began = time.perf_counter()
-        hidden = self._model.forward(batch, self._cache)
+        hidden = self._model.forward(batch, self._cache, self._costs)
         self.model_seconds += time.perf_counter() - began
         return batch, hidden
 
@@ -88,7 +88,7 @@ class Runner:
         return logits
 
     def _score(self, rows: Tensor, targets: tuple[int, ...], alternatives: int) -> tuple[TokenLogprob, ...]:
-        """Log-probability of each row's known next token."""
+        """The log-probability of the known next token (`targets`) of each row."""
         scored: list[TokenLogprob] = []
         for start in range(0, len(targets), _LOGIT_ROWS):
             logits = self._logits(rows[start : start + _LOGIT_ROWS])
@@ -97,7 +97,7 @@ class Runner:
 
 
 def _sample_each(logits: Tensor, specs: list[SampleSpec]) -> list[Drawn]:
-    """All rows together; should that fail, one by one, so that one bad request fails alone."""
+    """Draw from all rows together. If that fails, draw row by row, so that only the bad request fails."""
     try:
         return sample(logits, specs)
     except (RuntimeError, IndexError, ValueError):

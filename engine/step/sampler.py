@@ -1,8 +1,8 @@
-"""From logits to tokens. Each request's choice is a function of its own row, seed and position only.
+"""Draws tokens from logits. The token of a request depends only on its own row, seed and position.
 
-The random numbers of a request's n-th token come from a hash of (seed, n), so neither the batch around it nor
-a preemption and recomputation can change it. Rows are chosen from on the CPU: what is left of a row after its
-filters is short, and work on short arrays is cheaper there.
+The random numbers of a request's n-th token come from a hash of (seed, n). So neither the batch around the request
+nor a preemption with recomputation can change the token. Tokens are drawn on the CPU, because few tokens of a row
+remain after its filters, and work on short arrays is cheaper there.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from engine.protocol import SamplingParams, TokenLogprob
 from engine.step.filters import runners
 from engine.step.race import race
 
-Row = NDArray[np.float32]
+LogitRow = NDArray[np.float32]
 """[vocab]"""
 
 
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
-    """Draw one token a row; a row whose logits are not finite gets an error and harms no other.
+    """Draw one token from each row. A row whose logits are not finite gets an error; other rows are not affected.
 
     Args:
         logits: [N, vocab] float32
-        specs: N of them, in the rows' order
+        specs: how to draw, one for each row, in the same order
     """
     tokens, finite = best_tokens(logits)
     for row, spec in enumerate(specs):
@@ -55,10 +55,10 @@ _NOT_FINITE = Drawn(
 
 
 def best_tokens(logits: Tensor) -> tuple[list[int], list[bool]]:
-    """The first of each row's largest logits [N, vocab], and whether all numbers of the row are finite.
+    """For each row of `logits` [N, vocab]: the first token with the largest logit, and whether all are finite.
 
-    On a CPU by NumPy, whose argmax and min are vectorised. Both stop at a not-a-number, so that with the largest
-    and the smallest number all are finite.
+    On a CPU this uses NumPy, whose argmax and min are vectorised. Both return a not-a-number if there is one. So if
+    the largest and the smallest number are finite, all are.
     """
     if logits.device.type != "cpu":
         return best_tokens_by_sum(logits)
@@ -72,7 +72,10 @@ def best_tokens(logits: Tensor) -> tuple[list[int], list[bool]]:
 
 
 def best_tokens_by_sum(logits: Tensor) -> tuple[list[int], list[bool]]:
-    """The same on any device: a finite sum proves that all are finite, another may only be too large."""
+    """Return the same as `best_tokens`, on any device.
+
+    If the sum of a row is finite, all its logits are. If it is not, it may only be too large, so all are checked.
+    """
     finite: list[bool] = torch.isfinite(logits.sum(-1)).tolist()
     if not all(finite):
         finite = torch.isfinite(logits).all(-1).tolist()
@@ -81,16 +84,16 @@ def best_tokens_by_sum(logits: Tensor) -> tuple[list[int], list[bool]]:
 
 
 def token_logprob(logits: Tensor, token: int, alternatives: int) -> TokenLogprob:
-    """Natural log-probability of `token` under the unmodified distribution of `logits` [vocab]."""
+    """The log-probability (nats) of `token` in the unmodified distribution of `logits` [vocab]."""
     return token_logprobs(logits.unsqueeze(0), [token], alternatives)[0]
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], alternatives: int) -> list[TokenLogprob]:
-    """The same of many rows at once, which waits for the device once and not at every token.
+    """The log-probabilities (nats) of one token in each row. It waits once for the device, not for every token.
 
     Args:
         logits: [N, vocab] float32
-        tokens: N token ids, one a row
+        tokens: N token ids, one for each row
         alternatives: how many of the likeliest tokens to report with each
     """
     logprobs = logits.log_softmax(-1)
@@ -112,23 +115,23 @@ def _has_penalty(params: SamplingParams) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
 
 
-def _draw(logits: Row, spec: SampleSpec) -> int:
-    """One token from one row: penalties, temperature, filters, then the race."""
+def _draw(logits: LogitRow, spec: SampleSpec) -> int:
+    """Draw one token from one row: penalties, temperature, filters, then the race."""
     params = spec.params
     logits = penalised(logits, spec)
     if params.temperature == 0:
         return int(logits.argmax())
-    with np.errstate(over="ignore"):  # at a temperature near 0 all but the best are infinitely far
+    with np.errstate(over="ignore"):  # near temperature 0 all other exponents overflow to -inf
         weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
     token_ids, rest = runners(weights, params)
     return race(weights, token_ids, rest, params.seed, spec.output_index)
 
 
-def penalised(logits: Row, spec: SampleSpec) -> Row:
-    """Logit bias, then repetition (prompt and output), frequency and presence (output) penalties.
+def penalised(logits: LogitRow, spec: SampleSpec) -> LogitRow:
+    """Apply the logit bias, then the penalties: repetition (prompt and output), frequency and presence (output).
 
-    Repetition penalty divides a positive logit and multiplies a negative one (Keskar et al.,
-    arXiv 1909.05858); presence and frequency subtract (OpenAI's API reference).
+    The repetition penalty divides a positive logit and multiplies a negative one (Keskar et al.,
+    arXiv 1909.05858). The presence and frequency penalties are subtracted (OpenAI's API reference).
     """
     params = spec.params
     if not params.logit_bias and not _has_penalty(params):

@@ -1,29 +1,29 @@
-"""Speculative decoding: which drafts hold. Plain integers; the numbers are the sampler's.
+"""Speculative decoding: decides which drafts are kept. It compares token ids; `engine.step.sampler` draws them.
 
 A step computes the rows of a request's last known token and of its drafts d_1 .. d_k together. Row i gives
-the target distribution p_i, after penalties, temperature and filters, of the i-th new token, provided that
+the target distribution p_i of the i-th new token, after penalties, temperature and filters, provided that
 d_1 .. d_i are the tokens before it. The rule: draw a token from every row exactly as if there were no drafts,
-with the random numbers of its own output index, and keep the drawn tokens up to and including the first that
-is not the draft at its place (all k + 1 if none is).
+with the random numbers of its own output index. Keep the drawn tokens up to and including the first that
+differs from the draft at its place (all k + 1 if none differs).
 
 Exactness. A kept token was drawn from a row whose context is the kept tokens before it, by the same function
 of (logits, seed, output index) that draws it without speculation. So the text is the same, token for token,
-and with it its distribution; greedy is the special case of a point mass. Nothing is asked of the drafter:
-how it guesses can change how many tokens a step keeps, never which.
+and so is its distribution; greedy decoding is the special case of a point mass. The drafter may guess in any
+way: its guesses change how many tokens a step keeps, never which tokens.
 
-The price, against rejection sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318).
-That accepts a draft x ~ q with probability min(1, p(x) / q(x)), else draws from the residual
-max(0, p - q) / (1 - sum_x min(p, q)), and so accepts with probability sum_x min(p(x), q(x)) = 1 - TV(p, q),
-the most that is possible. Where the draft is a fixed token d (prompt lookup, or a greedy draft layer), q is a
-point mass and that is p(d): the probability that our draw is d. Nothing is lost. Where the drafter
-draws from its own q, it does so in the same exponential race, with the same numbers as the target will: this
+The price, compared with rejection sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318).
+Rejection sampling accepts a draft x ~ q with probability min(1, p(x) / q(x)), else draws from the residual
+max(0, p - q) / (1 - sum_x min(p, q)). So it accepts with probability sum_x min(p(x), q(x)) = 1 - TV(p, q),
+which is the largest possible. If the draft is a fixed token d (prompt lookup, or a greedy draft layer), q is a
+point mass and this probability is p(d), the probability that our draw is d. Nothing is lost. If the drafter
+draws from its own q, it uses the same exponential race with the same numbers as the target will use. This
 is the Gumbel coupling of Daliri, Musco and Suresh (arXiv 2408.07978), which accepts with probability
 
     sum_x 1 / sum_y max(p(y) / p(x), q(y) / q(x))  >=  (1 - TV) / (1 + TV),
 
-less than 1 - TV by at most TV (1 - TV) / (1 + TV). Rejection sampling would take back that difference, and
-pay with texts that depend on the drafter, on the step at which a draft was cut for want of room, and so on
-the company: the property that this server keeps is worth more.
+less than 1 - TV by at most TV (1 - TV) / (1 + TV). Rejection sampling would gain this difference. But its texts
+would depend on the drafter and on the step at which a draft was cut because there was no room, and so on the
+other requests in the batch. This server's texts do not, and that is worth more.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from engine.plan.types import Drawn, Sampled, SampleSpec, ScheduledRequest
 
 
 def row_specs(request: ScheduledRequest) -> tuple[SampleSpec, ...]:
-    """How to draw from each row that is drawn from: the last known token's, then each draft's.
+    """How to draw from the rows of a request: first the last known token's row, then each draft's.
 
-    None if the request has no `sample`. Row i sees the drafts before it as history.
+    The result is empty if the request has no `sample`. Row i has the drafts before it in its history.
     """
     if request.sample is None:
         return ()
@@ -46,7 +46,7 @@ def row_specs(request: ScheduledRequest) -> tuple[SampleSpec, ...]:
 
 
 def advanced(spec: SampleSpec, token_ids: Sequence[int]) -> SampleSpec:
-    """The spec of the token that comes after `token_ids` more."""
+    """The spec of the next token, if `token_ids` are the tokens drawn from the place of `spec` on."""
     if not token_ids:
         return spec
     return msgspec.structs.replace(
@@ -57,14 +57,14 @@ def advanced(spec: SampleSpec, token_ids: Sequence[int]) -> SampleSpec:
 
 
 def verify(request: ScheduledRequest, drawn: Sequence[Drawn]) -> Sampled:
-    """Keep the drafts that equal what was drawn, and the token after them.
+    """Keep the drawn tokens that equal the drafts, and the token after them.
+
+    A row that failed ends the kept tokens. The request fails only if its first row failed. Otherwise the next
+    step computes the failed row again.
 
     Args:
-        request: what was scheduled
-        drawn: one a row of `row_specs`
-
-    A row that failed ends what is kept. Only if it is the first does the request fail: otherwise its token
-    is kept, and computing it again in the next step will tell.
+        request: the scheduled request
+        drawn: one for each row of `row_specs`
     """
     kept: list[Drawn] = []
     for i, one in enumerate(drawn):

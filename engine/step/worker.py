@@ -1,6 +1,6 @@
-"""A worker: `python -m engine.step.worker`, started by the engine or a node; computes its part of every step.
+"""A worker: `python -m engine.step.worker`. The engine or a node starts it; it computes its part of every step.
 
-Ends when that process does (the end of the socket), or when it can no longer compute.
+A worker ends when the process that started it ends (it sees the end of the socket), or when it can no longer compute.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import msgspec
 
 from engine.errors import EngineError, ProtocolError
 from engine.parallel.group import Meeting, join
-from engine.parallel.link import Assignment, Link, Loaded
+from engine.parallel.link import Assignment, Link, RankLoaded
 from engine.plan.types import StepPlan
 from engine.protocol import Failed
 from engine.step.build import load_part
@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    """Read the config, load, then compute plans until the end."""
+    """Read the assignment, load, then compute plans until the end."""
     parser = argparse.ArgumentParser(
         description="One rank of the engine. Started by the engine, not by hand."
     )
@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # the end of the socket is enough, unless this process stands still
+    if sys.platform == "linux":  # usually the end of the socket is enough, but not if this process hangs
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     link = Link(socket.socket(fileno=options.fd))
     assignment = link.receive(msgspec.msgpack.Decoder(Assignment))
@@ -56,7 +56,7 @@ def main() -> None:
             rank,
             lambda device: join(rank, config.tensor_parallel, meeting, device, address=assignment.address),
         )
-        link.send(Loaded(rank=rank, num_bytes=part.report.num_bytes))
+        link.send(RankLoaded(rank=rank, num_bytes=part.report.num_bytes))
         while True:
             part.runner.forward(plans.get())
     except Exception as error:
@@ -64,12 +64,12 @@ def main() -> None:
             _log.exception("failed")
         message = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
         link.send(Failed(message=message))
-        # Not by unwinding: what the device still does could wait for ranks that will not come.
+        # A normal exit would wait for the device, which may wait for ranks that will not come.
         os._exit(1)
 
 
 def _read(link: Link, plans: queue.SimpleQueue[StepPlan], meeting: Meeting) -> None:
-    """Reader thread. Without an engine process there is nobody to compute for, nor to tidy up."""
+    """Put plans into the queue; when the parent is gone, tidy up and end the process. Runs in a thread."""
     decoder = msgspec.msgpack.Decoder(StepPlan)
     while True:
         try:

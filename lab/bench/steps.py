@@ -79,7 +79,7 @@ def submits(streams: int, context: int, tokens: int, top_k: int | None, vocab_si
             request_id=f"stream {i}",
             prompt_token_ids=(i, *draw.choices(range(vocab_size), k=context - 1)),
             sampling=SamplingParams(max_tokens=tokens, seed=i, temperature=0.0),
-            top_k=top_k,
+            index_top_k=top_k,
         )
         for i in range(streams)
     ]
@@ -153,7 +153,7 @@ def report(
         streams=streams,
         context=len(requests[0].prompt_token_ids),
         tokens=requests[0].sampling.max_tokens,
-        top_k=requests[0].top_k,
+        top_k=requests[0].index_top_k,
         threads=threads,
         seconds=steps[-1].end,
         tokens_per_second=made / steps[-1].end,
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         )  # fmt: skip
         indexer, vocab_size = built.ready.model.indexer, built.ready.model.vocab_size
-        top_k = _top_k(asked.top_k, None if indexer is None else indexer.default_top_k)
+        top_k = _top_k(asked.top_k, None if indexer is None else indexer.default_index_top_k)
         runner = built.runner
         drive(built.core, submits(1, 16, 4, top_k, vocab_size), lambda: runner.model_seconds)
         requests = submits(asked.streams, asked.context, asked.tokens, top_k, vocab_size)

@@ -19,6 +19,7 @@ from rich.table import Table
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError, EngineError
 from engine.plan.cost import Calibration, Coefficients, calibration_json
+from engine.plan.sparsity import is_dense
 from engine.step.build import build
 from lab.calibrate.fit import fit, modelled
 from lab.calibrate.proof import Comparison, compare
@@ -105,7 +106,7 @@ def run(options: argparse.Namespace) -> Calibration:
     )
     info, capacity = built.ready.model, built.ready.capacity
     device = torch.device(info.device).type
-    top_k = options.top_k or (info.indexer.default_top_k if info.indexer else None)
+    top_k = options.top_k or (info.indexer.default_index_top_k if info.indexer else None)
     if options.top_k is not None and info.indexer is None:
         raise ConfigError("top_k was given, but this model has no indexer and is always dense; leave it out")
     longest = _longest(options, info.max_model_len, top_k)
@@ -130,7 +131,7 @@ def run(options: argparse.Namespace) -> Calibration:
     compared: list[Comparison] = []
     if top_k is not None:
         for context in sorted({min(context, longest) for context in _CHECKED}):
-            if top_k < context - _OUTPUT and 2 * context <= capacity.num_pages * PAGE_SIZE:
+            if not is_dense(context - _OUTPUT, top_k) and 2 * context <= capacity.num_pages * PAGE_SIZE:
                 # A long prompt takes minutes on a small CPU; its end costs as much a token as the rest of it.
                 cached = max(0, context - _OUTPUT - 1024) if device == "cpu" else 0
                 compared.append(

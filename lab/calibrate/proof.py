@@ -37,7 +37,7 @@ class Comparison(NamedTuple):
 def compare(
     bench: Bench,
     model: CostModel,
-    top_k: int,
+    index_top_k: int,
     *,
     context: int,
     cached: int,
@@ -57,7 +57,10 @@ def compare(
     steps += [(position, 1) for position in range(prompt, context)]
     pages = -(-context // PAGE_SIZE)
     cases = [
-        {k: Case("", start, rows, 1, k, sampled=start + rows >= prompt, held_out=True) for k in (top_k, None)}
+        {
+            k: Case("", start, rows, 1, k, sampled=start + rows >= prompt, held_out=True)
+            for k in (index_top_k, None)
+        }
         for start, rows in steps
     ]
     times: dict[Case, float] = {}
@@ -68,13 +71,13 @@ def compare(
             for half, case in enumerate(pair.values()):
                 times[case] = min(bench.seconds(case, half * pages), times.get(case, math.inf))
         work = {}
-        for k in (top_k, None):
+        for k in (index_top_k, None):
             meter = Meter(model)
             meter.open("r0", prompt)
             for pair in cases:
                 meter.charge(bench.plan(pair[k]), times[pair[k]])
             work[k] = meter.close("r0")
-        found.append(Comparison(context, cached, work[top_k], work[None]))
+        found.append(Comparison(context, cached, work[index_top_k], work[None]))
         if len(found) >= rounds and (len(found) < 2 or abs(found[-1].error - found[-2].error) < _SETTLED):
             break
     return found[-1]

@@ -16,8 +16,9 @@ import torch
 from engine.config import PAGE_SIZE
 from engine.memory.planes import PagedCache
 from engine.plan.cost import CostModel
+from engine.plan.sparsity import is_dense
 from engine.plan.types import SampleSpec, ScheduledRequest, StepPlan
-from engine.protocol import SamplingParams
+from engine.protocol import IndexTopK, SamplingParams
 from engine.step.runner import Runner
 
 Progress = Callable[[str, int, int], None]
@@ -31,7 +32,7 @@ class Case:
     start: int  # tokens that each request has computed before
     rows: int  # tokens that each gets
     requests: int
-    top_k: int | None  # None: dense
+    index_top_k: IndexTopK
     sampled: bool
     held_out: bool  # not fitted, but used to judge the fit
 
@@ -69,7 +70,9 @@ _CONTEXTS = (
 )
 
 
-def cases(max_context: int, num_pages: int, budget: int, max_running: int, top_k: int | None) -> list[Case]:
+def cases(
+    max_context: int, num_pages: int, budget: int, max_running: int, index_top_k: IndexTopK
+) -> list[Case]:
     """What is measured: as much of the grid as fits.
 
     Args:
@@ -77,15 +80,18 @@ def cases(max_context: int, num_pages: int, budget: int, max_running: int, top_k
         num_pages: of the cache.
         budget: tokens of the largest step.
         max_running: requests of the largest step.
-        top_k: of sparse cases; None: the model has no indexer, and there are none.
+        index_top_k: of sparse cases; None: the model has no indexer, and there are none.
     """
     made: list[Case] = []
     for i, context in enumerate([c for c in _CONTEXTS if c <= max_context] or [max_context]):
         # Steps of one sparsity alone would leave open what of their time is the selected tokens' and what is the
         # context's. Which others come with which context changes, so that there are not too many.
-        kinds: list[int | None] = [None, *(() if top_k is None else _sparsities(top_k, i, context))]
+        kinds: list[IndexTopK] = [
+            None,
+            *(() if index_top_k is None else _sparsities(index_top_k, i, context)),
+        ]
         for sparsity in kinds:
-            name, other = "dense" if sparsity is None else "sparse", sparsity not in (None, top_k)
+            name, other = "dense" if sparsity is None else "sparse", sparsity not in (None, index_top_k)
             for j, rows in enumerate(sorted({min(64, budget), min(256, budget), budget})):
                 if rows > context or (j == 1 and context > 4096) or (j == 2 and context & (context - 1)):
                     continue  # large steps take long: fewer of them, but up to the longest context
@@ -102,10 +108,10 @@ def cases(max_context: int, num_pages: int, budget: int, max_running: int, top_k
     return [case for case in made if case.pages <= num_pages and case.requests <= max_running]
 
 
-def _sparsities(top_k: int, i: int, context: int) -> tuple[int, ...]:
+def _sparsities(index_top_k: int, i: int, context: int) -> tuple[int, ...]:
     """Sparsities that are measured at the i-th context: the one that matters, and one beside it."""
-    beside = top_k * 2 if i % 2 else max(1, top_k // 4)
-    return tuple(k for k in (top_k, beside) if k < context)
+    beside = index_top_k * 2 if i % 2 else max(1, index_top_k // 4)
+    return tuple(k for k in (index_top_k, beside) if not is_dense(context, k))
 
 
 def features(model: CostModel, plan: StepPlan) -> tuple[float, ...]:
@@ -149,7 +155,7 @@ class Bench:
                     token_ids=tuple(self._ids[case.start + i : case.start + i + case.rows]),
                     start=case.start,
                     page_ids=tuple(pages[i * each : (i + 1) * each]),
-                    top_k=case.top_k,
+                    index_top_k=case.index_top_k,
                     sample=_SAMPLE if case.sampled else None,
                 )
                 for i in range(case.requests)

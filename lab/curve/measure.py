@@ -17,12 +17,14 @@ import msgspec
 import torch
 
 from engine.attention.batch import build_batch
+from engine.attention.tiling import Tiling
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError
-from engine.kernels import choose_backend
+from engine.kernels.choice import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import read_model
 from engine.models.family import Placement
+from engine.plan.sparsity import is_dense
 from engine.step.runner import Runner
 from lab.calibrate.steps import Bench, Case
 from lab.curve.shape import RandomSource, config
@@ -86,7 +88,7 @@ class Lab:
             ConfigError: a position beyond the model's, or one that the sizes do not allow.
         """
         settings = config(quick=plan.quick)
-        self.top_k: int = settings["index_topk"]
+        self.index_top_k: int = settings["index_topk"]
         longest, limit = max(plan.positions), int(settings["max_position_embeddings"])
         needed = longest + plan.chunk
         if needed > limit:
@@ -125,15 +127,15 @@ class Lab:
     def case(self, phase: Phase, attention: Attention, position: int, plan: Plan) -> Case:
         """The step that stands for a place of a curve."""
         rows, requests = (plan.chunk, 1) if phase == "prefill" else (1, plan.streams)
-        top_k = None if attention == "dense" else self.top_k
+        index_top_k = None if attention == "dense" else self.index_top_k
         # A prompt's chunk is followed by another: only a decode step draws tokens.
-        return Case(phase, position, rows, requests, top_k, sampled=phase == "decode", held_out=False)
+        return Case(phase, position, rows, requests, index_top_k, sampled=phase == "decode", held_out=False)
 
     def forms(self, case: Case) -> tuple[str, ...]:
         """Of its tiles, as the engine cuts them."""
-        batch = build_batch(self._bench.plan(case), self._costs, self._device)
+        tiling = Tiling(build_batch(self._bench.plan(case), self._device), self._costs)
         return tuple(
-            dict.fromkeys(tile.form + (" expanded" if tile.expanded else "") for tile in batch.tiles)
+            dict.fromkeys(tile.form + (" expanded" if tile.expanded else "") for tile in tiling.tiles)
         )
 
     def seconds(self, case: Case) -> float:
@@ -164,7 +166,9 @@ def measure(plan: Plan, lab: Lab, progress: Progress) -> list[Point]:
     }
     for phase in PHASES:  # what the first step of a kind sets up is not measured
         for attention in ATTENTION:
-            shortest = min((p for p in plan.positions if p > lab.top_k), default=max(plan.positions))
+            shortest = min(
+                (p for p in plan.positions if not is_dense(p, lab.index_top_k)), default=max(plan.positions)
+            )
             lab.seconds(cases[phase, attention, shortest])
     times: dict[tuple[Phase, Attention, int], list[float]] = {key: [] for key in cases}
     total, done = plan.rounds * len(cases), 0
@@ -183,15 +187,17 @@ def measure(plan: Plan, lab: Lab, progress: Progress) -> list[Point]:
     ]  # fmt: skip
 
 
-def crossover(points: Sequence[Point], phase: Phase, top_k: int) -> float | None:
+def crossover(points: Sequence[Point], phase: Phase, index_top_k: int) -> float | None:
     """The position from which on sparse is cheaper than dense, between measured ones on a straight line.
 
-    Up to `top_k` tokens both are dense attention, so only what lies beyond counts; None if dense is the cheaper
+    Dense rows cost the same in both, so only what lies beyond them counts; None if dense is the cheaper
     one at the end.
     """
     gains = sorted(
         (position, _cost(points, phase, "dense", position) - _cost(points, phase, "sparse", position))
-        for position in {p.position for p in points if p.phase == phase and p.position >= top_k}
+        for position in {
+            p.position for p in points if p.phase == phase and not is_dense(p.position + 1, index_top_k)
+        }
     )
     if not gains or gains[-1][1] <= 0:
         return None

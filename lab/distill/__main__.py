@@ -194,7 +194,7 @@ def _indexer(options: argparse.Namespace) -> IndexerInfo:
     if options.rope % 2 or options.rope > options.dim:
         raise ConfigError(f"--rope is {options.rope}; expected an even number up to --dim ({options.dim})")
     return IndexerInfo(
-        num_heads=options.heads, head_dim=options.dim, rope_dim=options.rope, default_top_k=options.default_top_k,
+        num_heads=options.heads, head_dim=options.dim, rope_dim=options.rope, default_index_top_k=options.default_top_k,
         source="indexer.safetensors",
     )  # fmt: skip
 
@@ -211,7 +211,9 @@ def _same_sizes(info: IndexerInfo, options: argparse.Namespace) -> IndexerInfo:
             raise ConfigError(
                 f"--{flag} is {getattr(options, flag)}, but {options.start_from} has {value}; leave the flag out"
             )
-    return msgspec.structs.replace(info, default_top_k=options.default_top_k, source="indexer.safetensors")
+    return msgspec.structs.replace(
+        info, default_index_top_k=options.default_top_k, source="indexer.safetensors"
+    )
 
 
 def _train(trainer: Trainer, show: Callable[[StepLog], None], until: int | None) -> bool:

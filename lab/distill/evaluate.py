@@ -66,9 +66,9 @@ def held_out(
         by_kind = {
             kind: torch.cat(
                 [
-                    losses(trunk, split.tokens(s, max_length, device), select, adapter=adapting, top_k=k)[
-                        beyond - 1 :
-                    ]
+                    losses(
+                        trunk, split.tokens(s, max_length, device), select, adapter=adapting, index_top_k=k
+                    )[beyond - 1 :]
                     for s in sequences
                 ]
             )

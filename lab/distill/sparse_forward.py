@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.models.gqa.trunk import Corrections, LayerInputs, Trunk
+from engine.plan.sparsity import dense_mask
 from lab.distill.adapter import Adapter
 from lab.distill.objective import attention_target, top_mask
 from lab.distill.student import Student
@@ -34,15 +35,15 @@ def attend_selected(
 @torch.no_grad()
 def final_rows(
     trunk: Trunk, tokens: Tensor, select: Selector | None, rows_at_once: int = ROWS_AT_ONCE,
-    adapter: Adapter | None = None, top_k: int = 0,
+    adapter: Adapter | None = None, index_top_k: int = 0,
 ) -> Tensor:  # fmt: skip
     """The last layer's output [T, E]; `select` None is dense.
 
-    With an `adapter`, the rows from `top_k` on run corrected, as they do in serving.
+    With an `adapter`, the rows that are sparse under `index_top_k` run corrected, as they do in serving.
     """
     x = trunk.embed(tokens)
     for layer in range(trunk.config.num_layers):
-        fix = None if adapter is None else corrections(trunk, adapter, layer, len(tokens), top_k, x)
+        fix = None if adapter is None else corrections(trunk, adapter, layer, len(tokens), index_top_k, x)
         inputs = trunk.open(layer, x, fix)
         if select is None:
             attended = trunk.attend(inputs, slice(None), None)
@@ -52,24 +53,28 @@ def final_rows(
     return x
 
 
-def corrections(trunk: Trunk, adapter: Adapter, layer: int, total: int, top_k: int, x: Tensor) -> Corrections:
-    """One layer's, for the rows of a sequence of `total` tokens that see more than `top_k` of them there."""
+def corrections(
+    trunk: Trunk, adapter: Adapter, layer: int, total: int, index_top_k: int, x: Tensor
+) -> Corrections:
+    """One layer's, for the rows of a sequence of `total` tokens that see more than `index_top_k` of them there."""
     qkv, o = adapter.of(layer, x.dtype)
     window = trunk.config.windows[layer]
-    first = top_k if window is None or window > top_k else total
-    return Corrections(qkv, o, torch.arange(total, device=x.device).unsqueeze(-1) >= first)
+    contexts = torch.arange(1, total + 1, device=x.device)
+    if window is not None:
+        contexts = contexts.clamp(max=window)
+    return Corrections(qkv, o, ~dense_mask(contexts, index_top_k).unsqueeze(-1))
 
 
 @torch.no_grad()
 def losses(
     trunk: Trunk, tokens: Tensor, select: Selector | None, rows_at_once: int = ROWS_AT_ONCE,
-    adapter: Adapter | None = None, top_k: int = 0,
+    adapter: Adapter | None = None, index_top_k: int = 0,
 ) -> Tensor:  # fmt: skip
     """Cross-entropy of each next token [T - 1], nats; arguments as in `final_rows`."""
-    return trunk.losses(final_rows(trunk, tokens, select, rows_at_once, adapter, top_k), tokens)
+    return trunk.losses(final_rows(trunk, tokens, select, rows_at_once, adapter, index_top_k), tokens)
 
 
-def by_student(student: Student, top_k: int) -> Selector:
+def by_student(student: Student, index_top_k: int) -> Selector:
     """The trained selection."""
     cached: dict[int, tuple[LayerInputs, Tensor]] = {}
 
@@ -79,29 +84,29 @@ def by_student(student: Student, top_k: int) -> Selector:
             cached.clear()
             with torch.no_grad():
                 cached[layer] = (inputs, student.keys(layer, inputs))
-        return student.selection(layer, inputs, rows, cached[layer][1], top_k)
+        return student.selection(layer, inputs, rows, cached[layer][1], index_top_k)
 
     return select
 
 
-def by_oracle(trunk: Trunk, top_k: int) -> Selector:
+def by_oracle(trunk: Trunk, index_top_k: int) -> Selector:
     """The best selection there is: the positions that dense attention itself looks at most."""
 
     def select(layer: int, inputs: LayerInputs, rows: Tensor) -> Tensor:
         allowed = inputs.visible(rows)
         return top_mask(
-            attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale), allowed, top_k
+            attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale), allowed, index_top_k
         )
 
     return select
 
 
-def by_window(top_k: int, sinks: int = 4) -> Selector:
+def by_window(index_top_k: int, sinks: int = 4) -> Selector:
     """No selection at all: the last tokens and the first few, the baseline that the indexer must beat."""
 
     def select(layer: int, inputs: LayerInputs, rows: Tensor) -> Tensor:
         positions = torch.arange(inputs.hidden.shape[0], device=rows.device)
-        near = positions > rows.unsqueeze(-1) - (top_k - sinks)
+        near = positions > rows.unsqueeze(-1) - (index_top_k - sinks)
         return (near | (positions < sinks)) & inputs.visible(rows)
 
     return select

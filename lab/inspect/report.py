@@ -87,7 +87,7 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
         "served": True,
         "layers": shape.num_layers,
         "positions": shape.max_positions,
-        "index_top_k": shape.top_k,
+        "index_top_k": shape.index_top_k,
         "parameters": {
             "total": parameters.total,
             "active": parameters.active,

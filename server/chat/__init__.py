@@ -1,4 +1,4 @@
-"""Conversations to prompts, and answers to their parts. One module a format and one line in `FORMATS`."""
+"""Writes conversations as prompts, and reads answers into parts. A format is one module and one line in `FORMATS`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FORMATS: dict[str, str] = {
     "deepseek-v3.1": "server.chat.deepseek_v31:build",  # also V3.1-Terminus and V3.2-Exp
     "deepseek-v3.2": "server.chat.deepseek_v32:build",
 }
-"""Name to builder, imported when asked for. A builder takes the weights' path and the tokenizer."""
+"""Name of a format -> its builder, which is imported when needed: (path of the weights, tokenizer) -> ChatFormat."""
 
 
 def choose(weights: Path, name: str) -> tuple[str, str]:
-    """Return a format's name, `auto` decided, and why, in a few words.
+    """Return the name of the format to use, and the reason in a few words. `auto` is decided from the files.
 
     Raises:
         PromptError: the name is unknown, or the checkpoint's files are damaged.
@@ -35,12 +35,12 @@ def choose(weights: Path, name: str) -> tuple[str, str]:
 
 
 def load_chat_format(weights: Path, name: str = "auto", tokenizer: Tokenizer | None = None) -> ChatFormat:
-    """Build a chat format for a checkpoint: a .gguf file or a folder.
+    """Build the chat format of a checkpoint.
 
     Args:
-        weights: the checkpoint.
+        weights: the checkpoint: a .gguf file or a folder.
         name: one of `FORMATS`, or `auto`.
-        tokenizer: the vocabulary, to check that it has what the format writes.
+        tokenizer: the model's; if given, the format's control tokens are checked against it.
 
     Raises:
         PromptError: the name is unknown, or the format does not fit the checkpoint, or its files are damaged.

@@ -1,7 +1,7 @@
-"""Token ids of one answer to its parts: content, reasoning, tool calls.
+"""Reads the token ids of one answer into parts: content, reasoning, tool calls.
 
-Control tokens are told by their ids and never by their spelling, so a model may write about its own
-markers. Stop strings end the content; in reasoning and in arguments they are text.
+Control tokens are recognised by their ids, never by their spelling, so a model may write about its own
+markers. Stop strings end the content; in reasoning and in arguments they are ordinary text.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ class Answer:
     """Reads one answer.
 
     Args:
-        tokenizer: of the model.
-        parser: of the chat format.
+        tokenizer: the model's tokenizer.
+        parser: a new parser of the chat format.
         stop: texts that end the content.
-        budget: after so many tokens of reasoning the reader asks to go on with `closing`.
-        closing: what ends reasoning.
-        opening: what comes right after reasoning, where a call is wanted.
-        opened: what the prompt ends with that is part of the answer.
-        must_call: an answer without a call is reported.
+        budget: after so many tokens of reasoning the answer is redirected to `closing`; None is no limit.
+        closing: the tokens that end reasoning.
+        opening: the tokens that open a call; they must follow the reasoning. Empty if no call is required.
+        opened: the tokens at the end of the prompt that already belong to the answer.
+        must_call: report an answer without a call.
 
     Attributes:
-        ended: the answer is complete, whatever the engine would still make.
-        redirect: tokens to go on with after those that were read, in place of what the engine makes.
-        tokens_consumed: tokens of the engine that were read.
-        reasoning_tokens: those of them that are reasoning, without what ends it.
+        ended: the answer is complete; more tokens of the engine are not wanted.
+        redirect: tokens that must follow those read so far, instead of the engine's next tokens.
+        tokens_consumed: how many of the engine's tokens were read.
+        reasoning_tokens: how many of these are reasoning, without the tokens that end it.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class Answer:
 
     @property
     def called(self) -> bool:
-        """The model completed a call."""
+        """Whether the model completed a call."""
         return self._parser.calls > 0
 
     def push(self, token_ids: Sequence[int]) -> list[Part]:
-        """Read tokens of the engine, up to the end or to a redirection; return what is certain now."""
+        """Read tokens of the engine until the answer ends or is redirected. Return the parts that are certain now."""
         parts, self._early = self._early, []
         self.redirect = ()
         for token_id in token_ids:
@@ -88,7 +88,7 @@ class Answer:
         return parts
 
     def finish(self) -> list[Part]:
-        """The engine is done: return what was held back and what is missing."""
+        """End the answer: return the text that was held back, and reports of what is missing."""
         parts, self._early = self._early, []
         if not self.ended:
             parts += self._checked([*self._parser.text(self._stream.finish()), *self._parser.finish()])
@@ -105,11 +105,11 @@ class Answer:
         if name in self._parser.markers or (name and token_id not in self._tokenizer.special_ids):
             return [*self._parser.text(self._stream.finish()), *self._parser.marker(str(name))]
         if token_id in self._tokenizer.special_ids:
-            return []  # the end of a sequence, where a request wants to go on after it
+            return []  # an end token of a request that ignores end tokens
         return self._parser.text(self._stream.push(token_id))
 
     def _checked(self, parts: Sequence[Part]) -> list[Part]:
-        """Look for stop strings in the content, and for the end."""
+        """Search the content of `parts` for stop strings, and note whether the answer has ended."""
         out: list[Part] = []
         for part in parts:
             if isinstance(part, Content):

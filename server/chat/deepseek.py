@@ -1,4 +1,4 @@
-"""What the formats of the DeepSeek-V3 family share: control tokens, options of a parser, refusals."""
+"""What the formats of the DeepSeek-V3 family share: control tokens, and readers of OpenAI's messages."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 
 
 def require_tokens(name: str, tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
-    """Check at start that a vocabulary has what a format writes.
+    """Check at start that a vocabulary has the tokens that a format writes.
 
     Raises:
-        PromptError: a token is missing, or is no control token.
+        PromptError: a token is missing, or is not a control token.
     """
     missing = [token for token in tokens if token not in tokenizer.control_tokens]
     if missing:
@@ -27,10 +27,10 @@ def require_tokens(name: str, tokenizer: Tokenizer, tokens: Sequence[str]) -> No
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """A message's content, "" where it is null."""
+    """A message's content; "" if it is null."""
     return str(message.get("content") or "")
 
 
 def calls_of(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """An assistant message's calls: each the `function` object, with `name` and `arguments`."""
+    """The calls of an assistant's message, each as its `function` object with `name` and `arguments`."""
     return [call["function"] for call in message.get("tool_calls") or ()]

@@ -1,8 +1,8 @@
 """The format of DeepSeek-V3.1, V3.1-Terminus and V3.2-Exp.
 
 Definition: the chat template and the section on tools in the model cards of deepseek-ai/DeepSeek-V3.1
-and deepseek-ai/DeepSeek-V3.2-Exp. All markers are control tokens. Thinking is chosen by how the
-assistant's turn is opened; tools are called without thinking.
+and deepseek-ai/DeepSeek-V3.2-Exp. All markers are control tokens. The text that opens the assistant's
+turn switches thinking on or off. Tools are called without thinking.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Where:
 
 
 class DeepSeekV31(ChatFormat):
-    """Writes prompts and reads answers."""
+    """The chat format of DeepSeek-V3.1."""
 
     tools = True
     reasons = True
@@ -55,14 +55,14 @@ class DeepSeekV31(ChatFormat):
         """Return the prompt's text.
 
         Raises:
-            PromptError: thinking is to go on after a tool's result, which this format cannot express.
+            PromptError: thinking should continue after a tool's result, which this format cannot express.
         """
         system = "\n\n".join(text_of(message) for message in messages if message["role"] == "system")
         if tools:
             system += "\n\n" + _describe(tools)
         turns = [message for message in messages if message["role"] != "system"]
         out = [BOS, system]
-        before = "system"  # whose turn came before: after a tool's result the assistant's goes on
+        before = "system"  # role of the message before: a tool's result continues the assistant's turn
         for message in turns:
             out += _turn(message, before)
             before = message["role"]
@@ -78,19 +78,19 @@ class DeepSeekV31(ChatFormat):
     def parser(
         self, *, tools: Collection[str] | None = None, thinking: bool = False, single: bool = False
     ) -> Parser:
-        """A reader of one answer."""
+        """Return a new parser for one answer."""
         return _Parser(tools, thinking=thinking, single=single)
 
     def opening(self, tool: str | None) -> str:
-        """What an answer begins with that calls a tool: any, or the one of that name."""
+        """The text that opens a call, of any tool or of the named one."""
         return CALLS + CALL + ("" if tool is None else tool + SEPARATOR)
 
 
 def build(weights: Path, tokenizer: Tokenizer | None = None) -> DeepSeekV31:
-    """Check the vocabulary.
+    """Build the format, and check the vocabulary if there is one.
 
     Raises:
-        PromptError: it lacks one of the format's control tokens.
+        PromptError: the vocabulary lacks one of the format's control tokens.
     """
     if tokenizer is not None:
         tokens = (BOS, EOS, USER, ASSISTANT, THINK, THOUGHT, *_Parser.markers, OUTPUT, OUTPUT_END)
@@ -129,7 +129,7 @@ def _turn(message: Mapping[str, Any], before: str) -> Iterator[str]:
 
 
 class _Parser:
-    """States: think, content, block (inside the calls), name, arguments, skip (calls not wanted)."""
+    """A state machine: think, content, block (inside the calls), name, arguments, skip (calls are not wanted)."""
 
     markers = frozenset((THINK, THOUGHT, CALLS, CALLS_END, CALL, CALL_END, SEPARATOR))
 
@@ -137,8 +137,8 @@ class _Parser:
         self._calls = Calls(tools)
         self._single = single
         self._state = "think" if thinking else "content"
-        self._after = False  # a block came before: blank text after it is nobody's
-        self._raw: list[str] = []  # of the name, of what is skipped, or text that should not be there
+        self._after = False  # a block of calls came before: blank text after it is dropped
+        self._raw: list[str] = []  # text of the name, skipped text, or text that should not be there
         self.ended = False
 
     @property
@@ -202,7 +202,7 @@ class _Parser:
         self._state = "block" if token == CALLS else "name"
 
     def _inside(self, token: str) -> Iterator[Part]:
-        """A marker between the begin and the end of the calls."""
+        """Read a marker between the begin and the end of the calls."""
         match self._state, token:
             case "name", "<｜tool▁sep｜>":
                 if name := self._take().strip():
@@ -226,7 +226,7 @@ class _Parser:
         self._after = self._state == "content"
 
     def _leave(self) -> Iterator[Part]:
-        """A state ends that the model may not have completed."""
+        """End a state, and report it if the model did not complete it."""
         raw = self._take()
         if self._state == "arguments":
             yield from self._calls.cut("the model did not end this call")

@@ -1,9 +1,11 @@
 """The format of DeepSeek-V3.2 (December 2025): reasoning, and tool calls in DSML.
 
 Definition: encoding/encoding_dsv32.py in deepseek-ai/DeepSeek-V3.2, which ships no chat template.
-DSML tags are ordinary text to the tokenizer; <think> and </think> are control tokens. Tools are
-described in the first system message. Reasoning stays in the prompt as long as it belongs to the
-turn that is going on, and a tool's result is followed by more reasoning.
+DSML tags are ordinary text to the tokenizer; <think> and </think> are control tokens. The first system
+message describes the tools. Reasoning stays in the prompt until the user's next message, and the model
+reasons again after a tool's result.
+
+The module has over 400 lines because the writer and the parser of one format must change together.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ _LONGEST_HEADER = 1024
 
 
 class DeepSeekV32(ChatFormat):
-    """Writes prompts and reads answers."""
+    """The chat format of DeepSeek-V3.2."""
 
     tools = True
     reasons = True
@@ -72,10 +74,10 @@ class DeepSeekV32(ChatFormat):
         thinking: bool | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """Return the prompt's text. A user's message always opens the assistant's turn.
+        """Return the prompt's text. This format opens the assistant's turn after every user's message.
 
         Raises:
-            PromptError: the conversation does not end with a message that can be answered.
+            PromptError: the last message is not one that the assistant can answer.
         """
         if add_generation_prompt and messages[-1]["role"] not in ("user", "tool"):
             raise PromptError(
@@ -109,33 +111,33 @@ class DeepSeekV32(ChatFormat):
         return "".join(out)
 
     def decode(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """Read the JSON of calls' arguments, whose parameters are written one by one.
+        """Replace the JSON text of each call's arguments by its object, because `render` writes each parameter.
 
         Raises:
-            PromptError: one is not a JSON object.
+            PromptError: the arguments of a call are not a JSON object.
         """
         return [_decoded(index, message) for index, message in enumerate(messages)]
 
     def plain_markers(self, role: str) -> tuple[str, ...]:
-        """DSML's mark, and in a tool's result the tags around it."""
+        """The mark of DSML; for a tool's result also the tags around results."""
         return (DSML, "</result>", RESULTS, RESULTS_END) if role == "tool" else (DSML,)
 
     def parser(
         self, *, tools: Collection[str] | None = None, thinking: bool = False, single: bool = False
     ) -> Parser:
-        """A reader of one answer."""
+        """Return a new parser for one answer."""
         return _Parser(tools, thinking=thinking, single=single)
 
     def opening(self, tool: str | None) -> str:
-        """What an answer begins with that calls a tool: any, or the one of that name."""
+        """The text that opens a call, of any tool or of the named one."""
         return f"\n\n{CALLS}\n{CALL} name=" + ("" if tool is None else f'"{tool}">\n')
 
 
 def build(weights: Path, tokenizer: Tokenizer | None = None) -> DeepSeekV32:
-    """Check the vocabulary.
+    """Build the format, and check the vocabulary if there is one.
 
     Raises:
-        PromptError: it lacks one of the format's control tokens.
+        PromptError: the vocabulary lacks one of the format's control tokens.
     """
     if tokenizer is not None:
         require_tokens("deepseek-v3.2", tokenizer, (BOS, EOS, USER, ASSISTANT, THINK, THOUGHT))
@@ -181,7 +183,7 @@ def _decoded(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class _Parser:
-    """States: think, content, block (inside the calls), header, call, parameter (its header), value, skip."""
+    """A state machine: think, content, block (inside the calls), header, call, parameter (its header), value, skip."""
 
     markers = frozenset((THINK, THOUGHT))
 
@@ -191,7 +193,7 @@ class _Parser:
         self._calls = Calls(tools)
         self._single = single
         self._state = "think" if thinking else "content"
-        self._after = False  # a block came before: blank text after it is nobody's
+        self._after = False  # a block of calls came before: blank text after it is dropped
         self._raw: list[str] = []
         self._header = ""
         self._names: set[str] = set()
@@ -256,7 +258,7 @@ class _Parser:
             return
         match self._state:
             case "think" if tag != "\n\n" + CALLS or self._calls.tools is None:
-                yield Reasoning(tag)  # the model thinks about the format
+                yield Reasoning(tag)  # the model only writes about the format
             case "think" | "content":
                 yield from self._begin(tag)
             case "skip":
@@ -291,7 +293,7 @@ class _Parser:
             self._header = ""
 
     def _inside(self, tag: str) -> Iterator[Part]:
-        """A tag between the begin and the end of the calls, outside values."""
+        """Read a tag between the begin and the end of the calls, outside values."""
         yield from self._leave_header()
         raw = self._take()
         if raw.strip():
@@ -315,7 +317,7 @@ class _Parser:
             case _:
                 yield stray(tag)
 
-    # ---- headers: what is between a tag's name and its > ----
+    # ---- headers: the text between a tag's name and its > ----
 
     def _read_header(self, text: str) -> Iterator[Part]:
         begin = max(len(self._header) - 1, 0)
@@ -354,7 +356,7 @@ class _Parser:
         yield from self._calls.add(f"{begin}{_json(name)}: " + ('"' if self._is_text else ""))
 
     def _leave_header(self) -> Iterator[Part]:
-        """A header that is none: report it."""
+        """Report a header that was not completed."""
         if self._state in ("header", "parameter"):
             tag = CALL if self._state == "header" else PARAMETER
             yield _malformed("the model wrote a tag that cannot be read", tag + self._header)
@@ -371,7 +373,7 @@ class _Parser:
         self._after = True
 
     def _flush(self) -> Iterator[Part]:
-        """What the lexer held back is certain now. The begin of a tag is no text."""
+        """Read what the lexer held back, at the end of the answer. An incomplete tag is reported and is not text."""
         held = self._lexer.rest()
         if "<｜" in held or "</｜" in held:
             yield Warn("truncated_tool_call", "the answer ended inside a tag", raw=held)

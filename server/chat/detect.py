@@ -1,4 +1,4 @@
-"""Which prompt format a checkpoint wants, told from its files."""
+"""Decides from a checkpoint's files which chat format it needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OLD_CALL = "```json"  # V3 and R1 write arguments into a fenced block
 
 
 def model_type(weights: Path) -> str:
-    """`model_type` of a folder's config.json, "" where there is none.
+    """`model_type` in a folder's config.json; "" for a .gguf file or if it is missing.
 
     Raises:
         PromptError: the file is damaged.
@@ -26,9 +26,9 @@ def model_type(weights: Path) -> str:
 
 
 def detect(weights: Path) -> tuple[str, str]:
-    """Return the name of a format, and why, in a few words.
+    """Return the name of a format, and the reason in a few words.
 
-    V3.2 has no chat template, which tells it from V3.2-Exp; V3.1 writes calls unlike V3.
+    V3.2 has no chat template; V3.2-Exp has one. The templates of V3.1 and of V3 write calls in different ways.
 
     Raises:
         PromptError: the files are damaged.

@@ -1,5 +1,5 @@
-"""The error of this package."""
+"""The error that every chat format raises."""
 
 
 class PromptError(ValueError):
-    """Messages that cannot be made into a prompt; the message is one sentence for the client."""
+    """The messages cannot become a prompt; the error's text is one sentence for the client."""

@@ -1,4 +1,4 @@
-"""The face of a prompt format, with the answers of one that can do no more than plain text."""
+"""The interface of a chat format. Its defaults are those of a format without tools and reasoning."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class ChatFormat(ABC):
     """One way of writing a conversation as a prompt, and of reading the answer.
 
     Attributes:
-        tools: it has tool calls.
+        tools: the format has tool calls.
         reasons: answers may have reasoning, marked by <think> and </think>.
         thinking: a request may switch reasoning on and off.
-        thinking_with_tools: both at once.
+        thinking_with_tools: a request may have both tools and reasoning.
     """
 
     tools: bool = False
@@ -34,42 +34,44 @@ class ChatFormat(ABC):
         thinking: bool | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """Return the prompt's text, control tokens written out.
+        """Return the prompt's text, in which control tokens are written out.
 
         Args:
-            messages: as OpenAI's, with content that is text.
-            tools: as OpenAI's, each with `parameters`.
-            thinking: None is the format's default.
-            add_generation_prompt: open the assistant's turn.
+            messages: OpenAI's messages, with content that is text.
+            tools: OpenAI's tools, each with `parameters`.
+            thinking: whether the model reasons; None is the format's default.
+            add_generation_prompt: end the prompt with the opening of the assistant's turn.
 
         Raises:
             PromptError: the format cannot express these messages; the message says why.
         """
 
     def decode(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """Messages with everything decoded that `render` writes decoded, so that the guard sees its text.
+        """Return the messages with all values decoded that `render` writes decoded.
+
+        `server.chat.guard` calls it before `render`, so that it sees the text that the prompt will have.
 
         Raises:
-            PromptError: something cannot be decoded.
+            PromptError: a value cannot be decoded.
         """
         return messages
 
     def plain_markers(self, role: str) -> tuple[str, ...]:
-        """Markers of the format that are no control tokens, and that messages of a role must not forge."""
+        """The format's markers that are ordinary text to the tokenizer, and that a message of `role` must not forge."""
         return ()
 
     def parser(
         self, *, tools: Collection[str] | None = None, thinking: bool = False, single: bool = False
     ) -> Parser:
-        """A reader of one answer.
+        """Return a new parser for one answer.
 
         Args:
-            tools: the tools that may be called; None where none may.
+            tools: names of the tools that may be called; None if no tool may be called.
             thinking: the prompt has opened the model's reasoning.
             single: the answer ends with its first call.
         """
         return PlainParser()
 
     def opening(self, tool: str | None) -> str:
-        """What an answer begins with that calls a tool: any, or the one of that name."""
+        """The text that opens a call: of the tool with this name, or of any tool if it is None."""
         raise NotImplementedError

@@ -1,15 +1,15 @@
-"""Prompts in which only the format writes control tokens, whatever the messages contain.
+"""Encodes prompts in which only the format writes control tokens, whatever the messages contain.
 
-A template writes messages and control tokens into one string, and the tokenizer cannot tell who
-wrote "<|im_end|>". So before rendering, each control token that a message contains is replaced by
-an unguessable word; afterwards the words are put back as ordinary text. A template may also make a
-control token out of pieces (two parts joined, something cut out of the middle). That is found by
-rendering once more with messages in which no control token can begin: if the format then writes
-other control tokens than before, the messages made the difference, and they are refused.
+A template writes messages and control tokens into one string, and the tokenizer cannot know who
+wrote "<|im_end|>". So before rendering, the guard replaces each control token in a message by
+an unguessable word. After rendering it puts the control token back, as ordinary text. A template may
+also make a control token out of pieces (it joins two parts, or cuts something out of the middle). To
+find this, the guard renders again with messages in which no control token can begin. If the format
+then writes other control tokens than before, these came from the messages, and the guard refuses them.
 
-Markers of a format that are ordinary text to the tokenizer cannot be told by their ids. Where a
-message contains one, it is encoded letter by letter: the same text, but not the tokens that the
-format's own marker has.
+Some markers of a format are ordinary text to the tokenizer, so their ids do not show who wrote them.
+If a message contains such a marker, it is encoded letter by letter: its text is the same, but its
+tokens differ from those of the format's own marker.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from server.chat.errors import PromptError
 from server.chat.format import ChatFormat
 from server.text.tokenizer import Tokenizer
 
-Values = Sequence[Mapping[str, Any]]
+JsonObjects = Sequence[Mapping[str, Any]]
 
 
 def encode_chat(
     chat_format: ChatFormat,
     tokenizer: Tokenizer,
-    messages: Values,
+    messages: JsonObjects,
     add_generation_prompt: bool = True,
     *,
-    tools: Values = (),
+    tools: JsonObjects = (),
     thinking: bool | None = None,
 ) -> list[int]:
     """Return the prompt's token ids. No text in `messages` or `tools` becomes a control token.
@@ -51,13 +51,13 @@ def encode_chat(
 def _encode_chat(
     chat_format: ChatFormat,
     tokenizer: Tokenizer,
-    messages: Values,
+    messages: JsonObjects,
     add_generation_prompt: bool,
-    tools: Values,
+    tools: JsonObjects,
     thinking: bool | None,
 ) -> list[int]:
 
-    def render(messages: Values, tools: Values) -> str:
+    def render(messages: JsonObjects, tools: JsonObjects) -> str:
         return chat_format.render(
             messages, tools=tools, thinking=thinking, add_generation_prompt=add_generation_prompt
         )
@@ -93,7 +93,7 @@ def _any_of(markers: Iterable[str]) -> re.Pattern[str]:
 
 
 class _Words:
-    """Stand-ins for control tokens: a random word with a number, which survives JSON and trimming."""
+    """Replaces control tokens by words: a random word with a number, which JSON and trimming do not change."""
 
     def __init__(self, plain: Collection[str] = ()) -> None:
         self._plain = plain
@@ -114,7 +114,7 @@ class _Words:
         return shown
 
     def pieces(self, text: str) -> Iterator[str]:
-        """What is to be encoded piece by piece: stretches of text, and the letters of plain markers."""
+        """Yield the pieces to encode separately: runs of text, and each letter of a plain marker."""
         begin = 0
         for match in self._word.finditer(text):
             hidden = self.used[int(match[1])]
@@ -126,13 +126,13 @@ class _Words:
 
 
 def _encode(tokenizer: Tokenizer, control: re.Pattern[str], words: _Words, text: str) -> list[int]:
-    """Encode a prompt in which every control token that is written out is the format's own."""
+    """Encode a rendered prompt. Every control token that its text spells out is the format's own."""
     if not words.used:
         ids = tokenizer.encode(text, add_bos=False, parse_special=True)
         own = [tokenizer.control_tokens[token] for token in control.findall(text)]
         if [token_id for token_id in ids if token_id in tokenizer.control_ids] == own:
             return ids
-        # Normalization or merges made one of ordinary text: encode that text for itself.
+        # Normalization or merges made a control token out of ordinary text: encode the text between separately.
     ids = []
     position = 0
     for match in control.finditer(text):
@@ -147,7 +147,7 @@ def _encode_plain(tokenizer: Tokenizer, words: _Words, text: str) -> list[int]:
 
 
 def _texts(value: Any) -> list[str]:
-    """Every string inside messages, keys included."""
+    """Every string inside `value`, with the keys of objects."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""The chat template that comes with a checkpoint, in a sandbox.
+"""Runs the chat template that comes with a checkpoint, in a sandbox. A request cannot bring a template.
 
-Never a template from a request. The environment (trimmed blocks, `raise_exception`, `tojson`,
-`strftime_now`, loop controls) is what the ecosystem's templates are written for.
+The environment (trimmed blocks, `raise_exception`, `tojson`, `strftime_now`, loop controls) is the one that
+published templates are written for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from server.text.loading import read_json, token_content
 from server.text.tokenizer import Tokenizer, TokenizerError
 
 _SWITCHES = ("thinking", "enable_thinking")
-"""What templates call the switch for reasoning."""
+"""The names that templates use for the switch that turns reasoning on."""
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -33,8 +33,8 @@ class JinjaFormat(ChatFormat):
     """A compiled template and the names of the control tokens that it may use.
 
     Args:
-        template: its source.
-        tokens: control tokens by the names that templates know.
+        template: the template's source.
+        tokens: name in templates (`bos_token`, ...) -> text of the control token.
         reasons: the vocabulary has <think> and </think>.
     """
 
@@ -79,7 +79,7 @@ class JinjaFormat(ChatFormat):
             )
         except PromptError:
             raise
-        # A template is a program: what it does with messages that it was not written for can be any error.
+        # A template is a program. Given messages that it was not written for, it can raise any error.
         except Exception as error:
             raise PromptError(
                 f"the model's chat template cannot write these messages: {_reason(error)}"
@@ -88,12 +88,12 @@ class JinjaFormat(ChatFormat):
     def parser(
         self, *, tools: Collection[str] | None = None, thinking: bool = False, single: bool = False
     ) -> Parser:
-        """A reader of one answer, which may have reasoning."""
+        """Return a new parser for one answer; it reads reasoning if the vocabulary has the markers."""
         return ThinkingParser(thinking=thinking) if self.reasons else PlainParser()
 
 
 class NoTemplate(ChatFormat):
-    """Stands for the template of a checkpoint that has none."""
+    """The format of a checkpoint without a chat template: it refuses every conversation."""
 
     def render(
         self,
@@ -103,7 +103,7 @@ class NoTemplate(ChatFormat):
         thinking: bool | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """Refuse.
+        """Refuse the messages.
 
         Raises:
             PromptError: always.
@@ -123,7 +123,7 @@ def build(weights: Path, tokenizer: Tokenizer | None = None) -> JinjaFormat | No
 
 
 def read_template(weights: Path) -> tuple[str | None, dict[str, str]]:
-    """Return a checkpoint's template, None where it has none, and the control tokens that it may name.
+    """Return a checkpoint's template (None if it has none) and its control tokens, by their name in templates.
 
     Raises:
         PromptError: the files are damaged.
@@ -153,7 +153,7 @@ def _from_folder(folder: Path) -> tuple[str | None, dict[str, str]]:
     tokens = {name: content for name, content in contents.items() if content is not None}
     own_file = folder / "chat_template.jinja"
     template = own_file.read_text("utf-8") if own_file.is_file() else config.get("chat_template")
-    if isinstance(template, list):  # several, each with a name
+    if isinstance(template, list):  # several templates, each with a name
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
     return template, tokens
@@ -176,7 +176,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja's own filter escapes <, >, & and ' for HTML, which is not what models were trained on.
+    # jinja's own filter escapes <, >, & and ' for HTML, but models were trained on text without these escapes.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -191,7 +191,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _flat(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with content given as a list of text parts joined into one string."""
+    """Return the message with content that is one string: a list of text parts is joined, one part a line."""
     content = message.get("content")
     if not isinstance(content, Sequence) or isinstance(content, str):
         return dict(message)

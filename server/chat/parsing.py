@@ -1,7 +1,7 @@
-"""What the parsers of answers share: finding markers in text, reasoning, and the book of calls.
+"""What the parsers of answers share: the search for markers in text, plain parsers, and the record of calls.
 
-Time is linear in the length of the answer: text is searched once for literal markers, and no more
-than the longest marker is ever held back.
+Parsing takes time linear in the length of the answer: text is searched once for literal markers, and at most the
+length of the longest marker is held back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ THINK, THOUGHT = "<think>", "</think>"
 
 
 class Lexer:
-    """Cuts text into markers and what is between them, however the text is cut into pieces."""
+    """Splits text into markers and the text between them. The result does not depend on how the text is pushed."""
 
     def __init__(self, markers: Sequence[str]) -> None:
         self._markers = tuple(sorted(markers, key=len, reverse=True))
@@ -26,7 +26,7 @@ class Lexer:
         self._held = ""
 
     def read(self, text: str) -> Iterator[tuple[bool, str]]:
-        """Give out what is now certain: (is a marker, its text)."""
+        """Yield what is certain now, as (is a marker, its text)."""
         pending = self._held + text
         position = 0
         while match := self._search(pending, position):
@@ -40,7 +40,7 @@ class Lexer:
             yield False, pending[position:keep]
 
     def rest(self) -> str:
-        """Return what is held back, and forget it."""
+        """Return the text that is held back, and forget it."""
         held, self._held = self._held, ""
         return held
 
@@ -54,7 +54,7 @@ class Lexer:
 
 
 class PlainParser:
-    """For formats without reasoning and tool calls: an answer is its text. Stray markers are left out."""
+    """Parses answers of formats without reasoning and tool calls: all text is content. Markers are reported."""
 
     markers: frozenset[str] = frozenset()
     thinking = False
@@ -62,20 +62,20 @@ class PlainParser:
     ended = False
 
     def text(self, text: str) -> list[Part]:
-        """Everything is content."""
+        """Return the text as content."""
         return [Content(text)] if text else []
 
     def marker(self, token: str) -> list[Part]:
-        """A control token that has no meaning inside an answer; it is not text."""
+        """Report a control token, which has no meaning inside an answer; it does not become text."""
         return [stray(token)]
 
     def finish(self) -> list[Part]:
-        """Nothing was held back."""
+        """Return nothing: this parser holds nothing back."""
         return []
 
 
 class ThinkingParser(PlainParser):
-    """For formats that mark reasoning with <think> and </think>, and have no tool calls."""
+    """Parses answers of formats that mark reasoning with <think> and </think> and have no tool calls."""
 
     markers = frozenset((THINK, THOUGHT))
 
@@ -83,13 +83,13 @@ class ThinkingParser(PlainParser):
         self.thinking = thinking
 
     def text(self, text: str) -> list[Part]:
-        """Reasoning or content."""
+        """Return the text as reasoning between the markers, else as content."""
         if not text:
             return []
         return [Reasoning(text) if self.thinking else Content(text)]
 
     def marker(self, token: str) -> list[Part]:
-        """Begin or end reasoning."""
+        """Begin or end reasoning; report any other marker."""
         if token not in self.markers or (token == THOUGHT) != self.thinking:
             return [stray(token)]
         self.thinking = token == THINK
@@ -97,10 +97,10 @@ class ThinkingParser(PlainParser):
 
 
 class Calls:
-    """The book of one answer's calls: starts them, streams their arguments, checks them at their end.
+    """Records the calls of one answer: starts them, streams their arguments, checks the arguments at the end.
 
     Args:
-        tools: names of the tools that may be called; None where none may.
+        tools: names of the tools that may be called; None if no tool may be called.
     """
 
     def __init__(self, tools: Collection[str] | None) -> None:
@@ -125,30 +125,30 @@ class Calls:
             yield self.warn("unknown_tool", f"the model called {name!r}, which is not among the tools")
 
     def add(self, text: str) -> Iterator[Part]:
-        """More of its arguments."""
+        """Add text to the arguments of the newest call."""
         if text:
             self._arguments.append(text)
             yield CallArguments(self.index, text)
 
     def end(self) -> Iterator[Part]:
-        """It is complete: check that its arguments are a JSON object."""
+        """Complete the newest call, and check that its arguments are a JSON object."""
         self.open = False
         self.complete += 1
         if problem := json_object_problem("".join(self._arguments)):
             yield self.warn("invalid_arguments", f"the call's arguments are {problem}")
 
     def cut(self, message: str, raw: str | None = None) -> Iterator[Part]:
-        """The newest call ends before it is complete."""
+        """End the newest call, which is not complete, and report it."""
         self.open = False
         yield Warn("truncated_tool_call", message, self.index, raw or None)
 
     def warn(self, code: Fault, message: str) -> Warn:
-        """Something about the newest call."""
+        """Make a report about the newest call."""
         return Warn(code, message, self.index)
 
 
 def json_object_problem(text: str) -> str | None:
-    """Say what is wrong with a text that should be a JSON object without duplicate keys; None: nothing."""
+    """What is wrong with a text that should be a JSON object without duplicate keys; None if it is one."""
 
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(items)
@@ -167,7 +167,7 @@ def json_object_problem(text: str) -> str | None:
 
 
 def stray(token: str) -> Warn:
-    """Report a marker where the format has none."""
+    """Make a report about a marker at a place where the format has none."""
     return Warn(
         "stray_marker", f"the model wrote {token} where it has no meaning; it was left out", raw=token
     )

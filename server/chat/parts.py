@@ -1,4 +1,4 @@
-"""What a model's answer is made of, in the order in which it comes."""
+"""The parts of a model's answer, and the interface of the parsers that find them."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Warn:
     Attributes:
         code: what it did.
         message: one sentence for the client.
-        index: the call that is concerned, if it is among the calls.
-        raw: the model's text, if it is nowhere else.
+        index: the number of the call with the fault; None if the fault is in no reported call.
+        raw: the model's text, if no other part has it.
     """
 
     code: Fault
@@ -70,37 +70,30 @@ Part = Content | Reasoning | CallStart | CallArguments | Warn
 
 
 class Parser(Protocol):
-    """Reads an answer piece by piece. However text is cut into pieces, the parts, merged, are the same.
-
-    Attributes:
-        markers: control tokens that have a meaning in this format.
-        thinking: what comes now is reasoning.
-        calls: tool calls that are complete.
-        ended: what would come now is not wanted.
-    """
+    """Reads an answer piece by piece. The merged parts do not depend on how the text is cut into pieces."""
 
     @property
     def markers(self) -> frozenset[str]:
-        """See above."""
+        """The control tokens that have a meaning in this format."""
         ...
 
     @property
     def thinking(self) -> bool:
-        """See above."""
+        """Whether the text that comes next is reasoning."""
         ...
 
     @property
     def calls(self) -> int:
-        """See above."""
+        """How many tool calls are complete."""
         ...
 
     @property
     def ended(self) -> bool:
-        """See above."""
+        """Whether the answer is over, so that more text is not wanted."""
         ...
 
     def text(self, text: str) -> list[Part]:
-        """Read ordinary text, which no control token is part of."""
+        """Read ordinary text, which contains no control token."""
         ...
 
     def marker(self, token: str) -> list[Part]:
@@ -108,12 +101,12 @@ class Parser(Protocol):
         ...
 
     def finish(self) -> list[Part]:
-        """The answer is over: give out what was held back, report what is incomplete."""
+        """End the answer: return what was held back, and report what is incomplete."""
         ...
 
 
 def merge(parts: Iterable[Part]) -> list[Part]:
-    """Join neighbours of one kind, and leave out what is empty."""
+    """Join neighbouring parts of one kind, and leave out empty parts."""
     merged: list[Part] = []
     for part in parts:
         last = merged[-1] if merged else None

@@ -1,1 +1,1 @@
-"""A body becomes jobs, jobs become text, text becomes the objects of the wire."""
+"""From a request body to the response objects: body -> jobs -> text -> objects. HTTP itself is `server.http`."""

@@ -1,4 +1,4 @@
-"""Who may start: a bound on the work that is waiting or running. Knows no HTTP."""
+"""Limits the work that waits or runs: a request that exceeds the limit is refused. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from contextlib import contextmanager
 
 
 class QueueFullError(Exception):
-    """There is no room now; the message says how much there is."""
+    """There is no room now; the message says how many choices may run."""
 
 
 class TooLargeError(Exception):
-    """One request asks for more than there will ever be room for."""
+    """One request alone asks for more choices than the limit."""
 
 
 class Admission:
     """Counts choices, the unit that the engine queues and runs.
 
     Attributes:
-        limit: how many may wait or run together.
-        admitted: how many do now.
+        limit: how many choices may wait or run together.
+        admitted: how many choices wait or run now.
     """
 
     def __init__(self, limit: int) -> None:
@@ -27,20 +27,20 @@ class Admission:
         self.admitted = 0
 
     def check(self) -> None:
-        """Find out early, before work goes into a request, that there is no room for any.
+        """Refuse a request early, before its body is read, when the limit is reached.
 
         Raises:
-            QueueFullError: others hold all of the room.
+            QueueFullError: other requests use the whole limit.
         """
         if self.admitted >= self.limit:
             raise self._full()
 
     @contextmanager
     def admit(self, choices: int) -> Iterator[None]:
-        """Hold room for a request's choices while it runs.
+        """Count a request's choices as admitted while the block runs.
 
         Raises:
-            QueueFullError: others hold the room.
+            QueueFullError: other requests leave too little room.
             TooLargeError: the request alone exceeds the limit.
         """
         if choices > self.limit:

@@ -1,6 +1,7 @@
-"""A chat body's messages and switches, checked for sense: what a prompt format may rely on.
+"""Checks the messages and switches of a chat body, so that a prompt format may rely on them.
 
-Every call has exactly one result, in the order of the calls; only assistants call and reason.
+After the check every call has exactly one result, and the results are in the order of the calls. Only messages of
+the assistant have calls and reasoning.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ from server.http.protocol.tools import NamedTool
 
 NO_TOOLS = "this model's chat format has no tool calling; leave it out and describe the tools in a message"
 _ROLES = {"developer": "system"}
-"""OpenAI's newer name for a role; prompt formats know the older one."""
+"""OpenAI's newer role names, mapped to the older ones that prompt formats know."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a prompt is made of, and how its answer is to be read.
+    """What the prompt contains, and how to read the answer.
 
     Attributes:
-        messages: as OpenAI's, with text content.
-        tools: what the prompt describes.
-        thinking: None is the format's default.
-        budget: tokens of reasoning.
-        callable: names that may be called; None where none may.
-        must_call: the answer has to be a call.
-        named: of that tool.
-        single: of one call.
+        messages: OpenAI's messages, with content that is text.
+        tools: the tools that the prompt describes.
+        thinking: whether the model reasons; None is the format's default.
+        budget: the limit of reasoning, in tokens; None is no limit.
+        callable: names of the tools that may be called; None if no tool may be called.
+        must_call: the answer has to call a tool.
+        named: the tool that the answer has to call, if one is named.
+        single: the answer ends with its first call.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -45,10 +46,10 @@ class Conversation:
 
 
 def read_conversation(body: ChatCompletionBody, chat: ChatFormat) -> Conversation:
-    """Check what a body says against what its model's format can express.
+    """Check a body against what the model's chat format can express.
 
     Raises:
-        ApiError: it says what cannot be; the message says what to change.
+        ApiError: the format cannot express the body; the message says what to change.
     """
     thinking, budget = _thinking(body, chat)
     choice = body.tool_choice
@@ -142,7 +143,7 @@ def _thinking(body: ChatCompletionBody, chat: ChatFormat) -> tuple[bool | None, 
 
 def _messages(messages: Sequence[ChatMessage], chat: ChatFormat) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
-    waiting: dict[str, int] = {}  # calls without a result, by id: where the result belongs
+    waiting: dict[str, int] = {}  # id of a call without a result -> the index in `out` for the result
     for index, message in enumerate(messages):
         _check(message, f"messages[{index}]", chat)
         if waiting and message.role != "tool":
@@ -172,7 +173,7 @@ def _messages(messages: Sequence[ChatMessage], chat: ChatFormat) -> list[dict[st
                     f"messages[{index}].tool_calls must have an id each of their own",
                     param=f"messages[{index}].tool_calls",
                 )
-            out += [{} for _ in waiting]  # to be filled, in whatever order the results come
+            out += [{} for _ in waiting]  # places for the results, which may come in any order
     if waiting:
         raise bad_request(
             f"the call {next(iter(waiting))!r} has no result; end with a message of role 'tool' for every call",

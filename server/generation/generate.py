@@ -1,7 +1,7 @@
-"""The heart: prompt ids to the engine, its deltas back as text. Knows no HTTP.
+"""Sends prompt ids to the engine and turns its deltas into text. Knows no HTTP.
 
-A `Job` is one choice of one request. A `Generation` runs a request's jobs side by side and gives
-out what they produce in the order in which it comes. Closing it aborts what still runs.
+A `Job` is one choice of one request. A `Generation` runs the jobs of one request at the same time and returns
+their deltas in the order of arrival. Closing a `Generation` aborts the jobs that still run.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Finish = Literal["stop", "length", "tool_calls"]
 
 
 class GenerationFailedError(Exception):
-    """The engine ended one request because of a fault of that request's own."""
+    """The engine ended one request because of a fault in that request."""
 
 
 class GenerationAbortedError(Exception):
-    """The engine ended a request that nobody here had given up: it is stopping."""
+    """The engine ended a request that the server did not abort: the engine is stopping."""
 
 
 class QuietError(Exception):
-    """Nothing happened for as long as the reader wanted to wait."""
+    """Nothing came within the time that the reader wanted to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ class Job:
         index: the choice's number in its request.
         submit: what the engine gets.
         stop: texts that end the choice.
-        prompt_only: only the prompt is of interest; the engine makes one token, which is dropped.
-        answer: makes the reader of a chat's answer; None is plain text.
-        thinks: the answer may have reasoning, so its tokens are counted.
+        prompt_only: only the prompt is scored; the engine generates one token, which is dropped.
+        answer: makes the reader of a chat answer; None: the output is plain text.
+        thinks: the answer may have reasoning, so reasoning tokens are counted.
     """
 
     index: int
@@ -66,19 +66,19 @@ class ChoiceUsage:
 
     Attributes:
         prompt_tokens: tokens of the prompt.
-        cached_tokens: those of them that the engine reused.
+        cached_tokens: prompt tokens that the engine reused.
         completion_tokens: tokens of the output, up to and including the one that completed a stop string;
-            those that the server wrote into it (the end of reasoning) are among them.
-        top_k: tokens that attention could read; None is all.
-        queue_seconds: time between submission and first step, where known.
-        reasoning_tokens: those of the output that are reasoning; None where the model has none.
-        prefill_seconds: time between first step and first token, where known.
+            tokens that the server wrote into the output (the end of reasoning) count too.
+        index_top_k: tokens that attention could read; None is all.
+        queue_seconds: time between submission and first step, None if not known.
+        reasoning_tokens: output tokens that are reasoning; None if the model has no reasoning.
+        prefill_seconds: time between first step and first token, None if not known.
     """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    top_k: int | None
+    index_top_k: int | None
     queue_seconds: float | None
     reasoning_tokens: int | None = None
     prefill_seconds: float | None = None
@@ -86,11 +86,11 @@ class ChoiceUsage:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """What is new in one choice. Its last one, and only it, has a finish reason and usage.
+    """What is new in one choice. Only the last delta of a choice has a finish reason and usage.
 
     The text may lag behind the tokens: half characters and possible starts of stop strings are held
-    back. A stop token is in neither. `stages` comes once, with the first token: seconds in the queue, and
-    from there to that token.
+    back. A stop token is neither in `parts` nor in `token_ids`. `stages` comes once, with the first token:
+    (seconds in the queue, seconds from the first step to the first token).
     """
 
     index: int
@@ -111,12 +111,12 @@ class TextDelta:
 async def generate_text(
     engine: Engine, tokenizer: Tokenizer, job: Job, settled: Settled | None = None
 ) -> AsyncGenerator[TextDelta, None]:
-    """Run one job; `settled` as in `engine.client.Engine.generate`.
+    """Run one job. `settled` is called as `engine.client.Engine.generate` describes, once for the whole job.
 
     Raises:
         EngineUnavailableError: the engine takes no requests now.
         EngineDiedError: the engine ended while the job ran.
-        GenerationFailedError: the job failed by itself.
+        GenerationFailedError: the job failed through its own fault.
         GenerationAbortedError: the engine is stopping.
     """
     choice = _Choice(tokenizer, job)
@@ -139,14 +139,14 @@ async def generate_text(
                     if text.finish_reason is not None:
                         return  # after a stop string, leaving the block aborts the rest
                     if (submit := choice.next_submit()) is not None:
-                        break  # likewise; what was computed is in the prefix cache
+                        break  # aborts the rest too; the computed part is in the prefix cache
     finally:
         settling.end()
     raise EngineDiedError("the engine ended before this request did; send it again")
 
 
 class _Settling:
-    """Gathers what a job's requests to the engine used, and tells it once all are let go of."""
+    """Sums the usage of all engine requests of one job. Calls `settled` once the engine has released all of them."""
 
     def __init__(self, request_id: str, settled: Settled | None) -> None:
         self._request_id = request_id
@@ -186,20 +186,21 @@ class _Settling:
 class _Choice:
     """The state of one choice between deltas.
 
-    An answer may be redirected: its reasoning has used up its budget, or a call is to follow it. Then
-    the request is sent again with all tokens so far, and those to go on with, as its prompt.
+    An answer may be redirected: its reasoning has used up its budget, or a tool call must follow. Then
+    the choice goes to the engine again. The new prompt is the old one, all tokens so far, and the tokens
+    that the answer must continue with.
     """
 
     def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
         self._job = job
         self._staged = False
         self._reader = _Plain(tokenizer, job.stop) if job.answer is None else job.answer()
-        self._output: list[int] = []  # what engine and server wrote so far
+        self._output: list[int] = []  # tokens that the engine and the server wrote so far
         self._submits = 1
-        self._known: RequestUsage | None = None  # the newest; a stop string ends a choice before the last
+        self._known: RequestUsage | None = None  # the newest; a stop string ends before the final one
 
     def read(self, delta: Delta) -> TextDelta:
-        if self._submits == 1:  # a later prompt is this choice's own output
+        if self._submits == 1:  # the prompt of a later submit contains this choice's own output
             self._known = delta.usage or self._known
         if self._job.prompt_only:
             return self._read_prompt(delta)
@@ -234,12 +235,13 @@ class _Choice:
         )
 
     def next_submit(self) -> Submit | None:
-        """The request to go on with, where the answer was redirected."""
+        """The request that continues a redirected answer; None if the answer was not redirected."""
         if not self._reader.redirect:
             return None
         first = self._job.submit
         self._submits += 1
-        # Random numbers belong to a place in the output, so that the new request needs a seed of its own.
+        # Random numbers depend on the seed and the position in the output, which begins at 0 again in the new
+        # request. So the new request needs its own seed.
         seed = (first.sampling.seed + self._submits) % 2**64
         return msgspec.structs.replace(
             first,
@@ -280,7 +282,7 @@ class _Choice:
             prompt_tokens=len(self._job.submit.prompt_token_ids),
             cached_tokens=known.cached_tokens if known else 0,
             completion_tokens=completion_tokens,
-            top_k=known.top_k if known else self._job.submit.top_k,
+            index_top_k=known.index_top_k if known else self._job.submit.index_top_k,
             queue_seconds=known.queue_seconds if known else None,
             reasoning_tokens=self._reader.reasoning_tokens if self._job.thinks else None,
             prefill_seconds=known.prefill_seconds if known else None,
@@ -288,7 +290,7 @@ class _Choice:
 
 
 class _Plain:
-    """Reads text that is nothing but text, as `Answer` reads a chat's."""
+    """Reads plain text. It has the same interface as `Answer`, which reads a chat answer."""
 
     called = False
     redirect: tuple[int, ...] = ()
@@ -313,12 +315,12 @@ class _Plain:
 
 
 class Generation:
-    """The jobs of one request, running side by side. Leaving the block aborts what still runs."""
+    """The jobs of one request, which run at the same time. Leaving the block aborts the jobs that still run."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, jobs: Sequence[Job], settled: Settled | None = None
     ) -> None:
-        """`settled` hears once of each job, in the end, that the engine has let go of it."""
+        """`settled` is called once for each job, at the end, when the engine has released it."""
         self._engine = engine
         self._settled = settled
         self._begun: set[str] = set()
@@ -339,15 +341,15 @@ class Generation:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for job in self._jobs:  # a task that is cancelled before it ran never told the engine
+        for job in self._jobs:  # a task that was cancelled before it ran has sent nothing to the engine
             if self._settled is not None and job.submit.request_id not in self._begun:
                 self._settled(job.submit.request_id, None)
 
     async def settle(self, seconds: float) -> None:
-        """Wait for the first sign of the engine, at most `seconds`: it refuses at once or not at all.
+        """Wait at most `seconds` for the engine's first delta or refusal. The engine refuses at once or never.
 
         Raises:
-            Exception: what `next` would raise.
+            Exception: any error that `next` raises.
         """
         with contextlib.suppress(QuietError):
             self._early = await self.next(seconds)
@@ -362,7 +364,7 @@ class Generation:
 
         Raises:
             QuietError: nothing came for `seconds`; call again.
-            Exception: what `generate_text` raises; the request is over, for all its choices.
+            Exception: any error that `generate_text` raises; it ends all choices of the request.
         """
         if self._early is not None:
             early, self._early = self._early, None

@@ -1,7 +1,7 @@
-"""Request bodies to jobs: what a valid body means for this model, or why it cannot be run.
+"""Turns request bodies into jobs for this model, or says why a request cannot run.
 
-Everything that the engine would choke on is refused here: token ids outside the vocabulary, prompts
-beyond the context, too many choices.
+This module refuses everything that the engine cannot handle: token ids outside the vocabulary, prompts longer
+than the context, too many choices. The shape of a body is checked before, in `server.http.protocol`.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from server.text.tokenizer import Tokenizer, TokenizerError
 T = TypeVar("T")
 
 _LONG_TEXT = 8192
-"""Characters from which on tokenizing is left to a thread, so that others' tokens keep flowing."""
+"""A text with more characters is tokenized in a thread, so that other requests' tokens are not delayed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sparsity:
-    """What was asked of attention, and what the engine is told.
+    """How sparse attention is for a request.
 
     Attributes:
-        top_k: for the engine; None is dense.
-        requested: the client's number where it is not granted.
+        index_top_k: what the engine gets: tokens that attention may read; None is dense.
+        requested: the client's number if it was not granted, else None.
     """
 
-    top_k: int | None
+    index_top_k: int | None
     requested: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Admitted:
     """A request that can run.
 
     Attributes:
-        jobs: its choices: every prompt's `n`, in the order of their indices.
-        echoes: what each choice's text begins with.
-        sparsity: how attention is to run.
+        jobs: one for each choice, `n` for every prompt, in the order of their indices.
+        echoes: for each choice, the text that its output begins with.
+        sparsity: how sparse attention is.
     """
 
     jobs: tuple[Job, ...]
@@ -68,18 +68,18 @@ class _Prompt:
 
 
 class Intake:
-    """Reads bodies for one server: its settings, its tokenizer, its chat format."""
+    """Reads request bodies, given one server's settings, tokenizer and chat format."""
 
     def __init__(self, config: ServerConfig, text: Tokenizer, chat: ChatFormat) -> None:
         self._config = config
         self._text = text
         self._chat = chat
 
-    async def chat(self, body: ChatCompletionBody, status: EngineStatus, request_id: str) -> Work:
+    async def chat(self, body: ChatCompletionBody, status: EngineStatus, request_id: str) -> Admitted:
         """Turn a conversation into jobs.
 
         Raises:
-            ApiError: it cannot be run; the message says what to change.
+            ApiError: the conversation cannot be run; the message says what to change.
         """
         model = self._model(body, status)
         if body.top_logprobs is not None and not body.logprobs:
@@ -118,7 +118,7 @@ class Intake:
         )
 
     def _opens_reasoning(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt ends with <think>, or with that and a line break."""
+        """Whether a prompt ends with <think>, or with <think> and a line break."""
         last = next(
             (token_id for token_id in reversed(prompt[-3:]) if token_id in self._text.control_ids), None
         )
@@ -132,7 +132,7 @@ class Intake:
         *,
         thinking: bool,
     ) -> Callable[[], Answer]:
-        """What makes a reader of one choice."""
+        """Return the function that makes the reader of one choice."""
         chat, text = self._chat, self._text
         if opening and thinking and (body.presence_penalty or body.frequency_penalty):
             raise bad_request(
@@ -155,11 +155,11 @@ class Intake:
 
         return answer
 
-    async def completion(self, body: CompletionBody, status: EngineStatus, request_id: str) -> Work:
+    async def completion(self, body: CompletionBody, status: EngineStatus, request_id: str) -> Admitted:
         """Turn prompts into jobs.
 
         Raises:
-            ApiError: they cannot be run; the message says what to change.
+            ApiError: the prompts cannot be run; the message says what to change.
         """
         model = self._model(body, status)
         if body.max_tokens == 0 and not body.echo:
@@ -219,7 +219,7 @@ class Intake:
         return _Prompt(tuple(source), self._text.decode(source) if echo else "")
 
     def _model(self, body: GenerationBody, status: EngineStatus) -> ModelInfo:
-        """Check what does not depend on the prompt; return what the engine has loaded."""
+        """Check the fields that do not depend on the prompt. Return the model that the engine has loaded."""
         if body.model != self._config.model_name:
             raise model_not_found(body.model, self._config.model_name)
         if body.n is not None and body.n > self._config.max_n:
@@ -240,7 +240,7 @@ class Intake:
         prompt_logprobs: int | None = None,
         prompt_logprobs_start: int = 0,
         answer: Callable[[], Answer] | None = None,
-    ) -> Work:
+    ) -> Admitted:
         sparsity = self._sparsity(body, model)
         bias = tuple((int(key), value) for key, value in (body.logit_bias or {}).items())
         self._check_ids([token_id for token_id, _ in bias], "logit_bias", keys=True)
@@ -276,7 +276,7 @@ class Intake:
                     request_id=f"{request_id}-{index}",
                     prompt_token_ids=prompt.token_ids,
                     sampling=sampling,
-                    top_k=sparsity.top_k,
+                    index_top_k=sparsity.index_top_k,
                 )
                 jobs.append(
                     Job(
@@ -288,7 +288,7 @@ class Intake:
                         thinks=answer is not None and self._chat.reasons,
                     )
                 )
-        return Work(tuple(jobs), tuple(prompt.text for prompt in prompts for _ in range(n)), sparsity)
+        return Admitted(tuple(jobs), tuple(prompt.text for prompt in prompts for _ in range(n)), sparsity)
 
     def _sparsity(self, body: GenerationBody, model: ModelInfo) -> Sparsity:
         asked = body.dsa.top_k if body.dsa is not None else None
@@ -300,11 +300,11 @@ class Intake:
             )
         if model.indexer is None:
             return Sparsity(None, requested=asked if isinstance(asked, int) else None)
-        wanted = asked or self._config.default_top_k or model.indexer.default_top_k
+        wanted = asked or self._config.default_top_k or model.indexer.default_index_top_k
         return Sparsity(None if wanted == "dense" else min(wanted, model.max_model_len))
 
     def _room(self, prompt: _Prompt, model: ModelInfo, max_tokens: int | None) -> int:
-        """How many tokens the engine may make after a prompt."""
+        """How many tokens the engine may generate after a prompt."""
         length, context = len(prompt.token_ids), model.max_model_len
         if not length:
             raise bad_request("the prompt is empty; send at least one token", param="prompt")
@@ -324,7 +324,7 @@ class Intake:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        return max(max_tokens, 1)  # 0 is a prompt to be scored: the engine makes one token all the same
+        return max(max_tokens, 1)  # 0: the prompt is only scored; the engine still generates one token
 
     def _check_ids(self, token_ids: Sequence[int], param: str, *, keys: bool = False) -> None:
         size = self._text.vocab_size
@@ -339,7 +339,7 @@ class Intake:
 
 
 def model_not_found(name: str, served: str) -> ApiError:
-    """404: a model of another name."""
+    """The 404 for a request that names another model."""
     shown = name if name.isprintable() and len(name) <= 128 else "that"
     return ApiError(
         404,
@@ -350,10 +350,10 @@ def model_not_found(name: str, served: str) -> ApiError:
 
 
 def loaded_model(status: EngineStatus) -> ModelInfo:
-    """Return what the engine has loaded.
+    """Return the model that the engine has loaded.
 
     Raises:
-        ApiError: it takes no requests now.
+        ApiError: the engine takes no requests now.
     """
     if status.state is not EngineState.READY or status.model is None:
         raise unavailable(why_not_ready(status), code="engine_unavailable", kind=ENGINE)
@@ -361,7 +361,7 @@ def loaded_model(status: EngineStatus) -> ModelInfo:
 
 
 def why_not_ready(status: EngineStatus) -> str:
-    """One sentence about an engine that takes no requests."""
+    """One sentence that says why an engine takes no requests."""
     reason = status.message or f"the engine is {status.state.value}"
     loading = status.loading
     if loading is not None and status.state in (EngineState.STARTING, EngineState.DOWN):
@@ -373,7 +373,7 @@ def why_not_ready(status: EngineStatus) -> str:
 
 
 def _derive(seed: int, choice: int) -> int:
-    """The seed of one of several choices. The first keeps the request's, so that n adds and never alters."""
+    """The seed of one choice. Choice 0 keeps the request's seed, so a larger n does not change its text."""
     if not choice:
         return seed
     digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
@@ -389,5 +389,5 @@ def _default(value: T | None, default: T) -> T:
 
 
 async def _apart(size: int, work: Callable[[], T]) -> T:
-    """Do work on a text of `size` characters without holding up the event loop for long."""
+    """Do work on a text of `size` characters: in a thread if it is long, so that the event loop goes on."""
     return await asyncio.to_thread(work) if size > _LONG_TEXT else work()

@@ -1,6 +1,7 @@
-"""What one task waits for and others bring: a queue with one reader that may tire of waiting.
+"""A queue with one reader, which can wait with a time limit.
 
-Every token of every stream passes through here, and `asyncio.Queue` under `asyncio.timeout` takes four times as long.
+Every token of every stream passes through this queue. `asyncio.Queue` under `asyncio.timeout` takes four times as
+long.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ T = TypeVar("T")
 
 
 class Mailbox(Generic[T]):
-    """Unbounded, first in, first out."""
+    """An unbounded queue, first in, first out, for one reader."""
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
     def __len__(self) -> int:
-        """Items that `get` would return without waiting."""
+        """How many items `get` would return without waiting."""
         return len(self._items)
 
     def put(self, item: T) -> None:
@@ -29,10 +30,10 @@ class Mailbox(Generic[T]):
         self._wake()
 
     async def get(self, seconds: float | None = None) -> T:
-        """Take the oldest item, waiting for one at most `seconds`. Nothing is lost if this is cancelled.
+        """Take the oldest item; wait at most `seconds` for one. No item is lost if the call is cancelled.
 
         Raises:
-            TimeoutError: nothing came.
+            TimeoutError: no item came in time.
             RuntimeError: another task waits already.
         """
         if not self._items:

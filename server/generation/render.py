@@ -1,4 +1,4 @@
-"""Text deltas to OpenAI's objects: whole answers and the chunks of a stream. Knows no engine."""
+"""Turns text deltas into OpenAI's objects: whole answers and the chunks of a stream. Knows no engine."""
 
 from __future__ import annotations
 
@@ -37,14 +37,17 @@ NO_INDEXER = "this model has no trained indexer, so attention was dense"
 
 
 class Renderer(Protocol):
-    """One endpoint's objects for one request."""
+    """Makes one endpoint's response objects for one request."""
 
     def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
-        """The chunks for a delta, none where it has nothing to show. Call in the order of arrival."""
+        """Return the chunks for a delta; the list is empty when the delta shows nothing.
+
+        Call it with the deltas in the order of their arrival.
+        """
         ...
 
     def events(self, delta: TextDelta) -> bytes:
-        """The same chunks as they are sent. Call one or the other."""
+        """Return the chunks of a delta as the bytes to send. Use either `chunks` or `events` for a request."""
         ...
 
     def usage_chunk(self, usage: Usage) -> BaseModel:
@@ -52,21 +55,21 @@ class Renderer(Protocol):
         ...
 
     def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> BaseModel:
-        """The response without streaming, from every choice's deltas."""
+        """Return the response without streaming. `choices` has the deltas of each choice."""
         ...
 
 
 def total_usage(usages: Sequence[ChoiceUsage], requested: int | None) -> Usage:
-    """Sum over choices.
+    """Sum the usage of all choices.
 
     Args:
         usages: at least one.
-        requested: the client's top_k where the model could not grant it.
+        requested: the client's `dsa.top_k` if the model could not grant it, else None.
     """
     prompt = sum(usage.prompt_tokens for usage in usages)
     completion = sum(usage.completion_tokens for usage in usages)
-    top_k = usages[0].top_k
-    dsa = SparsityUsage(top_k="dense" if top_k is None else top_k)
+    index_top_k = usages[0].index_top_k
+    dsa = SparsityUsage(top_k="dense" if index_top_k is None else index_top_k)
     if requested is not None:
         dsa = SparsityUsage(top_k=dsa.top_k, requested=requested, note=NO_INDEXER)
     reasoning = [usage.reasoning_tokens for usage in usages if usage.reasoning_tokens is not None]
@@ -82,28 +85,28 @@ def total_usage(usages: Sequence[ChoiceUsage], requested: int | None) -> Usage:
 
 
 def new_call_id() -> str:
-    """A name for a tool call, by which its result will refer to it."""
+    """Make the id of a tool call. The message with the call's result repeats it."""
     return f"call_{secrets.token_hex(12)}"
 
 
 def warning(part: Warn) -> ChoiceWarning:
-    """A report on the model's format, as clients see it."""
+    """The client's form of a report that the model broke its format."""
     return ChoiceWarning(code=part.code, message=part.message, tool_call=part.index, raw=part.raw)
 
 
 class _Streamed:
-    """What is alike in the streams of both endpoints: most events bring nothing but text."""
+    """The common part of both endpoints' streams. Most events bring only text, so these have a fast way."""
 
     def __init__(self) -> None:
-        self._opened: set[int] = set()  # choices whose first chunk, which differs from the others, was made
+        self._opened: set[int] = set()  # choices whose first chunk was made; that one differs from the others
         self._text_events: dict[int, sse.TextEvent] = {}
 
     def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
-        """See `Renderer`."""
+        """Return the chunks for a delta, as in `Renderer`."""
         raise NotImplementedError
 
     def events(self, delta: TextDelta) -> bytes:
-        """See `Renderer`. Nothing but text takes no objects."""
+        """Return the chunks as bytes, as in `Renderer`. A delta with only text is written without objects."""
         index = delta.index
         if index not in self._opened or not _only_text(delta):
             return b"".join(map(sse.chunk, self.chunks(delta)))
@@ -141,9 +144,9 @@ class ChatRenderer(_Streamed):
         self._include_usage = include_usage
 
     def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
-        """One chunk for each run of parts of one kind, because clients expect one kind in a chunk.
+        """Return one chunk for each run of parts of one kind, because clients expect one kind in a chunk.
 
-        A choice's first chunk names the role, its last one has the finish reason.
+        The first chunk of a choice has the role. Its last chunk has the finish reason.
         """
         parts = merge(delta.parts)
         warnings = [warning(part) for part in parts if isinstance(part, Warn)]
@@ -282,7 +285,7 @@ class CompletionRenderer(_Streamed):
         self._offsets = [_Offsets(text) for _ in echoes]
 
     def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
-        """The chunk for a delta; a choice's first one has the echo."""
+        """Return the chunk for a delta. The first chunk of a choice begins with the echo."""
         text = self._with_echo(delta.index, delta.text)
         if not text and not delta.logprobs and not delta.prompt_logprobs and delta.finish_reason is None:
             return []
@@ -343,7 +346,7 @@ class CompletionRenderer(_Streamed):
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         top: dict[str, float] = {}
         for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-            # Two tokens may look alike (halves of characters); the likelier one is shown.
+            # Two tokens may have the same text (halves of characters); only the likelier one is shown.
             top.setdefault(self._text.token_text(token_id), max(logprob, _LEAST))
         return top
 

@@ -1,1 +1,1 @@
-"""HTTP: middleware, replies, routes and the shapes of the wire."""
+"""HTTP: middleware, routes, replies, and the request and response objects (`server.http.protocol`)."""

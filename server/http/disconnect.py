@@ -1,4 +1,4 @@
-"""Clients that hang up: work for them ends at once."""
+"""Ends the work for a client at once when the client hangs up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ClientGoneError(Exception):
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Do `work` for a client whose request is read completely; cancel it when the client hangs up.
+    """Do `work`, and cancel it when the client hangs up. The request must have been read completely before.
 
     Raises:
         ClientGoneError: the client hung up first.

@@ -1,6 +1,6 @@
-"""What surrounds every route: the request's id, its record, the last resort, the bound on bodies.
+"""Middleware around every route: request ids, records, the answer to unexpected errors, the limit on body size.
 
-Plain ASGI, because anything else would buffer streams or hide a client that hangs up.
+It is plain ASGI, because Starlette's base class for middleware would buffer streams or hide that a client hangs up.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Record:
     """What becomes known about a request while it is served.
 
     Attributes:
-        request_id: made here; a client's own is never used.
-        started: when it arrived, on the monotonic clock.
+        request_id: made here; an id that the client sends is never used.
+        started: when the request arrived, in seconds on the monotonic clock.
         started_ns: the same moment in nanoseconds since 1970.
-        outcome: how it ended, where the status alone does not say.
-        generation: what is generated, once that has begun.
+        outcome: how the request ended, if the status alone does not say it.
+        generation: what is generated; None until generation begins.
     """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -51,7 +51,7 @@ def record_of(scope: Scope) -> Record:
 
 
 class RecordMiddleware:
-    """Gives every request an id and every failure an answer, counts both, and tells who wants to know."""
+    """Gives every request an id and every failure an answer, counts the request, and calls the observers at its end."""
 
     def __init__(
         self, app: ASGIApp, *, metrics: Metrics, observers: Sequence[Callable[[Ended], None]] = ()
@@ -81,7 +81,7 @@ class RecordMiddleware:
             logger.exception("request %s failed", record.request_id)
             record.outcome = "server_error"
             if status is not None:
-                raise  # half a response is out: the connection must break, or it would look complete
+                raise  # half a response was sent: the connection must break, or the response would look complete
             await internal_error().to_response()(scope, receive, send_with_id)
         finally:
             outcome = record.outcome or outcome_of(status)
@@ -108,12 +108,12 @@ class RecordMiddleware:
         for observe in self._observers:
             try:
                 observe(ended)
-            except Exception:  # a request that was answered must not fail because of a log
+            except Exception:  # a log that fails must not make an answered request fail
                 logger.exception("request %s was not recorded", record.request_id)
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies that are too large, while they arrive."""
+    """Refuses a body that is too large as soon as too many bytes are announced or have arrived."""
 
     def __init__(self, app: ASGIApp, *, limit: int) -> None:
         self._app = app
@@ -156,7 +156,7 @@ def _endpoint(scope: Scope) -> str:
 
 
 def outcome_of(status: int | None) -> str:
-    """How a request ended, as far as its status tells."""
+    """How a request with this HTTP status ended; None is a request without a response."""
     if status is None:
         return "disconnected"
     if status == 429:

@@ -1,9 +1,9 @@
 """How a generating endpoint answers: everything between the request's arrival and the last byte.
 
-A stream's headers are sent once the engine has taken the request, which it does or refuses at once,
-and not when its first token is there: a request may wait long, and proxies and clients want to see
-that it was accepted. So a refusal is a plain HTTP error, and a later failure is an `error` event after
-which the stream ends without `[DONE]`.
+The engine takes or refuses a request at once. The headers of a stream are sent when the engine has taken the
+request, and do not wait for the first token: a request may wait long in the queue, and proxies and clients want to
+see that it was accepted. So a refusal is a plain HTTP error. A later failure is an `error` event, after which the
+stream ends without `[DONE]`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from server.generation.generate import (
     QuietError,
     TextDelta,
 )
-from server.generation.intake import Work
+from server.generation.intake import Admitted
 from server.generation.render import Renderer, total_usage
 from server.http.disconnect import ClientGoneError, unless_disconnected
 from server.http.middleware import Record, outcome_of, record_of
@@ -45,23 +45,23 @@ from server.telemetry.record import GenerationRecord
 logger = logging.getLogger("server.requests")
 
 ACCEPT_SECONDS = 0.05
-"""How long a stream's headers wait for the engine to refuse; its first token ends the wait."""
+"""How long the headers of a stream wait for a refusal of the engine. The first token ends the wait."""
 
 KEEP_ALIVE_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What an endpoint made of a request body."""
+    """A request body as its endpoint understood it: the work, and how to send the answer."""
 
-    work: Work
+    work: Admitted
     renderer: Renderer
     stream: bool
     include_usage: bool
 
 
 class GenerationReply(Response):
-    """Reads a request, runs it and answers, in one block that cleans up whatever happens."""
+    """Reads a request, runs it and answers. All of this is one block, which cleans up whatever happens."""
 
     def __init__(self, services: Services, prepare: Callable[[Request], Awaitable[Order]]) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class GenerationReply(Response):
                 await response(scope, receive, send)
 
     async def _run(self, order: Order, record: Record, send: Send, scope: Scope) -> Response | None:
-        """Generate; return the response that is still to be sent, None after a stream."""
+        """Generate. Return the response that the caller must send; None after a stream, which is already sent."""
         services, jobs = self._services, order.work.jobs
         meter = services.metrics.generation(jobs, record.started)
         complete = False
@@ -119,7 +119,7 @@ class GenerationReply(Response):
 
 
 class _Run:
-    """One order while it runs."""
+    """One order that runs: reads its deltas and sends its answer."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class _Run:
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         renderer = self._order.renderer
-        waiting: list[bytes] = []  # events that go out together, where deltas came faster than they are sent
+        waiting: list[bytes] = []  # events to send together, if deltas come faster than they are sent
 
         async def flush() -> None:
             if data := b"".join(waiting):
@@ -212,7 +212,10 @@ class _Run:
         return delta
 
     async def _finish(self) -> Usage:
-        """Close the account before the last event is sent: what the client saw end is written down."""
+        """Close the account and return the usage with its cost.
+
+        This comes before the last event is sent: if a client saw the end of a request, its ledger row is durable.
+        """
         outcome = "length" if self._length else "stop"
         usages = list(self._usages.values())
         bill = await self._account.finish(usages, outcome)
@@ -253,7 +256,7 @@ class _Run:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What admission refuses, as answers."""
+    """Turn the errors of admission into HTTP errors."""
     try:
         yield
     except TooLargeError as error:

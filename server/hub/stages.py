@@ -1,4 +1,4 @@
-"""What the command line shows while something takes long: a bar on a terminal, else a few lines."""
+"""Shows the progress of a long operation on the command line: a bar on a terminal, else a few lines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _QUIET_SECONDS = 2.0
 
 
 class Stages:
-    """Shows one stage after the other; calling it is a `server.hub.download.Report`.
+    """Shows one stage after the other. An instance is a `server.hub.download.Report`.
 
     Args:
-        stream: where to; standard error if None.
-        say: takes the lines instead, and there is no bar.
-        quiet_seconds: between lines about one stage; two if None.
+        stream: where to write; None is standard error.
+        say: if given, it gets the lines instead of the stream, and there is no bar.
+        quiet_seconds: the least time between two lines about one stage; None is two seconds.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Stages:
             self._bar = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show how far a stage is; 0 of 0 is a stage whose length is not known."""
+        """Show how far a stage is; 0 of 0 means that its length is not known."""
         if self._bar is not None:
             self._bar.update(self._task, description=stage, completed=done, total=total or None)
             return

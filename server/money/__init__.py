@@ -1,1 +1,1 @@
-"""What a request costs: prices, accounts, the ledger."""
+"""Money: prices, the account of each request, and the ledger of all requests."""

@@ -1,9 +1,9 @@
-"""What each request is charged, and that it is written down exactly once.
+"""Charges each request, and writes it into the ledger exactly once.
 
-An `Account` hears from the engine what each choice used, prices the whole request when the last choice is
-settled, and appends one row to the ledger. A request that ends well waits for its row before its last
-event is sent. One that was cancelled pays for what was computed; one that failed pays nothing, and its
-row says what it used all the same.
+The engine reports to an `Account` what each choice used. When the last choice is settled, the account prices the
+whole request and appends one row to the ledger. The last event of a successful request is sent only after its row
+is durable. A cancelled request pays for what was computed. A failed request pays nothing, but its row says what it
+used. The prices are `server.money.pricing`, the table of rows is `server.money.ledger`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from datetime import UTC, datetime
 
 from engine.protocol import RequestUsage, Work, add_work
 from server.generation.generate import ChoiceUsage, Job
-from server.money.ledger import Ledger, Row
+from server.money.ledger import Ledger, LedgerRow
 from server.money.pricing import NANO, Bill, PriceBook, Tokens, price
 
 SETTLE_SECONDS = 10.0
-"""How long an answer waits for the engine to let go of it: a step, unless the engine hangs."""
+"""How long an answer waits for the engine to release its choices. It takes a step, unless the engine hangs."""
 
 
 class LedgerUnavailableError(Exception):
@@ -28,8 +28,8 @@ class LedgerUnavailableError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One closed account."""
+class Settlement:
+    """The result of one closed account, for the metrics."""
 
     bill: Bill
     prompt_tokens: int
@@ -39,17 +39,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """What accounts need: prices, a ledger if there is one, and who counts."""
+    """What all accounts share: the prices, the ledger if there is one, and the callbacks that count."""
 
     prices: PriceBook
     ledger: Ledger | None
     model: str
-    closed: Callable[[Entry], None]  # called on the event loop, once a request, when its row is durable
+    closed: Callable[[Settlement], None]  # on the event loop, once per request, when its row is durable
     ledger_failed: Callable[[], None]
     open_accounts: set[Account] = field(default_factory=set)
 
     def close(self) -> None:
-        """Write down everything; called after the engine has stopped."""
+        """Close every open account and the ledger. Call it after the engine has stopped."""
         for account in tuple(self.open_accounts):
             account.abandon("failed")
             account.settle_all()
@@ -58,7 +58,7 @@ class Books:
 
 
 def key_of(authorization: str | None) -> str:
-    """A name for whoever sent an Authorization header, from which the token cannot be read."""
+    """A name for the sender of an Authorization header: a digest of its token, or `anonymous`."""
     scheme, _, token = (authorization or "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         return "anonymous"
@@ -66,7 +66,7 @@ def key_of(authorization: str | None) -> str:
 
 
 class Account:
-    """One request's account. Belongs to the event loop."""
+    """One request's account. Only the event loop's thread may use it."""
 
     def __init__(
         self, books: Books, *, request_id: str, endpoint: str, key: str, jobs: Sequence[Job]
@@ -75,7 +75,7 @@ class Account:
         self._request_id, self._endpoint, self._key = request_id, endpoint, key
         self._arrived = datetime.now(UTC)
         self._table = books.prices.table
-        self._top_k = jobs[0].submit.top_k
+        self._index_top_k = jobs[0].submit.index_top_k
         self._unsettled = {job.submit.request_id for job in jobs}
         self._usages: list[RequestUsage] = []
         self._settled = asyncio.Event()
@@ -84,7 +84,7 @@ class Account:
         books.open_accounts.add(self)
 
     def settle(self, request_id: str, usage: RequestUsage | None) -> None:
-        """The engine let go of one choice; None: it never had it."""
+        """Record that the engine has released one choice. `usage` is None if the engine never had the choice."""
         if request_id not in self._unsettled:
             return
         self._unsettled.discard(request_id)
@@ -96,12 +96,12 @@ class Account:
                 self._close_abandoned(self._abandoned)
 
     def settle_all(self) -> None:
-        """The engine is gone; nothing more will be heard."""
+        """Settle every open choice without usage, because the engine is gone."""
         for request_id in tuple(self._unsettled):
             self.settle(request_id, None)
 
     def abandon(self, outcome: str) -> None:
-        """End without an answer; the row is written when the engine has let go of every choice."""
+        """End the account without an answer. The row is written when the engine has released every choice."""
         if self._closed or self._abandoned is not None:
             return
         self._abandoned = outcome
@@ -109,7 +109,7 @@ class Account:
             self._close_abandoned(outcome)
 
     async def finish(self, usages: Sequence[ChoiceUsage], outcome: str) -> Bill:
-        """End with an answer: price it and return once its row is durable.
+        """End the account with an answer: price it, and return the bill once the row is durable.
 
         Raises:
             LedgerUnavailableError: the row could not be written.
@@ -118,7 +118,7 @@ class Account:
             async with asyncio.timeout(SETTLE_SECONDS):
                 await self._settled.wait()
         except TimeoutError:
-            pass  # the engine hangs; what it said last is what is known
+            pass  # the engine hangs: the price uses what it reported last
         prompt = sum(usage.prompt_tokens for usage in usages)
         cached = sum(usage.cached_tokens for usage in usages)
         reasoning = sum(usage.reasoning_tokens or 0 for usage in usages)
@@ -137,7 +137,7 @@ class Account:
         entry, row = self._price(Tokens(cached, uncached, completion), outcome, free=outcome != "cancelled")
         self._append(entry, row, lambda written: None)
 
-    def _price(self, tokens: Tokens, outcome: str, *, free: bool) -> tuple[Entry, Row]:
+    def _price(self, tokens: Tokens, outcome: str, *, free: bool) -> tuple[Settlement, LedgerRow]:
         self._closed = True
         self._books.open_accounts.discard(self)
         work = add_work(*(usage.work for usage in self._usages))
@@ -146,11 +146,11 @@ class Account:
             self._books.model,
             self._arrived,
             Tokens(0, 0, 0) if free else tokens,
-            top_k=self._top_k,
+            index_top_k=self._index_top_k,
             seconds=work.device_seconds,
             dense_seconds=work.dense_seconds,
         )
-        row = Row(
+        row = LedgerRow(
             request_id=self._request_id,
             arrived_us=int(self._arrived.timestamp() * 10**6),
             day=self._arrived.date().isoformat(),
@@ -158,7 +158,7 @@ class Account:
             model=self._books.model,
             endpoint=self._endpoint,
             outcome=outcome,
-            top_k=self._top_k,
+            top_k=self._index_top_k,
             prompt_tokens=tokens.cached + tokens.uncached,
             cached_tokens=tokens.cached,
             completion_tokens=tokens.completion,
@@ -176,9 +176,9 @@ class Account:
             metered_nanos=bill.metered,
             dense_equivalent_nanos=bill.dense_equivalent,
         )
-        return Entry(bill, row.prompt_tokens, row.completion_tokens, work), row
+        return Settlement(bill, row.prompt_tokens, row.completion_tokens, work), row
 
-    async def _write(self, entry: Entry, row: Row) -> None:
+    async def _write(self, entry: Settlement, row: LedgerRow) -> None:
         written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
         def done(ok: bool) -> None:
@@ -189,7 +189,7 @@ class Account:
         if not await written:
             raise LedgerUnavailableError("the usage ledger cannot be written, so the answer is held back")
 
-    def _append(self, entry: Entry, row: Row, done: Callable[[bool], None]) -> None:
+    def _append(self, entry: Settlement, row: LedgerRow, done: Callable[[bool], None]) -> None:
         books = self._books
 
         def counted(ok: bool) -> None:
@@ -204,7 +204,7 @@ class Account:
             return
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # the last rows, when the loop is closing
+        except RuntimeError:  # no loop runs: these are the last rows, at the end of the process
             books.ledger.append(row, lambda ok: None)
             return
         books.ledger.append(row, lambda ok: _call(loop, counted, ok))

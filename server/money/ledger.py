@@ -1,9 +1,9 @@
-"""The usage ledger: one row a request, appended in batches by a thread of its own, and never changed.
+"""The usage ledger: one row for each request. A thread appends rows in batches; no row is ever changed.
 
-A row is durable before the request's last event is sent, so a client that saw the end of its answer finds
-it here, whatever is killed afterwards; one that was killed in between may find a row for an end that it
-never saw. Request ids are unique, and a batch whose commit failed half-way is written again without the
-rows that are there already: nothing is doubled.
+A row is durable before the request's last event is sent. So if a client saw the end of its answer, the row exists,
+even if a process is killed afterwards. If a process is killed in between, a row may exist for an end that the
+client never saw. Request ids are unique. If the commit of a batch fails half-way, the batch is written again
+without the rows that exist already, so no row is written twice.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TABLE = Table(
     MetaData(),
     Column("request_id", String(64), primary_key=True),
     Column("arrived_us", BigInteger, nullable=False),  # microseconds since 1970, UTC
-    Column("day", String(10), nullable=False, index=True),  # of the arrival, UTC
+    Column("day", String(10), nullable=False, index=True),  # day of the arrival, UTC
     Column("key", String(64), nullable=False),  # a digest of the bearer token; never the token
     Column("model", String(256), nullable=False),
     Column("endpoint", String(64), nullable=False),
@@ -79,8 +79,8 @@ for _action in ("UPDATE", "DELETE"):
     )
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A row of `TABLE`; amounts in nano-dollars."""
+class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of `TABLE`. Amounts are in nano-dollars; `_us` is microseconds, `_ns` nanoseconds."""
 
     request_id: str
     arrived_us: int
@@ -120,7 +120,7 @@ def open_database(where: str, *, create: bool) -> Engine:
     """Connect to a SQLAlchemy URL or a SQLite file.
 
     Raises:
-        LedgerError: that is not possible.
+        LedgerError: the database cannot be opened.
     """
     try:
         if "://" not in where:
@@ -143,7 +143,7 @@ def open_database(where: str, *, create: bool) -> Engine:
 
 
 def _create(engine: Engine) -> None:
-    """Make the table unless it is there. Servers that start at once on a new database may be in each other's way."""
+    """Create the table if it is missing. It tries again, because servers that start together may disturb each other."""
     for wait in (*_CREATE_SECONDS, None):
         try:
             return TABLE.metadata.create_all(engine)
@@ -156,28 +156,32 @@ def _create(engine: Engine) -> None:
 
 def _tune_sqlite(connection: Any, record: object) -> None:
     cursor = connection.cursor()
-    # A commit is on disk when it returns, and readers do not wait for the writer.
+    # With these, a commit is on disk when it returns, and readers do not wait for the writer.
     for pragma in ("busy_timeout = 5000", "journal_mode = WAL", "synchronous = FULL"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
 
 class Ledger:
-    """Appends rows. `close` writes what is queued."""
+    """Appends rows from any thread; `close` writes the rows that are still queued."""
 
     def __init__(self, where: str) -> None:
-        """Open or create; raises LedgerError."""
+        """Open the database or create it.
+
+        Raises:
+            LedgerError: the database cannot be opened.
+        """
         self._engine = open_database(where, create=True)
-        self._queue: queue.SimpleQueue[tuple[Row, Done] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[LedgerRow, Done] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
 
-    def append(self, row: Row, done: Done) -> None:
-        """Queue a row; returns at once."""
+    def append(self, row: LedgerRow, done: Done) -> None:
+        """Queue a row and return at once; `done` is called later."""
         self._queue.put((row, done))
 
     def close(self) -> None:
-        """Write what is queued, then let go. Idempotent."""
+        """Write the queued rows, then close the database. Idempotent."""
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
@@ -186,7 +190,7 @@ class Ledger:
     def _run(self) -> None:
         over = False
         while not over:
-            batch: list[tuple[Row, Done]] = []
+            batch: list[tuple[LedgerRow, Done]] = []
             item = self._queue.get()
             while True:
                 if item is None:
@@ -202,23 +206,23 @@ class Ledger:
                 for row, done in batch:
                     done(row.request_id not in lost)
 
-    def _write(self, rows: list[Row]) -> set[str]:
-        """Insert each request once; the ids of rows that could not be."""
-        left = {row.request_id: row for row in reversed(rows)}  # of one id, the first
+    def _write(self, rows: list[LedgerRow]) -> set[str]:
+        """Insert each request once. Return the ids of the rows that could not be written."""
+        left = {row.request_id: row for row in reversed(rows)}  # of rows with one id, only the first
         for wait in (*_RETRY_SECONDS, None):
             again = True
             try:
                 with self._engine.begin() as connection:
                     connection.execute(insert(TABLE), [msgspec.structs.asdict(row) for row in left.values()])
                 return set()
-            except OperationalError as error:  # the database's state, which may pass
+            except OperationalError as error:  # a state of the database, which may end
                 problem = _first_line(error)
             except (
                 SQLAlchemyError,
                 OverflowError,
-            ) as error:  # what is written; drivers raise OverflowError bare
+            ) as error:  # a fault of the rows; drivers raise OverflowError without SQLAlchemy's wrapper
                 problem, again = _first_line(error), False
-            try:  # the commit may have come through although it was not heard of
+            try:  # the commit may have succeeded although it reported an error
                 with self._engine.connect() as connection:
                     query = select(TABLE.c.request_id).where(TABLE.c.request_id.in_(left))
                     for known in connection.scalars(query).all():
@@ -228,12 +232,12 @@ class Ledger:
                     return set()
             except SQLAlchemyError as error:
                 problem, again = _first_line(error), True
-            if not again and len(left) > 1:  # a row that cannot be written takes no other with it
+            if not again and len(left) > 1:  # one bad row must not prevent the others
                 return set[str]().union(*(self._write([row]) for row in left.values()))
             if not again or wait is None:
                 break
             time.sleep(wait)
-        for row in left.values():  # not lost without a trace
+        for row in left.values():  # keep the lost rows in the log
             text = msgspec.json.encode(row).decode()
             _log.error("the ledger could not be written (%s); the row is %s", problem, text)
         return set(left)
@@ -253,10 +257,16 @@ SUMS = (
 def report(
     engine: Engine, by: Iterable[str], since: str | None = None, until: str | None = None
 ) -> list[dict[str, Any]]:
-    """Sums of the rows by some of `DIMENSIONS`, days from `since` to `until` (both included).
+    """Sum the rows, grouped by some of `DIMENSIONS`.
+
+    Args:
+        engine: the database.
+        by: columns to group by.
+        since: the first day, as YYYY-MM-DD in UTC; None is no limit.
+        until: the last day, included; None is no limit.
 
     Raises:
-        LedgerError: it cannot be read.
+        LedgerError: the ledger cannot be read.
     """
     columns = [TABLE.c[name] for name in by]
     sums = [func.coalesce(func.sum(TABLE.c[name]), 0).label(name) for name in SUMS]

@@ -1,7 +1,7 @@
-"""Usage to money: a versioned table of prices, and exact arithmetic in whole nano-dollars.
+"""Prices usage: a versioned table of prices, and exact arithmetic in whole nano-dollars.
 
-A price table is a YAML file (see `prices.yaml` beside this module, the default). Prices are decimal strings,
-never floats. A request is priced by the entry, window and tier that hold when it arrived.
+A price table is a YAML file; the default is `prices.yaml` beside this module. Prices are decimal strings,
+never floats. The entry, window and tier that are valid at a request's arrival give its price.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ class _Part(BaseModel):
 
 
 class Window(_Part):
-    """Hours of UTC in which prices are multiplied; `until` before `from` runs past midnight."""
+    """Hours of UTC in which prices are multiplied by `factor`. If `until` is before `from`, it spans midnight."""
 
     name: str
-    days: tuple[Day, ...] = _DAYS  # of the window's start
+    days: tuple[Day, ...] = _DAYS  # days on which the window starts
     start: Annotated[time, Field(alias="from")]
     until: time
     factor: Money
 
     def holds(self, at: datetime) -> bool:
-        """Whether `at` (UTC) is inside."""
+        """Whether `at` (UTC) is inside the window."""
         clock, day = at.time(), at.weekday()
         if self.start < self.until:
             return self.start <= clock < self.until and _DAYS[day] in self.days
@@ -77,27 +77,27 @@ class Window(_Part):
 
 
 class Tier(_Part):
-    """Prices are multiplied where attention reads no more than `top_k` tokens."""
+    """A factor on prices for requests whose attention reads at most `top_k` tokens."""
 
     top_k: Annotated[int, Field(ge=1)]
     factor: Money
 
 
 class TokenPrices(_Part):
-    """USD a million tokens."""
+    """Prices in USD for a million tokens."""
 
     prompt_cached: Money
     prompt_uncached: Money
     completion: Money
-    reasoning: Money | None = None  # of the completion; None: as completion
+    reasoning: Money | None = None  # for reasoning tokens of the completion; None: the price of `completion`
 
 
-class Entry(_Part):
+class PriceEntry(_Part):
     """One model's prices from a moment on, until its next entry."""
 
-    model: str  # "*" is every model that has none of its own
+    model: str  # "*" is every model without an entry of its own
     valid_from: datetime
-    tokens: TokenPrices | None = None  # None: priced by the machine's time
+    tokens: TokenPrices | None = None  # None: the machine's time is charged
     windows: tuple[Window, ...] = ()
     tiers: tuple[Tier, ...] = ()
 
@@ -109,12 +109,12 @@ class Entry(_Part):
 
 
 class PriceTable(_Part):
-    """All prices."""
+    """The content of a price table's file."""
 
     version: Annotated[str, Field(min_length=1, max_length=64)]
     currency: Literal["USD"]
-    machine_hour: Money  # USD an hour of the device
-    prices: tuple[Entry, ...]
+    machine_hour: Money  # USD for an hour of the device
+    prices: tuple[PriceEntry, ...]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -123,11 +123,11 @@ class PriceTable(_Part):
             raise ValueError("two entries of one model have the same valid_from")
         return self
 
-    def entry(self, model: str, at: datetime) -> Entry:
-        """The entry that holds for a model.
+    def entry(self, model: str, at: datetime) -> PriceEntry:
+        """The entry that is valid for a model at a moment.
 
         Raises:
-            PriceError: there is none.
+            PriceError: no entry is valid.
         """
         for name in (model, "*"):
             valid = [e for e in self.prices if e.model == name and e.valid_from <= at]
@@ -137,10 +137,10 @@ class PriceTable(_Part):
 
 
 def read_table(path: Path) -> PriceTable:
-    """Read and check a file.
+    """Read and check a price table's file.
 
     Raises:
-        PriceError: it cannot be read, or what is in it is wrong.
+        PriceError: the file cannot be read, or its content is wrong.
     """
     try:
         return PriceTable.model_validate(yaml.safe_load(path.read_text("utf-8")))
@@ -155,15 +155,15 @@ def read_table(path: Path) -> PriceTable:
 
 
 class PriceBook:
-    """The table in force. A bad edit of its file keeps the old one, and is reported.
+    """The price table that is used. If an edit of its file is wrong, the old table stays and the error is reported.
 
     Attributes:
-        errors: edits that were refused.
-        current: whether what the file holds is what is in force.
+        errors: how many edits were refused.
+        current: whether the table that is used is the file's.
     """
 
     def __init__(self, path: Path, model: str, machine_hour: Decimal | None = None) -> None:
-        """Read the file; see `read_table` for what it raises."""
+        """Read the file. Raises the errors of `read_table`."""
         self._path, self._model, self._machine_hour = path, model, machine_hour
         self._stamp = self._look()
         self.table = self._read()
@@ -208,7 +208,7 @@ class PriceBook:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What is charged for; reasoning tokens are among the completion's."""
+    """The tokens to charge; `completion` includes the reasoning tokens."""
 
     cached: int
     uncached: int
@@ -218,7 +218,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """Whole nano-dollars; `classes` sums to `amount`."""
+    """The amounts of one request, in whole nano-dollars. `classes` sums to `amount`."""
 
     amount: int
     classes: dict[Class, int]
@@ -228,7 +228,7 @@ class Bill:
 
 
 def machine_nanos(table: PriceTable, seconds: float) -> int:
-    """What device time costs; the seconds are rounded to nanoseconds first."""
+    """The price of device time in nano-dollars. The seconds are first rounded to nanoseconds."""
     return round(Fraction(table.machine_hour) * round(seconds * NANO) / 3600)
 
 
@@ -238,20 +238,23 @@ def price(
     at: datetime,
     tokens: Tokens,
     *,
-    top_k: int | None,
+    index_top_k: int | None,
     seconds: float,
     dense_seconds: float,
 ) -> Bill:
-    """Price one request: exact rationals, each class rounded once, half to even.
+    """Price one request. Arithmetic is exact; each class of tokens is rounded once, half to even.
 
     Args:
         table: the prices.
-        model: its name in the table.
-        at: when it arrived.
-        tokens: what is charged for; all 0 for a request that failed, which then costs nothing.
-        top_k: effective; None is dense.
-        seconds: of the device, measured.
-        dense_seconds: what dense attention would have taken.
+        model: the model's name in the table.
+        at: when the request arrived.
+        tokens: the tokens to charge; all 0 for a failed request, which then costs nothing.
+        index_top_k: tokens that attention could read; None is dense.
+        seconds: measured time of the device.
+        dense_seconds: the device time that dense attention would have taken.
+
+    Raises:
+        PriceError: the table has no entry for the model.
     """
     entry = table.entry(model, at)
     factor = Fraction(1)
@@ -259,7 +262,7 @@ def price(
         if window.holds(at):
             factor = Fraction(window.factor)
             break
-    fitting = [tier for tier in entry.tiers if top_k is not None and top_k <= tier.top_k]
+    fitting = [tier for tier in entry.tiers if index_top_k is not None and index_top_k <= tier.top_k]
     if fitting:
         factor *= Fraction(min(fitting, key=lambda tier: tier.top_k).factor)
     metered = machine_nanos(table, seconds)
@@ -270,7 +273,7 @@ def price(
     else:
         p = entry.tokens
         reasoning = p.completion if p.reasoning is None else p.reasoning
-        each = factor * NANO / 10**6  # USD a million tokens -> nano-dollars a token
+        each = factor * NANO / 10**6  # USD for a million tokens -> nano-dollars for a token
         classes = {
             "prompt_cached": round(Fraction(p.prompt_cached) * each * tokens.cached),
             "prompt_uncached": round(Fraction(p.prompt_uncached) * each * tokens.uncached),

@@ -1,1 +1,1 @@
-"""What is told of requests: logs, traces, metrics."""
+"""What the server reports about requests: logs, traces and metrics."""

@@ -1,7 +1,6 @@
-"""Logs: lines for a person, or one JSON object a line for a collector, with an access line a request.
+"""Logs: text lines for a person, or one JSON object a line for a collector. Each request has one access line.
 
-Everything goes to standard error. What clients send is in no line, except for prompts where the
-operator asked for them.
+All logs go to standard error. No line contains what clients send, except prompts if the operator asked for them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ LogFormat = Literal["text", "json"]
 _access = logging.getLogger("server.access")
 _engine = logging.getLogger("engine.output")
 _QUIET = ("/health/live", "/health/ready", "/metrics")
-"""Asked every few seconds by probes and scrapers; an access line only where the answer is unexpected."""
+"""Probes and scrapers request these every few seconds. They get an access line only if the status is unexpected."""
 
 
 def configure(log_format: LogFormat) -> None:
@@ -36,10 +35,10 @@ def configure(log_format: LogFormat) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record; `extra={"fields": {...}}` adds to it."""
+    """Writes a record as one JSON object. `extra={"fields": {...}}` adds fields to the object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the object."""
+        """Return the record as JSON."""
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -58,10 +57,10 @@ def engine_output(text: str) -> None:
 
 
 class AccessLog:
-    """Writes one line a request.
+    """Writes the access line of each request.
 
     Args:
-        prompt_of: token ids to text, where prompts are to be logged too.
+        prompt_of: turns token ids into text; if given, prompts are logged too.
     """
 
     def __init__(self, prompt_of: Callable[[Sequence[int]], str] | None = None) -> None:
@@ -88,7 +87,7 @@ class AccessLog:
             fields |= {
                 "model": generation.model,
                 "stream": generation.stream,
-                "top_k": generation.jobs[0].submit.top_k,
+                "top_k": generation.jobs[0].submit.index_top_k,
                 "choices": len(choices),
                 "prompt_tokens": sum(choice.prompt_tokens for choice in choices),
                 "cached_tokens": sum(choice.cached_tokens for choice in choices),

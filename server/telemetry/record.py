@@ -1,4 +1,4 @@
-"""What becomes known of one request while it is served; read once it has ended, by logs and traces."""
+"""Records of one request, which are filled while it is served. Logs and traces read them when it has ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ChoiceRecord:
         tokens: tokens given out so far.
         cached_tokens: prompt tokens that the engine reused; known at the end.
         queue_seconds: from submission to the first step; known with the first token.
-        prefill_seconds: from the first step to the first token; known with it.
+        prefill_seconds: from the first step to the first token; known with the first token.
         ended: when its last token came.
         finish: how it ended; None if it was cut short.
     """
@@ -36,11 +36,11 @@ class GenerationRecord:
     """One generating request.
 
     Attributes:
-        model: what the client asked for, and what answered.
+        model: the name of the model that the client asked for, which is the one that answered.
         jobs: its choices as the engine got them.
         stream: whether the answer was streamed.
-        submitted: when the engine got it, on the monotonic clock.
-        first_token: when the first token of any choice came.
+        submitted: when the engine got the request, in seconds on the monotonic clock.
+        first_token: when the first token of any choice came, on the same clock.
     """
 
     model: str
@@ -54,7 +54,7 @@ class GenerationRecord:
         self.choices = {job.index: ChoiceRecord(len(job.submit.prompt_token_ids)) for job in self.jobs}
 
     def take(self, delta: TextDelta) -> None:
-        """Take in what one choice produced."""
+        """Record a delta of one choice. Call it when the delta arrives."""
         now = time.monotonic()
         choice = self.choices[delta.index]
         choice.tokens += len(delta.token_ids)
@@ -73,16 +73,16 @@ class Ended:
 
     Attributes:
         request_id: made by the server.
-        method: of HTTP.
-        endpoint: the route's template, `other` where there is none; never what a client made up.
-        status: of HTTP; None if the client hung up before there was one.
-        outcome: how it ended, one of the words that `dsa_requests_total` has as label.
-        started_ns: when it arrived, nanoseconds since 1970.
+        method: the HTTP method; `other` for one that is not standard.
+        endpoint: the route's template; `other` if no route fits. It is never text that a client made up.
+        status: the HTTP status; None if the client hung up before a response began.
+        outcome: how it ended: a value of the label `outcome` of `dsa_requests_total`.
+        started_ns: when it arrived, in nanoseconds since 1970.
         started: the same moment in seconds on the monotonic clock.
         seconds: how long it took.
         traceparent: the client's W3C trace context.
-        tracestate: likewise.
-        generation: what was generated; None if it was refused before, or asked for nothing of the kind.
+        tracestate: the second header of the same trace context.
+        generation: what was generated; None if nothing was generated.
     """
 
     request_id: str

@@ -1,9 +1,9 @@
-"""Traces for OpenTelemetry; the only user of its libraries, which are loaded only where an endpoint is set.
+"""Traces for OpenTelemetry. Only this module uses its libraries, and loads them only if an endpoint is set.
 
-One trace a generating request: a server span named and described by the GenAI semantic conventions
-(https://github.com/open-telemetry/semantic-conventions-genai), and under it `queue`, `prefill` and `decode`
-of each choice, on the engine's measure of time. Spans are made when the request has ended, so that serving
-it costs nothing. The SDK's own OTEL_* variables (service name, resource, headers, sampler) hold.
+A generating request has one trace. Its server span has the name and the attributes of the GenAI semantic
+conventions (https://github.com/open-telemetry/semantic-conventions-genai). Below it each choice has the spans
+`queue`, `prefill` and `decode`, with the times that the engine measured. Spans are made after the request has ended,
+so they do not slow it down. The SDK's own OTEL_* variables (service name, resource, headers, sampler) apply.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from server.telemetry.record import Ended, GenerationRecord
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
-_EXPORT_SECONDS = 5.0  # what one export may take, repeats included; a stop waits no longer
+_EXPORT_SECONDS = 5.0  # time limit of one export with its retries, and so of `close`
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "text_completion",
     "/v1/responses": "chat",
 }
-"""The endpoints that generate, with the conventions' word for what they do."""
+"""The endpoints that generate -> the conventions' name of their operation."""
 
 
 class TracingError(ValueError):
@@ -34,7 +34,7 @@ def check_endpoint(endpoint: str) -> None:
     """Find out at start whether traces can be exported.
 
     Raises:
-        TracingError: the address is none of HTTP, or the libraries are missing.
+        TracingError: the address is not an HTTP address, or the libraries are missing.
     """
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -57,7 +57,7 @@ class Tracing:
     """Exports traces to one OTLP/HTTP receiver.
 
     Args:
-        endpoint: its base address; `/v1/traces` is appended where it is not there.
+        endpoint: the receiver's base address; `/v1/traces` is appended if it is missing.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -69,7 +69,7 @@ class Tracing:
 
         base = endpoint.rstrip("/")
         url = base if base.endswith("/v1/traces") else f"{base}/v1/traces"
-        # What the environment says (OTEL_SERVICE_NAME) wins over the default name.
+        # The environment (OTEL_SERVICE_NAME) overrides this default name.
         resource = Resource({SERVICE_NAME: "dsa-serve"}).merge(Resource.create())
         if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
             resource = resource.merge(Resource({SERVICE_NAME: "dsa-serve"}))
@@ -80,11 +80,11 @@ class Tracing:
         self._tracer: Tracer = self._provider.get_tracer("dsa-serve")
 
     def close(self) -> None:
-        """Export what is left; blocks for a few seconds at most."""
+        """Export the remaining spans. Blocks for at most a few seconds."""
         self._provider.shutdown()
 
     def __call__(self, ended: Ended) -> None:
-        """Trace a request that has ended; those that ask for no text are no subject of traces."""
+        """Trace a request that has ended. Only requests that generate are traced."""
         operation = _OPERATIONS.get(ended.endpoint)
         if operation is None or ended.method != "POST":
             return
@@ -104,7 +104,7 @@ class Tracing:
         failed = ended.outcome not in ("stop", "length", "tool_calls", "ok")
         if failed:
             root.set_attribute("error.type", ended.outcome)
-            if ended.outcome != "client_error":  # the conventions: a 4xx is no error of the server's span
+            if ended.outcome != "client_error":  # by the conventions a 4xx is not an error of a server span
                 root.set_status(Status(StatusCode.ERROR, ended.outcome))
         if generation is not None and root.is_recording():
             context = set_span_in_context(root)
@@ -117,7 +117,7 @@ class Tracing:
 
 
 def _at(ended: Ended, moment: float) -> int:
-    """A moment of the monotonic clock in nanoseconds since 1970."""
+    """Convert a moment of the monotonic clock (seconds) into nanoseconds since 1970."""
     return ended.started_ns + round((moment - ended.started) * 1e9)
 
 
@@ -134,7 +134,7 @@ def _attributes(ended: Ended, operation: str) -> dict[str, Any]:
     if (generation := ended.generation) is None:
         return attributes
     sampling = generation.jobs[0].submit.sampling
-    top_k = generation.jobs[0].submit.top_k
+    index_top_k = generation.jobs[0].submit.index_top_k
     choices = generation.choices.values()
     attributes |= {
         "gen_ai.request.model": generation.model,
@@ -147,7 +147,7 @@ def _attributes(ended: Ended, operation: str) -> dict[str, Any]:
         "gen_ai.usage.output_tokens": sum(choice.tokens for choice in choices),
         "gen_ai.usage.cache_read.input_tokens": sum(choice.cached_tokens for choice in choices),
         "gen_ai.response.finish_reasons": [choice.finish for choice in choices if choice.finish],
-        "dsa.top_k": "dense" if top_k is None else str(top_k),
+        "dsa.top_k": "dense" if index_top_k is None else str(index_top_k),
     }
     if len(choices) > 1:
         attributes["gen_ai.request.choice.count"] = len(choices)
@@ -161,7 +161,7 @@ def _stages(ended: Ended, generation: GenerationRecord) -> list[tuple[str, float
     stages: list[tuple[str, float, float, dict[str, int]]] = []
     for index, choice in generation.choices.items():
         if choice.queue_seconds is None or choice.prefill_seconds is None:
-            continue  # cut short before its first token: where it waited is not known
+            continue  # the choice ended before its first token, so its stages are not known
         of = {"dsa.choice": index}
         admitted = generation.submitted + choice.queue_seconds
         first = admitted + choice.prefill_seconds

@@ -1,1 +1,1 @@
-"""Text and token ids."""
+"""From text to token ids and back: tokenizers, and incremental decoding with stop strings."""

@@ -1,4 +1,4 @@
-"""Tokens to text, a few at a time: never half a character, never what may begin a stop string."""
+"""Decodes tokens a few at a time. It holds back half characters and text that may begin a stop string."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from server.text.tokenizer import Tokenizer
 
 
 class StopScanner:
-    """Finds the first stop string in a text that comes in pieces, and holds back what may begin one.
+    """Finds the first stop string in a text that comes in pieces, and holds back text that may begin one.
 
     Attributes:
-        stopped: the stop string that was met; further pushes return "".
+        stopped: the stop string that was found, else None; further pushes return "".
     """
 
     def __init__(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> None:
@@ -24,7 +24,7 @@ class StopScanner:
         self.stopped: str | None = None
 
     def push(self, text: str) -> str:
-        """Add text; return what is now certain."""
+        """Add text; return the text that is now certain."""
         if self.stopped is not None:
             return ""
         if not self._stop:
@@ -40,7 +40,7 @@ class StopScanner:
         return pending[: len(pending) - keep]
 
     def finish(self) -> str:
-        """Return what was held back: no stop string comes."""
+        """Return the text that was held back, at the end of the text."""
         held, self._held = self._held, ""
         return held
 
@@ -63,13 +63,13 @@ class StopScanner:
 
 
 class Detokenizer:
-    """The text of one generation. What it gives out, joined, is the decoded whole up to the first stop.
+    """Decodes one generation. The returned texts, joined, are the decoded tokens up to the first stop string.
 
-    The first stop is the one that is complete first; among those that end at the same character it is
-    the longest. So the answer does not depend on how tokens are grouped into pushes.
+    The first stop string is the one that is complete first; of those that end at the same character it is
+    the longest. So the text does not depend on how tokens are grouped into pushes.
 
     Attributes:
-        stopped: the stop string that was met; further pushes return "".
+        stopped: the stop string that was found, else None; further pushes return "".
         tokens_consumed: how many tokens were read, up to and including the one that completed the
             stop string.
     """
@@ -88,7 +88,7 @@ class Detokenizer:
 
     @property
     def stopped(self) -> str | None:
-        """The stop string that was met."""
+        """The stop string that was found; None before."""
         return self._scanner.stopped
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -104,7 +104,7 @@ class Detokenizer:
         return "".join(out)
 
     def finish(self) -> str:
-        """Return what was held back, at the end of the generation."""
+        """Return the text that was held back, at the end of the generation."""
         if self.stopped is not None:
             return ""
         text = self._scanner.push(self._stream.finish())

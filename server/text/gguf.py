@@ -1,7 +1,7 @@
-"""The metadata at the head of a GGUF file: strings, numbers and arrays, none of the tensors.
+"""Reads the metadata at the head of a GGUF file (strings, numbers, arrays). It does not read tensors.
 
-The `gguf` package reads the same in about three seconds, because it makes a numpy view of every
-token; a server that is to start quickly needs only plain lists. Version 2 and 3, little-endian.
+The `gguf` package needs about three seconds for the metadata, because it makes a numpy view of every
+token. The server must start quickly and needs only plain lists. Versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _MAX_KEYS = 1 << 16
 
 
 class GGUFError(ValueError):
-    """The file is not a GGUF file that can be read; the message says why."""
+    """The file cannot be read as GGUF; the message says why."""
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return every key of the file's metadata.
 
     Raises:
-        GGUFError: the file is not GGUF, of an unknown version, or cut short.
+        GGUFError: the file is not GGUF, has an unknown version, or is cut short.
         OSError: the file cannot be opened.
     """
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Tokenizers from the files of a checkpoint: a .gguf file's metadata, or a folder's JSON."""
+"""Builds tokenizers from a checkpoint's files: the metadata of a .gguf file, or the JSON files of a folder."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _END_TEXTS = frozenset(
         "<｜end▁of▁sentence｜>",
     )
 )
-"""Control tokens that end a generation by their name. A GGUF file names one, where a chat model has
-several (the end of a turn, the end of a document)."""
+"""Control tokens with these names end a generation. A GGUF file names only one end token, but a chat model has
+several (end of a turn, end of a document)."""
 
 
 def from_gguf(path: Path) -> Tokenizer:
     """Build the tokenizer that a .gguf file describes.
 
     Raises:
-        TokenizerError: the file is no GGUF, or its vocabulary is of a kind that is not known.
+        TokenizerError: the file is not GGUF, or the kind of its vocabulary is not known.
     """
     try:
         metadata = read_metadata(path)
@@ -69,7 +69,7 @@ def from_gguf(path: Path) -> Tokenizer:
             merges=merges,
             ignore_merges=splitting.ignore_merges,
         )
-    except Exception as error:  # tokenizers raises bare Exception
+    except Exception as error:  # `tokenizers` raises plain Exception
         raise TokenizerError(f"the vocabulary of {path.name} does not fit together: {error}") from error
     backend = Backend(model)
     if splitting.normalizer is not None:
@@ -105,7 +105,7 @@ def from_folder(folder: Path) -> Tokenizer:
         raise TokenizerError(f"{folder} has no tokenizer.json, so its text cannot be turned into tokens")
     try:
         backend = Backend.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
+    except Exception as error:  # `tokenizers` raises plain Exception
         raise TokenizerError(f"{path} cannot be read: {error}") from error
     config = read_json(folder / "tokenizer_config.json")
     eos: list[int] = []
@@ -135,7 +135,7 @@ def token_content(token: Any) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no file.
+    """Read the object in a JSON file; it is empty if there is no file.
 
     Raises:
         TokenizerError: the file is not a JSON object.

@@ -1,7 +1,7 @@
-"""How text is cut into pieces before byte pair encoding, by the name that GGUF gives to each way.
+"""Splits text into pieces before byte pair encoding. Each way of splitting has its name in GGUF.
 
-Only ways whose definition is certain are here; a wrong one would give ids that look right and are
-not. To add one: a function and a line in `PRE_TOKENIZERS`.
+Only ways whose definition is certain are here: a wrong one would give token ids that look right and are
+wrong. To add one, write a function and a line in `PRE_TOKENIZERS`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence,
 
 
 class Splitting(NamedTuple):
-    """One way of cutting text, with what else the checkpoints that use it have in common."""
+    """One way to split text, and the other settings that the checkpoints with this way share."""
 
     pre_tokenizer: PreTokenizer
     normalizer: Normalizer | None = None
-    ignore_merges: bool = False  # a piece that is a token as a whole is not merged up from bytes
-    add_bos: bool = False  # where the file does not say
+    ignore_merges: bool = False  # a piece that is itself a token becomes that token, without merges
+    add_bos: bool = False  # used if the file does not say it
 
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -69,4 +69,4 @@ PRE_TOKENIZERS: dict[str, Callable[[], Splitting]] = {
     "qwen2": _qwen2,
     "deepseek-v3": _deepseek_v3,
 }
-"""`tokenizer.ggml.pre` to the way of splitting."""
+"""`tokenizer.ggml.pre` -> the function that makes the way of splitting."""

@@ -1,7 +1,7 @@
 """Incremental decoding: the text of tokens that come one at a time.
 
-Not `tokenizers.decoders.DecodeStream`: it has no way to give out what it holds at the end, and it
-holds back everything after bytes that can never become a character, until the next complete one.
+`tokenizers.decoders.DecodeStream` does not fit. It cannot return the text that it holds at the end. And after
+bytes that can never become a character it holds back everything until the next complete character.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ _REPLACEMENT = "\ufffd"
 
 
 class TextStream(Protocol):
-    """Gives out each character once it is complete; joined, it is `Tokenizer.decode` of all tokens."""
+    """Returns each character once it is complete. The texts, joined, are `Tokenizer.decode` of all tokens."""
 
     def push(self, token_id: int) -> str:
         """Add a token; return the characters that are now complete."""
         ...
 
     def finish(self) -> str:
-        """Return the rest: U+FFFD for bytes that never became a character."""
+        """Return the rest of the text, with U+FFFD for bytes that never became a character."""
         ...
 
 
 def text_stream(tokenizer: Tokenizer, *, skip_special: bool) -> TextStream:
-    """The stream that fits the tokenizer's vocabulary."""
+    """Make the stream that fits the tokenizer's vocabulary."""
     kind = ByteStream if tokenizer.byte_level else WindowStream
     return kind(tokenizer, skip_special=skip_special)
 
 
 class ByteStream:
-    """For byte-level vocabularies, where decoding is joining bytes: Python's own incremental decoder."""
+    """Decodes byte-level vocabularies. Their tokens are bytes, so this is Python's own incremental decoder."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
         self._raw = tokenizer.raw
@@ -50,22 +50,22 @@ class ByteStream:
 
 
 class WindowStream:
-    """For every other vocabulary, where a token's text may depend on its neighbours.
+    """Decodes every other vocabulary, where a token's text may depend on its neighbours.
 
-    Decodes a window of the newest tokens with and without the new one; the difference is the new
-    text. Nothing is given out while the text ends in U+FFFD or the newest token is a single byte,
-    because both may still become another character.
+    It decodes a window of the newest tokens with and without the new token; the difference is the new
+    text. It returns nothing while the text ends in U+FFFD or the newest token is a single byte, because
+    the next token may change that character.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special else frozenset[int]()
-        self._context: list[int] = []  # given out already; the text after them depends on them
+        self._context: list[int] = []  # tokens already returned as text; the text after them depends on them
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
         """Add a token; return the characters that are now complete."""
-        if token_id in self._skip:  # and so the bytes before and after it are neighbours
+        if token_id in self._skip:  # the bytes before and after a skipped token are neighbours
             return ""
         self._pending.append(token_id)
         if self._tokenizer.is_byte(token_id):

@@ -1,8 +1,8 @@
-"""Text to token ids and back. What is a control token is decided here, and nowhere else.
+"""Turns text into token ids and back. Only this module decides which tokens are control tokens.
 
 A control token ends a turn, names a role or otherwise steers the model. Text that a client wrote
 must never become one: `encode` leaves such text as ordinary characters unless told otherwise.
-Loading a tokenizer from a checkpoint's files is `server.text.loading`.
+`server.text.loading` builds a tokenizer from a checkpoint's files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenizerError(ValueError):
-    """A tokenizer cannot be read, or a text cannot be encoded; the message says why."""
+    """A tokenizer's files cannot be read, or a text cannot be encoded; the message says why."""
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -38,11 +38,11 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the largest token id.
         eos_token_ids: tokens that end a generation.
-        bos_token_id: the token that begins a sequence, if the vocabulary names one. Whether `encode`
-            puts it in front is the checkpoint's convention (`adds_bos`).
+        bos_token_id: the token that begins a sequence, if the vocabulary names one. The checkpoint's
+            convention (`adds_bos`) says whether `encode` puts it in front.
         special_ids: tokens that `decode` leaves out.
-        control_tokens: text to id of the tokens that steer the model.
-        control_ids: the ids of those.
+        control_tokens: the control tokens, text -> id.
+        control_ids: the ids of the control tokens.
         byte_level: every token is a string of bytes, independent of its neighbours.
     """
 
@@ -62,8 +62,8 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.adds_bos = adds_bos and bos_token_id is not None
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        # Some checkpoints (DeepSeek's) do not flag their role markers as special, nor the marks of
-        # reasoning; their shape tells.
+        # Some checkpoints (DeepSeek's) do not flag their role and reasoning markers as special. These are
+        # recognised by the shape of their text.
         self.control_tokens = {
             token.content: token_id
             for token_id, token in added.items()
@@ -82,9 +82,9 @@ class Tokenizer:
 
         Args:
             text: what to encode.
-            add_bos: begin with the beginning-of-sequence token where the checkpoint's convention has one.
-            parse_special: turn control tokens written in the text into control tokens. Only for text
-                that no client wrote.
+            add_bos: begin with the beginning-of-sequence token if that is the checkpoint's convention.
+            parse_special: read control tokens that the text spells out as control tokens. Use it only
+                for text that no client wrote.
 
         Raises:
             TokenizerError: the text is not valid Unicode (it has half of a surrogate pair).
@@ -105,7 +105,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Return the text of `ids`; bytes that are no character become U+FFFD."""
+        """Return the text of `ids`; bytes that are not a character become U+FFFD."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
@@ -114,7 +114,7 @@ class Tokenizer:
         return self.raw(token_id).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> list[int]:
-        """Return one token's bytes; those of neighbouring tokens may be needed to make a character."""
+        """Return one token's bytes. A character may need the bytes of several neighbouring tokens."""
         return list(self.raw(token_id))
 
     def raw(self, token_id: int) -> bytes:
@@ -134,7 +134,7 @@ class Tokenizer:
         if token is None:
             return b""
         if self.byte_level:
-            # As the decoder does it: a token with a character outside the alphabet is plain text.
+            # The decoder does the same: a token with a character outside the alphabet is plain text.
             values = [_ALPHABET.get(character, -1) for character in token]
             return token.encode() if -1 in values else bytes(values)
         if match := _BYTE_TOKEN.fullmatch(token):
@@ -142,7 +142,7 @@ class Tokenizer:
         return str(token).replace("\u2581", " ").encode()
 
     def _without_control_tokens(self, description: dict[str, object]) -> Backend:
-        """A copy that reads every control token as ordinary text."""
+        """A copy of the backend that reads every control token as ordinary text."""
         added = description["added_tokens"]
         assert isinstance(added, list)
         for token in added:
@@ -152,7 +152,7 @@ class Tokenizer:
         return plain
 
     def _as_plain(self, token_id: int) -> list[int]:
-        # Merges can lead to a control token's very string; then its characters are encoded one by one.
+        # Merges can produce the exact text of a control token; then its characters are encoded one by one.
         if token_id not in self.control_ids:
             return [token_id]
         ids: list[int] = []
@@ -165,7 +165,7 @@ def load_tokenizer(weights: Path) -> Tokenizer:
     """Read the tokenizer of a .gguf file, or of a folder with tokenizer.json.
 
     Raises:
-        TokenizerError: it is missing, damaged, or of a kind that is not known.
+        TokenizerError: the tokenizer is missing, damaged, or of a kind that is not known.
     """
     from server.text import loading  # it builds on this module
 

@@ -55,12 +55,12 @@ def test_tables_are_made_of_the_results_and_written_between_the_marks(
     )  # fmt: skip
     results.summarise()
     results.save(tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
-    monkeypatch.setattr(tables, "README", readme)
+    page = tmp_path / "measured.md"
+    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    monkeypatch.setattr(tables, "MEASURED", page)
     monkeypatch.setattr("sys.argv", ["tables", str(tmp_path), "--write"])
     tables.main()
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
@@ -71,17 +71,17 @@ def test_tables_are_made_of_the_results_and_written_between_the_marks(
         tables.tables(tmp_path / "nowhere")
 
 
-def test_the_published_readme_has_room_for_the_tables() -> None:
-    text = tables.README.read_text("utf-8")
+def test_the_published_page_has_room_for_the_tables() -> None:
+    text = tables.MEASURED.read_text("utf-8")
     assert text.count(tables.BEGIN) == text.count(tables.END) == 1
     assert text.index(tables.BEGIN) < text.index(tables.END)
 
 
-def test_the_readmes_say_what_the_published_curve_says() -> None:
+def test_the_pages_say_what_the_published_curve_says() -> None:
     report = curve.read()
     assert not report.quick
-    assert curve.table(report) in (curve.HERE / "README.md").read_text("utf-8")
-    assert curve.sentences(report) in (curve.HERE.parent / "README.md").read_text("utf-8")
+    assert curve.table(report) in curve.MEASURED.read_text("utf-8")
+    assert curve.sentences(report) in curve.README.read_text("utf-8")
 
 
 def test_the_curves_text_takes_the_place_of_what_is_there(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def _mortals() -> Iterator[list[Server]]:
 
 @pytest.fixture
 def start(default_model: Path, _mortals: list[Server]) -> Callable[..., Server]:
-    """Start a server of one's own."""
+    """A function that starts a server for one test only."""
 
     def _start(*flags: str) -> Server:
         _mortals.append(server := Server(*flags))
@@ -47,7 +47,7 @@ def start(default_model: Path, _mortals: list[Server]) -> Callable[..., Server]:
 
 @pytest.fixture
 def mortal(start: Callable[..., Server], _mortals: list[Server]) -> Server:
-    """A server that a test may kill; one that survived a test serves the next."""
+    """A server that a test may kill. If it survives the test, the next test uses it too."""
     alive = [server for server in _mortals if not server.flags and server.url and server.ready]
     return alive[0] if alive else start().wait_ready()
 
@@ -56,7 +56,7 @@ def _shared(*flags: str) -> Iterator[Server]:
     server = Server(*flags)
     try:
         yield server.wait_ready()
-        # Whatever the tests did, it is idle now: it leaves at once, without a word about running requests.
+        # Whatever the tests did, the server is idle now: it exits at once, without a line about running requests.
         assert server.end(signal.SIGTERM) == 0
         for sign in ("stopping", "Traceback", "destroyed", "never retrieved"):
             assert sign not in server.errors, server.errors

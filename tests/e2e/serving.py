@@ -1,4 +1,4 @@
-"""A real `dsa serve` as a user would start it, and what can be seen of it from outside."""
+"""Starts a real `dsa serve` as a user would, and observes it from outside."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.kit import ROOT
 MODEL = "smollm2-135m-instruct"
 START_SECONDS = 100  # a start takes under ten on a quiet machine
 
-# The command itself, plus one probe: on SIGUSR1 it writes down which asyncio tasks there are.
+# The command itself with one probe: on SIGUSR1 it writes the names of its asyncio tasks to a file.
 COMMAND = """
 import asyncio, pathlib, signal, sys
 probe = pathlib.Path(sys.argv.pop(1))
@@ -43,7 +43,7 @@ main()
 
 
 class Resources(NamedTuple):
-    """What must be the same before and after a storm of requests."""
+    """Resources whose numbers must be the same before and after many requests."""
 
     tasks: list[str]
     server_files: int
@@ -82,7 +82,7 @@ class Server:
         self.url = ""
 
     def wait_ready(self) -> Server:
-        """Wait for the line that a user waits for."""
+        """Wait for the line that says that the server is ready."""
         try:
             line = self._said.get(timeout=START_SECONDS)
         except queue.Empty:
@@ -94,7 +94,7 @@ class Server:
 
     @property
     def errors(self) -> str:
-        """What it wrote to its standard error so far."""
+        """The text that the server has written to its standard error so far."""
         return self._errors.read_text()
 
     @property
@@ -180,7 +180,7 @@ class Server:
 
 
 def until(condition: Callable[[], bool], seconds: float = 30) -> float:
-    """Wait for something; return the seconds that it took."""
+    """Wait until `condition` is true; return the seconds that this took."""
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < seconds, f"it did not come true within {seconds} s"

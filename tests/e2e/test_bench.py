@@ -47,7 +47,7 @@ def test_every_suite_measures_a_real_server(
 
 @pytest.mark.slow
 def test_a_served_engine_and_the_same_in_process(default_model: Path, tmp_path: Path) -> None:
-    """The command starts the server, sees its engine's memory, stops it, and drives the engine in process too."""
+    """The command starts the server, measures its engine's memory and stops it, then also runs the engine in process."""
     dsa = (
         f"{sys.executable} -c 'from server.cli.main import main; main()' serve --ledger none --port {{port}}"
     )

@@ -1,4 +1,4 @@
-"""A thinking budget on a real engine: what follows the end of reasoning is what that prompt gives."""
+"""A thinking budget on a real engine: the text after the cut reasoning equals the answer to that text as a prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.e2e.serving import Server
 from tests.engine.kit import tiny_checkpoint
 from tests.server.http.test_deepseek import EOS, TOKENS, VOCABULARY, ids
 
-BUDGET, LIMIT = 70, 90  # the reasoning fills a page, which the second half finds again
+BUDGET, LIMIT = 70, 90  # the reasoning fills a page, which the continuation reuses
 
 
 def test_a_thinking_budget(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Money adds up: answers, ledger and metrics agree to the nano-dollar, whoever hangs up and whatever is killed."""
+"""Answers, ledger and metrics agree to the nano-dollar, even if clients hang up and processes are killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.e2e.serving import MODEL, ROOT, Server, until
 
 
 def rows(server: Server) -> dict[str, dict[str, Any]]:
-    connection = sqlite3.connect(server.money.ledger)
+    connection = sqlite3.connect(server.ledger)
     connection.row_factory = sqlite3.Row
     try:
         return {row["request_id"]: dict(row) for row in connection.execute("select * from dsa_usage")}
@@ -26,15 +26,13 @@ def rows(server: Server) -> dict[str, dict[str, Any]]:
 
 
 def nanos(server: Server, prefix: str) -> int:
-    return sum(
-        round(value * 10**9) for name, value in server.telemetry.metrics().items() if name.startswith(prefix)
-    )
+    return sum(round(value * 10**9) for name, value in server.metrics().items() if name.startswith(prefix))
 
 
 async def ask(
     server: Server, number: int, answers: dict[str, Any], ids: set[str], long_begun: asyncio.Event
 ) -> None:
-    """One stream of several kinds: long, read to its end, ended by a stop string, or given up half-way."""
+    """Read one stream. Its kind is: long, read to its end, ended by a stop string, or closed half-way."""
     long = number % 4 == 0
     body = {
         "model": MODEL, "prompt": f"Story {number}: once", "max_tokens": 240 if long else 24,
@@ -77,7 +75,7 @@ async def test_answers_ledger_and_metrics_agree(start: Callable[..., Server]) ->
         long_begun = asyncio.Event()
         crowd = [asyncio.create_task(ask(server, i, answers, ids, long_begun)) for i in range(12)]
         if kill:
-            # Hundreds of tokens are still to come, so the engine dies before the long ones end, however fast.
+            # The long streams still have hundreds of tokens to come, so the engine dies before they end.
             await asyncio.wait_for(long_begun.wait(), 60)
             server.engine.kill()
         await asyncio.gather(*crowd)
@@ -99,19 +97,19 @@ async def test_answers_ledger_and_metrics_agree(start: Callable[..., Server]) ->
     assert nanos(server, "dsa_cost_usd_total") == total
     metered = sum(row["metered_nanos"] for row in ledger.values())
     assert nanos(server, 'dsa_metered_cost_usd_total{attention="actual"}') == metered
-    busy = server.telemetry.metrics()["dsa_engine_busy_seconds_total"]
+    busy = server.metrics()["dsa_engine_busy_seconds_total"]
     assert sum(row["device_ns"] for row in ledger.values()) / 1e9 == pytest.approx(busy, rel=0.01)
     assert len({row["key"] for row in ledger.values()}) == 2
-    assert b"secret" not in server.money.ledger.read_bytes()
+    assert b"secret" not in server.ledger.read_bytes()
     run = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-c", "from server.cli.main import main; main()", "usage", "--ledger", str(server.money.ledger),
+        [sys.executable, "-c", "from server.cli.main import main; main()", "usage", "--ledger", str(server.ledger),
               "--by", "model", "--format", "json"],
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     (reported,) = json.loads(run.stdout)
     assert (reported["amount_nanos"], reported["requests"]) == (total, len(ledger))
-    # A server that is killed leaves a row for every answer that was seen to end, and takes up the same ledger.
+    # A killed server leaves a row for every answer whose end a client saw. The next server uses the same ledger.
     answer = server.post("/v1/completions", prompt="last", max_tokens=2)
     server.process.kill()
     server.process.wait()

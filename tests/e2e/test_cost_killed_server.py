@@ -1,4 +1,4 @@
-"""The whole server is killed in the middle of a load: the ledger has every answer that was received, once."""
+"""The whole server is killed under load. The ledger has each answer that a client received, exactly once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.e2e.serving import MODEL, Server, until
 
 
 async def lines(response: httpx.Response) -> AsyncIterator[str]:
-    """What ends with a newline. (httpx's own lines end at U+2028 too, which a model may well write.)"""
+    """Yield the lines that end with a newline. (httpx's lines also end at U+2028, which a model may write.)"""
     rest = b""
     async for chunk in response.aiter_bytes():
         *whole, rest = (rest + chunk).split(b"\n")
@@ -26,7 +26,7 @@ async def lines(response: httpx.Response) -> AsyncIterator[str]:
 
 
 async def ask(url: str, number: int, answers: dict[str, int]) -> None:
-    """Ask on until the server is gone; note what every answer that came to its end was charged."""
+    """Send requests until the server is gone. Record the charge of each answer that was complete."""
     body = {"model": MODEL, "prompt": f"Story {number}: once", "max_tokens": 2 + number, "ignore_eos": True}
     async with httpx.AsyncClient(timeout=60) as http:
         while True:
@@ -75,12 +75,12 @@ async def test_every_answer_is_in_the_ledger_once(start: Callable[..., Server], 
         await asyncio.gather(*crowd)
         _, left = await asyncio.to_thread(psutil.wait_procs, family, 30)
         assert not left, "the engine outlived its server"
-    server = await asyncio.to_thread(lambda: start(*flags).wait_ready())  # and the file is taken up again
+    server = await asyncio.to_thread(lambda: start(*flags).wait_ready())  # on the same ledger file
     last = await asyncio.to_thread(lambda: server.post("/v1/completions", prompt="last", max_tokens=2))
     answers[last.headers["x-request-id"]] = last.json()["usage"]["cost"]["amount"]
     written = rows(ledger)
     assert len(written) == len(dict(written))
     assert answers.items() <= dict(written).items()
-    # Rows of ends that nobody saw: at most what was under way at each kill.
+    # Rows without a received answer: at most the requests that ran at each kill.
     assert len(written) - len(answers) <= 2 * len(crowd)
     assert len(answers) >= 81

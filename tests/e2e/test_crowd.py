@@ -1,4 +1,4 @@
-"""Many clients at once: nobody's text depends on the others, and nothing is left behind."""
+"""Many clients at once: a client's text does not depend on the other clients, and no resource leaks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOPICS = "rivers bread glass winter copper maps bridges tea islands paper clocks
 
 
 async def stream_text(sdk: AsyncOpenAI, **fields: Any) -> tuple[str, Any]:
-    """The text of a completion stream that must end well, and its usage."""
+    """Return the text and the usage of a completion stream, which must end without an error."""
     stream = await sdk.completions.create(
         model=MODEL, stream=True, stream_options={"include_usage": True}, **fields
     )
@@ -33,7 +33,7 @@ async def stream_text(sdk: AsyncOpenAI, **fields: Any) -> tuple[str, Any]:
 
 
 def request(number: int, max_tokens: int = 24) -> dict[str, Any]:
-    """One of a mixed crowd: short and long prompts, sparse and dense, greedy and drawn, with stop strings."""
+    """One of many different requests: short and long prompts, sparse and dense, greedy and drawn, with stop strings."""
     topic = TOPICS[number % len(TOPICS)]
     fields: dict[str, Any] = {
         "prompt": f"{number}. " + f"A note about {topic}, " * (1 + 3 * (number % 5)),
@@ -84,7 +84,7 @@ async def test_storms_with_hang_ups_leave_nothing_behind(server: Server) -> None
             patience = [chance.choice([0.01, 0.5, 2.0, 5.0, 100.0]) for _ in range(64)]
             await asyncio.gather(*(client(sdk, number, patience[number]) for number in range(64)))
         await asyncio.to_thread(until, lambda: server.resources() == before)
-    gone = server.telemetry.metrics()['dsa_requests_total{endpoint="/v1/completions",outcome="disconnected"}']
+    gone = server.metrics()['dsa_requests_total{endpoint="/v1/completions",outcome="disconnected"}']
     assert gone >= 50
     assert server.post("/v1/completions", prompt="hello", max_tokens=1).status_code == 200
 

@@ -19,7 +19,7 @@ PROMPT = "the quick brown fox jumps over the lazy dog, " * 4
 
 
 def byte_tokenizer(folder: Path) -> int:
-    """A byte-level tokenizer without merges; returns its size."""
+    """Write a byte-level tokenizer without merges; return its size."""
     vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -99,14 +99,14 @@ def test_two_processes_compute_one_model_and_end_together(
             wait_until(server, lambda: server.ready)
             assert complete(server)["choices"] == before
             engine, stuck = server.children()
-            stuck.suspend()  # as one that is lost in a device driver: it must not outlive the engine
+            stuck.suspend()  # like a worker that hangs in a device driver: it must not outlive the engine
             engine.kill()
             assert psutil.wait_procs([engine, stuck], timeout=5)[1] == []
             wait_until(server, lambda: server.ready)
         last = server.children()
         assert server.end(signal.SIGTERM) == 0
         assert psutil.wait_procs(last, timeout=5)[1] == []
-        if not again:  # where the engine and its worker were both killed outright, nobody tidied up
+        if not again:  # if the engine and its worker were both killed, no process could tidy up
             assert list(tmp_path.glob("dsa-ranks-*")) == []
     finally:
         server.close()

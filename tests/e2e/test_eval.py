@@ -87,7 +87,7 @@ def test_the_whole_evaluation(server: Server, tokenizer: Tokenizer, tmp_path: Pa
     rows = found["loss"]["rows"]
     assert 0.5 < rows["dense"]["code"]["loss"] < 4
     assert abs(rows["256"]["code"]["above_dense"]) < 0.3
-    assert rows["256"]["code"]["above_dense"] != 0  # the two were asked for different things
+    assert rows["256"]["code"]["above_dense"] != 0  # the two runs used different settings
     assert [needle["context"] for needle in found["needles"]["needles"]] == [600, 600]
     assert all(set(needle["answers"]) == {"dense", "256"} for needle in found["needles"]["needles"])
     assert len(found["agreement"]["prompts"]) == 2

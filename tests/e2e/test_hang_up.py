@@ -1,4 +1,4 @@
-"""Clients that hang up: their pages are free within a step or two, and the others notice nothing."""
+"""Clients that hang up: their pages are free within a step or two, and other requests are not affected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def send(server: Server, body: dict[str, Any]) -> http.client.HTTPConnection:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_hanging_up_frees_the_pages_at_once(small_server: Server, phase: str, stream: bool) -> None:
-    prompt = [1000 + time.time_ns() % 1000, *range(2000, 2400)]  # of its own, so that no prefix is cached
+    prompt = [1000 + time.time_ns() % 1000, *range(2000, 2400)]  # unique, so that no prefix is cached
     body: dict[str, Any] = {"prompt": prompt, "max_tokens": 100, "stream": stream, "ignore_eos": True}
     if phase == "decode":
         body |= {"prompt": "Once upon a time", "max_tokens": 500}

@@ -1,4 +1,4 @@
-"""Deaths and farewells of real processes: of the engine, of the server, and of both together."""
+"""Real processes that are killed or stopped: the engine, the server, and both together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENDLESS: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 4000, "ig
 
 @contextmanager
 def streaming(server: Server, **body: Any) -> Iterator[list[str]]:
-    """A stream that another thread reads, from its first event on; gives the events."""
+    """Read a stream in another thread; yields the list of its events once the first has come."""
     events: list[str] = []
     begun = threading.Event()
 
@@ -186,7 +186,7 @@ def test_an_engine_that_dies_again_and_again(start: Callable[..., Server]) -> No
         server.engine.kill()
         until(lambda: not server.ready)
         until(lambda: server.ready, 60)
-        assert server.telemetry.metrics()["dsa_engine_restarts_total"] == restarts
+        assert server.metrics()["dsa_engine_restarts_total"] == restarts
         assert server.post("/v1/completions", prompt="hello", max_tokens=1).status_code == 200
     until(lambda: server.resources() == before)
     assert server.end(signal.SIGTERM) == 0
@@ -196,5 +196,5 @@ def test_an_engine_that_dies_again_and_again(start: Callable[..., Server]) -> No
 @pytest.mark.slow
 def test_an_engine_that_stands_still_is_killed_with_its_server(start: Callable[..., Server]) -> None:
     server = start("--max-model-len", "256", "--kv-cache-memory", "64MiB").wait_ready()
-    server.engine.suspend()  # as one that is lost in a device driver
+    server.engine.suspend()  # like an engine that hangs in a device driver
     assert server.end(signal.SIGTERM) == 0

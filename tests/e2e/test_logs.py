@@ -1,4 +1,4 @@
-"""What a collector reads of a real server whose engine dies: nothing but JSON, nothing of the prompt."""
+"""The logs of a real server whose engine dies: every line is JSON, and no line contains the prompt."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_json_lines_and_a_trace_from_start_to_end(start: Callable[..., Server], 
 
 
 def said_nothing_else(server: Server) -> bool:
-    """Standard output has no greeting: it is one of the lines."""
+    """Standard output has no greeting, because the greeting is one of the log lines."""
     server._reader.join(10)
     return server._said.get(timeout=10) == ""
 

@@ -1,4 +1,4 @@
-"""`dsa serve` on one node and `dsa worker` on another, as far as processes can tell."""
+"""`dsa serve` on one node and `dsa worker` on another; here both nodes are processes of one host."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Iterator[tuple[Path, str, subprocess.Popen[str]]]:
-    """A model, the leader's address, and a worker that looks for it."""
+    """(the model, the leader's address, a worker process that looks for the leader)."""
     folder = tmp_path / "deepseek_v32"
     folder.mkdir()
     tiny_deepseek("deepseek_v32", folder, vocab_size=byte_tokenizer(folder))
@@ -61,7 +61,7 @@ def test_a_lost_rank_ends_what_runs_and_the_nodes_join_anew(
         wait_until(server, lambda: server.ready)
         assert complete(server)["choices"] == before
         assert process.poll() is None
-        # As when a group of pods is ended: the worker first, and still the leader finishes.
+        # As when a group of pods is ended: the worker gets its signal first, but the leader can still finish.
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         assert complete(server)["choices"] == before

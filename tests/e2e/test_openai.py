@@ -16,7 +16,7 @@ FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France?
 
 
 def counts(usage: Any) -> dict[str, Any]:
-    """A usage without its cost: how long a step took differs from run to run."""
+    """A usage without its cost, because step times differ from run to run."""
     fields: dict[str, Any] = usage.model_dump()
     assert fields.pop("cost")["currency"] == "USD"
     return fields
@@ -103,7 +103,7 @@ def test_echo_scores_the_prompt(server: Server, tokenizer: Tokenizer) -> None:
     )] == [True] * len(logprobs.tokens)  # fmt: skip
     assert logprobs.token_logprobs[0] is None
     assert all(value is not None and value <= 0 for value in logprobs.token_logprobs[1:])
-    # What the second sentence repeats is near certain; and greedy tokens are the likeliest.
+    # The words that the second sentence repeats are nearly certain, and greedy tokens are the likeliest.
     position = logprobs.tokens.index(" Rome")
     assert logprobs.token_logprobs[position] > -1.0
     for token, top in zip(logprobs.tokens[-4:], logprobs.top_logprobs[-4:], strict=True):

@@ -26,12 +26,12 @@ ALIASES = {
     "vllm:kv_cache_usage_perc": {"model_name", "engine"},
     "vllm:cache_config_info": {"model_name", "engine", "block_size", "num_gpu_blocks"},
 }
-"""Labels of the gauges that the Gateway API inference extension reads where it is not told others."""
+"""The gauges that the Gateway API inference extension reads by default, with their labels."""
 
 
 @pytest.fixture
 def prometheus(server: Server, tmp_path: Path) -> Iterator[str]:
-    """Its address. The shipped configuration, but for the target and the pace."""
+    """Run Prometheus with the shipped configuration, except target and scrape interval; yields its address."""
     program = tool("prometheus", "prometheus")
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text("utf-8"))
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
@@ -72,7 +72,7 @@ def test_the_scrape_passes_promtool(server: Server) -> None:
         [tool("promtool", "prometheus"), "check", "metrics"],
         input=server.get("/metrics").text, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    # The extension's names, which are not ours to choose: colons, which are kept for recording rules by convention.
+    # The extension chose these names. By convention only recording rules have colons.
     lint = {f"{name} metric names should not contain ':'" for name in ALIASES}
     assert (set(run.stderr.splitlines()), run.stdout) == (lint, "")
     assert run.returncode == 3  # there is lint, and nothing worse
@@ -81,7 +81,7 @@ def test_the_scrape_passes_promtool(server: Server) -> None:
 def test_what_kubernetes_scales_and_routes_by_is_there(server: Server) -> None:
     text = "".join(path.read_text("utf-8") for path in (DEPLOY / "kubernetes").rglob("*.yaml"))
     names = set(re.findall(r"\bdsa_\w+", text))
-    exposed = {name.partition("{")[0] for name in server.telemetry.metrics()}
+    exposed = {name.partition("{")[0] for name in server.metrics()}
     assert names
     assert names <= exposed
 
@@ -99,7 +99,7 @@ def test_the_inference_extension_needs_no_configuration(server: Server) -> None:
         (sample,) = families[name].samples
         assert (families[name].type, sample.labels.keys()) == ("gauge", labels)
         assert sample.labels["model_name"] == MODEL
-    values = server.telemetry.metrics()
+    values = server.metrics()
     (cache,) = families["vllm:cache_config_info"].samples
     pages = sum(values[f'dsa_kv_pages{{state="{state}"}}'] for state in ("used", "cached", "free"))
     assert (cache.value, int(cache.labels["num_gpu_blocks"])) == (1, pages)

@@ -1,4 +1,4 @@
-"""`dsa serve --weight-dtype fp8` in real processes: served from FP8 weights, and refused where there are none."""
+"""`dsa serve --weight-dtype fp8` in real processes: it serves from FP8 weights, and refuses a model without them."""
 
 from __future__ import annotations
 

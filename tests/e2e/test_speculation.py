@@ -1,4 +1,4 @@
-"""A server that drafts gives the answers of one that does not, in fewer steps, and says how many."""
+"""A server with drafts gives the same answers as one without, in fewer steps, and reports the accepted drafts."""
 
 from __future__ import annotations
 

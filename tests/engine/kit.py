@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from engine.attention.batch import Batch
+from engine.attention.tiling import Tiling
 from engine.checkpoint.overlay import overlay_shapes, write_overlay
 from engine.checkpoint.source import Source, open_source
 from engine.config import EngineConfig
@@ -20,6 +21,7 @@ from engine.memory.planes import PagedCache
 from engine.plan.cost import CostModel, assumed_coefficients
 from engine.plan.meter import Meter
 from engine.plan.scheduler import Scheduler
+from engine.plan.tiles import TileCosts
 from engine.plan.types import StepPlan, StepResult
 from engine.protocol import Delta, IndexerInfo, SamplingParams, Submit
 from engine.step.build import build
@@ -62,7 +64,12 @@ def random_overlay(
 ) -> Path:
     """An untrained indexer and adapter, for arithmetic only. Scores are of both signs, norms not neutral."""
     info = IndexerInfo(
-        num_heads=heads, head_dim=dim, rope_dim=rope, default_top_k=64, source=path.name, adapter_rank=rank
+        num_heads=heads,
+        head_dim=dim,
+        rope_dim=rope,
+        default_index_top_k=64,
+        source=path.name,
+        adapter_rank=rank,
     )
     generator = torch.Generator().manual_seed(seed)
     shapes = overlay_shapes(info, base)
@@ -84,8 +91,8 @@ class TapKernels:
     def __getattr__(self, name: str) -> object:
         return getattr(self._kernels, name)
 
-    def select(self, scores: Tensor, top_k: Tensor) -> Tensor:
-        selected: Tensor = self._kernels.select(scores, top_k)  # type: ignore[attr-defined]
+    def select(self, scores: Tensor, index_top_k: Tensor) -> Tensor:
+        selected: Tensor = self._kernels.select(scores, index_top_k)  # type: ignore[attr-defined]
         self.selected.append(selected)
         return selected
 
@@ -107,11 +114,11 @@ class TapModel:
     def __getattr__(self, name: str) -> object:
         return getattr(self._model, name)
 
-    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+    def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
         self._kernels.selected.clear()
-        self.hidden = self._model.forward(batch, cache)  # type: ignore[attr-defined]
+        self.hidden = self._model.forward(batch, cache, costs)  # type: ignore[attr-defined]
         self.selected = defaultdict(list)
-        sparse = [tile for tile in batch.tiles if tile.form != "dense"]
+        sparse = [tile for tile in Tiling(batch, costs).tiles if tile.form != "dense"]
         for call, selected in enumerate(self._kernels.selected):  # layers outside, tiles inside
             for row, chosen in zip(
                 sparse[call % len(sparse)].rows.tolist(), selected.flatten(0, 1), strict=True
@@ -177,7 +184,9 @@ class Run:
         self.lab = lab
         self.core = EngineCore(scheduler, self, lab.meter(), sparse=lab.sparse, clock=lambda: 0.0)
         self.rows: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-        self.selected: dict[tuple[int, ...], list[Tensor]] = {}  # (top_k, *tokens up to the row) -> by layer
+        self.selected: dict[
+            tuple[int, ...], list[Tensor]
+        ] = {}  # (index_top_k, *tokens up to the row) -> by layer
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, Delta] = {}
 
@@ -198,7 +207,7 @@ class Run:
                 self.rows[request.request_id][position].append(hidden[row])
                 if row in self.lab.tap.selected:
                     known = self._known(request.request_id, request.token_ids, request.start)
-                    key = (request.top_k or 0, *known[: position + 1])
+                    key = (request.index_top_k or 0, *known[: position + 1])
                     self.selected[key] = self.lab.tap.selected[row]
                 row += 1
         return result
@@ -208,14 +217,16 @@ class Run:
         name: str,
         prompt: Sequence[int],
         max_tokens: int = 4,
-        top_k: int | None = None,
+        index_top_k: int | None = None,
         **sampling: object,
     ) -> None:
         params = SamplingParams(**{"max_tokens": max_tokens, "seed": 0, "temperature": 0.0, **sampling})  # type: ignore[arg-type]
         self.tokens[name] = list(prompt)
         self.take(
             self.core.submit(
-                Submit(request_id=name, prompt_token_ids=tuple(prompt), sampling=params, top_k=top_k)
+                Submit(
+                    request_id=name, prompt_token_ids=tuple(prompt), sampling=params, index_top_k=index_top_k
+                )
             )
         )
 
@@ -241,12 +252,12 @@ class Run:
         """A request's tokens up to the end of this step's rows."""
         return [*self.tokens[name][:start], *new]
 
-    def masks(self, name: str, top_k: int, layers: int) -> list[Tensor]:
+    def masks(self, name: str, index_top_k: int, layers: int) -> list[Tensor]:
         """Each layer's selected sets as a mask [T, T] over the request's computed tokens."""
         tokens = self.tokens[name]
         masks = [torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril() for _ in range(layers)]
-        for position in range(top_k, len(tokens) - 1):  # the last token was sampled, never computed
-            for layer, chosen in enumerate(self.selected[(top_k, *tokens[: position + 1])]):
+        for position in range(index_top_k, len(tokens) - 1):  # the last token was sampled, never computed
+            for layer, chosen in enumerate(self.selected[(index_top_k, *tokens[: position + 1])]):
                 masks[layer][position] = False
                 masks[layer][position, chosen] = True
         return masks

@@ -1,4 +1,4 @@
-"""An engine without a model: says what its script says, and remembers what it was asked."""
+"""An engine without a model: it answers each request as its script says, and records the requests."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Script:
 
     Attributes:
         token_ids: what is generated, as far as the request's limit and stop tokens allow.
-        group: tokens a delta.
+        group: how many tokens a delta has.
         first_delay: seconds before the first delta.
         delay: seconds before each later one.
-        cached: prompt tokens said to be reused.
+        cached: prompt tokens that the usage reports as reused.
         fault: what goes wrong after `fault_after` tokens.
-        work: what the request is said to have used.
+        work: the work that the usage reports.
     """
 
     token_ids: Sequence[int] = ()
@@ -73,7 +73,7 @@ class FakeEngine:
                 num_heads=2,
                 head_dim=8,
                 rope_dim=4,
-                default_top_k=self.default_top_k,
+                default_index_top_k=self.default_top_k,
                 source="fake.safetensors",
             )
         model = ModelInfo(
@@ -203,7 +203,7 @@ def _usage(request: Submit, script: Script, completion_tokens: int) -> RequestUs
         cached_tokens=script.cached,
         completion_tokens=completion_tokens,
         preemptions=0,
-        top_k=request.top_k,
+        index_top_k=request.index_top_k,
         queue_seconds=0.001,
         prefill_seconds=0.001,
         decode_seconds=0.001,

@@ -26,7 +26,7 @@ MODEL = "fake-model"
 
 
 def make_tokenizer() -> Tokenizer:
-    """A token a byte, and three control tokens."""
+    """A tokenizer with one token for each byte, and three control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,7 +50,7 @@ def say(text: str, *, end: bool = True, **script: Any) -> Script:
 
 
 class PlainChat(ChatFormat):
-    """Each message behind a control token."""
+    """Writes each message after a control token."""
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         if messages[0]["role"] == "assistant":
@@ -79,7 +79,7 @@ def make_app(engine: FakeEngine, **config: Any) -> FastAPI:
 
 
 def speaking(text: str = "hello", **script: Any) -> FakeEngine:
-    """An engine that says one thing to everybody."""
+    """An engine that gives the same answer to every request."""
     return FakeEngine(lambda submit: say(text, **script))
 
 
@@ -97,7 +97,7 @@ def completion_body(prompt: Any = "hi", **fields: Any) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def serving(app: FastAPI) -> AsyncGenerator[str, None]:
-    """The app on a real server; gives its address."""
+    """Run the app on a real server; yields its address."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -114,7 +114,7 @@ async def serving(app: FastAPI) -> AsyncGenerator[str, None]:
 def submit(prompt: Sequence[int] = (1, 2), **changes: Any) -> Submit:
     values: dict[str, Any] = {"max_tokens": 100, "seed": 1, "stop_token_ids": (EOS,)}
     sampling = SamplingParams(**(values | changes))
-    return Submit(request_id="r", prompt_token_ids=tuple(prompt), sampling=sampling, top_k=None)
+    return Submit(request_id="r", prompt_token_ids=tuple(prompt), sampling=sampling, index_top_k=None)
 
 
 def error_of(response: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:

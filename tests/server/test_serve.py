@@ -1,4 +1,4 @@
-"""The life of a server process: it binds first, drains on a signal and leaves with 0."""
+"""The life of a server process: it binds first, drains on a signal and exits with 0."""
 
 from __future__ import annotations
 

@@ -71,18 +71,18 @@ class Kernels(Fp8Kernels, Int8Kernels, LatentKernels, Protocol):
         """
         ...
 
-    def select(self, scores: Tensor, top_k: Tensor) -> Tensor:
-        """The `top_k[r, q]` best-scored positions of each row, eq. (2)'s selected set.
+    def select(self, scores: Tensor, index_top_k: Tensor) -> Tensor:
+        """The `index_top_k[r, q]` best-scored positions of each row, eq. (2)'s selected set.
 
         Equal scores at the edge of the set: the later position wins, so that the set is a function of
         the row alone and never of what else is in the batch.
 
         Args:
             scores: [R, Q, C] float32, -inf where a position may not be chosen
-            top_k: [R, Q] int64, >= 1
+            index_top_k: [R, Q] int64, >= 1
 
         Returns:
-            [R, Q, K] int64 with K = min(max(top_k), C), in no particular order, -1 where a row has fewer.
+            [R, Q, K] int64 with K = min(max(index_top_k), C), in no particular order, -1 where a row has fewer.
         """
         ...
 
@@ -134,7 +134,7 @@ class Kernels(Fp8Kernels, Int8Kernels, LatentKernels, Protocol):
 
     def attend_sparse(
         self, query: Tensor, index_query: Tensor, head_weights: Tensor, kv_plane: Tensor, key_plane: Tensor,
-        block_table: Tensor, positions: Tensor, top_k: Tensor, scale: float,
+        block_table: Tensor, positions: Tensor, index_top_k: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
         """Index scores (in the numbers that `key_plane` holds), `select`, `attend_selected`.
 

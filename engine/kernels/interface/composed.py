@@ -39,8 +39,8 @@ class Composed:
 
     def attend_sparse(
         self: Kernels, query: Tensor, index_query: Tensor, head_weights: Tensor, kv_plane: Tensor, key_plane: Tensor,
-        block_table: Tensor, positions: Tensor, top_k: Tensor, scale: float,
+        block_table: Tensor, positions: Tensor, index_top_k: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
         """Scores, `select`, `attend_selected`."""
         scores = index_scores_as_stored(self, index_query, head_weights, key_plane, block_table, positions)
-        return self.attend_selected(query, kv_plane, block_table, self.select(scores, top_k), scale)
+        return self.attend_selected(query, kv_plane, block_table, self.select(scores, index_top_k), scale)

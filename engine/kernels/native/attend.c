@@ -3,17 +3,17 @@
 
 #include "attention.h"
 
-enum { FETCHED = 32 }; // tokens ahead
+enum { FETCHED = 32 }; // how many tokens ahead to prefetch
 
 static inline int padded(int count) { return (count + 31) & ~31; }
 
 int64_t dsa_attend_scratch(int count) {
-    // Addresses of the tokens; float32 and bfloat16 weights of four queries, and their sums.
+    // Room for the tokens' addresses, the float32 and bfloat16 weights of four queries, and the sums of weights.
     int64_t n = padded(count);
     return 8 * n + 4 * (4 + 2) * n + 64;
 }
 
-// The same in plain C, for any sizes.
+// Attention of one KV head in plain C, for any sizes.
 static void attend_head(const bf16 *query, const bf16 *const *tokens, int64_t at, int count, int G, int D, float scale, bf16 *out,
                         float *weights) {
     for (int g = 0; g < G; g++) {
@@ -41,7 +41,7 @@ static void attend_head(const bf16 *query, const bf16 *const *tokens, int64_t at
 
 static inline __m512bh load_pairs(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
 
-// scale * q . k of G queries and all tokens, D = 32 * parts; of tokens to come, `fetch` bytes from `at` on are fetched.
+// scale * q . k of G queries and all tokens, D = 32 * parts. It prefetches `fetch` bytes from `at` on of later tokens.
 static inline __attribute__((always_inline)) void dots(int G, int parts, const bf16 *query, const bf16 *const *tokens,
                                                        int64_t at, int64_t fetch, int n, float scale, float *weights) {
     const int D = 32 * parts;
@@ -54,7 +54,7 @@ static inline __attribute__((always_inline)) void dots(int G, int parts, const b
             __m512 sums[4][4];
             for (int j = 0; j < 4; j++) {
                 const bf16 *key = tokens[s + 4 * i + j] + at;
-                if (s + FETCHED + 16 <= n) { // a token to come, values too: it is anywhere in the cache
+                if (s + FETCHED + 16 <= n) { // a later token, with its values: it may be anywhere in the paged cache
                     const char *next = (const char *)(tokens[s + FETCHED + 4 * i + j] + at);
                     for (int64_t line = 0; line < fetch; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
                 }
@@ -85,8 +85,8 @@ static inline __attribute__((always_inline)) void dots(int G, int parts, const b
     }
 }
 
-// Weights of one query: e^(x - max) as bfloat16, 0 beyond `count`; returns their sum (of the rounded ones, so that
-// they sum to 1 exactly as they are used).
+// The weights of one query: e^(x - max) as bfloat16, 0 beyond `count`. Returns the sum of the rounded weights, so that
+// the weights that are used sum to 1 exactly.
 static float soften(float *x, int count, int n, bf16 *out) {
     __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -113,7 +113,7 @@ static float soften(float *x, int count, int n, bf16 *out) {
 static inline __attribute__((always_inline)) void combine(int G, int parts, const bf16 *const *tokens, int64_t at, int n,
                                                           const bf16 *weights, const float *totals, bf16 *out) {
     const int D = 32 * parts;
-    // Words of [16 of low | 16 of high] in the order of dims, see below.
+    // The order of dims in [16 words of the low half | 16 words of the high half], see below.
     static const uint16_t ORDER[32] = {0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
                                        8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
     for (int part = 0; part < parts; part += 2) {
@@ -124,8 +124,8 @@ static inline __attribute__((always_inline)) void combine(int G, int parts, cons
         for (int s = 0; s < n; s += 2) {
             __m512bh pairs[4];
             for (int p = 0; p < wide_parts; p++) {
-                // Two tokens' values side by side. Interleaving is by 128 bits: lane l of the lower half has dims
-                // 8 l to 8 l + 3, of the upper half 8 l + 4 to 8 l + 7.
+                // Put two tokens' values side by side. The instructions interleave within 128 bits: lane l of the low
+                // half has dims 8 l to 8 l + 3, lane l of the high half has dims 8 l + 4 to 8 l + 7.
                 __m512i a = _mm512_loadu_si512(tokens[s] + at + D + 32 * (part + p));
                 __m512i b = _mm512_loadu_si512(tokens[s + 1] + at + D + 32 * (part + p));
                 pairs[2 * p] = (__m512bh)_mm512_unpacklo_epi16(a, b);
@@ -186,7 +186,7 @@ void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, c
     const bf16 **tokens = scratch;
     float *weights = (float *)(tokens + n);
     const int64_t size = (int64_t)Hkv * 2 * D;
-    // Where each token's heads begin. Beyond the end the last one is repeated; its weight there is 0.
+    // The address of each token's heads. Beyond the end the last token is repeated, with weight 0.
     if (selected) {
         for (int s = 0; s < count; s++) {
             uint32_t position = (uint32_t)selected[s];
@@ -200,7 +200,7 @@ void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, c
         }
     }
     for (int s = count; s < n; s++) tokens[s] = tokens[count - 1];
-    for (int s = 0; s < count && s < FETCHED; s++) { // the later ones while these are computed
+    for (int s = 0; s < count && s < FETCHED; s++) { // `dots` prefetches the later tokens
         const char *token = (const char *)(tokens[s] + (int64_t)first * 2 * D);
         for (int64_t line = 0; line < (last - first) * 4 * (int64_t)D; line += 64) __builtin_prefetch(token + line, 0, 2);
     }
@@ -212,7 +212,7 @@ void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, c
         if (D % 32 == 0 && D <= 128) {
             bf16 *soft = (bf16 *)(weights + (int64_t)n * 4);
             float *totals = (float *)(soft + (int64_t)n * 4);
-            // The first head fetches all of a token, from memory; the others have it near.
+            // The first head prefetches all heads of a token from memory; the other heads find them in the cache.
             const int64_t fetch = (head == first ? last - first : 1) * 4 * (int64_t)D;
             for (int g = 0; g < G; g += 4)
                 attend_known(G - g < 4 ? G - g : 4, D / 32, q + g * D, tokens, at, fetch, count, n, scale, o + g * D,

@@ -80,16 +80,21 @@ class NativeAttention(VectorisedKernels):
         del kept
         return scores
 
-    def select(self, scores: Tensor, top_k: Tensor) -> Tensor:
+    def select(self, scores: Tensor, index_top_k: Tensor) -> Tensor:
         """In C: bisection over the bits of the scores."""
         if scores.dtype is not torch.float32 or scores.device.type != "cpu":
-            return super().select(scores, top_k)
-        scores, top_k = scores.contiguous(), top_k.contiguous()
+            return super().select(scores, index_top_k)
+        scores, index_top_k = scores.contiguous(), index_top_k.contiguous()
         context = scores.shape[-1]
-        width = min(int(top_k.max()), context)
-        selected = torch.empty(*top_k.shape, width, dtype=torch.int64)
+        width = min(int(index_top_k.max()), context)
+        selected = torch.empty(*index_top_k.shape, width, dtype=torch.int64)
         _c().dsa_select(
-            scores.data_ptr(), top_k.data_ptr(), top_k.numel(), context, width, selected.data_ptr()
+            scores.data_ptr(),
+            index_top_k.data_ptr(),
+            index_top_k.numel(),
+            context,
+            width,
+            selected.data_ptr(),
         )
         return selected
 
@@ -143,21 +148,33 @@ class NativeAttention(VectorisedKernels):
 
     def attend_sparse(
         self, query: Tensor, index_query: Tensor, head_weights: Tensor, kv_plane: Tensor, key_plane: Tensor,
-        block_table: Tensor, positions: Tensor, top_k: Tensor, scale: float,
+        block_table: Tensor, positions: Tensor, index_top_k: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
         """In C, a block of rows at a time, where the index keys are 8-bit integers."""
         known = _bfloat16(query, kv_plane, index_query) and key_plane.dtype is torch.uint8
         if not known or not _in_pages(kv_plane) or not _in_pages(key_plane):
             return super().attend_sparse(
-                query, index_query, head_weights, kv_plane, key_plane, block_table, positions, top_k, scale
+                query,
+                index_query,
+                head_weights,
+                kv_plane,
+                key_plane,
+                block_table,
+                positions,
+                index_top_k,
+                scale,
             )
-        query, index_query, top_k = query.contiguous(), index_query.contiguous(), top_k.contiguous()
+        query, index_query, index_top_k = (
+            query.contiguous(),
+            index_query.contiguous(),
+            index_top_k.contiguous(),
+        )
         head_weights = head_weights.float().contiguous()
         tile, kept = _tile(block_table, positions)
         out = torch.empty_like(query)
         _c().dsa_attend_sparse(
             ctypes.byref(tile), query.data_ptr(), index_query.data_ptr(), head_weights.data_ptr(),
-            kv_plane.data_ptr(), _stride(kv_plane), key_plane.data_ptr(), _stride(key_plane), top_k.data_ptr(),
+            kv_plane.data_ptr(), _stride(kv_plane), key_plane.data_ptr(), _stride(key_plane), index_top_k.data_ptr(),
             *index_query.shape[2:], *query.shape[2:], scale, out.data_ptr(),
         )  # fmt: skip
         del kept

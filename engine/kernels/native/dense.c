@@ -1,13 +1,13 @@
 // Softmax attention in one pass over the context with a running maximum (Milakov and Gimelshein, arXiv 1805.02867;
-// FlashAttention, arXiv 2205.14135), products in bfloat16 with float32 sums. A page's keys and values are repacked for
-// vdpbf16ps, which multiplies pairs, once for all rows of the block.
+// FlashAttention, arXiv 2205.14135). Products are in bfloat16 with float32 sums. A page's keys and values are repacked
+// once for all rows of the block, as pairs for vdpbf16ps.
 #include "dense.h"
 
 #include <math.h>
 
 #include "scratch.h"
 
-enum { UNIT = 6, ROWS = 96 }; // rows of the inner product; queries of a block, a multiple of it
+enum { UNIT = 6, ROWS = 96 }; // UNIT: rows of the inner product; ROWS: queries of a block, a multiple of UNIT
 
 int dsa_dense_rows(int G) { return G > ROWS / 2 ? 1 : ROWS / G; }
 
@@ -15,7 +15,8 @@ int dsa_dense_rows(int G) { return G > ROWS / 2 ? 1 : ROWS / G; }
 
 int dsa_dense_known(int D) { return D % 32 == 0 && D <= 256; }
 
-// c[UNIT][16 n] (+)= a[UNIT][pairs] b[pairs][16 n]: a in bfloat16 pairs along `pairs`, b likewise, one pair a lane.
+// c[UNIT][16 n] = a[UNIT][pairs] b[pairs][16 n], added to c with `add`. a and b are pairs of bfloat16; each lane of b
+// has one pair.
 static inline __attribute__((always_inline)) void product(int n, int add, const bf16 *a, int a_row, const uint32_t *b,
                                                           int b_row, int pairs, float *c, int c_row) {
     __m512 sums[UNIT][4];
@@ -35,7 +36,7 @@ static inline __attribute__((always_inline)) void product(int n, int add, const 
         for (int j = 0; j < n; j++) _mm512_storeu_ps(c + i * c_row + 16 * j, sums[i][j]);
 }
 
-// 16 rows of 16 numbers of 32 bits: rows to columns.
+// Transpose 16 rows of 16 numbers of 32 bits.
 static inline __attribute__((always_inline)) void transpose(__m512i r[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -62,7 +63,7 @@ static inline __attribute__((always_inline)) void transpose(__m512i r[16]) {
     }
 }
 
-// A page's keys as [D / 2][64 tokens] pairs of dims, its values as [32][D] pairs of tokens.
+// Repack a page's keys as [D / 2][64 tokens] pairs of dims, and its values as [32][D] pairs of tokens.
 static void repack(const bf16 *page, int Hkv, int head, int D, uint32_t *keys, uint32_t *values) {
     const int64_t token = (int64_t)Hkv * 2 * D;
     const bf16 *first = page + (int64_t)head * 2 * D;
@@ -78,13 +79,14 @@ static void repack(const bf16 *page, int Hkv, int head, int D, uint32_t *keys, u
         for (int part = 0; part < D; part += 32) {
             __m512i a = _mm512_loadu_si512(first + c * token + D + part);
             __m512i b = _mm512_loadu_si512(first + (c + 1) * token + D + part);
-            __m512i l = _mm512_unpacklo_epi16(a, b), h = _mm512_unpackhi_epi16(a, b); // by 128 bits: put in order
+            __m512i l = _mm512_unpacklo_epi16(a, b), h = _mm512_unpackhi_epi16(a, b); // within 128 bits, ordered below
             _mm512_storeu_si512(values + c / 2 * D + part, _mm512_permutex2var_epi64(l, low, h));
             _mm512_storeu_si512(values + c / 2 * D + part + 16, _mm512_permutex2var_epi64(l, high, h));
         }
 }
 
-// One query's scores of a page to weights: x [64], what it may see as bits; returns what sums so far shrink by.
+// Turn one query's scores x [64] of a page into weights; `visible` has a bit for each token that the query may see.
+// Returns the factor for the sums so far.
 static inline float soften(const float *x, uint64_t visible, float scale, float *most, float *total, bf16 *out) {
     __m512 y[4], largest = _mm512_set1_ps(*most);
     for (int i = 0; i < 4; i++) {
@@ -99,7 +101,7 @@ static inline float soften(const float *x, uint64_t visible, float scale, float 
     for (int i = 0; i < 4; i += 2) {
         __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y[i + 1], y[i]);
         _mm512_storeu_si512(out + 16 * i, both);
-        // The sum is of the weights as they were rounded.
+        // Sum the rounded weights.
         sum = _mm512_add_ps(sum, (__m512)_mm512_slli_epi32(both, 16));
         sum = _mm512_add_ps(sum, (__m512)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
     }
@@ -141,7 +143,7 @@ void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int
     }
     if (allowed) furthest = context - 1;
     for (int i = 0; i < count; i++) {
-        most[i] = -1e30f; // not -inf, whose difference with itself is not a number
+        most[i] = -1e30f; // not -inf: -inf minus -inf is not-a-number
         totals[i] = 0.0f;
     }
     for (int64_t page = 0; page <= furthest / PAGE; page++) {

@@ -1,10 +1,10 @@
-// Lightning indexer scores in 8 bits. See attention.h for the layout.
+// The scores of the lightning indexer in 8 bits. attention.h describes the layout.
 #include <math.h>
 
 #include "attention.h"
 
 float dsa_quantise(const bf16 *x, int d, int8_t *n) {
-    // Sizes are ordered as their bits are, not-a-number above all: it must show in the scale.
+    // Absolute values have the same order as their bits. Not-a-number is the largest, so it shows in the scale.
     int32_t most = 0;
     for (int i = 0; i < d; i++) {
         int32_t size = x[i] & 0x7fff;
@@ -12,7 +12,7 @@ float dsa_quantise(const bf16 *x, int d, int8_t *n) {
     }
     float largest = wide((bf16)most);
     float scale = largest / 127.0f;
-    // Rounded to even by adding and taking away 1.5 * 2^23: |x / scale| is at most 127.
+    // nearbyintf rounds ties to even. |x / scale| is at most 127.
     float inverse = scale > 0.0f && scale < INFINITY ? 1.0f : 0.0f;
     float divisor = inverse > 0.0f ? scale : 1.0f;
     for (int i = 0; i < d; i++) {
@@ -43,9 +43,9 @@ void dsa_index_query(const bf16 *query, const float *head_weights, int H, int d,
 
 #ifdef DSA_AVX512
 
-// `heads` heads of one query against a page; sums [4] are the page's scores before the keys' scales. Pages lie anywhere:
-// a part of the next one, `lines` cache lines from `next` on a step, is fetched meanwhile, where that is not NULL. (Into
-// the second-level cache: the first takes few misses at a time, and half as fast.)
+// Score `heads` heads of one query against a page; sums [4] are the page's scores before the keys' scales. The next
+// page may be anywhere in memory. So if `next` is not NULL, each step prefetches `lines` cache lines from there. (They
+// go to the second-level cache: the first takes few misses at a time, and is half as fast here.)
 static inline __attribute__((always_inline)) void score_heads(int heads, const int8_t *query, const float *weights,
                                                               const int32_t *begins, const uint8_t *page,
                                                               const uint8_t *next, int lines, int d, __m512 *sums) {
@@ -79,7 +79,8 @@ static void score_page(const int8_t *query, const float *weights, const int32_t 
     const uint8_t *scales = page + PAGE * d;
     if (next)
         for (int g = 0; g < 4; g++) _mm_prefetch((const char *)next + PAGE * d + 64 * g, _MM_HINT_T1);
-    // The next page's d lines evenly over the heads: in a burst they wait for one another, and this page for them.
+    // Spread the prefetch of the next page's d lines over the heads: in a burst they would delay one another, and this
+    // page's loads.
     const int lines = H <= 4 ? 4 : H <= 12 ? 2 : 1, turns = 4 / lines;
     int h = 0;
     for (int turn = 0; h < H; turn++, h += 4) {

@@ -1,11 +1,15 @@
 // Multi-head latent attention and the index scores of a DeepSeek layer, for processors that multiply bfloat16.
 //
-// All heads of a row read the same vectors: a latent is attention's key and value for 128 heads, an index key is
-// scored by 64. So the lanes of a register are heads. A token's numbers are broadcast, a pair at a time, against
-// pairs of 16 heads' queries, and nothing of the cache is copied but a block's values, whose pairs lie across tokens.
-// Softmax runs along tokens, lane by lane: no sum crosses lanes before the end.
+// All heads of a row read the same vectors: a latent is the key and value of 128 heads, and 64 heads score an index
+// key. So the lanes of a register are heads. A token's numbers are broadcast, a pair at a time, and multiplied with
+// the same pair of 16 heads' queries. Only a block's values are copied from the cache, because their pairs are two
+// tokens. The softmax runs over tokens in each lane, so no sum crosses lanes before the end.
+//
+// One file, though long: its three operations inline the same products.
 //
 // Position c of a request lies in page `table[c / 64]` at offset c % 64.
+//
+// The file has over 400 lines because its three kernels share the packing, the products and the softmax.
 #include <stdatomic.h>
 #include <stdint.h>
 
@@ -19,19 +23,19 @@ enum {
     PAGE_TOKENS = 64,
     LANES = 16,
     MOST = 4,    // registers of heads at once: 64 heads
-    TOKENS = 6,  // tokens at once: 4 x 6 sums and what they need fill the 32 registers
-    BLOCK = 96,  // tokens between two updates of the softmax: their scores and weights stay in the first cache
-    NUMBERS = 4, // of a value, at once
+    TOKENS = 6,  // tokens at once: 4 x 6 sums and their operands fill the 32 registers
+    BLOCK = 96,  // tokens between two updates of the softmax; their scores and weights fit the first-level cache
+    NUMBERS = 4, // numbers of a value at once
 };
 
-static const float LOG2_E = 1.44269504f; // the softmax is in powers of 2
-static const float LOWEST = -1e30f;      // a largest score before there is any; finite, so that differences are numbers
+static const float LOG2_E = 1.44269504f; // the softmax uses powers of 2
+static const float LOWEST = -1e30f;      // the largest score before the first; finite, so that differences are numbers
 
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-// 2^x; 0 for -infinity, not-a-number for itself. Within 2^-21.
+// 2^x with a relative error of at most 2^-21. It is 0 for -infinity, and not-a-number for not-a-number.
 INLINE __m512 power_of_two(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); // in this order not-a-number stays
     __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -49,7 +53,8 @@ INLINE __m512 power_of_two(__m512 x) {
 INLINE __m512i rounded(__m512 x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)); }
 INLINE __m512 widened(__m512i low) { return _mm512_castsi512_ps(_mm512_slli_epi32(low, 16)); }
 
-// Queries of heads `first` to `first` + count - 1, a pair of numbers of 16 heads a register: [pairs][16 nz], 0 beyond.
+// Pack the queries of heads `first` to `first` + count - 1 as [pairs][16 nz]: a register has one pair of 16 heads.
+// Unused lanes are 0.
 static void pack_queries(const uint16_t *query, int dim, int first, int count, int nz, uint32_t *packed) {
     for (int k = 0; k < dim / 2; k++)
         for (int h = 0; h < LANES * nz; h++) {
@@ -63,7 +68,7 @@ INLINE void clear(int nz, __m512 sums[TOKENS][MOST]) {
         for (int z = 0; z < nz; z++) sums[j][z] = _mm512_setzero_ps();
 }
 
-// sums[j][z] += query . tokens[j]; the tokens of `next`, if there are any, are fetched meanwhile.
+// sums[j][z] += query . tokens[j]. It prefetches the tokens of `next`, unless that is NULL.
 INLINE void products(int nz, const uint32_t *query, const uint32_t *const *tokens, const uint32_t *const *next,
                      int pairs, __m512 sums[TOKENS][MOST]) {
     for (int k = 0; k < pairs; k++) {
@@ -85,18 +90,18 @@ struct attention {
     const uint16_t *plane;
     long page_stride; // numbers
     const int64_t *tables;
-    long pages; // of a table
-    const int64_t *selected; // [rows][width] positions, -1 for none; or NULL, and
-    const uint8_t *allowed;  // [rows][width] truths, a position each
+    long pages; // length of a table
+    const int64_t *selected; // [rows][width] positions, -1 for none; if NULL, `allowed` is used:
+    const uint8_t *allowed;  // [rows][width] booleans, one for each position
     long width, rows, rows_a_request;
     int heads, dim, rank;
     float scale;
     uint16_t *out; // [rows][heads][rank]
-    int nz;        // registers of heads a task
+    int nz;        // registers of heads in a task
     atomic_long *next;
 };
 
-// A thread's: the scores of a block of tokens, and what becomes of them.
+// A thread's memory: the scores of a block of tokens, their weights, and the values.
 struct memory {
     _Alignas(64) float scores[BLOCK * LANES * MOST];         // [token][lane]
     _Alignas(64) uint32_t weights[BLOCK / 2 * LANES * MOST]; // [pair of tokens][lane]
@@ -107,7 +112,7 @@ struct memory {
     float *out;      // [value dims][lane]
 };
 
-// For queries of `dim` numbers, values of `rank`, and `width` lanes.
+// Lay out the memory for queries of `dim` numbers, values of `rank` numbers, and `width` lanes.
 static struct memory *open_memory(int dim, int rank, int width) {
     const int64_t query = dsa_whole(sizeof(uint32_t) * (int64_t)(dim / 2) * width);
     const int64_t pairs = dsa_whole(sizeof(uint32_t) * (int64_t)rank * (BLOCK / 2));
@@ -120,8 +125,8 @@ static struct memory *open_memory(int dim, int rank, int width) {
     return m;
 }
 
-// The softmax goes on by the `count` (even) tokens of m->scores, whose largest so far are `now`: out, [value dims]
-// [lane], the sums of `weights`, and the largest score before, all three a lane.
+// Continue the softmax with the `count` (even) tokens of m->scores. For each lane: `now` is the largest score with
+// them, `most` the largest score before, `total` the sum of weights. `out` is [value dims][lane].
 INLINE void weigh(struct memory *m, int nz, int count, int rank, const __m512 *now, __m512 *most, __m512 *total,
                   float *out) {
     const int width = LANES * nz;
@@ -136,7 +141,7 @@ INLINE void weigh(struct memory *m, int nz, int count, int rank, const __m512 *n
             const float *s = m->scores + t * width + z * LANES;
             __m512i one = rounded(power_of_two(_mm512_sub_ps(_mm512_load_ps(s), most[z])));
             __m512i two = rounded(power_of_two(_mm512_sub_ps(_mm512_load_ps(s + width), most[z])));
-            // The sum is of what is multiplied, rounding included.
+            // Sum the rounded weights, which are the ones that are multiplied.
             total[z] = _mm512_add_ps(total[z], _mm512_add_ps(widened(one), widened(two)));
             _mm512_store_si512(m->weights + t / 2 * width + z * LANES, _mm512_or_si512(one, _mm512_slli_epi32(two, 16)));
         }
@@ -166,7 +171,7 @@ INLINE void weigh(struct memory *m, int nz, int count, int rank, const __m512 *n
     }
 }
 
-// The next tokens of a row, at most BLOCK; `at` is where to look further.
+// Collect the next tokens of a row, at most BLOCK. `at` is where the search goes on. Returns how many there are.
 static int collect(const struct attention *a, long row, long *at, const uint32_t **tokens) {
     const int64_t *table = a->tables + row / a->rows_a_request * a->pages;
     int count = 0;
@@ -206,7 +211,7 @@ INLINE void attend_task(const struct attention *a, struct memory *m, int nz, lon
             products(nz, m->query, m->tokens + t, t + TOKENS < padded ? m->tokens + t + TOKENS : 0, a->dim / 2, sums);
             for (int j = 0; j < TOKENS; j++)
                 for (int z = 0; z < nz; z++) {
-                    // A token that only fills up counts for nothing.
+                    // A token that only fills the block gets weight 0.
                     __m512 s = t + j < found ? _mm512_mul_ps(sums[j][z], scale) : _mm512_set1_ps(-__builtin_inff());
                     now[z] = _mm512_max_ps(now[z], s);
                     _mm512_store_ps(m->scores + (t + j) * width + z * LANES, s);
@@ -240,18 +245,18 @@ static void attend_thread(void *argument, int thread, int threads) {
     }
 }
 
-// Whether the functions below do anything; where not, they must not be called.
+// Whether this library has the functions below. If not, they must not be called.
 int dsa_latent_ready(void) { return 1; }
 
-// out[n][h] = sum_c softmax_c(scale * query[n][h] . token[c]) token[c][:rank] over the tokens that row n selected, or
-// that it may see: see struct attention. `dim` is even and `rank` a multiple of 16. scale > 0.
+// out[n][h] = sum_c softmax_c(scale * query[n][h] . token[c]) token[c][:rank], over the tokens that row n selected or
+// may see (see struct attention). `dim` is even, `rank` is a multiple of 16, scale > 0.
 void dsa_latent_attend(const uint16_t *query, const uint16_t *plane, int64_t page_stride, const int64_t *tables,
                        int64_t pages, const int64_t *selected, const uint8_t *allowed, int64_t width, int64_t rows,
                        int64_t rows_a_request, int heads, int dim, int rank, float scale, uint16_t *out) {
     atomic_long next = 0;
     struct attention a = {query, plane, page_stride, tables, pages, selected, allowed, width, rows, rows_a_request,
                           heads, dim, rank, scale, out, 0, &next};
-    // As many heads together as leave every thread something to do: a block's values are paired once a task.
+    // A task pairs a block's values once, so it should have many heads. But every thread should have a task.
     for (a.nz = MOST; a.nz > 1; a.nz /= 2) {
         long groups = (heads + LANES * a.nz - 1) / (LANES * a.nz);
         if (heads > LANES * a.nz / 2 && rows * groups >= dsa_threads()) break;
@@ -259,15 +264,15 @@ void dsa_latent_attend(const uint16_t *query, const uint16_t *plane, int64_t pag
     dsa_parallel(attend_thread, &a);
 }
 
-// ---- attention over keys and values that were made of a block of latents -----------------------------------------
+// ---- attention over keys and values that were expanded from a block of latents -----------------------------------
 
 enum { WIDTH = LANES * MOST }; // rows of a group
 
 struct expanded {
     const uint32_t *query;  // [heads][groups][(plain + rope) / 2][64 rows] pairs
-    const uint16_t *tokens; // [count][dim], the rotated key from `rank` on
+    const uint16_t *tokens; // [count][dim]; the rotated key begins at `rank`
     const uint16_t *made;   // [count][heads][plain + value]
-    const uint64_t *seen;   // [groups][count], a bit a row
+    const uint64_t *seen;   // [groups][count], a bit for each row that sees the token
     int heads, groups, count, dim, rank, plain, rope, value;
     float scale;
     float *most, *total; // [heads][groups][64]
@@ -329,9 +334,9 @@ static void expanded_thread(void *argument, int thread, int threads) {
     for (long task; (task = atomic_fetch_add(e->next, 1)) < (long)e->heads * e->groups;) expanded_task(e, m, task);
 }
 
-// Ordinary attention of rows in groups of 64 goes on by `count` tokens: see struct expanded. Before the first call
-// `most` is -1e30, `total` and `out` are 0; after the last, out / total is the result. `plain` and `rope` are even and
-// `value` is a multiple of 16. `out` begins at a multiple of 64 bytes.
+// Continue ordinary attention of rows in groups of 64 with `count` tokens (see struct expanded). Before the first call
+// `most` must be -1e30, `total` and `out` 0. After the last call the result is out / total. `plain` and `rope` are
+// even, `value` is a multiple of 16. `out` is aligned to 64 bytes.
 void dsa_latent_expanded(const uint32_t *query, const uint16_t *tokens, const uint16_t *made, const uint64_t *seen,
                          int heads, int groups, int count, int dim, int rank, int plain, int rope, int value,
                          float scale, float *most, float *total, float *out) {
@@ -354,7 +359,7 @@ struct scoring {
     long rows, rows_a_request;
     int heads, dim;
     float *out; // [rows][64 pages]
-    long span;  // positions a task
+    long span;  // positions in a task
     uint32_t *packed; // [rows][groups of heads][dim / 2][16 nz]
     atomic_long *next;
 };
@@ -396,7 +401,7 @@ static void score_thread(void *argument, int thread, int threads) {
     const struct scoring *s = argument;
     const long context = s->pages * PAGE_TOKENS, spans = (context + s->span - 1) / s->span;
     for (long task; (task = atomic_fetch_add(s->next, 1)) < s->rows * spans;) {
-        // Neighbouring tasks are rows over the same keys, which the second cache then holds.
+        // Neighbouring tasks are rows over the same keys, so the keys stay in the second-level cache.
         long request = task / (s->rows_a_request * spans), rest = task % (s->rows_a_request * spans);
         long row = request * s->rows_a_request + rest % s->rows_a_request, from = rest / s->rows_a_request * s->span;
         long end = from + s->span < context ? from + s->span : context;
@@ -412,7 +417,7 @@ static void score_thread(void *argument, int thread, int threads) {
     }
 }
 
-// out[n][c] = sum_h weights[n][h] relu(query[n][h] . key[c]), -infinity beyond the row's position. `dim` is even.
+// out[n][c] = sum_h weights[n][h] relu(query[n][h] . key[c]), and -infinity beyond the row's position. `dim` is even.
 void dsa_latent_index_scores(const uint16_t *query, const float *weights, const uint16_t *plane, int64_t page_stride,
                              const int64_t *tables, int64_t pages, const int64_t *positions, int64_t rows,
                              int64_t rows_a_request, int heads, int dim, float *out) {
@@ -427,7 +432,7 @@ void dsa_latent_index_scores(const uint16_t *query, const float *weights, const 
             pack_queries(query + row * heads * dim, dim, first, left < LANES * nz ? left : LANES * nz, nz,
                          s.packed + (row * groups + g) * (dim / 2) * LANES * MOST);
         }
-    dsa_parallel(score_thread, &s); // which needs no scratch of its own: the caller's is `packed`
+    dsa_parallel(score_thread, &s); // score_thread must not use scratch, because the caller's scratch is `packed`
 }
 
 #else

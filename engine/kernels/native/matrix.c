@@ -1,22 +1,25 @@
+// Products with packed weights; see matrix.h. The file has over 400 lines because the two forms of the inner product
+// (AVX-512, and any processor) must keep the same layout.
 #include "matrix.h"
 
 #include "pool.h"
 
-// Bytes that a group of 32 inputs x 16 outputs has of each part of a tile, and the most rows that a tile meets at once:
-// what their sums and a group's weights need then fits the registers.
+// NIBBLES and SCALES: the bytes of each part of a tile for a group of 32 inputs x 16 outputs. ROWS: the most rows that
+// are multiplied with a tile at once, so that their sums and a group's weights fit the registers.
 enum { NIBBLES = 256, SCALES = 32, ROWS = 8 };
 
-// Groups of a tile that are made plain at once, 64 KB, where more rows than these (measured) share that work.
+// PANEL: how many groups of a tile are unpacked to bfloat16 at once, 64 KB. With more rows than Q4_ROWS or Q8_ROWS
+// (measured) unpacking is faster, as the rows share it.
 enum { PANEL = 64, Q4_ROWS = 32, Q8_ROWS = 8 };
 
-// Bytes by which weights are fetched ahead of their use.
+// How many bytes ahead of their use weights are prefetched.
 enum { AHEAD = 8192 };
 
 static inline size_t number_bytes(int kind) {
     return kind == DSA_Q4 ? NIBBLES : kind == DSA_Q8 ? 2 * NIBBLES : 4 * NIBBLES;
 }
 
-// Of all scales and offsets of a tile, which its numbers follow.
+// Bytes of all scales and offsets of a tile. The tile's numbers follow them.
 static inline size_t head_bytes(int kind, int groups) {
     size_t group = kind == DSA_Q4 ? 2 * SCALES : kind == DSA_Q8 ? SCALES : 0;
     return (group * groups + 63) / 64 * 64;
@@ -57,22 +60,22 @@ void dsa_set_row(struct dsa_rows *rows, int at, const float *x) {
     for (int g = 0; g < rows->inputs / DSA_GROUP; g++) dsa_set_group(rows, at, g, x + g * DSA_GROUP);
 }
 
-// A run of groups of one tile, and the rows that it meets.
+// A run of groups of one tile, and the rows to multiply it with.
 struct run {
     const uint8_t *numbers, *scales, *offsets; // of the first group; `numbers` packed, or plain bfloat16
-    const uint8_t *ahead;                      // what to fetch meanwhile; NULL for nothing
+    const uint8_t *ahead;                      // what to prefetch; NULL for nothing
     int groups;
-    const bf16 *values; // of the first row, from the first group's inputs on
-    const float *sums;  // likewise
-    size_t inputs;      // of a row
+    const bf16 *values; // the first row's, from the first group's inputs on
+    const float *sums;  // the first row's, from the first group on
+    size_t inputs;      // length of a row
     float *out;         // of the first row
-    size_t stride;      // of `out`
+    size_t stride;      // from row to row of `out`
 };
 
 #ifdef DSA_AVX512
 
-// A nibble becomes bfloat16 by one lookup: vpermw takes the low 5 bits of each 16-bit lane as its index, so the table is
-// there twice and no mask is needed. Of a 16-bit lane's four nibbles, the others are shifted down first.
+// One lookup turns a nibble into bfloat16. vpermw uses the low 5 bits of each 16-bit lane as the index, so the table is
+// stored twice and no mask is needed. The other three nibbles of a 16-bit lane are shifted down first.
 #define NIBBLE_TABLE(f) \
     f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
 #define NUMBER(n) (float)(n)                              // 0 to 15
@@ -86,7 +89,7 @@ static inline __m512i table_of(const float *numbers) {
 
 static inline __m512 halves(const uint8_t *at) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)at)); }
 
-static inline __m512bh pair(const bf16 *x) { // two neighbouring inputs, to every lane
+static inline __m512bh pair(const bf16 *x) { // two neighbouring inputs, in every lane
     int32_t both;
     memcpy(&both, x, sizeof both);
     return (__m512bh)_mm512_set1_epi32(both);
@@ -97,7 +100,8 @@ static inline __m512bh looked_up(__m512i word, int j, __m512i table) {
     return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(word, 4 * j), table);
 }
 
-// 256 bytes of nibbles against 32 inputs of each row, added to `chains` sums a row: one would wait for itself.
+// Multiply 256 bytes of nibbles with 32 inputs of each row. Each row has `chains` sums, because one sum would have to
+// wait for its own last addition.
 __attribute__((always_inline)) static inline void nibbles(
     const uint8_t *w, __m512i table, const bf16 *x, size_t inputs, int rows, int chains, __m512 *sums) {
     for (int i = 0; i < 4; i++) {
@@ -112,7 +116,7 @@ __attribute__((always_inline)) static inline void nibbles(
     }
 }
 
-// 32 inputs' bfloat16 numbers against each row.
+// Multiply the bfloat16 numbers of 32 inputs with each row.
 __attribute__((always_inline)) static inline void numbers(
     const uint8_t *w, const bf16 *x, size_t inputs, int rows, int chains, __m512 *sums) {
     for (int i = 0; i < DSA_GROUP / 2; i++) {
@@ -126,8 +130,8 @@ __attribute__((always_inline)) static inline void numbers(
 
 static const float NUMBERS[16] = {NIBBLE_TABLE(NUMBER)}, UPPERS[16] = {NIBBLE_TABLE(UPPER)};
 
-// A run against `rows` rows. `kind`, `plain` (whether the numbers were made bfloat16), `add` (to what is in `out`) and
-// `rows` are constants where this is inlined.
+// Multiply a run with `rows` rows. `plain`: the numbers were unpacked to bfloat16. `add`: add to the content of `out`.
+// `kind`, `plain`, `add` and `rows` are constants where this is inlined.
 __attribute__((always_inline)) static inline void multiply(const struct run *run, int kind, int plain, int add, int rows) {
     const __m512i low = table_of(NUMBERS), high = table_of(UPPERS);
     const int chains = rows == 1 ? 4 : rows <= 3 ? 2 : 1;
@@ -162,7 +166,8 @@ __attribute__((always_inline)) static inline void multiply(const struct run *run
     for (int r = 0; r < rows; r++) _mm512_storeu_ps(run->out + r * run->stride, total[r]);
 }
 
-// The packed numbers of `groups` groups, without scale and offset, as bfloat16: exact, they are integers below 256.
+// Unpack the numbers of `groups` groups to bfloat16, without scale and offset. This is exact: they are integers below
+// 256.
 static void make_plain(int kind, const uint8_t *w, int groups, uint8_t *out) {
     const __m512i low = table_of(NUMBERS), high = table_of(UPPERS);
     for (int g = 0; g < groups; g++, w += number_bytes(kind))
@@ -172,7 +177,8 @@ static void make_plain(int kind, const uint8_t *w, int groups, uint8_t *out) {
             for (int j = 0; j < 4; j++, out += 64) {
                 __m512bh value = looked_up(word, j, kind == DSA_Q8 ? high : low);
                 if (kind == DSA_Q8) {
-                    // Upper and lower half have no bit in common but for the sign: add them as float32.
+                    // Add the upper and the lower half of a byte as float32. The sum is exact: their bits do not
+                    // overlap.
                     __m512i a = (__m512i)value, b = (__m512i)looked_up(lower, j, low);
                     const __m512i upper16 = _mm512_set1_epi32((int)0xffff0000);
                     __m512 odd = _mm512_add_ps((__m512)_mm512_and_si512(a, upper16), (__m512)_mm512_and_si512(b, upper16));
@@ -185,7 +191,7 @@ static void make_plain(int kind, const uint8_t *w, int groups, uint8_t *out) {
         }
 }
 
-#else // any processor, in vectors of 16 that the compiler cuts to size
+#else // any processor, in vectors of 16 that the compiler splits for it
 
 typedef float v16f __attribute__((vector_size(64)));
 typedef uint32_t v16u __attribute__((vector_size(64)));
@@ -205,14 +211,14 @@ static inline v16u word_at(const uint8_t *at) {
     return word;
 }
 
-// Nibble n of each 32-bit lane; as a signed upper half of a byte, or as it is.
+// Nibble n of each 32-bit lane; with `upper`, as the signed upper half of a byte.
 static inline v16f nibble_of(v16u word, int n, int upper) {
     v16i number = (v16i)(word << (28 - 4 * n));
     number = upper ? number >> 28 << 4 : (v16i)((v16u)number >> 28);
     return __builtin_convertvector(number, v16f);
 }
 
-// The j-th pairs of word `at` of a group: a Q8 group's lower halves are NIBBLES further.
+// The j-th pairs of the word at `at`. The lower halves of a Q8 group are NIBBLES bytes further.
 static inline void pair_of(int kind, const uint8_t *at, int j, v16f *even, v16f *odd) {
     v16u word = word_at(at);
     *even = nibble_of(word, j, kind == DSA_Q8);
@@ -224,7 +230,7 @@ static inline void pair_of(int kind, const uint8_t *at, int j, v16f *even, v16f 
     }
 }
 
-// See the form above.
+// The same function as the AVX-512 form above.
 __attribute__((always_inline)) static inline void multiply(const struct run *run, int kind, int plain, int add, int rows) {
     const size_t inputs = run->inputs, bytes = plain ? 4 * NIBBLES : number_bytes(kind);
     const bf16 *x = run->values;
@@ -267,7 +273,7 @@ static void make_plain(int kind, const uint8_t *w, int groups, uint8_t *out) {
 
 #endif
 
-// A run against any number of rows.
+// Multiply a run with any number of rows.
 __attribute__((always_inline)) static inline void multiply_rows(struct run run, int count, int kind, int plain, int add) {
     for (; count >= ROWS; count -= ROWS) {
         multiply(&run, kind, plain, add, ROWS);
@@ -287,7 +293,7 @@ __attribute__((always_inline)) static inline void multiply_rows(struct run run, 
     }
 }
 
-// Many rows: each panel of the tile is made plain once for all of them.
+// Multiply a run with many rows: each panel of the tile is unpacked once for all of them.
 __attribute__((noinline)) static void multiply_plain(struct run run, int count, int kind) {
     _Alignas(64) uint8_t plain[PANEL * 4 * NIBBLES];
     const int groups = run.groups;
@@ -308,7 +314,7 @@ __attribute__((noinline)) static void multiply_plain(struct run run, int count, 
     }
 }
 
-// Tile t against all rows; `out` is the place of its first output in the first row.
+// Multiply tile t with all rows. `out` is the place of the tile's first output in the first row.
 static void product_tile(const struct dsa_matrix *w, const struct dsa_rows *x, float *out, size_t stride, int t) {
     const int groups = w->inputs / DSA_GROUP;
     const uint8_t *at = w->data + t * tile_bytes(w->kind, groups);
@@ -353,7 +359,7 @@ void dsa_weights(const struct dsa_matrix *w, int output, float *out) {
                 *out = wide(stored);
                 continue;
             }
-            // The 16-bit half of this input's parity, and in it the nibble of its pair.
+            // Even and odd inputs have separate 16-bit halves. Inside its half, the input is the nibble of its pair.
             const uint8_t *word = at + 64 * (i / 8) + 4 * lane + 2 * (i % 2) + i % 8 / 4;
             const int shift = 4 * (i / 2 % 2);
             int number = *word >> shift & 15;
@@ -367,9 +373,10 @@ void dsa_weights(const struct dsa_matrix *w, int output, float *out) {
     }
 }
 
-// --- the same for callers outside, on all threads ---
+// --- products for callers from Python, on all threads ---
 
-// Numbers of activations that a tile's rows have at once, so that they stay in the second-level cache from tile to tile.
+// CACHED: how many activations are multiplied with a tile at once, so that they stay in the second-level cache from
+// tile to tile.
 enum { CACHED = 1 << 18, MOST_ROWS = 1024 };
 
 struct linear_job {
@@ -417,14 +424,14 @@ static void linear_part(void *arg, int thread, int threads) {
     }
 }
 
-// x [count, inputs] bfloat16 -> [count, outputs], to `wide` in float32 or, where that is NULL, to `narrow` in bfloat16.
-// `sums` is room for [count, inputs / 32].
+// x [count, inputs] bfloat16 -> [count, outputs]: to `wide` in float32, or if that is NULL to `narrow` in bfloat16.
+// `sums` has room for [count, inputs / 32].
 void dsa_linear(const struct dsa_matrix *weight, bf16 *x, int count, float *sums, bf16 *narrow, float *wide) {
     struct linear_job job = {weight, {x, sums, count, weight->inputs}, narrow, wide};
     dsa_parallel(linear_part, &job);
 }
 
-// Outputs `outputs` [count] of a weight, in float32: [count, inputs].
+// Unpack the weights of `outputs` [count] to out [count, inputs].
 void dsa_rows_of(const struct dsa_matrix *weight, const int64_t *outputs, int count, float *out) {
     for (int i = 0; i < count; i++) dsa_weights(weight, (int)outputs[i], out + (size_t)i * weight->inputs);
 }

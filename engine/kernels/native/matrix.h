@@ -1,7 +1,8 @@
-// Products of a few rows of activations with a weight that stays as it is stored: packed in 4 or 8 bits, or bfloat16.
+// Products of a few rows of activations with a weight that is not unpacked: packed in 4 or 8 bits, or bfloat16.
 //
-// A weight lies in tiles of 16 outputs, one a lane of a vector, so that sums over the inputs need no shuffles. Inputs
-// come in groups of 32, as in GGUF, each with a scale (and an offset) an output. See `packing.py`, which lays them out.
+// A weight is stored in tiles of 16 outputs, one output in each lane of a vector, so that sums over the inputs need no
+// shuffles. Inputs form groups of 32, as in GGUF. Each group has a scale (and an offset) for each output. `packing.py`
+// makes this layout.
 #ifndef DSA_MATRIX_H
 #define DSA_MATRIX_H
 
@@ -12,7 +13,8 @@
 
 enum { DSA_LANES = 16, DSA_GROUP = 32 };
 
-// value = scale * number + offset; GGUF's Q4_1, and Q4_0 with offset -8 * scale. DSA_Q8 is Q8_0, and has no offset.
+// value = scale * number + offset. DSA_Q4 is GGUF's Q4_1, and Q4_0 with offset -8 * scale. DSA_Q8 is GGUF's Q8_0, which
+// has no offset.
 enum dsa_kind { DSA_BF16 = 0, DSA_Q4 = 1, DSA_Q8 = 2 };
 
 struct dsa_matrix {
@@ -23,26 +25,26 @@ struct dsa_matrix {
 // Rows of activations, rounded to bfloat16.
 struct dsa_rows {
     bf16 *values; // [count, inputs]
-    float *sums;  // [count, inputs / 32], of each group of the rounded values: what an offset is multiplied with
+    float *sums;  // [count, inputs / 32]: the sum of each group of rounded values; an offset is multiplied with it
     int32_t count, inputs;
 };
 
 static inline int dsa_tiles(const struct dsa_matrix *w) { return (w->outputs + DSA_LANES - 1) / DSA_LANES; }
 
-// One row of activations: float32 [inputs] to row `at` of `rows`.
+// Set row `at` to the activations x [inputs].
 void dsa_set_row(struct dsa_rows *rows, int at, const float *x);
 
-// One group of it: x[32].
+// Set one group of row `at` to x[32].
 void dsa_set_group(struct dsa_rows *rows, int at, int group, const float *x);
 
-// The sums of row `at`, whose values are there.
+// Compute the sums of row `at` from its values.
 void dsa_sum_row(struct dsa_rows *rows, int at);
 
-// out[r * stride + o] = sum_i x[r, i] * w[o, i] for the outputs of tiles first to last - 1; float32 sums. Writes whole
-// tiles: `out` has room for the outputs rounded up to 16.
+// out[r * stride + o] = sum_i x[r, i] * w[o, i] for the outputs of tiles first to last - 1, with float32 sums. It
+// writes whole tiles, so `out` must have room for the outputs rounded up to 16.
 void dsa_product(const struct dsa_matrix *w, const struct dsa_rows *x, float *out, size_t stride, int first, int last);
 
-// One output's weights, exact in float32: [inputs].
+// Unpack the weights of one output, exactly, to out [inputs].
 void dsa_weights(const struct dsa_matrix *w, int output, float *out);
 
 #endif

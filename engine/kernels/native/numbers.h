@@ -1,4 +1,4 @@
-// bfloat16 and float32, and the exponential: what the attention kernels share.
+// What the kernels share: conversions between bfloat16 and float32, and the exponential.
 #ifndef DSA_NUMBERS_H
 #define DSA_NUMBERS_H
 
@@ -19,7 +19,7 @@ static inline float wide(bf16 x) {
     return y;
 }
 
-// To the nearest, ties to even; not-a-number stays so.
+// Round to the nearest bfloat16, ties to even. Not-a-number stays not-a-number.
 static inline bf16 narrow(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -27,11 +27,12 @@ static inline bf16 narrow(float x) {
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// e^x for x <= 0, within 2^-21 of itself; 0 below about -87. 2^f by the polynomial of Cephes' exp2f (S. Moshier).
+// e^x for x <= 0, with a relative error of at most 2^-21; 0 below about -87. 2^f is the polynomial of Cephes' exp2f
+// (S. Moshier).
 static inline float exp_negative(float x) {
     float t = x * 1.44269504f;
     t = t < -126.0f ? -126.0f : t;
-    float n = (float)(int)(t - 0.5f); // towards zero, so to the nearest for t <= 0
+    float n = (float)(int)(t - 0.5f); // rounds towards zero, which is to the nearest for t <= 0
     float f = t - n;
     float p = 1.535336188e-4f;
     p = p * f + 1.339887440e-3f;
@@ -49,7 +50,7 @@ static inline float exp_negative(float x) {
 #ifdef DSA_AVX512
 static inline __m512 exp_negative16(__m512 x) {
     __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-    t = _mm512_max_ps(_mm512_set1_ps(-200.0f), t); // scalef underflows there all the same; not-a-number stays
+    t = _mm512_max_ps(_mm512_set1_ps(-200.0f), t); // scalef gives 0 below; in this order not-a-number stays
     __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(t, n);
     __m512 p = _mm512_set1_ps(1.535336188e-4f);

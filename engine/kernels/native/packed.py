@@ -1,8 +1,8 @@
 """A weight in the layout of the native kernels: packed in 4 or 8 bits as it is stored, or bfloat16.
 
-Its values are those of the checkpoint, exactly (`quantise_4bit` and `quantise_8bit` apart, which an indexer's queries and
-an adapter may take). Products round nothing but the activations, to bfloat16, which is what they are already; sums are
-float32 (`engine/kernels/native/matrix.c`).
+Its values are those that were stored, exactly (`engine.memory.quantised` may have made them). Products
+round nothing but the activations, to bfloat16, which is what they are already; sums are float32
+(`engine/kernels/native/matrix.c`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import ctypes
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,46 +20,11 @@ from torch import Tensor
 from engine.errors import EngineError
 from engine.kernels import native
 from engine.kernels.native import packing
+from engine.memory.quantised import GROUP, Kind, Quantised
 
-Kind = Literal["bf16", "q4", "q8"]
 _CODES: dict[Kind, int] = {"bf16": 0, "q4": 1, "q8": 2}
 _AT_ONCE = 1024  # outputs, whole tiles
 _GROUP_BYTES: dict[Kind, int] = {"bf16": 1024, "q4": 320, "q8": 544}  # of 16 outputs x 32 inputs
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """A matrix as a checkpoint stores it: value = scale * number + offset, of 32 neighbours in a row together."""
-
-    numbers: npt.NDArray[Any]  # [out, in]: uint8 of 0 to 15, or int8 where there are no offsets
-    scales: npt.NDArray[np.float16]  # [out, in / 32]
-    offsets: npt.NDArray[np.float16] | None  # likewise; None with signed bytes
-
-    @property
-    def kind(self) -> Kind:
-        """How it is packed."""
-        return "q8" if self.offsets is None else "q4"
-
-
-def quantise_4bit(weight: Tensor) -> Quantised:
-    """The nearest that GGUF's Q4_1 has: [out, in] floats, each group of 32 between its least and its largest."""
-    groups = weight.float().view(len(weight), -1, packing.GROUP)
-    least, largest = groups.amin(-1), groups.amax(-1)
-    offsets = least.half()
-    scales = ((largest - offsets.float()) / 15).half()
-    # A group of equal numbers has a scale of 0; its numbers are then all the offset.
-    steps = (groups - offsets.float().unsqueeze(-1)) / scales.float().clamp_min(1e-30).unsqueeze(-1)
-    numbers = steps.round().clamp(0, 15).to(torch.uint8).flatten(1)
-    return Quantised(numbers.numpy(), scales.numpy(), offsets.numpy())
-
-
-def quantise_8bit(weight: Tensor) -> Quantised:
-    """The nearest that GGUF's Q8_0 has: [out, in] floats, each group of 32 by its largest size."""
-    groups = weight.float().view(len(weight), -1, packing.GROUP)
-    scales = (groups.abs().amax(-1) / 127).half()
-    steps = groups / scales.float().clamp_min(1e-30).unsqueeze(-1)
-    numbers = steps.round().clamp(-127, 127).to(torch.int8).flatten(1)
-    return Quantised(numbers.numpy(), scales.numpy(), None)
 
 
 class Descriptor(ctypes.Structure):
@@ -150,7 +114,7 @@ class PackedWeight:
                 f"a packed weight multiplies bfloat16, not {x.dtype}, into it or float32, not {dtype}"
             )
         rows = x.reshape(-1, self.inputs).contiguous()
-        sums = torch.empty(len(rows), self.inputs // packing.GROUP)
+        sums = torch.empty(len(rows), self.inputs // GROUP)
         out = torch.empty(len(rows), self.outputs, dtype=dtype)
         narrow, wide = (_pointer(out), None) if dtype is torch.bfloat16 else (None, _pointer(out))
         _library().dsa_linear(
@@ -167,7 +131,7 @@ def _form(stored: Quantised | Tensor) -> tuple[Kind, torch.Size]:
 
 def packed_bytes(kind: Kind, outputs: int, inputs: int) -> int:
     """`PackedWeight.num_bytes` of a matrix, before it is there."""
-    tile = inputs // packing.GROUP * _GROUP_BYTES[kind]
+    tile = inputs // GROUP * _GROUP_BYTES[kind]
     return math.ceil(outputs / packing.LANES) * math.ceil(tile / 64) * 64
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-LANES, GROUP = 16, 32
+from engine.memory.quantised import GROUP
+
+LANES = 16
 
 Bytes = npt.NDArray[np.uint8]
 

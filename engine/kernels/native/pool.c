@@ -1,9 +1,9 @@
-// Workers wait by spinning for some microseconds, since the next call usually follows at once, and sleep after that,
-// since a server that waits for requests must not burn its cores.
+// A worker first spins for some microseconds, because the next call usually follows at once. Then it sleeps, because a
+// server that waits for requests must not use its cores.
 //
-// A call is computed by those that come in time, and never waits for the others: on a machine in use a worker may not
-// run for milliseconds, in which a step alone would have been done. (Measured on two busy cores: steps with a worker
-// that had to be awaited took up to ten times as long as without.)
+// Only the workers that come in time compute a call; it never waits for the others. On a busy machine a worker may not
+// run for milliseconds, and in that time the caller alone would finish the step. (Measured on two busy cores: steps
+// that waited for a worker took up to ten times as long as steps that did not.)
 #include "pool.h"
 
 #include <pthread.h>
@@ -12,10 +12,10 @@
 
 enum {
     MAX_THREADS = 256,
-    SPINS = 4000,        // of some 10 ns each
+    SPINS = 4000,        // about 10 ns each
     JOIN_SPINS = 400,    // how long a call waits for workers that are awake
-    WAKE_SPINS = 6000,   // and for workers that have to wake up
-    CLOSED = 1 << 20,    // more than there are workers
+    WAKE_SPINS = 6000,   // how long it waits for workers that have to wake up
+    CLOSED = 1 << 20,    // more than the number of workers
 };
 
 static int threads = 1;
@@ -25,11 +25,11 @@ static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 
 static void (*job)(void *, int, int);
 static void *job_arg;
-static atomic_uint job_number; // grows by one a call
+static atomic_uint job_number; // grows by one with each call
 static atomic_int sleeping;    // workers in pthread_cond_wait
-static atomic_int joined;      // workers that are in the current call; CLOSED and more once it runs
-static atomic_int members;     // threads of the current call, the caller included; 0 until that is known
-static atomic_int finished;    // workers that are done with it
+static atomic_int joined;      // workers that are in the current call; CLOSED or more once the call is closed
+static atomic_int members;     // threads of the current call, with the caller; 0 until the number is known
+static atomic_int finished;    // workers that have finished the current call
 static atomic_int arrived;     // threads at the barrier
 static atomic_uint barrier_number;
 
@@ -41,7 +41,7 @@ static inline void relax(void) {
 #endif
 }
 
-// Spin a while; after that give the core away between looks: whoever is awaited may need it.
+// Spin for a while. After that give the core to others between two looks, as the awaited thread may need it.
 static inline void pause_number(unsigned turn) {
     if (turn < SPINS) relax();
     else sched_yield();
@@ -73,8 +73,9 @@ static void *work(void *argument) {
     unsigned seen = start->seen;
     for (;;) {
         seen = await_job(seen);
-        // A worker beyond the current number of threads only keeps count of the jobs, one that is late waits for the next.
-        // (It may be so late that it joins the next before that is announced: then its announcement finds it closed.)
+        // A worker beyond the current number of threads only counts the jobs. A late worker waits for the next job.
+        // (It may be so late that it joins the next job before it has seen that job's number. When it sees the number,
+        // that job is closed for it.)
         if (start->thread >= threads) continue;
         int thread = atomic_fetch_add(&joined, 1) + 1, count;
         if (thread > CLOSED) continue;
@@ -95,7 +96,7 @@ void dsa_set_threads(int wanted) {
         pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
         int failed = pthread_create(&id, &attributes, work, &starts[started + 1]);
         pthread_attr_destroy(&attributes);
-        if (failed) { // as many as the system gives
+        if (failed) { // the system gives no more threads: use those that exist
             threads = started + 1;
             return;
         }
@@ -142,5 +143,5 @@ void dsa_barrier(void) {
     for (unsigned i = 0; atomic_load_explicit(&barrier_number, memory_order_acquire) == number; i++) pause_number(i);
 }
 
-// What the library was compiled from; see levels.py.
+// Identifies the sources that the library was compiled from; see levels.py.
 const char *dsa_fingerprint(void) { return DSA_FINGERPRINT; }

@@ -11,7 +11,7 @@ void *dsa_scratch(int64_t bytes) {
         free(memory);
         size = dsa_whole(bytes + bytes / 2);
         memory = aligned_alloc(64, (size_t)size);
-        if (!memory) { // as torch ends a process that is out of memory, but it can say so only here
+        if (!memory) { // out of memory: end the process, as torch does, but with a message first
             fprintf(stderr, "native kernels: no memory for %lld bytes of scratch\n", (long long)size);
             abort();
         }

@@ -1,10 +1,10 @@
-// Memory that a thread keeps between calls, for what lives only inside of one.
+// Memory for the duration of one call. Each thread keeps its own between calls, so that a call need not allocate.
 #ifndef DSA_SCRATCH_H
 #define DSA_SCRATCH_H
 
 #include <stdint.h>
 
-// At least so many bytes, on a cache line; what an earlier call of this thread gave is lost.
+// At least `bytes` bytes, aligned to a cache line. It invalidates the memory of this thread's earlier calls.
 void *dsa_scratch(int64_t bytes);
 
 // Bytes rounded up to whole cache lines.

@@ -1,11 +1,11 @@
-// The top_k best of a row of scores, without sorting: the k-th largest is found by bisection over the bits of
-// floats, which are ordered as the floats are; each step counts one vector of scores an instruction. Long rows are
-// first thinned by a threshold that a sample suggests, so that the bisection runs over little more than top_k.
+// Selects the top_k best scores of a row without sorting. A bisection over the bits of floats, which have the same
+// order as the floats, finds the k-th largest score; each of its steps counts a vector of scores in one instruction.
+// For a long row, a sample of the scores first gives a threshold that leaves little more than top_k scores to bisect.
 #include <float.h>
 
 #include "attention.h"
 
-// Floats in the order of these integers: -FLT_MAX .. -0 = 0 .. FLT_MAX.
+// Maps integers to floats in the same order: -FLT_MAX .. -0 = 0 .. FLT_MAX.
 static inline float from_rank(int32_t rank) {
     int32_t bits = rank < 0 ? (int32_t)(0x80000000u | (uint32_t)-rank) : rank;
     float x;
@@ -21,7 +21,7 @@ static inline int32_t to_rank(float x) {
 
 enum { HALVES = 12 };
 
-// How many of x[0], x[step], x[2 step] ... vectors of 16 are >= t; n is a multiple of 16 or step is 1.
+// How many numbers are >= t, in every step-th vector of 16 numbers of x[n]. n is a multiple of 16, or step is 1.
 static int count_at_least(const float *x, int n, int step, float t) {
     int count = 0;
 #ifdef DSA_AVX512
@@ -40,13 +40,13 @@ static int count_at_least(const float *x, int n, int step, float t) {
     return count;
 }
 
-// The largest t in [low, high] with count_at_least(t) >= wanted, or one with at most `enough` of them;
-// count_at_least(low) >= wanted holds. Returns the count.
+// Find the largest t in [low, high] with count_at_least(t) >= wanted, or any such t with at most `enough`. `count` is
+// count_at_least(low), which must be >= wanted. Returns count_at_least(t).
 static int bisect(const float *x, int n, int step, int wanted, int enough, int32_t low, int32_t high, int count,
                   float *threshold) {
     for (int turn = 0; count > enough && low < high; turn++) {
         int32_t middle = (int32_t)(((int64_t)low + high + 1) >> 1);
-        if (turn < HALVES) { // scores crowd neither by sign nor by exponent: halve their values first
+        if (turn < HALVES) { // scores do not crowd by sign or exponent, so first halve the interval of values
             int32_t half = to_rank(0.5f * from_rank(low) + 0.5f * from_rank(high));
             if (low < half && half <= high) middle = half;
         }
@@ -62,7 +62,7 @@ static int bisect(const float *x, int n, int step, int wanted, int enough, int32
     return count;
 }
 
-// Positions and scores that are >= t, in their order; returns how many. Writes up to 15 beyond them.
+// Copy the scores that are >= t, and their positions, in order. Returns how many. Writes up to 15 entries more.
 static int thin(const float *scores, int n, float t, float *kept, int32_t *at) {
     int count = 0, i = 0;
 #ifdef DSA_AVX512
@@ -71,7 +71,7 @@ static int thin(const float *scores, int n, float t, float *kept, int32_t *at) {
     for (; i + 16 <= n; i += 16) {
         __m512 x = _mm512_loadu_ps(scores + i);
         __mmask16 mask = _mm512_cmp_ps_mask(x, edge, _CMP_GE_OQ);
-        // Compressed in a register and stored whole: compressing to memory takes a hundred cycles on Zen 4.
+        // Compress in a register and store it whole: compressing to memory takes a hundred cycles on Zen 4.
         _mm512_storeu_ps(kept + count, _mm512_maskz_compress_ps(mask, x));
         _mm512_storeu_si512(at + count, _mm512_maskz_compress_epi32(mask, index));
         index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
@@ -86,7 +86,7 @@ static int thin(const float *scores, int n, float t, float *kept, int32_t *at) {
     return count;
 }
 
-// The smallest and the largest of x[n], none of which is below `least`.
+// The smallest and the largest of x[n]. No number may be below `least`.
 static void bounds(const float *x, int n, float least, float *low, float *high) {
     float lows[16], highs[16];
     for (int j = 0; j < 16; j++) {
@@ -111,21 +111,22 @@ static void bounds(const float *x, int n, float least, float *low, float *high) 
     }
 }
 
-enum { SAMPLE_STEP = 8 }; // one vector of 16 in so many is looked at
+enum { SAMPLE_STEP = 8 }; // every SAMPLE_STEP-th vector of 16 is in the sample
 
 int dsa_select_row(const float *scores, int n, int top_k, int32_t *selected, float *scratch) {
     float *kept = scratch;
     int32_t *at = (int32_t *)(scratch + n + 16);
     int count = 0;
     if (n >= 2048 && n >= 3 * top_k) {
-        // Neighbouring scores are alike, so a sample of whole vectors errs more than one of single scores would.
+        // Neighbouring scores are alike, so a sample of whole vectors has a larger error than one of single scores.
+        // `wanted` has a margin for that.
         int whole = n & ~15;
         int sampled = (whole / 16 + SAMPLE_STEP - 1) / SAMPLE_STEP * 16;
         int wanted = (int)((int64_t)sampled * top_k / n) * 5 / 4 + 24;
         int finite = count_at_least(scores, whole, SAMPLE_STEP, -FLT_MAX);
         if (finite > wanted) {
             float t, low, high;
-            bounds(scores, 16, -FLT_MAX, &low, &high); // of a few, to begin about where the scores are
+            bounds(scores, 16, -FLT_MAX, &low, &high); // of a few scores, so that the search begins near them
             int32_t from = to_rank(low), to = to_rank(high);
             if (!(count_at_least(scores, whole, SAMPLE_STEP, low) >= wanted)) from = to_rank(-FLT_MAX);
             if (count_at_least(scores, whole, SAMPLE_STEP, high) >= wanted) to = to_rank(FLT_MAX);
@@ -133,7 +134,7 @@ int dsa_select_row(const float *scores, int n, int top_k, int32_t *selected, flo
             count = thin(scores, n, t, kept, at);
         }
     }
-    if (count < top_k) count = thin(scores, n, -FLT_MAX, kept, at); // short, or the sample misled
+    if (count < top_k) count = thin(scores, n, -FLT_MAX, kept, at); // a short row, or the threshold was too high
     if (count <= top_k) {
         memcpy(selected, at, sizeof(int32_t) * (size_t)count);
         return count;
@@ -141,7 +142,7 @@ int dsa_select_row(const float *scores, int n, int top_k, int32_t *selected, flo
     float edge, low, high;
     bounds(kept, count, -FLT_MAX, &low, &high);
     int reached = bisect(kept, count, 1, top_k, top_k, to_rank(low), to_rank(high), count, &edge);
-    // More than top_k only where several are equal to the edge: the earliest of those are left out.
+    // More than top_k scores reach the edge only if several equal it. The earliest of these are left out.
     int spare = reached - top_k, made = 0, i = 0;
 #ifdef DSA_AVX512
     if (spare == 0)

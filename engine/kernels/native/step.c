@@ -1,36 +1,11 @@
-#include "step.h"
+// A step but for its attention (step_attend.c): products, norms, rotations, entries of the cache.
+#include "step_work.h"
 
 #include <math.h>
 
-#include "attention.h"
-#include "dense.h"
 #include "pool.h"
-#include "scratch.h"
 
-enum { AT_ONCE = 256 }; // rows that go through a layer together
-
-// What a step computes with, in the scratch memory.
-struct work {
-    const struct dsa_model *model;
-    const struct dsa_step *step;
-    float *x;                  // [rows, hidden] the residual stream
-    struct dsa_rows normed;    // [rows, hidden]
-    struct dsa_rows attended;  // [rows, heads * head_dim]
-    struct dsa_rows activated; // [rows, intermediate]
-    float *wide;               // [rows, widest]: what a product gave
-    float *index_wide;         // [rows, index_width]: of the indexer's
-    float *inner;              // [rows, adapter_rank]: of the adapter's first products
-    struct dsa_rows narrowed;  // [rows, adapter_rank]: likewise, for its second
-    float *correction;         // [rows, widest]: what those gave; of rows with a selection only
-    bf16 *query;               // [rows, heads * head_dim]
-    bf16 *index_query;         // [rows, index_heads * index_dim]
-    int8_t *index_integers;    // likewise
-    float *index_weights;      // [rows, index_heads]
-    int32_t *index_begins;     // likewise: see dsa_index_query
-    uint8_t *own;              // a thread's, `own_bytes` each: scores, selected positions, their kernels' scratch
-    size_t own_bytes;
-    int widest, index_width, sparse;
-};
+enum { AT_ONCE = 256 }; // how many rows go through a layer together
 
 static size_t cut(uint8_t **at, size_t bytes) {
     size_t used = (bytes + 63) / 64 * 64;
@@ -40,15 +15,9 @@ static size_t cut(uint8_t **at, size_t bytes) {
 
 static int padded(int n) { return (n + DSA_LANES - 1) / DSA_LANES * DSA_LANES; }
 
-static int is_sparse(const struct dsa_step *step, int row) {
-    return step->top_k[row] > 0 && step->top_k[row] <= step->positions[row];
-}
-
-static size_t scores_bytes(int longest) { return sizeof(float) * (size_t)((longest + PAGE - 1) / PAGE * PAGE); }
-
 static size_t select_bytes(int longest) { return sizeof(float) * 2 * ((scores_bytes(longest) / sizeof(float)) + 16); }
 
-// Lays the scratch out from `at` on; returns its size. With `at` NULL only that.
+// Lay out the scratch from `at` on, and return its size. If `at` is NULL, only return the size.
 static size_t lay_out(struct work *w, const struct dsa_model *m, int rows, int longest, uint8_t *at) {
     size_t total = 0;
     const int attended = m->heads * m->head_dim;
@@ -118,7 +87,7 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
     for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
-// The first 2 * half numbers of x[n] turned, half-split, all rounded to bfloat16.
+// Apply the rotary embedding to the first 2 * half numbers of x[n], as pairs (i, half + i). Round all n to bfloat16.
 static void rotate(const float *x, const float *cos, const float *sin, int half, int n, bf16 *out) {
     for (int i = 0; i < half; i++) {
         out[i] = narrow(x[i] * cos[i] - x[half + i] * sin[i]);
@@ -127,7 +96,7 @@ static void rotate(const float *x, const float *cos, const float *sin, int half,
     for (int i = 2 * half; i < n; i++) out[i] = narrow(x[i]);
 }
 
-// x -> normalised rows for the next products; rows are shared among the threads.
+// Normalise this thread's rows of x for the next products.
 static void norm_rows(struct work *w, const float *weight, int thread, int threads) {
     const int n = w->model->hidden;
     int first, last;
@@ -139,7 +108,7 @@ static void norm_rows(struct work *w, const float *weight, int thread, int threa
     }
 }
 
-// This thread's outputs of weight * rows, to out[r * stride].
+// Compute this thread's outputs of weight * rows, to out[r * stride].
 static void product(const struct dsa_matrix *weight, const struct dsa_rows *rows, float *out, int stride, int thread,
                     int threads) {
     int first, last;
@@ -147,7 +116,7 @@ static void product(const struct dsa_matrix *weight, const struct dsa_rows *rows
     dsa_product(weight, rows, out, (size_t)stride, first, last);
 }
 
-// The adapter's second product, of what its first left in `inner`, to `correction`.
+// The adapter's second product, from `inner`, the result of its first, to `correction`.
 static void correct(struct work *w, const struct dsa_matrix *up, int thread, int threads) {
     const int rank = w->model->adapter_rank;
     int first, last;
@@ -158,7 +127,7 @@ static void correct(struct work *w, const struct dsa_matrix *up, int thread, int
     product(up, &w->narrowed, w->correction, w->widest, thread, threads);
 }
 
-// weight * rows, added to x; with `corrected`, and the correction too where a row has a selection.
+// Add weight * rows to x. With `corrected`, also add the correction of each row that has a selection.
 static void product_to_x(struct work *w, const struct dsa_matrix *weight, const struct dsa_rows *rows, int corrected,
                          int thread, int threads) {
     const int n = w->model->hidden;
@@ -174,7 +143,7 @@ static void product_to_x(struct work *w, const struct dsa_matrix *weight, const 
     }
 }
 
-// Rotated queries of a row, and its entry of the cache.
+// Make the rotated queries of a row, and write the row's entries of the cache.
 static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
     const struct dsa_model *m = w->model;
     const int D = m->head_dim, half = D / 2, q = m->heads * D, k = m->kv_heads * D;
@@ -184,7 +153,7 @@ static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
     if (m->adapter_rank && is_sparse(w->step, r))
         for (int i = 0; i < q + 2 * k; i++) from[i] += w->correction[(size_t)r * w->widest + i];
     for (int h = 0; h < m->heads; h++) rotate(from + h * D, cos, sin, half, D, w->query + (size_t)r * q + h * D);
-    const int64_t page = w->step->tables[r][position / PAGE], offset = position % PAGE;
+    const int64_t page = table_of(w->step, r)[position / PAGE], offset = position % PAGE;
     bf16 *kv = (bf16 *)(void *)(layer->kv_plane + page * m->page_stride) + offset * 2 * k;
     for (int h = 0; h < m->kv_heads; h++, kv += 2 * D) {
         rotate(from + q + h * D, cos, sin, half, D, kv);
@@ -216,162 +185,12 @@ static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
                         w->index_begins + (size_t)r * H);
 }
 
-// Index scores from keys in bfloat16: plain, since integers are what is fast.
-static void plain_scores(const bf16 *query, const float *weights, const uint8_t *plane, int64_t stride,
-                         const int64_t *table, int first, int last, int H, int d, float *scores) {
-    for (int page = first; page < last; page++) {
-        const bf16 *keys = (const bf16 *)(const void *)(plane + table[page] * stride);
-        for (int c = 0; c < PAGE; c++, keys += d) {
-            float score = 0;
-            for (int h = 0; h < H; h++) {
-                float dot = 0;
-                for (int i = 0; i < d; i++) dot += wide(query[h * d + i]) * wide(keys[i]);
-                score += dot > 0 ? weights[h] * dot : 0;
-            }
-            scores[page * PAGE + c] = score;
-        }
-    }
-}
-
-// The best of a row's scores, and attention over them.
-static void select_and_attend(struct work *w, const struct dsa_layer *layer, int r, const float *scores, uint8_t *own) {
-    const struct dsa_model *m = w->model;
-    const struct dsa_step *step = w->step;
-    const int D = m->head_dim, context = (int)step->positions[r] + 1;
-    int32_t *selected = (int32_t *)(void *)(own + scores_bytes(step->longest));
-    uint8_t *rest = own + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
-    int found = dsa_select_row(scores, context, (int)step->top_k[r], selected, (float *)(void *)rest);
-    if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
-    dsa_attend_row(w->query + (size_t)r * m->heads * D, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
-                   step->tables[r], selected, found, 0, m->kv_heads, m->kv_heads, m->heads / m->kv_heads, D,
-                   1.0f / sqrtf((float)D), w->attended.values + (size_t)r * m->heads * D, rest);
-}
-
-// A row's attention, by itself (member 0 of 1) or by several threads together on the memory of one.
-static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t *shared, uint8_t *mine, int member,
-                   int members) {
-    const struct dsa_model *m = w->model;
-    const struct dsa_step *step = w->step;
-    const int D = m->head_dim, G = m->heads / m->kv_heads, context = (int)step->positions[r] + 1;
-    const int pages = (context + PAGE - 1) / PAGE, H = m->index_heads, d = m->index_dim;
-    const int64_t *table = step->tables[r];
-    float *scores = (float *)(void *)shared;
-    int32_t *selected = (int32_t *)(void *)(shared + scores_bytes(step->longest));
-    uint8_t *rest = mine + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
-    int count = context, sparse = is_sparse(step, r), first, last;
-    if (sparse) {
-        dsa_share(pages, 1, member, members, &first, &last);
-        const float *weights = w->index_weights + (size_t)r * H;
-        if (m->integer_keys)
-            dsa_index_scores_row(w->index_integers + (size_t)r * H * d, weights, w->index_begins + (size_t)r * H,
-                                 layer->index_plane, m->index_stride, table, first, last, H, d, scores);
-        else
-            plain_scores(w->index_query + (size_t)r * H * d, weights, layer->index_plane, m->index_stride, table, first,
-                         last, H, d, scores);
-        if (members > 1) dsa_barrier();
-        count = (int)step->top_k[r];
-        if (member == 0) {
-            int found = dsa_select_row(scores, context, count, selected, (float *)(void *)rest);
-            if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
-            // Fewer only with not-a-number among the scores. The last again changes no sum that matters then.
-            for (; found < count; found++) selected[found] = selected[found - 1];
-        }
-        if (members > 1) dsa_barrier();
-    }
-    dsa_share(m->kv_heads, 1, member, members, &first, &last);
-    if (first < last)
-        dsa_attend_row(w->query + (size_t)r * m->heads * D, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
-                       table, sparse ? selected : 0, count, first, last, m->kv_heads, G, D, 1.0f / sqrtf((float)D),
-                       w->attended.values + (size_t)r * m->heads * D, rest);
-}
-
-// Consecutive rows from `first` on that are a part of one prompt, and alike dense or sparse: one after the last.
-static int run_end(const struct dsa_step *step, int first) {
-    int r = first + 1, sparse = is_sparse(step, first);
-    while (r < step->rows && step->tables[r] == step->tables[first] && step->positions[r] == step->positions[r - 1] + 1 &&
-           is_sparse(step, r) == sparse)
-        r++;
-    return r;
-}
-
-// Dense rows of one prompt as a tile.
-static void attend_dense(struct work *w, const struct dsa_layer *layer, int first, int last, int head) {
-    const struct dsa_model *m = w->model;
-    const int G = m->heads / m->kv_heads, D = m->head_dim;
-    const size_t size = (size_t)m->heads * D, at = (size_t)first * size + (size_t)head * G * D;
-    dsa_dense_block(w->query + at, (int64_t)size, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
-                    w->step->tables[first], w->step->positions + first, 0, 0, last - first, head, m->kv_heads, G, D,
-                    1.0f / sqrtf((float)D), w->attended.values + at);
-}
-
-// Sparse rows of one prompt: a page of index keys is read from the nearest cache for all but the first.
-static void attend_sparse(struct work *w, const struct dsa_layer *layer, int first, int last, uint8_t *own) {
-    const struct dsa_model *m = w->model;
-    const struct dsa_step *step = w->step;
-    const int H = m->index_heads, d = m->index_dim, pages = (int)(step->positions[last - 1] / PAGE) + 1;
-    float *scores = dsa_scratch((int64_t)sizeof(float) * PAGE * pages * (last - first));
-    for (int page = 0; page < pages; page++)
-        for (int r = first; r < last; r++)
-            if (page * PAGE <= step->positions[r])
-                dsa_index_scores_row(w->index_integers + (size_t)r * H * d, w->index_weights + (size_t)r * H,
-                                     w->index_begins + (size_t)r * H, layer->index_plane, m->index_stride,
-                                     step->tables[r], page, page + 1, H, d, scores + (r - first) * pages * PAGE);
-    for (int r = first; r < last; r++) select_and_attend(w, layer, r, scores + (r - first) * pages * PAGE, own);
-}
-
-enum { SPARSE_ROWS = 8 };
-
-// Rows by blocks of one prompt, which threads take in turn.
-static void attend_blocks(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
-    const struct dsa_step *step = w->step;
-    const struct dsa_model *m = w->model;
-    const int dense_rows = dsa_dense_rows(m->heads / m->kv_heads);
-    int turn = 0;
-    uint8_t *own = w->own + w->own_bytes * (size_t)thread;
-    for (int first = 0; first < step->rows;) {
-        int end = run_end(step, first), sparse = is_sparse(step, first);
-        for (int from = first; from < end;) {
-            const int share = (end - first + threads - 1) / threads;
-            int to = from + (!sparse ? dense_rows : share < SPARSE_ROWS ? share : SPARSE_ROWS);
-            to = to < end ? to : end;
-            if (!sparse && dsa_dense_known(m->head_dim) && to - from > 1) {
-                for (int head = 0; head < m->kv_heads; head++)
-                    if (turn++ % threads == thread) attend_dense(w, layer, from, to, head);
-            } else if (turn++ % threads == thread) {
-                if (sparse && m->integer_keys) attend_sparse(w, layer, from, to, own);
-                else
-                    for (int r = from; r < to; r++) attend(w, layer, r, own, own, 0, 1);
-            }
-            from = to;
-        }
-        first = end;
-    }
-}
-
-static void attend_rows(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
-    const int rows = w->step->rows;
-    if (rows > threads) {
-        int first, last;
-        attend_blocks(w, layer, thread, threads);
-        dsa_barrier();
-        dsa_share(rows, 1, thread, threads, &first, &last);
-        for (int r = first; r < last; r++) dsa_sum_row(&w->attended, r);
-        return;
-    }
-    uint8_t *own = w->own + w->own_bytes * (size_t)thread;
-    for (int r = 0; r < rows; r++) {
-        attend(w, layer, r, w->own, own, thread, threads);
-        dsa_barrier();
-        if (thread == 0) dsa_sum_row(&w->attended, r);
-    }
-}
-
 static inline float silu(float x) {
     float e = exp_negative(-fabsf(x)), over = 1.0f / (1.0f + e);
     return x * (x >= 0 ? over : e * over);
 }
 
-// silu(gate) * up of groups of outputs, both computed by this thread.
+// silu(gate) * up of this thread's groups of outputs. The thread computes both products itself.
 static void gated(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
     const int n = w->model->intermediate, pairs = n / DSA_GROUP, tiles = DSA_GROUP / DSA_LANES;
     int first, last;
@@ -411,7 +230,7 @@ static void run_layer(struct work *w, const struct dsa_layer *layer, int thread,
     dsa_share(w->step->rows, 1, thread, threads, &first, &last);
     for (int r = first; r < last; r++) place_row(w, layer, r);
     dsa_barrier();
-    attend_rows(w, layer, thread, threads);
+    dsa_step_attend(w, layer, thread, threads);
     dsa_barrier();
     if (corrected) {
         product(&layer->o_down, &w->attended, w->inner, m->adapter_rank, thread, threads);
@@ -427,12 +246,12 @@ static void run_layer(struct work *w, const struct dsa_layer *layer, int thread,
     dsa_barrier();
 }
 
-// Rows `from` on of a step, at most AT_ONCE of them.
+// Restrict a step to the rows from `from` on, at most AT_ONCE.
 static void part_of(struct work *w, struct dsa_step *step, int from) {
     step->token_ids += from;
     step->positions += from;
-    step->tables += from;
-    step->top_k += from;
+    step->request += from;
+    step->index_top_k += from;
     step->out += (size_t)from * w->model->hidden;
     step->rows = step->rows - from < AT_ONCE ? step->rows - from : AT_ONCE;
     w->x += (size_t)from * w->model->hidden;
@@ -450,8 +269,8 @@ static void run(void *arg, int thread, int threads) {
     for (int r = first; r < last; r++)
         dsa_weights(m->embed, (int)w->step->token_ids[r], w->x + (size_t)r * m->hidden);
     dsa_barrier();
-    // Rows go through a layer in blocks whose activations stay in the second-level cache. A block's keys are there
-    // before the next one asks for them.
+    // Rows go through a layer in blocks, whose activations stay in the second-level cache. A block's keys are written
+    // before the next block reads them.
     for (int i = 0; i < m->num_layers; i++)
         for (int from = 0; from < w->step->rows; from += AT_ONCE) {
             struct dsa_step step = *w->step;

@@ -1,4 +1,4 @@
-// Tiles are cut into blocks of rows, which threads take as they become free: later rows have longer contexts.
+// A tile is cut into blocks of rows. Threads take blocks as they become free, because later rows have longer contexts.
 #include "tiles.h"
 
 #include <math.h>
@@ -30,7 +30,7 @@ static void take(void *arg, int thread, int threads) {
     }
 }
 
-// fn(job, item) for each item, on whichever thread is free.
+// Call fn(job, item) for each item, on any thread that is free.
 static void each(int64_t items, void (*fn)(void *, int64_t), void *job) {
     if (items == 1) {
         fn(job, 0);
@@ -48,7 +48,7 @@ void dsa_index_keys_write(uint8_t *plane, int64_t page_stride, const int64_t *pa
         dsa_index_key_write(plane + pages[t] * page_stride, (int)offsets[t], keys + (int64_t)t * d, d);
 }
 
-enum { BLOCK = 8 }; // rows that are scored together: a page of keys is read from the nearest cache for all but one
+enum { BLOCK = 8 }; // rows that are scored together: all but the first read a page of keys from the nearest cache
 
 struct scoring {
     const struct dsa_tile *tile;
@@ -63,7 +63,7 @@ static inline int64_t blocks(const struct dsa_tile *tile) { return (tile->rows +
 
 static int64_t query_scratch(const struct scoring *s) { return BLOCK * dsa_whole(s->H * (s->d + 8)); }
 
-// Rows `first` to `last` - 1 of request r: scores[row - first][64 * pages].
+// Score rows `first` to `last` - 1 of request r, to scores[row - first][64 * pages].
 static void score_block(const struct scoring *s, int64_t r, int64_t first, int64_t last, float *scores, char *scratch) {
     const int H = s->H, d = s->d;
     const int64_t context = PAGE * s->tile->pages;
@@ -200,7 +200,7 @@ static void sparse_item(void *arg, int64_t item) {
     for (int64_t row = first; row < last; row++) {
         int n = (int)positions[row] + 1, wanted = (int)smaller(top_k[row], n);
         int count = dsa_select_row(scores + (row - first) * context, n, wanted, chosen, (float *)(scratch + thin_at));
-        // None where every score is not-a-number: the row is lost, and all the more so without attention.
+        // `count` is 0 if every score is not-a-number. The row is lost then, but attention needs at least one token.
         if (count == 0) chosen[count++] = (int32_t)positions[row];
         attend_one(&job->attention, r, row, chosen, count, scratch + thin_at);
     }
@@ -222,7 +222,7 @@ struct dense_job {
     int64_t rows_at_once;
 };
 
-// Any sizes: each row by itself, over a list of what it may see.
+// Dense attention for any sizes: each row separately, over a list of the positions that it may see.
 static void dense_rows(struct dense_job *job, int64_t r, int64_t first, int64_t last) {
     const struct dsa_tile *tile = job->attention.tile;
     int64_t context = PAGE * tile->pages;

@@ -44,16 +44,16 @@ class ReferenceKernels(ReferenceFp8, ReferenceInt8, ReferenceLatent, Composed):
                 scores[r, q, : visible.shape[0]] = head_weights[r, q].float() @ per_head
         return scores
 
-    def select(self, scores: Tensor, top_k: Tensor) -> Tensor:
+    def select(self, scores: Tensor, index_top_k: Tensor) -> Tensor:
         """Sort each row by (score, position), best and latest first."""
         requests, rows, context = scores.shape
-        width = min(int(top_k.max()), context)
+        width = min(int(index_top_k.max()), context)
         selected = torch.full((requests, rows, width), -1, dtype=torch.int64, device=scores.device)
         for r in range(requests):
             for q in range(rows):
                 row: list[float] = scores[r, q].tolist()
                 order = sorted((c for c in range(context) if row[c] > -math.inf), key=lambda c: (-row[c], -c))
-                best = order[: int(top_k[r, q])]
+                best = order[: int(index_top_k[r, q])]
                 selected[r, q, : len(best)] = torch.tensor(best, dtype=torch.int64)
         return selected
 

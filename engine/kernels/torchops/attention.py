@@ -50,15 +50,15 @@ class VectorisedKernels(VectorisedFp8, VectorisedInt8, VectorisedLatent, Compose
             scores[:, :, first * size : first * size + keys.shape[1]] = part.squeeze(2)
         return scores.masked_fill_(_future(positions, pages * size), -math.inf)
 
-    def select(self, scores: Tensor, top_k: Tensor) -> Tensor:
+    def select(self, scores: Tensor, index_top_k: Tensor) -> Tensor:
         """`torch.topk`, whose order among equal scores is unspecified, corrected where a tie crosses the edge."""
         context = scores.shape[-1]
-        width = min(int(top_k.max()), context)
+        width = min(int(index_top_k.max()), context)
         values, indices = scores.topk(width, dim=-1)
         ranks = torch.arange(width, device=scores.device)
-        taken = ranks < top_k.unsqueeze(-1)
-        edge = values.gather(-1, top_k.clamp(max=width).unsqueeze(-1) - 1)  # worst score of each set
-        crossed = ((scores >= edge).sum(-1) > top_k) & (edge.squeeze(-1) > -math.inf)
+        taken = ranks < index_top_k.unsqueeze(-1)
+        edge = values.gather(-1, index_top_k.clamp(max=width).unsqueeze(-1) - 1)  # worst score of each set
+        crossed = ((scores >= edge).sum(-1) > index_top_k) & (edge.squeeze(-1) > -math.inf)
         if bool(crossed.any()):
             indices[crossed] = _latest_first(scores[crossed], width)
         return indices.masked_fill_(~(taken & (values > -math.inf)), -1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.attention.batch import Batch
 from engine.attention.gqa import attend
+from engine.attention.tiling import Tiling
 from engine.kernels import native
 from engine.kernels.interface.attention import Kernels
 from engine.kernels.native.packed import PackedWeight
@@ -28,6 +29,7 @@ from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.layer import GqaLayer, plain
 from engine.models.gqa.native import FEW_ROWS, NativeStep
 from engine.plan.cost import ModelShape
+from engine.plan.sparsity import is_dense
 from engine.plan.tiles import TileCosts
 from engine.protocol import IndexerInfo
 
@@ -145,19 +147,20 @@ class GqaModel:
         return f"products: compiled for {native.level()}, weights packed as stored or in bfloat16{steps}"
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+    def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
         """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
         # The step scores index keys in bfloat16 plainly, which few rows can bear.
         whole = self.indexer is None or self._integer_keys or len(batch.token_ids) <= FEW_ROWS
         if self.native is not None and whole:
             return self.native.forward(batch, cache)
+        tiling = Tiling(batch, costs)
         x = embedding(batch.token_ids, self.embed, self._dtype)
         rotation = self.rotary.at(batch.positions)
         index_rotation = None if self.index_rotary is None else self.index_rotary.at(batch.positions)
         eps = self.config.rms_norm_eps
         for i, layer in enumerate(self.layers):
             hidden = rms_norm(x, layer.input_norm, eps)
-            x = x + self._attention(i, layer, hidden, rotation, index_rotation, batch, cache)
+            x = x + self._attention(i, layer, hidden, rotation, index_rotation, tiling, cache)
             hidden = rms_norm(x, layer.post_norm, eps)
             gate, up = linear(hidden, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
             x = x + linear(F.silu(gate) * up, layer.down, layer.down_bias)
@@ -170,10 +173,10 @@ class GqaModel:
         hidden: Tensor,  # [T, E]
         rotation: tuple[Tensor, Tensor],
         index_rotation: tuple[Tensor, Tensor] | None,
-        batch: Batch,
+        tiling: Tiling,
         cache: PagedCache,
     ) -> Tensor:
-        c = self.config
+        c, batch = self.config, tiling.batch
         selecting = None if layer.adapter is None else _selecting(batch, layer.window)
         qkv = linear(hidden, layer.qkv, layer.qkv_bias)
         if layer.adapter is not None and selecting is not None:
@@ -195,14 +198,14 @@ class GqaModel:
                 self._kernels.store_index_keys(index_plane, batch.pages, batch.offsets, keys)
             else:
                 index_plane[batch.pages, batch.offsets] = keys
-            if any(tile.form != "dense" for tile in batch.tiles):
+            if tiling.selects:
                 index = layer.indexer.queries(hidden, index_rotation)
         out = attend(
             query.view(-1, c.num_kv_heads, c.group, c.head_dim),
             index,
             cache.plane(i, "kv"),
             index_plane,
-            batch,
+            tiling,
             self._kernels,
             c.head_dim**-0.5,
             layer.window,
@@ -224,6 +227,6 @@ def _selecting(batch: Batch, window: int | None) -> Tensor | None:
     rows = batch.selecting
     if rows is None or window is None:
         return rows
-    # A row whose window fits within its top_k reads all of it.
-    fewer = [s.top_k is not None and s.top_k < window for s in batch.segments for _ in range(s.num_rows)]
+    # A row of a whole window is dense where the window is.
+    fewer = [not is_dense(window, s.index_top_k) for s in batch.segments for _ in range(s.num_rows)]
     return rows & torch.tensor(fewer, device=rows.device).unsqueeze(-1)

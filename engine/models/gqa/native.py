@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,12 +18,12 @@ from torch import Tensor
 from engine.attention.batch import Batch
 from engine.attention.indexer import KEY_NORM_EPS
 from engine.kernels import native
-from engine.kernels.native.packed import Descriptor, PackedWeight, Quantised, quantise_8bit
-from engine.kernels.native.packing import GROUP
+from engine.kernels.native.packed import Descriptor, PackedWeight
 from engine.layers.linear import Held
 from engine.layers.rope import RotaryTable
 from engine.memory.arena import Arena
 from engine.memory.planes import PagedCache
+from engine.memory.quantised import GROUP, Quantised, quantise_8bit
 from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.layer import GqaLayer
 from engine.protocol import IndexerInfo
@@ -33,6 +32,7 @@ FEW_ROWS = 32
 """Rows of a request up to which a step's costs are those of so many lone rows, and beyond which those of a chunk."""
 
 _MATRICES = ("qkv", "o", "gate_up", "down", "index_query", "index_key", "index_weights")
+_ROWS = ("token_ids", "positions", "request", "index_top_k", "block_table", "out")
 _ADAPTER = ("qkv_down", "qkv_up", "o_down", "o_up")
 
 
@@ -72,7 +72,8 @@ class _Step(ctypes.Structure):
     """`struct dsa_step`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "tables", "top_k", "out")),
+        *((name, ctypes.c_void_p) for name in _ROWS),
+        ("pages", ctypes.c_int64),
         ("rows", ctypes.c_int32),
         ("longest", ctypes.c_int32),
     )
@@ -136,14 +137,15 @@ class NativeStep:
         needed = self._library.dsa_step_scratch(ctypes.byref(laid.model), rows, longest)
         if needed + 64 > len(self._scratch):
             self._scratch = torch.empty(needed + needed // 4 + 64, dtype=torch.uint8)
-        tables, top_k = _rows_of(batch)
         out = torch.empty(rows, self._model.config.hidden_size, dtype=torch.bfloat16)
         step = _Step(
             batch.token_ids.data_ptr(),
             batch.positions.data_ptr(),
-            tables.ctypes.data,
-            top_k.ctypes.data,
+            batch.request.data_ptr(),
+            batch.index_top_k.data_ptr(),
+            batch.block_table.data_ptr(),
             out.data_ptr(),
+            batch.block_table.shape[1],
             rows,
             longest,
         )
@@ -243,21 +245,3 @@ def _pack_adapters(model: Wired) -> list[list[PackedWeight]]:
 def _packed(weight: Tensor | PackedWeight) -> Descriptor:
     assert isinstance(weight, PackedWeight)
     return weight.descriptor
-
-
-def _rows_of(batch: Batch) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]:
-    """Of each row: where its request's page table lies, and its top_k, 0 where it is dense."""
-    rows = len(batch.token_ids)
-    tables, top_k = np.empty(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64)
-    for tile in batch.tiles:
-        at = tile.rows.numpy()
-        requests, each = tile.shape
-        first = tile.block_table.data_ptr()
-        if requests == 1:
-            tables[at] = first
-        else:
-            bytes_each = tile.block_table.shape[1] * tile.block_table.element_size()
-            tables[at] = first + np.repeat(np.arange(requests) * bytes_each, each)
-        if tile.form != "dense":
-            top_k[at] = tile.top_k.numpy().reshape(-1)
-    return tables, top_k

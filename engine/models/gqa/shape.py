@@ -16,7 +16,7 @@ def shape(config: GqaConfig, indexer: IndexerInfo | None) -> Shape:
         architecture=c.architecture,
         num_layers=c.num_layers,
         max_positions=c.max_positions,
-        top_k=None if indexer is None else indexer.default_top_k,
+        index_top_k=None if indexer is None else indexer.default_index_top_k,
         table=table,
         rank_table=lambda count: table,
         mtp={},

@@ -23,7 +23,7 @@ class IndexConfig:
     head_dim: int
     rope_dim: int  # the first dims of a head are rotated
     rope_interleaved: bool  # False: half-split, as in V3.2; True in GLM-5
-    top_k: int  # what it was trained to select
+    index_top_k: int  # what it was trained to select
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class MlaConfig:
                 rope_interleaved=fields.flag(
                     raw, "indexer_rope_interleave", where, member.indexer_rope_interleave
                 ),
-                top_k=size("index_topk", 2048),
+                index_top_k=size("index_topk", 2048),
             )
             index_layers = tuple(kind == "full" for kind in _indexer_types(raw, where, layers))
             if q_rank is None:

@@ -20,6 +20,7 @@ from engine.attention.gqa import select
 from engine.attention.indexer import IndexerWeights, LightningIndexer
 from engine.attention.mla import LatentAttention, MLAWeights
 from engine.attention.precision import IndexFormat, LatentFormat
+from engine.attention.tiling import Tiling
 from engine.errors import EngineError
 from engine.kernels.interface.attention import Kernels
 from engine.layers.linear import Matrix, Parameters, linear
@@ -31,7 +32,7 @@ from engine.models.mla.config import MlaConfig
 from engine.models.mla.weights import weight_table
 from engine.parallel.ranks import ALONE, Ranks
 from engine.plan.cost import ModelShape
-from engine.plan.tiles import LatentTileCosts
+from engine.plan.tiles import LatentTileCosts, TileCosts
 from engine.protocol import IndexerInfo
 
 Rotation = tuple[Tensor, Tensor]
@@ -129,30 +130,30 @@ class MlaLayer:
         i: int,
         x: Tensor,
         rotation: Rotation,
-        batch: Batch,
+        tiling: Tiling,
         cache: PagedCache,
         kernels: Kernels,
         selections: Selections,
     ) -> tuple[Tensor, Selections]:
         """Run rows x [T, E] as layer `i` of the cache; also the selections, for layers that share them."""
-        hidden = rms_norm(x, self._input_norm, self._eps)
+        batch, hidden = tiling.batch, rms_norm(x, self._input_norm, self._eps)
         rows = self.attention.project(hidden, rotation)
         packed = self._latent_format.pack(rows.cached, kernels)
         cache.write(i, "latent", batch.pages, batch.offsets, packed)
         if self.indexer is not None and self._index_format is not None:
-            # Written whatever the row's top_k: a later sparse row may score this token.
+            # Written whatever the row's index_top_k: a later sparse row may score this token.
             plane = cache.plane(i, "index_key")
             keys = self.indexer.keys(hidden, rotation)
             self._index_format.write(plane, batch.pages, batch.offsets, keys, kernels)
-            if any(tile.form != "dense" for tile in batch.tiles):
+            if tiling.selects:
                 queries = self.indexer.queries(hidden, rotation, rows.query_latent)
                 queries = self._index_format.queries(queries, kernels)
                 selections = [
                     None if tile.form == "dense" else select(queries, plane, tile, kernels)
-                    for tile in batch.tiles
+                    for tile in tiling.tiles
                 ]
         attended = self.attention.attend(
-            rows.query, selections, cache.plane(i, "latent"), batch, kernels, self._latent_format.unpack
+            rows.query, selections, cache.plane(i, "latent"), tiling, kernels, self._latent_format.unpack
         )
         x = x + self._total(attended)
         return x + self._mlp(rms_norm(x, self._post_norm, self._eps)), selections
@@ -194,7 +195,7 @@ class MlaModel:
                 num_heads=index.num_heads,
                 head_dim=index.head_dim,
                 rope_dim=index.rope_dim,
-                default_top_k=index.top_k,
+                default_index_top_k=index.index_top_k,
                 source="checkpoint",
             )
         )
@@ -290,13 +291,14 @@ class MlaModel:
         )
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+    def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
         """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
         x = F.embedding(batch.token_ids, self._embed)
         rotation = self._rotary.at(batch.positions)
-        selections: Selections = [None] * len(batch.tiles)
+        tiling = Tiling(batch, costs)
+        selections: Selections = [None] * len(tiling.tiles)
         for i, layer in enumerate(self._layers):
-            x, selections = layer(i, x, rotation, batch, cache, self._kernels, selections)
+            x, selections = layer(i, x, rotation, tiling, cache, self._kernels, selections)
         return rms_norm(x, self._norm, self.config.rms_norm_eps)
 
     @torch.inference_mode()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.attention.batch import Batch
 from engine.attention.precision import IndexFormat, LatentFormat
+from engine.attention.tiling import Tiling
 from engine.kernels.interface.attention import Kernels
 from engine.layers.linear import Matrix, Parameters
 from engine.layers.norm import rms_norm
@@ -26,6 +27,7 @@ from engine.layers.rope import RotaryTable
 from engine.memory.planes import PagedCache, PlaneSpec
 from engine.models.mla.config import MlaConfig
 from engine.models.mla.model import MlaLayer
+from engine.plan.tiles import TileCosts
 
 
 class MtpLayer:
@@ -69,18 +71,20 @@ class MtpLayer:
         )
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, hidden: Tensor, cache: PagedCache) -> Tensor:
+    def forward(self, batch: Batch, hidden: Tensor, cache: PagedCache, costs: TileCosts) -> Tensor:
         """Rows of `batch`, whose token ids are those *after* each row's position: -> normed [T, E].
 
         Args:
             hidden: [T, E], of the main model or of this layer
+            costs: how rows are cut into tiles
         """
         of, eps = self._of, self._config.rms_norm_eps
         embedded = rms_norm(F.embedding(batch.token_ids, of("embed")), of("enorm"), eps)
         x = F.linear(torch.cat((embedded, rms_norm(hidden, of("hnorm"), eps)), dim=-1), of("eh_proj"))
         rotation = self._rotary.at(batch.positions)
-        none = [None] * len(batch.tiles)
-        x, _ = self._layer(self._config.num_layers, x, rotation, batch, cache, self._kernels, none)
+        tiling = Tiling(batch, costs)
+        none = [None] * len(tiling.tiles)
+        x, _ = self._layer(self._config.num_layers, x, rotation, tiling, cache, self._kernels, none)
         return rms_norm(x, of("norm"), eps)
 
     @torch.inference_mode()

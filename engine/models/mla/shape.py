@@ -25,7 +25,7 @@ def shape(config: MlaConfig) -> Shape:
         architecture=c.architecture,
         num_layers=c.num_layers,
         max_positions=c.max_positions,
-        top_k=None if key is None else key.top_k,
+        index_top_k=None if key is None else key.index_top_k,
         table=weight_table(c),
         rank_table=lambda count: weight_table(c, Ranks(0, count)),
         mtp={f"mtp.{k}.{name}": weight for k, module in enumerate(modules) for name, weight in module},

@@ -1,4 +1,4 @@
-"""The wire: request bodies, response objects, errors and server-sent events, as OpenAI spells them.
+"""The wire format, which is OpenAI's: request bodies, response objects, errors and server-sent events.
 
-What a body means for a particular model (vocabulary, context, sparsity) is `server.generation.intake`'s.
+`server.generation.intake` decides what a body means for a particular model (vocabulary, context, sparsity).
 """

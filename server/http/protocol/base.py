@@ -1,4 +1,4 @@
-"""What request bodies are made of: strict models, and fields accepted only at a neutral value."""
+"""The base of all request bodies: strict models, and fields that must have a neutral value."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Label = Annotated[str, StringConstraints(max_length=512)]
 
 
 class Neutral:
-    """Annotation of a field that accepts null and the values that ask for nothing.
+    """Annotation of a field that this server does not implement. The field accepts null and values without effect.
 
     Args:
         allowed: the neutral values besides null.
-        advice: what is accepted, what this server lacks and what to do instead, to follow the field's name.
+        advice: what is accepted, what this server lacks and what to do instead. The error message is the
+            field's name and then this text.
     """
 
     def __init__(self, *allowed: Any, advice: str) -> None:
@@ -46,11 +47,21 @@ class Neutral:
 
 
 TAG = "\x00"
-"""Begins the tag of every member of a union, so that a location tells tags from names."""
+"""The tag of every union member begins with it. So tags and field names differ in pydantic's error locations."""
 
 
 def tag_of_list(value: Any, *, text: str, empty: str, kinds: Sequence[tuple[type, str]]) -> str | None:
-    """Tell which member of a union a JSON value means by its type, or by that of its first element."""
+    """Choose the member of a union by a value's JSON type; for a list, by the type of its first element.
+
+    Args:
+        value: the JSON value.
+        text: the tag for a string.
+        empty: the tag for an empty list.
+        kinds: (type of the first element, tag) for other lists.
+
+    Returns:
+        The tag; None if no member fits.
+    """
     if isinstance(value, str):
         return text
     if not isinstance(value, list):

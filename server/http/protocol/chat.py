@@ -1,4 +1,4 @@
-"""The wire of /v1/chat/completions."""
+"""The wire format of /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _content_tag(value: Any) -> str | None:
     return tag_of_list(value, text=f"{TAG}text", empty=f"{TAG}parts", kinds=((object, f"{TAG}parts"),))
 
 
-Content = Annotated[
+MessageContent = Annotated[
     Annotated[str, Tag(f"{TAG}text")]
     | Annotated[list[TextPart], Field(min_length=1, max_length=1024), Tag(f"{TAG}parts")],
     Discriminator(
@@ -55,13 +55,13 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="`developer` is `system`. `tool` is the result of a call, where the model's format has calls."
     )
-    content: Content | None = Field(
+    content: MessageContent | None = Field(
         default=None, description="Only a message with tool calls may do without."
     )
     name: Annotated[
         Any, Neutral(advice="must be null: the prompt has no place for names; write it in the content")
     ] = None
-    # What a client library adds when it sends an answer back.
+    # Client libraries add the next three fields when they send an answer back.
     refusal: Annotated[Any, Neutral(advice="must be null: write the refusal in the content")] = None
     annotations: Annotated[
         Any, Neutral([], advice="must be empty: annotations are not part of the prompt")
@@ -75,7 +75,7 @@ class ChatMessage(Body):
     function_call: Annotated[Any, Neutral(advice=f"must be null: {_NO_FUNCTIONS}")] = None
 
     def text(self) -> str:
-        """The content as one string; parts stand on lines of their own."""
+        """The content as one string; each part begins on a new line."""
         if self.content is None or isinstance(self.content, str):
             return self.content or ""
         return "\n".join(part.text for part in self.content)
@@ -109,7 +109,9 @@ class ChatCompletionBody(GenerationBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(
-        default=None, ge=1, description="At most so many tokens; default: to the end of the context."
+        default=None,
+        ge=1,
+        description="At most so many tokens; default: the server's (8192 for DeepSeek and GLM, else 1024, unless set).",
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -1,4 +1,4 @@
-"""The wire of /v1/completions."""
+"""The wire format of /v1/completions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _prompt_tag(value: Any) -> str | None:
     return tag_of_list(value, text=f"{TAG}text", empty=f"{TAG}texts", kinds=kinds)
 
 
-Prompt = Annotated[
+PromptField = Annotated[
     Annotated[str, Tag(f"{TAG}text")]
     | Annotated[list[str], Field(min_length=1), Tag(f"{TAG}texts")]
     | Annotated[list[int], Tag(f"{TAG}ids")]
@@ -34,7 +34,7 @@ Prompt = Annotated[
 class CompletionBody(GenerationBody):
     """What to continue, and how."""
 
-    prompt: Prompt
+    prompt: PromptField
     echo: bool | None = Field(default=None, description="Put the prompt in front of the text.")
     logprobs: int | None = Field(
         default=None,
@@ -54,7 +54,7 @@ class CompletionBody(GenerationBody):
     suffix: Annotated[Any, Neutral(advice="must be null: this server does not fill in the middle")] = None
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, each a text or token ids."""
+        """The prompts; each is a text or a list of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         token_ids = [part for part in self.prompt if isinstance(part, int)]

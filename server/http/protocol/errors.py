@@ -1,6 +1,6 @@
 """Errors as clients see them: always OpenAI's `{"error": {...}}`, whatever went wrong.
 
-Messages are one sentence that says what to change. What raises them is everyone else's.
+A message is one sentence that says what to change. Other modules decide when to raise which error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ErrorResponse(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer other than success. Raised anywhere below a route, rendered by the app."""
+    """An answer that is not a success. Any code below a route may raise it; the app renders it."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def to_json(self) -> str:
-        """The body. Pure ASCII, so that no text from a client can make it impossible to encode."""
+        """The body. It is pure ASCII, so that it can always be encoded, whatever a client sent."""
         return json.dumps({"error": self.detail.model_dump()}, separators=(",", ":"))
 
     def to_response(self) -> Response:
@@ -61,17 +61,17 @@ class ApiError(Exception):
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the client must change its request."""
+    """Make a 400: the client must change its request."""
     return ApiError(400, message, param=param, code=code)
 
 
 def unavailable(message: str, *, code: str, kind: str = UNAVAILABLE, retry_after: int = 5) -> ApiError:
-    """503: the same request may succeed later."""
+    """Make a 503: the same request may succeed after `retry_after` seconds."""
     return ApiError(503, message, kind=kind, code=code, headers={"retry-after": str(retry_after)})
 
 
 def internal_error() -> ApiError:
-    """500: a fault of the server; its log has the details, the client gets none."""
+    """Make a 500: a fault of the server. The log has the details; the client gets none."""
     return ApiError(
         500,
         "the server met an unexpected fault; its log has the details under this response's x-request-id",

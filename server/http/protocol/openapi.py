@@ -1,6 +1,6 @@
 """The generating endpoints' part of the OpenAPI schema.
 
-Their bodies are read by hand (`server.http.protocol.validation`), so the framework has to be told of them.
+`server.http.protocol.validation` reads their bodies, not FastAPI, so FastAPI does not know the schemas by itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Description(TypedDict):
 
 
 def describe(*, body: type[Body], whole: type[BaseModel], chunk: type[BaseModel]) -> Description:
-    """Describe a generating endpoint: its body, its response, its stream and its errors."""
+    """Describe a generating endpoint for the schema: its body, response, stream events and errors."""
     responses: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse, "description": text} for status, text in _ERRORS.items()
     }
@@ -57,7 +57,7 @@ def describe(*, body: type[Body], whole: type[BaseModel], chunk: type[BaseModel]
 
 
 def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """The function that makes the app's schema, once."""
+    """Return the function that makes the app's schema at its first call."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -31,7 +31,7 @@ def _stop_tag(value: Any) -> str | None:
     return tag_of_list(value, text=f"{TAG}one", empty=f"{TAG}many", kinds=((object, f"{TAG}many"),))
 
 
-Stop = Annotated[
+StopField = Annotated[
     Annotated[StopText, Tag(f"{TAG}one")]
     | Annotated[list[StopText], Field(max_length=MAX_STOPS), Tag(f"{TAG}many")],
     Discriminator(
@@ -86,7 +86,9 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1, description="Choices for each prompt.")
     max_tokens: int | None = Field(
-        default=None, ge=0, description="At most so many tokens; default: to the end of the context."
+        default=None,
+        ge=0,
+        description="At most so many tokens; default: the server's (8192 for DeepSeek and GLM, else 1024, unless set).",
     )
     temperature: float | None = Field(default=None, ge=0, le=2, description="Default 1; 0 is greedy.")
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -107,7 +109,7 @@ class GenerationBody(Body):
         ]
         | None
     ) = Field(default=None, description="Token id, written as a string, to what is added to its logit.")
-    stop: Stop | None = None
+    stop: StopField | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = Field(default=None, description="Generate on after end-of-sequence tokens.")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)

@@ -1,4 +1,4 @@
-"""The wire of tools: what may be called, and calls."""
+"""The wire format of tools: the tools in a request, and the calls in an answer."""
 
 from __future__ import annotations
 

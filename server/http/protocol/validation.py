@@ -1,4 +1,4 @@
-"""Bytes to a request body, or one readable sentence about what is wrong with them."""
+"""Reads bytes as a request body, or says in one sentence what is wrong with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parse_body(model: type[B], content_type: str | None, raw: bytes) -> B:
     """Read a JSON body.
 
     Raises:
-        ApiError: 415 or 400, saying what to change.
+        ApiError: 415 if the body is not sent as JSON, 400 if it is wrong; the message says what to change.
     """
     media_type = (content_type or "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
@@ -57,14 +57,14 @@ def _explain(model: type[Body], error: ValidationError) -> ApiError:
 
 
 def _rank(problem: ErrorDetails) -> int:
-    """Which of several problems tells the client most: the lower, the more."""
+    """How useful a problem is to the client; of several problems the one with the lowest rank is reported."""
     if problem["type"] == "literal_error" and problem["loc"][-1] == "type":
-        return 0  # a part of another type has other fields, too
-    return 1 if problem["type"] == "extra_forbidden" else 2  # a misspelt name is also a missing one
+        return 0  # a part of an unknown type also has unknown fields: report the type
+    return 1 if problem["type"] == "extra_forbidden" else 2  # a misspelt name also makes a missing field
 
 
 def _reason(problem: ErrorDetails) -> str:
-    """Pydantic's message, worded to follow a field's name."""
+    """Pydantic's message, changed so that it can follow a field's name."""
     message = problem["msg"].removeprefix("Invalid JSON: ").removeprefix("Value error, ")
     for beginning, better in (("Input should", "must"), ("String should", "must"), ("List should", "must")):
         if message.startswith(beginning):
@@ -73,7 +73,7 @@ def _reason(problem: ErrorDetails) -> str:
 
 
 def _is_tag(part: str | int) -> bool:
-    """Whether a part of a location is pydantic's own word, and not a name that the client wrote."""
+    """Whether a part of a location comes from pydantic or our tags, and not from the client's JSON."""
     return isinstance(part, str) and (part.startswith(TAG) or part == "[key]")
 
 
@@ -98,7 +98,7 @@ def _nearest(name: str, model: type[BaseModel] | None) -> str:
 
 
 def _model_at(model: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel] | None:
-    """The model whose field names are known at a location inside a body."""
+    """The model whose fields are expected at a location inside a body; None if there is none."""
     current: type[BaseModel] | None = model
     for part in location:
         if isinstance(part, int) or current is None:

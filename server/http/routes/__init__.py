@@ -1,4 +1,4 @@
-"""The endpoints: one file each, and one line each in `ROUTERS`."""
+"""The endpoints. Each has a file here and a line in `ROUTERS`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measurements for Prometheus; the only user of its client library.
+"""Measurements for Prometheus. Only this package uses Prometheus's client library.
 
 Labels come from closed sets (endpoints, outcomes, kinds), never from what a client sends.
 """

@@ -10,7 +10,7 @@ from typing import get_args
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.money.accounting import Entry
+from server.money.accounting import Settlement
 from server.money.pricing import NANO, Class, PriceBook, machine_nanos
 
 CONTEXT_BOUNDS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -22,13 +22,13 @@ def _context_bucket(tokens: int) -> str:
 
 
 class CostCollector(Collector):
-    """Money, summed in whole nano-dollars, so that a scrape is exact up to nine million dollars."""
+    """Sums money in whole nano-dollars, so that a scrape is exact up to nine million dollars."""
 
     def __init__(self, prices: PriceBook | None) -> None:
         self._prices = prices
         self._classes: dict[str, int] = dict.fromkeys(get_args(Class), 0)
         self._amounts = {"actual": 0, "dense_equivalent": 0}
-        # Every series is there from the start: a rate would miss what a new one begins with.
+        # Every series exists from the start: a rate would miss the first value of a new series.
         contexts = [_context_bucket(bound) for bound in (*CONTEXT_BOUNDS, CONTEXT_BOUNDS[-1] + 1)]
         self._tokens = Counter(dict.fromkeys(product(contexts, ("prefill", "decode")), 0))
         self._context = Counter(
@@ -37,7 +37,7 @@ class CostCollector(Collector):
             else {}
         )
 
-    def closed(self, entry: Entry) -> None:
+    def closed(self, entry: Settlement) -> None:
         """Add a request whose account was closed."""
         bill, work = entry.bill, entry.work
         for name, nanos in bill.classes.items():
@@ -56,7 +56,7 @@ class CostCollector(Collector):
                 self._context[context, phase, "dense_equivalent"] += machine_nanos(table, dense)
 
     def collect(self) -> Iterator[Metric]:
-        """What a scrape shows."""
+        """Yield the metrics of a scrape."""
         cost = CounterMetricFamily(
             "dsa_cost_usd", "What requests were charged, by class of token.", labels=["class"]
         )

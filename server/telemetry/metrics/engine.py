@@ -50,7 +50,7 @@ ENGINE_COUNTERS = (
         "Steps that raised; their requests ended with an error.",
     ),
 )
-"""Field of the engine's stats, name and help of what is exposed."""
+"""(field of the engine's stats, name of the metric, its help text)."""
 
 
 class EngineCollector(Collector):
@@ -61,11 +61,11 @@ class EngineCollector(Collector):
         self._status = status
 
     def collect(self) -> Iterator[Metric]:
-        """What a scrape shows."""
+        """Yield the metrics of a scrape."""
         status = self._status()
         totals = add_counters(status.ended, status.stats)
         up = status.state is EngineState.READY
-        stats = status.stats if up else EngineStats()  # what is gone holds nothing
+        stats = status.stats if up else EngineStats()  # an engine that is down holds nothing
         yield GaugeMetricFamily("dsa_requests_running", "Requests in the engine's steps.", stats.running)
         yield GaugeMetricFamily("dsa_requests_waiting", "Requests waiting in the engine.", stats.waiting)
         yield GaugeMetricFamily("dsa_engine_up", "1 when the engine takes requests.", float(up))
@@ -93,7 +93,7 @@ class EngineCollector(Collector):
         yield from self._aliases(stats, status, stats.pages_used / total if total else 0.0)
 
     def _aliases(self, stats: EngineStats, status: EngineStatus, used: float) -> Iterator[Metric]:
-        """The names that the Gateway API inference extension reads, if nobody configures it otherwise."""
+        """Yield copies under the names that the Gateway API inference extension reads by default."""
         labels = {"model_name": self._model_name, "engine": "0"}
         for name, text, number in (
             ("vllm:num_requests_waiting", "Alias of dsa_requests_waiting.", float(stats.waiting)),
@@ -131,7 +131,7 @@ class EngineCollector(Collector):
 
 
 def _drafts(lengths: Sequence[int]) -> Iterator[Metric]:
-    """What held of the drafts; `lengths[n]` counts the drafts of which n tokens did."""
+    """Yield the metrics of speculation. `lengths[n]` counts the drafts of which n tokens were right."""
     accepted = sum(n * count for n, count in enumerate(lengths))
     yield CounterMetricFamily(
         "dsa_spec_decode_accepted_tokens", "Tokens guessed ahead that were right.", accepted
@@ -146,7 +146,7 @@ def _drafts(lengths: Sequence[int]) -> Iterator[Metric]:
 
 
 def _batch_sizes(totals: EngineStats) -> Metric:
-    """Requests a step, as a histogram; the engine counts."""
+    """The histogram of requests in a step, from the engine's own counts."""
     counts = totals.batch_size_counts_total or (0,) * (len(BATCH_BOUNDS) + 1)
     bounds = [*(f"{bound}.0" for bound in BATCH_BOUNDS), "+Inf"]
     buckets = list(zip(bounds, map(float, accumulate(counts)), strict=True))

@@ -1,4 +1,4 @@
-"""What is measured of one generating request while its deltas pass by."""
+"""Measures generating requests from their deltas: tokens, and times between arrival, tokens and end."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _TOKEN_BUCKETS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3),
     *(0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0),
 )
-"""From under a millisecond (a small model on a large GPU) to a minute (a large one on a small CPU)."""
+"""Bounds in seconds: from under a millisecond (a small model on a large GPU) to a minute (a large one on a small CPU)."""
 
 _REQUEST_BUCKETS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0),
     *(40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0, 7680.0),
 )
-"""From under a millisecond (a full prefix hit) to two hours (a long context behind a long queue)."""
+"""Bounds in seconds: from under a millisecond (a full prefix hit) to two hours (a long context behind a long queue)."""
 
 
 class GenerationMetrics:
@@ -35,7 +35,7 @@ class GenerationMetrics:
             ["kind"],
             registry=registry,
         )
-        # Looked up once: a label is found under a lock, and every delta counts its tokens.
+        # The labels are looked up once, because a look-up takes a lock and every delta counts its tokens.
         self.prompt_computed = tokens.labels("prompt_computed")
         self.prompt_cached = tokens.labels("prompt_cached")
         self.completion = tokens.labels("completion")
@@ -69,7 +69,7 @@ class GenerationMetrics:
 
 
 class GenerationMeter:
-    """Measures one generating request while its deltas pass by."""
+    """Measures one generating request from its deltas."""
 
     def __init__(self, metrics: GenerationMetrics, jobs: Sequence[Job], started: float) -> None:
         self._metrics = metrics
@@ -80,7 +80,7 @@ class GenerationMeter:
         self._tokens = dict.fromkeys(self._prompts, 0)
 
     def delta(self, delta: TextDelta) -> None:
-        """Take in what one choice produced."""
+        """Measure a delta of one choice. Call it when the delta arrives."""
         now = time.monotonic()
         metrics = self._metrics
         if delta.token_ids:
@@ -94,7 +94,7 @@ class GenerationMeter:
             metrics.completion.inc(len(delta.token_ids))
         if (usage := delta.usage) is None:
             return
-        # A stop token is among the tokens used, but not among those given out.
+        # The usage counts a stop token, but no delta contains it.
         rest = max(usage.completion_tokens - self._tokens[delta.index], 0)
         metrics.completion.inc(rest)
         metrics.prompt_cached.inc(usage.cached_tokens)
@@ -109,8 +109,8 @@ class GenerationMeter:
             metrics.per_token.observe((now - self._first[delta.index]) / (tokens - 1))
 
     def close(self, *, complete: bool) -> None:
-        """End, after all choices or before."""
-        for index, tokens in self._prompts.items():  # those that were cut short
+        """End the measurement; `complete` says whether all choices have ended."""
+        for index, tokens in self._prompts.items():  # choices that were cut short
             self._metrics.prompt_computed.inc(tokens if index in self._first else 0)
         if complete:
             self._metrics.latency.observe(time.monotonic() - self._started)

@@ -1,4 +1,4 @@
-"""One app's measurements, and what they are called."""
+"""The measurements of one app, with their names and labels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from prometheus_client.exposition import choose_encoder
 
 from engine.client import EngineStatus
 from server.generation.generate import Job
-from server.money.accounting import Entry
+from server.money.accounting import Settlement
 from server.money.pricing import PriceBook
 from server.telemetry.metrics.cost import CostCollector
 from server.telemetry.metrics.engine import EngineCollector
@@ -18,11 +18,11 @@ from server.telemetry.metrics.generation import GenerationMeter, GenerationMetri
 REJECTIONS = frozenset(
     "queue_full draining engine_unavailable body_too_large ledger_unavailable rate_limited".split()
 )
-"""Reasons of rejection that have a label of their own; the rest are `other`."""
+"""Reasons of rejection that have their own label; all others are `other`."""
 
 
 class Metrics:
-    """One app's measurements."""
+    """The measurements of one app."""
 
     def __init__(
         self, model_name: str, status: Callable[[], EngineStatus], prices: PriceBook | None = None
@@ -55,7 +55,7 @@ class Metrics:
         """Count a request that was refused before it ran."""
         self._rejections.labels(reason if reason in REJECTIONS else "other").inc()
 
-    def closed(self, entry: Entry) -> None:
+    def closed(self, entry: Settlement) -> None:
         """Count the money of a request whose account was closed."""
         self._cost.closed(entry)
 
@@ -64,10 +64,10 @@ class Metrics:
         self._ledger_errors.inc()
 
     def expose(self, accept: str) -> tuple[bytes, str]:
-        """Return everything in the format that an Accept header asks for, and its content type."""
+        """Return all metrics in the format that the Accept header asks for, and the content type."""
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
     def generation(self, jobs: Sequence[Job], started: float) -> GenerationMeter:
-        """Measure one generating request that arrived at `started` on the monotonic clock."""
+        """Make the meter of one generating request, which arrived at `started` (monotonic clock, seconds)."""
         return GenerationMeter(self._generation, jobs, started)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import load_backend
+from engine.kernels.choice import load_backend
 from engine.memory.layouts import IndexKeyLayout
 from engine.memory.planes import PagedCache
 
@@ -43,10 +43,10 @@ def overlap(query: Tensor, head_weights: Tensor, keys: Tensor) -> float:
     q8, q_scales = KERNELS.quantise(KERNELS.hadamard(query), "ue8m0")
     folded = head_weights * q_scales.squeeze(-1)
     low = KERNELS.index_scores_fp8(q8.unsqueeze(0), folded.unsqueeze(0), plane, pages, last)
-    top_k = torch.full((1, rows), TOP_K)
+    index_top_k = torch.full((1, rows), TOP_K)
     chosen = torch.zeros(rows, context, dtype=torch.bool)
-    chosen.scatter_(1, KERNELS.select(plain, top_k)[0], True)
-    return float(chosen.gather(1, KERNELS.select(low, top_k)[0]).float().mean())
+    chosen.scatter_(1, KERNELS.select(plain, index_top_k)[0], True)
+    return float(chosen.gather(1, KERNELS.select(low, index_top_k)[0]).float().mean())
 
 
 def correlated(

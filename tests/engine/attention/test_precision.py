@@ -33,7 +33,7 @@ def run(folder: Path, budget: int = 64, **settings: Any) -> Run:
     lab = Lab(folder, **settings)
     lab.sparse = True
     made = lab.run(budget=budget)
-    made.submit("a", TOKENS, max_tokens=8, top_k=TOP_K)
+    made.submit("a", TOKENS, max_tokens=8, index_top_k=TOP_K)
     return made.finish()
 
 

@@ -26,7 +26,7 @@ from engine.models.gqa.weights import weight_table
 from engine.protocol import IndexerInfo
 
 LAYERS, HIDDEN = 2, 32
-INFO = IndexerInfo(num_heads=2, head_dim=8, rope_dim=4, default_top_k=16, source="overlay.safetensors")
+INFO = IndexerInfo(num_heads=2, head_dim=8, rope_dim=4, default_index_top_k=16, source="overlay.safetensors")
 WQ = "model.layers.1.self_attn.indexer.wq.weight"
 NORM = "model.norm.weight"
 
@@ -220,7 +220,7 @@ def test_wrong_tensors_are_not_written(path: Path, base: Source, tensors: Any, m
 
 
 def test_wrong_numbers_are_not_written(tmp_path: Path, base: Source) -> None:
-    odd = IndexerInfo(num_heads=2, head_dim=8, rope_dim=5, default_top_k=16, source="")
+    odd = IndexerInfo(num_heads=2, head_dim=8, rope_dim=5, default_index_top_k=16, source="")
     with pytest.raises(CheckpointError, match="rope_dim 5, which must be even"):
         write_overlay(tmp_path / "x.safetensors", indexer(), odd, "", base)
 

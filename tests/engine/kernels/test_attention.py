@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels import BACKENDS, load_backend, native
+from engine.kernels import native
+from engine.kernels.choice import BACKENDS, load_backend
 from engine.kernels.reference.attention import ReferenceKernels
 from engine.kernels.torchops import attention as vectorised
 from engine.memory.layouts import Int8KeyLayout
@@ -72,7 +73,7 @@ class Case:
         self.index_query = torch.randn(self.requests, self.rows, heads, index_dim, generator=g).to(dtype)
         self.head_weights = torch.randn(self.requests, self.rows, heads, generator=g)
         self.query = torch.randn(self.requests, self.rows, kv_heads, group, dim, generator=g).to(dtype)
-        self.top_k = torch.randint(1, self.context + 9, (self.requests, self.rows), generator=g)
+        self.index_top_k = torch.randint(1, self.context + 9, (self.requests, self.rows), generator=g)
         scores = torch.randn(self.requests, self.rows, self.context, generator=g)
         # Coarse scores, so that many are equal and ties cross the edge of the set.
         future = torch.arange(self.context) > self.positions.unsqueeze(-1)
@@ -105,7 +106,10 @@ def test_conformance(backend: str, dtype: torch.dtype, shape: tuple[int, int, in
     assert torch.equal(scores == -math.inf, expected == -math.inf)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-3)
 
-    selected, wanted = kernels.select(case.scores, case.top_k), reference.select(case.scores, case.top_k)
+    selected, wanted = (
+        kernels.select(case.scores, case.index_top_k),
+        reference.select(case.scores, case.index_top_k),
+    )
     assert selected.shape == wanted.shape
     assert torch.equal(selected.sort(-1).values, wanted.sort(-1).values)
 
@@ -128,7 +132,7 @@ def test_conformance(backend: str, dtype: torch.dtype, shape: tuple[int, int, in
         **close,
     )
     # Scores that differ by rounding may select differently at the edge: the row's own set is what counts.
-    tops = case.top_k.where(case.top_k > case.positions, 1)
+    tops = case.index_top_k.where(case.index_top_k > case.positions, 1)
     for index_plane in (case.keys, case.keys8):
         torch.testing.assert_close(
             kernels.attend_sparse(
@@ -162,12 +166,12 @@ def test_a_chunk_of_a_long_prompt(backend: str, rows: int, dims: Dims) -> None:
         reference.attend_causal(*attended, case.positions, 0.3),
         rtol=2e-2, atol=2e-2,
     )  # fmt: skip
-    top_k = torch.full_like(case.positions, 100)
+    index_top_k = torch.full_like(case.positions, 100)
     index = (case.index_query, case.head_weights)
     common = (case.block_table, case.positions)
-    chosen = kernels.select(kernels.index_scores_int8(*index, case.keys8, *common), top_k)
+    chosen = kernels.select(kernels.index_scores_int8(*index, case.keys8, *common), index_top_k)
     torch.testing.assert_close(
-        kernels.attend_sparse(case.query, *index, case.kv, case.keys8, *common, top_k, 0.3),
+        kernels.attend_sparse(case.query, *index, case.kv, case.keys8, *common, index_top_k, 0.3),
         reference.attend_selected(*attended, chosen, 0.3),
         rtol=2e-2, atol=2e-2,
     )  # fmt: skip
@@ -181,17 +185,17 @@ def test_a_chunk_of_a_long_prompt(backend: str, rows: int, dims: Dims) -> None:
     st.integers(1, 5000),
 )
 def test_select_is_exact_whatever_the_scores(
-    backend: str, numbers: list[float], repeats: int, top_k: int
+    backend: str, numbers: list[float], repeats: int, index_top_k: int
 ) -> None:
     """Denormals, zeros of both signs, infinities; long rows, and rows of few different scores."""
     scores = torch.tensor(numbers).repeat(repeats).view(1, 1, -1)
-    chosen = load_backend(backend).select(scores, torch.tensor([[top_k]]))[0, 0]
+    chosen = load_backend(backend).select(scores, torch.tensor([[index_top_k]]))[0, 0]
     kept = chosen[chosen >= 0]
     order = sorted(
         (c for c, x in enumerate(scores.flatten().tolist()) if x > -math.inf),
         key=lambda c: (-float(scores[0, 0, c]), -c),
     )
-    assert sorted(kept.tolist()) == sorted(order[:top_k])
+    assert sorted(kept.tolist()) == sorted(order[:index_top_k])
 
 
 @pytest.mark.parametrize("backend", OTHERS)
@@ -210,9 +214,9 @@ def test_select_of_long_rows(backend: str, kind: str) -> None:
         scores[torch.arange(7000) // 16 % 8 == 0] += 10
     elif kind == "negative":
         scores = -scores.abs() - 1
-    for top_k in (1, 512, 2300):
-        chosen = load_backend(backend).select(scores.view(1, 1, -1), torch.tensor([[top_k]]))
-        assert sorted(chosen.flatten().tolist()) == sorted(scores.topk(top_k).indices.tolist())
+    for index_top_k in (1, 512, 2300):
+        chosen = load_backend(backend).select(scores.view(1, 1, -1), torch.tensor([[index_top_k]]))
+        assert sorted(chosen.flatten().tolist()) == sorted(scores.topk(index_top_k).indices.tolist())
 
 
 @pytest.mark.parametrize("backend", HERE)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.errors import EngineError
-from engine.kernels import load_backend
+from engine.kernels.choice import load_backend
 from engine.kernels.interface.fp8 import ACTIVATION_FLOOR, CACHE_FLOOR
 from engine.memory.blocks import E4M3, BlockWeight, dequantise_rows, product
 from engine.memory.layouts import IndexKeyLayout, LatentLayout

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from engine.attention.gqa import selection_mask
-from engine.kernels import load_backend
+from engine.kernels.choice import load_backend
 from engine.kernels.reference.attention import ReferenceKernels
 from tests.engine.kernels.test_attention import HERE, OTHERS, TOLERANCE, Case, make_cache, tile_shapes
 
@@ -34,7 +34,7 @@ def test_conformance(backend: str, dtype: torch.dtype, shape: tuple[int, int, in
     case, kernels, reference = Case(shape, dtype), load_backend(backend), ReferenceKernels()
     latents = Latents(case, dtype)
     close = {"rtol": TOLERANCE[dtype] * 2, "atol": TOLERANCE[dtype] * 2}
-    selected = reference.select(case.scores, case.top_k)
+    selected = reference.select(case.scores, case.index_top_k)
     allowed = torch.rand(case.scores.shape, generator=torch.Generator().manual_seed(shape[3])) < 0.5
     allowed[..., 0] = True
     # Planes of another layout are unpacked after the gather; here each number is stored halved.
@@ -64,7 +64,7 @@ def test_conformance(backend: str, dtype: torch.dtype, shape: tuple[int, int, in
 def test_absorbed_and_expanded_are_the_same_attention(backend: str, shape: tuple[int, int, int, int]) -> None:
     case, kernels = Case(shape, torch.float32), load_backend(backend)
     latents = Latents(case, torch.float32)
-    selected = kernels.select(case.scores, case.top_k)
+    selected = kernels.select(case.scores, case.index_top_k)
     allowed = selection_mask(selected, case.context)
     keys, values = latents.expand[:, :NOPE], latents.expand[:, NOPE:]
     plain = torch.einsum("rqhn,hnk->rqhk", latents.query[..., :NOPE], keys)

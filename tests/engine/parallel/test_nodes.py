@@ -126,7 +126,9 @@ def test_a_lost_worker_ends_the_engine_with_the_reason(folder: Path) -> None:
         built = two_nodes(folder, leader, on_lost=reasons.append)
         assert built.team is not None
         sampling = SamplingParams(max_tokens=100, seed=0, temperature=0.0)
-        built.core.submit(Submit(request_id="z", prompt_token_ids=(1, 2, 3), sampling=sampling, top_k=24))
+        built.core.submit(
+            Submit(request_id="z", prompt_token_ids=(1, 2, 3), sampling=sampling, index_top_k=24)
+        )
         built.core.step()
         (worker,) = other.workers()
         worker.kill()

@@ -28,7 +28,7 @@ from tests.engine.kit import tiny_checkpoint
 from tests.engine.models.mla.kit import VOCAB, tiny_deepseek
 from tests.engine.models.mla.test_mtp import Tiny
 
-LENGTHS = {"a": (150, 24), "b": (70, 9), "c": (131, None), "d": (64, 40), "e": (1, 24)}  # prompt, top_k
+LENGTHS = {"a": (150, 24), "b": (70, 9), "c": (131, None), "d": (64, 40), "e": (1, 24)}  # prompt, index_top_k
 
 
 def config_of(folder: Path, count: int, **settings: Any) -> EngineConfig:
@@ -59,12 +59,12 @@ def pair(folder: Path) -> Iterator[tuple[Built, Built]]:
 
 
 def greedy(built: Built) -> dict[str, tuple[int, ...]]:
-    """A mixed crowd through the scheduler: chunked prompts, several top_k, 12 tokens each."""
+    """A mixed crowd through the scheduler: chunked prompts, several index_top_k, 12 tokens each."""
     made: dict[str, tuple[int, ...]] = {}
-    for name, (length, top_k) in LENGTHS.items():
+    for name, (length, index_top_k) in LENGTHS.items():
         sampling = SamplingParams(max_tokens=12, seed=0, temperature=0.0)
         request = Submit(
-            request_id=name, prompt_token_ids=prompt(name, length), sampling=sampling, top_k=top_k
+            request_id=name, prompt_token_ids=prompt(name, length), sampling=sampling, index_top_k=index_top_k
         )
         assert built.core.submit(request) == ()
     while built.core.has_work:
@@ -79,7 +79,7 @@ def greedy(built: Built) -> dict[str, tuple[int, ...]]:
 def test_two_ranks_give_the_logits_of_one(pair: tuple[Built, Built]) -> None:
     first_page = 0
     requests = []
-    for name, (length, top_k) in LENGTHS.items():
+    for name, (length, index_top_k) in LENGTHS.items():
         pages = tuple(range(first_page, first_page + 3))
         first_page += 3
         requests.append(
@@ -88,7 +88,7 @@ def test_two_ranks_give_the_logits_of_one(pair: tuple[Built, Built]) -> None:
                 token_ids=prompt(name, length),
                 start=0,
                 page_ids=pages,
-                top_k=top_k,
+                index_top_k=index_top_k,
                 sample=None,
             )
         )
@@ -148,7 +148,7 @@ def test_a_killed_worker_ends_the_engine_with_the_reason(pair: tuple[Built, Buil
     built = pair[1]
     assert built.team is not None
     sampling = SamplingParams(max_tokens=100, seed=0, temperature=0.0)
-    built.core.submit(Submit(request_id="z", prompt_token_ids=(1, 2, 3), sampling=sampling, top_k=24))
+    built.core.submit(Submit(request_id="z", prompt_token_ids=(1, 2, 3), sampling=sampling, index_top_k=24))
     built.core.step()
     built.team.crew.processes[0].kill()
     killed = time.monotonic()

@@ -27,7 +27,7 @@ FAULTY_SEED = 9  # a request with this seed fails when its third token is due
 def make(name: str, prompt: int | tuple[int, ...], max_tokens: int = 4, **fields: Any) -> Submit:
     """A request; its prompt is spelled out, or a length of tokens that only this name has."""
     tokens = prompt if isinstance(prompt, tuple) else tuple(1000 + ord(name[0]) for _ in range(prompt))
-    outer = {"top_k": None, "namespace": ""}
+    outer = {"index_top_k": None, "namespace": ""}
     outer |= {field: fields.pop(field) for field in tuple(fields) if field in outer}
     params = SamplingParams(max_tokens=max_tokens, **{"seed": 0, **fields})
     return Submit(request_id=name, prompt_token_ids=tokens, sampling=params, **outer)  # type: ignore[arg-type]
@@ -35,7 +35,9 @@ def make(name: str, prompt: int | tuple[int, ...], max_tokens: int = 4, **fields
 
 def content(before: int, token_id: int, position: int, submit: Submit) -> int:
     """What a position's cache entry holds, given the entry before it."""
-    sparse = submit.top_k if submit.top_k is not None and position + 1 > submit.top_k else -1
+    sparse = (
+        submit.index_top_k if submit.index_top_k is not None and position + 1 > submit.index_top_k else -1
+    )
     return hash((before, token_id, sparse, *submit.namespace.encode())) & 0xFFFFFFFF
 
 

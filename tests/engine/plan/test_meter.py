@@ -25,9 +25,14 @@ TILES = TileCosts(budget_bytes=1 << 16, index_row_bytes=32, attention_row_bytes=
 SAMPLE = SampleSpec(params=SamplingParams(max_tokens=1, seed=0), output_index=0, prompt_len=1, history=())
 
 
-def scheduled(name: str, start: int, rows: int, top_k: int | None) -> ScheduledRequest:
+def scheduled(name: str, start: int, rows: int, index_top_k: int | None) -> ScheduledRequest:
     return ScheduledRequest(
-        request_id=name, token_ids=(1,) * rows, start=start, page_ids=(), top_k=top_k, sample=SAMPLE
+        request_id=name,
+        token_ids=(1,) * rows,
+        start=start,
+        page_ids=(),
+        index_top_k=index_top_k,
+        sample=SAMPLE,
     )
 
 
@@ -36,7 +41,7 @@ def model() -> CostModel:
 
 
 @pytest.mark.parametrize(
-    ("start", "rows", "top_k"),
+    ("start", "rows", "index_top_k"),
     [
         (0, 1, None),
         (0, 7, 3),
@@ -48,15 +53,15 @@ def model() -> CostModel:
         (70, 9, None),
     ],
 )
-def test_counts_are_those_of_each_row(start: int, rows: int, top_k: int | None) -> None:
-    counts = model().counts(scheduled("a", start, rows, top_k))
+def test_counts_are_those_of_each_row(start: int, rows: int, index_top_k: int | None) -> None:
+    counts = model().counts(scheduled("a", start, rows, index_top_k))
     seen = [position + 1 for position in range(start, start + rows)]
-    sparse = [tokens for tokens in seen if top_k is not None and tokens > top_k]
+    sparse = [tokens for tokens in seen if index_top_k is not None and tokens > index_top_k]
     assert counts.rows == rows
-    assert counts.attended == sum(min(tokens, top_k or tokens) for tokens in seen)
+    assert counts.attended == sum(min(tokens, index_top_k or tokens) for tokens in seen)
     assert counts.index_pairs == sum(sparse)
     assert counts.sparse_rows == len(sparse)
-    assert counts.kv_rows_read >= max(min(tokens, top_k or tokens) for tokens in seen)
+    assert counts.kv_rows_read >= max(min(tokens, index_top_k or tokens) for tokens in seen)
     assert (counts.index_rows_read > 0) == bool(sparse)
 
 
@@ -149,9 +154,9 @@ def test_few_rows_cost_what_lone_rows_cost() -> None:
     tiles = dataclasses.replace(TILES, fused=True, few_rows=4)
     coefficients = msgspec.structs.replace(assumed_coefficients(SHAPE, "cpu"), chunk=1.0)
     own = CostModel(SHAPE, coefficients, tiles)
-    for top_k in (None, 64):
-        alone = [own.modelled_rows(1, position, top_k) for position in range(100, 104)]
-        together = own.modelled_rows(4, 100, top_k)
+    for index_top_k in (None, 64):
+        alone = [own.modelled_rows(1, position, index_top_k) for position in range(100, 104)]
+        together = own.modelled_rows(4, 100, index_top_k)
         for part in ("actual", "index", "dense"):
             assert getattr(together, part) == pytest.approx(sum(getattr(one, part) for one in alone))
-        assert own.modelled_rows(5, 100, top_k).actual > 1
+        assert own.modelled_rows(5, 100, index_top_k).actual > 1

@@ -29,7 +29,7 @@ def step(decodes: list[Place], prompt: Place | None = None, rows: int = 0) -> St
         requests=tuple(
             ScheduledRequest(
                 request_id=str(i), token_ids=(0,) * count, start=place.position, page_ids=(),
-                top_k=place.top_k, sample=SAMPLE if count == 1 else None,
+                index_top_k=place.index_top_k, sample=SAMPLE if count == 1 else None,
             )
             for i, (place, count) in enumerate(places)
         )
@@ -44,7 +44,7 @@ def test_a_step_is_slowed_down_as_much_as_allowed_and_no_more(
 ) -> None:
     own = model(head=0.01)
     decodes = [Place(900 + i, 512) for i in range(streams)]
-    soon = [Place(prompt.position + 500, prompt.top_k)] * waiting
+    soon = [Place(prompt.position + 500, prompt.index_top_k)] * waiting
     rows = CostPace(own)(decodes, soon, prompt, 4096)
     alone = own.seconds(step([*decodes, *soon]))  # as it will be
     slowdown, one_more = (own.seconds(step(decodes, prompt, n)) / alone for n in (rows, rows + 16))

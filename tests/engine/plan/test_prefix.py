@@ -13,11 +13,11 @@ from engine.plan.prefix import HashFunction, PageKeys, PrefixCache, same_content
 
 
 def keys_of(
-    *fills: int, namespace: str = "", top_k: int | None = None, hash_function: HashFunction = sha256
+    *fills: int, namespace: str = "", index_top_k: int | None = None, hash_function: HashFunction = sha256
 ) -> PageKeys:
     """Keys of a request whose page i is filled with one repeated token id."""
     tokens = [fill for fill in fills for _ in range(PAGE_SIZE)]
-    return PageKeys(tokens, namespace=namespace, top_k=top_k, hash_function=hash_function)
+    return PageKeys(tokens, namespace=namespace, index_top_k=index_top_k, hash_function=hash_function)
 
 
 def register_all(cache: PrefixCache, keys: PageKeys, page_ids: Sequence[int]) -> list[bool]:
@@ -72,11 +72,11 @@ def test_everything_in_a_key_changes_its_digest() -> None:
         keys_of(1, 3),
         keys_of(2, 2),
         keys_of(1, 2, namespace="a"),
-        keys_of(1, 2, top_k=1),
-        keys_of(1, 2, top_k=2),
+        keys_of(1, 2, index_top_k=1),
+        keys_of(1, 2, index_top_k=2),
     ]
     assert len({key.key(1).digest for key in keys}) == len(keys)
-    assert keys_of(1, 2, top_k=64).key(0).digest == keys[0].key(0).digest
+    assert keys_of(1, 2, index_top_k=64).key(0).digest == keys[0].key(0).digest
 
 
 def test_a_page_cannot_hold_two_contents() -> None:
@@ -88,7 +88,7 @@ def test_a_page_cannot_hold_two_contents() -> None:
 
 def test_keys_exist_for_full_pages_only_and_follow_a_growing_request() -> None:
     tokens = [5] * (PAGE_SIZE - 1)
-    keys = PageKeys(tokens, namespace="", top_k=None)
+    keys = PageKeys(tokens, namespace="", index_top_k=None)
     with pytest.raises(IndexError, match="not one of the full pages of 63 tokens"):
         keys.key(0)
     tokens.append(5)
@@ -118,7 +118,7 @@ def test_salt_begins_where_a_row_sees_more_than_top_k() -> None:
     ("writer", "reader", "shared"),
     [
         (None, None, 4),
-        (None, 256, 4),  # never more context than top_k: dense
+        (None, 256, 4),  # never more context than index_top_k: dense
         (None, 255, 3),
         (None, 100, 1),
         (None, 63, 0),
@@ -136,8 +136,8 @@ def test_pages_are_shared_up_to_the_smaller_top_k(
     writer: int | None, reader: int | None, shared: int
 ) -> None:
     cache = PrefixCache()
-    register_all(cache, keys_of(1, 2, 3, 4, top_k=writer), (10, 11, 12, 13))
-    assert cache.lookup(keys_of(1, 2, 3, 4, top_k=reader), 4) == (10, 11, 12, 13)[:shared]
+    register_all(cache, keys_of(1, 2, 3, 4, index_top_k=writer), (10, 11, 12, 13))
+    assert cache.lookup(keys_of(1, 2, 3, 4, index_top_k=reader), 4) == (10, 11, 12, 13)[:shared]
 
 
 def one_for_all(data: bytes) -> bytes:
@@ -149,7 +149,7 @@ def one_for_all(data: bytes) -> bytes:
     [
         keys_of(2, hash_function=one_for_all),
         keys_of(1, namespace="x", hash_function=one_for_all),
-        keys_of(1, top_k=8, hash_function=one_for_all),
+        keys_of(1, index_top_k=8, hash_function=one_for_all),
     ],
     ids=["tokens", "namespace", "salt"],
 )
@@ -210,15 +210,18 @@ def test_every_hit_is_the_same_content(
     def short(data: bytes) -> bytes:
         return sha256(data)[:hash_bytes]
 
-    for fills, namespace, top_k, forget in requests:
+    for fills, namespace, index_top_k, forget in requests:
 
         def identity(
-            index: int, fills: list[int] = fills, namespace: str = namespace, top_k: int | None = top_k
+            index: int,
+            fills: list[int] = fills,
+            namespace: str = namespace,
+            index_top_k: int | None = index_top_k,
         ) -> object:
-            salts = [sparsity_salt((page + 1) * PAGE_SIZE, top_k) for page in range(index + 1)]
+            salts = [sparsity_salt((page + 1) * PAGE_SIZE, index_top_k) for page in range(index + 1)]
             return namespace, fills[: index + 1], salts
 
-        keys = keys_of(*fills, namespace=namespace, top_k=top_k, hash_function=short)
+        keys = keys_of(*fills, namespace=namespace, index_top_k=index_top_k, hash_function=short)
         hits = cache.lookup(keys, len(fills))
         for index, page_id in enumerate(hits):
             assert content[page_id] == identity(index)

@@ -11,11 +11,13 @@ from engine.plan.types import Sampled
 from engine.protocol import Delta, SamplingParams, Submit, TokenLogprob
 
 
-def make(prompt: int = 4, *, max_tokens: int = 8, top_k: int | None = None, **sampling: Any) -> Request:
+def make(prompt: int = 4, *, max_tokens: int = 8, index_top_k: int | None = None, **sampling: Any) -> Request:
     """A request whose prompt token ids are 100, 101, ..."""
     params = SamplingParams(max_tokens=max_tokens, seed=0, **sampling)
     prompt_token_ids = tuple(range(100, 100 + prompt))
-    submit = Submit(request_id="r", prompt_token_ids=prompt_token_ids, sampling=params, top_k=top_k)
+    submit = Submit(
+        request_id="r", prompt_token_ids=prompt_token_ids, sampling=params, index_top_k=index_top_k
+    )
     return Request(submit, arrival=0, now=10.0)
 
 
@@ -36,9 +38,14 @@ def step(request: Request, count: int, token_id: int | None = None, now: float =
 
 
 def test_only_the_last_known_token_is_sampled_from() -> None:
-    request = make(5, top_k=3)
+    request = make(5, index_top_k=3)
     chunk = request.plan(4)
-    assert (chunk.start, chunk.token_ids, chunk.top_k, chunk.sample) == (0, (100, 101, 102, 103), 3, None)
+    assert (chunk.start, chunk.token_ids, chunk.index_top_k, chunk.sample) == (
+        0,
+        (100, 101, 102, 103),
+        3,
+        None,
+    )
     assert step(request, 4) is None
     last = request.plan(1)
     assert (last.start, last.token_ids) == (4, (104,))
@@ -104,7 +111,7 @@ def test_logprobs_are_passed_on_only_where_asked_for() -> None:
 
 
 def test_usage_tells_the_stages_apart() -> None:
-    request = make(3, top_k=2)
+    request = make(3, index_top_k=2)
     request.admit((), 0, 12.0)
     step(request, 2, now=13.0)
     request.preempt()
@@ -112,7 +119,12 @@ def test_usage_tells_the_stages_apart() -> None:
     step(request, 3, 7, now=15.5)
     usage = request.usage(20.0)
     assert (usage.queue_seconds, usage.prefill_seconds, usage.decode_seconds) == (2.0, 3.5, 4.5)
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.preemptions, usage.top_k) == (3, 1, 1, 2)
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.preemptions, usage.index_top_k) == (
+        3,
+        1,
+        1,
+        2,
+    )
 
 
 def test_stages_that_were_not_reached_take_no_time() -> None:

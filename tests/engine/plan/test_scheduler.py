@@ -78,7 +78,7 @@ def test_the_pace_is_asked_for_where_prompts_and_decodes_meet() -> None:
         assert plan is not None
         scheduler.apply(plan, model.run(plan), 0.0)
 
-    for submit in (make("a", 30, 9, top_k=20), make("b", 90, 9)):
+    for submit in (make("a", 30, 9, index_top_k=20), make("b", 90, 9)):
         scheduler.add(submit, 0.0)
         model.add(submit)
     step()  # a, and the beginning of b
@@ -86,7 +86,7 @@ def test_the_pace_is_asked_for_where_prompts_and_decodes_meet() -> None:
     step()
     assert asked == [([Place(30, 20)], [Place(90, None)], Place(70, None), 99)]
     step()  # nothing but decodes
-    scheduler.add(late := make("c", 50, 9, top_k=7), 0.0)
+    scheduler.add(late := make("c", 50, 9, index_top_k=7), 0.0)
     model.add(late)
     step()
     assert asked[1:] == [([Place(32, 20), Place(91, None)], [Place(50, 7)], Place(0, 7), 98)]
@@ -172,12 +172,12 @@ def test_pages_filled_while_decoding_are_cached() -> None:
     ("first", "second", "options"),
     [
         ({"namespace": "red"}, {"namespace": "blue"}, {}),
-        ({"top_k": 50}, {"top_k": 51}, {}),
-        ({"top_k": 50}, {}, {}),
+        ({"index_top_k": 50}, {"index_top_k": 51}, {}),
+        ({"index_top_k": 50}, {}, {}),
         ({}, {"prompt_logprobs": 0}, {}),
         ({}, {}, {"prefix_caching": False}),
     ],
-    ids=["namespaces", "top_k", "dense", "prompt logprobs", "switched off"],
+    ids=["namespaces", "index_top_k", "dense", "prompt logprobs", "switched off"],
 )
 def test_a_prefix_is_not_reused(first: Any, second: Any, options: Any) -> None:
     driver = Driver(budget=500, **options)
@@ -270,7 +270,7 @@ def test_abort_frees_pages_at_once_wherever_the_request_is() -> None:
         (make("b", 190, 4), r"may need 4 pages, but the cache has 3"),
         (make("b", ()), "at least 1 prompt token and 1 output token, not 0 and 4"),
         (make("b", 3, 0), "not 3 and 0"),
-        (make("b", 3, top_k=0), "top_k must be at least 1, not 0"),
+        (make("b", 3, index_top_k=0), "index_top_k must be at least 1, not 0"),
     ],
 )
 def test_what_can_never_run_is_refused(submit: Submit, sentence: str) -> None:
@@ -388,7 +388,10 @@ def test_under_heavy_load_nothing_is_lost_however_often_it_is_preempted() -> Non
         for number in range(10):
             stride, length = rng.randint(1, 4), rng.randint(1, 150)
             prompt = tuple(i * stride % 7 for i in range(length))
-            fields = {"prompt_logprobs": rng.choice((None, None, 0)), "top_k": rng.choice((None, None, 100))}
+            fields = {
+                "prompt_logprobs": rng.choice((None, None, 0)),
+                "index_top_k": rng.choice((None, None, 100)),
+            }
             driver.add(make(f"r{number}", prompt, rng.randint(1, 234), seed=rng.randint(0, 1), **fields))
             for _ in range(rng.randint(0, 60)):
                 driver.step()
@@ -408,7 +411,7 @@ submits = st.builds(
     stride=st.sampled_from([1, 1, 2, 3]),  # which of a few prompts, and how much of it
     length=st.one_of(st.integers(40, 260), st.sampled_from([1, 63, 64, 65, 128, 192])),
     max_tokens=st.one_of(st.integers(80, 120), st.integers(1, 120)),
-    top_k=st.sampled_from([None, None, None, 20, 70, 128, 200, 300]),
+    index_top_k=st.sampled_from([None, None, None, 20, 70, 128, 200, 300]),
     namespace=st.sampled_from(["", "", "", "", "b"]),
     seed=st.sampled_from([0, 0, 0, 0, 1, FAULTY_SEED]),
     stop_token_ids=st.sampled_from([(), (), (), (3,)]),

@@ -25,7 +25,7 @@ def batches(draw: st.DrawFn) -> list[Segment]:
                 num_rows=count,
                 start=start,
                 page_ids=tuple(range(number * 1000, number * 1000 + pages)),
-                top_k=draw(st.one_of(st.none(), st.integers(1, 3000))),
+                index_top_k=draw(st.one_of(st.none(), st.integers(1, 3000))),
             )
         )
         row += count
@@ -43,8 +43,8 @@ def test_each_row_is_in_one_tile_with_its_own_pages_and_its_own_top_k(
     of_row = {s.first_row + i: (s, s.start + i) for s in segments for i in range(s.num_rows)}
     for tile in cut(segments, costs):
         assert len(tile.rows) == 1 or all(len(rows) == 1 for rows in tile.rows)
-        for rows, positions, pages, top_k in zip(
-            tile.rows, tile.positions, tile.page_ids, tile.top_k, strict=True
+        for rows, positions, pages, index_top_k in zip(
+            tile.rows, tile.positions, tile.page_ids, tile.index_top_k, strict=True
         ):
             assert len(pages) == max(positions) // PAGE_SIZE + 1
             for row, position in zip(rows, positions, strict=True):
@@ -53,13 +53,13 @@ def test_each_row_is_in_one_tile_with_its_own_pages_and_its_own_top_k(
                 segment, expected = of_row[row]
                 assert position == expected
                 assert segment.page_ids[: len(pages)] == pages
-                dense = segment.top_k is None or position + 1 <= segment.top_k
+                dense = segment.index_top_k is None or position + 1 <= segment.index_top_k
                 assert (tile.form == "dense") == dense
                 if not dense:
-                    assert top_k == segment.top_k
+                    assert index_top_k == segment.index_top_k
                     assert forced == "auto" or tile.form == forced
                 else:
-                    assert top_k >= position + 1
+                    assert index_top_k >= position + 1
     assert len(seen) == len(of_row)
 
 
@@ -68,10 +68,10 @@ def test_a_tile_of_many_rows_stays_within_the_budget(segments: list[Segment]) ->
     for tile in cut(segments, COSTS):
         context = tile.context_pages * PAGE_SIZE
         if len(tile.rows) == 1 and len(tile.rows[0]) > 1:
-            need = len(tile.rows[0]) * COSTS.row_bytes(tile.form, context, tile.top_k[0])
+            need = len(tile.rows[0]) * COSTS.row_bytes(tile.form, context, tile.index_top_k[0])
             assert need <= COSTS.budget_bytes
         elif len(tile.rows) > 1:
-            worst = max(COSTS.row_bytes(tile.form, context, k) for k in tile.top_k)
+            worst = max(COSTS.row_bytes(tile.form, context, k) for k in tile.index_top_k)
             assert len(tile.rows) * min(worst, context * COSTS.token_bytes) <= COSTS.budget_bytes
 
 
@@ -88,9 +88,9 @@ def test_the_cheaper_sparse_form_is_chosen_by_cost() -> None:
         budget_bytes=1 << 20, index_row_bytes=32, attention_row_bytes=36, token_bytes=1536,
         gather_cost=1.0, mask_cost=0.1,
     )  # fmt: skip
-    assert costs.sparse_form(rows=128, context=640, top_k=65) == "mask"
-    assert costs.sparse_form(rows=128, context=660, top_k=65) == "gather"
-    assert costs.sparse_form(rows=1, context=128, top_k=65) == "gather"
+    assert costs.sparse_form(rows=128, context=640, index_top_k=65) == "mask"
+    assert costs.sparse_form(rows=128, context=660, index_top_k=65) == "gather"
+    assert costs.sparse_form(rows=1, context=128, index_top_k=65) == "gather"
 
 
 LATENT = LatentTileCosts(
@@ -114,14 +114,14 @@ def test_latent_attention_expands_a_context_that_many_rows_read() -> None:
 
 
 def test_latent_attention_masks_short_prefills_and_gathers_long_ones() -> None:
-    assert LATENT.sparse_form(rows=512, context=4096, top_k=2048) == "mask"
-    assert LATENT.sparse_form(rows=512, context=65536, top_k=2048) == "gather"
-    assert LATENT.sparse_form(rows=1, context=4096, top_k=2048) == "gather"
+    assert LATENT.sparse_form(rows=512, context=4096, index_top_k=2048) == "mask"
+    assert LATENT.sparse_form(rows=512, context=65536, index_top_k=2048) == "gather"
+    assert LATENT.sparse_form(rows=1, context=4096, index_top_k=2048) == "gather"
 
 
 def test_a_tile_says_whether_it_is_expanded() -> None:
-    prompt = Segment(first_row=0, num_rows=512, start=0, page_ids=tuple(range(8)), top_k=2048)
-    decode = Segment(first_row=512, num_rows=1, start=900, page_ids=tuple(range(15)), top_k=2048)
+    prompt = Segment(first_row=0, num_rows=512, start=0, page_ids=tuple(range(8)), index_top_k=2048)
+    decode = Segment(first_row=512, num_rows=1, start=900, page_ids=tuple(range(15)), index_top_k=2048)
     lone, many = cut([prompt, decode], LATENT)
     assert (lone.form, lone.expanded) == ("dense", False)
     assert (many.form, many.expanded) == ("dense", True)
@@ -136,9 +136,11 @@ STREAMED = LatentTileCosts(
 
 def test_streamed_tiles_of_long_contexts_keep_many_rows_together() -> None:
     """Whole, the index scores of one row of 64 heads over 128K tokens are half of the budget."""
-    for top_k, expanded in ((None, True), (2048, False)):
+    for index_top_k, expanded in ((None, True), (2048, False)):
         (segment,) = [
-            Segment(first_row=0, num_rows=512, start=1 << 17, page_ids=tuple(range(2056)), top_k=top_k)
+            Segment(
+                first_row=0, num_rows=512, start=1 << 17, page_ids=tuple(range(2056)), index_top_k=index_top_k
+            )
         ]
         tiles = cut([segment], STREAMED)
         assert len(tiles) <= 5

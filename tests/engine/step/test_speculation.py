@@ -31,7 +31,7 @@ def scheduled(known: tuple[int, ...], drafts: tuple[int, ...], params: SamplingP
         num_drafts=len(drafts),
         start=len(known) - 1,
         page_ids=(0,),
-        top_k=None,
+        index_top_k=None,
         sample=SampleSpec(
             params=params, output_index=len(known) - len(PROMPT), prompt_len=len(PROMPT), history=known
         ),

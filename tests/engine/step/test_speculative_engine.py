@@ -39,9 +39,9 @@ def prompt_of(stream: int, length: int) -> list[int]:
 
 
 def play(run: Run, requests: Requests) -> Run:
-    for number, (stream, length, top_k, temperature, pause) in enumerate(requests):
+    for number, (stream, length, index_top_k, temperature, pause) in enumerate(requests):
         run.submit(
-            str(number), prompt_of(stream, length), 40, top_k,
+            str(number), prompt_of(stream, length), 40, index_top_k,
             temperature=temperature, seed=number, presence_penalty=0.3 * (number % 2), logprobs=0,
         )  # fmt: skip
         for _ in range(pause):
@@ -96,8 +96,8 @@ def test_texts_with_drafts_are_those_without(
     play(run, requests)
     assert run.tokens == plain.tokens
     with torch.no_grad():
-        for number, (_, _, top_k, _, _) in enumerate(requests):
-            if top_k is None:
+        for number, (_, _, index_top_k, _, _) in enumerate(requests):
+            if index_top_k is None:
                 name = str(number)
                 reference = tiny.model(torch.tensor([run.tokens[name]])).logits[0]
                 assert run.error(name, reference) < 2e-5

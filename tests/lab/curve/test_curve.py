@@ -59,7 +59,7 @@ def test_attention_and_indexer_have_the_published_sizes() -> None:
     )
     assert (shape.q_lora_rank, shape.qk_nope_head_dim, shape.v_head_dim) == (1536, 128, 128)
     assert shape.indexer is not None
-    assert (shape.indexer.num_heads, shape.indexer.head_dim, shape.indexer.top_k) == (64, 128, 2048)
+    assert (shape.indexer.num_heads, shape.indexer.head_dim, shape.indexer.index_top_k) == (64, 128, 2048)
     assert (shape.moe.experts_per_token, shape.moe.intermediate_size) == (8, 2048)
     assert shape.moe_layers == (True,)
 

@@ -19,7 +19,7 @@ from lab.distill.student import Student
 from tests.engine.kit import VOCAB, tiny_checkpoint
 
 CPU = torch.device("cpu")
-INFO = IndexerInfo(num_heads=3, head_dim=16, rope_dim=8, default_top_k=16, source="indexer.safetensors")
+INFO = IndexerInfo(num_heads=3, head_dim=16, rope_dim=8, default_index_top_k=16, source="indexer.safetensors")
 
 
 @contextmanager

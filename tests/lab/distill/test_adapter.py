@@ -67,10 +67,10 @@ def log_of(folder: Path) -> list[StepLog]:
 def test_untrained_it_changes_nothing_and_trained_nothing_before_top_k(bench: Bench) -> None:
     student = bench.student()
     plain = losses(bench.trunk, TOKENS, by_student(student, 16))
-    new = losses(bench.trunk, TOKENS, by_student(student, 16), adapter=adapter(bench), top_k=16)
+    new = losses(bench.trunk, TOKENS, by_student(student, 16), adapter=adapter(bench), index_top_k=16)
     assert torch.equal(plain, new)
     changed = losses(
-        bench.trunk, TOKENS, by_student(student, 16), adapter=adapter(bench, shaken=True), top_k=16
+        bench.trunk, TOKENS, by_student(student, 16), adapter=adapter(bench, shaken=True), index_top_k=16
     )
     assert torch.equal(plain[:16], changed[:16])
     assert not torch.allclose(plain[16:], changed[16:], atol=1e-3)
@@ -90,7 +90,7 @@ def test_adapted_losses_equal_a_llama_written_out(bench: Bench, top_k: int) -> N
             current[layer] = next(given)
         return current[layer][rows]
 
-    own = losses(bench.trunk, TOKENS, select, adapter=corrections, top_k=top_k)
+    own = losses(bench.trunk, TOKENS, select, adapter=corrections, index_top_k=top_k)
     expected = torch.nn.functional.cross_entropy(logits[:-1], TOKENS[1:], reduction="none")
     assert torch.allclose(own.double(), expected, atol=1e-4)
 
@@ -127,7 +127,7 @@ def test_the_distance_and_the_answers_loss_are_their_formulas(bench: Bench) -> N
     made = adapt(bench.trunk, student, corrections, tokens, rows, 16, 1.0, answers)
     with torch.no_grad():
         dense = bench.trunk.logits(final_rows(bench.trunk, tokens, None)).double().softmax(-1)
-        sparse = final_rows(bench.trunk, tokens, by_student(student, 16), adapter=corrections, top_k=16)
+        sparse = final_rows(bench.trunk, tokens, by_student(student, 16), adapter=corrections, index_top_k=16)
         other = bench.trunk.logits(sparse).double().softmax(-1)
     expected = (dense * (dense / other).log()).sum(-1)[rows].mean()
     assert float(made.distance.detach()) == pytest.approx(float(expected), rel=1e-4)

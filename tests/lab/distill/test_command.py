@@ -122,7 +122,7 @@ def test_the_model_cards_command_is_the_one_that_the_overlays_header_tells_of() 
     sizes = [options.heads, options.dim, options.rope, options.default_top_k]
     assert sizes == [int(header[name]) for name in ("num_heads", "head_dim", "rope_dim", "default_top_k")]
     assert f"| `default_top_k` | {header['default_top_k']} |" in card
-    evaluation = json.loads((folder / "smollm2-135m-instruct.eval.json").read_text())
+    evaluation = json.loads((ROOT / "docs" / "overlays" / "smollm2-135m-instruct.eval.json").read_text())
     digest = hashlib.sha256((folder / "smollm2-135m-instruct.safetensors").read_bytes()).hexdigest()
     assert evaluation["settings"]["overlay_sha256"] == digest
     for top_k, retention in evaluation["needles"]["retention"].items():

@@ -67,7 +67,7 @@ def test_what_two_steps_and_one_of_the_adapter_leave_is_served(name: str, tmp_pa
         ) == 0  # fmt: skip
     file = SafetensorsFile(out / "indexer.safetensors")
     run = Lab(bench.folder, out / "indexer.safetensors").run(budget=50)
-    run.submit("a", tokens_of(0, 120), 3, top_k=16)
+    run.submit("a", tokens_of(0, 120), 3, index_top_k=16)
     run.finish()
     overlay = {name: file.read(name, torch.float32) for name in file.names()}
     assert any(bool(tensor.any()) for name, tensor in overlay.items() if name.endswith("qkv.b"))

@@ -231,9 +231,9 @@ def test_the_command_leaves_an_overlay_that_the_engine_serves(
     lab = Lab(bench.folder, out / "indexer.safetensors")
     info = lab.built.ready.model.indexer
     assert info is not None
-    assert (info.num_heads, info.head_dim, info.rope_dim, info.default_top_k) == (3, 16, 8, 16)
+    assert (info.num_heads, info.head_dim, info.rope_dim, info.default_index_top_k) == (3, 16, 8, 16)
     run = lab.run()
-    run.submit("a", list(range(60)), max_tokens=5, top_k=16)
+    run.submit("a", list(range(60)), max_tokens=5, index_top_k=16)
     run.finish()
     assert run.ends["a"].finish_reason == "length"
     assert len(run.selected[(16, *range(60))][0]) == 16

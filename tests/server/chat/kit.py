@@ -13,7 +13,7 @@ CONTROL = re.compile("</?think>|<｜(?!DSML)[^｜]*｜>")
 
 
 def pieces(answer: str) -> list[tuple[bool, str]]:
-    """(is a control token, text): what a tokenizer of this family makes of an answer's text."""
+    """Split an answer's text as a tokenizer of this family does: (is a control token, text)."""
     out: list[tuple[bool, str]] = []
     position = 0
     for match in CONTROL.finditer(answer):
@@ -23,7 +23,7 @@ def pieces(answer: str) -> list[tuple[bool, str]]:
 
 
 def read(parser: Parser, answer: str, cuts: Iterable[int] = ()) -> list[Part]:
-    """The parts of an answer that arrives in pieces, cut at some of its characters."""
+    """Parse an answer that arrives in pieces, cut before the characters at `cuts`."""
     wanted = sorted({0, *cuts})
     parts: list[Part] = []
     position = 0

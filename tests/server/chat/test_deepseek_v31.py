@@ -1,4 +1,4 @@
-"""V3.1's prompts letter by letter and against its rules as a template, and its answers."""
+"""V3.1: prompts equal fixed texts and the model card's rules as a template; answers are read into their parts."""
 
 from __future__ import annotations
 

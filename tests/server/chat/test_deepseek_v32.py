@@ -1,4 +1,4 @@
-"""V3.2's prompts letter by letter, its answers however they are cut, and nothing lost of bad ones."""
+"""V3.2: prompts equal fixed texts; answers give the same parts however they are cut; bad answers lose no text."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_a_single_call_ends_the_answer() -> None:
 
 
 def test_time_is_linear() -> None:
-    """64 times the text in one-letter pieces may not take anything near 64² times as long."""
+    """64 times as much text, in one-letter pieces, must take far less than 64² times as long."""
 
     def seconds(repeats: int) -> float:
         reader = parser()

@@ -1,4 +1,4 @@
-"""One reader, in order, and nothing lost."""
+"""The mailbox: one reader gets all items in order, and a cancelled wait loses none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def test_a_wait_ends_and_the_next_begins_anew() -> None:
             await box.get(0.001)
     asyncio.get_running_loop().call_later(0.01, box.put, 5)
     assert await box.get(60.0) == 5
-    await asyncio.sleep(0.002)  # no alarm of before disturbs the next wait
+    await asyncio.sleep(0.002)  # the alarm of the wait before must not disturb the next wait
     with pytest.raises(TimeoutError):
         await box.get(0.001)
 

@@ -1,4 +1,4 @@
-"""Events, which mostly take a short way, are the chunks that they stand for."""
+"""`Renderer.events`, which has a fast way for text, gives the same bytes as its chunks."""
 
 from __future__ import annotations
 

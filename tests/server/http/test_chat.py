@@ -70,7 +70,7 @@ async def test_answers() -> None:
     }
     (submitted,) = engine.submitted
     assert submitted.prompt_token_ids == (BOS, 258, *ids("hi"))
-    assert submitted.top_k == 32
+    assert submitted.index_top_k == 32
     assert submitted.sampling.stop_token_ids == (EOS,)
     assert submitted.sampling.max_tokens == 256 - 4
 
@@ -229,7 +229,7 @@ async def test_ignore_eos() -> None:
 async def test_sparsity(field: dict[str, Any], default: Any, sent: int | None, shown: Any) -> None:
     engine = speaking()
     response = await post(engine, chat_body(**field), default_top_k=default)
-    assert engine.submitted[0].top_k == sent
+    assert engine.submitted[0].index_top_k == sent
     assert response.json()["usage"]["dsa"] == shown
 
 
@@ -237,7 +237,7 @@ async def test_a_model_without_an_indexer_says_that_it_ran_dense() -> None:
     engine = speaking()
     engine.set_status(model=FakeEngine(default_top_k=None).status.model)
     response = await post(engine, chat_body(dsa={"top_k": 8}))
-    assert engine.submitted[0].top_k is None
+    assert engine.submitted[0].index_top_k is None
     dsa = response.json()["usage"]["dsa"]
     assert (dsa["top_k"], dsa["requested"]) == ("dense", 8)
     assert "no trained indexer" in dsa["note"]

@@ -43,7 +43,7 @@ OLD_CALL = (
 
 
 def make_vocabulary() -> Tokenizer:
-    """A token a byte and the family's control tokens, of which, as published, not all are flagged special."""
+    """A vocabulary of one token for each byte, and the family's control tokens. As published, some are not special."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -60,7 +60,7 @@ def ids(text: str) -> list[int]:
 
 
 def engine_of(*answers: str, group: int = 3) -> FakeEngine:
-    """Says one answer after the other, request by request; the last one to all others."""
+    """An engine that gives one answer to each request in turn, and the last answer to all further requests."""
     left = list(answers)
 
     def script(submit: Submit) -> Script:
@@ -74,7 +74,7 @@ Serve = Callable[..., Any]
 
 @pytest_asyncio.fixture
 async def serve() -> AsyncGenerator[Serve, None]:
-    """Starts a server around an engine; gives a client, which is closed after the test."""
+    """Yield a function that starts a server around an engine and returns a client, which is closed after the test."""
     import contextlib
 
     async with contextlib.AsyncExitStack() as stack:
@@ -109,7 +109,7 @@ async def test_a_call_and_its_result(serve: Serve, chat: Any, call: str) -> None
     again = await sdk.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER])
     assert (again.choices[0].finish_reason, again.choices[0].message.content) == ("stop", "Rain.")
     begin = engine.submitted[0].prompt_token_ids
-    assert engine.submitted[1].prompt_token_ids[: len(begin)] == begin  # so that its pages are found again
+    assert engine.submitted[1].prompt_token_ids[: len(begin)] == begin  # so it finds the first's pages
     assert f"Look.{call}{EOS}" in prompt_of(engine, 1)
 
 
@@ -180,7 +180,7 @@ async def test_a_thinking_budget_ends_reasoning_and_goes_on(serve: Serve, group:
     assert second.sampling.max_tokens == 50 - 7
     assert second.sampling.seed != first.sampling.seed
     assert second.request_id != first.request_id
-    assert engine.aborted == ([first.request_id] if group < 100 else [])  # else it had said all it had to say
+    assert engine.aborted == ([first.request_id] if group < 100 else [])  # a group of 100 is the whole answer
 
 
 async def test_a_budget_that_uses_up_the_limit_ends_the_answer(serve: Serve) -> None:

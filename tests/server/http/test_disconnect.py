@@ -16,7 +16,7 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.kit import chat_body, make_app, serving, speaking
 
 PROMPT = 0.5
-"""Seconds within which a client's leaving must have reached the engine."""
+"""After so many seconds the engine must know that a client has hung up."""
 
 
 async def until(condition: Callable[[], bool], seconds: float = PROMPT) -> None:

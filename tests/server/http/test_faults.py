@@ -1,4 +1,4 @@
-"""Faults of the engine and the server, a full server, one that loads and one that leaves."""
+"""Faults of the engine and of the server, and servers that are full, still loading or shutting down."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ HI = [{"role": "user", "content": "hi"}]
 
 
 def script(submit: Submit) -> Script:
-    """The seed tells what is to happen."""
+    """The request's seed chooses what happens."""
     return {
         0: say("hello", cached=1),
         1: say("hello", fault="die", fault_after=2),

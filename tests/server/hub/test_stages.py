@@ -1,4 +1,4 @@
-"""Progress where nobody watches a terminal: a line a stage, and not one a block."""
+"""Progress without a terminal: one line for each stage, not one for each block."""
 
 from __future__ import annotations
 

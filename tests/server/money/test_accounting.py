@@ -1,4 +1,4 @@
-"""Accounts alone, over a real ledger: what is charged when, and that it is counted once."""
+"""Accounts without a server, over a real ledger: the amounts that are charged, and that each is counted once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from engine.protocol import RequestUsage, SamplingParams, Submit, Work
 from server.generation.generate import ChoiceUsage, Job
-from server.money.accounting import Account, Books, Entry, LedgerUnavailableError, key_of
+from server.money.accounting import Account, Books, LedgerUnavailableError, Settlement, key_of
 from server.money.ledger import Ledger
 from server.money.pricing import DEFAULT_TABLE, PriceBook
 
@@ -20,11 +20,11 @@ MODEL = "deepseek-v3.2"  # USD a million tokens: 0.28, cached 0.028, output 0.42
 
 
 class Desk:
-    """Books over a file, and what they were told."""
+    """Books with a ledger file, and the calls that their callbacks got."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.closed: list[Entry] = []
+        self.closed: list[Settlement] = []
         self.failures: list[None] = []
         self.ledger = Ledger(str(path))
         self.books = Books(
@@ -35,14 +35,15 @@ class Desk:
             lambda: self.failures.append(None),
         )
 
-    def _close(self, entry: Entry) -> None:
+    def _close(self, entry: Settlement) -> None:
         assert self.rows()  # never counted before it is durable
         self.closed.append(entry)
 
     def account(self, *choices: str) -> Account:
         sampling = SamplingParams(max_tokens=20, seed=1)
         submits = [
-            Submit(request_id=name, prompt_token_ids=(1,), sampling=sampling, top_k=64) for name in choices
+            Submit(request_id=name, prompt_token_ids=(1,), sampling=sampling, index_top_k=64)
+            for name in choices
         ]
         jobs = [Job(index, submit) for index, submit in enumerate(submits)]
         return Account(self.books, request_id="r", endpoint="/v1/completions", key="anonymous", jobs=jobs)
@@ -55,9 +56,9 @@ class Desk:
         finally:
             connection.close()
 
-    async def counted(self) -> Entry:
+    async def counted(self) -> Settlement:
         async with asyncio.timeout(10):
-            while not self.closed:  # noqa: ASYNC110 - what is waited for is what accounts call
+            while not self.closed:  # noqa: ASYNC110 - the account's callback fills it, without an event
                 await asyncio.sleep(0.01)
         (entry,) = self.closed
         return entry
@@ -72,7 +73,7 @@ async def desk(tmp_path: Path) -> AsyncGenerator[Desk, None]:
 
 def used(seconds: float = 0.5, *, rows: int = 120, completion: int = 20) -> RequestUsage:
     return RequestUsage(
-        prompt_tokens=100, cached_tokens=40, completion_tokens=completion, preemptions=0, top_k=64,
+        prompt_tokens=100, cached_tokens=40, completion_tokens=completion, preemptions=0, index_top_k=64,
         queue_seconds=0.0, prefill_seconds=0.1, decode_seconds=0.4,
         work=Work(rows=rows, decode_seconds=seconds, dense_decode_seconds=2 * seconds),
     )  # fmt: skip
@@ -80,14 +81,14 @@ def used(seconds: float = 0.5, *, rows: int = 120, completion: int = 20) -> Requ
 
 def said(completion: int = 20) -> ChoiceUsage:
     return ChoiceUsage(
-        prompt_tokens=100, cached_tokens=40, completion_tokens=completion, top_k=64, queue_seconds=0.0
+        prompt_tokens=100, cached_tokens=40, completion_tokens=completion, index_top_k=64, queue_seconds=0.0
     )
 
 
 async def test_an_answer_waits_for_its_row_and_is_counted_once(desk: Desk) -> None:
     account = desk.account("a", "b")
     account.settle("a", used())
-    account.settle("a", used())  # said twice
+    account.settle("a", used())  # reported twice
     account.settle("stranger", used())
     finishing = asyncio.create_task(account.finish([said(), said()], "stop"))
     await asyncio.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The usage ledger alone: on disk before it says so, each request once, whoever else writes."""
+"""The usage ledger alone: a row is on disk before `done` is called, and once only, even if others write too."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import pytest
 from sqlalchemy import event
 
 from server.money import ledger as module
-from server.money.ledger import Ledger, LedgerError, Row, open_database, report
+from server.money.ledger import Ledger, LedgerError, LedgerRow, open_database, report
 from tests.kit import ROOT
 from tests.server.fake_engine import FakeEngine
 from tests.server.kit import make_app
 
 
-def row(name: str, **changes: Any) -> Row:
+def row(name: str, **changes: Any) -> LedgerRow:
     values: dict[str, Any] = {
         "request_id": name, "arrived_us": 1, "day": "2026-01-02", "key": "anonymous", "model": "m",
         "endpoint": "/v1/completions", "outcome": "stop", "top_k": None, "prompt_tokens": 3, "cached_tokens": 1,
@@ -31,7 +31,7 @@ def row(name: str, **changes: Any) -> Row:
         "flops": 0, "cache_bytes": 0, "device_ns": 5, "dense_ns": 6, "price_version": "1", "currency": "USD",
         "amount_nanos": 7, "metered_nanos": 8, "dense_equivalent_nanos": 9,
     }  # fmt: skip
-    return Row(**(values | changes))
+    return LedgerRow(**(values | changes))
 
 
 def read(path: Path, columns: str = "request_id") -> list[Any]:
@@ -43,7 +43,7 @@ def read(path: Path, columns: str = "request_id") -> list[Any]:
 
 
 class Heard:
-    """What the ledger's thread said of rows."""
+    """Collects the calls of `done` from the ledger's thread."""
 
     def __init__(self) -> None:
         self.said: list[bool] = []
@@ -122,7 +122,7 @@ def test_closing_writes_what_is_queued(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_written_harms_no_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A number beyond the database's is the driver's error, not SQLAlchemy's: the thread lives on."""
+    """A number too large for the database raises the driver's error, not SQLAlchemy's; the thread must survive it."""
     path, heard = tmp_path / "usage.sqlite", Heard()
     ledger = Ledger(str(path))
     with sqlite3.connect(path) as blocker:
@@ -175,7 +175,7 @@ def test_rows_are_never_changed(tmp_path: Path) -> None:
 
 
 def test_amounts_are_whole_nano_dollars(tmp_path: Path) -> None:
-    """Beyond 2^53, where floats lose the last digits."""
+    """The amounts are beyond 2^53, where floats lose the last digits."""
     path = tmp_path / "usage.sqlite"
     ledger = Ledger(str(path))
     for name in ("a", "b"):
@@ -211,8 +211,8 @@ def test_processes_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "usage.sqlite"
     code = """
 import sys, msgspec
-from server.money.ledger import Ledger, Row
-row, ledger = msgspec.json.decode(sys.argv[2], type=Row), Ledger(sys.argv[1])
+from server.money.ledger import Ledger, LedgerRow
+row, ledger = msgspec.json.decode(sys.argv[2], type=LedgerRow), Ledger(sys.argv[1])
 for number in range(100):
     ledger.append(msgspec.structs.replace(row, request_id=f"{row.request_id}-{number}"), print)
 ledger.close()

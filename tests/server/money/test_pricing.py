@@ -40,7 +40,7 @@ def amount(path: Path, at: datetime = NOON, top_k: int | None = None, tokens: To
         "m",
         at,
         tokens or Tokens(100, 1000, 10, 4),
-        top_k=top_k,
+        index_top_k=top_k,
         seconds=1.5,
         dense_seconds=3,
     )
@@ -72,9 +72,9 @@ def test_the_default_table_has_what_deepseek_published() -> None:
     million = Tokens(10**6, 10**6, 10**6)
     now = datetime(2026, 1, 1, tzinfo=UTC)
     for model, usd in (("deepseek-v3.1", "2.31"), ("deepseek-v3.2", "0.728")):
-        bill = price(table, model, now, million, top_k=None, seconds=0, dense_seconds=0)
+        bill = price(table, model, now, million, index_top_k=None, seconds=0, dense_seconds=0)
         assert bill.amount == Decimal(usd) * 10**9
-    assert price(table, "any", now, million, top_k=None, seconds=3600, dense_seconds=0).amount == 10**8
+    assert price(table, "any", now, million, index_top_k=None, seconds=3600, dense_seconds=0).amount == 10**8
 
 
 def test_a_bad_edit_keeps_the_old_table(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Traces, read by an OTLP/HTTP receiver as the collector would."""
+"""Traces, as an OTLP/HTTP receiver reads them."""
 
 from __future__ import annotations
 

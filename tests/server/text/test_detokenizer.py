@@ -1,4 +1,4 @@
-"""The detokenizer gives out the decoded whole, cut at the first stop, however tokens are grouped."""
+"""The detokenizer's texts, joined, are the decoded tokens up to the first stop, however tokens are grouped."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def byte_vocabulary() -> Tokenizer:
 
 @cache
 def fallback_vocabulary() -> Tokenizer:
-    """As SentencePiece has it: word marks, and byte tokens for what has no token of its own."""
+    """A vocabulary like SentencePiece's: word marks, and byte tokens for characters without a token of their own."""
     tokens = ["<unk>", "</s>", "\u2581", "\u2581a", "a", "b", "\u2581ab", "é", "中"]
     tokens += [f"<0x{byte:02X}>" for byte in range(256)]
     backend = Backend(
@@ -79,7 +79,7 @@ def grouped(data: st.DataObject, ids: list[int]) -> list[list[int]]:
 
 
 def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
-    """By the definition: read character by character until some stop is complete."""
+    """Find the first stop by its definition: read character by character until a stop is complete."""
     for end in range(1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:

@@ -115,7 +115,7 @@ def test_role_markers_are_control_tokens_even_if_not_flagged(tmp_path: Path) -> 
     assert sorted(tokenizer.control_tokens) == ["<think>", "<｜User｜>", "<｜end▁of▁sentence｜>"]
     assert len(tokenizer.encode("<｜User｜>")) > 1
     assert tokenizer.encode("<｜User｜>", parse_special=True) == [257]
-    assert len(tokenizer.encode("<think>")) > 1  # nobody's text begins or ends a model's reasoning
+    assert len(tokenizer.encode("<think>")) > 1  # text of a client must not begin reasoning
     assert tokenizer.encode("<br>") == [259]
     assert tokenizer.decode([257]) == "<｜User｜>"  # not special: decoding shows it, as everywhere
 

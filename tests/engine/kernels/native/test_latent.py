@@ -169,10 +169,10 @@ def test_what_the_c_code_does_not_do_is_torchs(kernels: NativeKernels, change: s
 
 
 @pytest.mark.parametrize(
-    ("start", "rows", "top_k"), [(0, 90, None), (700, 80, None), (700, 80, 256), (900, 1, 256)]
+    ("start", "rows", "index_top_k"), [(0, 90, None), (700, 80, None), (700, 80, 256), (900, 1, 256)]
 )
 def test_a_model_of_deepseeks_family_computes_as_with_torchs_operations(
-    kernels: NativeKernels, start: int, rows: int, top_k: int | None
+    kernels: NativeKernels, start: int, rows: int, index_top_k: int | None
 ) -> None:
     """Through runner, pages and tiles: one layer, so that one selection differs at most by near ties."""
     hidden = []
@@ -193,7 +193,7 @@ def test_a_model_of_deepseeks_family_computes_as_with_torchs_operations(
             token_ids=tuple(range(rows)),
             start=start,
             page_ids=pages,
-            top_k=top_k,
+            index_top_k=index_top_k,
             sample=None,
         )
         hidden.append(runner.hidden(StepPlan(requests=(request,))).float())

@@ -16,7 +16,8 @@ from engine.checkpoint.packed import can_pack, load_packed
 from engine.checkpoint.source import LaidSource, open_source
 from engine.errors import EngineError
 from engine.kernels import native
-from engine.kernels.native.packed import PackedWeight, Quantised, packed_bytes, quantise_4bit
+from engine.kernels.native.packed import PackedWeight, packed_bytes
+from engine.memory.quantised import Quantised, quantise_4bit
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
 

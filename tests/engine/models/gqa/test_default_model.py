@@ -66,7 +66,7 @@ def worst(default: Default, run: object, name: str) -> float:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_alone_and_unchunked(default: Default, length: int) -> None:
     run = default.lab.run(budget=4096, caching=False)
-    run.submit("a", default.text[:length], 3, top_k=None if length % 2 else 4096)
+    run.submit("a", default.text[:length], 3, index_top_k=None if length % 2 else 4096)
     run.finish()
     assert worst(default, run, "a") < TOLERANCE
 
@@ -74,7 +74,7 @@ def test_alone_and_unchunked(default: Default, length: int) -> None:
 def test_chunked_and_batched_with_others(default: Default) -> None:
     run = default.lab.run(budget=300, caching=False)
     for length in LENGTHS:
-        run.submit(str(length), default.text[:length], 3, top_k=8192)
+        run.submit(str(length), default.text[:length], 3, index_top_k=8192)
     run.finish()
     for length in LENGTHS:
         assert worst(default, run, str(length)) < TOLERANCE
@@ -105,7 +105,7 @@ def test_before_and_after_a_preemption(default: Default) -> None:
 def test_sparse_equals_masked_attention_over_the_same_sets(default: Default) -> None:
     """top_k = 64 on the real weights, with an untrained indexer: arithmetic, not quality."""
     run = default.lab.run(budget=100, caching=False)
-    run.submit("a", default.text[:130], 3, top_k=64)
+    run.submit("a", default.text[:130], 3, index_top_k=64)
     run.finish()
     file = SafetensorsFile(default.overlay)
     indexer = {name: file.read(name, torch.float32) for name in file.names()}

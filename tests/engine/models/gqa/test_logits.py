@@ -123,7 +123,7 @@ def test_index_keys_are_written_while_attention_is_still_dense(tiny: Tiny) -> No
     prompt = tokens_of(6, 180)
     run.submit("dense", prompt[:100])
     run.finish()
-    run.submit("sparse", prompt, 3, top_k=64)
+    run.submit("sparse", prompt, 3, index_top_k=64)
     run.finish()
     usage = run.ends["sparse"].usage
     assert usage is not None
@@ -183,7 +183,7 @@ def check_sparse(tiny: Tiny, run: Run, name: str, top_k: int) -> None:
 def test_sparse_is_not_dense(tiny: Tiny) -> None:
     """The comparison above can fail: with another selection the logits are far off."""
     run = tiny.auto.run()
-    run.submit("a", tokens_of(1, 200), 2, top_k=16)
+    run.submit("a", tokens_of(1, 200), 2, index_top_k=16)
     run.finish()
     assert run.error("a", tiny.dense(run.tokens["a"])) > 0.05
 
@@ -217,10 +217,10 @@ def test_prompt_logprobs_are_those_of_transformers(tiny: Tiny) -> None:
 def test_a_model_without_an_indexer_runs_dense_and_says_so(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path, tie_word_embeddings=True, seed=4)
     run = Lab(tmp_path).run()
-    run.submit("a", tokens_of(1, 150), 3, top_k=16)
+    run.submit("a", tokens_of(1, 150), 3, index_top_k=16)
     run.finish()
     usage = run.ends["a"].usage
     assert usage is not None
-    assert usage.top_k is None
+    assert usage.index_top_k is None
     with torch.no_grad():
         assert run.error("a", model(torch.tensor([run.tokens["a"]])).logits[0]) < TOLERANCE

@@ -24,7 +24,7 @@ from tests.engine.kit import VOCAB, base_of, random_overlay, tiny_checkpoint
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
 
 PAGES = 12
-Rows = tuple[int, int, int, int | None]  # request, first position, rows, top_k
+Rows = tuple[int, int, int, int | None]  # request, first position, rows, index_top_k
 CASES: list[list[Rows]] = [
     [(0, 0, 1, None)],
     [(0, 599, 1, None)],
@@ -64,10 +64,10 @@ class Form:
                     token_ids=tuple(self.tokens[number][start : start + rows]),
                     start=start,
                     page_ids=tuple(range(number * PAGES, number * PAGES + PAGES)),
-                    top_k=top_k,
+                    index_top_k=index_top_k,
                     sample=None,
                 )
-                for number, start, rows, top_k in requests
+                for number, start, rows, index_top_k in requests
             )
         )
         return self.built.runner.hidden(plan).float()
@@ -139,7 +139,7 @@ def test_it_is_as_near_to_float32_as_torch_is(forms: Forms, case: list[Rows]) ->
     assert forms.native.model.native is not None
     every = (forms.exact, forms.torch, forms.native)
     # Of few sparse rows, each token that rounding swaps shows; of many, they are as many in both forms.
-    sparse = any(top_k is not None for _, _, _, top_k in case)
+    sparse = any(index_top_k is not None for _, _, _, index_top_k in case)
     factor = 1.15 if not sparse or sum(rows for _, _, rows, _ in case) > 20 else 1.7
     exact, torchs, mine = (form.hidden(case) for form in every)
     assert error(mine, exact) < factor * error(torchs, exact) + 0.004
@@ -148,7 +148,7 @@ def test_it_is_as_near_to_float32_as_torch_is(forms: Forms, case: list[Rows]) ->
 
 
 def test_the_comparison_can_fail(forms: Forms) -> None:
-    """Another top_k, or another page, is far off."""
+    """Another index_top_k, or another page, is far off."""
     exact = forms.exact.hidden([(0, 599, 1, None)])
     if forms.exact.model.indexer is not None:
         assert error(forms.native.hidden([(0, 599, 1, 100)]), exact) > 0.3

@@ -64,7 +64,7 @@ def test_a_config_that_transformers_wrote_reads_as_it_was_meant(tmp_path: Path) 
         assert (config.indexer is None) == (family == "deepseek_v3")
         if config.indexer is not None:
             assert config.indexer.rope_interleaved == (family == "glm_moe_dsa")
-            assert config.indexer.top_k == 24
+            assert config.indexer.index_top_k == 24
 
 
 def test_the_published_config() -> None:
@@ -72,7 +72,7 @@ def test_the_published_config() -> None:
     assert sum(config.moe_layers) == 58
     assert config.index_layers == (True,) * 61
     assert config.indexer is not None
-    assert config.indexer.top_k == 2048
+    assert config.indexer.index_top_k == 2048
     assert config.num_mtp_layers == 1
     table = weight_table(config)
     assert table["layers.3.moe.experts_gate_up"].names[:3] == (

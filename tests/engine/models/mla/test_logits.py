@@ -139,7 +139,7 @@ def test_a_batch_of_mixed_lengths_and_mixed_top_k(tiny: Tiny) -> None:
         check(tiny, run, name, top_k if tiny.sparse else None)
         usage = run.ends[name].usage
         assert usage is not None
-        assert usage.top_k == (top_k if tiny.sparse else None)
+        assert usage.index_top_k == (top_k if tiny.sparse else None)
 
 
 @pytest.mark.parametrize("tiny", ["v32", "glm, shared selections"], indirect=True)
@@ -192,7 +192,7 @@ def test_the_checkpoints_own_indexer_is_reported_with_its_top_k(tiny: Tiny) -> N
     model = tiny.lab().built.ready.model
     assert model.architecture == "deepseek_v32"
     assert model.indexer is not None
-    assert (model.indexer.default_top_k, model.indexer.source) == (TOP_K, "checkpoint")
+    assert (model.indexer.default_index_top_k, model.indexer.source) == (TOP_K, "checkpoint")
     assert tiny.lab().built.unused_tensors == ()
 
 
@@ -211,10 +211,15 @@ def test_a_context_of_163840_positions(tmp_path: Path) -> None:
     assert model.max_model_len == 163840
     assert lab.built.ready.capacity.num_pages >= 2560
     last = ScheduledRequest(
-        request_id="a", token_ids=(5,), start=163839, page_ids=tuple(range(2560)), top_k=TOP_K, sample=None
+        request_id="a",
+        token_ids=(5,),
+        start=163839,
+        page_ids=tuple(range(2560)),
+        index_top_k=TOP_K,
+        sample=None,
     )
     for top_k in (TOP_K, None):
-        plan = StepPlan(requests=(msgspec.structs.replace(last, top_k=top_k),))
+        plan = StepPlan(requests=(msgspec.structs.replace(last, index_top_k=top_k),))
         assert bool(lab.built.runner.hidden(plan).isfinite().all())
     rotary = lab.built.runner._model._rotary
     angle = 163839 * inverse_frequencies(8, 10000.0, {k: v for k, v in YARN.items() if k != "rope_theta"})

@@ -53,7 +53,7 @@ def block_weight(*shape: int) -> BlockWeight:
 def run(folder: Path, **settings: Any) -> Run:
     lab = Lab(folder, kv_cache_dtype="bf16", indexer_dtype="bf16", **settings)
     made = lab.run(budget=32)
-    made.submit("a", TOKENS, max_tokens=6, top_k=24)
+    made.submit("a", TOKENS, max_tokens=6, index_top_k=24)
     return made.finish()
 
 

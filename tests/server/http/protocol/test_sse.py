@@ -1,4 +1,4 @@
-"""Events are one line to whoever reads lines, whatever the model writes."""
+"""An event is one line for every kind of line reader, whatever the model writes."""
 
 from __future__ import annotations
 

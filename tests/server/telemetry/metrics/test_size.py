@@ -1,4 +1,4 @@
-"""A scrape stays small and quick however much was served, with every label set in it."""
+"""A scrape with every set of labels stays small and quick, however many requests were served."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OUTCOMES = "stop length ok disconnected rejected unavailable client_error server
 
 
 def answer(submit: Submit) -> Script:
-    """Each request's work is of its own, so that sums have as many digits as they would."""
+    """Give each request different work, so that the sums have as many digits as in real use."""
     chance = random.Random(submit.request_id)
     first = submit.prompt_token_ids[0]
     work = Work(
@@ -66,7 +66,7 @@ async def every_label(http: Any, app: Any) -> None:
         await http.delete(path)
     for path in app.openapi()["paths"]:
         await http.put(path)
-        for outcome in OUTCOMES:  # whatever may be: more than these endpoints give
+        for outcome in OUTCOMES:  # every possible outcome, more than these endpoints give
             app.state.services.metrics.request_ended(path, outcome)
     for content in ("x" * (2 << 20), ""):
         await http.post("/v1/chat/completions", content=content)
@@ -91,7 +91,7 @@ async def served(tmp_path: Path) -> AsyncGenerator[tuple[Any, Any], None]:
 
 
 async def scrapes(http: Any, count: int = 15) -> tuple[int, float]:
-    """Bytes of a scrape, and the median of its seconds: CPU time, which neighbours on the machine do not lengthen."""
+    """(bytes of a scrape, median of its CPU seconds, which other processes on the machine do not lengthen)."""
     seconds = []
     for _ in range(count):
         began = time.process_time()

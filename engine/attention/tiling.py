@@ -1,0 +1,70 @@
+"""A batch's rows in tiles: the form of the backends whose operations take R requests x Q rows at once.
+
+Leaves to `engine.plan.tiles` how rows are cut. Kernels that take rows as they are need no tiling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.attention.batch import Batch, to_device
+from engine.plan.tiles import Form, Tile, TileCosts, cut
+
+
+@dataclass(frozen=True)
+class TileTensors:
+    """A tile on the device: R requests x Q rows, context of P pages."""
+
+    form: Form
+    rows: Tensor  # [R * Q] int64, into the batch
+    shape: tuple[int, int]  # (R, Q)
+    positions: Tensor  # [R, Q] int64
+    block_table: Tensor  # [R, P] int64, padded with page 0
+    index_top_k: Tensor  # [R, Q] int64
+    expanded: bool = False  # see `Tile`
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one step's rows are cut. A model makes one in its forward, and every layer reads it."""
+
+    batch: Batch
+    costs: TileCosts
+
+    @cached_property
+    def tiles(self) -> tuple[TileTensors, ...]:
+        """The attention work, cut when it is first asked for."""
+        device = self.batch.token_ids.device
+        return tuple(_tensors(tile, device) for tile in cut(self.batch.segments, self.costs))
+
+    @property
+    def selects(self) -> bool:
+        """Whether any tile is sparse."""
+        return any(tile.form != "dense" for tile in self.tiles)
+
+
+def _tensors(tile: Tile, device: torch.device) -> TileTensors:
+    shape = (len(tile.rows), len(tile.rows[0]))
+    return TileTensors(
+        form=tile.form,
+        rows=to_device(np.array(tile.rows, dtype=np.int64).reshape(-1), device),
+        shape=shape,
+        positions=to_device(np.array(tile.positions, dtype=np.int64), device),
+        block_table=to_device(_table(tile.page_ids, tile.context_pages), device),
+        index_top_k=to_device(np.array(tile.index_top_k, dtype=np.int64), device).unsqueeze(1).expand(shape),
+        expanded=tile.expanded,
+    )
+
+
+def _table(page_ids: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
+    table = np.zeros((len(page_ids), width), dtype=np.int64)
+    for row, ids in zip(table, page_ids, strict=True):
+        row[: len(ids)] = ids
+    return table

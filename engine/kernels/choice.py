@@ -1,0 +1,52 @@
+"""Which backend computes: the table of backends, and the choice for a device.
+
+`BACKENDS` is the whole list. Add a backend with one file and one line; the conformance test runs every
+backend in it against `reference`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from engine.config import KernelChoice
+from engine.errors import ConfigError
+from engine.kernels import native
+from engine.kernels.interface.attention import Kernels
+
+if TYPE_CHECKING:
+    import torch
+
+BACKENDS: dict[str, str] = {
+    "native": "engine.kernels.native.kernels:NativeKernels",
+    "reference": "engine.kernels.reference.attention:ReferenceKernels",
+    "torch": "engine.kernels.torchops.attention:VectorisedKernels",
+}
+
+
+def load_backend(name: str) -> Kernels:
+    """The kernels called `name`.
+
+    Raises:
+        ConfigError: no such backend.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"there is no kernel backend {name!r}; choose one of {', '.join(sorted(BACKENDS))}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    backend: Kernels = getattr(import_module(module), attribute)()
+    return backend
+
+
+def choose_backend(choice: KernelChoice, device: torch.device) -> Kernels:
+    """The kernels for a model on `device`.
+
+    Raises:
+        ConfigError: native ones were asked for, and there are none.
+    """
+    if choice == "native" and device.type != "cpu":
+        raise ConfigError(
+            f"kernels is native, which is for the CPU, but the device is {device}; set it to auto"
+        )
+    if choice == "auto":
+        choice = "torch" if device.type != "cpu" or native.library() is None else "native"
+    return load_backend(choice)

@@ -1,0 +1,157 @@
+// Attention of a step's rows: index scores, selection and sums, a row or a block of one prompt at a time.
+#include <math.h>
+
+#include "dense.h"
+#include "pool.h"
+#include "scratch.h"
+#include "step_work.h"
+
+// Index scores from keys in bfloat16: plain, since integers are what is fast.
+static void plain_scores(const bf16 *query, const float *weights, const uint8_t *plane, int64_t stride,
+                         const int64_t *table, int first, int last, int H, int d, float *scores) {
+    for (int page = first; page < last; page++) {
+        const bf16 *keys = (const bf16 *)(const void *)(plane + table[page] * stride);
+        for (int c = 0; c < PAGE; c++, keys += d) {
+            float score = 0;
+            for (int h = 0; h < H; h++) {
+                float dot = 0;
+                for (int i = 0; i < d; i++) dot += wide(query[h * d + i]) * wide(keys[i]);
+                score += dot > 0 ? weights[h] * dot : 0;
+            }
+            scores[page * PAGE + c] = score;
+        }
+    }
+}
+
+// The best of a row's scores, and attention over them.
+static void select_and_attend(struct work *w, const struct dsa_layer *layer, int r, const float *scores, uint8_t *own) {
+    const struct dsa_model *m = w->model;
+    const struct dsa_step *step = w->step;
+    const int D = m->head_dim, context = (int)step->positions[r] + 1;
+    int32_t *selected = (int32_t *)(void *)(own + scores_bytes(step->longest));
+    uint8_t *rest = own + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
+    int found = dsa_select_row(scores, context, (int)step->index_top_k[r], selected, (float *)(void *)rest);
+    if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
+    dsa_attend_row(w->query + (size_t)r * m->heads * D, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
+                   table_of(step, r), selected, found, 0, m->kv_heads, m->kv_heads, m->heads / m->kv_heads, D,
+                   1.0f / sqrtf((float)D), w->attended.values + (size_t)r * m->heads * D, rest);
+}
+
+// A row's attention, by itself (member 0 of 1) or by several threads together on the memory of one.
+static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t *shared, uint8_t *mine, int member,
+                   int members) {
+    const struct dsa_model *m = w->model;
+    const struct dsa_step *step = w->step;
+    const int D = m->head_dim, G = m->heads / m->kv_heads, context = (int)step->positions[r] + 1;
+    const int pages = (context + PAGE - 1) / PAGE, H = m->index_heads, d = m->index_dim;
+    const int64_t *table = table_of(step, r);
+    float *scores = (float *)(void *)shared;
+    int32_t *selected = (int32_t *)(void *)(shared + scores_bytes(step->longest));
+    uint8_t *rest = mine + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
+    int count = context, sparse = is_sparse(step, r), first, last;
+    if (sparse) {
+        dsa_share(pages, 1, member, members, &first, &last);
+        const float *weights = w->index_weights + (size_t)r * H;
+        if (m->integer_keys)
+            dsa_index_scores_row(w->index_integers + (size_t)r * H * d, weights, w->index_begins + (size_t)r * H,
+                                 layer->index_plane, m->index_stride, table, first, last, H, d, scores);
+        else
+            plain_scores(w->index_query + (size_t)r * H * d, weights, layer->index_plane, m->index_stride, table, first,
+                         last, H, d, scores);
+        if (members > 1) dsa_barrier();
+        count = (int)step->index_top_k[r];
+        if (member == 0) {
+            int found = dsa_select_row(scores, context, count, selected, (float *)(void *)rest);
+            if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
+            // Fewer only with not-a-number among the scores. The last again changes no sum that matters then.
+            for (; found < count; found++) selected[found] = selected[found - 1];
+        }
+        if (members > 1) dsa_barrier();
+    }
+    dsa_share(m->kv_heads, 1, member, members, &first, &last);
+    if (first < last)
+        dsa_attend_row(w->query + (size_t)r * m->heads * D, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
+                       table, sparse ? selected : 0, count, first, last, m->kv_heads, G, D, 1.0f / sqrtf((float)D),
+                       w->attended.values + (size_t)r * m->heads * D, rest);
+}
+
+// Consecutive rows from `first` on that are a part of one prompt, and alike dense or sparse: one after the last.
+static int run_end(const struct dsa_step *step, int first) {
+    int r = first + 1, sparse = is_sparse(step, first);
+    while (r < step->rows && step->request[r] == step->request[first] && step->positions[r] == step->positions[r - 1] + 1 &&
+           is_sparse(step, r) == sparse)
+        r++;
+    return r;
+}
+
+// Dense rows of one prompt as a tile.
+static void attend_dense(struct work *w, const struct dsa_layer *layer, int first, int last, int head) {
+    const struct dsa_model *m = w->model;
+    const int G = m->heads / m->kv_heads, D = m->head_dim;
+    const size_t size = (size_t)m->heads * D, at = (size_t)first * size + (size_t)head * G * D;
+    dsa_dense_block(w->query + at, (int64_t)size, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
+                    table_of(w->step, first), w->step->positions + first, 0, 0, last - first, head, m->kv_heads, G, D,
+                    1.0f / sqrtf((float)D), w->attended.values + at);
+}
+
+// Sparse rows of one prompt: a page of index keys is read from the nearest cache for all but the first.
+static void attend_sparse(struct work *w, const struct dsa_layer *layer, int first, int last, uint8_t *own) {
+    const struct dsa_model *m = w->model;
+    const struct dsa_step *step = w->step;
+    const int H = m->index_heads, d = m->index_dim, pages = (int)(step->positions[last - 1] / PAGE) + 1;
+    float *scores = dsa_scratch((int64_t)sizeof(float) * PAGE * pages * (last - first));
+    for (int page = 0; page < pages; page++)
+        for (int r = first; r < last; r++)
+            if (page * PAGE <= step->positions[r])
+                dsa_index_scores_row(w->index_integers + (size_t)r * H * d, w->index_weights + (size_t)r * H,
+                                     w->index_begins + (size_t)r * H, layer->index_plane, m->index_stride,
+                                     table_of(step, r), page, page + 1, H, d, scores + (r - first) * pages * PAGE);
+    for (int r = first; r < last; r++) select_and_attend(w, layer, r, scores + (r - first) * pages * PAGE, own);
+}
+
+enum { SPARSE_ROWS = 8 };
+
+// Rows by blocks of one prompt, which threads take in turn.
+static void attend_blocks(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
+    const struct dsa_step *step = w->step;
+    const struct dsa_model *m = w->model;
+    const int dense_rows = dsa_dense_rows(m->heads / m->kv_heads);
+    int turn = 0;
+    uint8_t *own = w->own + w->own_bytes * (size_t)thread;
+    for (int first = 0; first < step->rows;) {
+        int end = run_end(step, first), sparse = is_sparse(step, first);
+        for (int from = first; from < end;) {
+            const int share = (end - first + threads - 1) / threads;
+            int to = from + (!sparse ? dense_rows : share < SPARSE_ROWS ? share : SPARSE_ROWS);
+            to = to < end ? to : end;
+            if (!sparse && dsa_dense_known(m->head_dim) && to - from > 1) {
+                for (int head = 0; head < m->kv_heads; head++)
+                    if (turn++ % threads == thread) attend_dense(w, layer, from, to, head);
+            } else if (turn++ % threads == thread) {
+                if (sparse && m->integer_keys) attend_sparse(w, layer, from, to, own);
+                else
+                    for (int r = from; r < to; r++) attend(w, layer, r, own, own, 0, 1);
+            }
+            from = to;
+        }
+        first = end;
+    }
+}
+
+void dsa_step_attend(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
+    const int rows = w->step->rows;
+    if (rows > threads) {
+        int first, last;
+        attend_blocks(w, layer, thread, threads);
+        dsa_barrier();
+        dsa_share(rows, 1, thread, threads, &first, &last);
+        for (int r = first; r < last; r++) dsa_sum_row(&w->attended, r);
+        return;
+    }
+    uint8_t *own = w->own + w->own_bytes * (size_t)thread;
+    for (int r = 0; r < rows; r++) {
+        attend(w, layer, r, w->own, own, thread, threads);
+        dsa_barrier();
+        if (thread == 0) dsa_sum_row(&w->attended, r);
+    }
+}

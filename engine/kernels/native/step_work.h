@@ -1,0 +1,47 @@
+// What the parts of a step share (step.c, step_attend.c).
+#ifndef DSA_STEP_WORK_H
+#define DSA_STEP_WORK_H
+
+#include "attention.h"
+#include "step.h"
+
+// What a step computes with, in the scratch memory.
+struct work {
+    const struct dsa_model *model;
+    const struct dsa_step *step;
+    float *x;                  // [rows, hidden] the residual stream
+    struct dsa_rows normed;    // [rows, hidden]
+    struct dsa_rows attended;  // [rows, heads * head_dim]
+    struct dsa_rows activated; // [rows, intermediate]
+    float *wide;               // [rows, widest]: what a product gave
+    float *index_wide;         // [rows, index_width]: of the indexer's
+    float *inner;              // [rows, adapter_rank]: of the adapter's first products
+    struct dsa_rows narrowed;  // [rows, adapter_rank]: likewise, for its second
+    float *correction;         // [rows, widest]: what those gave; of rows with a selection only
+    bf16 *query;               // [rows, heads * head_dim]
+    bf16 *index_query;         // [rows, index_heads * index_dim]
+    int8_t *index_integers;    // likewise
+    float *index_weights;      // [rows, index_heads]
+    int32_t *index_begins;     // likewise: see dsa_index_query
+    uint8_t *own;              // a thread's, `own_bytes` each: scores, selected positions, their kernels' scratch
+    size_t own_bytes;
+    int widest, index_width, sparse;
+};
+
+// Whether a row has a selection. Which rows do is said by engine/plan/sparsity.py.
+static inline int is_sparse(const struct dsa_step *step, int row) { return step->index_top_k[row] > 0; }
+
+// The pages of a row's request.
+static inline const int64_t *table_of(const struct dsa_step *step, int row) {
+    return step->block_table + step->request[row] * step->pages;
+}
+
+// Of a row's index scores, whole pages.
+static inline size_t scores_bytes(int longest) {
+    return sizeof(float) * (size_t)((longest + PAGE - 1) / PAGE * PAGE);
+}
+
+// Attention of all rows, from their queries to `attended`, by all threads.
+void dsa_step_attend(struct work *w, const struct dsa_layer *layer, int thread, int threads);
+
+#endif
