@@ -15,8 +15,8 @@ from engine.errors import CheckpointError
 def rope(raw: Mapping[str, Any], where: str, max_positions: int) -> tuple[float, dict[str, Any] | None]:
     """(base, scaling) from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`.
 
-    The scaling is None or a mapping with `rope_type`; YaRN's and Llama 3's original length is `max_positions` where
-    the config does not say it, as in transformers.
+    The scaling is None or a mapping with `rope_type`. YaRN's and Llama 3's original length is, as in transformers, the
+    config's own field, or else the scaling's, or else `max_positions`.
     """
     found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(found, Mapping):
@@ -36,7 +36,8 @@ def rope(raw: Mapping[str, Any], where: str, max_positions: int) -> tuple[float,
     if kind == "default":
         return theta, None
     if kind in ("llama3", "yarn"):
-        scaling.setdefault("original_max_position_embeddings", max_positions)
+        key = "original_max_position_embeddings"
+        scaling[key] = raw.get(key) or scaling.get(key) or max_positions
     return theta, {"rope_type": str(kind), **scaling}
 
 

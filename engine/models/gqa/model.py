@@ -112,7 +112,10 @@ class GqaModel:
         )
 
     def shape(self) -> ModelShape:
-        """See `ModelShape`; every weight but embeddings, norms and index queries runs for each token."""
+        """See `ModelShape`; every weight but embeddings, norms and index queries runs for each token.
+
+        Windows are not counted: in a model that has them, work over pairs of tokens is an upper bound.
+        """
         c, n = self.config, self.config.num_layers
         attention = 2 * c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
         rank = 0 if self.indexer is None else self.indexer.adapter_rank

@@ -14,12 +14,13 @@ from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.source import open_source
 from engine.errors import ConfigError
 from engine.models.gqa.trunk import LayerInputs
+from lab.distill.adapter import Adapter
 from lab.distill.base import open_trunk
 from lab.distill.run import DistillPlan, run
 from lab.distill.sparse_forward import by_student, losses
 from tests.engine.kit import Lab
 from tests.engine.models.gqa.plain import PlainLlama
-from tests.engine.models.gqa.test_members import DENSE, MEMBERS, oracle, tokens_of
+from tests.engine.models.gqa.test_members import DENSE, MEMBERS, WINDOW, WINDOWS, oracle, tokens_of
 from tests.engine.models.mla.kit import tiny_deepseek
 from tests.lab.distill.kit import CPU, INFO, Bench, one_thread, write_corpus
 
@@ -83,3 +84,22 @@ def test_a_family_without_a_trunk_is_refused_in_a_sentence(tmp_path: Path) -> No
         ConfigError, match="is a deepseek_v32 model; an indexer is trained for models with grouped"
     ):
         open_trunk(open_source(tmp_path), torch.float32, CPU)
+
+
+def test_rows_are_corrected_only_in_layers_where_they_select(tmp_path: Path) -> None:
+    """Layer 0 has no window and selects; the windows of the others fit within top_k, so they are read whole."""
+    top_k = WINDOW + 8
+    bench = Bench(tmp_path, kind="qwen2", **WINDOWS, max_window_layers=1)
+    student, tokens = bench.student(), torch.tensor(tokens_of(3, 90))
+    adapter = Adapter(bench.trunk.config, 4, CPU, 0)
+    generator = torch.Generator().manual_seed(1)
+    adapter.load(
+        {name: 0.2 * torch.randn(p.shape, generator=generator) for name, p in adapter.parameters.items()}
+    )
+    trained = {name: p.detach() for name, p in (student.parameters | adapter.parameters).items()}
+    plain = PlainLlama(bench.model.state_dict(), bench.model.config, trained)
+    logits, _, _ = plain.forward(tokens.tolist(), top_k, INFO.num_heads, INFO.rope_dim)
+    expected = F.cross_entropy(logits[:-1], tokens[1:], reduction="none").float()
+    with torch.no_grad():
+        actual = losses(bench.trunk, tokens, by_student(student, top_k), 64, adapter, top_k)
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)

@@ -126,3 +126,17 @@ def test_a_window_that_is_null_is_none() -> None:
 def test_layers_of_windows_without_a_window_are_refused() -> None:
     with pytest.raises(CheckpointError, match="layers of sliding_attention, but no sliding_window in use"):
         read("qwen2", layer_types=["sliding_attention"] * 2)
+
+
+@pytest.mark.parametrize("top", [{}, {"original_max_position_embeddings": 77}])
+@pytest.mark.parametrize("said", [{}, {"original_max_position_embeddings": 99}])
+def test_the_original_length_of_yarn_is_that_of_transformers(
+    top: dict[str, int], said: dict[str, int]
+) -> None:
+    rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, **said}
+    expected = LlamaConfig(**SIZES, **top, rope_parameters=dict(rope))
+    expected.standardize_rope_params()  # as its rotation does before it reads them
+    found = read(**top, rope_parameters=rope).rope_scaling
+    assert found is not None
+    key = "original_max_position_embeddings"
+    assert found[key] == expected.rope_parameters[key]
