@@ -17,7 +17,7 @@ from tests.e2e.serving import MODEL, ROOT, Server, until
 
 
 def rows(server: Server) -> dict[str, dict[str, Any]]:
-    connection = sqlite3.connect(server.money.ledger)
+    connection = sqlite3.connect(server.ledger)
     connection.row_factory = sqlite3.Row
     try:
         return {row["request_id"]: dict(row) for row in connection.execute("select * from dsa_usage")}
@@ -27,7 +27,7 @@ def rows(server: Server) -> dict[str, dict[str, Any]]:
 
 def nanos(server: Server, prefix: str) -> int:
     return sum(
-        round(value * 10**9) for name, value in server.telemetry.metrics().items() if name.startswith(prefix)
+        round(value * 10**9) for name, value in server.metrics().items() if name.startswith(prefix)
     )
 
 
@@ -99,13 +99,13 @@ async def test_answers_ledger_and_metrics_agree(start: Callable[..., Server]) ->
     assert nanos(server, "dsa_cost_usd_total") == total
     metered = sum(row["metered_nanos"] for row in ledger.values())
     assert nanos(server, 'dsa_metered_cost_usd_total{attention="actual"}') == metered
-    busy = server.telemetry.metrics()["dsa_engine_busy_seconds_total"]
+    busy = server.metrics()["dsa_engine_busy_seconds_total"]
     assert sum(row["device_ns"] for row in ledger.values()) / 1e9 == pytest.approx(busy, rel=0.01)
     assert len({row["key"] for row in ledger.values()}) == 2
-    assert b"secret" not in server.money.ledger.read_bytes()
+    assert b"secret" not in server.ledger.read_bytes()
     run = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-c", "from server.cli.main import main; main()", "usage", "--ledger", str(server.money.ledger),
+        [sys.executable, "-c", "from server.cli.main import main; main()", "usage", "--ledger", str(server.ledger),
               "--by", "model", "--format", "json"],
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip

@@ -84,7 +84,7 @@ async def test_storms_with_hang_ups_leave_nothing_behind(server: Server) -> None
             patience = [chance.choice([0.01, 0.5, 2.0, 5.0, 100.0]) for _ in range(64)]
             await asyncio.gather(*(client(sdk, number, patience[number]) for number in range(64)))
         await asyncio.to_thread(until, lambda: server.resources() == before)
-    gone = server.telemetry.metrics()['dsa_requests_total{endpoint="/v1/completions",outcome="disconnected"}']
+    gone = server.metrics()['dsa_requests_total{endpoint="/v1/completions",outcome="disconnected"}']
     assert gone >= 50
     assert server.post("/v1/completions", prompt="hello", max_tokens=1).status_code == 200
 

@@ -186,7 +186,7 @@ def test_an_engine_that_dies_again_and_again(start: Callable[..., Server]) -> No
         server.engine.kill()
         until(lambda: not server.ready)
         until(lambda: server.ready, 60)
-        assert server.telemetry.metrics()["dsa_engine_restarts_total"] == restarts
+        assert server.metrics()["dsa_engine_restarts_total"] == restarts
         assert server.post("/v1/completions", prompt="hello", max_tokens=1).status_code == 200
     until(lambda: server.resources() == before)
     assert server.end(signal.SIGTERM) == 0

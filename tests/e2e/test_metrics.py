@@ -44,12 +44,12 @@ def test_every_sample_is_well_formed(server: Server) -> None:
         assert name.startswith(("dsa_", "vllm:"))
         assert family.documentation
         assert family.samples or name in ("dsa_requests", "dsa_context_cost_usd", "dsa_context_tokens")
-    assert server.telemetry.metrics()["dsa_engine_up"] == 1
+    assert server.metrics()["dsa_engine_up"] == 1
 
 
 def test_counters_add_up_with_the_usages(server: Server, tokenizer: Tokenizer) -> None:
-    until(lambda: server.telemetry.metrics()["dsa_requests_running"] == 0)
-    before = server.telemetry.metrics()
+    until(lambda: server.metrics()["dsa_requests_running"] == 0)
+    before = server.metrics()
     long = tokenizer.encode(f"{time.time_ns()}: " + "The tide came in and the tide went out. " * 12)
     usages: list[dict[str, Any]] = []
     outcomes: Counter[tuple[str, str]] = Counter()
@@ -65,8 +65,8 @@ def test_counters_add_up_with_the_usages(server: Server, tokenizer: Tokenizer) -
         outcomes[path, outcome] += 1
     assert server.post(chat, messages=[]).status_code == 400
     outcomes[chat, "client_error"] += 1
-    until(lambda: server.telemetry.metrics()["dsa_requests_running"] == 0)
-    after = server.telemetry.metrics()
+    until(lambda: server.metrics()["dsa_requests_running"] == 0)
+    after = server.metrics()
 
     def grown(name: str) -> float:
         return after[name] - before.get(name, 0)

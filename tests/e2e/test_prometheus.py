@@ -81,7 +81,7 @@ def test_the_scrape_passes_promtool(server: Server) -> None:
 def test_what_kubernetes_scales_and_routes_by_is_there(server: Server) -> None:
     text = "".join(path.read_text("utf-8") for path in (DEPLOY / "kubernetes").rglob("*.yaml"))
     names = set(re.findall(r"\bdsa_\w+", text))
-    exposed = {name.partition("{")[0] for name in server.telemetry.metrics()}
+    exposed = {name.partition("{")[0] for name in server.metrics()}
     assert names
     assert names <= exposed
 
@@ -99,7 +99,7 @@ def test_the_inference_extension_needs_no_configuration(server: Server) -> None:
         (sample,) = families[name].samples
         assert (families[name].type, sample.labels.keys()) == ("gauge", labels)
         assert sample.labels["model_name"] == MODEL
-    values = server.telemetry.metrics()
+    values = server.metrics()
     (cache,) = families["vllm:cache_config_info"].samples
     pages = sum(values[f'dsa_kv_pages{{state="{state}"}}'] for state in ("used", "cached", "free"))
     assert (cache.value, int(cache.labels["num_gpu_blocks"])) == (1, pages)
