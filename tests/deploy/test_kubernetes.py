@@ -22,7 +22,8 @@ import yaml
 from server.cli.main import app
 from server.config import Settings, load_settings
 from server.money.pricing import PriceBook
-from tests.deploy.kit import DEPLOY, ROOT, tool
+from tests.deploy.kit import DEPLOY, tool
+from tests.kit import ROOT
 
 KUBERNETES = DEPLOY / "kubernetes"
 FOLDERS = sorted(path.parent for path in KUBERNETES.rglob("kustomization.yaml"))

@@ -29,10 +29,10 @@ from engine.step.runner import Runner
 VOCAB = 97
 
 
-def tiny_checkpoint(folder: Path, seed: int = 0, **changes: object) -> LlamaForCausalLM:
+def tiny_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     """A random model of this family, written as Hugging Face writes it; norms are random too."""
     torch.manual_seed(seed)
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 48,
         "intermediate_size": 80,
@@ -46,7 +46,8 @@ def tiny_checkpoint(folder: Path, seed: int = 0, **changes: object) -> LlamaForC
         "attn_implementation": "eager",
         **changes,
     }
-    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data = 1 + 0.3 * torch.randn_like(parameter)
@@ -126,11 +127,13 @@ class Lab:
         pages: of the cache; runs may use fewer
     """
 
-    def __init__(self, weights: Path, overlay: Path | None = None, **settings: object) -> None:
+    def __init__(self, weights: Path, overlay: Path | None = None, **settings: Any) -> None:
+        defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_cache_bytes": 256 << 20}
         config = EngineConfig(
-            weights=str(weights), overlay=None if overlay is None else str(overlay),
-            **{"dtype": "float32", "device": "cpu", "kv_cache_bytes": 256 << 20, **settings},
-        )  # fmt: skip
+            weights=str(weights),
+            overlay=None if overlay is None else str(overlay),
+            **{**defaults, **settings},
+        )
         self.built = build(config)
         self.sparse = self.built.ready.model.indexer is not None
         self.tap = TapModel(self.built.runner._model)
@@ -206,9 +209,9 @@ class Run:
         prompt: Sequence[int],
         max_tokens: int = 4,
         top_k: int | None = None,
-        **sampling: object,
+        **sampling: Any,
     ) -> None:
-        params = SamplingParams(**{"max_tokens": max_tokens, "seed": 0, "temperature": 0.0, **sampling})  # type: ignore[arg-type]
+        params = SamplingParams(**{"max_tokens": max_tokens, "seed": 0, "temperature": 0.0} | sampling)
         self.tokens[name] = list(prompt)
         self.take(
             self.core.submit(

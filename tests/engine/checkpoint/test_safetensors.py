@@ -124,6 +124,7 @@ def test_config_is_filled_in(single: Path) -> None:
     for key in ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "hidden_act",
                 "tie_word_embeddings", "attention_bias", "mlp_bias"):  # fmt: skip
         assert found[key] == getattr(defaults, key), key
+    assert defaults.rope_parameters is not None
     assert found["rope_theta"] == defaults.rope_parameters["rope_theta"] == 10000.0
     assert found["rope_scaling"] is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from lab.curve.shape import RandomSource, config
 
 
 def curve(phase: Phase, dense: dict[int, float], sparse: dict[int, float]) -> list[Point]:
+    both: tuple[tuple[Literal["dense", "sparse"], dict[int, float]], ...]
+    both = (("dense", dense), ("sparse", sparse))
     return [
-        Point(phase=phase, attention=name, position=at, forms=(), tokens=4, seconds=(4 * cost, 8 * cost, 0.0))
-        for name, costs in (("dense", dense), ("sparse", sparse))
+        Point(phase=phase, attention=attention, position=at, forms=(), tokens=4, seconds=(4 * cost, 8 * cost, 0.0))
+        for attention, costs in both
         for at, cost in costs.items()
     ]  # fmt: skip
 

@@ -119,7 +119,7 @@ class ChatServer(http.server.BaseHTTPRequestHandler):
         if text == "refuse":
             self._reply(400, json.dumps({"error": {"message": "no."}}))
             return
-        events = [{"choices": [{"delta": {"role": "assistant"}}]}]
+        events: list[dict[str, Any]] = [{"choices": [{"delta": {"role": "assistant"}}]}]
         events += [{"choices": [{"delta": {"content": letter}}]} for letter in text]
         if text == "break":
             events.append({"error": {"message": "the engine died"}})

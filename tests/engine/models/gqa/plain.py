@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ from torch import Tensor
 class PlainLlama:
     """Float64 forward over Hugging Face tensor names."""
 
-    def __init__(self, weights: Mapping[str, Tensor], config: object, indexer: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], config: Any, indexer: Mapping[str, Tensor]) -> None:
         self.w = {name: tensor.double() for name, tensor in {**weights, **indexer}.items()}
         self.c = config
-        self.theta = float(config.rope_parameters["rope_theta"])  # type: ignore[attr-defined]
+        self.theta = float(config.rope_parameters["rope_theta"])
 
     def forward(
         self,
@@ -31,11 +32,11 @@ class PlainLlama:
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """-> logits [T, vocab], and each layer's mask [T, T] and index scores [T, T]."""
         c, w = self.c, self.w
-        n, hq, hk, d = len(tokens), c.num_attention_heads, c.num_key_value_heads, c.head_dim  # type: ignore[attr-defined]
+        n, hq, hk, d = len(tokens), c.num_attention_heads, c.num_key_value_heads, c.head_dim
         x = w["model.embed_tokens.weight"][list(tokens)]
         causal = torch.tril(torch.ones(n, n, dtype=torch.bool))
         masks, scores = [], []
-        for i in range(c.num_hidden_layers):  # type: ignore[attr-defined]
+        for i in range(c.num_hidden_layers):
             at = f"model.layers.{i}."
             h = self._rms(x, w[at + "input_layernorm.weight"])
             index = self._index_scores(h, at + "self_attn.indexer.", heads, rope_dim).masked_fill(
@@ -70,7 +71,7 @@ class PlainLlama:
             else (
                 self.c.hidden_size
                 if part == "o"
-                else (self.c.num_attention_heads + 2 * self.c.num_key_value_heads) * self.c.head_dim  # type: ignore[attr-defined]
+                else (self.c.num_attention_heads + 2 * self.c.num_key_value_heads) * self.c.head_dim
             )
         )
         fix = torch.zeros(x.shape[0], out, dtype=torch.float64)
@@ -102,7 +103,7 @@ class PlainLlama:
         return mask
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.c.rms_norm_eps) * weight  # type: ignore[attr-defined]
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.c.rms_norm_eps) * weight
 
     def _rope(self, x: Tensor, dim: int) -> Tensor:
         half = dim // 2
