@@ -173,6 +173,7 @@ def test_a_circle_through_a_file_of_the_root_is_told(tmp_path: Path) -> None:
     assert [line.partition(":")[0] for line in told] == ["circle of server/config.py, server/http/routes"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["server.app", "server.cli.main", "server.serve", "engine.supervisor"])
 def test_the_server_process_starts_without_torch(module: str) -> None:
     code = f"import sys, {module}\nprint(sorted(name for name in {TENSORS!r} if name in sys.modules))"

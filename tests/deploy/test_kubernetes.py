@@ -25,6 +25,8 @@ from server.money.pricing import PriceBook
 from tests.deploy.kit import DEPLOY, tool
 from tests.kit import ROOT
 
+pytestmark = pytest.mark.process
+
 KUBERNETES = DEPLOY / "kubernetes"
 FOLDERS = sorted(path.parent for path in KUBERNETES.rglob("kustomization.yaml"))
 SERVERS = [folder for folder in FOLDERS if folder.parent.name != "examples"]

@@ -30,6 +30,8 @@ from engine.step.build import Built, build
 from tests.engine.models.mla.kit import tiny_deepseek
 from tests.engine.parallel.test_parallel import config_of, greedy
 
+pytestmark = pytest.mark.process
+
 
 def free_port() -> int:
     with socket.socket() as probe:

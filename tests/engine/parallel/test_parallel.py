@@ -29,6 +29,8 @@ from tests.engine.kit import tiny_checkpoint
 from tests.engine.models.mla.kit import VOCAB, tiny_deepseek
 from tests.engine.models.mla.test_mtp import Tiny
 
+pytestmark = pytest.mark.process
+
 LENGTHS = {"a": (150, 24), "b": (70, 9), "c": (131, None), "d": (64, 40), "e": (1, 24)}  # prompt, top_k
 
 

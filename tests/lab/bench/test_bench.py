@@ -233,6 +233,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.process
 def test_a_started_server_is_pinned_watched_and_stopped_with_its_children(tmp_path: Path) -> None:
     core = min(os.sched_getaffinity(0))
     before = os.sched_getaffinity(0)
@@ -250,6 +251,7 @@ def test_a_started_server_is_pinned_watched_and_stopped_with_its_children(tmp_pa
         server.check()
 
 
+@pytest.mark.process
 def test_while_one_server_is_measured_the_others_stand_still(tmp_path: Path) -> None:
     servers = [
         LocalServer(name, f"{sys.executable} -c '{FAMILY}' {{port}}", tmp_path / name, None) for name in "ab"
@@ -272,6 +274,7 @@ def test_while_one_server_is_measured_the_others_stand_still(tmp_path: Path) -> 
         servers[1].check()
 
 
+@pytest.mark.process
 def test_a_server_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) -> None:
     server = LocalServer(
         "it", f"{sys.executable} -c 'raise SystemExit(\"no model {{port}}\")'", tmp_path / "log", None

@@ -101,6 +101,7 @@ def test_a_step_is_the_engines_own_dense_or_sparse() -> None:
     assert lab.seconds(case["sparse"]) > 0
 
 
+@pytest.mark.process
 def test_the_command_writes_table_json_and_picture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--quick",
