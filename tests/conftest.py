@@ -53,6 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.addaudithook(_note_start)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark each test by what it needs, before any is left out; a file's tests stay on one worker."""
     for item in items:
