@@ -6,8 +6,8 @@ PORT ?= 8000
 MODEL ?=
 ARGS ?=
 
-# The tests of one group, such as those that share a server, stay on one worker.
-WORKERS := --numprocesses=2 --dist=loadgroup
+# The tests of one file, which share what they set up, stay on one worker.
+WORKERS := --numprocesses=2 --dist=loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin

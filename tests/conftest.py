@@ -53,19 +53,15 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.addaudithook(_note_start)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark each test by what it needs, before any is left out; a file's tests stay on one worker."""
+    """Mark each test by what it needs, before any is left out."""
     for item in items:
         file = item.nodeid.partition("::")[0]
-        end_to_end = file.startswith("tests/e2e/")
         makes_models = MODEL_MAKERS & vars(getattr(item, "module", None) or object).keys()
         if makes_models or "default_model" in getattr(item, "fixturenames", ()):
             item.add_marker("model")
-        if end_to_end:
+        if file.startswith("tests/e2e/"):
             item.add_marker("process")
-        # The end-to-end tests share servers, which one worker has to own.
-        item.add_marker(pytest.mark.xdist_group("tests/e2e" if end_to_end else file))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
