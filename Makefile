@@ -6,6 +6,9 @@ PORT ?= 8000
 MODEL ?=
 ARGS ?=
 
+# The tests of one file, which share what they set up, stay on one worker.
+WORKERS := --numprocesses=2 --dist=loadfile
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -13,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := PYTHONWARNINGS=ignore $(PIP) install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat install test test-slow test-all lint clean
+.PHONY: help serve chat install check test test-slow test-all lint clean
 
 help: ## Show what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -26,8 +29,14 @@ chat: $(VENV)/.installed ## Talk to the server that runs on PORT.
 
 install: $(VENV)/.installed ## Install what `make serve` needs, and start nothing.
 
+check: $(VENV)/.installed-lint ## In a minute: style, types, and the tests that need no model and no process.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest $(WORKERS) --hypothesis-profile=check -m "not (slow or model or process)" $(ARGS)
+
 test: $(VENV)/.installed-test ## Run the tests. ARGS="more flags of pytest".
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 test-slow: $(VENV)/.installed-test ## Run only the long proofs.
 	@$(BIN)/python -m pytest -m slow $(ARGS)

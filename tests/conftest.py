@@ -1,14 +1,24 @@
-"""Fixtures that every test may use. The markers are declared in pyproject.toml."""
+"""Fixtures that every test may use, what each test needs, and how tests share the machine.
+
+What a test needs is told by markers, declared in pyproject.toml and put on here where a fixture, a folder or what the
+test's module works with shows it: `model` for a model, `process` for processes. `alone` is for tests that measure
+seconds.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Generator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from server.hub.models import resolve
 from server.text.tokenizer import Tokenizer, load_tokenizer
+from tests.kit import ROOT
+from tests.turns import turn
 
 # No import above loads torch, which reads this once. Tests share the cores with the servers that they
 # start; see engine.supervisor.
@@ -16,6 +26,68 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # No server of a test writes into the user's ledger, unless it is told of one of its own.
 os.environ["DSA_LEDGER"] = "none"
+
+# How long an example takes says nothing where workers, servers and the neighbours of the machine share its cores.
+UNTIMED = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("test", UNTIMED)
+# `make check` says the same of the same code, and is short.
+hypothesis.settings.register_profile("check", UNTIMED, max_examples=25, derandomize=True, database=None)
+hypothesis.settings.load_profile("test")
+
+MODEL_MAKERS = {
+    "tiny_checkpoint",
+    "tiny_deepseek",
+    "save_base",
+    "write_gguf",
+    "LlamaForCausalLM",
+    "Lab",
+    "Bench",
+}
+"""What a module that makes models, small ones too, works with."""
+
+_started: list[str] = []
+"""What the test that runs has started."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    sys.addaudithook(_note_start)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test by what it needs, before any is left out."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        makes_models = MODEL_MAKERS & vars(getattr(item, "module", None) or object).keys()
+        if makes_models or "default_model" in getattr(item, "fixturenames", ()):
+            item.add_marker("model")
+        if file.startswith("tests/e2e/"):
+            item.add_marker("process")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """What measures seconds has the machine to itself; before any clock of the test starts."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # one process, one test
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    with turn(Path(__file__), ROOT / "tests" / "turns.py", alone=alone):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A test says that it starts processes, so that `make check` can leave it out."""
+    _started.clear()
+    result = yield
+    if _started and item.get_closest_marker("process") is None:
+        pytest.fail(f"{item.name} starts a process ({_started[0]}): mark it with pytest.mark.process")
+    return result
+
+
+def _note_start(event: str, args: tuple[object, ...]) -> None:
+    # OpenAI's client asks once what system it is on.
+    if event in ("subprocess.Popen", "os.fork", "os.system") and "lsb_release" not in str(args):
+        _started.append(f"{event} {args[:2]}")
 
 
 @pytest.fixture(scope="session")

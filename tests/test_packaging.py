@@ -36,6 +36,7 @@ def named_files() -> list[Path]:
     return [path for name in tracked.stdout.split("\0") if name and (path := ROOT / name).is_file()]
 
 
+@pytest.mark.process
 def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -117,6 +118,7 @@ def test_ci_runs_the_checks_the_tests_and_the_long_proofs() -> None:
     assert "set -euo pipefail" in script
 
 
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 def test_make_says_what_is_wrong_with_python(tmp_path: Path) -> None:
     for name in ("Makefile", "constraints.txt", "pyproject.toml"):
@@ -135,13 +137,15 @@ def test_make_says_what_is_wrong_with_python(tmp_path: Path) -> None:
         assert sentence in result.stdout
 
 
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 def test_make_help_names_every_target() -> None:
     listing = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("serve", "chat", "test", "test-all", "lint", "clean"):
+    for target in ("serve", "chat", "check", "test", "test-all", "lint", "clean"):
         assert f"make {target} " in listing
 
 
+@pytest.mark.process
 def test_no_file_names_a_package_registry() -> None:
     addresses = ("pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "--index" + "-url")
     found = [

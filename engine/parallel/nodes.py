@@ -159,6 +159,7 @@ class Nodes:
         with self._changed:
             if not self._started:
                 self._nodes.remove(node)
+                node.link.close()
                 return
         if not self._closing:
             self._on_failed(f"node {node.name}: {told}")

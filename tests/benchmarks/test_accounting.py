@@ -7,6 +7,7 @@ import pytest
 from benchmarks.accounting import measure
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("default_model")
 def test_accounting_takes_less_than_a_hundredth_of_the_work() -> None:
     for one in measure((1, 8)):

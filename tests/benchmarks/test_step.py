@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from benchmarks.step import measure
 
 
+@pytest.mark.alone
 def test_a_step_besides_the_model_takes_little_and_grows_little_with_streams() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

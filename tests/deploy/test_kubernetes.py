@@ -22,7 +22,10 @@ import yaml
 from server.cli.main import app
 from server.money.pricing import PriceBook
 from server.settings import Settings, load_settings
-from tests.deploy.kit import DEPLOY, ROOT, tool
+from tests.deploy.kit import DEPLOY, tool
+from tests.kit import ROOT
+
+pytestmark = pytest.mark.process
 
 KUBERNETES = DEPLOY / "kubernetes"
 FOLDERS = sorted(path.parent for path in KUBERNETES.rglob("kustomization.yaml"))

@@ -8,9 +8,12 @@ import subprocess
 from types import ModuleType
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.deploy.kit import DEPLOY, tool
+
+pytestmark = pytest.mark.process
 
 
 def generator() -> ModuleType:

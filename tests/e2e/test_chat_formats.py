@@ -9,7 +9,7 @@ from server.chat import encode_chat
 from server.chat.deepseek_v32 import DeepSeekV32
 from tests.e2e.serving import Server
 from tests.engine.kit import tiny_checkpoint
-from tests.server.http.test_deepseek import EOS, TOKENS, VOCABULARY, ids
+from tests.server.chat.kit import EOS, TOKENS, VOCABULARY, ids
 
 BUDGET, LIMIT = 70, 90  # the reasoning fills a page, which the continuation reuses
 

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.serving import MODEL, ROOT, Server, until
+from tests.e2e.serving import MODEL, Server, until
+from tests.kit import ROOT
 
 
 def rows(server: Server) -> dict[str, dict[str, Any]]:
@@ -34,7 +35,7 @@ async def ask(
 ) -> None:
     """Read one stream. Its kind is: long, read to its end, ended by a stop string, or closed half-way."""
     long = number % 4 == 0
-    body = {
+    body: dict[str, Any] = {
         "model": MODEL, "prompt": f"Story {number}: once", "max_tokens": 240 if long else 24,
         "ignore_eos": True, "stream": True,
         "stream_options": {"include_usage": True}, "dsa": {"top_k": 16 if number % 2 else "dense"},

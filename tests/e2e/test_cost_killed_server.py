@@ -6,6 +6,7 @@ import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ def rows(ledger: Path) -> list[tuple[Any, ...]]:
         connection.close()
 
 
+def answered(answers: dict[str, int], wanted: int) -> bool:
+    return len(answers) >= wanted
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 async def test_every_answer_is_in_the_ledger_once(start: Callable[..., Server], tmp_path: Path) -> None:
@@ -68,8 +73,7 @@ async def test_every_answer_is_in_the_ledger_once(start: Callable[..., Server], 
         server = await asyncio.to_thread(lambda: start(*flags).wait_ready())
         family = server.children()
         crowd = [asyncio.create_task(ask(server.url, number, answers)) for number in range(12)]
-        wanted = len(answers) + 40
-        await asyncio.to_thread(until, lambda wanted=wanted: len(answers) >= wanted, 100)
+        await asyncio.to_thread(until, partial(answered, answers, len(answers) + 40), 100)
         server.process.kill()
         await asyncio.to_thread(server.process.wait)
         await asyncio.gather(*crowd)

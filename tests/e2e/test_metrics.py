@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.text.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ def time_to_first_token(server: Server, prompt: list[int]) -> tuple[float, Any]:
     return seconds, last.usage
 
 
+@pytest.mark.alone
 def test_a_prompt_that_was_seen_before_is_read_faster(server: Server) -> None:
     prompt = [3000 + time.time_ns() % 10000, *range(1000, 1800)]
     cold, first = time_to_first_token(server, prompt)

@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.serving import ROOT, Server
+from tests.e2e.serving import Server
 from tests.e2e.test_deepseek import byte_tokenizer, complete, wait_until
 from tests.e2e.test_lifecycle import streaming
 from tests.engine.models.mla.kit import tiny_deepseek
+from tests.kit import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -36,8 +37,9 @@ def worker(tmp_path: Path) -> Iterator[tuple[Path, str, subprocess.Popen[str]]]:
     )  # fmt: skip
     yield folder, leader, process
     if process.poll() is None:
-        for one in [*psutil.Process(process.pid).children(), process]:
-            one.kill()
+        for rank in psutil.Process(process.pid).children():
+            rank.kill()
+        process.kill()
     process.communicate()
 
 

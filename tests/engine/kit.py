@@ -31,10 +31,10 @@ from engine.step.runner import Runner
 VOCAB = 97
 
 
-def tiny_checkpoint(folder: Path, seed: int = 0, kind: str = "llama", **changes: object) -> LlamaForCausalLM:
+def tiny_checkpoint(folder: Path, seed: int = 0, kind: str = "llama", **changes: Any) -> LlamaForCausalLM:
     """A random model of this `model_type`, written as Hugging Face writes it; norms and biases are random too."""
     torch.manual_seed(seed)
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 48,
         "intermediate_size": 80,
@@ -136,11 +136,13 @@ class Lab:
         pages: of the cache; runs may use fewer
     """
 
-    def __init__(self, weights: Path, overlay: Path | None = None, **settings: object) -> None:
+    def __init__(self, weights: Path, overlay: Path | None = None, **settings: Any) -> None:
+        defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_cache_bytes": 256 << 20}
         config = EngineConfig(
-            weights=str(weights), overlay=None if overlay is None else str(overlay),
-            **{"dtype": "float32", "device": "cpu", "kv_cache_bytes": 256 << 20, **settings},
-        )  # fmt: skip
+            weights=str(weights),
+            overlay=None if overlay is None else str(overlay),
+            **{**defaults, **settings},
+        )
         self.built = build(config)
         self.sparse = self.built.ready.model.indexer is not None
         self.tap = TapModel(self.built.runner._model)
@@ -218,9 +220,9 @@ class Run:
         prompt: Sequence[int],
         max_tokens: int = 4,
         index_top_k: int | None = None,
-        **sampling: object,
+        **sampling: Any,
     ) -> None:
-        params = SamplingParams(**{"max_tokens": max_tokens, "seed": 0, "temperature": 0.0, **sampling})  # type: ignore[arg-type]
+        params = SamplingParams(**{"max_tokens": max_tokens, "seed": 0, "temperature": 0.0} | sampling)
         self.tokens[name] = list(prompt)
         self.take(
             self.core.submit(

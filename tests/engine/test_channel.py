@@ -74,8 +74,11 @@ async def test_half_a_message_is_the_end() -> None:
 
 
 async def test_a_fault_of_who_hears_is_told_to_who_waits() -> None:
+    def mishear(message: object) -> None:
+        raise KeyError(message)
+
     ours, theirs = socket.socketpair()
-    end = await ServerEnd.over(ours, {}.__getitem__)
+    end = await ServerEnd.over(ours, mishear)
     theirs.sendall(frame(MESSAGES[0]))
     with pytest.raises(KeyError):
         await asyncio.wait_for(end.wait_closed(), 20)

@@ -25,7 +25,8 @@ def test_kernels(shape: tuple[int, int, int, int]) -> None:
     selected = kernels.select(case.scores.cuda(), case.index_top_k.cuda()).cpu()
     assert torch.equal(selected.sort(-1).values, wanted.sort(-1).values)
     args = (case.query, case.kv, case.block_table, wanted)
-    out = kernels.attend_selected(*(tensor.cuda() for tensor in args), 0.3).cpu()
+    query, kv, block_table, chosen = (tensor.cuda() for tensor in args)
+    out = kernels.attend_selected(query, kv, block_table, chosen, 0.3).cpu()
     torch.testing.assert_close(out, reference.attend_selected(*args, 0.3), rtol=1e-4, atol=1e-4)
 
 

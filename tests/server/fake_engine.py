@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -102,7 +102,7 @@ class FakeEngine:
     def set_status(self, **changes: object) -> None:
         self._status = msgspec.structs.replace(self._status, **changes)
 
-    def set_stats(self, **changes: int) -> None:
+    def set_stats(self, **changes: Any) -> None:
         self.set_status(stats=EngineStats(**changes))
 
     async def start(self) -> None:

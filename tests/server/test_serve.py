@@ -19,6 +19,8 @@ import pytest
 from server.serve import ServeError, bind, greeting
 from tests.kit import ROOT
 
+pytestmark = pytest.mark.process
+
 SERVER = """
 import asyncio, sys
 import msgspec

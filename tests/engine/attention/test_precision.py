@@ -75,7 +75,7 @@ def test_the_fp8_cache_is_the_latent_after_a_round_trip(
 def test_fp8_hardly_depends_on_the_cutting(folder: Path, budget: int) -> None:
     """Another cutting changes float32's last digits, and where e4m3 then rounds to the other side, one number by
     a sixteenth. Nothing more: what a wrong page or position does is a hundred times as large."""
-    settings = {"kv_cache_dtype": "fp8", "indexer_dtype": "fp8"}
+    settings: dict[str, Any] = {"kv_cache_dtype": "fp8", "indexer_dtype": "fp8"}
     one, other = run(folder, **settings), run(folder, budget=budget, **settings)
     assert (hidden(one) - hidden(other)).norm() < 1e-3 * hidden(one).norm()
     assert one.tokens == other.tokens
@@ -125,8 +125,9 @@ def test_auto_follows_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "value"), [("kv_cache_dtype", "fp8"), ("indexer_dtype", "bf16")])
 def test_a_llama_has_no_other_precision(tmp_path: Path, name: str, value: str) -> None:
     tiny_checkpoint(tmp_path)
+    settings: dict[str, Any] = {name: value}
     with pytest.raises(ConfigError, match=f"{name} is {value}, but a llama model keeps its cache in its own"):
-        build(EngineConfig(weights=str(tmp_path), device="cpu", dtype="float32", **{name: value}))
+        build(EngineConfig(weights=str(tmp_path), device="cpu", dtype="float32", **settings))
 
 
 def test_an_index_vector_that_cannot_be_rotated(tmp_path: Path) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import LlamaConfig as HfConfig
 from transformers import LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -27,89 +24,19 @@ from engine.errors import CheckpointError
 from engine.layers.rope import inverse_frequencies
 from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.weights import weight_table
+from tests.engine.checkpoint.kit import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    VOCAB,
+    Kind,
+    tiny_tensors,
+    write_gguf,
+)
 
-HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB, LAYERS = 4, 2, 16, 64, 96, 50, 2
 CPU = torch.device("cpu")
-Kind = gguf.GGMLQuantizationType
-
-
-def tiny_tensors(seed: int = 0) -> dict[str, np.ndarray]:
-    """A tiny llama's tensors under GGUF's names, outermost dimension first."""
-    rng = np.random.default_rng(seed)
-    shapes = {"token_embd": (VOCAB, HIDDEN), "output_norm": (HIDDEN,), "output": (VOCAB, HIDDEN)}
-    for i in range(LAYERS):
-        shapes |= {
-            f"blk.{i}.attn_norm": (HIDDEN,),
-            f"blk.{i}.attn_q": (HEADS * HEAD_DIM, HIDDEN),
-            f"blk.{i}.attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
-            f"blk.{i}.attn_v": (KV_HEADS * HEAD_DIM, HIDDEN),
-            f"blk.{i}.attn_output": (HIDDEN, HEADS * HEAD_DIM),
-            f"blk.{i}.ffn_norm": (HIDDEN,),
-            f"blk.{i}.ffn_gate": (INNER, HIDDEN),
-            f"blk.{i}.ffn_up": (INNER, HIDDEN),
-            f"blk.{i}.ffn_down": (HIDDEN, INNER),
-        }
-    return {f"{name}.weight": rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-
-
-SETTINGS: Mapping[str, Any] = {
-    "llama.block_count": LAYERS,
-    "llama.context_length": 128,
-    "llama.embedding_length": HIDDEN,
-    "llama.feed_forward_length": INNER,
-    "llama.attention.head_count": HEADS,
-    "llama.attention.head_count_kv": KV_HEADS,
-    "llama.attention.layer_norm_rms_epsilon": 1e-5,
-    "llama.rope.freq_base": 10000.0,
-    "llama.rope.dimension_count": HEAD_DIM,
-    "llama.vocab_size": VOCAB,
-}
-
-
-def write_gguf(
-    path: Path,
-    tensors: Mapping[str, np.ndarray] | None = None,
-    *,
-    kinds: Callable[[str], Kind] = lambda name: Kind.F32,
-    arch: str = "llama",
-    endian: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
-    **changed: Any,
-) -> Path:
-    """Write a tiny llama; `changed` replaces settings, dots written as two underscores, None removes."""
-    writer = gguf.GGUFWriter(path, arch, endianess=endian)
-    writer.add_string("tokenizer.ggml.model", "gpt2")
-    writer.add_array("tokenizer.ggml.tokens", [f"<{i}>" for i in range(VOCAB)])
-    writer.add_array("tokenizer.ggml.scores", [0.5] * VOCAB)
-    writer.add_array("general.languages", ["en", "fr"])
-    for key, value in {
-        **SETTINGS,
-        **{key.replace("__", "."): value for key, value in changed.items()},
-    }.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif value is not None:
-            writer.add_uint32(key, value)
-    for name, numbers in (tiny_tensors() if tensors is None else tensors).items():
-        kind = kinds(name) if numbers.ndim > 1 else Kind.F32
-        if numbers.dtype == np.uint8:  # already encoded
-            writer.add_tensor(name, numbers, raw_dtype=kind)
-        elif kind is Kind.F32:
-            writer.add_tensor(name, numbers)
-        elif kind is Kind.F16:
-            writer.add_tensor(name, numbers.astype(np.float16))
-        else:
-            writer.add_tensor(name, gguf.quantize(numbers, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture
@@ -125,10 +52,12 @@ def assert_same(path: Path) -> None:
     source = open_source(path)
     with torch.device("meta"):
         model = LlamaForCausalLM(HfConfig(**source.config))  # for its parameters' names only
-    model.named_children = list  # its own names are all: transformers would map each submodule's too, slowly
-    loaded = load_gguf_checkpoint(
-        str(path), return_tensors=True, model_to_load=model, torch_dtype=torch.float32
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # Its own names are all: transformers would map each submodule's too, slowly.
+        patch.setattr(model, "named_children", list)
+        loaded = load_gguf_checkpoint(
+            str(path), return_tensors=True, model_to_load=model, torch_dtype=torch.float32
+        )
     assert source.names() == loaded["tensors"].keys()
     for name, tensor in loaded["tensors"].items():
         assert source.shape(name) == tensor.shape
@@ -273,10 +202,11 @@ def test_llama3_factors_become_settings(tmp_path: Path, factor: float) -> None:
     }
     factors = llama3_factors(scaling, 500000.0, HEAD_DIM)
     assert factors.min() == 1
+    settings: dict[str, Any] = {"llama.rope.freq_base": 500000.0}
     path = write_gguf(
         tmp_path / "l3.gguf",
         {**tiny_tensors(), "rope_freqs.weight": factors},
-        **{"llama.rope.freq_base": 500000.0},
+        **settings,
     )
     source = open_source(path)
     found = source.config["rope_scaling"]
@@ -423,98 +353,6 @@ def test_nan_names_the_tensor(tmp_path: Path) -> None:
             dtype=torch.float32,
             device=CPU,
         )
-
-
-# ---- damage -------------------------------------------------------------------------------------
-
-
-def damaged(header: bytes) -> bytes:
-    return b"GGUF" + struct.pack("<I", 3) + header
-
-
-def string(text: str) -> bytes:
-    return struct.pack("<Q", len(text)) + text.encode()
-
-
-def pair(key: str, kind: int, value: bytes) -> bytes:
-    return string(key) + struct.pack("<I", kind) + value
-
-
-def tensor(name: str, shape: tuple[int, ...], kind: int, offset: int = 0) -> bytes:
-    dims = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-    return string(name) + dims + struct.pack("<IQ", kind, offset)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "cannot be read"),
-        (b"GG", "is not a GGUF file"),
-        (b"PK\x03\x04 something else", "is not a GGUF file"),
-        (b"GGUF" + struct.pack("<I", 1), "GGUF version 1"),
-        (damaged(struct.pack("<QQ", 0, 1)), "runs past the end of the file"),
-        (damaged(struct.pack("<QQ", 0, 2) + 2 * pair("a", 0, b"x")), "sets a twice"),
-        (damaged(struct.pack("<QQ", 0, 1) + pair("a", 77, b"")), "a has value type 77"),
-        (damaged(struct.pack("<QQ", 0, 1) + pair("a", 9, struct.pack("<IQ", 9, 1))), "array of arrays"),
-        (damaged(struct.pack("<QQ", 0, 1) + pair("a", 9, struct.pack("<IQ", 4, 1 << 60))), "past the end"),
-        (
-            damaged(struct.pack("<QQ", 0, 1) + pair("tokenizer.x", 9, struct.pack("<IQ", 8, 1 << 60))),
-            "past the end",
-        ),
-        (
-            damaged(struct.pack("<QQ", 0, 1) + pair("tokenizer.x", 9, struct.pack("<IQ", 4, 1 << 60))),
-            "past the end",
-        ),
-        (damaged(struct.pack("<QQ", 1, 0) + tensor("t", (1,) * 5, 0)), "t has 5 dimensions"),
-        (damaged(struct.pack("<QQ", 1, 0) + tensor("t", (0, 4), 0)), r"t has shape \(4, 0\)"),
-        (damaged(struct.pack("<QQ", 1, 0) + tensor("t", (4,), 999)), "tensor t as type 999"),
-        (
-            damaged(struct.pack("<QQ", 1, 0) + tensor("t", (33,), 8)),
-            "not a multiple of the 32 in a block of Q8_0",
-        ),
-        (damaged(struct.pack("<QQ", 2, 0) + 2 * tensor("t", (4,), 0) + bytes(99)), "names tensor t twice"),
-        (damaged(struct.pack("<QQ", 1, 0) + tensor("t", (1 << 62, 1 << 62), 0)), "truncated: tensor t ends"),
-        (damaged(struct.pack("<QQ", 1, 0) + tensor("t", (4,), 0, 1 << 63)), "truncated: tensor t ends"),
-    ],
-)
-def test_damage_is_named(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "x.gguf"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        open_source(path)
-    assert "x.gguf" in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
-    folder = tmp_path_factory.mktemp("damage")
-    return write_gguf(folder / "whole.gguf").read_bytes(), folder
-
-
-@given(data=st.data())
-@settings(max_examples=120, deadline=None)
-def test_truncated_anywhere(whole: tuple[bytes, Path], data: st.DataObject) -> None:
-    content, folder = whole
-    header = 3000  # cut as often in here as in the much longer rest
-    size = data.draw(st.integers(0, header) | st.integers(header, len(content) - gguf.GGUF_DEFAULT_ALIGNMENT))
-    path = folder / "cut.gguf"
-    path.write_bytes(content[:size])
-    with pytest.raises(CheckpointError):
-        open_source(path)
-
-
-@given(data=st.data())
-@settings(max_examples=120, deadline=None)
-def test_a_changed_byte_is_refused_or_read(whole: tuple[bytes, Path], data: st.DataObject) -> None:
-    """Not every wrong byte can be noticed; but whatever happens is a CheckpointError."""
-    content, folder = whole
-    at = data.draw(st.integers(0, 3000))
-    path = folder / "changed.gguf"
-    path.write_bytes(content[:at] + data.draw(st.binary(min_size=1, max_size=9)) + content[at + 1 :])
-    with contextlib.suppress(CheckpointError):
-        source = open_source(path)
-        for name in source.names():
-            source.read(name, torch.float32)
 
 
 # ---- folders ------------------------------------------------------------------------------------

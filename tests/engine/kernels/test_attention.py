@@ -89,7 +89,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 @given(shape=tile_shapes(), dims=st.sampled_from(DIMS))
 def test_conformance(backend: str, dtype: torch.dtype, shape: tuple[int, int, int, int], dims: Dims) -> None:
     case, kernels, reference = Case(shape, dtype, dims), load_backend(backend), ReferenceKernels()
-    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    tolerance = TOLERANCE[dtype]
 
     args = (case.index_query, case.head_weights, case.keys, case.block_table, case.positions)
     scores, expected = kernels.index_scores(*args), reference.index_scores(*args)
@@ -117,19 +117,22 @@ def test_conformance(backend: str, dtype: torch.dtype, shape: tuple[int, int, in
     torch.testing.assert_close(
         kernels.attend_selected(*attended, wanted, 0.3),
         reference.attend_selected(*attended, wanted, 0.3),
-        **close,
+        rtol=tolerance,
+        atol=tolerance,
     )
     allowed = torch.rand(case.scores.shape, generator=torch.Generator().manual_seed(shape[3])) < 0.5
     allowed[..., 0] = True
     torch.testing.assert_close(
         kernels.attend_masked(*attended, allowed, 0.3),
         reference.attend_masked(*attended, allowed, 0.3),
-        **close,
+        rtol=tolerance,
+        atol=tolerance,
     )
     torch.testing.assert_close(
         kernels.attend_causal(*attended, case.positions, 0.3),
         reference.attend_causal(*attended, case.positions, 0.3),
-        **close,
+        rtol=tolerance,
+        atol=tolerance,
     )
     # Scores that differ by rounding may select differently at the edge: the row's own set is what counts.
     tops = case.index_top_k.where(case.index_top_k > case.positions, 1)
@@ -143,7 +146,7 @@ def test_conformance(backend: str, dtype: torch.dtype, shape: tuple[int, int, in
                 case.query, case.index_query, case.head_weights, case.kv, index_plane, case.block_table,
                 case.positions, tops, 0.3,
             ),
-            **close,
+            rtol=tolerance, atol=tolerance,
         )  # fmt: skip
 
 

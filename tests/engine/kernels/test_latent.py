@@ -33,7 +33,7 @@ class Latents:
 def test_conformance(backend: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     case, kernels, reference = Case(shape, dtype), load_backend(backend), ReferenceKernels()
     latents = Latents(case, dtype)
-    close = {"rtol": TOLERANCE[dtype] * 2, "atol": TOLERANCE[dtype] * 2}
+    tolerance = TOLERANCE[dtype] * 2
     selected = reference.select(case.scores, case.index_top_k)
     allowed = torch.rand(case.scores.shape, generator=torch.Generator().manual_seed(shape[3])) < 0.5
     allowed[..., 0] = True
@@ -44,17 +44,20 @@ def test_conformance(backend: str, dtype: torch.dtype, shape: tuple[int, int, in
         torch.testing.assert_close(
             kernels.latent_selected(latents.absorbed, *at, selected, RANK, 0.3, *extra),
             reference.latent_selected(latents.absorbed, *at, selected, RANK, 0.3, *extra),
-            **close,
+            rtol=tolerance,
+            atol=tolerance,
         )
         torch.testing.assert_close(
             kernels.latent_masked(latents.absorbed, *at, allowed, RANK, 0.3, *extra),
             reference.latent_masked(latents.absorbed, *at, allowed, RANK, 0.3, *extra),
-            **close,
+            rtol=tolerance,
+            atol=tolerance,
         )
         torch.testing.assert_close(
             kernels.latent_expanded(latents.query, *at, allowed, latents.expand, RANK, 0.3, *extra),
             reference.latent_expanded(latents.query, *at, allowed, latents.expand, RANK, 0.3, *extra),
-            **close,
+            rtol=tolerance,
+            atol=tolerance,
         )
 
 

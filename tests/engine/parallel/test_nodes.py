@@ -30,6 +30,8 @@ from engine.step.build import Built, build
 from tests.engine.models.mla.kit import tiny_deepseek
 from tests.engine.parallel.test_parallel import config_of, greedy
 
+pytestmark = pytest.mark.process
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -67,9 +69,10 @@ class Agent:
 
     def close(self) -> None:
         if self.process.poll() is None:
-            for process in [*self.workers(), self.process]:
+            for worker in self.workers():
                 with suppress(psutil.NoSuchProcess):
-                    process.kill()
+                    worker.kill()
+            self.process.kill()
         self.process.wait()
         self._reader.join(10)
         assert self.process.stderr is not None
@@ -121,7 +124,8 @@ def test_two_nodes_of_two_ranks_draw_the_tokens_of_one_process(folder: Path) -> 
 
 
 def test_a_lost_worker_ends_the_engine_with_the_reason(folder: Path) -> None:
-    leader, reasons = f"127.0.0.1:{free_port()}", []
+    leader = f"127.0.0.1:{free_port()}"
+    reasons: list[str] = []
     with agent(folder, leader) as other:  # the node is there before the leader
         built = two_nodes(folder, leader, on_lost=reasons.append)
         assert built.team is not None
@@ -267,7 +271,7 @@ def test_an_address_that_is_not_this_hosts_is_refused(
 )
 def test_what_does_not_fit_is_said_before_anything_starts(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        EngineConfig(**{"weights": "x", "tensor_parallel": 2} | settings)
+        EngineConfig(**{"weights": "x", "tensor_parallel": 2, **settings})
 
 
 def test_addresses_have_a_host_and_a_port() -> None:

@@ -27,10 +27,9 @@ FAULTY_SEED = 9  # a request with this seed fails when its third token is due
 def make(name: str, prompt: int | tuple[int, ...], max_tokens: int = 4, **fields: Any) -> Submit:
     """A request; its prompt is spelled out, or a length of tokens that only this name has."""
     tokens = prompt if isinstance(prompt, tuple) else tuple(1000 + ord(name[0]) for _ in range(prompt))
-    outer = {"index_top_k": None}
-    outer |= {field: fields.pop(field) for field in tuple(fields) if field in outer}
+    index_top_k: int | None = fields.pop("index_top_k", None)
     params = SamplingParams(max_tokens=max_tokens, **{"seed": 0, **fields})
-    return Submit(request_id=name, prompt_token_ids=tokens, sampling=params, **outer)  # type: ignore[arg-type]
+    return Submit(request_id=name, prompt_token_ids=tokens, sampling=params, index_top_k=index_top_k)
 
 
 def content(before: int, token_id: int, position: int, submit: Submit) -> int:

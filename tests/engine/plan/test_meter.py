@@ -13,7 +13,7 @@ from engine.plan.meter import Meter
 from engine.plan.scheduler import Scheduler
 from engine.plan.tiles import TileCosts
 from engine.plan.types import Sampled, SampleSpec, ScheduledRequest, StepPlan, StepResult
-from engine.protocol import EngineStats, SamplingParams, Work, add_counters
+from engine.protocol import EngineStats, SamplingParams, StepOutput, Work, add_counters
 from engine.step.core import EngineCore
 from tests.engine.plan.kit import make
 
@@ -68,7 +68,8 @@ def test_counts_are_those_of_each_row(start: int, rows: int, index_top_k: int | 
 def test_every_measured_second_has_an_owner() -> None:
     random.seed(1)
     meter, works, busy = Meter(model()), [], 0.0
-    live = {f"r{i}": [0, random.choice([None, 16, 64])] for i in range(8)}
+    top_k = {f"r{i}": random.choice([None, 16, 64]) for i in range(8)}
+    live = dict.fromkeys(top_k, 0)
     for name in live:
         meter.open(name, 100)
     for step in range(60):
@@ -76,8 +77,8 @@ def test_every_measured_second_has_an_owner() -> None:
         requests = []
         for name in chosen:
             rows = random.choice([1, 1, 30])
-            requests.append(scheduled(name, live[name][0], rows, live[name][1]))
-            live[name][0] += rows
+            requests.append(scheduled(name, live[name], rows, top_k[name]))
+            live[name] += rows
         seconds = random.random()
         busy += seconds
         meter.charge(StepPlan(requests=tuple(requests)), seconds)
@@ -132,6 +133,7 @@ def test_what_is_told_of_the_engine_is_what_is_told_of_its_requests() -> None:
     core = EngineCore(scheduler, runner, Meter(model()), sparse=True, clock=runner.clock)
     heard: dict[str, float] = {}
     told = quiet = 0
+    output: StepOutput | None = None
     for number in range(3):
         core.submit(make(f"r{number}", 100 + 30 * number, 20 + 9 * number))
     while core.has_work:
@@ -147,6 +149,7 @@ def test_what_is_told_of_the_engine_is_what_is_told_of_its_requests() -> None:
         quiet += not output.progress
     assert told > 3
     assert quiet > 3
+    assert output is not None
     assert output.stats.busy_seconds_total == pytest.approx(core.stats().busy_seconds_total)
 
 

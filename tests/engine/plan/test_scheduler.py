@@ -1,4 +1,4 @@
-"""The scheduler: examples of each rule, then any history at all. See `fake_serving` for what each step checks."""
+"""The scheduler: examples of each rule, then any history at all. See the kit for what each step checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.plan.prefix import sha256
 from engine.plan.scheduler import Scheduler
 from engine.plan.types import Sampled, StepResult
 from engine.protocol import Submit
-from tests.engine.plan.kit import FAULTY_SEED, Driver, FakeModel, make, reference
+from tests.engine.plan.kit import FAULTY_SEED, Driver, FakeModel, make
 
 
 def usage_of(driver: Driver, name: str) -> tuple[int, int]:
@@ -209,43 +209,6 @@ def test_two_requests_that_compute_the_same_page_at_once_do_not_clash() -> None:
     assert driver.scheduler.stats().pages_cached == 1
 
 
-def test_a_faulty_request_ends_alone_and_leaves_nothing_in_the_cache() -> None:
-    driver = Driver(budget=500)
-    prompt = tuple(range(150))
-    driver.add(make("a", prompt, 20, seed=FAULTY_SEED), make("b", 70, 20))
-    driver.drain()
-    assert driver.last["a"].error == "faulty on purpose"
-    assert driver.last["b"].finish_reason == "length"
-    driver.add(make("c", prompt))
-    assert driver.step() == {"c": (0, 150)}  # what a computed is not to be trusted
-
-
-def test_a_page_shared_with_a_faulty_request_is_not_trusted_again() -> None:
-    driver = Driver(budget=500)
-    prompt = tuple(range(150))
-    driver.add(make("a", prompt, 90))
-    driver.step()
-    driver.add(make("b", prompt, 90, seed=FAULTY_SEED))
-    assert driver.step()["b"] == (128, 22)
-    driver.drain()  # a filled more pages after b had failed
-    assert driver.last["b"].finish_reason == "error"
-    driver.add(make("c", prompt))
-    assert driver.step() == {"c": (0, 150)}
-
-
-def test_pages_of_a_faulty_request_are_wiped_once_and_shared_ones_are_not() -> None:
-    driver = Driver(budget=500)
-    prompt = tuple(range(150))
-    driver.add(make("a", prompt, 90))
-    driver.step()
-    driver.add(make("b", prompt, 90, seed=FAULTY_SEED))
-    driver.drain()  # b shared two pages with a, and had one of its own
-    assert len(driver.model.wiped) == len(set(driver.model.wiped)) == 1
-    driver.add(make("c", 200, 3))
-    driver.drain()
-    assert len(driver.model.wiped) == 1
-
-
 def test_abort_frees_pages_at_once_wherever_the_request_is() -> None:
     driver = Driver(4, budget=70)
     assert driver.scheduler.abort("nobody", 0.0) is None
@@ -277,82 +240,6 @@ def test_what_can_never_run_is_refused(submit: Submit, sentence: str) -> None:
     driver.add(make("a", 189, 4))  # just fits: its last token is never computed
     with pytest.raises(ValueError, match=sentence):
         driver.scheduler.add(submit, 0.0)
-    driver.drain()
-
-
-def test_drafts_come_after_every_known_token_and_in_order_of_arrival() -> None:
-    driver = Driver(budget=12, draft_tokens=3)
-    driver.model.drafting.random = lambda: 1.0  # type: ignore[method-assign]
-    driver.add(make("a", 3, 40), make("b", 3, 40))
-    assert driver.step() == {"a": (0, 3), "b": (0, 3)}
-    assert driver.drafts == {}  # nothing was proposed yet
-    assert driver.step() == {"a": (3, 1), "b": (3, 1)}
-    assert [len(driver.drafts[name]) for name in "ab"] == [3, 3]
-    driver.add(make("c", 10, 40))
-    assert driver.step() == {"a": (7, 1), "b": (7, 1), "c": (0, 10)}  # each gained 4 tokens in one step
-    assert driver.drafts == {}  # the known tokens left no room
-    driver.step()
-    assert [len(driver.drafts[name]) for name in "abc"] == [3, 3, 3]
-    driver.drain()
-
-
-def test_drafts_stop_before_the_last_token_and_end_at_a_stop_token() -> None:
-    driver = Driver(budget=64, draft_tokens=5)
-    driver.model.drafting.random = lambda: 1.0  # type: ignore[method-assign]
-    driver.add(make("a", 3, 4))
-    driver.step()
-    driver.step()
-    assert len(driver.drafts["a"]) == 2  # 3 tokens were left, and a step draws one more than it accepts
-    assert driver.last["a"].finish_reason == "length"
-    text, _ = reference(make("b", 3, 20))
-    driver.add(make("b", 3, 20, stop_token_ids=(text[3],)))
-    driver.step()
-    driver.step()  # accepts past the stop token, which hides what follows it
-    assert driver.last["b"].finish_reason == "stop"
-    assert driver.output["b"] == list(text[: text.index(text[3]) + 1])
-    driver.drain()
-
-
-def test_drafts_preempt_nobody_and_give_back_pages_that_they_did_not_need() -> None:
-    driver = Driver(3, budget=128, draft_tokens=4)
-    driver.model.drafting.random = lambda: 0.0  # type: ignore[method-assign] # every draft is wrong
-    driver.add(make("a", 62, 30), make("b", 60, 4))
-    driver.step()
-    driver.step()
-    assert len(driver.drafts["a"]) == 4  # one on the last page that is left
-    assert driver.scheduler.stats().pages_used == 2  # given back
-    driver.step()
-    driver.step()
-    assert "b" in driver.last
-    driver.add(make("c", 60, 30), make("d", 1, 30))
-    driver.drain()
-    assert driver.scheduler.stats().draft_lengths_total[1:] == (0, 0, 0, 0)
-
-
-def test_only_as_many_drafts_as_pages_are_left() -> None:
-    driver = Driver(2, budget=128, draft_tokens=4)
-    driver.model.drafting.random = lambda: 1.0  # type: ignore[method-assign]
-    driver.add(make("a", 61, 30), make("b", 30, 30))
-    driver.step()
-    driver.step()
-    assert [len(driver.drafts[name]) for name in "ab"] == [2, 4]  # a's own page has room for 2
-    driver.drain()
-
-
-def test_a_prefix_is_made_of_tokens_that_held() -> None:
-    driver = Driver(budget=256, draft_tokens=4)
-    driver.add(make("a", 60, 80))
-    driver.drain()
-    driver.add(make("b", (*driver.model.known["a"], 1)))
-    assert driver.step() == {"b": (128, 13)}
-    driver.drain()
-
-
-def test_lookup_drafts_from_the_text_itself() -> None:
-    driver = Driver(budget=64, draft_tokens=3, lookup=True)
-    driver.add(make("a", (5, 6, 7, 8, 5, 6), 3))
-    assert driver.step() == {"a": (0, 6)}
-    assert driver.drafts == {"a": (7, 8)}  # already after the prompt; the last token allowed is not drafted
     driver.drain()
 
 

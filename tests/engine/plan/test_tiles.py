@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +36,7 @@ def batches(draw: st.DrawFn) -> list[Segment]:
 
 @given(segments=batches(), forced=st.sampled_from(["auto", "gather", "mask"]))
 def test_each_row_is_in_one_tile_with_its_own_pages_and_its_own_top_k(
-    segments: list[Segment], forced: str
+    segments: list[Segment], forced: Literal["auto", "gather", "mask"]
 ) -> None:
     costs = TileCosts(
         budget_bytes=1 << 20, index_row_bytes=32, attention_row_bytes=36, token_bytes=1536, forced=forced

@@ -41,7 +41,7 @@ def spec(
 def distributions(draw: st.DrawFn) -> NDArray[np.float32]:
     """Weights that are exact in float32, whatever is summed."""
     weights = draw(st.lists(st.integers(1, 50), min_size=1, max_size=40))
-    return np.array(weights, dtype=np.float32) / 64
+    return np.array(weights, dtype=np.float32) / np.float32(64)
 
 
 def plain_filter(probs: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:

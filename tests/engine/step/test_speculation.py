@@ -65,7 +65,8 @@ def generate(
     params: SamplingParams, length: int, drafter: str = "off", count: int = 2
 ) -> tuple[tuple[int, ...], list[int]]:
     """The first `length` tokens, and how many drafts held in each step."""
-    known, held = PROMPT, []
+    known: tuple[int, ...] = PROMPT
+    held: list[int] = []
     while len(known) < len(PROMPT) + length:
         drafts = () if drafter == "off" else guesses(drafter, known, params, count)
         request = scheduled(known, drafts, params)

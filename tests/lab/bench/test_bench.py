@@ -234,12 +234,13 @@ time.sleep(60)
 """
 
 
+@pytest.mark.process
 def test_a_started_server_is_pinned_watched_and_stopped_with_its_children(tmp_path: Path) -> None:
     core = min(os.sched_getaffinity(0))
     before = os.sched_getaffinity(0)
     server = LocalServer("it", f"{sys.executable} -c '{FAMILY}' {{port}}", tmp_path / "log", [core])
     try:
-        until((tmp_path / "log").read_text)
+        until(lambda: bool((tmp_path / "log").read_text()))
         child, cores = (tmp_path / "log").read_text().strip().split(" ", 1)
         assert cores == f"[{core}]"
         assert (server.peak_memory() or 0) > 1 << 20
@@ -251,14 +252,15 @@ def test_a_started_server_is_pinned_watched_and_stopped_with_its_children(tmp_pa
         server.check()
 
 
+@pytest.mark.process
 def test_while_one_server_is_measured_the_others_stand_still(tmp_path: Path) -> None:
     servers = [
         LocalServer(name, f"{sys.executable} -c '{FAMILY}' {{port}}", tmp_path / name, None) for name in "ab"
     ]
     try:
+        until(lambda: all((tmp_path / name).read_text() for name in "ab"))
         children = []
         for name in "ab":
-            until((tmp_path / name).read_text)
             children.append(Path("/proc", (tmp_path / name).read_text().split()[0], "stat"))
         first, second = children
         with others_paused(servers, servers[0]):
@@ -273,6 +275,7 @@ def test_while_one_server_is_measured_the_others_stand_still(tmp_path: Path) -> 
         servers[1].check()
 
 
+@pytest.mark.process
 def test_a_server_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) -> None:
     server = LocalServer(
         "it", f"{sys.executable} -c 'raise SystemExit(\"no model {{port}}\")'", tmp_path / "log", None

@@ -146,6 +146,7 @@ def test_fetch_uses_what_the_cache_holds(tmp_path: Path) -> None:
     assert [path.name for path in files(source, tree)] == ["a.py"]
 
 
+@pytest.mark.process
 def test_a_failed_download_says_which_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FetchError, match="fetching nothing-of-the-kind needs apt-get"):

@@ -26,6 +26,7 @@ def test_it_hands_over_with_all_its_flags(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"curve.json", "curve.png"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [

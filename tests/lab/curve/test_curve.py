@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from lab.tool import start
 
 
 def curve(phase: Phase, dense: dict[int, float], sparse: dict[int, float]) -> list[CurvePoint]:
+    both: tuple[tuple[Literal["dense", "sparse"], dict[int, float]], ...]
+    both = (("dense", dense), ("sparse", sparse))
     return [
-        CurvePoint(phase=phase, attention=name, position=at, forms=(), tokens=4, seconds=(4 * cost, 8 * cost, 0.0))
-        for name, costs in (("dense", dense), ("sparse", sparse))
+        CurvePoint(phase=phase, attention=attention, position=at, forms=(), tokens=4, seconds=(4 * cost, 8 * cost, 0.0))
+        for attention, costs in both
         for at, cost in costs.items()
     ]  # fmt: skip
 
@@ -99,6 +102,7 @@ def test_a_step_is_the_engines_own_dense_or_sparse() -> None:
     assert lab.seconds(case["sparse"]) > 0
 
 
+@pytest.mark.process
 def test_the_command_writes_table_json_and_picture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--quick",

@@ -164,7 +164,7 @@ def test_the_rows_of_answers_predict_their_tokens() -> None:
 def test_the_command_trains_one_and_goes_on_only_with_it(
     bench: Bench, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(out: str, recipe: dict[str, object], *more: str) -> int:
+    def run(out: str, recipe: dict[str, int], *more: str) -> int:
         small = {"max_length": 96, "min_length": 80, "rows": 16, "first_row": 8, "sequences_per_step": 1}
         arguments = [
             str(bench.folder), "--corpus", str(corpus), "--out", str(tmp_path / out), "--heads", "3", "--dim", "16",

@@ -40,8 +40,9 @@ def test_losses_are_those_of_transformers_and_of_attention_over_the_same_sets(
     select = by_student(student, 16)
 
     def watched(layer: int, inputs: LayerInputs, rows: Tensor) -> Tensor:
-        seen[layer].append(select(layer, inputs, rows))
-        return seen[layer][-1]
+        chosen = select(layer, inputs, rows)
+        seen[layer].append(chosen)
+        return chosen
 
     actual = losses(bench.trunk, tokens, watched, 64)
     given = [torch.cat(parts) for parts in seen]

@@ -80,7 +80,8 @@ def test_sparse_losses_equal_a_llama_written_out(
     tokens = tokens_of(seed, length)
     logits, masks, _ = plain.forward(tokens.tolist(), top_k, INFO.num_heads, INFO.rope_dim)
     expected = F.cross_entropy(logits[:-1], tokens[1:], reduction="none").float()
-    select, seen = by_student(student, top_k), [[] for _ in masks]  # type: ignore[var-annotated]
+    select = by_student(student, top_k)
+    seen: list[list[Tensor]] = [[] for _ in masks]
 
     def watched(layer: int, inputs: LayerInputs, rows: Tensor) -> Tensor:
         seen[layer].append(select(layer, inputs, rows))

@@ -81,7 +81,7 @@ def test_every_pass_has_each_long_sequence_once_in_an_order_of_its_own(tmp_path:
 
 
 def test_what_is_too_long_can_be_left_out_instead_of_cut(tmp_path: Path) -> None:
-    split = CorpusSplit.open(write_corpus(tmp_path, train=range(40, 60)), "train", VOCAB)
+    split = CorpusSplit.open(write_corpus(tmp_path, train=tuple(range(40, 60))), "train", VOCAB)
     assert {s.length for s in islice(split.shuffled(0, 45, most=50), 30)} == set(range(45, 51))
     with pytest.raises(ConfigError, match="no sequence of the corpus has 45 to 44 tokens"):
         next(split.shuffled(0, 45, most=44))

@@ -22,6 +22,8 @@ from tests.engine.models.mla.kit import tiny_deepseek
 from tests.kit import ROOT
 from tests.server.cli.test_main import dsa
 
+pytestmark = pytest.mark.process
+
 CODE = "import sys; from server.cli.main import main; sys.argv[0] = 'dsa'; main()"
 
 

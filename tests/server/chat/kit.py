@@ -1,4 +1,4 @@
-"""Transcripts of answers, and ways of cutting them up, for the tests of chat formats."""
+"""For the tests of chat formats: transcripts of answers, ways of cutting them up, DeepSeek's vocabulary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
 from server.chat.parts import CallArguments, CallStart, Parser, Part, merge
+from server.text.tokenizer import Tokenizer
 
 CONTROL = re.compile("</?think>|<｜(?!DSML)[^｜]*｜>")
 
@@ -76,3 +80,38 @@ def assistant(
 
 def user(content: str) -> dict[str, Any]:
     return {"role": "user", "content": content}
+
+
+EOS = "<｜end▁of▁sentence｜>"
+TOKENS = [
+    *("<｜begin▁of▁sentence｜>", EOS, "<think>", "</think>", "<｜User｜>", "<｜Assistant｜>"),
+    *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"),
+    *("<｜tool▁sep｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
+]
+WEATHER = tool("weather", city="string")
+CALL = (
+    '\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="weather">\n'
+    '<｜DSML｜parameter name="city" string="true">Rio</｜DSML｜parameter>\n'
+    "</｜DSML｜invoke>\n</｜DSML｜function_calls>"
+)
+OLD_CALL = (
+    '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Rio"}<｜tool▁call▁end｜>'
+    "<｜tool▁calls▁end｜>"
+)
+
+
+def make_vocabulary() -> Tokenizer:
+    """A token a byte and the family's control tokens, of which, as published, not all are flagged special."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken(text, special=i < 2, normalized=False) for i, text in enumerate(TOKENS)])
+    return Tokenizer(backend, eos_token_ids=[257], bos_token_id=256)
+
+
+VOCABULARY = make_vocabulary()
+
+
+def ids(text: str) -> list[int]:
+    return VOCABULARY.encode(text, add_bos=False, parse_special=True)

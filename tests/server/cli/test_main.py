@@ -44,6 +44,7 @@ def test_help_is_there_for_every_command(command: list[str]) -> None:
         assert word in result.output
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "environ", "code", "sentence"),
     [
@@ -90,6 +91,7 @@ def test_errors_are_one_sentence(
     assert result.stdout == ""
 
 
+@pytest.mark.process
 def test_errors_are_json_where_the_log_is() -> None:
     result = dsa("serve", "nothing", "--port", "0", "--log-format", "json")
     assert result.returncode == 1
@@ -119,7 +121,7 @@ class ChatServer(http.server.BaseHTTPRequestHandler):
         if text == "refuse":
             self._reply(400, json.dumps({"error": {"message": "no."}}))
             return
-        events = [{"choices": [{"delta": {"role": "assistant"}}]}]
+        events: list[dict[str, Any]] = [{"choices": [{"delta": {"role": "assistant"}}]}]
         events += [{"choices": [{"delta": {"content": letter}}]} for letter in text]
         if text == "break":
             events.append({"error": {"message": "the engine died"}})
@@ -146,6 +148,7 @@ def chat_url() -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.process
 def test_a_chat_over_a_pipe(chat_url: str) -> None:
     lines = "hello\n\nagain\n/clear\n/dance\nfresh\n/quit\nnever\n"
     result = dsa("chat", "--url", chat_url, "--top-k", "64", "--temperature", "0", stdin=lines)
@@ -158,6 +161,7 @@ def test_a_chat_over_a_pipe(chat_url: str) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("line", "sentence"), [("refuse", "error: no."), ("break", "error: the engine died")]
 )

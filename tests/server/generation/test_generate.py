@@ -82,7 +82,7 @@ async def test_the_text_of_a_stop_token_is_left_out() -> None:
     engine = FakeEngine(lambda submit: say("abc"))
     deltas = await run(engine, Job(0, submit(stop_token_ids=(*ids("b"),), logprobs=0)))
     assert "".join(delta.text for delta in deltas) == "a"
-    assert deltas[-1].token_ids == deltas[-1].logprobs == ()
+    assert (deltas[-1].token_ids, deltas[-1].logprobs) == ((), ())
 
 
 async def test_prompt_only() -> None:

@@ -185,7 +185,7 @@ async def test_logprobs() -> None:
 
 async def test_sampling_fields_reach_the_engine() -> None:
     engine = speaking()
-    fields = {
+    fields: dict[str, Any] = {
         "temperature": 0.5,
         "top_p": 0.9,
         "top_k": 40,
@@ -248,7 +248,7 @@ async def test_a_model_without_an_indexer_says_that_it_ran_dense() -> None:
 async def test_text_parts_and_messages_sent_back() -> None:
     engine = speaking()
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    answer = {
+    answer: dict[str, Any] = {
         "role": "assistant",
         "content": "c",
         "refusal": None,

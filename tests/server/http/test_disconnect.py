@@ -121,6 +121,7 @@ async def test_a_normal_end_aborts_nothing() -> None:
     assert not engine.aborted
 
 
+@pytest.mark.alone
 async def test_headers_come_before_the_first_token_and_comments_keep_the_stream_alive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

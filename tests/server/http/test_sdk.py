@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import cast
 
 import openai
 import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI, OpenAI
+from openai.types.chat import ChatCompletionMessageParam, ChatCompletionUserMessageParam
 
 from engine.protocol import Submit
 from tests.server.fake_engine import FakeEngine, Script
 from tests.server.kit import MODEL, ids, make_app, say, serving
 
-HI = [{"role": "user", "content": "hi"}]
+HI: list[ChatCompletionMessageParam] = [ChatCompletionUserMessageParam(role="user", content="hi")]
 
 
 def script(submit: Submit) -> Script:
@@ -42,14 +44,21 @@ async def test_chat(sdk: AsyncOpenAI) -> None:
     )
     assert answer.choices[0].message.content == "hello"
     assert answer.choices[0].finish_reason == "stop"
-    assert answer.choices[0].logprobs.content[0].top_logprobs[0].token == "h"
-    assert answer.usage.prompt_tokens_details.cached_tokens == 1
-    assert answer.usage.total_tokens == 10
-    assert answer.usage.dsa == {"top_k": 8}
+    logprobs, usage = answer.choices[0].logprobs, answer.usage
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert logprobs.content[0].top_logprobs[0].token == "h"
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == 1
+    assert usage.total_tokens == 10
+    assert usage.model_extra is not None
+    assert usage.model_extra["dsa"] == {"top_k": 8}
     assert answer._request_id
-    again = await sdk.chat.completions.create(
-        model=MODEL, messages=[*HI, answer.choices[0].message, *HI], seed=0
-    )
+    # Users send an answer's message back as it is, which the client takes and its types do not.
+    said = cast(ChatCompletionMessageParam, answer.choices[0].message)
+    again = await sdk.chat.completions.create(model=MODEL, messages=[*HI, said, *HI], seed=0)
+    assert again.usage is not None
     assert again.usage.prompt_tokens == 13
 
 
@@ -60,6 +69,7 @@ async def test_streamed_chat(sdk: AsyncOpenAI) -> None:
     chunks = [chunk async for chunk in stream]
     assert "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices) == "hello"
     assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 6
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == "stop"
 
@@ -77,7 +87,10 @@ async def test_completions(sdk: AsyncOpenAI) -> None:
         model=MODEL, prompt=[ids("ab"), ids("c")], seed=0, echo=True, logprobs=1
     )
     assert [choice.text for choice in answer.choices] == ["abhello", "chello"]
-    assert answer.choices[0].logprobs.token_logprobs[0] is None
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    assert logprobs.token_logprobs[0] is None
     stream = await sdk.completions.create(model=MODEL, prompt="x", seed=0, stream=True)
     assert "".join([chunk.choices[0].text async for chunk in stream]) == "hello"
 

@@ -79,6 +79,7 @@ async def test_the_schema() -> None:
     }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["server.app", "tests.server.fake_engine"])
 def test_importing_brings_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

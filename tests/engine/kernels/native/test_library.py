@@ -43,7 +43,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh")
 def test_a_processor_without_kernels_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert native.library() is None
     assert native.level() is None
     assert native.missing() == "they are not made for this processor (riscv64)"

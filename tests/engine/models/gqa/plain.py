@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,13 @@ from torch import Tensor
 class PlainLlama:
     """Float64 forward over Hugging Face tensor names."""
 
-    def __init__(self, weights: Mapping[str, Tensor], config: object, indexer: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], config: Any, indexer: Mapping[str, Tensor]) -> None:
         self.w = {name: tensor.double() for name, tensor in {**weights, **indexer}.items()}
         self.c = config
-        types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers  # type: ignore[attr-defined]
+        types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
         size = getattr(config, "sliding_window", None)
         self.windows = [size if kind == "sliding_attention" else None for kind in types]
-        self.theta = float(config.rope_parameters["rope_theta"])  # type: ignore[attr-defined]
+        self.theta = float(config.rope_parameters["rope_theta"])
 
     def forward(
         self,
@@ -34,11 +35,11 @@ class PlainLlama:
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """-> logits [T, vocab], and each layer's mask [T, T] and index scores [T, T]."""
         c, w = self.c, self.w
-        n, hq, hk, d = len(tokens), c.num_attention_heads, c.num_key_value_heads, c.head_dim  # type: ignore[attr-defined]
+        n, hq, hk, d = len(tokens), c.num_attention_heads, c.num_key_value_heads, c.head_dim
         x = w["model.embed_tokens.weight"][list(tokens)]
         whole = torch.tril(torch.ones(n, n, dtype=torch.bool))
         masks, scores = [], []
-        for i in range(c.num_hidden_layers):  # type: ignore[attr-defined]
+        for i in range(c.num_hidden_layers):
             at, window = f"model.layers.{i}.", self.windows[i]
             causal = whole if window is None else whole & ~whole.tril(-window)
             h = self._rms(x, w[at + "input_layernorm.weight"])
@@ -84,7 +85,7 @@ class PlainLlama:
             else (
                 self.c.hidden_size
                 if part == "o"
-                else (self.c.num_attention_heads + 2 * self.c.num_key_value_heads) * self.c.head_dim  # type: ignore[attr-defined]
+                else (self.c.num_attention_heads + 2 * self.c.num_key_value_heads) * self.c.head_dim
             )
         )
         fix = torch.zeros(x.shape[0], out, dtype=torch.float64)
@@ -116,7 +117,7 @@ class PlainLlama:
         return mask
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.c.rms_norm_eps) * weight  # type: ignore[attr-defined]
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.c.rms_norm_eps) * weight
 
     def _rope(self, x: Tensor, dim: int) -> Tensor:
         half = dim // 2

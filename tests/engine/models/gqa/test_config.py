@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from transformers import LlamaConfig
@@ -32,6 +32,7 @@ def test_what_a_config_leaves_out_is_as_in_transformers() -> None:
         defaults.max_position_embeddings,
     )
     assert found.tied == defaults.tie_word_embeddings
+    assert defaults.rope_parameters is not None
     assert found.rope_theta == defaults.rope_parameters["rope_theta"] == 10000.0
     assert found.rope_scaling is None
 
@@ -131,12 +132,13 @@ def test_layers_of_windows_without_a_window_are_refused() -> None:
 @pytest.mark.parametrize("top", [{}, {"original_max_position_embeddings": 77}])
 @pytest.mark.parametrize("said", [{}, {"original_max_position_embeddings": 99}])
 def test_the_original_length_of_yarn_is_that_of_transformers(
-    top: dict[str, int], said: dict[str, int]
+    top: dict[str, Any], said: dict[str, Any]
 ) -> None:
-    rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, **said}
+    rope: dict[str, Any] = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, **said}
     expected = LlamaConfig(**SIZES, **top, rope_parameters=dict(rope))
     expected.standardize_rope_params()  # as its rotation does before it reads them
     found = read(**top, rope_parameters=rope).rope_scaling
     assert found is not None
-    key = "original_max_position_embeddings"
+    assert expected.rope_parameters is not None
+    key: Literal["original_max_position_embeddings"] = "original_max_position_embeddings"
     assert found[key] == expected.rope_parameters[key]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from engine.checkpoint.safetensors import SafetensorsFile
+from engine.protocol import Delta
 from tests.engine.kit import VOCAB, Lab, Run, base_of, random_overlay, tiny_checkpoint
 from tests.engine.models.gqa.plain import PlainLlama
 
@@ -197,7 +198,7 @@ def test_the_plain_reference_is_the_model(tiny: Tiny) -> None:
 def test_prompt_logprobs_are_those_of_transformers(tiny: Tiny) -> None:
     run = tiny.auto.run(budget=50, running=4)
     prompt = tokens_of(2, 130)
-    deltas = []
+    deltas: list[Delta] = []
     run.submit("a", prompt, 2, None, prompt_logprobs=1, logprobs=0)
     while run.core.has_work:
         output = run.core.step()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -42,9 +43,11 @@ CASES: list[list[Rows]] = [
 class Form:
     """One way to compute a checkpoint, and a cache of four requests' first 600 tokens."""
 
-    def __init__(self, folder: Path, dtype: str, *, fast: bool = False, **settings: object) -> None:
+    def __init__(
+        self, folder: Path, dtype: Literal["float32", "bfloat16"], *, fast: bool = False, **settings: Any
+    ) -> None:
         self.built = build(
-            EngineConfig(weights=str(folder), device="cpu", dtype=dtype, kv_cache_bytes=16 << 20, **settings)  # type: ignore[arg-type]
+            EngineConfig(weights=str(folder), device="cpu", dtype=dtype, kv_cache_bytes=16 << 20, **settings)
         )
         model = self.built.runner._model
         assert isinstance(model, GqaModel)
@@ -92,7 +95,7 @@ class Forms:
             head_dim=32, initializer_range=0.1, tie_word_embeddings=keys == "bf16",
         )  # fmt: skip
         round_weights(folder / "model.safetensors")
-        settings: dict[str, object] = {}
+        settings: dict[str, Any] = {}
         if keys is not None:
             overlay = random_overlay(folder / "indexer.st", base_of(folder), heads=5, dim=32, rope=16)
             round_weights(overlay)

@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.checkpoint.source import open_source
 from engine.errors import CheckpointError
 from engine.layers.rope import inverse_frequencies
+from engine.models.mla.model import MlaModel
 from engine.plan.types import ScheduledRequest, StepPlan
 from tests.engine.kit import Lab, Run, random_overlay
 from tests.engine.models.mla.kit import VOCAB, YARN, oracle, tiny_deepseek
@@ -182,7 +183,7 @@ def test_v32_shares_selections_where_its_config_asks_for_it(tmp_path: Path) -> N
 def test_only_layers_with_an_indexer_cache_index_keys(tiny: Tiny) -> None:
     latent, index = tiny.lab().built.runner._model.plane_specs()
     assert latent.token_bytes == 4 * 40
-    assert index.layers == {0, 1, 3}
+    assert index.layers == frozenset({0, 1, 3})
     expected = 64 * (5 * latent.token_bytes + 3 * index.token_bytes)
     assert tiny.lab().built.ready.capacity.page_bytes == expected
 
@@ -221,6 +222,8 @@ def test_a_context_of_163840_positions(tmp_path: Path) -> None:
     for top_k in (TOP_K, None):
         plan = StepPlan(requests=(msgspec.structs.replace(last, index_top_k=top_k),))
         assert bool(lab.built.runner.hidden(plan).isfinite().all())
-    rotary = lab.built.runner._model._rotary
+    deepseek = lab.built.runner._model
+    assert isinstance(deepseek, MlaModel)
+    rotary = deepseek._rotary
     angle = 163839 * inverse_frequencies(8, 10000.0, {k: v for k, v in YARN.items() if k != "rope_theta"})
     torch.testing.assert_close(rotary.at(torch.tensor([163839]))[0][0], angle.cos())

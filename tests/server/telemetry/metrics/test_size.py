@@ -43,7 +43,7 @@ def answer(submit: Submit) -> Script:
         dense_prefill_seconds=chance.random(), dense_decode_seconds=chance.random(),
     )  # fmt: skip
     faults = {11: "error", 12: "abort", 13: "die", 14: "refuse", 15: "crash"}
-    return say("ok", work=work, cached=first % 2, fault=faults.get(first), group=3 if first < 11 else 1)  # type: ignore[arg-type]
+    return say("ok", work=work, cached=first % 2, fault=faults.get(first), group=3 if first < 11 else 1)
 
 
 async def every_label(http: Any, app: Any) -> None:
@@ -79,9 +79,9 @@ async def served(tmp_path: Path) -> AsyncGenerator[tuple[Any, Any], None]:
     engine = FakeEngine(answer, max_model_len=200_000)
     engine.set_stats(
         **{name: 10**11 + i for i, name in enumerate(("steps_total", "flops_total", "cache_bytes_total"))},
-        busy_seconds_total=123456.789,  # type: ignore[arg-type]
-        batch_size_counts_total=(10**9,) * (len(BATCH_BOUNDS) + 1),  # type: ignore[arg-type]
-        draft_lengths_total=(10**9,) * 17,  # type: ignore[arg-type]
+        busy_seconds_total=123456.789,
+        batch_size_counts_total=(10**9,) * (len(BATCH_BOUNDS) + 1),
+        draft_lengths_total=(10**9,) * 17,
     )
     config = make_config(max_body_bytes=1 << 20, ledger=str(tmp_path / "usage.sqlite"), machine_price="2.5")
     app = create_app(config, engine, TEXT, PlainChat())
