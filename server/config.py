@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from server.telemetry.logs import LogFormat
-
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Sparsity = Positive | Literal["dense"]
+LogFormat = Literal["text", "json"]
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):

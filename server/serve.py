@@ -24,13 +24,14 @@ from engine.client import Engine, EngineState
 from server.app import create_app
 from server.chat import ChatFormat, choose, load_chat_format
 from server.chat.detect import model_type
-from server.config import ServerConfig
+from server.config import LogFormat, ServerConfig
 from server.hub.models import resolve
 from server.hub.stages import Stages
 from server.lifecycle import Lifecycle
 from server.settings import Settings
-from server.telemetry.logs import LogFormat, configure, engine_output
-from server.text.tokenizer import Tokenizer, load_tokenizer
+from server.telemetry.logs import configure, engine_output
+from server.text.loading import load_tokenizer
+from server.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 

@@ -29,10 +29,9 @@ from engine.config import (
     SparseForm,
     WeightDtype,
 )
-from server.config import Port, Positive, Seconds, ServerConfig, Sparsity
+from server.config import LogFormat, Port, Positive, Seconds, ServerConfig, Sparsity
 from server.hub.models import DEFAULT_MODEL, ModelFiles, cache_folder
 from server.hub.sizes import parse_size, size_text
-from server.telemetry.logs import LogFormat
 from server.telemetry.tracing import TracingError, check_endpoint
 
 DEFAULT_MAX_TOKENS = {"deepseek_v3": 8192, "deepseek_v32": 8192, "glm_moe_dsa": 8192}

@@ -16,7 +16,8 @@ import hypothesis
 import pytest
 
 from server.hub.models import resolve
-from server.text.tokenizer import Tokenizer, load_tokenizer
+from server.text.loading import load_tokenizer
+from server.text.tokenizer import Tokenizer
 from tests.kit import ROOT
 from tests.turns import turn
 

@@ -27,7 +27,7 @@ from lab.bench.suites import SampleValues, Suite
 from lab.bench.timing import Timing
 from server.hub.models import ModelFiles
 from server.hub.stages import Stages
-from server.text.tokenizer import load_tokenizer
+from server.text.loading import load_tokenizer
 
 QUIET_SECONDS = 15.0
 """Between lines of progress where there is no terminal."""

@@ -16,7 +16,7 @@ from lab.corpus.manifest import Manifest
 from lab.corpus.sources import SOURCES
 from lab.tool import ToolError, fail, find, program, start
 from server.hub.stages import Stages
-from server.text.tokenizer import load_tokenizer
+from server.text.loading import load_tokenizer
 
 app = program()
 

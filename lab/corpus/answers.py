@@ -34,7 +34,8 @@ from lab.corpus.manifest import (
 from lab.corpus.packing import SHORTEST, Packed, draw_length
 from lab.tool import ToolError
 from server.hub.models import ModelError, resolve
-from server.text.tokenizer import TokenizerError, load_tokenizer
+from server.text.loading import load_tokenizer
+from server.text.tokenizer import TokenizerError
 
 KIND = "answers"
 _TIMEOUT = httpx.Timeout(connect=5, read=600, write=60, pool=None)

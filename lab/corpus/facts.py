@@ -67,7 +67,7 @@ def _price(rng: random.Random) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class FactFamily:
     """One sort of fact. In the phrasings `{s}` is the subject and `{v}` the value."""
 
     name: str
@@ -92,8 +92,8 @@ def _pick(pool: list[str]) -> Callable[[random.Random], str]:
     return lambda rng: rng.choice(pool)
 
 
-FAMILIES: tuple[Family, ...] = (
-    Family(
+FAMILIES: tuple[FactFamily, ...] = (
+    FactFamily(
         "door code",
         (
             "The door code of the {s} is {v}.",
@@ -106,7 +106,7 @@ FAMILIES: tuple[Family, ...] = (
         _pick(THINGS),
         lambda rng: number(rng, rng.choice((4, 5, 6))),
     ),
-    Family(
+    FactFamily(
         "keeper",
         (
             "The keeper of the {s} is called {v}.",
@@ -119,7 +119,7 @@ FAMILIES: tuple[Family, ...] = (
         _pick(THINGS),
         _person,
     ),
-    Family(
+    FactFamily(
         "home",
         (
             "{s} has lived in {v} for many years.",
@@ -132,7 +132,7 @@ FAMILIES: tuple[Family, ...] = (
         _person,
         _pick(CITIES),
     ),
-    Family(
+    FactFamily(
         "password",
         (
             "The password for the {s} account is {v}.",
@@ -144,7 +144,7 @@ FAMILIES: tuple[Family, ...] = (
         _pick(THINGS),
         lambda rng: f"{rng.choice(WORDS)}-{rng.choice(WORDS)}",
     ),
-    Family(
+    FactFamily(
         "founding",
         (
             "The {s} of {t} was opened on {v}.",
@@ -156,7 +156,7 @@ FAMILIES: tuple[Family, ...] = (
         _pick(THINGS),
         _date,
     ),
-    Family(
+    FactFamily(
         "serial",
         (
             "The serial number of {s}'s bicycle is {v}.",
@@ -168,7 +168,7 @@ FAMILIES: tuple[Family, ...] = (
         _person,
         _serial,
     ),
-    Family(
+    FactFamily(
         "price",
         (
             "At the auction, the painting from the {s} went for {v}.",
@@ -183,7 +183,7 @@ FAMILIES: tuple[Family, ...] = (
         _pick(THINGS),
         _price,
     ),
-    Family(
+    FactFamily(
         "drink",
         (
             "Every morning {s} orders {v}.",
@@ -195,7 +195,7 @@ FAMILIES: tuple[Family, ...] = (
         _person,
         _pick(DRINKS),
     ),
-    Family(
+    FactFamily(
         "emblem",
         (
             "The emblem of the {t} team is a {v}.",
@@ -210,7 +210,7 @@ FAMILIES: tuple[Family, ...] = (
         _pick(CITIES),
         _pick(WORDS),
     ),
-    Family(
+    FactFamily(
         "setting",
         (
             "{s}_{t}_limit = {v}",

@@ -24,7 +24,7 @@ from lab.evaluate.results import PARTS, EvalResults, RecallResult, fingerprint, 
 from server.chat import load_chat_format
 from server.hub.models import ModelFiles
 from server.hub.stages import Stages
-from server.text.tokenizer import load_tokenizer
+from server.text.loading import load_tokenizer
 
 QUIET_SECONDS = 30.0
 """Between lines of progress where there is no terminal."""

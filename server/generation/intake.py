@@ -34,7 +34,7 @@ _LONG_TEXT = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Sparsity:
+class GrantedSparsity:
     """How sparse attention is for a request.
 
     Attributes:
@@ -58,7 +58,7 @@ class Admitted:
 
     jobs: tuple[Job, ...]
     echoes: tuple[str, ...]
-    sparsity: Sparsity
+    sparsity: GrantedSparsity
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +290,7 @@ class Intake:
                 )
         return Admitted(tuple(jobs), tuple(prompt.text for prompt in prompts for _ in range(n)), sparsity)
 
-    def _sparsity(self, body: GenerationBody, model: ModelInfo) -> Sparsity:
+    def _sparsity(self, body: GenerationBody, model: ModelInfo) -> GrantedSparsity:
         asked = body.dsa.top_k if body.dsa is not None else None
         if isinstance(asked, int) and asked > model.max_model_len:
             raise bad_request(
@@ -299,9 +299,9 @@ class Intake:
                 param="dsa.top_k",
             )
         if model.indexer is None:
-            return Sparsity(None, requested=asked if isinstance(asked, int) else None)
+            return GrantedSparsity(None, requested=asked if isinstance(asked, int) else None)
         wanted = asked or self._config.default_top_k or model.indexer.default_index_top_k
-        return Sparsity(None if wanted == "dense" else min(wanted, model.max_model_len))
+        return GrantedSparsity(None if wanted == "dense" else min(wanted, model.max_model_len))
 
     def _room(self, prompt: _Prompt, model: ModelInfo, max_tokens: int | None) -> int:
         """How many tokens the engine may generate after a prompt."""

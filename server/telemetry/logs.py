@@ -10,11 +10,10 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
+from server.config import LogFormat
 from server.telemetry.record import Ended
-
-LogFormat = Literal["text", "json"]
 
 _access = logging.getLogger("server.access")
 _engine = logging.getLogger("engine.output")

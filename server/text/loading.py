@@ -33,6 +33,15 @@ _END_TEXTS = frozenset(
 several (end of a turn, end of a document)."""
 
 
+def load_tokenizer(weights: Path) -> Tokenizer:
+    """Read the tokenizer of a .gguf file, or of a folder with tokenizer.json.
+
+    Raises:
+        TokenizerError: the tokenizer is missing, damaged, or of a kind that is not known.
+    """
+    return from_gguf(weights) if weights.is_file() else from_folder(weights)
+
+
 def from_gguf(path: Path) -> Tokenizer:
     """Build the tokenizer that a .gguf file describes.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
@@ -159,17 +158,6 @@ class Tokenizer:
         for character in self.token_text(token_id):
             ids += self._plain.encode(character, add_special_tokens=False).ids
         return [part for part in ids if part not in self.control_ids]
-
-
-def load_tokenizer(weights: Path) -> Tokenizer:
-    """Read the tokenizer of a .gguf file, or of a folder with tokenizer.json.
-
-    Raises:
-        TokenizerError: the tokenizer is missing, damaged, or of a kind that is not known.
-    """
-    from server.text import loading  # it builds on this module
-
-    return loading.from_gguf(weights) if weights.is_file() else loading.from_folder(weights)
 
 
 def _is_byte_level(decoder: dict[str, object] | None) -> bool:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from server.text.loading import load_tokenizer
 from server.text.splitting import PRE_TOKENIZERS
-from server.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from server.text.tokenizer import Tokenizer, TokenizerError
 
 
 def folder_with(tmp_path: Path, backend: Backend, **files: Any) -> Path:
