@@ -348,6 +348,7 @@ def test_errors_are_one_sentence(
     assert sentence in lines[0]
 
 
+@pytest.mark.process
 def test_the_command_measures_two_servers_in_turn(tmp_path: Path, default_model: Path) -> None:
     fast, slow = Told(), Told(gap=0.03)
     with told_server(fast) as one, told_server(slow) as other:

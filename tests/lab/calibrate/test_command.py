@@ -9,6 +9,7 @@ import pytest
 from tests.server.cli.test_main import dsa
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
