@@ -1,7 +1,7 @@
-"""Short contexts: while prompt and answer fit into top_k, sparse is dense, to the last digit.
+"""Checks short contexts: while prompt and answer fit into top_k, sparse equals dense to the last digit.
 
-Requests are sent one at a time, so that both are computed in the same steps, and with the prompt's
-log-probabilities, for which nothing is taken from the prefix cache.
+Requests are sent one at a time, so that both are computed in the same steps. They ask for the prompt's
+log-probabilities, because then the server takes nothing from the prefix cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CASES = 12
 
 
 class EqualityCase(msgspec.Struct, frozen=True, kw_only=True):
-    """One text, cut to `prompt_tokens`."""
+    """The comparison of one text, cut to `prompt_tokens`."""
 
     top_k: int
     kind: str
@@ -28,11 +28,11 @@ class EqualityCase(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     answer_tokens: int
     equal: bool
-    largest_difference: float | None  # of the log-probabilities, nats; None where the tokens differ
+    largest_difference: float | None  # of the log-probabilities, nats; None if the tokens differ
 
 
 class EqualityResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The part's entry in eval.json."""
+    """The entry of equality in eval.json."""
 
     cases: list[EqualityCase]
 
@@ -46,7 +46,7 @@ async def measure(
     cases: int = CASES,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> EqualityResult:
-    """Continue beginnings of texts, `cases` for each top_k, of lengths up to all of it."""
+    """Continue the beginnings of texts. Each top_k has `cases` of them, with lengths up to top_k."""
     todo = []
     for top_k in top_ks:
         longest = min(top_k, client.max_model_len) - answer_tokens
@@ -74,7 +74,7 @@ async def measure(
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
-    """The largest difference of two lists of log-probabilities; None if they are of different tokens."""
+    """Return the largest difference between two lists of log-probabilities, nats; None if the tokens differ."""
     if one["tokens"] != other["tokens"]:
         return None
     pairs = zip(one["token_logprobs"], other["token_logprobs"], strict=True)
@@ -82,7 +82,7 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None
 
 
 def verdicts(result: EqualityResult, top_ks: Sequence[int]) -> list[Verdict]:
-    """Every case must be equal."""
+    """Judge each top_k: every case must be equal."""
     made = []
     for top_k in top_ks:
         own = [case.equal for case in result.cases if case.top_k == top_k]

@@ -1,4 +1,4 @@
-"""The pictures: loss above dense, needles by depth and context, captured attention."""
+"""Draws the results: loss above dense, needles by depth and context, captured attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lab.evaluate.results import EvalResults, RecallResult
 
 
 def draw(results: EvalResults, top_ks: list[int], folder: Path) -> list[Path]:
-    """Draw what there is: eval.loss.png, eval.needles.png and eval.recall.png; the files that were written."""
+    """Draw eval.loss.png, eval.needles.png and eval.recall.png for the parts that are done; return the files written."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -34,7 +34,7 @@ def draw(results: EvalResults, top_ks: list[int], folder: Path) -> list[Path]:
 
 
 def _loss(plt: Any, result: LossResult, top_ks: list[int]) -> Any:
-    """Bars by kind and by position, with their intervals."""
+    """Draw bars with intervals, by kind of text and by position."""
     figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
     names = list(result.rows["dense"])
     width = 0.8 / len(top_ks)
@@ -57,7 +57,7 @@ def _loss(plt: Any, result: LossResult, top_ks: list[int]) -> Any:
 
 
 def _needles(plt: Any, result: NeedlesResult) -> Any:
-    """Depth x context for each setting, side by side."""
+    """Draw a grid of depth and context for each setting, side by side."""
     names = list(result.accuracy)
     depths = sorted({needle.depth for needle in result.needles})
     contexts = sorted({needle.context for needle in result.needles})
@@ -83,7 +83,7 @@ def _needles(plt: Any, result: NeedlesResult) -> Any:
 
 
 def _recall(plt: Any, result: RecallResult, top_ks: list[int]) -> Any:
-    """By layer and by position: indexer, oracle, window."""
+    """Draw the captured attention of indexer, oracle and window, by layer and by position."""
     own = [k for k in top_ks if str(k) in result.top_k]
     figure, axes = plt.subplots(
         len(own), 2, figsize=(11, 3.6 * len(own)), layout="constrained", squeeze=False

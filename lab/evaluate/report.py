@@ -1,4 +1,4 @@
-"""The results as tables for a terminal."""
+"""Prints the results as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def show(console: Console, results: EvalResults, top_ks: Sequence[int]) -> None:
 
 
 def tables(results: EvalResults, top_ks: Sequence[int]) -> Iterator[RenderableType]:
-    """Everything that there is to show, in order."""
+    """Make the tables of all parts that are done."""
     if results.loss is not None:
         yield loss_table(results.loss, top_ks)
     if results.needles is not None:
@@ -54,7 +54,7 @@ def _table(title: str, first: str, columns: Sequence[str]) -> Table:
 
 
 def loss_table(result: LossResult, top_ks: Sequence[int]) -> Table:
-    """Loss by kind and position, dense beside what sparse adds."""
+    """Make the table of loss by kind and position: the dense loss, and what sparse adds."""
     columns = ["tokens", "dense", *(f"sparse {k}" for k in top_ks)]
     table = _table(f"held-out loss beyond position {result.beyond}, nats a token", "texts", columns)
     for name, dense in result.rows["dense"].items():
@@ -74,7 +74,7 @@ def _above(row: LossRow) -> str:
 
 
 def needle_tables(result: NeedlesResult) -> Iterator[Table]:
-    """Depth x context, dense beside sparse in every cell; then how much is kept."""
+    """Make two tables: needles found in each cell of depth and context, and how many sparse keeps."""
     names = list(result.accuracy)
     contexts = sorted({needle.context for needle in result.needles})
     table = _table(
@@ -132,7 +132,7 @@ def _both(share: Share) -> str:
 
 
 def agreement_table(result: AgreementResult) -> Table:
-    """Free and forced agreement with dense, and dense with itself."""
+    """Make the table of free and forced agreement with dense. Its first row is the agreement of dense with itself."""
     table = _table(
         f"greedy answers of up to {result.answer_tokens} tokens, compared with dense",
         "attention",
@@ -157,7 +157,7 @@ def _agreement(group: Group) -> tuple[str, str, str, str]:
 
 
 def equality_table(result: EqualityResult, top_ks: Sequence[int]) -> Table:
-    """Exactly equal or not."""
+    """Make the table of exact equality."""
     table = _table(
         "prompt and answer within top_k: log-probabilities equal to the last digit",
         "top_k",
@@ -177,7 +177,7 @@ def equality_table(result: EqualityResult, top_ks: Sequence[int]) -> Table:
 
 
 def recall_tables(result: RecallResult) -> Iterator[Table]:
-    """Captured attention by position, and the worst layers."""
+    """Make two tables: captured attention by position, and the worst layers."""
     ends = [*map(str, result.edges[1:]), ""]
     spans = [f"{start}-{end}" for start, end in zip(result.edges, ends, strict=True)]
     table = _table(
@@ -206,7 +206,7 @@ def recall_tables(result: RecallResult) -> Iterator[Table]:
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """Every bar."""
+    """Make the table of all bars and their outcomes."""
     table = _table("verdict", "what", ["measured", "bar", "aim", ""])
     for verdict in verdicts:
         colour = _COLOURS[verdict.outcome]

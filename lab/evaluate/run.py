@@ -1,4 +1,4 @@
-"""Runs the parts one after the other, and writes down each as soon as it is done."""
+"""Runs the parts one after the other, and saves each as soon as it is done."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from server.hub.stages import Stages
 from server.text.loading import load_tokenizer
 
 QUIET_SECONDS = 30.0
-"""Between lines of progress where there is no terminal."""
+"""The time between two lines of progress, if the output is not a terminal."""
 
 
 class EvalPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What to measure.
 
     Attributes:
-        files: the model's.
+        files: the model's files.
         corpus: the folder of questions.
         out: the folder of results.
         url: a running server; None starts one.
-        top_k: settings to compare with dense.
-        answer_top_k: those of them whose answers are compared (needles, agreement), which takes longest.
-        only: parts to measure, even if they are done; None is those that are not.
+        top_k: the top_k values to compare with dense.
+        answer_top_k: the values of `top_k` to use for needles and agreement, which take longest.
+        only: parts to measure, even if they are done; None measures the parts that are not done.
         per_kind: held-out texts of each kind; None is all.
-        limit: at most so many texts of a kind, needles, prompts; for a quick look.
+        limit: at most so many texts of each kind, needles and prompts; for a quick look.
         concurrency: requests at a time.
         device, dtype: for the server and for recall.
         server_flags: more flags of `dsa serve`.
@@ -64,19 +64,20 @@ class EvalPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def texts_per_kind(self) -> int | None:
-        """`per_kind` under `limit`."""
+        """The smaller of `per_kind` and `limit`; None is all."""
         counts = [count for count in (self.per_kind, self.limit) if count is not None]
         return min(counts) if counts else None
 
 
 def evaluate(plan: EvalPlan, console: Console) -> EvalResults:
-    """Measure; the results, which are in the folder too.
+    """Measure, save and show; return the results.
 
     Raises:
-        EvaluationError: it cannot be done; parts that were done before are kept.
-        MaterialError, TokenizerError, PromptError: the corpus or the model.
+        EvaluationError: a part cannot be measured; the parts done before are kept.
+        MaterialError: the corpus cannot be used.
+        TokenizerError, PromptError: the model's tokenizer or chat format cannot be used.
     """
-    try:  # an extra, and better missed now than after the work
+    try:  # matplotlib is an extra; if it is missing, say so now and not after the work
         from lab.evaluate.plot import draw
     except ImportError:
         raise EvaluationError(
@@ -154,7 +155,11 @@ async def _ask(
 
 
 def _check(client: Client, plan: EvalPlan) -> None:
-    """The server can do what will be asked of it."""
+    """Check that the server can do what the plan asks for.
+
+    Raises:
+        EvaluationError: it cannot.
+    """
     if max(plan.top_k) > client.max_model_len:
         raise EvaluationError(
             f"--top-k asks for {max(plan.top_k)}, but the model's context is {client.max_model_len} tokens"
@@ -170,7 +175,7 @@ def _progress(stages: Stages, part: str) -> PartProgress:
 
 
 def _recall(plan: EvalPlan, results: EvalResults) -> None:
-    """Judge the indexer in this process; the server has gone."""
+    """Measure recall in this process, after the server has stopped."""
     from lab.recall.run import run
 
     if plan.files.overlay is None:
