@@ -1,4 +1,4 @@
-"""The picture of a training run: loss and captured attention by step, all layers and the worst."""
+"""Draws a training run: loss and captured attention by step, of all layers; the worst layer is marked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lab.distill.train import StepLog
 
 
 def plot_log(log: Path, picture: Path, top_k: int) -> None:
-    """Draw `log` (lines of `StepLog`, whose recall is of the best `top_k`) as a PNG."""
+    """Draw `log` (lines of `StepLog`) as a PNG. `top_k` is the recipe's `report_top_k`, for a title."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
