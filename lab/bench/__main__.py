@@ -1,4 +1,4 @@
-"""The command line of `dsa bench`: a command a suite, each with the flags that all have."""
+"""The command line of `dsa bench`: one command for each suite. All commands share the flags of `_measure`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ app.command()(curve)
 
 _WHAT, _WHO, _HOW = "What is measured", "Who is measured", "How"
 _WIDTH = 120
-"""Columns where there is no terminal."""
+"""Columns of the output if it is not a terminal."""
 
 
 def _sizes(what: str) -> Any:
@@ -44,7 +44,7 @@ StreamsFlag = Annotated[str, _sizes("Requests at once.")]
 
 
 def _suite(name: str, rounds: int) -> Callable[[Callable[..., Suite]], Callable[..., Suite]]:
-    """Make a command of a function that makes a suite of its own flags; `_measure` has the others."""
+    """Turn a function that makes a suite into a command. It has the function's flags and those of `_measure`."""
 
     def add(make: Callable[..., Suite]) -> Callable[..., Suite]:
         own = dict(inspect.signature(make, eval_str=True).parameters)
