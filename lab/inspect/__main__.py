@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = program()
 PRESETS = ("deepseek-v3.2",)
-"""Published configs that come with the engine, so that a model's needs can be read before it is fetched."""
+"""Published configs that come with the engine, so that a model can be inspected before it is fetched."""
 
 
 @app.command()
@@ -77,14 +77,14 @@ def inspect(
         plain = torch.bfloat16 if described else resolve_dtype("auto", found)
         dtype = str(plain).removeprefix("torch.")
     if stored == "auto" and not described and found.type == "cpu":
-        stored = "plain"  # as the engine does there
+        stored = "plain"  # the engine does the same on a CPU
     wanted = Wanted(context, concurrency, dtype, kv_cache_dtype, stored)
     report = look(path, overlay, wanted, _devices(devices, memory))
     sys.stdout.write((json.dumps(report, indent=2) if as_json else render(report)) + "\n")
 
 
 def _files(model: str, overlay: Path | None) -> tuple[Path, Path | None]:
-    """What to read: a config alone, a folder that may lack its weights, or a model's files."""
+    """Return the path to read and the overlay. The path is a config, a folder (weights may be missing) or a file."""
     path = Path(model).expanduser().absolute()
     if model in PRESETS:
         configs = importlib.resources.files("engine").joinpath("models", "mla", "configs")
@@ -97,7 +97,7 @@ def _files(model: str, overlay: Path | None) -> tuple[Path, Path | None]:
 
 
 def _devices(count: int | None, memory: int | None) -> Devices:
-    """As described; what is not, as found here."""
+    """Return the devices as the flags describe them. What the flags leave out is taken from this machine."""
     import torch
 
     from lab.inspect.report import Devices
