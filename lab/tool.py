@@ -53,7 +53,7 @@ CpuTimeFlag = Annotated[
     bool,
     typer.Option(
         "--cpu-time",
-        help="One thread, and its CPU time in place of the clock's: for a machine that has other things to do.",
+        help="Use one thread and measure its CPU time, not the wall clock: for a machine with other work.",
     ),
 ]
 

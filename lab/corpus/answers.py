@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "lab.corpus.answers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", type=Path, required=True, help="folder made by python -m lab.corpus")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder made by dsa corpus")
     parser.add_argument(
         "--model", required=True, help="the checkpoint whose tokenizer to use: a name or a path"
     )

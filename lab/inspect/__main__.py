@@ -37,28 +37,37 @@ def inspect(
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 1,
     devices: Annotated[
-        int | None, typer.Option(help="How many devices.", show_default="what is found", min=1)
+        int | None, typer.Option(help="How many devices.", show_default="those of this machine", min=1)
     ] = None,
     device_memory: Annotated[
         str | None,
-        typer.Option(help="Memory of each, as 80GiB.", metavar="SIZE", show_default="what is found"),
+        typer.Option(
+            help="Memory of each, such as 80GiB.", metavar="SIZE", show_default="that of this machine"
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the loaded weights: auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Number format of loaded weights: auto, float32 or bfloat16.")
+    ] = "auto",
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="Of the cache: auto (as the weights), float32, bfloat16 or fp8.")
+        str,
+        typer.Option(
+            help="Number format of the cache: auto (that of the weights), float32, bfloat16 or fp8."
+        ),
     ] = "auto",
     weight_dtype: Annotated[
         str,
-        typer.Option(help="Of weights stored in FP8: auto (fp8 but on a CPU), fp8, or plain (in --dtype)."),
+        typer.Option(
+            help="Number format of weights stored in FP8: auto (plain on a CPU, else fp8), fp8, or plain (--dtype)."
+        ),
     ] = "auto",
     overlay: OverlayFlag = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a model is and needs, without loading it.
 
-    Reads config and headers: architecture, parameters, bytes of the weights and
-    of the cache, and whether they fit. Exit code 1 if the files are damaged or
-    something is missing.
+    It reads config and headers, and prints architecture, parameters, bytes of the
+    weights and of the cache, and whether they fit. The exit status is 1 if files
+    are damaged or missing.
     """
     one_of("--dtype", dtype)
     one_of("--kv-cache-dtype", kv_cache_dtype, ("auto", "float32", "bfloat16", "fp8"))
