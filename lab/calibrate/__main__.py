@@ -66,7 +66,7 @@ def calibrate(
 
     run(
         CalibrationPlan(
-            files=files, out=out, quick=quick, context=context, rounds=rounds, top_k=top_k, device=device,
+            files=files, out=out, quick=quick, context=context, rounds=rounds, index_top_k=top_k, device=device,
             dtype=kind, threads=threads, cpu_time=cpu_time, kv_cache_bytes=memory, token_budget=token_budget,
         )
     )  # fmt: skip

@@ -39,7 +39,7 @@ def adapt(
     adapter: Adapter,
     tokens: Tensor,
     rows: Tensor,
-    top_k: int,
+    index_top_k: int,
     weight: float,
     answers: Tensor,
     combine: Literal["sum", "max"] = "sum",
@@ -52,7 +52,7 @@ def adapt(
         adapter: the adapter to train
         tokens: [T]
         rows: [n] query rows to compare
-        top_k: how many tokens a row may read
+        index_top_k: how many tokens a row may read
         weight: factor of the indexers' losses
         answers: [m] rows whose next token is part of an answer; m may be 0
         combine: see `attention_target`
@@ -62,9 +62,9 @@ def adapt(
         x = trunk.embed(tokens)
     total = len(tokens)
     losses, recalls = [], []
-    select = by_student(student, top_k)
+    select = by_student(student, index_top_k)
     for layer in range(trunk.config.num_layers):
-        fix = corrections(trunk, adapter, layer, total, top_k, x)
+        fix = corrections(trunk, adapter, layer, total, index_top_k, x)
         inputs = trunk.open(layer, x, fix)
         allowed = inputs.visible(rows)
         masks = [
@@ -73,7 +73,7 @@ def adapt(
         ]
         target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale, combine)
         scores = student.scores(layer, inputs, rows)
-        chosen = top_mask(scores.detach(), allowed, top_k)
+        chosen = top_mask(scores.detach(), allowed, index_top_k)
         loss = divergence(target, scores, chosen).mean()
         torch.autograd.backward(loss * weight)  # this graph ends at the layer: its input is detached
         losses.append(loss.detach())

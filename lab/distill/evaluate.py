@@ -27,7 +27,7 @@ def held_out(
     split: CorpusSplit,
     device: torch.device,
     *,
-    top_k: tuple[int, ...] = (256, 512),
+    index_top_k: tuple[int, ...] = (256, 512),
     max_length: int = 4096,
     per_kind: int = 3,
     baselines: bool = False,
@@ -37,7 +37,7 @@ def held_out(
 ) -> dict[str, dict[str, float]]:
     """Measure the mean loss beyond position `beyond`: selection -> kind of text (and "all") -> nats.
 
-    Selections are `dense` and, for each k of `top_k`, `sparse k`, which runs as in serving. With `baselines`
+    Selections are `dense` and, for each k of `index_top_k`, `sparse k`, which runs as in serving. With `baselines`
     there are also `oracle k`, `window k` and, if there is an adapter, `plain k` (`sparse k` without the adapter).
 
     The result is empty if `per_kind` is 0, or if no sequence, cut to `max_length` and to the model's positions,
@@ -45,7 +45,7 @@ def held_out(
     """
     max_length = min(max_length, trunk.config.max_positions)
     selectors: dict[str, tuple[Selector | None, Adapter | None, int]] = {"dense": (None, None, 0)}
-    for k in top_k:
+    for k in index_top_k:
         selectors[f"sparse {k}"] = by_student(student, k), adapter, k
         if baselines:
             if adapter is not None:

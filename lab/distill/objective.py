@@ -80,22 +80,22 @@ def divergence(target: Tensor, scores: Tensor, support: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
-def top_mask(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
-    """Select the `top_k` best allowed positions of each row: [n, T] -> [n, T] bool.
+def top_mask(scores: Tensor, allowed: Tensor, index_top_k: int) -> Tensor:
+    """Select the `index_top_k` best allowed positions of each row: [n, T] -> [n, T] bool.
 
     If scores are equal at the edge of a set, the later positions are selected, as in serving. Equal scores are
     common: if every head's ReLU gives 0 for a token, its score is exactly 0.
     """
-    if top_k >= scores.shape[-1]:
+    if index_top_k >= scores.shape[-1]:
         return allowed
     scores = scores.masked_fill(~allowed, -math.inf)
-    edge = scores.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    edge = scores.topk(index_top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     best = scores >= edge
-    if not bool((best & allowed).sum(-1).gt(top_k).any()):
+    if not bool((best & allowed).sum(-1).gt(index_top_k).any()):
         # No tie crosses an edge. The running counts below would cost more than all the rest.
         return best & allowed
     above, level = scores > edge, scores == edge
-    free = top_k - above.sum(-1, keepdim=True)
+    free = index_top_k - above.sum(-1, keepdim=True)
     latest = level.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= free
     return (above | (level & latest)) & allowed
 

@@ -66,11 +66,13 @@ class Student:
         return index_logits(queries.query, queries.head_weights, self.keys(layer, inputs))
 
     @torch.no_grad()
-    def selection(self, layer: int, inputs: LayerInputs, rows: Tensor, keys: Tensor, top_k: int) -> Tensor:
+    def selection(
+        self, layer: int, inputs: LayerInputs, rows: Tensor, keys: Tensor, index_top_k: int
+    ) -> Tensor:
         """Select positions for each row: [n, T] bool. `keys` are those of the whole sequence."""
         queries = self.queries(layer, inputs, rows)
         scores = index_logits(queries.query, queries.head_weights, keys)
-        return top_mask(scores, inputs.visible(rows), top_k)
+        return top_mask(scores, inputs.visible(rows), index_top_k)
 
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

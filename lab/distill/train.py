@@ -185,7 +185,7 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Run every layer's loss backward on one sequence; return loss and recall, each [layers]."""
         trunk, recipe = self._trunk, self._recipe
-        top_k = self._top_k()
+        index_top_k = self._index_top_k()
         losses, recalls = [], []
         probe = slice(None, None, max(1, len(rows) // RECALL_ROWS))
         with torch.no_grad():
@@ -198,7 +198,7 @@ class Trainer:
             scores = self.student.scores(layer, inputs, rows)
             support = allowed
             if stage == "sparse" and recipe.sparse_support == "selected":
-                support = top_mask(scores.detach(), allowed, top_k)
+                support = top_mask(scores.detach(), allowed, index_top_k)
             loss = divergence(target, scores, support).mean()
             # Each layer's loss has its own graph, because its input is detached. Free the graph at once.
             torch.autograd.backward(loss / recipe.sequences_per_step)
@@ -210,11 +210,13 @@ class Trainer:
                 if stage == "dense":
                     attended = trunk.attend(inputs, slice(None), None)
                 else:
-                    attended = attend_selected(trunk, layer, inputs, by_student(self.student, top_k), 1024)
+                    attended = attend_selected(
+                        trunk, layer, inputs, by_student(self.student, index_top_k), 1024
+                    )
                 x = trunk.close(layer, x, attended)
         return torch.stack(losses), torch.stack(recalls)
 
-    def _top_k(self) -> int:
+    def _index_top_k(self) -> int:
         choices = self._recipe.sparse_top_k
         return choices[int(torch.randint(len(choices), (1,), generator=self._generator))]
 
@@ -230,7 +232,7 @@ class Trainer:
         ids = ids[: len(ids) // 8 * 8]  # attention on a mask has fast kernels for such lengths only
         rows, answers = rows[rows < len(ids)], answers[answers < len(ids) - 1]
         made = adapt(
-            self._trunk, self.student, adapter, ids, rows, self._top_k(), share, answers, recipe.target
+            self._trunk, self.student, adapter, ids, rows, self._index_top_k(), share, answers, recipe.target
         )
         torch.autograd.backward((made.distance + recipe.answer_weight * made.answers) * share)
         return made.losses, made.recalls, float(made.distance.detach())
@@ -290,10 +292,12 @@ class Trainer:
         return True
 
 
-def _recall(target: Tensor, scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
-    """Return the attention on the best `top_k` positions, mean over rows.
+def _recall(target: Tensor, scores: Tensor, allowed: Tensor, index_top_k: int) -> Tensor:
+    """Return the attention on the best `index_top_k` positions, mean over rows.
 
     Ties are broken in any way: `top_mask` would make the host wait for the device.
     """
-    best = scores.masked_fill(~allowed, -math.inf).topk(min(top_k, scores.shape[-1]), dim=-1, sorted=False)
+    best = scores.masked_fill(~allowed, -math.inf).topk(
+        min(index_top_k, scores.shape[-1]), dim=-1, sorted=False
+    )
     return target.gather(-1, best.indices).sum(-1).mean()

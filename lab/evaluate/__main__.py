@@ -118,7 +118,7 @@ def evaluate(
     from lab.evaluate.run import evaluate as run
 
     plan = EvalPlan(
-        files=files, corpus=corpus, out=out, url=url, top_k=top_ks, answer_top_k=answer_top_ks, only=chosen,
+        files=files, corpus=corpus, out=out, url=url, index_top_k=top_ks, answer_top_k=answer_top_ks, only=chosen,
         per_kind=per_kind or None, limit=limit, concurrency=concurrency, device=device, dtype=dtype,
         server_flags=tuple(shlex.split(server_flags)),
     )  # fmt: skip

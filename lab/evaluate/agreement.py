@@ -65,7 +65,7 @@ async def measure(
     prompts: Sequence[CorpusPrompt],
     text: Tokenizer,
     chat: ChatFormat,
-    top_ks: Sequence[int],
+    index_top_ks: Sequence[int],
     concurrency: int,
     progress: PartProgress,
     *,
@@ -94,7 +94,7 @@ async def measure(
             )
         said = ids_of(dense.tokens, vocabulary)
         answers, parted, forced = {"": dense.text}, {}, {}
-        for setting in settings(top_ks):
+        for setting in settings(index_top_ks):
             again = await client.chat(messages, setting, answer_tokens)
             scores = await client.score([*ids, *said], setting, alternatives=1, start=len(ids))
             answers[str(setting)] = again.text
@@ -115,7 +115,7 @@ async def measure(
         answer_tokens=answer_tokens,
         prompts=compared,
         skipped=len(prompts) - len(asked),
-        groups=summarise(compared, top_ks),
+        groups=summarise(compared, index_top_ks),
     )
 
 
@@ -149,10 +149,10 @@ def best(scores: Scores, start: int, count: int) -> int:
     return sum(own is not None and top is not None and own >= top for own, top in pairs)
 
 
-def summarise(compared: Sequence[Compared], top_ks: Sequence[int]) -> dict[str, dict[str, Group]]:
+def summarise(compared: Sequence[Compared], index_top_ks: Sequence[int]) -> dict[str, dict[str, Group]]:
     """Make the `groups` of `AgreementResult`."""
     groups = {"dense": {"all": _group(compared, "dense")}}
-    for k in top_ks:
+    for k in index_top_ks:
         longer = [p for p in compared if p.prompt_tokens + p.answer_tokens > k]
         within = [p for p in compared if p.prompt_tokens + p.answer_tokens <= k]
         groups[str(k)] = {

@@ -76,20 +76,26 @@ class Client:
         self.repeated = 0
 
     async def score(
-        self, ids: Sequence[int], top_k: TopKSetting, *, alternatives: int = 0, more: int = 0, start: int = 0
+        self,
+        ids: Sequence[int],
+        index_top_k: TopKSetting,
+        *,
+        alternatives: int = 0,
+        more: int = 0,
+        start: int = 0,
     ) -> Scores:
         """Return the log-probabilities of a prompt's tokens.
 
         Args:
             ids: the prompt.
-            top_k: "dense", or how many tokens each token attends to.
+            index_top_k: "dense", or how many tokens each token attends to.
             alternatives: 1 also asks for the likeliest tokens; with 0, `best` equals `own`.
             more: how many tokens to generate after the prompt.
             start: the first token to score.
         """
         choice = await self._choice(
             "/v1/completions",
-            top_k,
+            index_top_k,
             {
                 "prompt": list(ids),
                 "echo": True,
@@ -106,18 +112,18 @@ class Client:
             raise EvaluationError(f"the server scored {len(own)} of {len(ids)} tokens")
         return Scores(own, best, choice["finish_reason"])
 
-    async def complete(self, ids: Sequence[int], top_k: TopKSetting, max_tokens: int) -> ModelAnswer:
+    async def complete(self, ids: Sequence[int], index_top_k: TopKSetting, max_tokens: int) -> ModelAnswer:
         """Return the greedy continuation of a prompt, up to the end of the turn."""
         body = {"prompt": list(ids), "max_tokens": max_tokens, "temperature": 0}
-        choice = await self._choice("/v1/completions", top_k, body)
+        choice = await self._choice("/v1/completions", index_top_k, body)
         return ModelAnswer(choice["text"], (), choice["finish_reason"], len(ids))
 
     async def chat(
-        self, messages: Sequence[dict[str, str]], top_k: TopKSetting, max_tokens: int
+        self, messages: Sequence[dict[str, str]], index_top_k: TopKSetting, max_tokens: int
     ) -> ModelAnswer:
         """Return the greedy answer in a conversation, with its tokens."""
         body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "logprobs": True}
-        answer = await self._post("/v1/chat/completions", top_k, body)
+        answer = await self._post("/v1/chat/completions", index_top_k, body)
         choice = answer["choices"][0]
         logprobs = choice["logprobs"] or {"content": []}
         return ModelAnswer(
@@ -127,7 +133,7 @@ class Client:
             answer["usage"]["prompt_tokens"],
         )
 
-    async def raw(self, ids: Sequence[int], top_k: TopKSetting, max_tokens: int) -> dict[str, Any]:
+    async def raw(self, ids: Sequence[int], index_top_k: TopKSetting, max_tokens: int) -> dict[str, Any]:
         """Return a whole choice, with log-probabilities of prompt and answer. It does not stop at the end of the turn."""
         body = {
             "prompt": list(ids),
@@ -137,15 +143,15 @@ class Client:
             "temperature": 0,
             "ignore_eos": True,
         }
-        return await self._choice("/v1/completions", top_k, body)
+        return await self._choice("/v1/completions", index_top_k, body)
 
-    async def _choice(self, path: str, top_k: TopKSetting, body: dict[str, Any]) -> dict[str, Any]:
-        answer = await self._post(path, top_k, body)
+    async def _choice(self, path: str, index_top_k: TopKSetting, body: dict[str, Any]) -> dict[str, Any]:
+        answer = await self._post(path, index_top_k, body)
         choice: dict[str, Any] = answer["choices"][0]
         return choice
 
-    async def _post(self, path: str, top_k: TopKSetting, body: dict[str, Any]) -> dict[str, Any]:
-        body = {"model": self.model, "dsa": {"top_k": top_k}} | body
+    async def _post(self, path: str, index_top_k: TopKSetting, body: dict[str, Any]) -> dict[str, Any]:
+        body = {"model": self.model, "dsa": {"top_k": index_top_k}} | body
         for left in reversed(range(_TRIES)):
             try:
                 response = await self._http.post(path, json=body)
@@ -153,7 +159,7 @@ class Client:
                 problem = f"the server went away ({error or type(error).__name__})"
             else:
                 if response.is_success:
-                    return _checked(response, top_k)
+                    return _checked(response, index_top_k)
                 problem = reason(response)
                 if response.status_code not in (429, 503):
                     raise EvaluationError(f"the server refused a request: {problem}")
@@ -163,17 +169,17 @@ class Client:
         raise EvaluationError(f"{problem}; {_TRIES} tries were made")
 
 
-def _checked(response: httpx.Response, top_k: TopKSetting) -> dict[str, Any]:
+def _checked(response: httpx.Response, index_top_k: TopKSetting) -> dict[str, Any]:
     """Return the answer's body.
 
     Raises:
-        EvaluationError: attention ran with another top_k than `top_k`.
+        EvaluationError: attention ran with another top_k than `index_top_k`.
     """
     answer: dict[str, Any] = response.json()
     used = answer["usage"]["dsa"]["top_k"]
-    if used != top_k:
+    if used != index_top_k:
         raise EvaluationError(
-            f"the server ran with top_k {used} where {top_k} was asked for: its model has no trained indexer; "
+            f"the server ran with top_k {used} where {index_top_k} was asked for: its model has no trained indexer; "
             "serve one with --overlay"
         )
     return answer

@@ -40,7 +40,7 @@ class EqualityResult(msgspec.Struct, frozen=True, kw_only=True):
 async def measure(
     client: Client,
     texts: Sequence[HeldOut],
-    top_ks: Sequence[int],
+    index_top_ks: Sequence[int],
     progress: PartProgress,
     *,
     cases: int = CASES,
@@ -48,20 +48,20 @@ async def measure(
 ) -> EqualityResult:
     """Continue the beginnings of texts. Each top_k has `cases` of them, with lengths up to top_k."""
     todo = []
-    for top_k in top_ks:
-        longest = min(top_k, client.max_model_len) - answer_tokens
+    for index_top_k in index_top_ks:
+        longest = min(index_top_k, client.max_model_len) - answer_tokens
         for number in range(cases):
             length = longest * (number + 1) // cases
             usable = [text for text in texts if len(text.ids) >= length]
             if length > 0 and usable:
-                todo.append((top_k, usable[number % len(usable)], length))
+                todo.append((index_top_k, usable[number % len(usable)], length))
 
     async def one(item: tuple[int, HeldOut, int]) -> EqualityCase:
-        top_k, text, length = item
+        index_top_k, text, length = item
         dense = await client.raw(text.ids[:length], "dense", answer_tokens)
-        sparse = await client.raw(text.ids[:length], top_k, answer_tokens)
+        sparse = await client.raw(text.ids[:length], index_top_k, answer_tokens)
         return EqualityCase(
-            top_k=top_k,
+            top_k=index_top_k,
             kind=text.kind,
             start=text.start,
             prompt_tokens=length,
@@ -81,12 +81,14 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None
     return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=0.0)
 
 
-def verdicts(result: EqualityResult, top_ks: Sequence[int]) -> list[Verdict]:
+def verdicts(result: EqualityResult, index_top_ks: Sequence[int]) -> list[Verdict]:
     """Judge each top_k: every case must be equal."""
     made = []
-    for top_k in top_ks:
-        own = [case.equal for case in result.cases if case.top_k == top_k]
+    for index_top_k in index_top_ks:
+        own = [case.equal for case in result.cases if case.top_k == index_top_k]
         made.append(
-            at_least(f"equal where all fits into top_k {top_k}", sum(own) / len(own) if own else None, 1.0)
+            at_least(
+                f"equal where all fits into top_k {index_top_k}", sum(own) / len(own) if own else None, 1.0
+            )
         )
     return made

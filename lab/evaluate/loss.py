@@ -48,7 +48,7 @@ class LossResult(msgspec.Struct, frozen=True, kw_only=True):
 async def measure(
     client: Client,
     texts: Sequence[HeldOut],
-    top_ks: Sequence[int],
+    index_top_ks: Sequence[int],
     concurrency: int,
     progress: PartProgress,
     *,
@@ -59,18 +59,18 @@ async def measure(
     async def one(text: HeldOut) -> TextLoss:
         ids = text.ids[: client.max_model_len - 1]  # the server needs room for one more token
         nats, tokens = {}, [0]
-        for setting in settings(top_ks):
+        for setting in settings(index_top_ks):
             scores = await client.score(ids, setting)
             tokens, nats[str(setting)] = buckets(scores.own[: len(ids)], beyond)
         return TextLoss(kind=text.kind, start=text.start, length=len(ids), tokens=tokens, nats=nats)
 
     measured = await each(texts, one, concurrency, progress)
-    return LossResult(beyond=beyond, texts=measured, rows=summarise(measured, top_ks))
+    return LossResult(beyond=beyond, texts=measured, rows=summarise(measured, index_top_ks))
 
 
-def settings(top_ks: Sequence[int]) -> tuple[TopKSetting, ...]:
+def settings(index_top_ks: Sequence[int]) -> tuple[TopKSetting, ...]:
     """Return all settings: dense first, then each top_k."""
-    return ("dense", *top_ks)
+    return ("dense", *index_top_ks)
 
 
 def buckets(logprobs: Sequence[float | None], beyond: int) -> tuple[list[int], list[float]]:
@@ -87,11 +87,11 @@ def buckets(logprobs: Sequence[float | None], beyond: int) -> tuple[list[int], l
     return tokens, nats
 
 
-def summarise(texts: Sequence[TextLoss], top_ks: Sequence[int]) -> dict[str, dict[str, LossRow]]:
+def summarise(texts: Sequence[TextLoss], index_top_ks: Sequence[int]) -> dict[str, dict[str, LossRow]]:
     """Make the rows: setting -> kind of text, "all", or "from P" for a bucket -> row. All tokens have equal weight."""
     rows: dict[str, dict[str, LossRow]] = {}
     kinds = list(dict.fromkeys(text.kind for text in texts))
-    for setting in map(str, settings(top_ks)):
+    for setting in map(str, settings(index_top_ks)):
         own = {kind: _row((t for t in texts if t.kind == kind), setting, None) for kind in kinds}
         own["all"] = _row(texts, setting, None)
         for bucket, edge in enumerate(EDGES):
@@ -117,13 +117,13 @@ def _row(texts: Iterable[TextLoss], setting: str, bucket: int | None) -> LossRow
     return LossRow(tokens=tokens, loss=loss / tokens, above_dense=above, interval=interval)
 
 
-def verdicts(result: LossResult, top_ks: Sequence[int]) -> list[Verdict]:
+def verdicts(result: LossResult, index_top_ks: Sequence[int]) -> list[Verdict]:
     """Judge each top_k that has a bar."""
     made = []
-    for top_k in top_ks:
-        if top_k in LOSS_BARS:
-            row = result.rows[str(top_k)].get("all")
-            bar, aim = LOSS_BARS[top_k]
+    for index_top_k in index_top_ks:
+        if index_top_k in LOSS_BARS:
+            row = result.rows[str(index_top_k)].get("all")
+            bar, aim = LOSS_BARS[index_top_k]
             value = None if row is None else row.above_dense
-            made.append(at_most(f"loss above dense, top_k {top_k} (nats)", value, bar, aim))
+            made.append(at_most(f"loss above dense, top_k {index_top_k} (nats)", value, bar, aim))
     return made

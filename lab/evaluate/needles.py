@@ -62,7 +62,7 @@ class NeedlesResult(msgspec.Struct, frozen=True, kw_only=True):
 async def measure(
     client: Client,
     needles: Sequence[AskedNeedle],
-    top_ks: Sequence[int],
+    index_top_ks: Sequence[int],
     concurrency: int,
     progress: PartProgress,
 ) -> NeedlesResult:
@@ -71,7 +71,7 @@ async def measure(
 
     async def one(needle: AskedNeedle) -> Found:
         answers = {}
-        for setting in settings(top_ks):
+        for setting in settings(index_top_ks):
             answers[str(setting)] = (await client.complete(needle.ids, setting, ANSWER_TOKENS)).text
         row = needle.row
         return Found(
@@ -83,7 +83,7 @@ async def measure(
             right={setting: is_right(text, row.value) for setting, text in answers.items()},
         )
 
-    return summarise(await each(asked, one, concurrency, progress), top_ks, len(needles) - len(asked))
+    return summarise(await each(asked, one, concurrency, progress), index_top_ks, len(needles) - len(asked))
 
 
 def is_right(answer: str, value: str) -> bool:
@@ -91,11 +91,11 @@ def is_right(answer: str, value: str) -> bool:
     return value.casefold() in answer.casefold()
 
 
-def summarise(found: list[Found], top_ks: Sequence[int], skipped: int = 0) -> NeedlesResult:
+def summarise(found: list[Found], index_top_ks: Sequence[int], skipped: int = 0) -> NeedlesResult:
     """Count the needles found, and make the result."""
     contexts = sorted({needle.context for needle in found})
     accuracy = {}
-    for setting in map(str, settings(top_ks)):
+    for setting in map(str, settings(index_top_ks)):
         accuracy[setting] = {
             str(context): _share(found, setting, lambda n, c=context: n.context == c)  # type: ignore[misc]
             for context in contexts
@@ -104,8 +104,10 @@ def summarise(found: list[Found], top_ks: Sequence[int], skipped: int = 0) -> Ne
         needles=found,
         skipped=skipped,
         accuracy=accuracy,
-        retention={str(k): _share(found, str(k), lambda needle: needle.right["dense"]) for k in top_ks},
-        gained={str(k): _share(found, str(k), lambda needle: not needle.right["dense"]) for k in top_ks},
+        retention={str(k): _share(found, str(k), lambda needle: needle.right["dense"]) for k in index_top_ks},
+        gained={
+            str(k): _share(found, str(k), lambda needle: not needle.right["dense"]) for k in index_top_ks
+        },
     )
 
 

@@ -38,8 +38,8 @@ class EvalPlan(msgspec.Struct, frozen=True, kw_only=True):
         corpus: the folder of questions.
         out: the folder of results.
         url: a running server; None starts one.
-        top_k: the top_k values to compare with dense.
-        answer_top_k: the values of `top_k` to use for needles and agreement, which take longest.
+        index_top_k: the values to compare with dense.
+        answer_top_k: the values of `index_top_k` to use for needles and agreement, which take longest.
         only: parts to measure, even if they are done; None measures the parts that are not done.
         per_kind: held-out texts of each kind; None is all.
         limit: at most so many texts of each kind, needles and prompts; for a quick look.
@@ -52,7 +52,7 @@ class EvalPlan(msgspec.Struct, frozen=True, kw_only=True):
     corpus: Path
     out: Path
     url: str | None
-    top_k: tuple[int, ...]
+    index_top_k: tuple[int, ...]
     answer_top_k: tuple[int, ...]
     only: tuple[str, ...] | None
     per_kind: int | None
@@ -103,8 +103,8 @@ def evaluate(plan: EvalPlan, console: Console) -> EvalResults:
         _timed(results, "recall", lambda: _recall(plan, results))
         results.save(plan.out)
     results.save(plan.out)
-    show(console, results, plan.top_k)
-    for path in draw(results, list(plan.top_k), plan.out):
+    show(console, results, plan.index_top_k)
+    for path in draw(results, list(plan.index_top_k), plan.out):
         console.print(f"drawn: {path}", highlight=False)
     return results
 
@@ -119,7 +119,7 @@ def _server(plan: EvalPlan) -> AbstractContextManager[str]:
 async def _ask(
     plan: EvalPlan, url: str, material: Material, parts: Sequence[str], results: EvalResults
 ) -> None:
-    top_ks, many = plan.top_k, plan.concurrency
+    index_top_ks, many = plan.index_top_k, plan.concurrency
     async with connect(url, many) as client:
         _check(client, plan)
         results.environment["server"] = client.info
@@ -134,7 +134,7 @@ async def _ask(
                             f"loss takes held-out texts, and a context, of {2 * loss.BEYOND} tokens and more; "
                             "leave it out with --only"
                         )
-                    results.loss = await loss.measure(client, texts, top_ks, many, progress)
+                    results.loss = await loss.measure(client, texts, index_top_ks, many, progress)
                 elif part == "needles":
                     asked = material.needles(plan.limit)
                     results.needles = await needles.measure(client, asked, plan.answer_top_k, many, progress)
@@ -147,10 +147,12 @@ async def _ask(
                 else:
                     texts = material.held_out(1, 4)
                     cases = min(equality.CASES, plan.limit or equality.CASES)
-                    results.equality = await equality.measure(client, texts, top_ks, progress, cases=cases)
+                    results.equality = await equality.measure(
+                        client, texts, index_top_ks, progress, cases=cases
+                    )
             results.seconds[part] = time.monotonic() - began
             results.environment["requests_sent_again"] = client.repeated
-            _judge(results, top_ks)
+            _judge(results, index_top_ks)
             results.save(plan.out)
 
 
@@ -160,9 +162,9 @@ def _check(client: Client, plan: EvalPlan) -> None:
     Raises:
         EvaluationError: it cannot.
     """
-    if max(plan.top_k) > client.max_model_len:
+    if max(plan.index_top_k) > client.max_model_len:
         raise EvaluationError(
-            f"--top-k asks for {max(plan.top_k)}, but the model's context is {client.max_model_len} tokens"
+            f"--top-k asks for {max(plan.index_top_k)}, but the model's context is {client.max_model_len} tokens"
         )
     if client.info.get("indexer") == "none":
         raise EvaluationError(
@@ -181,7 +183,9 @@ def _recall(plan: EvalPlan, results: EvalResults) -> None:
     if plan.files.overlay is None:
         raise EvaluationError("recall reads the indexer from its file; give it with --overlay")
     quick = {} if plan.limit is None else {"per_kind": min(plan.limit, 4), "rows": 64}
-    found = run(plan.files, plan.corpus, top_k=plan.top_k, device=plan.device, dtype=plan.dtype, **quick)
+    found = run(
+        plan.files, plan.corpus, index_top_k=plan.index_top_k, device=plan.device, dtype=plan.dtype, **quick
+    )
     results.recall = msgspec.convert(found, RecallResult)
 
 
@@ -191,14 +195,14 @@ def _timed(results: EvalResults, part: str, work: Callable[[], None]) -> None:
     results.seconds[part] = time.monotonic() - began
 
 
-def _judge(results: EvalResults, top_ks: Sequence[int]) -> None:
+def _judge(results: EvalResults, index_top_ks: Sequence[int]) -> None:
     made = []
     if results.loss is not None:
-        made += loss.verdicts(results.loss, top_ks)
+        made += loss.verdicts(results.loss, index_top_ks)
     if results.needles is not None:
         made += needles.verdicts(results.needles)
     if results.equality is not None:
-        made += equality.verdicts(results.equality, top_ks)
+        made += equality.verdicts(results.equality, index_top_ks)
     results.verdicts = made
 
 
@@ -211,7 +215,7 @@ def _settings(plan: EvalPlan, material: Material) -> dict[str, Any]:
         "overlay_sha256": None if overlay is None else sha256(overlay),
         "corpus_sha256": material.digest,
         "url": plan.url,
-        "top_k": list(plan.top_k),
+        "top_k": list(plan.index_top_k),
         "answer_top_k": list(plan.answer_top_k),
         "per_kind": plan.per_kind,
         "limit": plan.limit,

@@ -50,7 +50,7 @@ def recall(
     files = find(model, overlay)
     from lab.recall.run import run
 
-    found = run(files, corpus, top_k=top_ks, device=device, dtype=dtype, per_kind=per_kind, rows=rows)
+    found = run(files, corpus, index_top_k=top_ks, device=device, dtype=dtype, per_kind=per_kind, rows=rows)
     out.write_text(json.dumps(found, indent=1))
 
 

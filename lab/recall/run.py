@@ -73,13 +73,15 @@ class Recall:
     Args:
         trunk: the dense model
         student: the indexers to judge
-        top_ks: how many tokens a row may select
+        index_top_ks: how many tokens a row may select
         beyond: position from which on a row counts in the means over positions
     """
 
-    def __init__(self, trunk: Trunk, student: Student, top_ks: Sequence[int], beyond: int = BEYOND) -> None:
+    def __init__(
+        self, trunk: Trunk, student: Student, index_top_ks: Sequence[int], beyond: int = BEYOND
+    ) -> None:
         self._trunk, self._student, self._beyond = trunk, student, beyond
-        self.sums = {k: Sums.zeros(trunk.config.num_layers) for k in top_ks}
+        self.sums = {k: Sums.zeros(trunk.config.num_layers) for k in index_top_ks}
         self.rows = torch.zeros(len(EDGES), dtype=torch.float64)
         self.rows_beyond = 0
         self.texts = 0
@@ -146,7 +148,7 @@ def _add(sums: Sums, layer: int, masses: Tensor, shared: Tensor, bucket: Tensor,
 
 
 def run(
-    files: ModelFiles, corpus: Path, *, top_k: Sequence[int], device: str, dtype: str, per_kind: int = 4,
+    files: ModelFiles, corpus: Path, *, index_top_k: Sequence[int], device: str, dtype: str, per_kind: int = 4,
     rows: int = 512,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure; return the JSON object that `dsa recall` writes. Its help describes the arguments.
@@ -171,7 +173,7 @@ def run(
         raise ConfigError(
             f"recall takes held-out texts, and room in the model, of {2 * BEYOND} tokens; build a larger corpus"
         )
-    recall = Recall(trunk, student, top_k)
+    recall = Recall(trunk, student, index_top_k)
     console = Console(stderr=True)
     for text in track(texts, "recall", console=console, disable=not console.is_terminal):
         recall.add(split.tokens(text, config.max_positions, place), rows)
