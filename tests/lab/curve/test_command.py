@@ -1,4 +1,4 @@
-"""`dsa bench curve` hands over to the curve, whose exit status, sentence and files are its own."""
+"""`dsa bench curve` writes its files, and ends in one sentence if a flag is wrong."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def tokens_of(seed: int, length: int) -> Tensor:
 
 
 def shaken(student: Student) -> Student:
-    """Norms and biases too are random, so that none can be left out unseen."""
+    """Make norms and biases random, too; else a test would not see that one is left out."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in student.parameters.values():
