@@ -80,7 +80,7 @@ class PageKeys:
         hash_function: HashFunction = sha256,
     ) -> None:
         self._token_ids = token_ids
-        self._top_k = index_top_k
+        self._index_top_k = index_top_k
         self._hash_function = hash_function
         self._keys: list[PageKey] = []
 
@@ -112,7 +112,7 @@ class PageKeys:
         parent = self._keys[index - 1] if index else None
         end = (index + 1) * PAGE_SIZE
         tokens = tuple(self._token_ids[end - PAGE_SIZE : end])
-        salt = sparsity_salt(end, self._top_k)
+        salt = sparsity_salt(end, self._index_top_k)
         above = parent.digest if parent else b""
         # The length comes first, so that different keys never give the same bytes. index_top_k is at least 1.
         header = struct.pack("<qq", len(above), salt or 0)
