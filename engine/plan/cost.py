@@ -160,7 +160,7 @@ _SPEEDS = {
 
 
 def assumed_coefficients(shape: ModelShape, device: str, kernels: str = "torch") -> Coefficients:
-    """Return coefficients from round numbers for a kind of device. Only their ratios are used; measured ones are better."""
+    """Return coefficients from round numbers for a kind of device; measured ones are better. Only ratios are used."""
     s = _SPEEDS[
         "native" if device == "cpu" and kernels == "native" else device if device in _SPEEDS else "cpu"
     ]

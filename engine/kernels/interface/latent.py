@@ -1,7 +1,7 @@
 """The operations of multi-head latent attention (arXiv 2405.04434, section 2.1) over a paged cache.
 
 Letters as in `engine.kernels.interface.attention`, and also: H attention heads, r the latent's rank, n / p / v the
-plain, rotated and value dims of a head. The cache holds one vector of each token, c = [latent r | rotated shared key p].
+plain, rotated and value dims of a head. The cache has one vector of each token, c = [latent r | rotated shared key p].
 A plane may store c in another layout: `unpack` turns gathered tokens [..., stored] into [..., r + p].
 """
 

@@ -6,7 +6,7 @@ before their numbers, so a tile is read from front to back.
 
 A word has 64 bytes: a 32-bit lane for each output. With 4 bits the numbers of a group are four words. A lane of word w
 holds inputs 8 w to 8 w + 7. Input 8 w + 2 j + h is nibble j of the 16-bit half h, because the processor multiplies pairs
-of bfloat16. With 8 bits they are twice four words. A signed byte is two such nibbles, and all upper nibbles come first.
+of bfloat16. With 8 bits they are twice four words. A signed byte is two such nibbles; all upper nibbles come first.
 With bfloat16 a tile has only numbers, and a word holds a pair of inputs.
 """
 

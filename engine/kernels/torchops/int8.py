@@ -21,7 +21,7 @@ class VectorisedInt8:
     def index_scores_int8(
         self, query: Tensor, head_weights: Tensor, key_plane: Tensor, block_table: Tensor, positions: Tensor
     ) -> Tensor:
-        """Multiply the integers in float32, which is exact, with one product for each request; then apply the scales."""
+        """Multiply the integers in float32, which is exact, in one product for each request; then apply the scales."""
         requests, rows, heads, dim = query.shape
         numbers, scales = Int8KeyLayout(dim).read(key_plane, block_table)
         keys, key_scales = numbers.flatten(1, 2), scales.flatten(1, 2)  # [R, C, d], [R, C]
