@@ -127,7 +127,7 @@ class _Instant:
 
 
 def test_what_is_told_of_the_engine_is_what_is_told_of_its_requests() -> None:
-    """After every message, so also after the last before the engine dies."""
+    """They agree after every message, so also after the last one before the engine dies."""
     runner = _Instant()
     scheduler = Scheduler(64, token_budget=64, max_running=8, max_model_len=512, prefix_caching=False)
     core = EngineCore(scheduler, runner, Meter(model()), sparse=True, clock=runner.clock)

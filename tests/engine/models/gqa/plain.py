@@ -33,7 +33,7 @@ class PlainLlama:
         rope_dim: int,
         given: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """-> logits [T, vocab], and each layer's mask [T, T] and index scores [T, T]."""
+        """Return logits [T, vocab], and each layer's mask [T, T] and index scores [T, T]."""
         c, w = self.c, self.w
         n, hq, hk, d = len(tokens), c.num_attention_heads, c.num_key_value_heads, c.head_dim
         x = w["model.embed_tokens.weight"][list(tokens)]
@@ -77,7 +77,7 @@ class PlainLlama:
         return x @ self.w[name + ".weight"].T + self.w.get(name + ".bias", 0)
 
     def _corrections(self, at: str, part: str, x: Tensor, index_top_k: int) -> Tensor:
-        """What the sparse adapter adds, on the rows that see more than index_top_k tokens."""
+        """What the sparse adapter adds on rows with a selection."""
         name = f"{at}self_attn.sparse_adapter.{part}."
         out = (
             self.w[name + "b"].shape[0]

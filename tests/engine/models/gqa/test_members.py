@@ -163,7 +163,7 @@ def test_packed_weights_with_biases_are_near_float32s(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["gather", "mask"])
 @pytest.mark.parametrize("layers", [0, 1])
 def test_a_window_within_top_k_is_read_whole(form: str, layers: int, tmp_path: Path) -> None:
-    """All layers have windows, or all but the first: the first is the only one that selects."""
+    """Windows are as long as index_top_k. So only a layer without a window selects: no layer, or only the first."""
     model = tiny_checkpoint(tmp_path, kind="qwen2", **WINDOWS, max_window_layers=layers)
     path = tmp_path / "indexer.safetensors"
     lab = Lab(tmp_path, random_overlay(path, base_of(tmp_path)), sparse_form=form)

@@ -88,7 +88,7 @@ def tinies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
 
 @pytest.fixture
 def tiny(request: pytest.FixtureRequest, tinies: dict[str, Tiny], tmp_path_factory: Any) -> Tiny:
-    """One a variant, kept for the module."""
+    """A `Tiny` for each variant, kept for the module."""
     if request.param not in tinies:
         tinies[request.param] = Tiny(tmp_path_factory.mktemp("deepseek"), request.param)
     return tinies[request.param]
@@ -128,7 +128,7 @@ def test_every_form_gives_the_same(tiny: Tiny, form: str) -> None:
 
 @every
 def test_a_batch_of_mixed_lengths_and_mixed_top_k(tiny: Tiny) -> None:
-    """The oracle of another index_top_k is transformers with that `index_topk`."""
+    """Requests with another index_top_k are compared with transformers at that `index_topk`."""
     run = tiny.lab().run(budget=90, running=8)
     asked: dict[str, tuple[int, int | None]] = {
         "a": (150, 24), "b": (70, 40), "c": (200, None), "d": (33, 9), "e": (120, 64), "f": (1, 24),
@@ -164,7 +164,7 @@ def test_a_prefix_hit_gives_the_same_logits_as_a_cold_start(tiny: Tiny) -> None:
 
 
 def test_v32_shares_selections_where_its_config_asks_for_it(tmp_path: Path) -> None:
-    """Held against transformers' GLM-5 with the same weights: its indexer rotates interleaved, as the config says."""
+    """It is compared with transformers' GLM-5, which has the same weights and whose indexer rotates interleaved."""
     shape = {"num_hidden_layers": 4, "index_topk_freq": 2, "index_skip_topk_offset": 1, "seed": 11}
     model = tiny_deepseek("glm_moe_dsa", tmp_path, **shape)
     config = tmp_path / "config.json"
@@ -205,7 +205,7 @@ def test_an_overlay_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_context_of_163840_positions(tmp_path: Path) -> None:
-    """Rotation table and pages reach that far: the last position of all is computed, over a cache of zeros."""
+    """Rotation table and pages are long enough: the last position is computed, over a cache of zeros."""
     tiny_deepseek("deepseek_v32", tmp_path, max_position_embeddings=163840, num_hidden_layers=2)
     lab = Lab(tmp_path, kv_cache_bytes=80 << 20)
     model = lab.built.ready.model
