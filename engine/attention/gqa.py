@@ -128,7 +128,7 @@ def _of(index: IndexQueries, tile: TileTensors) -> tuple[Tensor, Tensor]:
 
 
 def selection_mask(selected: Tensor, context: int) -> Tensor:
-    """[R, Q, K] positions, -1 for none -> [R, Q, context] bool, True at the selected ones."""
+    """Make a mask of selected positions: [R, Q, K], -1 for none -> [R, Q, context] bool, True at the positions."""
     # The -1s go into one extra column, which is cut off.
     mask = torch.zeros(*selected.shape[:2], context + 1, dtype=torch.bool, device=selected.device)
     mask.scatter_(-1, selected.where(selected >= 0, context), True)

@@ -63,7 +63,7 @@ class Weight:
 class LoadReport:
     """Which tensors were loaded, and which were not."""
 
-    num_tensors: int  # of the checkpoint
+    num_tensors: int  # tensors of the checkpoint that were loaded
     num_parameters: int
     num_bytes: int  # on the device
     fp8_bytes: int  # part of `num_bytes`: weights that stayed in FP8 blocks, with their scales

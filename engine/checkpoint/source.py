@@ -48,7 +48,7 @@ class Source(Tensors, Protocol):
 
     @property
     def description(self) -> str:
-        """For people: the file or folder, and how it is stored."""
+        """The file or folder, and how it is stored, in words for people."""
         ...
 
     @property

@@ -23,7 +23,7 @@ class MoEConfig:
     groups_per_token: int
     normalise: bool  # whether a token's expert weights sum to `scaling`
     scaling: float
-    intermediate_size: int  # of one expert
+    intermediate_size: int  # F of one expert
 
 
 def route(x: Tensor, gate: Tensor, bias: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:

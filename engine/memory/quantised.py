@@ -36,7 +36,7 @@ class Quantised:
 
 
 def quantise_4bit(weight: Tensor) -> Quantised:
-    """Round [out, in] floats as GGUF's Q4_1 does: to 16 steps from the least to the largest number of a group of 32."""
+    """Round [out, in] floats as GGUF's Q4_1 does: to 16 values from the least to the largest of 32 neighbours."""
     groups = weight.float().view(len(weight), -1, GROUP)
     least, largest = groups.amin(-1), groups.amax(-1)
     offsets = least.half()

@@ -11,7 +11,7 @@ class Level(NamedTuple):
     """A kind of processor, with its compiled library."""
 
     name: str
-    machine: str  # as `platform.machine()` calls it
+    machine: str  # the value of `platform.machine()`
     target: str  # Zig's target, with the C library's version of torch's own wheels
     cpu: str  # Zig's CPU model and features
     flags: frozenset[str]  # what /proc/cpuinfo must list

@@ -226,6 +226,6 @@ def _selecting(batch: Batch, window: int | None) -> Tensor | None:
     rows = batch.selecting
     if rows is None or window is None:
         return rows
-    # A row whose window is full is dense if a context as long as the window is.
+    # A row whose window is full is dense exactly if a context of that length is.
     fewer = [not is_dense(window, s.index_top_k) for s in batch.segments for _ in range(s.num_rows)]
     return rows & torch.tensor(fewer, device=rows.device).unsqueeze(-1)

@@ -41,19 +41,18 @@ Selections = Sequence[Tensor | None]
 
 
 class MlaMlp:
-    """Computes down(silu(gate x) * up x), and with `total` the sum of all ranks' parts."""
+    """Computes down(silu(gate x) * up x): [T, E] -> [T, E]. `total` sums the parts of all ranks."""
 
     def __init__(self, gate_up: Matrix, down: Matrix, total: Callable[[Tensor], Tensor]) -> None:
         self._gate_up, self._down, self._total = gate_up, down, total
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, E] -> [T, E]."""
         gate, up = linear(x, self._gate_up).chunk(2, dim=-1)
         return self._total(linear(F.silu(gate) * up, self._down))
 
 
 class MlaMoe:
-    """Sums the routed experts and the shared expert, and the parts of all ranks, in float32."""
+    """Sums the routed experts, the shared expert, and the parts of all ranks, in float32: [T, E] -> [T, E]."""
 
     def __init__(self, of: Parameters, config: MoEConfig, ranks: Ranks) -> None:
         self._config, self._total = config, ranks.sum
@@ -66,7 +65,6 @@ class MlaMoe:
         self._shared = MlaMlp(of.matrix("moe.shared_gate_up"), of.matrix("moe.shared_down"), ALONE.sum)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, E] -> [T, E]."""
         experts, weights = route(x, self._gate, self._bias, self._config)
         routed = run_experts(x, experts, weights, self._gate_up, self._down, self._first)
         return self._total(routed + self._shared(x).float()).to(x.dtype)

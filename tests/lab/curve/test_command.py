@@ -10,6 +10,7 @@ from tests.server.cli.test_main import dsa
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_it_hands_over_with_all_its_flags(tmp_path: Path) -> None:
     flags = [
         "--quick",
