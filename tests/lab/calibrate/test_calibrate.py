@@ -141,7 +141,7 @@ def test_a_sparse_request_tells_what_a_dense_one_costs(tmp_path: Path, default_m
     """
     files, out = resolve(), tmp_path / "cost.json"
     arguments = [str(files.weights), f"--overlay={files.overlay}", f"--out={out}"]
-    assert start(app, "calibrate", [*arguments, "--cpu-time", "--rounds=2"]) == 0
+    assert start(app, "calibrate", [*arguments, "--cpu-time", "--rounds=4"]) == 0
     errors = read_calibration(out).dense_errors
     print(errors)
     assert set(errors) == {2048, 8192}
