@@ -1,0 +1,406 @@
+"""Grouped-query attention of flat rows over a paged cache, dense and sparse rows in one call.
+
+    out[t,h,g] = sum_c softmax_c(scale * query[t,h,g] . key[c,h]) value[c,h]
+
+over all c <= positions[t] for a dense row, and over selected[t] for a sparse one. Softmax is the online one of
+FlashAttention (arXiv 2205.14135); long rows are split and merged by log-sum-exp (flash-decoding), in float32.
+
+Two forms:
+
+- *row by row*: a program is one row, one KV head and one split. Decodes and all sparse rows.
+- *block by block*: a program is up to `block_rows(G)` rows of one request at consecutive positions, which share what they
+  read, one KV head and one split. Dense rows of prompts, as `Blocks` says.
+
+The splits of a row are a function of its own length, and nothing else orders a sum. So in either form a row's bits do not
+depend on what else is in the batch, on where blocks begin or on the widths of the batch's tensors. The two forms may
+differ in the last bits, as their matrix instructions differ: a row keeps its bits as long as it keeps its form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.config import PAGE_SIZE
+from engine.errors import EngineError
+from engine.kernels.triton.rows import Blocks, Rows
+
+_PAGE = tl.constexpr(PAGE_SIZE)
+
+MOST_SPLITS = 32
+"""Of any row: what a merge holds."""
+ROW_SPLIT = 128
+"""Positions in a split of a dense row, row by row; it doubles as often as `MOST_SPLITS` wants."""
+SPARSE_SPLIT = 256
+"""The same for selected positions."""
+BLOCK_SPLIT = 2048
+"""The same, block by block."""
+BLOCK_PRODUCTS = 128
+"""Rows of a block times query heads a KV head: the height of one product."""
+
+_MOST = tl.constexpr(MOST_SPLITS)
+_BOTH, _DENSE, _SPARSE = 0, 1, 2
+_LOG2_E = 1.4426950408889634
+
+
+def block_rows(group: int) -> int:
+    """How many rows of a prompt share what a program reads, of `group` query heads a KV head."""
+    return BLOCK_PRODUCTS // group
+
+
+def attend(
+    query: Tensor, kv_plane: Tensor, rows: Rows, selected: Tensor | None, scale: float, max_context: int,
+    blocks: Blocks | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of every row; 0 for padding.
+
+    Args:
+        query: [T, Hkv, G, D], a row's part of it contiguous
+        kv_plane: [num_pages, 64, Hkv, 2, D] in the query's dtype, keys at index 0 and values at 1
+        rows: the batch
+        selected: [T, K] int32, the positions that sparse rows attend to, -1 for none; without it every row is dense.
+            Of a row's, the first index_top_k are read
+        scale: of the products
+        max_context: no row's position reaches it
+        blocks: of at most `block_rows(G)` rows, for prompts; none is right for decodes
+
+    Returns:
+        [T, Hkv, G, D] in the query's dtype
+    """
+    count, kv_heads, group, dim = query.shape
+    if kv_plane.shape[1:] != (PAGE_SIZE, kv_heads, 2, dim) or kv_plane.dtype != query.dtype:
+        raise EngineError(f"a query {tuple(query.shape)} and a cache {tuple(kv_plane.shape)} of {kv_plane.dtype}")
+    if query.stride()[1:] != (group * dim, dim, 1) or kv_plane.stride()[2:] != (2 * dim, dim, 1):
+        raise EngineError("a row's query and a token's keys and values are contiguous")
+    if group > 16:
+        raise EngineError(f"{group} query heads a KV head; at most 16 can be")
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if not count:
+        return out
+    dense = min(MOST_SPLITS, triton.cdiv(max_context, ROW_SPLIT))
+    sparse = 0 if selected is None else min(MOST_SPLITS, triton.cdiv(selected.shape[1], SPARSE_SPLIT))
+    call = _Call(query, kv_plane, rows, selected, scale, out)
+    if blocks is None:
+        call.by_row(None, _BOTH, max(dense, sparse))
+        return out
+    if blocks.size > block_rows(group):
+        raise EngineError(f"blocks of {blocks.size} rows; of {group} heads at most {block_rows(group)} can be")
+    if len(blocks.table):
+        call.by_block(blocks, min(MOST_SPLITS, triton.cdiv(max_context, BLOCK_SPLIT)))
+    if len(blocks.singles):
+        call.by_row(blocks.singles, _DENSE, dense)
+    if selected is not None:
+        call.by_row(None, _SPARSE, sparse)
+    return out
+
+
+class _Call:
+    """One call's tensors, and its launches."""
+
+    def __init__(
+        self, query: Tensor, kv_plane: Tensor, rows: Rows, selected: Tensor | None, scale: float, out: Tensor
+    ) -> None:
+        self._rows, self._selected, self._out = rows, selected, out
+        self._scale = scale * _LOG2_E
+        self._query, self._plane = query, kv_plane
+        _, self._kv_heads, self._group, self._dim = query.shape
+        self._padded = max(16, int(triton.next_power_of_2(self._dim)))
+
+    def by_row(self, listed: Tensor | None, kinds: int, splits: int) -> None:
+        """Rows `listed`, or all, of these kinds."""
+        count = len(self._rows) if listed is None else len(listed)
+        parts, sums = self._parts(count, splits)
+        rows, selected = self._rows, self._selected
+        shape = _row_shape(self._query.dtype, self._padded)
+        _row_kernel[(count, self._kv_heads, splits)](
+            self._query, self._plane, rows.block_table, rows.request, rows.positions, rows.index_top_k,
+            rows.positions if selected is None else selected, rows.request if listed is None else listed,
+            self._out, parts, sums, self._scale, self._query.stride(0), self._plane.stride(0), self._plane.stride(1),
+            rows.block_table.stride(0), 0 if selected is None else selected.stride(0),
+            0 if selected is None else selected.shape[1], splits,
+            HEADS=self._kv_heads, GROUP=self._group, D=self._dim, DIM=self._padded, KEYS=shape[0],
+            LISTED=listed is not None, SELECTED=selected is not None, KINDS=kinds,
+            DENSE_SPLIT=ROW_SPLIT, CHOSEN_SPLIT=SPARSE_SPLIT, num_warps=shape[1], num_stages=shape[2],
+        )  # fmt: skip
+        self._merge(listed, None, count, 1, kinds, splits, ROW_SPLIT, parts, sums)
+
+    def by_block(self, blocks: Blocks, splits: int) -> None:
+        """The dense rows in blocks; padding in them, too."""
+        parts, sums = self._parts(len(self._rows), splits)
+        rows = self._rows
+        shape = _block_shape(self._query.dtype, self._padded)
+        _block_kernel[(len(blocks.table), self._kv_heads, splits)](
+            self._query, self._plane, rows.block_table, rows.request, rows.positions, rows.index_top_k, blocks.table,
+            self._out, parts, sums, self._scale, self._query.stride(0), self._plane.stride(0), self._plane.stride(1),
+            rows.block_table.stride(0), splits,
+            HEADS=self._kv_heads, GROUP=self._group, D=self._dim, DIM=self._padded, HEIGHT=BLOCK_PRODUCTS,
+            KEYS=shape[0], PAGE=PAGE_SIZE, SPARSE=self._selected is not None, DENSE_SPLIT=BLOCK_SPLIT,
+            num_warps=shape[1], num_stages=shape[2],
+        )  # fmt: skip
+        self._merge(None, blocks.table, len(blocks.table), blocks.size, _DENSE, splits, BLOCK_SPLIT, parts, sums)
+
+    def _parts(self, count: int, splits: int) -> tuple[Tensor, Tensor]:
+        """Room for what the splits of rows leave: outputs, and the maximum and the sum of each."""
+        heads = self._kv_heads * self._group
+        held = count if splits > 1 else 0
+        options: dict[str, Any] = {"dtype": torch.float32, "device": self._out.device}
+        return (
+            torch.empty(held, heads, splits, self._dim, **options),
+            torch.empty(held, heads, splits, 2, **options),
+        )
+
+    def _merge(
+        self, listed: Tensor | None, table: Tensor | None, count: int, size: int, kinds: int, splits: int, split: int,
+        parts: Tensor, sums: Tensor,
+    ) -> None:  # fmt: skip
+        if splits == 1:
+            return
+        rows, selected = self._rows, self._selected
+        source = table if table is not None else rows.request if listed is None else listed
+        _merge_kernel[(count * size, self._kv_heads * self._group)](
+            parts, sums, rows.positions, rows.index_top_k, source, self._out, splits,
+            0 if selected is None else selected.shape[1], size,
+            HEADS=self._kv_heads * self._group, D=self._dim, DIM=self._padded, LISTED=listed is not None,
+            BLOCKED=table is not None, SELECTED=selected is not None, KINDS=kinds, DENSE_SPLIT=split,
+            CHOSEN_SPLIT=SPARSE_SPLIT, num_warps=2,
+        )  # fmt: skip
+
+
+def _row_shape(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
+    """Keys a step, warps and stages. No function of the batch, for a row's bits depend on them."""
+    return (32, 2, 2) if dtype == torch.float32 else (64, 2, 3 if dim <= 64 else 2)
+
+
+def _block_shape(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
+    """As `_row_shape`."""
+    return (32, 8, 1) if dtype == torch.float32 else (64, 4 if dim <= 64 else 8, 3)
+
+
+@triton.jit
+def _split_of(length: tl.tensor, base: tl.constexpr):
+    """Positions in a split of a row of this length: `base` doubled until there are at most _MOST splits."""
+    split = base + 0 * length
+    while split * _MOST < length:
+        split *= 2
+    return split
+
+
+@triton.jit
+def _row_kernel(
+    query: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, selected: tl.tensor, listed: tl.tensor,
+    out: tl.tensor, parts: tl.tensor, sums: tl.tensor, scale: tl.tensor, query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor,
+    selected_row: tl.tensor, width: tl.tensor, splits: tl.tensor,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
+    LISTED: tl.constexpr, SELECTED: tl.constexpr, KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr,
+    CHOSEN_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One row, one KV head, one split; KINDS of rows: both (0), dense (1), sparse (2)."""
+    entry = tl.program_id(0)
+    head = tl.program_id(1)
+    part = tl.program_id(2)
+    t = entry
+    if LISTED:
+        t = tl.load(listed + entry)
+    position = tl.load(positions + t)
+    chosen = tl.load(index_top_k + t) if SELECTED else 0
+    sparse = chosen > 0
+    if position >= 0:
+        if KINDS == 1:
+            if sparse:
+                return
+        if KINDS == 2:
+            if sparse == 0:
+                return
+    length = position + 1
+    split = _split_of(length, DENSE_SPLIT)
+    if SELECTED:
+        if sparse:
+            length = tl.minimum(tl.minimum(chosen, width), length)
+            split = _split_of(length, CHOSEN_SPLIT)
+    length = tl.where(position < 0, 0, length)
+    begin = part * split
+    if (begin >= length) & (part > 0):
+        return
+    end = tl.minimum(begin + split, length)
+
+    g = tl.arange(0, 16)
+    d = tl.arange(0, DIM)
+    i = tl.arange(0, KEYS)
+    inner = g[:, None] * D + d[None, :]
+    own = (g < GROUP)[:, None] & (d < D)[None, :]
+    row = t.to(tl.int64)
+    q = tl.load(query + row * query_row + head * GROUP * D + inner, mask=own, other=0.0)
+    top = tl.full((16,), float("-inf"), tl.float32)
+    total = tl.zeros((16,), tl.float32)
+    acc = tl.zeros((16, DIM), tl.float32)
+    if begin < end:
+        pages = block_table + tl.load(request + t).to(tl.int64) * table_row
+        for start in tl.range(begin, end, KEYS):
+            at = start + i
+            there = at < end
+            if SELECTED:
+                picked = tl.load(selected + row * selected_row + at, mask=there & sparse, other=-1)
+                at = tl.where(sparse, picked, at)
+                there = there & (at >= 0)
+                at = tl.where(there, at, 0)
+            page = tl.load(pages + at // _PAGE, mask=there, other=0).to(tl.int64)
+            place = plane + page * page_stride + at % _PAGE * token_stride + head * 2 * D
+            kept = there[:, None] & (d < D)[None, :]
+            keys = tl.load(place[:, None] + d[None, :], mask=kept, other=0.0)
+            values = tl.load(place[:, None] + (D + d)[None, :], mask=kept, other=0.0)
+            logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+            logits = tl.where(there[None, :], logits, float("-inf"))
+            highest = tl.maximum(top, tl.max(logits, 1))
+            base = tl.where(highest == float("-inf"), 0.0, highest)
+            weights = tl.exp2(logits - base[:, None])
+            shrink = tl.exp2(top - base)
+            total = total * shrink + tl.sum(weights, 1)
+            acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+            top = highest
+    if length <= split:
+        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(out + (row * HEADS + head) * GROUP * D + inner, result.to(out.dtype.element_ty), mask=own)
+    else:
+        place = ((entry.to(tl.int64) * HEADS + head) * GROUP + g) * splits + part
+        tl.store(parts + place[:, None] * D + d[None, :], acc, mask=own)
+        tl.store(sums + place * 2, top, mask=g < GROUP)
+        tl.store(sums + place * 2 + 1, total, mask=g < GROUP)
+
+
+@triton.jit
+def _merge_kernel(
+    parts: tl.tensor, sums: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, source: tl.tensor, out: tl.tensor, splits: tl.tensor, width: tl.tensor, size: tl.tensor,
+    HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, BLOCKED: tl.constexpr,
+    SELECTED: tl.constexpr, KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr, CHOSEN_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One query head of one row that has more than one split: all of them, whatever the batch's number, in one sum."""
+    entry = tl.program_id(0)
+    head = tl.program_id(1)
+    t = entry
+    if LISTED:
+        t = tl.load(source + entry)
+    if BLOCKED:
+        if entry % size >= tl.load(source + entry // size * 2 + 1):
+            return
+        t = tl.load(source + entry // size * 2) + entry % size
+        entry = t
+    length = tl.load(positions + t) + 1
+    chosen = tl.load(index_top_k + t) if SELECTED else 0
+    if KINDS == 1:
+        if chosen > 0:
+            return
+    if KINDS == 2:
+        if chosen <= 0:
+            return
+    split = _split_of(length, DENSE_SPLIT)
+    if SELECTED:
+        if chosen > 0:
+            length = tl.minimum(tl.minimum(chosen, width), length)
+            split = _split_of(length, CHOSEN_SPLIT)
+    if length <= split:
+        return
+    s = tl.arange(0, _MOST)
+    d = tl.arange(0, DIM)
+    there = s < tl.cdiv(length, split)
+    place = (entry.to(tl.int64) * HEADS + head) * splits + s
+    tops = tl.load(sums + place * 2, mask=there, other=float("-inf"))
+    totals = tl.load(sums + place * 2 + 1, mask=there, other=0.0)
+    accs = tl.load(parts + place[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+    highest = tl.max(tops, 0)
+    weights = tl.exp2(tops - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(weights * totals, 0)
+    result = tl.sum(accs * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + (t.to(tl.int64) * HEADS + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _block_step(
+    q: tl.tensor, plane: tl.tensor, pages: tl.tensor, start: tl.tensor, ends: tl.tensor, scale: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, top: tl.tensor,
+    total: tl.tensor, acc: tl.tensor, D: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The keys from `start` on; MASKED where a row may end before their last."""
+    i = tl.arange(0, KEYS)
+    d = tl.arange(0, DIM)
+    page = tl.load(pages + start // PAGE).to(tl.int64)
+    place = plane + page * page_stride + (start % PAGE + i) * token_stride
+    keys = tl.load(place[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+    values = tl.load(place[:, None] + (D + d)[None, :], mask=(d < D)[None, :], other=0.0)
+    logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    if MASKED:
+        logits = tl.where((start + i)[None, :] <= ends[:, None], logits, float("-inf"))
+    highest = tl.maximum(top, tl.max(logits, 1))
+    base = tl.where(highest == float("-inf"), 0.0, highest) if MASKED else highest
+    weights = tl.exp2(logits - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+    return highest, total, acc
+
+
+@triton.jit
+def _block_kernel(
+    query: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, table: tl.tensor, out: tl.tensor,
+    parts: tl.tensor, sums: tl.tensor, scale: tl.tensor, query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, splits: tl.tensor,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, HEIGHT: tl.constexpr,
+    KEYS: tl.constexpr, PAGE: tl.constexpr, SPARSE: tl.constexpr, DENSE_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The dense rows of one block, one KV head, one split. Line m of a product is row m // GROUP, head m % GROUP."""
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    part = tl.program_id(2)
+    first = tl.load(table + 2 * block)
+    count = tl.load(table + 2 * block + 1)
+    m = tl.arange(0, HEIGHT)
+    d = tl.arange(0, DIM)
+    there = m < count * GROUP
+    t = first + m // GROUP
+    ends = tl.load(positions + t, mask=there, other=-1)
+    if SPARSE:
+        there = there & ((tl.load(index_top_k + t, mask=there, other=0) <= 0) | (ends < 0))
+        ends = tl.where(there, ends, -1)
+    last = tl.max(ends, 0)
+    split = _split_of(last + 1, DENSE_SPLIT)
+    begin = part * split
+    if (begin > last) & (part > 0):
+        return
+    end = tl.minimum(begin + split, last + 1)
+    row = t.to(tl.int64)
+    place = (row * HEADS + head) * GROUP + m % GROUP
+    own = there[:, None] & (d < D)[None, :]
+    q = tl.load(
+        query + row[:, None] * query_row + ((head * GROUP + m % GROUP) * D)[:, None] + d[None, :], mask=own, other=0.0
+    )
+    top = tl.full((HEIGHT,), float("-inf"), tl.float32)
+    total = tl.zeros((HEIGHT,), tl.float32)
+    acc = tl.zeros((HEIGHT, DIM), tl.float32)
+    if begin < end:
+        pages = block_table + tl.load(request + first).to(tl.int64) * table_row
+        mine = plane + head * 2 * D
+        # Up to here no row of the block ends; those that are not computed have no end at all.
+        common = tl.min(tl.where(ends < 0, last, ends), 0) + 1
+        whole = begin + tl.maximum(tl.minimum(common, end) - begin, 0) // KEYS * KEYS
+        for start in tl.range(begin, whole, KEYS):
+            top, total, acc = _block_step(
+                q, mine, pages, start, ends, scale, page_stride, token_stride, top, total, acc, D, DIM, KEYS,
+                PAGE, False,
+            )
+        for start in tl.range(whole, end, KEYS):
+            top, total, acc = _block_step(
+                q, mine, pages, start, ends, scale, page_stride, token_stride, top, total, acc, D, DIM, KEYS,
+                PAGE, True,
+            )
+    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    single = there & (ends < split) & (part == 0)
+    if part == 0:
+        zero = tl.where((ends < 0)[:, None], 0.0, result)
+        tl.store(out + place[:, None] * D + d[None, :], zero.to(out.dtype.element_ty), mask=single[:, None] & own)
+    if splits > 1:
+        several = there & (ends >= split) & (ends >= begin)
+        at = place * splits + part
+        tl.store(parts + at[:, None] * D + d[None, :], acc, mask=several[:, None] & own)
+        tl.store(sums + at * 2, top, mask=several)
+        tl.store(sums + at * 2 + 1, total, mask=several)
