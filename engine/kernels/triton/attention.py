@@ -349,7 +349,7 @@ def _block_kernel(
     KEYS: tl.constexpr, PAGE: tl.constexpr, SPARSE: tl.constexpr, DENSE_SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The dense rows of one block, one KV head, one split. Line m of a product is row m // GROUP, head m % GROUP."""
-    block = tl.program_id(0)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last of a prompt have most to do: they start first
     head = tl.program_id(1)
     part = tl.program_id(2)
     first = tl.load(table + 2 * block)

@@ -1,12 +1,10 @@
 """The exact top-k of each row in a total order: the higher score first, and of equal scores the later position.
 
-A score becomes an integer of 32 bits in the same order (-0 as +0), and the k-th largest of a row is found by halving the
-range of those integers and counting; what ties with it is decided by position. So the selected set is a function of the
-row alone, and it comes in ascending order of position, so that whatever sums over it is one, too.
-
-Rows up to `ONE_PROGRAM` are held in one program's registers. Longer ones take three launches: a sample of the row gives a
-threshold that is safely low, a pass over the row keeps the candidates above it, stretch by stretch, and the halving runs
-over these. A bad guess is seen from the count of candidates, and costs time only: the halving then reads the whole row.
+A score becomes an integer of 32 bits in the same order (-0 as +0), and the k-th largest of a stretch of a row is found by
+cutting the range of those integers in three and counting; what ties with it is decided by position. A longer row is cut
+into stretches whose winners meet in the next round, in the order of their positions, until one stretch is left. So the
+selected set is a function of the row alone, and comes in ascending order of position, so that whatever sums over it is
+one, too; and no row takes longer than another of its length by much, since nothing is guessed.
 """
 
 from __future__ import annotations
@@ -16,16 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.errors import EngineError
 from engine.kernels.triton.rows import Rows
 
-ONE_PROGRAM = 16384
-"""The longest context that one program holds."""
+STRETCH = 8192
+"""How many scores one program holds at least, if a row has so many."""
+
+MOST = 8192
+"""The largest top_k."""
 
 _LEAST = tl.constexpr(-(2**31))
 
 
 def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
-    """Positions of the `index_top_k` best scores of each row; of what lies beyond a row's end nothing is read.
+    """Positions of the `index_top_k` best scores of each row; what lies beyond a row's end does not count.
 
     Args:
         scores: [T, C] float32; -inf is never selected
@@ -34,128 +36,113 @@ def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
 
     Returns:
         [T, K = width] int32, ascending, -1 after a row's last
+
+    Raises:
+        EngineError: `width` is above `MOST`.
     """
+    if width > MOST:
+        raise EngineError(f"top_k is {width}; at most {MOST} can be selected on the GPU")
     count, context = scores.shape
     out = torch.empty(count, width, dtype=torch.int32, device=scores.device)
     if not count or not width:
         return out
-    block = min(max(triton.next_power_of_2(context), 128), ONE_PROGRAM)
-    tail = min(triton.next_power_of_2(width), 1024)
-    _whole_kernel[(count,)](
-        scores, rows.positions, rows.index_top_k, out, scores.stride(0), context, width,
-        BLOCK=block, HELD=context <= block, TAIL=tail, num_warps=_warps(block),
-    )  # fmt: skip
-    return out
+    # A round leaves this many of each stretch, a multiple of what one read takes; twice as many come in.
+    slots = -(-width // 64) * 64
+    longest = max(STRETCH, int(triton.next_power_of_2(2 * slots)))
+    places = None  # of the first round: a score lies at its position
+    while True:
+        block = min(max(int(triton.next_power_of_2(context)), 128), longest)
+        stretches = -(-context // block)
+        last = stretches == 1
+        winners = out if last else torch.empty(count, stretches * slots, dtype=torch.int32, device=scores.device)
+        best = scores if last else torch.empty(winners.shape, dtype=torch.float32, device=scores.device)
+        _select_kernel[(count, stretches)](
+            scores, winners if places is None else places, rows.positions, rows.index_top_k, winners, best,
+            scores.stride(0), winners.stride(0), context, width if last else slots, width,
+            BLOCK=block, TAIL=min(block, 1024), FIRST=places is None, LAST=last, num_warps=_warps(block),
+        )  # fmt: skip
+        if last:
+            return out
+        scores, places, context = best, winners, winners.shape[1]
 
 
 def _warps(block: int) -> int:
-    """16 to 32 numbers a thread."""
-    return min(max(block // 1024, 1), 16)
+    """16 numbers a thread."""
+    return min(max(block // 512, 1), 32)
 
 
 @triton.jit
 def _ordered(scores: tl.tensor):
-    """float32 -> int32 in the same order, and -inf lowest but one: the lowest of all is free for what is not there."""
+    """float32 -> int32 in the same order; the lowest int32 of all is left over."""
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _keys(row: tl.tensor, at: tl.tensor, end: tl.tensor):
-    """Keys of the positions `at`, the lowest of all beyond the end and for -inf."""
-    scores = tl.load(row + at, mask=at < end, other=float("-inf"))
-    return tl.where(scores == float("-inf"), _LEAST, _ordered(scores))
-
-
-@triton.jit
-def _middle(low: tl.tensor, high: tl.tensor):
-    """Half-way between two int32, rounded up, without overflow."""
-    return (low >> 1) + (high >> 1) + ((low | high) & 1)
-
-
-@triton.jit
-def _fill(row: tl.tensor, begin: tl.tensor, end: tl.tensor, TAIL: tl.constexpr):
-    """-1 from `begin` to `end`."""
-    i = tl.arange(0, TAIL)
-    for start in range(begin, end, TAIL):
-        tl.store(row + start + i, tl.full((TAIL,), -1, tl.int32), mask=start + i < end)
-
-
-@triton.jit
-def _whole_kernel(
-    scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, out: tl.tensor, scores_row: tl.tensor, context: tl.tensor, width: tl.tensor,
-    BLOCK: tl.constexpr, HELD: tl.constexpr, TAIL: tl.constexpr,
+def _select_kernel(
+    scores: tl.tensor, places: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, winners: tl.tensor,
+    best: tl.tensor, scores_row: tl.tensor, winners_row: tl.tensor, context: tl.tensor, slots: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. HELD: all of it in registers; else BLOCK numbers at a time, read again for each count."""
-    t = tl.program_id(0).to(tl.int64)
-    row = scores + t * scores_row
-    chosen = out + t * width
-    end = tl.minimum(tl.load(positions + t) + 1, context)
-    k = tl.minimum(tl.load(index_top_k + t), width)
-    if (end <= 0) | (k <= 0):
-        _fill(chosen, 0, width, TAIL)
-        return
-    i = tl.arange(0, BLOCK)
-    keys = _keys(row, i, end)
-    if HELD:
-        low = tl.min(tl.where(keys == _LEAST, 0x7FFFFFFF, keys), 0)
-        high = tl.max(keys, 0)
-        real = tl.sum((keys != _LEAST).to(tl.int32), 0)
-    else:
-        lows = tl.where(keys == _LEAST, 0x7FFFFFFF, keys)
-        highs = keys
-        reals = (keys != _LEAST).to(tl.int32)
-        for start in range(BLOCK, end, BLOCK):
-            more = _keys(row, start + i, end)
-            lows = tl.minimum(lows, tl.where(more == _LEAST, 0x7FFFFFFF, more))
-            highs = tl.maximum(highs, more)
-            reals += (more != _LEAST).to(tl.int32)
-        low = tl.min(lows, 0)
-        high = tl.max(highs, 0)
-        real = tl.sum(reals, 0)
+    """The best of one stretch of one row.
 
-    # Invariant: at least k keys are >= low, fewer than k are > high; `exact` as soon as just k are >= low.
-    exact = real <= k
-    low = tl.where(exact, _LEAST + 1, low)
-    while (low < high) & (exact == 0):
-        middle = _middle(low, high)
-        if HELD:
-            above = tl.sum((keys >= middle).to(tl.int32), 0)
-        else:
-            counts = (keys >= middle).to(tl.int32)
-            for start in range(BLOCK, end, BLOCK):
-                counts += (_keys(row, start + i, end) >= middle).to(tl.int32)
-            above = tl.sum(counts, 0)
-        if above >= k:
-            low = middle
-            exact = above == k
-        else:
-            high = middle - 1
-    # Now all keys > low are in the set; of those == low the later ones, as many as are missing.
-    if exact:
-        spare = 0
-    elif HELD:
-        spare = tl.sum((keys >= low).to(tl.int32), 0) - k
+    FIRST: scores lie at their positions, and the row's end counts; else at `places` (laid out as the scores), and what is
+    absent is -inf. LAST: only positions are written, then -1; else scores too, then -inf.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    chosen = winners + t * winners_row + tl.program_id(1) * slots
+    chosen_best = best + t * winners_row + tl.program_id(1) * slots
+    length = tl.load(positions + t) + 1
+    k = tl.minimum(tl.load(index_top_k + t), width)
+    if FIRST:
+        end = tl.minimum(length, context)
     else:
-        counts = (keys >= low).to(tl.int32)
-        for start in range(BLOCK, end, BLOCK):
-            counts += (_keys(row, start + i, end) >= low).to(tl.int32)
-        spare = tl.sum(counts, 0) - k
+        end = tl.where(length > 0, context, 0)
     written = 0
-    for start in range(0, end, BLOCK):
-        if HELD:
-            some = keys
-        else:
-            some = _keys(row, start + i, end)
-        over = some > low
-        tied = some == low
-        # Both running counts in one: neither exceeds BLOCK.
-        running = tl.cumsum((over.to(tl.int32) << 16) + tied.to(tl.int32), 0)
-        ties = running & 0xFFFF
-        place = (running >> 16) + tl.maximum(ties - spare, 0)
-        tl.store(chosen + written + place - 1, start + i, mask=over | (tied & (ties > spare)))
+    if (start < end) & (k > 0):
+        i = start + tl.arange(0, BLOCK)
+        # What is read is bounded by whole pages, not by the row's end: reads are 16 bytes wide.
+        values = tl.load(scores + t * scores_row + i, mask=i < context, other=float("-inf"))
+        keys = tl.where((i < end) & (values != float("-inf")), _ordered(values), _LEAST)
+        real = tl.sum((keys != _LEAST).to(tl.int32), 0)
+        # Invariant: at least k keys are >= low, fewer than k are > high; `exact` as soon as just k are >= low.
+        low = tl.min(tl.where(keys == _LEAST, 0x7FFFFFFF, keys), 0).to(tl.int64)
+        high = tl.max(keys, 0).to(tl.int64)
+        exact = real <= k
+        low = tl.where(exact, _LEAST + 1, low)
+        while (low < high) & (exact == 0):
+            third = low + (high - low + 2) // 3
+            two_thirds = low + (2 * (high - low) + 2) // 3
+            over = (keys >= third.to(tl.int32)).to(tl.int32) + ((keys >= two_thirds.to(tl.int32)).to(tl.int32) << 16)
+            counts = tl.sum(over, 0)
+            few = counts >> 16
+            many = counts & 0xFFFF
+            exact = (few == k) | ((many == k) & (few < k))
+            high = tl.where(few >= k, high, tl.where(many >= k, two_thirds - 1, third - 1))
+            low = tl.where(few >= k, two_thirds, tl.where(many >= k, third, low))
+        # All keys > bound are in the set; of those == bound the later ones, as many as are missing.
+        bound = low.to(tl.int32)
+        over = (keys > bound).to(tl.int32)
+        tied = (keys == bound).to(tl.int32)
+        running = tl.cumsum((over << 16) + tied, 0)  # both counts in one: neither exceeds 2^15
         total = tl.max(running, 0)
-        found = total & 0xFFFF
-        written += (total >> 16) + tl.maximum(found - spare, 0)
-        spare = tl.maximum(spare - found, 0)
-    _fill(chosen, written, width, TAIL)
+        spare = tl.maximum((total >> 16) + (total & 0xFFFF) - k, 0)
+        ties = running & 0xFFFF
+        at = (running >> 16) + tl.maximum(ties - spare, 0) - 1
+        mask = (over != 0) | ((tied != 0) & (ties > spare))
+        if FIRST:
+            place = i
+        else:
+            place = tl.load(places + t * scores_row + i, mask=mask, other=-1)
+        tl.store(chosen + at, place, mask=mask)
+        if LAST == 0:
+            tl.store(chosen_best + at, values, mask=mask)
+        written = tl.minimum((total >> 16) + (total & 0xFFFF), k)
+    j = tl.arange(0, TAIL)
+    for rest in range(written, slots, TAIL):
+        tl.store(chosen + rest + j, tl.full((TAIL,), -1, tl.int32), mask=rest + j < slots)
+        if LAST == 0:
+            nothing = tl.full((TAIL,), float("-inf"), tl.float32)
+            tl.store(chosen_best + rest + j, nothing, mask=rest + j < slots)
