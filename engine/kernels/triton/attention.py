@@ -73,7 +73,9 @@ def attend(
     """
     count, kv_heads, group, dim = query.shape
     if kv_plane.shape[1:] != (PAGE_SIZE, kv_heads, 2, dim) or kv_plane.dtype != query.dtype:
-        raise EngineError(f"a query {tuple(query.shape)} and a cache {tuple(kv_plane.shape)} of {kv_plane.dtype}")
+        raise EngineError(
+            f"a query {tuple(query.shape)} and a cache {tuple(kv_plane.shape)} of {kv_plane.dtype}"
+        )
     if query.stride()[1:] != (group * dim, dim, 1) or kv_plane.stride()[2:] != (2 * dim, dim, 1):
         raise EngineError("a row's query and a token's keys and values are contiguous")
     if group > 16:
@@ -88,7 +90,9 @@ def attend(
         call.by_row(None, _BOTH, max(dense, sparse))
         return out
     if blocks.size > block_rows(group):
-        raise EngineError(f"blocks of {blocks.size} rows; of {group} heads at most {block_rows(group)} can be")
+        raise EngineError(
+            f"blocks of {blocks.size} rows; of {group} heads at most {block_rows(group)} can be"
+        )
     if len(blocks.table):
         call.by_block(blocks, min(MOST_SPLITS, triton.cdiv(max_context, BLOCK_SPLIT)))
     if len(blocks.singles):
@@ -141,7 +145,9 @@ class _Call:
             KEYS=shape[0], PAGE=PAGE_SIZE, SPARSE=self._selected is not None, DENSE_SPLIT=BLOCK_SPLIT,
             num_warps=shape[1], num_stages=shape[2],
         )  # fmt: skip
-        self._merge(None, blocks.table, len(blocks.table), blocks.size, _DENSE, splits, BLOCK_SPLIT, parts, sums)
+        self._merge(
+            None, blocks.table, len(blocks.table), blocks.size, _DENSE, splits, BLOCK_SPLIT, parts, sums
+        )
 
     def _parts(self, count: int, splits: int) -> tuple[Tensor, Tensor]:
         """Room for what the splits of rows leave: outputs, and the maximum and the sum of each."""
@@ -181,7 +187,7 @@ def _block_shape(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _split_of(length: tl.tensor, base: tl.constexpr):
+def _split_of(length: tl.tensor, base: tl.constexpr) -> tl.tensor:
     """Positions in a split of a row of this length: `base` doubled until there are at most _MOST splits."""
     split = base + 0 * length
     while split * _MOST < length:
@@ -197,7 +203,7 @@ def _row_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
     LISTED: tl.constexpr, SELECTED: tl.constexpr, KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr,
     CHOSEN_SPLIT: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """One row, one KV head, one split; KINDS of rows: both (0), dense (1), sparse (2)."""
     entry = tl.program_id(0)
     head = tl.program_id(1)
@@ -276,7 +282,7 @@ def _merge_kernel(
     parts: tl.tensor, sums: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, source: tl.tensor, out: tl.tensor, splits: tl.tensor, width: tl.tensor, size: tl.tensor,
     HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, BLOCKED: tl.constexpr,
     SELECTED: tl.constexpr, KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr, CHOSEN_SPLIT: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """One query head of one row that has more than one split: all of them, whatever the batch's number, in one sum."""
     entry = tl.program_id(0)
     head = tl.program_id(1)
@@ -321,7 +327,7 @@ def _merge_kernel(
 def _block_step(
     q: tl.tensor, plane: tl.tensor, pages: tl.tensor, start: tl.tensor, ends: tl.tensor, scale: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, top: tl.tensor,
     total: tl.tensor, acc: tl.tensor, D: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """The keys from `start` on; MASKED where a row may end before their last."""
     i = tl.arange(0, KEYS)
     d = tl.arange(0, DIM)
@@ -347,9 +353,10 @@ def _block_kernel(
     parts: tl.tensor, sums: tl.tensor, scale: tl.tensor, query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, splits: tl.tensor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, HEIGHT: tl.constexpr,
     KEYS: tl.constexpr, PAGE: tl.constexpr, SPARSE: tl.constexpr, DENSE_SPLIT: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """The dense rows of one block, one KV head, one split. Line m of a product is row m // GROUP, head m % GROUP."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last of a prompt have most to do: they start first
+    # The last blocks of a prompt have most to do: they start first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
     first = tl.load(table + 2 * block)
@@ -372,7 +379,9 @@ def _block_kernel(
     place = (row * HEADS + head) * GROUP + m % GROUP
     own = there[:, None] & (d < D)[None, :]
     q = tl.load(
-        query + row[:, None] * query_row + ((head * GROUP + m % GROUP) * D)[:, None] + d[None, :], mask=own, other=0.0
+        query + row[:, None] * query_row + ((head * GROUP + m % GROUP) * D)[:, None] + d[None, :],
+        mask=own,
+        other=0.0,
     )
     top = tl.full((HEIGHT,), float("-inf"), tl.float32)
     total = tl.zeros((HEIGHT,), tl.float32)
@@ -387,17 +396,19 @@ def _block_kernel(
             top, total, acc = _block_step(
                 q, mine, pages, start, ends, scale, page_stride, token_stride, top, total, acc, D, DIM, KEYS,
                 PAGE, False,
-            )
+            )  # fmt: skip
         for start in tl.range(whole, end, KEYS):
             top, total, acc = _block_step(
                 q, mine, pages, start, ends, scale, page_stride, token_stride, top, total, acc, D, DIM, KEYS,
                 PAGE, True,
-            )
+            )  # fmt: skip
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     single = there & (ends < split) & (part == 0)
     if part == 0:
         zero = tl.where((ends < 0)[:, None], 0.0, result)
-        tl.store(out + place[:, None] * D + d[None, :], zero.to(out.dtype.element_ty), mask=single[:, None] & own)
+        tl.store(
+            out + place[:, None] * D + d[None, :], zero.to(out.dtype.element_ty), mask=single[:, None] & own
+        )
     if splits > 1:
         several = there & (ends >= split) & (ends >= begin)
         at = place * splits + part

@@ -47,7 +47,7 @@ class Span(NamedTuple):
     """Rows of one request that follow one another in the batch, at consecutive positions: a chunk of its prompt."""
 
     first_row: int
-    count: int
+    rows: int
     first_position: int
 
 
@@ -66,7 +66,9 @@ class Blocks:
     size: int
 
 
-def blocks_of(spans: Sequence[Span], rows: int, size: int, device: torch.device, align: int = 1 << 16) -> Blocks:
+def blocks_of(
+    spans: Sequence[Span], rows: int, size: int, device: torch.device, align: int = 1 << 16
+) -> Blocks:
     """Cut spans into blocks of at most `size` rows.
 
     No block crosses a position that is a multiple of `align`, so that all of its rows have the same splits (see

@@ -20,10 +20,13 @@ from engine.errors import EngineError
 from engine.kernels.triton.rows import Blocks, Rows
 
 _PAGE = tl.constexpr(PAGE_SIZE)
-_ROUND = tl.constexpr(1.5 * 2**23)  # added and taken away again, it rounds a small float32 to an integer, ties to even
+# Added and taken away again, it rounds a small float32 to an integer, ties to even.
+_ROUND = tl.constexpr(1.5 * 2**23)
 
 _PLAIN, _INT8, _FP8 = 0, 1, 2
 
+STAGES = 4
+"""Steps whose reads are in flight: of page numbers and of keys, in turn."""
 BLOCK_COLUMNS = 128
 """Rows of a block times heads: the width of one product when rows of a prompt share their keys."""
 
@@ -59,7 +62,9 @@ def index_scores(
     form = _form(query, key_plane)
     if not (query.stride(2) == 1 and query.stride(1) == dim and head_weights.stride(1) == 1):
         raise EngineError("an index query's heads lie one after another")
-    out = torch.empty(len(rows), -(-max_context // PAGE_SIZE) * PAGE_SIZE, dtype=torch.float32, device=query.device)
+    out = torch.empty(
+        len(rows), -(-max_context // PAGE_SIZE) * PAGE_SIZE, dtype=torch.float32, device=query.device
+    )
     pages = out.shape[1] // PAGE_SIZE
     if form != _PLAIN and key_plane.stride(0) % 4:
         raise EngineError("pages of 8-bit keys start at multiples of four bytes: their scales are float32")
@@ -72,7 +77,7 @@ def index_scores(
             query.stride(0), head_weights.stride(0), key_plane.stride(0), key_plane.stride(1), rows.block_table.stride(0),
             out.stride(0), pages, heads, dim,
             ROWS=size, HEADS=_head_columns(heads), DIM=max(32, triton.next_power_of_2(dim)), PAGES=each,
-            FORM=form, KIND=kind, FILL=fill, num_warps=4 if columns <= 128 else 8, num_stages=4,
+            FORM=form, KIND=kind, FILL=fill, num_warps=4 if columns <= 128 else 8, num_stages=STAGES,
         )  # fmt: skip
 
     if blocks is None:
@@ -80,7 +85,9 @@ def index_scores(
             launch(rows.request, len(rows), 1, 0)
         return out
     if blocks.size > block_rows(heads):
-        raise EngineError(f"blocks of {blocks.size} rows; of {heads} heads at most {block_rows(heads)} can be")
+        raise EngineError(
+            f"blocks of {blocks.size} rows; of {heads} heads at most {block_rows(heads)} can be"
+        )
     if len(blocks.singles):
         launch(blocks.singles, len(blocks.singles), 1, 1)
     if len(blocks.table):
@@ -97,10 +104,14 @@ def _form(query: Tensor, key_plane: Tensor) -> int:
     dim = query.shape[-1]
     if key_plane.dtype == torch.uint8:
         if key_plane.shape[1:] != (PAGE_SIZE, dim + 4):
-            raise EngineError(f"a plane of 8-bit keys is [pages, 64, {dim + 4}], not {tuple(key_plane.shape)}")
+            raise EngineError(
+                f"a plane of 8-bit keys is [pages, 64, {dim + 4}], not {tuple(key_plane.shape)}"
+            )
         return _FP8 if query.dtype == torch.float8_e4m3fn else _INT8
     if key_plane.dtype != query.dtype or key_plane.shape[1:] != (PAGE_SIZE, dim) or key_plane.stride(2) != 1:
-        raise EngineError(f"a query of {query.dtype} x {dim} and keys {key_plane.dtype} {tuple(key_plane.shape)}")
+        raise EngineError(
+            f"a query of {query.dtype} x {dim} and keys {key_plane.dtype} {tuple(key_plane.shape)}"
+        )
     return _PLAIN
 
 
@@ -123,7 +134,7 @@ def _scores_kernel(
     out: tl.tensor, query_row: tl.tensor, weight_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, out_row: tl.tensor,
     pages: tl.tensor, heads: tl.constexpr, dim: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PAGES: tl.constexpr, FORM: tl.constexpr,
     KIND: tl.constexpr, FILL: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Up to ROWS rows of one request over PAGES pages.
 
     KIND: program i takes row i (0), row table[i] (1), or table[i] = (first row, count) (2).
@@ -167,17 +178,20 @@ def _scores_kernel(
             wide = q.to(tl.float32)
             scale = tl.div_rn(tl.max(tl.abs(wide), 1), 127.0)
             safe = tl.where(scale == 0.0, 1.0, scale)
-            q = ((tl.div_rn(wide, tl.broadcast_to(safe[:, None], ROWS * HEADS, DIM)) + _ROUND) - _ROUND).to(tl.float16)
+            numbers = tl.div_rn(wide, tl.broadcast_to(safe[:, None], ROWS * HEADS, DIM))
+            q = ((numbers + _ROUND) - _ROUND).to(tl.float16)
             w = w * scale
         pages_of = block_table + tl.load(request + first).to(tl.int64) * table_row
         for page in tl.range(first_page, seen):
             base = plane + tl.load(pages_of + page).to(tl.int64) * page_stride
             if FORM == 0:
-                keys = tl.load(base + token[:, None] * token_stride + d[None, :], mask=(d < dim)[None, :], other=0.0)
+                keys = tl.load(
+                    base + token[:, None] * token_stride + d[None, :], mask=(d < dim)[None, :], other=0.0
+                )
             elif FORM == 1:
                 # Four groups of sixteen tokens, each [dim / 4, 16 tokens, 4]: read as they lie, then turned.
                 i = tl.arange(0, _PAGE * DIM)
-                if DIM == dim:
+                if dim == DIM:
                     raw = tl.load(base + i)
                     turned = tl.permute(tl.reshape(raw, (4, DIM // 4, 16, 4)), (0, 2, 1, 3))
                     keys = (tl.reshape(turned, (_PAGE, DIM)).to(tl.float32) - 128.0).to(tl.float16)

@@ -54,7 +54,9 @@ def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
         block = min(max(int(triton.next_power_of_2(context)), 128), longest)
         stretches = -(-context // block)
         last = stretches == 1
-        winners = out if last else torch.empty(count, stretches * slots, dtype=torch.int32, device=scores.device)
+        winners = (
+            out if last else torch.empty(count, stretches * slots, dtype=torch.int32, device=scores.device)
+        )
         best = scores if last else torch.empty(winners.shape, dtype=torch.float32, device=scores.device)
         _select_kernel[(count, stretches)](
             scores, winners if places is None else places, rows.positions, rows.index_top_k, winners, best,
@@ -72,7 +74,7 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def _ordered(scores: tl.tensor):
+def _ordered(scores: tl.tensor) -> tl.tensor:
     """float32 -> int32 in the same order; the lowest int32 of all is left over."""
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -84,7 +86,7 @@ def _select_kernel(
     best: tl.tensor, scores_row: tl.tensor, winners_row: tl.tensor, context: tl.tensor, slots: tl.tensor,
     width: tl.tensor,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """The best of one stretch of one row.
 
     FIRST: scores lie at their positions, and the row's end counts; else at `places` (laid out as the scores), and what is
@@ -115,8 +117,9 @@ def _select_kernel(
         while (low < high) & (exact == 0):
             third = low + (high - low + 2) // 3
             two_thirds = low + (2 * (high - low) + 2) // 3
-            over = (keys >= third.to(tl.int32)).to(tl.int32) + ((keys >= two_thirds.to(tl.int32)).to(tl.int32) << 16)
-            counts = tl.sum(over, 0)
+            above = (keys >= third.to(tl.int32)).to(tl.int32)
+            far_above = (keys >= two_thirds.to(tl.int32)).to(tl.int32)
+            counts = tl.sum(above + (far_above << 16), 0)
             few = counts >> 16
             many = counts & 0xFFFF
             exact = (few == k) | ((many == k) & (few < k))

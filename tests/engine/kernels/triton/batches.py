@@ -34,7 +34,9 @@ EDGES = [
 class Batch:
     """Rows over requests with page tables of their own, pages in random order."""
 
-    def __init__(self, lines: Sequence[Line], pages: int, device: torch.device, seed: int = 0, spare: int = 0) -> None:
+    def __init__(
+        self, lines: Sequence[Line], pages: int, device: torch.device, seed: int = 0, spare: int = 0
+    ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.lines, self.pages, self.device = list(lines), pages, device
         self.context = pages * PAGE
@@ -42,7 +44,8 @@ class Batch:
         self.num_pages = requests * pages + 2
         order = torch.randperm(self.num_pages, generator=self.generator)
         self.block_table = order[: requests * pages].view(requests, pages).int()
-        table = torch.nn.functional.pad(self.block_table, (0, spare))  # wider, as a batch with a longer request has it
+        # Wider, as a batch with a longer request has it.
+        table = torch.nn.functional.pad(self.block_table, (0, spare))
         self.rows = Rows(
             torch.tensor([max(line.request, 0) for line in lines], dtype=torch.int32).to(device),
             torch.tensor([line.position for line in lines], dtype=torch.int32).to(device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -22,7 +23,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SCALE = 0.2
 
 
-def operands(batch: Batch, dims: tuple[int, int, int], dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def operands(
+    batch: Batch, dims: tuple[int, int, int], dtype: torch.dtype, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(query, plane, selected), on the CPU."""
     kv_heads, group, dim = dims
     query = batch.random(len(batch.lines), kv_heads, group, dim, dtype=dtype)
@@ -36,7 +39,12 @@ def operands(batch: Batch, dims: tuple[int, int, int], dtype: torch.dtype, width
 
 
 def run(
-    batch: Batch, query: Tensor, plane: Tensor, selected: Tensor | None, blocks: Blocks | None = None, context: int = 0
+    batch: Batch,
+    query: Tensor,
+    plane: Tensor,
+    selected: Tensor | None,
+    blocks: Blocks | None = None,
+    context: int = 0,
 ) -> Tensor:
     to = batch.device
     return attend(
@@ -79,7 +87,10 @@ def mixed(first: int, last: int, top_k: int) -> list[Line]:
 
 @pytest.mark.parametrize("dims", [DIMS[0], DIMS[3]])
 def test_a_prompt_in_blocks_beside_decodes(
-    device: torch.device, dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch, dims: tuple[int, int, int]
+    device: torch.device,
+    dtypes: list[torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
+    dims: tuple[int, int, int],
 ) -> None:
     monkeypatch.setattr(attention, "BLOCK_SPLIT", 64)  # so that a block has several
     for dtype in dtypes:
@@ -90,16 +101,12 @@ def test_a_prompt_in_blocks_beside_decodes(
         check(batch, run(batch, *given[:2], None, blocks), *given[:2], None)
 
 
-def long_lines(count: int) -> list[Line]:
-    return [Line(0, 1150 - row, 0 if row % 2 else 700) for row in range(count)]
-
-
 def test_long_rows(device: torch.device, dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
     """More splits than a merge holds, unless they double."""
     monkeypatch.setattr(attention, "ROW_SPLIT", 32)
     monkeypatch.setattr(attention, "SPARSE_SPLIT", 64)
     for dtype in dtypes:
-        batch = Batch(long_lines(2), 18, device)
+        batch = Batch([Line(0, 1150, 700), Line(0, 1149, 0)], 18, device)
         given = operands(batch, (1, 4, 64), dtype, 700)
         check(batch, run(batch, *given), *given)
 
@@ -108,7 +115,13 @@ def test_long_rows(device: torch.device, dtypes: list[torch.dtype], monkeypatch:
 @pytest.mark.parametrize("dims", DIMS[:3])
 def test_long_rows_as_they_are_split(device: torch.device, dims: tuple[int, int, int]) -> None:
     prompt = [Line(1, position, 0) for position in range(6000, 6500)]
-    lines = [Line(0, 9000, 0), Line(0, 8500, 2048), *prompt, *(Line(1, p, 512) for p in range(6500, 6600)), Line(2, 4500, 3)]
+    lines = [
+        Line(0, 9000, 0),
+        Line(0, 8500, 2048),
+        *prompt,
+        *(Line(1, p, 512) for p in range(6500, 6600)),
+        Line(2, 4500, 3),
+    ]
     batch = Batch(lines, 142, device)
     blocks = blocks_of([Span(2, 600, 6000)], len(lines), block_rows(dims[1]), device)
     for dtype in TOLERANCE:
@@ -145,7 +158,7 @@ def test_where_a_prompt_is_cut_changes_no_bit(
         size = block_rows(DIMS[0][1])
         whole = run(batch, query, plane, None, blocks_of([Span(0, 50, 90)], 50, size, device))
         edges = [0, *cuts, 50]
-        spans = [Span(a, b - a, 90 + a) for a, b in zip(edges, edges[1:], strict=False)]
+        spans = [Span(a, b - a, 90 + a) for a, b in itertools.pairwise(edges)]
         cut = run(batch, query, plane, None, blocks_of(spans, 50, size, device))
         assert torch.equal(cut, whole)
 

@@ -17,10 +17,13 @@ from engine.kernels.triton.scores import block_rows, index_scores
 from tests.engine.kernels.triton.batches import EDGES, REFERENCE, Batch, Line
 
 DIMS = [(8, 64), (3, 16), (5, 36), (2, 128)]
-TOLERANCE = {"plain": 1e-4, "int8": 1e-4, "fp8": 1e-3}  # FP8 products of a matrix unit are summed in fewer bits
+# FP8 products of a matrix unit are summed in fewer bits.
+TOLERANCE = {"plain": 1e-4, "int8": 1e-4, "fp8": 1e-3}
 
 
-def operands(batch: Batch, layout: str, heads: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+def operands(
+    batch: Batch, layout: str, heads: int, dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ...]:
     """(the reference's operation, query, head weights, key plane), on the CPU; some weights are negative."""
     rows = len(batch.lines)
     query, weights = batch.random(rows, heads, dim, dtype=dtype), batch.random(rows, heads)
@@ -34,23 +37,36 @@ def operands(batch: Batch, layout: str, heads: int, dim: int, dtype: torch.dtype
     return REFERENCE.index_scores, query, weights, keys
 
 
-def check(batch: Batch, scores: Tensor, operation: Any, query: Tensor, weights: Tensor, plane: Tensor, tol: float) -> None:
+def check(
+    batch: Batch, scores: Tensor, operation: Any, query: Tensor, weights: Tensor, plane: Tensor, tol: float
+) -> None:
     """Every sparse row is as defined, and -inf beyond its end."""
     for row, line in enumerate(batch.lines):
         if line.request < 0 or not line.top_k:
             continue
         wanted = operation(
-            query[None, row : row + 1], weights[None, row : row + 1], plane, batch.table_of(row), batch.position_of(row)
+            query[None, row : row + 1],
+            weights[None, row : row + 1],
+            plane,
+            batch.table_of(row),
+            batch.position_of(row),
         )[0, 0]
         got = scores[row].cpu()
         assert torch.equal(got == -math.inf, wanted == -math.inf), line
-        torch.testing.assert_close(got, wanted, rtol=tol, atol=tol * 10, msg=lambda text, line=line: f"{line}: {text}")
+        torch.testing.assert_close(
+            got, wanted, rtol=tol, atol=tol * 10, msg=lambda text, line=line: f"{line}: {text}"
+        )
 
 
 def score(batch: Batch, query: Tensor, weights: Tensor, plane: Tensor, **more: Any) -> Tensor:
     device = batch.device
     return index_scores(
-        query.to(device), weights.to(device), plane.to(device), batch.rows, more.pop("context", batch.context), **more
+        query.to(device),
+        weights.to(device),
+        plane.to(device),
+        batch.rows,
+        more.pop("context", batch.context),
+        **more,
     )
 
 
@@ -94,7 +110,7 @@ def test_the_same_bits_again_and_in_other_company(device: torch.device, layout: 
 
 def test_without_filling_only_whole_pages_are_written(device: torch.device) -> None:
     batch = Batch([Line(0, 5, 2), Line(0, 70, 2)], 4, device)
-    operation, *rest = operands(batch, "plain", 2, 16)
+    _, *rest = operands(batch, "plain", 2, 16)
     scores = score(batch, *rest, fill=False).cpu()
     wanted = score(batch, *rest).cpu()
     assert torch.equal(scores[0, :64], wanted[0, :64])

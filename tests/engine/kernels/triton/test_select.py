@@ -58,13 +58,18 @@ def kinds(context: int, g: torch.Generator) -> Tensor:
 
 @pytest.mark.parametrize("context", [64, 128, 192, 1000, 5000])
 @pytest.mark.parametrize("stretch", [256, 8192])
-def test_kinds_of_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch, context: int, stretch: int) -> None:
+def test_kinds_of_rows(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, context: int, stretch: int
+) -> None:
     """Also in several rounds: stretches are made short."""
     monkeypatch.setattr(module, "STRETCH", stretch)
     g = torch.Generator().manual_seed(context)
     scores = kinds(context, g)
     last = torch.full((12,), context - 1)
-    for positions, width in ((last, min(context // 2, 100)), (torch.randint(0, context, (12,), generator=g), 70)):
+    for positions, width in (
+        (last, min(context // 2, 100)),
+        (torch.randint(0, context, (12,), generator=g), 70),
+    ):
         check(scores, positions, torch.randint(1, width + 1, (12,), generator=g), width, device)
     check(scores, last, torch.full((12,), width), width, device)
 
@@ -106,7 +111,13 @@ def test_long_rows(device: torch.device, context: int) -> None:
     ends[-1] = context - 3
     check(rows, ends, torch.full((count,), 2048), 2048, device)
     if CHIP:
-        check(rows, ends, torch.tensor([8192, 1, 100, 8191, 8192, 8192, 8192, 64, 8192, 5000, 8192, 2049]), 8192, device)
+        check(
+            rows,
+            ends,
+            torch.tensor([8192, 1, 100, 8191, 8192, 8192, 8192, 64, 8192, 5000, 8192, 2049]),
+            8192,
+            device,
+        )
 
 
 def test_more_than_can_be_selected(device: torch.device) -> None:
