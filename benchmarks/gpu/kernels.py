@@ -343,7 +343,17 @@ def warm(only: str, processes: int) -> None:
 def conformance(out: Path) -> int:
     """The kernels' tests on this device; what they print goes to a file."""
     command = [sys.executable, "-m", "pytest", TESTS, "--confcutdir", TESTS]
-    command += ["-q", "-p", "no:cacheprovider", "-ra", "--import-mode=importlib"]
+    command += [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-ra",
+        "--import-mode=importlib",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        ".",
+    ]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(12, os.cpu_count() or 1))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

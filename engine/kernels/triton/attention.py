@@ -31,19 +31,22 @@ from engine.kernels.triton.rows import Blocks, Rows
 
 _PAGE = tl.constexpr(PAGE_SIZE)
 
-MOST_SPLITS = 32
+MOST_SPLITS = 64
 """Of any row: what a merge holds."""
 ROW_SPLIT = 128
 """Positions in a split of a dense row, row by row; it doubles as often as `MOST_SPLITS` wants."""
-SPARSE_SPLIT = 256
-"""The same for selected positions."""
+SPARSE_SPLIT = 64
+"""The same for selected positions: a decode's rows are few, and its time is the longest split's."""
+PROMPT_SPARSE_SPLIT = 2048
+"""The same in prompts, whose many rows fill the device."""
 BLOCK_SPLIT = 2048
 """The same, block by block."""
 BLOCK_PRODUCTS = 128
 """Rows of a block times query heads a KV head: the height of one product."""
 
 _MOST = tl.constexpr(MOST_SPLITS)
-_BOTH, _DENSE, _SPARSE = 0, 1, 2
+_BOTH, _DENSE, _SPARSE = 0, 1, 2  # kinds of rows
+_ALL, _LISTED, _TABLE = 0, 1, 2  # rows of a launch: every one, those of a list, those of blocks
 _LOG2_E = 1.4426950408889634
 
 
@@ -84,21 +87,23 @@ def attend(
     if not count:
         return out
     dense = min(MOST_SPLITS, triton.cdiv(max_context, ROW_SPLIT))
-    sparse = 0 if selected is None else min(MOST_SPLITS, triton.cdiv(selected.shape[1], SPARSE_SPLIT))
+    width = 0 if selected is None else selected.shape[1]
+    splits = max(dense, min(MOST_SPLITS, triton.cdiv(width, SPARSE_SPLIT)))
     call = _Call(query, kv_plane, rows, selected, scale, out)
     if blocks is None:
-        call.by_row(None, _BOTH, max(dense, sparse))
+        call.by_row(_ALL, None, count, splits)
         return out
     if blocks.size > block_rows(group):
         raise EngineError(
             f"blocks of {blocks.size} rows; of {group} heads at most {block_rows(group)} can be"
         )
+    if len(blocks.singles):
+        call.by_row(_LISTED, blocks.singles, len(blocks.singles), splits)
     if len(blocks.table):
         call.by_block(blocks, min(MOST_SPLITS, triton.cdiv(max_context, BLOCK_SPLIT)))
-    if len(blocks.singles):
-        call.by_row(blocks.singles, _DENSE, dense)
-    if selected is not None:
-        call.by_row(None, _SPARSE, sparse)
+        if selected is not None:
+            splits = min(MOST_SPLITS, triton.cdiv(width, PROMPT_SPARSE_SPLIT))
+            call.by_row(_TABLE, blocks.table, len(blocks.table), splits, blocks.size)
     return out
 
 
@@ -114,40 +119,45 @@ class _Call:
         _, self._kv_heads, self._group, self._dim = query.shape
         self._padded = max(16, int(triton.next_power_of_2(self._dim)))
 
-    def by_row(self, listed: Tensor | None, kinds: int, splits: int) -> None:
-        """Rows `listed`, or all, of these kinds."""
-        count = len(self._rows) if listed is None else len(listed)
-        parts, sums = self._parts(count, splits)
+    def by_row(self, source: int, listed: Tensor | None, count: int, splits: int, size: int = 1) -> None:
+        """All rows, those of a list, or the sparse ones of blocks of at most `size` rows."""
+        parts, sums = self._parts(count * size, splits)
         rows, selected = self._rows, self._selected
-        shape = _row_shape(self._query.dtype, self._padded)
-        _row_kernel[(count, self._kv_heads, splits)](
+        prompt = source == _TABLE
+        shape = (_prompt_shape if prompt else _row_shape)(self._query.dtype, self._padded)
+        split = PROMPT_SPARSE_SPLIT if prompt else SPARSE_SPLIT
+        kinds = _SPARSE if prompt else _BOTH
+        _row_kernel[(count * size, self._kv_heads, splits)](
             self._query, self._plane, rows.block_table, rows.request, rows.positions, rows.index_top_k,
             rows.positions if selected is None else selected, rows.request if listed is None else listed,
             self._out, parts, sums, self._scale, self._query.stride(0), self._plane.stride(0), self._plane.stride(1),
-            rows.block_table.stride(0), 0 if selected is None else selected.stride(0),
-            0 if selected is None else selected.shape[1], splits,
-            HEADS=self._kv_heads, GROUP=self._group, D=self._dim, DIM=self._padded, KEYS=shape[0],
-            LISTED=listed is not None, SELECTED=selected is not None, KINDS=kinds,
-            DENSE_SPLIT=ROW_SPLIT, CHOSEN_SPLIT=SPARSE_SPLIT, num_warps=shape[1], num_stages=shape[2],
+            rows.block_table.stride(0), 0 if selected is None else selected.stride(0), self._width, splits, size,
+            HEADS=self._kv_heads, GROUP=self._group, D=self._dim, DIM=self._padded, KEYS=shape[0], SOURCE=source,
+            SELECTED=selected is not None, KINDS=kinds, DENSE_SPLIT=ROW_SPLIT, CHOSEN_SPLIT=split,
+            num_warps=shape[1], num_stages=shape[2],
         )  # fmt: skip
-        self._merge(listed, None, count, 1, kinds, splits, ROW_SPLIT, parts, sums)
+        self._merge(source, listed, count, size, kinds, splits, split, parts, sums)
 
     def by_block(self, blocks: Blocks, splits: int) -> None:
         """The dense rows in blocks; padding in them, too."""
-        parts, sums = self._parts(len(self._rows), splits)
+        count, size = len(blocks.table), blocks.size
+        parts, sums = self._parts(count * size, splits)
         rows = self._rows
         shape = _block_shape(self._query.dtype, self._padded)
-        _block_kernel[(len(blocks.table), self._kv_heads, splits)](
+        _block_kernel[(count, self._kv_heads, splits)](
             self._query, self._plane, rows.block_table, rows.request, rows.positions, rows.index_top_k, blocks.table,
             self._out, parts, sums, self._scale, self._query.stride(0), self._plane.stride(0), self._plane.stride(1),
-            rows.block_table.stride(0), splits,
+            rows.block_table.stride(0), splits, size,
             HEADS=self._kv_heads, GROUP=self._group, D=self._dim, DIM=self._padded, HEIGHT=BLOCK_PRODUCTS,
             KEYS=shape[0], PAGE=PAGE_SIZE, SPARSE=self._selected is not None, DENSE_SPLIT=BLOCK_SPLIT,
             num_warps=shape[1], num_stages=shape[2],
         )  # fmt: skip
-        self._merge(
-            None, blocks.table, len(blocks.table), blocks.size, _DENSE, splits, BLOCK_SPLIT, parts, sums
-        )
+        self._merge(_TABLE, blocks.table, count, size, _DENSE, splits, BLOCK_SPLIT, parts, sums)
+
+    @property
+    def _width(self) -> int:
+        """Of `selected`."""
+        return 0 if self._selected is None else self._selected.shape[1]
 
     def _parts(self, count: int, splits: int) -> tuple[Tensor, Tensor]:
         """Room for what the splits of rows leave: outputs, and the maximum and the sum of each."""
@@ -160,30 +170,34 @@ class _Call:
         )
 
     def _merge(
-        self, listed: Tensor | None, table: Tensor | None, count: int, size: int, kinds: int, splits: int, split: int,
+        self, source: int, listed: Tensor | None, count: int, size: int, kinds: int, splits: int, split: int,
         parts: Tensor, sums: Tensor,
     ) -> None:  # fmt: skip
         if splits == 1:
             return
-        rows, selected = self._rows, self._selected
-        source = table if table is not None else rows.request if listed is None else listed
+        rows = self._rows
         _merge_kernel[(count * size, self._kv_heads * self._group)](
-            parts, sums, rows.positions, rows.index_top_k, source, self._out, splits,
-            0 if selected is None else selected.shape[1], size,
-            HEADS=self._kv_heads * self._group, D=self._dim, DIM=self._padded, LISTED=listed is not None,
-            BLOCKED=table is not None, SELECTED=selected is not None, KINDS=kinds, DENSE_SPLIT=split,
-            CHOSEN_SPLIT=SPARSE_SPLIT, num_warps=2,
+            parts, sums, rows.positions, rows.index_top_k, rows.request if listed is None else listed, self._out,
+            splits, self._width, size,
+            HEADS=self._kv_heads * self._group, D=self._dim, DIM=self._padded, SOURCE=source,
+            SELECTED=self._selected is not None, KINDS=kinds, DENSE_SPLIT=split if kinds == _DENSE else ROW_SPLIT,
+            CHOSEN_SPLIT=split, num_warps=2,
         )  # fmt: skip
 
 
 def _row_shape(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
-    """Keys a step, warps and stages. No function of the batch, for a row's bits depend on them."""
-    return (32, 2, 2) if dtype == torch.float32 else (64, 2, 3 if dim <= 64 else 2)
+    """Keys a step, warps and stages, row by row. No function of the batch, for a row's bits depend on them."""
+    return (32, 2, 2) if dtype == torch.float32 else (64, 2, 5) if dim <= 64 else (64, 4, 5)
+
+
+def _prompt_shape(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
+    """The same of sparse rows in prompts."""
+    return (32, 2, 2) if dtype == torch.float32 else (64, 1, 3) if dim <= 64 else (64, 2, 2)
 
 
 def _block_shape(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
-    """As `_row_shape`."""
-    return (32, 8, 1) if dtype == torch.float32 else (64, 4 if dim <= 64 else 8, 3)
+    """The same block by block."""
+    return (32, 8, 1) if dtype == torch.float32 else (64, 4, 2) if dim <= 64 else (128, 8, 2)
 
 
 @triton.jit
@@ -196,38 +210,65 @@ def _split_of(length: tl.tensor, base: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _row_of(entry: tl.tensor, source: tl.tensor, size: tl.tensor, SOURCE: tl.constexpr) -> tl.tensor:
+    """The row that is a launch's `entry`: itself (0), source[entry] (1), or of a block (2), -1 where that has no more."""
+    if SOURCE == 0:
+        t = entry
+    elif SOURCE == 1:
+        t = tl.load(source + entry)
+    else:
+        block = source + entry // size * 2
+        t = tl.where(entry % size < tl.load(block + 1), tl.load(block) + entry % size, -1)
+    return t
+
+
+@triton.jit
+def _extent_of(
+    t: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, width: tl.tensor, SELECTED: tl.constexpr,
+    KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr, CHOSEN_SPLIT: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """How many positions a row attends to (0 for padding, -1 if it is not of these KINDS), its split, if it is sparse.
+
+    KINDS: both (0), dense (1), sparse (2); padding is of every kind.
+    """
+    length = tl.maximum(tl.load(positions + t) + 1, 0)
+    split = _split_of(length, DENSE_SPLIT)
+    sparse = length < 0
+    if SELECTED:
+        chosen = tl.load(index_top_k + t)
+        sparse = chosen > 0
+        few = tl.minimum(tl.minimum(chosen, width), length)
+        split = tl.where(sparse, _split_of(few, CHOSEN_SPLIT), split)
+        length = tl.where(sparse, few, length)
+    if KINDS == 1:
+        length = tl.where(sparse & (length > 0), -1, length)
+    if KINDS == 2:
+        length = tl.where((sparse == 0) & (length > 0), -1, length)
+    return length, split, sparse
+
+
+@triton.jit
 def _row_kernel(
-    query: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, selected: tl.tensor, listed: tl.tensor,
-    out: tl.tensor, parts: tl.tensor, sums: tl.tensor, scale: tl.tensor, query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor,
-    selected_row: tl.tensor, width: tl.tensor, splits: tl.tensor,
+    query: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor,
+    index_top_k: tl.tensor, selected: tl.tensor, source: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor,
+    scale: tl.tensor, query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor,
+    selected_row: tl.tensor, width: tl.tensor, splits: tl.tensor, size: tl.tensor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
-    LISTED: tl.constexpr, SELECTED: tl.constexpr, KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr,
+    SOURCE: tl.constexpr, SELECTED: tl.constexpr, KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr,
     CHOSEN_SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One row, one KV head, one split; KINDS of rows: both (0), dense (1), sparse (2)."""
+    """One row, one KV head, one split."""
     entry = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
-    t = entry
-    if LISTED:
-        t = tl.load(listed + entry)
-    position = tl.load(positions + t)
-    chosen = tl.load(index_top_k + t) if SELECTED else 0
-    sparse = chosen > 0
-    if position >= 0:
-        if KINDS == 1:
-            if sparse:
-                return
-        if KINDS == 2:
-            if sparse == 0:
-                return
-    length = position + 1
-    split = _split_of(length, DENSE_SPLIT)
-    if SELECTED:
-        if sparse:
-            length = tl.minimum(tl.minimum(chosen, width), length)
-            split = _split_of(length, CHOSEN_SPLIT)
-    length = tl.where(position < 0, 0, length)
+    t = _row_of(entry, source, size, SOURCE)
+    if t < 0:
+        return
+    length, split, sparse = _extent_of(
+        t, positions, index_top_k, width, SELECTED, KINDS, DENSE_SPLIT, CHOSEN_SPLIT
+    )
+    if length < 0:
+        return
     begin = part * split
     if (begin >= length) & (part > 0):
         return
@@ -279,34 +320,20 @@ def _row_kernel(
 
 @triton.jit
 def _merge_kernel(
-    parts: tl.tensor, sums: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, source: tl.tensor, out: tl.tensor, splits: tl.tensor, width: tl.tensor, size: tl.tensor,
-    HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, BLOCKED: tl.constexpr,
-    SELECTED: tl.constexpr, KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr, CHOSEN_SPLIT: tl.constexpr,
+    parts: tl.tensor, sums: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, source: tl.tensor, out: tl.tensor,
+    splits: tl.tensor, width: tl.tensor, size: tl.tensor,
+    HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, SOURCE: tl.constexpr, SELECTED: tl.constexpr,
+    KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr, CHOSEN_SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
     """One query head of one row that has more than one split: all of them, whatever the batch's number, in one sum."""
     entry = tl.program_id(0)
     head = tl.program_id(1)
-    t = entry
-    if LISTED:
-        t = tl.load(source + entry)
-    if BLOCKED:
-        if entry % size >= tl.load(source + entry // size * 2 + 1):
-            return
-        t = tl.load(source + entry // size * 2) + entry % size
-        entry = t
-    length = tl.load(positions + t) + 1
-    chosen = tl.load(index_top_k + t) if SELECTED else 0
-    if KINDS == 1:
-        if chosen > 0:
-            return
-    if KINDS == 2:
-        if chosen <= 0:
-            return
-    split = _split_of(length, DENSE_SPLIT)
-    if SELECTED:
-        if chosen > 0:
-            length = tl.minimum(tl.minimum(chosen, width), length)
-            split = _split_of(length, CHOSEN_SPLIT)
+    t = _row_of(entry, source, size, SOURCE)
+    if t < 0:
+        return
+    length, split, _ = _extent_of(
+        t, positions, index_top_k, width, SELECTED, KINDS, DENSE_SPLIT, CHOSEN_SPLIT
+    )
     if length <= split:
         return
     s = tl.arange(0, _MOST)
@@ -331,8 +358,12 @@ def _block_step(
     """The keys from `start` on; MASKED where a row may end before their last."""
     i = tl.arange(0, KEYS)
     d = tl.arange(0, DIM)
-    page = tl.load(pages + start // PAGE).to(tl.int64)
-    place = plane + page * page_stride + (start % PAGE + i) * token_stride
+    if KEYS <= PAGE:
+        page = tl.load(pages + start // PAGE).to(tl.int64)
+        place = plane + page * page_stride + (start % PAGE + i) * token_stride
+    else:
+        page = tl.load(pages + (start + i) // PAGE, mask=start + i <= tl.max(ends, 0), other=0).to(tl.int64)
+        place = plane + page * page_stride + (start + i) % PAGE * token_stride
     keys = tl.load(place[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
     values = tl.load(place[:, None] + (D + d)[None, :], mask=(d < D)[None, :], other=0.0)
     logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
@@ -349,8 +380,9 @@ def _block_step(
 
 @triton.jit
 def _block_kernel(
-    query: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, table: tl.tensor, out: tl.tensor,
-    parts: tl.tensor, sums: tl.tensor, scale: tl.tensor, query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, splits: tl.tensor,
+    query: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor,
+    index_top_k: tl.tensor, table: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor,
+    scale: tl.tensor, query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, splits: tl.tensor, size: tl.tensor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, HEIGHT: tl.constexpr,
     KEYS: tl.constexpr, PAGE: tl.constexpr, SPARSE: tl.constexpr, DENSE_SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -411,7 +443,8 @@ def _block_kernel(
         )
     if splits > 1:
         several = there & (ends >= split) & (ends >= begin)
-        at = place * splits + part
+        entry = (block * size + m // GROUP).to(tl.int64)
+        at = ((entry * HEADS + head) * GROUP + m % GROUP) * splits + part
         tl.store(parts + at[:, None] * D + d[None, :], acc, mask=several[:, None] & own)
         tl.store(sums + at * 2, top, mask=several)
         tl.store(sums + at * 2 + 1, total, mask=several)

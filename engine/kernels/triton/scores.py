@@ -129,6 +129,12 @@ def _pages_a_program(pages: int, programs: int) -> int:
 
 
 @triton.jit
+def _numbers(raw: tl.tensor) -> tl.tensor:
+    """Bytes n + 128 -> n as float16, through 1024 + byte, whose last bits are the byte."""
+    return (raw.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+
+
+@triton.jit
 def _scores_kernel(
     query: tl.tensor, weights: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, table: tl.tensor,
     out: tl.tensor, query_row: tl.tensor, weight_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, out_row: tl.tensor,
@@ -194,11 +200,11 @@ def _scores_kernel(
                 if dim == DIM:
                     raw = tl.load(base + i)
                     turned = tl.permute(tl.reshape(raw, (4, DIM // 4, 16, 4)), (0, 2, 1, 3))
-                    keys = (tl.reshape(turned, (_PAGE, DIM)).to(tl.float32) - 128.0).to(tl.float16)
+                    keys = _numbers(tl.reshape(turned, (_PAGE, DIM)))
                 else:
                     lies = (token // 16 * 16 * dim + token % 16 * 4)[:, None] + (d // 4 * 64 + d % 4)[None, :]
                     raw = tl.load(base + lies, mask=(d < dim)[None, :], other=128)
-                    keys = (raw.to(tl.float32) - 128.0).to(tl.float16)
+                    keys = _numbers(raw)
             else:
                 keys = tl.load(
                     (base + token[:, None] * dim + d[None, :]).to(tl.pointer_type(tl.float8e4nv)),

@@ -20,7 +20,10 @@ from engine.kernels.triton.rows import Rows
 STRETCH = 8192
 """How many scores one program holds at least, if a row has so many."""
 
-MOST = 8192
+PIECE = 2048
+"""How many are written out at a time: their running count needs registers, which bound how many programs run at once."""
+
+MOST_SELECTED = 8192
 """The largest top_k."""
 
 _LEAST = tl.constexpr(-(2**31))
@@ -38,10 +41,10 @@ def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
         [T, K = width] int32, ascending, -1 after a row's last
 
     Raises:
-        EngineError: `width` is above `MOST`.
+        EngineError: `width` is above `MOST_SELECTED`.
     """
-    if width > MOST:
-        raise EngineError(f"top_k is {width}; at most {MOST} can be selected on the GPU")
+    if width > MOST_SELECTED:
+        raise EngineError(f"top_k is {width}; at most {MOST_SELECTED} can be selected on the GPU")
     count, context = scores.shape
     out = torch.empty(count, width, dtype=torch.int32, device=scores.device)
     if not count or not width:
@@ -61,7 +64,7 @@ def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
         _select_kernel[(count, stretches)](
             scores, winners if places is None else places, rows.positions, rows.index_top_k, winners, best,
             scores.stride(0), winners.stride(0), context, width if last else slots, width,
-            BLOCK=block, TAIL=min(block, 1024), FIRST=places is None, LAST=last, num_warps=_warps(block),
+            BLOCK=block, PIECE=min(block, PIECE), TAIL=min(block, 1024), FIRST=places is None, LAST=last, num_warps=_warps(block),
         )  # fmt: skip
         if last:
             return out
@@ -69,8 +72,8 @@ def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
 
 
 def _warps(block: int) -> int:
-    """16 numbers a thread."""
-    return min(max(block // 512, 1), 32)
+    """32 numbers a thread."""
+    return min(max(block // 1024, 1), 32)
 
 
 @triton.jit
@@ -81,11 +84,23 @@ def _ordered(scores: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _read(row: tl.tensor, i: tl.tensor, context: tl.tensor) -> tl.tensor:
+    """Scores; bounded by whole pages and not by the row's end, so that reads are 16 bytes wide."""
+    return tl.load(row + i, mask=i < context, other=float("-inf"))
+
+
+@triton.jit
+def _keys(scores: tl.tensor, i: tl.tensor, end: tl.tensor) -> tl.tensor:
+    """Integers in the order of the scores; the lowest of all for -inf and for what lies beyond the end."""
+    return tl.where((i < end) & (scores != float("-inf")), _ordered(scores), _LEAST)
+
+
+@triton.jit
 def _select_kernel(
     scores: tl.tensor, places: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, winners: tl.tensor,
     best: tl.tensor, scores_row: tl.tensor, winners_row: tl.tensor, context: tl.tensor, slots: tl.tensor,
     width: tl.tensor,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    BLOCK: tl.constexpr, PIECE: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """The best of one stretch of one row.
 
@@ -105,44 +120,44 @@ def _select_kernel(
     written = 0
     if (start < end) & (k > 0):
         i = start + tl.arange(0, BLOCK)
-        # What is read is bounded by whole pages, not by the row's end: reads are 16 bytes wide.
-        values = tl.load(scores + t * scores_row + i, mask=i < context, other=float("-inf"))
-        keys = tl.where((i < end) & (values != float("-inf")), _ordered(values), _LEAST)
-        real = tl.sum((keys != _LEAST).to(tl.int32), 0)
-        # Invariant: at least k keys are >= low, fewer than k are > high; `exact` as soon as just k are >= low.
-        low = tl.min(tl.where(keys == _LEAST, 0x7FFFFFFF, keys), 0).to(tl.int64)
-        high = tl.max(keys, 0).to(tl.int64)
-        exact = real <= k
-        low = tl.where(exact, _LEAST + 1, low)
-        while (low < high) & (exact == 0):
-            third = low + (high - low + 2) // 3
-            two_thirds = low + (2 * (high - low) + 2) // 3
-            above = (keys >= third.to(tl.int32)).to(tl.int32)
-            far_above = (keys >= two_thirds.to(tl.int32)).to(tl.int32)
-            counts = tl.sum(above + (far_above << 16), 0)
+        keys = _keys(_read(scores + t * scores_row, i, context), i, end)
+        # Invariant: `least` keys are >= low, at least k of them or all; fewer than k are > high.
+        low = tl.full((), _LEAST, tl.int32)
+        high = tl.full((), 0x7FFFFFFF, tl.int32)
+        least = tl.minimum(end - start, BLOCK)
+        while (least > k) & (low < high):
+            third = ((high - low).to(tl.uint32, bitcast=True) // 3).to(tl.int32, bitcast=True)
+            lower = low + third + 1
+            upper = lower + third
+            counts = tl.sum((keys >= lower).to(tl.int32) + ((keys >= upper).to(tl.int32) << 16), 0)
             few = counts >> 16
             many = counts & 0xFFFF
-            exact = (few == k) | ((many == k) & (few < k))
-            high = tl.where(few >= k, high, tl.where(many >= k, two_thirds - 1, third - 1))
-            low = tl.where(few >= k, two_thirds, tl.where(many >= k, third, low))
-        # All keys > bound are in the set; of those == bound the later ones, as many as are missing.
-        bound = low.to(tl.int32)
-        over = (keys > bound).to(tl.int32)
-        tied = (keys == bound).to(tl.int32)
-        running = tl.cumsum((over << 16) + tied, 0)  # both counts in one: neither exceeds 2^15
-        total = tl.max(running, 0)
-        spare = tl.maximum((total >> 16) + (total & 0xFFFF) - k, 0)
-        ties = running & 0xFFFF
-        at = (running >> 16) + tl.maximum(ties - spare, 0) - 1
-        mask = (over != 0) | ((tied != 0) & (ties > spare))
-        if FIRST:
-            place = i
-        else:
-            place = tl.load(places + t * scores_row + i, mask=mask, other=-1)
-        tl.store(chosen + at, place, mask=mask)
-        if LAST == 0:
-            tl.store(chosen_best + at, values, mask=mask)
-        written = tl.minimum((total >> 16) + (total & 0xFFFF), k)
+            high = tl.where(few >= k, high, tl.where(many >= k, upper - 1, lower - 1))
+            low = tl.where(few >= k, upper, tl.where(many >= k, lower, low))
+            least = tl.where(few >= k, few, tl.where(many >= k, many, least))
+        # All keys > low are in the set; of those == low all but the first `spare`, and none if low stands for nothing.
+        spare = tl.maximum(least - k, 0)
+        for piece in range(start, tl.minimum(start + BLOCK, end), PIECE):
+            at = piece + tl.arange(0, PIECE)
+            values = _read(scores + t * scores_row, at, context)
+            some = _keys(values, at, end)
+            over = (some > low).to(tl.int32)
+            tied = ((some == low) & (some != _LEAST)).to(tl.int32)
+            both = (over << 16) + tied  # neither count exceeds 2^15
+            running = tl.cumsum(both, 0)
+            total = tl.sum(both, 0)
+            ties = running & 0xFFFF
+            slot = written + (running >> 16) + tl.maximum(ties - spare, 0) - 1
+            mask = (over != 0) | ((tied != 0) & (ties > spare))
+            if FIRST:
+                place = at
+            else:
+                place = tl.load(places + t * scores_row + at, mask=mask, other=-1)
+            tl.store(chosen + slot, place, mask=mask)
+            if LAST == 0:
+                tl.store(chosen_best + slot, values, mask=mask)
+            written += (total >> 16) + tl.maximum((total & 0xFFFF) - spare, 0)
+            spare = tl.maximum(spare - (total & 0xFFFF), 0)
     j = tl.arange(0, TAIL)
     for rest in range(written, slots, TAIL):
         tl.store(chosen + rest + j, tl.full((TAIL,), -1, tl.int32), mask=rest + j < slots)
