@@ -5,15 +5,16 @@
 over all c <= positions[t] for a dense row, and over selected[t] for a sparse one. Softmax is the online one of
 FlashAttention (arXiv 2205.14135); long rows are split and merged by log-sum-exp (flash-decoding), in float32.
 
-Two forms:
+Three forms:
 
-- *row by row*: a program is one row, one KV head and one split. Decodes and all sparse rows.
-- *block by block*: a program is up to `block_rows(G)` rows of one request at consecutive positions, which share what they
-  read, one KV head and one split. Dense rows of prompts, as `Blocks` says.
+- *decodes*, row by row, dense and sparse: a program is one row, one KV head and one split;
+- *dense rows of prompts*, block by block, as `Blocks` says: a program is up to `block_rows(G)` rows of one request at
+  consecutive positions, which share what they read, one KV head and one split;
+- *sparse rows of prompts*, row by row, with longer splits, since there are many rows.
 
-The splits of a row are a function of its own length, and nothing else orders a sum. So in either form a row's bits do not
-depend on what else is in the batch, on where blocks begin or on the widths of the batch's tensors. The two forms may
-differ in the last bits, as their matrix instructions differ: a row keeps its bits as long as it keeps its form.
+What orders a row's sums is its own length and its form, and nothing else: its bits do not depend on what else is in the
+batch, on where a prompt's chunks and blocks begin, or on the widths of the batch's tensors. Forms may differ in the last
+bits, as their splits and matrix instructions do: a row keeps its bits as long as it keeps its form.
 """
 
 from __future__ import annotations
@@ -32,19 +33,22 @@ from engine.kernels.triton.rows import Blocks, Rows
 _PAGE = tl.constexpr(PAGE_SIZE)
 
 MOST_SPLITS = 64
-"""Of any row: what a merge holds."""
+"""Of a dense row: what a merge holds."""
+MOST_SPARSE_SPLITS = 16
+"""Of a sparse row; a merge of so few is cheap."""
 ROW_SPLIT = 128
 """Positions in a split of a dense row, row by row; it doubles as often as `MOST_SPLITS` wants."""
 SPARSE_SPLIT = 64
 """The same for selected positions: a decode's rows are few, and its time is the longest split's."""
 PROMPT_SPARSE_SPLIT = 2048
 """The same in prompts, whose many rows fill the device."""
-BLOCK_SPLIT = 2048
-"""The same, block by block."""
+BLOCK_SPLIT = 1024
+"""The same as `ROW_SPLIT`, block by block."""
 BLOCK_PRODUCTS = 128
 """Rows of a block times query heads a KV head: the height of one product."""
 
 _MOST = tl.constexpr(MOST_SPLITS)
+_FEW = tl.constexpr(MOST_SPARSE_SPLITS)
 _BOTH, _DENSE, _SPARSE = 0, 1, 2  # kinds of rows
 _ALL, _LISTED, _TABLE = 0, 1, 2  # rows of a launch: every one, those of a list, those of blocks
 _LOG2_E = 1.4426950408889634
@@ -81,6 +85,8 @@ def attend(
         )
     if query.stride()[1:] != (group * dim, dim, 1) or kv_plane.stride()[2:] != (2 * dim, dim, 1):
         raise EngineError("a row's query and a token's keys and values are contiguous")
+    if scale <= 0:
+        raise EngineError(f"the scale is {scale}; it must be positive")
     if group > 16:
         raise EngineError(f"{group} query heads a KV head; at most 16 can be")
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -88,7 +94,7 @@ def attend(
         return out
     dense = min(MOST_SPLITS, triton.cdiv(max_context, ROW_SPLIT))
     width = 0 if selected is None else selected.shape[1]
-    splits = max(dense, min(MOST_SPLITS, triton.cdiv(width, SPARSE_SPLIT)))
+    splits = max(dense, min(MOST_SPARSE_SPLITS, triton.cdiv(width, SPARSE_SPLIT)))
     call = _Call(query, kv_plane, rows, selected, scale, out)
     if blocks is None:
         call.by_row(_ALL, None, count, splits)
@@ -102,7 +108,7 @@ def attend(
     if len(blocks.table):
         call.by_block(blocks, min(MOST_SPLITS, triton.cdiv(max_context, BLOCK_SPLIT)))
         if selected is not None:
-            splits = min(MOST_SPLITS, triton.cdiv(width, PROMPT_SPARSE_SPLIT))
+            splits = min(MOST_SPARSE_SPLITS, triton.cdiv(width, PROMPT_SPARSE_SPLIT))
             call.by_row(_TABLE, blocks.table, len(blocks.table), splits, blocks.size)
     return out
 
@@ -124,7 +130,8 @@ class _Call:
         parts, sums = self._parts(count * size, splits)
         rows, selected = self._rows, self._selected
         prompt = source == _TABLE
-        shape = (_prompt_shape if prompt else _row_shape)(self._query.dtype, self._padded)
+        dtype, dim = self._query.dtype, self._padded
+        shape = _prompt_shape(dtype, dim) if prompt else _row_shape(dtype, dim, selected is None)
         split = PROMPT_SPARSE_SPLIT if prompt else SPARSE_SPLIT
         kinds = _SPARSE if prompt else _BOTH
         _row_kernel[(count * size, self._kv_heads, splits)](
@@ -185,26 +192,28 @@ class _Call:
         )  # fmt: skip
 
 
-def _row_shape(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
-    """Keys a step, warps and stages, row by row. No function of the batch, for a row's bits depend on them."""
-    return (32, 2, 2) if dtype == torch.float32 else (64, 2, 5) if dim <= 64 else (64, 4, 5)
+def _row_shape(dtype: torch.dtype, dim: int, dense: bool) -> tuple[int, int, int]:
+    """Keys a step, warps and stages, row by row. A row's bits depend on the first two: no function of the batch."""
+    if dtype == torch.float32:
+        return 32, 2, 2
+    return 64, 2, 3 if dim <= 64 else 5 if dense else 2
 
 
 def _prompt_shape(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
     """The same of sparse rows in prompts."""
-    return (32, 2, 2) if dtype == torch.float32 else (64, 1, 3) if dim <= 64 else (64, 2, 2)
+    return (32, 2, 2) if dtype == torch.float32 else (64, 1, 2) if dim <= 64 else (32, 1, 3)
 
 
 def _block_shape(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
     """The same block by block."""
-    return (32, 8, 1) if dtype == torch.float32 else (64, 4, 2) if dim <= 64 else (128, 8, 2)
+    return (32, 8, 1) if dtype == torch.float32 else (64, 4, 2) if dim <= 64 else (64, 8, 3)
 
 
 @triton.jit
-def _split_of(length: tl.tensor, base: tl.constexpr) -> tl.tensor:
-    """Positions in a split of a row of this length: `base` doubled until there are at most _MOST splits."""
+def _split_of(length: tl.tensor, base: tl.constexpr, most: tl.constexpr) -> tl.tensor:
+    """Positions in a split of a row of this length: `base` doubled until there are at most `most` splits."""
     split = base + 0 * length
-    while split * _MOST < length:
+    while split * most < length:
         split *= 2
     return split
 
@@ -232,13 +241,13 @@ def _extent_of(
     KINDS: both (0), dense (1), sparse (2); padding is of every kind.
     """
     length = tl.maximum(tl.load(positions + t) + 1, 0)
-    split = _split_of(length, DENSE_SPLIT)
+    split = _split_of(length, DENSE_SPLIT, _MOST)
     sparse = length < 0
     if SELECTED:
         chosen = tl.load(index_top_k + t)
         sparse = chosen > 0
         few = tl.minimum(tl.minimum(chosen, width), length)
-        split = tl.where(sparse, _split_of(few, CHOSEN_SPLIT), split)
+        split = tl.where(sparse, _split_of(few, CHOSEN_SPLIT, _FEW), split)
         length = tl.where(sparse, few, length)
     if KINDS == 1:
         length = tl.where(sparse & (length > 0), -1, length)
@@ -299,11 +308,11 @@ def _row_kernel(
             kept = there[:, None] & (d < D)[None, :]
             keys = tl.load(place[:, None] + d[None, :], mask=kept, other=0.0)
             values = tl.load(place[:, None] + (D + d)[None, :], mask=kept, other=0.0)
-            logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-            logits = tl.where(there[None, :], logits, float("-inf"))
-            highest = tl.maximum(top, tl.max(logits, 1))
+            products = tl.dot(q, tl.trans(keys), input_precision="ieee")
+            products = tl.where(there[None, :], products, float("-inf"))
+            highest = tl.maximum(top, tl.max(products, 1) * scale)
             base = tl.where(highest == float("-inf"), 0.0, highest)
-            weights = tl.exp2(logits - base[:, None])
+            weights = tl.exp2(products * scale - base[:, None])
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(weights, 1)
             acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
@@ -319,13 +328,32 @@ def _row_kernel(
 
 
 @triton.jit
+def _merged(
+    parts: tl.tensor, sums: tl.tensor, place: tl.tensor, count: tl.tensor, D: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """What `count` splits from `place` on give together: [DIM]."""
+    s = tl.arange(0, WIDTH)
+    d = tl.arange(0, DIM)
+    there = s < count
+    tops = tl.load(sums + (place + s) * 2, mask=there, other=float("-inf"))
+    totals = tl.load(sums + (place + s) * 2 + 1, mask=there, other=0.0)
+    kept = there[:, None] & (d < D)[None, :]
+    accs = tl.load(parts + (place + s)[:, None] * D + d[None, :], mask=kept, other=0.0)
+    highest = tl.max(tops, 0)
+    weights = tl.exp2(tops - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(weights * totals, 0)
+    return tl.sum(accs * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
 def _merge_kernel(
     parts: tl.tensor, sums: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, source: tl.tensor, out: tl.tensor,
     splits: tl.tensor, width: tl.tensor, size: tl.tensor,
     HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, SOURCE: tl.constexpr, SELECTED: tl.constexpr,
     KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr, CHOSEN_SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One query head of one row that has more than one split: all of them, whatever the batch's number, in one sum."""
+    """One query head of one row that has more than one split."""
     entry = tl.program_id(0)
     head = tl.program_id(1)
     t = _row_of(entry, source, size, SOURCE)
@@ -336,17 +364,13 @@ def _merge_kernel(
     )
     if length <= split:
         return
-    s = tl.arange(0, _MOST)
+    place = (entry.to(tl.int64) * HEADS + head) * splits
+    count = tl.cdiv(length, split)
+    if count <= _FEW:
+        result = _merged(parts, sums, place, count, D, DIM, _FEW)
+    else:
+        result = _merged(parts, sums, place, count, D, DIM, _MOST)
     d = tl.arange(0, DIM)
-    there = s < tl.cdiv(length, split)
-    place = (entry.to(tl.int64) * HEADS + head) * splits + s
-    tops = tl.load(sums + place * 2, mask=there, other=float("-inf"))
-    totals = tl.load(sums + place * 2 + 1, mask=there, other=0.0)
-    accs = tl.load(parts + place[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
-    highest = tl.max(tops, 0)
-    weights = tl.exp2(tops - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(weights * totals, 0)
-    result = tl.sum(accs * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out + (t.to(tl.int64) * HEADS + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
@@ -358,20 +382,17 @@ def _block_step(
     """The keys from `start` on; MASKED where a row may end before their last."""
     i = tl.arange(0, KEYS)
     d = tl.arange(0, DIM)
-    if KEYS <= PAGE:
-        page = tl.load(pages + start // PAGE).to(tl.int64)
-        place = plane + page * page_stride + (start % PAGE + i) * token_stride
-    else:
-        page = tl.load(pages + (start + i) // PAGE, mask=start + i <= tl.max(ends, 0), other=0).to(tl.int64)
-        place = plane + page * page_stride + (start + i) % PAGE * token_stride
+    page = tl.load(pages + start // PAGE).to(tl.int64)
+    place = plane + page * page_stride + (start % PAGE + i) * token_stride
     keys = tl.load(place[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
     values = tl.load(place[:, None] + (D + d)[None, :], mask=(d < D)[None, :], other=0.0)
-    logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    products = tl.dot(q, tl.trans(keys), input_precision="ieee")
+    # Before the scale, so that the rest is the same to the bit, fused operations too, whether masked or not.
     if MASKED:
-        logits = tl.where((start + i)[None, :] <= ends[:, None], logits, float("-inf"))
-    highest = tl.maximum(top, tl.max(logits, 1))
+        products = tl.where((start + i)[None, :] <= ends[:, None], products, float("-inf"))
+    highest = tl.maximum(top, tl.max(products, 1) * scale)
     base = tl.where(highest == float("-inf"), 0.0, highest) if MASKED else highest
-    weights = tl.exp2(logits - base[:, None])
+    weights = tl.exp2(products * scale - base[:, None])
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
@@ -402,7 +423,7 @@ def _block_kernel(
         there = there & ((tl.load(index_top_k + t, mask=there, other=0) <= 0) | (ends < 0))
         ends = tl.where(there, ends, -1)
     last = tl.max(ends, 0)
-    split = _split_of(last + 1, DENSE_SPLIT)
+    split = _split_of(last + 1, DENSE_SPLIT, _MOST)
     begin = part * split
     if (begin > last) & (part > 0):
         return

@@ -27,7 +27,7 @@ _PLAIN, _INT8, _FP8 = 0, 1, 2
 
 STAGES = 4
 """Steps whose reads are in flight: of page numbers and of keys, in turn."""
-BLOCK_COLUMNS = 128
+BLOCK_COLUMNS = 64
 """Rows of a block times heads: the width of one product when rows of a prompt share their keys."""
 
 
@@ -122,7 +122,7 @@ def _head_columns(heads: int) -> int:
 
 def _pages_a_program(pages: int, programs: int) -> int:
     """Long stretches when rows fill the device by themselves, short ones when they do not."""
-    each = 16
+    each = 8 if pages < 512 else 16
     while each > 1 and programs * triton.cdiv(pages, each) < 512:
         each //= 2
     return each

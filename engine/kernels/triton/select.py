@@ -20,8 +20,10 @@ from engine.kernels.triton.rows import Rows
 STRETCH = 8192
 """How many scores one program holds at least, if a row has so many."""
 
+MANY_ROWS = 256
+"""More rows than this are written out a piece at a time."""
 PIECE = 2048
-"""How many are written out at a time: their running count needs registers, which bound how many programs run at once."""
+"""Of a stretch: running counts need registers, and these bound how many programs run at once."""
 
 MOST_SELECTED = 8192
 """The largest top_k."""
@@ -64,7 +66,7 @@ def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
         _select_kernel[(count, stretches)](
             scores, winners if places is None else places, rows.positions, rows.index_top_k, winners, best,
             scores.stride(0), winners.stride(0), context, width if last else slots, width,
-            BLOCK=block, PIECE=min(block, PIECE), TAIL=min(block, 1024), FIRST=places is None, LAST=last, num_warps=_warps(block),
+            BLOCK=block, PIECE=min(block, PIECE) if count > MANY_ROWS else block, TAIL=min(block, 1024), FIRST=places is None, LAST=last, num_warps=_warps(block),
         )  # fmt: skip
         if last:
             return out

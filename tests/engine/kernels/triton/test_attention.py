@@ -85,7 +85,7 @@ def mixed(first: int, last: int, top_k: int) -> list[Line]:
     return [Line(0, 130, 9), *prompt, Line(2, 150, 0), Line(-1, -1, 0)]
 
 
-@pytest.mark.parametrize("dims", [DIMS[0], DIMS[3]])
+@pytest.mark.parametrize("dims", [(1, 3, 64), (2, 1, 24)])
 def test_a_prompt_in_blocks_beside_decodes(
     device: torch.device,
     dtypes: list[torch.dtype],
@@ -93,18 +93,19 @@ def test_a_prompt_in_blocks_beside_decodes(
     dims: tuple[int, int, int],
 ) -> None:
     monkeypatch.setattr(attention, "BLOCK_SPLIT", 64)  # so that a block has several
+    monkeypatch.setattr(attention, "PROMPT_SPARSE_SPLIT", 64)
     for dtype in dtypes:
-        batch = Batch(mixed(100, 150, 145), 3, device)
-        given = operands(batch, dims, dtype, 145)
-        blocks = blocks_of([Span(1, 50, 100)], len(batch.lines), block_rows(dims[1]), device)
+        batch = Batch(mixed(118, 136, 132), 3, device)
+        given = operands(batch, dims, dtype, 132)
+        blocks = blocks_of([Span(1, 18, 118)], len(batch.lines), block_rows(dims[1]), device)
         check(batch, run(batch, *given, blocks), *given)
         check(batch, run(batch, *given[:2], None, blocks), *given[:2], None)
 
 
 def test_long_rows(device: torch.device, dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
     """More splits than a merge holds, unless they double."""
-    monkeypatch.setattr(attention, "ROW_SPLIT", 32)
-    monkeypatch.setattr(attention, "SPARSE_SPLIT", 64)
+    monkeypatch.setattr(attention, "ROW_SPLIT", 16)
+    monkeypatch.setattr(attention, "SPARSE_SPLIT", 32)
     for dtype in dtypes:
         batch = Batch([Line(0, 1150, 700), Line(0, 1149, 0)], 18, device)
         given = operands(batch, (1, 4, 64), dtype, 700)
@@ -146,20 +147,20 @@ def test_the_same_bits_again_and_in_other_company(device: torch.device, dtypes: 
             assert torch.equal(own[0], first[row])
 
 
-@pytest.mark.parametrize("cuts", [(1,), (17, 30)])
+@pytest.mark.parametrize("cuts", [(1,), (7, 29)])
 def test_where_a_prompt_is_cut_changes_no_bit(
     device: torch.device, dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch, cuts: Sequence[int]
 ) -> None:
     """Block by block: a chunk that ends elsewhere, or a hit in the prefix cache, gives the same rows."""
     monkeypatch.setattr(attention, "BLOCK_SPLIT", 64)
     for dtype in dtypes:
-        batch = Batch([Line(0, position, 0) for position in range(90, 140)], 3, device)
-        query, plane, _ = operands(batch, DIMS[0], dtype, 1)
-        size = block_rows(DIMS[0][1])
-        whole = run(batch, query, plane, None, blocks_of([Span(0, 50, 90)], 50, size, device))
-        edges = [0, *cuts, 50]
-        spans = [Span(a, b - a, 90 + a) for a, b in itertools.pairwise(edges)]
-        cut = run(batch, query, plane, None, blocks_of(spans, 50, size, device))
+        batch = Batch([Line(0, position, 0) for position in range(100, 130)], 3, device)
+        query, plane, _ = operands(batch, (1, 3, 64), dtype, 1)
+        size = block_rows(3)
+        whole = run(batch, query, plane, None, blocks_of([Span(0, 30, 100)], 30, size, device))
+        edges = [0, *cuts, 30]
+        spans = [Span(a, b - a, 100 + a) for a, b in itertools.pairwise(edges)]
+        cut = run(batch, query, plane, None, blocks_of(spans, 30, size, device))
         assert torch.equal(cut, whole)
 
 

@@ -56,8 +56,10 @@ def kinds(context: int, g: torch.Generator) -> Tensor:
     return noise
 
 
-@pytest.mark.parametrize("context", [64, 128, 192, 1000, 5000])
-@pytest.mark.parametrize("stretch", [256, 8192])
+@pytest.mark.parametrize(
+    ("context", "stretch"),
+    [(64, 8192), (192, 8192), (600, 256), (5000, 8192), *([(9999, 1024)] if CHIP else [])],
+)
 def test_kinds_of_rows(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, context: int, stretch: int
 ) -> None:
@@ -66,12 +68,9 @@ def test_kinds_of_rows(
     g = torch.Generator().manual_seed(context)
     scores = kinds(context, g)
     last = torch.full((12,), context - 1)
-    for positions, width in (
-        (last, min(context // 2, 100)),
-        (torch.randint(0, context, (12,), generator=g), 70),
-    ):
-        check(scores, positions, torch.randint(1, width + 1, (12,), generator=g), width, device)
-    check(scores, last, torch.full((12,), width), width, device)
+    check(scores, torch.randint(0, context, (12,), generator=g), torch.full((12,), 70), 70, device)
+    width = min(context // 2, 100)
+    check(scores, last, torch.randint(1, width + 1, (12,), generator=g), width, device)
 
 
 def test_edges(device: torch.device) -> None:
