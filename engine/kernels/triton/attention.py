@@ -44,11 +44,14 @@ PROMPT_SPARSE_SPLIT = 2048
 """The same in prompts, whose many rows fill the device."""
 BLOCK_SPLIT = 1024
 """The same as `ROW_SPLIT`, block by block."""
+MOST_BLOCK_SPLITS = 8
+"""Of a row in a block: at a multiple of 8 x 1024 positions splits double, and no block goes beyond it."""
 BLOCK_PRODUCTS = 128
 """Rows of a block times query heads a KV head: the height of one product."""
 
 _MOST = tl.constexpr(MOST_SPLITS)
 _FEW = tl.constexpr(MOST_SPARSE_SPLITS)
+_MOST_BLOCK = tl.constexpr(MOST_BLOCK_SPLITS)
 _BOTH, _DENSE, _SPARSE = 0, 1, 2  # kinds of rows
 _ALL, _LISTED, _TABLE = 0, 1, 2  # rows of a launch: every one, those of a list, those of blocks
 _LOG2_E = 1.4426950408889634
@@ -106,7 +109,7 @@ def attend(
     if len(blocks.singles):
         call.by_row(_LISTED, blocks.singles, len(blocks.singles), splits)
     if len(blocks.table):
-        call.by_block(blocks, min(MOST_SPLITS, triton.cdiv(max_context, BLOCK_SPLIT)))
+        call.by_block(blocks, min(MOST_BLOCK_SPLITS, triton.cdiv(max_context, BLOCK_SPLIT)))
         if selected is not None:
             splits = min(MOST_SPARSE_SPLITS, triton.cdiv(width, PROMPT_SPARSE_SPLIT))
             call.by_row(_TABLE, blocks.table, len(blocks.table), splits, blocks.size)
@@ -241,7 +244,7 @@ def _extent_of(
     KINDS: both (0), dense (1), sparse (2); padding is of every kind.
     """
     length = tl.maximum(tl.load(positions + t) + 1, 0)
-    split = _split_of(length, DENSE_SPLIT, _MOST)
+    split = _split_of(length, DENSE_SPLIT, _MOST_BLOCK if KINDS == 1 else _MOST)
     sparse = length < 0
     if SELECTED:
         chosen = tl.load(index_top_k + t)
@@ -423,7 +426,7 @@ def _block_kernel(
         there = there & ((tl.load(index_top_k + t, mask=there, other=0) <= 0) | (ends < 0))
         ends = tl.where(there, ends, -1)
     last = tl.max(ends, 0)
-    split = _split_of(last + 1, DENSE_SPLIT, _MOST)
+    split = _split_of(last + 1, DENSE_SPLIT, _MOST_BLOCK)
     begin = part * split
     if (begin > last) & (part > 0):
         return

@@ -67,7 +67,7 @@ class Blocks:
 
 
 def blocks_of(
-    spans: Sequence[Span], rows: int, size: int, device: torch.device, align: int = 1 << 16
+    spans: Sequence[Span], rows: int, size: int, device: torch.device, align: int = 1 << 13
 ) -> Blocks:
     """Cut spans into blocks of at most `size` rows.
 

@@ -27,6 +27,8 @@ _PLAIN, _INT8, _FP8 = 0, 1, 2
 
 STAGES = 4
 """Steps whose reads are in flight: of page numbers and of keys, in turn."""
+PROMPT_STAGES = 4
+"""The same where rows of a prompt share their keys."""
 BLOCK_COLUMNS = 64
 """Rows of a block times heads: the width of one product when rows of a prompt share their keys."""
 
@@ -77,7 +79,7 @@ def index_scores(
             query.stride(0), head_weights.stride(0), key_plane.stride(0), key_plane.stride(1), rows.block_table.stride(0),
             out.stride(0), pages, heads, dim,
             ROWS=size, HEADS=_head_columns(heads), DIM=max(32, triton.next_power_of_2(dim)), PAGES=each,
-            FORM=form, KIND=kind, FILL=fill, num_warps=4 if columns <= 128 else 8, num_stages=STAGES,
+            FORM=form, KIND=kind, FILL=fill, num_warps=4 if columns <= 128 else 8, num_stages=STAGES if size == 1 else PROMPT_STAGES,
         )  # fmt: skip
 
     if blocks is None:
@@ -172,9 +174,15 @@ def _scores_kernel(
     if first_page < seen:
         n = tl.arange(0, ROWS * HEADS)
         d = tl.arange(0, DIM)
-        head = n % HEADS
-        own = (n // HEADS < count) & (head < heads)
-        row = (first + n // HEADS).to(tl.int64)
+        if ROWS % 4 == 0:
+            # A thread of a matrix unit holds two neighbours of each eight columns: so all heads of a row.
+            own_row = n // (4 * HEADS) * 4 + n // 2 % 4
+            head = n // 8 % (HEADS // 2) * 2 + n % 2
+        else:
+            own_row = n // HEADS
+            head = n % HEADS
+        own = (own_row < count) & (head < heads)
+        row = (first + own_row).to(tl.int64)
         q = tl.load(
             query + row[:, None] * query_row + head[:, None] * dim + d[None, :],
             mask=own[:, None] & (d < dim)[None, :], other=0.0,
@@ -212,7 +220,13 @@ def _scores_kernel(
                 )  # fmt: skip
             products = tl.dot(keys, tl.trans(q), input_precision="ieee")
             terms = tl.maximum(products, 0.0) * w[None, :]
-            scores = tl.sum(tl.reshape(terms, (_PAGE, ROWS, HEADS)), 2)
+            if ROWS % 4 == 0:
+                # In the order in which threads would add them up if the heads lay side by side.
+                pairs = tl.sum(tl.reshape(terms, (_PAGE, ROWS // 4, 2, HEADS // 4, 4, 2)), 5)
+                halves = tl.sum(pairs, 2)
+                scores = tl.reshape(tl.sum(halves, 2), (_PAGE, ROWS))
+            else:
+                scores = tl.sum(tl.reshape(terms, (_PAGE, ROWS, HEADS)), 2)
             if FORM != 0:
                 scales = tl.load((base + _PAGE * dim).to(tl.pointer_type(tl.float32)) + token)
                 scores = scores * scales[:, None]

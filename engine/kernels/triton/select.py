@@ -20,8 +20,8 @@ from engine.kernels.triton.rows import Rows
 STRETCH = 8192
 """How many scores one program holds at least, if a row has so many."""
 
-MANY_ROWS = 256
-"""More rows than this are written out a piece at a time."""
+MANY = 256
+"""More stretches than this, of all rows, are written out a piece at a time."""
 PIECE = 2048
 """Of a stretch: running counts need registers, and these bound how many programs run at once."""
 
@@ -66,7 +66,7 @@ def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
         _select_kernel[(count, stretches)](
             scores, winners if places is None else places, rows.positions, rows.index_top_k, winners, best,
             scores.stride(0), winners.stride(0), context, width if last else slots, width,
-            BLOCK=block, PIECE=min(block, PIECE) if count > MANY_ROWS else block, TAIL=min(block, 1024), FIRST=places is None, LAST=last, num_warps=_warps(block),
+            BLOCK=block, PIECE=min(block, PIECE) if count * stretches > MANY else block, TAIL=min(block, 1024), FIRST=places is None, LAST=last, num_warps=_warps(block),
         )  # fmt: skip
         if last:
             return out
