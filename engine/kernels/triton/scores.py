@@ -4,8 +4,10 @@
 
 A program multiplies one page of keys after another, as [64 keys, d] x [d, rows * heads], so that the sum over the heads
 stays within a thread and its neighbours. Products and sums are float32 (IEEE, no tf32); those of 8-bit integers are exact,
-since float16 holds the integers and float32 sums of up to 512 products of them. A score depends on its row and its key
-alone, and not on how rows are grouped.
+since float16 holds the integers and float32 sums of up to 512 products of them.
+
+A row's bits do not depend on the batch, nor on where the blocks of its prompt begin. Scored alone, as decodes are, it may
+differ from itself in a block in the last bit: the compiler may fuse other multiplications with additions there.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _PLAIN, _INT8, _FP8 = 0, 1, 2
 
 STAGES = 4
 """Steps whose reads are in flight: of page numbers and of keys, in turn."""
-PROMPT_STAGES = 4
+PROMPT_STAGES = 5
 """The same where rows of a prompt share their keys."""
 BLOCK_COLUMNS = 64
 """Rows of a block times heads: the width of one product when rows of a prompt share their keys."""
@@ -220,13 +222,12 @@ def _scores_kernel(
                 )  # fmt: skip
             products = tl.dot(keys, tl.trans(q), input_precision="ieee")
             terms = tl.maximum(products, 0.0) * w[None, :]
+            # One order of summing, however rows are grouped: neighbours, then halves, then the rest.
             if ROWS % 4 == 0:
-                # In the order in which threads would add them up if the heads lay side by side.
                 pairs = tl.sum(tl.reshape(terms, (_PAGE, ROWS // 4, 2, HEADS // 4, 4, 2)), 5)
-                halves = tl.sum(pairs, 2)
-                scores = tl.reshape(tl.sum(halves, 2), (_PAGE, ROWS))
             else:
-                scores = tl.sum(tl.reshape(terms, (_PAGE, ROWS, HEADS)), 2)
+                pairs = tl.sum(tl.reshape(terms, (_PAGE, ROWS, 2, HEADS // 4, 1, 2)), 5)
+            scores = tl.reshape(tl.sum(tl.sum(pairs, 2), 2), (_PAGE, ROWS))
             if FORM != 0:
                 scales = tl.load((base + _PAGE * dim).to(tl.pointer_type(tl.float32)) + token)
                 scores = scores * scales[:, None]
