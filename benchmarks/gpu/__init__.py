@@ -1,0 +1,1 @@
+"""What the GPU path takes on one GPU."""
