@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -31,7 +29,9 @@ def silu_times(product: Tensor) -> Tensor:
 
 
 @kernel
-def _silu_times(product: Any, out: Any, stride: Any, SIZE: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _silu_times(
+    product: tl.tensor, out: tl.tensor, stride: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     """A program a block of a row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -6,8 +6,6 @@ through memory. Rows come in blocks of 16 whatever their number, so a row's resu
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton.language as tl
 from torch import Tensor
 
@@ -37,20 +35,20 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> No
     _add_low_rank[grid](
         y, x, a, b, rows, len(y), y.stride(0), x.stride(0),
         INPUTS=inputs, OUTPUTS=outputs, RANK=len(a), RANK_BLOCK=max(block(len(a)), 16),
-        ROW_BLOCK=_ROWS, OUT_BLOCK=_OUTPUTS, IN_BLOCK=min(max(block(inputs), 16), 128), num_warps=4, num_stages=3,
+        ROW_BLOCK=_ROWS, OUT_BLOCK=_OUTPUTS, IN_BLOCK=min(max(block(inputs), 16), 128 if x.dtype.itemsize < 4 else 32), num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
 @kernel
 def _add_low_rank(
-    y: Any,
-    x: Any,
-    a: Any,
-    b: Any,
-    flags: Any,
-    num_rows: Any,
-    y_stride: Any,
-    x_stride: Any,
+    y: tl.tensor,
+    x: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    flags: tl.tensor,
+    num_rows: tl.tensor,
+    y_stride: tl.tensor,
+    x_stride: tl.tensor,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     RANK: tl.constexpr,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -39,12 +37,12 @@ def add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -
 
 @kernel
 def _add_rms_norm(
-    x: Any,
-    update: Any,
-    weight: Any,
-    total: Any,
-    normed: Any,
-    eps: Any,
+    x: tl.tensor,
+    update: tl.tensor,
+    weight: tl.tensor,
+    total: tl.tensor,
+    normed: tl.tensor,
+    eps: tl.tensor,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     UPDATE: tl.constexpr,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -65,20 +63,20 @@ def rotate_and_store(
 
 @kernel
 def _head(
-    product: Any,
-    bias: Any,
-    query_norm: Any,
-    key_norm: Any,
-    at: Any,
-    dim: Any,
-    part: Any,
-    mask: Any,
-    eps: Any,
+    product: tl.tensor,
+    bias: tl.tensor,
+    query_norm: tl.tensor,
+    key_norm: tl.tensor,
+    at: tl.tensor,
+    dim: tl.tensor,
+    part: tl.tensor,
+    mask: tl.tensor,
+    eps: tl.tensor,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BIAS: tl.constexpr,
     NORMS: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Numbers at `at` [heads, dims], with bias and norm, float32 that the product's dtype holds.
 
     A head's numbers are all there, in whatever order.
@@ -98,21 +96,21 @@ def _head(
 
 @kernel
 def _rotate_and_store(
-    product: Any,
-    bias: Any,
-    query_norm: Any,
-    key_norm: Any,
-    cos: Any,
-    sin: Any,
-    positions: Any,
-    pages: Any,
-    offsets: Any,
-    plane: Any,
-    query: Any,
-    row_stride: Any,
-    page_stride: Any,
-    slot_stride: Any,
-    eps: Any,
+    product: tl.tensor,
+    bias: tl.tensor,
+    query_norm: tl.tensor,
+    key_norm: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    positions: tl.tensor,
+    pages: tl.tensor,
+    offsets: tl.tensor,
+    plane: tl.tensor,
+    query: tl.tensor,
+    row_stride: tl.tensor,
+    page_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    eps: tl.tensor,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
