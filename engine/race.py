@@ -25,14 +25,18 @@ _SECOND = 1 << 40
 """Added to token ids in the second race: its numbers must not be those that lost the first."""
 
 
+def stream_key(seed: int, index: int) -> int:
+    """What the numbers of a request's `index`-th token are counted from: 64 bits of a SHA-256 of seed and index."""
+    digest = hashlib.sha256(seed.to_bytes(8, "little") + index.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
 def exponential_noise(seed: int, index: int, token_ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """The tokens' Exp(1) numbers for a request's `index`-th token: [N], each above 0.
 
-    The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over a counter, from a key that is a
-    SHA-256 of seed and index.
+    The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over a counter, from `stream_key`.
     """
-    digest = hashlib.sha256(seed.to_bytes(8, "little") + index.to_bytes(8, "little")).digest()
-    key = np.uint64(int.from_bytes(digest[:8], "little"))
+    key = np.uint64(stream_key(seed, index))
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64
         bits = key + token_ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

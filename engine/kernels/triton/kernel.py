@@ -11,9 +11,13 @@ from typing import Any
 import triton
 
 
+_COUNTS = ("num_rows", "bias_stride")
+"""Arguments that change from step to step: nothing is compiled anew for a value that happens to be 1 or divide by 16."""
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """`function` as a kernel, launched as `function[grid](...)`, or called by other kernels."""
-    return triton.jit(function)
+    return triton.jit(function, do_not_specialize=_COUNTS)
 
 
 def block(size: int) -> int:
