@@ -10,7 +10,6 @@ from typing import Any
 
 import triton
 
-
 _COUNTS = ("num_rows", "bias_stride")
 """Arguments that change from step to step: nothing is compiled anew for a value that happens to be 1 or divide by 16."""
 

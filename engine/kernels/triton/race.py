@@ -221,8 +221,19 @@ def _some_weights(
 
 
 @kernel
+def _enough(key: tl.tensor, weights: tl.tensor, MASS: tl.constexpr) -> tl.tensor:
+    """1, or a weight's mass, where a weight is at least the one with bits `key`."""
+    enough = weights.to(tl.int32, bitcast=True) >= key
+    if MASS:
+        return tl.where(enough, (weights * _STEP).to(tl.int64), 0)
+    else:  # noqa: RET505 - what a constant decides is compiled only as an else
+        return enough.to(tl.int32)
+
+
+@kernel
 def _above(
     key: tl.tensor,
+    held: tl.tensor,
     length: tl.tensor,
     everyone: tl.tensor,
     stored: tl.tensor,
@@ -232,21 +243,18 @@ def _above(
     BLOCK: tl.constexpr,
     MASS: tl.constexpr,
 ) -> tl.tensor:
-    """How many weights are at least the one with bits `key`, or what they add up to."""
-    total = tl.zeros([BLOCK], dtype=tl.int64 if MASS else tl.int32)
-    for first in range(0, length, BLOCK):
+    """How many weights are at least the one with bits `key`, or what they add up to; `held` are the first of them."""
+    total = _enough(key, held, MASS)
+    for first in range(BLOCK, length, BLOCK):
         weights = _some_weights(first, length, everyone, stored, logits, best, temperature, BLOCK)
-        enough = weights.to(tl.int32, bitcast=True) >= key
-        if MASS:
-            total += tl.where(enough, (weights * _STEP).to(tl.int64), 0)
-        else:
-            total += enough.to(tl.int32)
+        total += _enough(key, weights, MASS)
     return tl.sum(total, 0)
 
 
 @kernel
 def _least_above(
     key: tl.tensor,
+    held: tl.tensor,
     length: tl.tensor,
     everyone: tl.tensor,
     stored: tl.tensor,
@@ -255,9 +263,10 @@ def _least_above(
     temperature: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """The bits of the least weight that is at least the one with bits `key`."""
-    least = tl.full([BLOCK], _ABOVE_ALL, dtype=tl.int32)
-    for first in range(0, length, BLOCK):
+    """The bits of the least weight that is at least the one with bits `key`; `held` are the first."""
+    keys = held.to(tl.int32, bitcast=True)
+    least = tl.where(keys >= key, keys, _ABOVE_ALL)
+    for first in range(BLOCK, length, BLOCK):
         weights = _some_weights(first, length, everyone, stored, logits, best, temperature, BLOCK)
         keys = weights.to(tl.int32, bitcast=True)
         least = tl.minimum(least, tl.where(keys >= key, keys, _ABOVE_ALL))
@@ -305,6 +314,7 @@ def filtered_race(
         edge = 0
         decided = False
         while not decided:
+            held = _some_weights(0, length, everyone, stored, logits, best, temperature, BLOCK)
             floor = tl.where(everyone, 1, _NOTICEABLE_KEY)
             total = mass
             edge = 0
@@ -312,34 +322,36 @@ def filtered_race(
             if top_k > 0:
                 count = length
                 if everyone:
-                    count = _above(1, length, everyone, stored, logits, best, temperature, BLOCK, False)
+                    count = _above(1, held, length, everyone, stored, logits, best, temperature, BLOCK, False)
                 if top_k <= count:
                     low = floor
                     high = _ABOVE_ALL + tl.zeros_like(low)
                     while high - low > 1:
                         middle = (low + high) // 2
                         count = _above(
-                            middle, length, everyone, stored, logits, best, temperature, BLOCK, False
+                            middle, held, length, everyone, stored, logits, best, temperature, BLOCK, False
                         )
                         if count >= top_k:
                             low = middle
                             high = tl.where(count == top_k, low, high)
                         else:
                             high = middle
-                    edge = _least_above(low, length, everyone, stored, logits, best, temperature, BLOCK)
-                    total = _above(edge, length, everyone, stored, logits, best, temperature, BLOCK, True)
+                    edge = _least_above(low, held, length, everyone, stored, logits, best, temperature, BLOCK)
+                    total = _above(
+                        edge, held, length, everyone, stored, logits, best, temperature, BLOCK, True
+                    )
                 else:
                     decided = everyone
             if decided & (top_p < 1.0):
                 target = top_p * total.to(tl.float64)
                 low = tl.maximum(floor, edge)
-                reached = _above(low, length, everyone, stored, logits, best, temperature, BLOCK, True)
+                reached = _above(low, held, length, everyone, stored, logits, best, temperature, BLOCK, True)
                 if reached.to(tl.float64) >= target:
                     high = _ABOVE_ALL + tl.zeros_like(low)
                     while high - low > 1:
                         middle = (low + high) // 2
                         reached = _above(
-                            middle, length, everyone, stored, logits, best, temperature, BLOCK, True
+                            middle, held, length, everyone, stored, logits, best, temperature, BLOCK, True
                         )
                         if reached.to(tl.float64) >= target:
                             low = middle

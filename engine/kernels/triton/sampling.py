@@ -23,11 +23,12 @@ from engine.kernels.triton.kernel import block, kernel
 from engine.plan import SampleSpec
 from engine.race import stream_key
 
-_CHUNK = 4096
+_CHUNK = 2048
 _CAPACITY = 8192
 """Noticeable tokens that are kept of a row with filters; one with more is filtered by passes over all its logits."""
 
-_BLOCK = 4096
+_BLOCK = 2048
+"""Weights that a program of a row with filters holds at a time."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,11 @@ def has_penalty(spec: SampleSpec) -> bool:
 
 
 def table(
-    specs: Sequence[SampleSpec], slots: Sequence[int]
+    specs: Sequence[SampleSpec], slots: Sequence[int], count: int | None = None
 ) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """`Rows.table` on the host."""
-    whole = np.zeros((len(specs), 10), dtype=np.int64)
+    """`Rows.table` on the host; rows after the specs, up to `count`, are padding: greedy, and nothing is counted."""
+    whole = np.zeros((count or len(specs), 10), dtype=np.int64)
+    whole[:, 2] = -1
     real = whole.view(np.float64)
     for i, (spec, slot) in enumerate(zip(specs, slots, strict=True)):
         p = spec.params
