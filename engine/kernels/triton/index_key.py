@@ -27,7 +27,7 @@ from engine.kv.layouts import Int8KeyLayout
 Form = Literal["plain", "int8", "fp8"]
 
 _KEYS = 4  # a program
-_QUERIES = 16
+_QUERIES = 8
 _PLAIN = tl.constexpr(0)
 _INT8 = tl.constexpr(1)
 _FP8 = tl.constexpr(2)

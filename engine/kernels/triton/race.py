@@ -2,7 +2,7 @@
 
 Letters: T rows, V tokens, cut into C chunks. A row's parameters are ten columns of 64 bits (see `engine.kernels.triton.sampling`).
 
-What is added up over tokens is added as integers (weights in steps of 2^-40), so that neither the order in which programs
+What is added up over tokens is added as integers (weights in steps of 2^-38), so that neither the order in which programs
 run nor the rows beside one can change a bit. The CPU adds float32 numbers, whose last digits differ; so do those of exp.
 As the race is made for that, only a near tie could come out otherwise.
 """
@@ -27,11 +27,14 @@ PRESENCE = tl.constexpr(9)
 COLUMNS = tl.constexpr(10)
 
 _NOTICEABLE = tl.constexpr(2.0**-13)  # engine.filters.NOTICEABLE
-_NOTICEABLE_KEY = tl.constexpr(0x39000000)  # its bits
+_NOTICEABLE_KEY = tl.constexpr(0x39000001)  # the bits of the number after it
 _ABOVE_ALL = tl.constexpr(0x3F800001)  # of the number after 1
 _SECOND = tl.constexpr(1 << 40)  # engine.race._SECOND
-_STEP = tl.constexpr(2.0**40)
-_REST_STEP = tl.constexpr(2.0**48)  # the rest's weights are below 2^-13 each
+_STEP = tl.constexpr(2.0**38)
+_COUNT_AT = tl.constexpr(50)  # above a chunk's mass in such steps there is room for a count
+_ONE = tl.constexpr(1 << 50)  # of that count
+_BELOW_COUNT = tl.constexpr((1 << 50) - 1)
+GROUP = tl.constexpr(64)  # tokens whose largest weight `prepare` looks at
 
 
 @kernel
@@ -86,19 +89,20 @@ def survey(
     sums: tl.tensor,
     bests: tl.tensor,
     best_ids: tl.tensor,
-    counters: tl.tensor,
+    groups: tl.tensor,
     row_stride: tl.tensor,
     bias_stride: tl.tensor,
     VOCAB: tl.constexpr,
     CHUNK: tl.constexpr,
     CHANGED: tl.constexpr,
+    FILTERS: tl.constexpr,
     LOGPROBS: tl.constexpr,
 ) -> None:
     """A program a row and chunk, which stores of its chunk, [T, C] each.
 
     Whether a number is not finite (`bad`), the largest number and the sum of exp(x - it), before penalties (`peaks`,
     `sums`), and the best after them with its first id (`bests`, `best_ids`). With CHANGED also the logits after bias and
-    penalties, [T, V].
+    penalties, [T, V], and with FILTERS the best of each GROUP tokens, [T, C * CHUNK / GROUP].
     """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -108,8 +112,6 @@ def survey(
     place = row * tl.num_programs(1) + chunk
     # Neither NaN nor an infinity is below infinity in magnitude.
     tl.store(bad + place, tl.max((inside & ~(tl.abs(x) < float("inf"))).to(tl.int32), 0))
-    if chunk == 0:
-        tl.store(counters + row, 0)
     if LOGPROBS:
         peak = tl.max(x, 0)
         tl.store(peaks + place, peak)
@@ -134,69 +136,99 @@ def survey(
     best, token = _largest(x, at, VOCAB)
     tl.store(bests + place, best)
     tl.store(best_ids + place, token)
+    if FILTERS:
+        each = tl.arange(0, CHUNK // GROUP)
+        own = tl.max(tl.reshape(x, [CHUNK // GROUP, GROUP]), 1)
+        tl.store(groups + place * (CHUNK // GROUP) + each, own)
 
 
 @kernel
-def first_race(
-    logits: tl.tensor,
+def prepare(
     whole: tl.tensor,
     real: tl.tensor,
     bests: tl.tensor,
-    masses: tl.tensor,
+    groups: tl.tensor,
+    peaks: tl.tensor,
+    floors: tl.tensor,
+    counters: tl.tensor,
+    chunks: tl.tensor,
+    num_groups: tl.tensor,
+    VOCAB: tl.constexpr,
+    CHUNKS_BLOCK: tl.constexpr,
+    GROUPS_BLOCK: tl.constexpr,
+    FILTERS: tl.constexpr,
+) -> None:
+    """A program a row: its best logit (`peaks`), and who of it is kept as a candidate (`floors`).
+
+    That is -1 where nothing is drawn, else the bits of a weight: the first above 2^-13, or with top_k one that hardly more
+    than k tokens reach. If k groups of tokens have a member of at least some weight, k tokens have it, and few more where
+    there are many groups; so such a weight is looked for among the groups' best.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    each = tl.arange(0, CHUNKS_BLOCK)
+    best = tl.max(tl.load(bests + row * chunks + each, mask=each < chunks, other=float("-inf")), 0)
+    temperature = tl.load(real + row * COLUMNS + TEMPERATURE).to(tl.float32)
+    floor = tl.where(temperature > 0, _NOTICEABLE_KEY, -1)
+    if FILTERS and temperature > 0:
+        top_k = tl.load(whole + row * COLUMNS + TOP_K)
+        if (top_k > 0) & (top_k < VOCAB) & (top_k <= num_groups):
+            group = tl.arange(0, GROUPS_BLOCK)
+            x = tl.load(groups + row * num_groups + group, mask=group < num_groups, other=float("-inf"))
+            keys = weights_of(x, best, temperature).to(tl.int32, bitcast=True)
+            low = tl.zeros_like(floor)
+            high = low + _ABOVE_ALL
+            while high - low > 1:
+                middle = (low + high) // 2
+                count = tl.sum((keys >= middle).to(tl.int32), 0)
+                if count >= top_k:
+                    low = middle
+                    high = tl.where(count <= 2 * top_k + 32, low, high)
+                else:
+                    high = middle
+            floor = tl.where(low > 0, low, floor)
+    tl.store(peaks + row, best)
+    tl.store(floors + row, floor)
+    tl.store(counters + row, 0)
+
+
+@kernel
+def collect(
+    logits: tl.tensor,
+    real: tl.tensor,
+    peaks: tl.tensor,
+    floors: tl.tensor,
     rests: tl.tensor,
-    ratios: tl.tensor,
-    runners: tl.tensor,
     counters: tl.tensor,
     candidate_weights: tl.tensor,
     candidate_ids: tl.tensor,
     row_stride: tl.tensor,
     VOCAB: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS_BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
-    FILTERS: tl.constexpr,
 ) -> None:
     """A program a row and chunk, of rows that are drawn from.
 
-    Without filters the chunk's noticeable tokens race (`ratios`, `runners`), and the others' weights are added up
-    (`rests`). With filters all weights are added up (`masses`), and the noticeable tokens are put together with those of
-    the row's other chunks, [T, CAPACITY], in any order; `counters` says how many there are, if there is room or not.
+    Candidates are put together with those of the row's other chunks, [T, CAPACITY], in any order; `counters` says how many
+    there are, whether there is room or not. The others' weights are added up, `rests` [T, C].
     """
     row = tl.program_id(0).to(tl.int64)
-    whole += row * COLUMNS
-    real += row * COLUMNS
-    temperature = tl.load(real + TEMPERATURE).to(tl.float32)
-    if temperature > 0:
-        chunk = tl.program_id(1)
-        chunks = tl.num_programs(1)
-        place = row * chunks + chunk
-        each = tl.arange(0, CHUNKS_BLOCK)
-        best = tl.max(tl.load(bests + row * chunks + each, mask=each < chunks, other=float("-inf")), 0)
+    chunk = tl.program_id(1)
+    floor = tl.load(floors + row)
+    if floor >= 0:
         at = chunk * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(logits + row * row_stride + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
-        weights = weights_of(x, best, temperature)
-        likely = weights > _NOTICEABLE
-        some = tl.sum(likely.to(tl.int32), 0)
-        filtered = False
-        if FILTERS:
-            filtered = _filtered(whole, real, VOCAB)
-        if filtered:
-            tl.store(masses + place, tl.sum((weights * _STEP).to(tl.int64), 0))
-            if some > 0:
-                before = tl.atomic_add(counters + row, some)
-                into = before + tl.cumsum(likely.to(tl.int32), 0) - 1
-                kept = likely & (into < CAPACITY)
-                tl.store(candidate_weights + row * CAPACITY + into, weights, mask=kept)
-                tl.store(candidate_ids + row * CAPACITY + into, at, mask=kept)
-        else:
-            tl.store(rests + place, tl.sum(tl.where(likely, 0.0, weights * _REST_STEP).to(tl.int64), 0))
-            ratio = tl.load(real + TEMPERATURE) * 0.0 - 1.0  # nobody
-            token = VOCAB
-            if some > 0:
-                own = weights.to(tl.float64) / noise(tl.load(whole + KEY), at.to(tl.int64))
-                ratio, token = _largest(tl.where(likely, own, -1.0), at, VOCAB)
-            tl.store(ratios + place, ratio)
-            tl.store(runners + place, token)
+        temperature = tl.load(real + row * COLUMNS + TEMPERATURE).to(tl.float32)
+        weights = weights_of(x, tl.load(peaks + row), temperature)
+        likely = weights.to(tl.int32, bitcast=True) >= floor
+        both = tl.sum(tl.where(likely, _ONE, (weights * _STEP).to(tl.int64)), 0)
+        some = (both >> _COUNT_AT).to(tl.int32)
+        tl.store(rests + row * tl.num_programs(1) + chunk, both & _BELOW_COUNT)
+        if some > 0:
+            before = tl.atomic_add(counters + row, some)
+            into = before + tl.cumsum(likely.to(tl.int32), 0) - 1
+            kept = likely & (into < CAPACITY)
+            tl.store(candidate_weights + row * CAPACITY + into, weights, mask=kept)
+            tl.store(candidate_ids + row * CAPACITY + into, at, mask=kept)
 
 
 @kernel
@@ -241,14 +273,18 @@ def _above(
     best: tl.tensor,
     temperature: tl.tensor,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
     MASS: tl.constexpr,
 ) -> tl.tensor:
     """How many weights are at least the one with bits `key`, or what they add up to; `held` are the first of them."""
-    total = _enough(key, held, MASS)
-    for first in range(BLOCK, length, BLOCK):
-        weights = _some_weights(first, length, everyone, stored, logits, best, temperature, BLOCK)
-        total += _enough(key, weights, MASS)
-    return tl.sum(total, 0)
+    total = tl.sum(_enough(key, held, MASS), 0)
+    if length > BLOCK:
+        more = tl.zeros([WIDE], dtype=tl.int64 if MASS else tl.int32)
+        for first in range(BLOCK, length, WIDE):
+            weights = _some_weights(first, length, everyone, stored, logits, best, temperature, WIDE)
+            more += _enough(key, weights, MASS)
+        total += tl.sum(more, 0)
+    return total
 
 
 @kernel
@@ -262,24 +298,29 @@ def _least_above(
     best: tl.tensor,
     temperature: tl.tensor,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> tl.tensor:
     """The bits of the least weight that is at least the one with bits `key`; `held` are the first."""
     keys = held.to(tl.int32, bitcast=True)
-    least = tl.where(keys >= key, keys, _ABOVE_ALL)
-    for first in range(BLOCK, length, BLOCK):
-        weights = _some_weights(first, length, everyone, stored, logits, best, temperature, BLOCK)
-        keys = weights.to(tl.int32, bitcast=True)
-        least = tl.minimum(least, tl.where(keys >= key, keys, _ABOVE_ALL))
-    return tl.min(least, 0)
+    least = tl.min(tl.where(keys >= key, keys, _ABOVE_ALL), 0)
+    if length > BLOCK:
+        more = tl.full([WIDE], _ABOVE_ALL, dtype=tl.int32)
+        for first in range(BLOCK, length, WIDE):
+            weights = _some_weights(first, length, everyone, stored, logits, best, temperature, WIDE)
+            keys_there = weights.to(tl.int32, bitcast=True)
+            more = tl.minimum(more, tl.where(keys_there >= key, keys_there, _ABOVE_ALL))
+        least = tl.minimum(least, tl.min(more, 0))
+    return least
 
 
 @kernel
-def filtered_race(
+def choose(
     logits: tl.tensor,
     whole: tl.tensor,
     real: tl.tensor,
-    bests: tl.tensor,
-    masses: tl.tensor,
+    peaks: tl.tensor,
+    floors: tl.tensor,
+    rests: tl.tensor,
     counters: tl.tensor,
     candidate_weights: tl.tensor,
     candidate_ids: tl.tensor,
@@ -290,109 +331,112 @@ def filtered_race(
     CHUNKS_BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    FILTERS: tl.constexpr,
 ) -> None:
-    """A program a row that has filters: the edge by bisection over the bits of a weight, and the race of who stays.
+    """A program a row: who won, `winners`; where the tokens that run as one did, -1 less who is next.
 
-    First among the candidates; where those do not tell, or are too many to be kept, among all tokens.
+    With filters the edge is found by bisection over the bits of a weight, first among the candidates, and where those do
+    not tell, or are too many to be kept, among all tokens. Without, all candidates stay. Those who stay race.
     """
     row = tl.program_id(0).to(tl.int64)
-    whole += row * COLUMNS
-    real += row * COLUMNS
-    temperature = tl.load(real + TEMPERATURE).to(tl.float32)
-    if (temperature > 0) & _filtered(whole, real, VOCAB):
+    floor_of_row = tl.load(floors + row)
+    if floor_of_row >= 0:
+        whole += row * COLUMNS
+        real += row * COLUMNS
         logits += row * row_stride
         stored = candidate_weights + row * CAPACITY
-        each = tl.arange(0, CHUNKS_BLOCK)
-        own = each < chunks
-        best = tl.max(tl.load(bests + row * chunks + each, mask=own, other=float("-inf")), 0)
-        mass = tl.sum(tl.load(masses + row * chunks + each, mask=own, other=0), 0)
+        temperature = tl.load(real + TEMPERATURE).to(tl.float32)
+        best = tl.load(peaks + row)
         candidates = tl.load(counters + row)
-        top_k = tl.load(whole + TOP_K)
-        top_p = tl.load(real + TOP_P)
+        each = tl.arange(0, CHUNKS_BLOCK)
+        rest = tl.sum(tl.load(rests + row * chunks + each, mask=each < chunks, other=0), 0)
         everyone = candidates > CAPACITY
         length = tl.where(everyone, VOCAB, candidates)
-        edge = 0
-        decided = False
-        while not decided:
-            held = _some_weights(0, length, everyone, stored, logits, best, temperature, BLOCK)
-            floor = tl.where(everyone, 1, _NOTICEABLE_KEY)
-            total = mass
-            edge = 0
-            decided = True
-            if top_k > 0:
-                count = length
-                if everyone:
-                    count = _above(1, held, length, everyone, stored, logits, best, temperature, BLOCK, False)
-                if top_k <= count:
-                    low = floor
-                    high = _ABOVE_ALL + tl.zeros_like(low)
-                    while high - low > 1:
-                        middle = (low + high) // 2
+        held = _some_weights(0, length, everyone, stored, logits, best, temperature, BLOCK)
+        edge = floor_of_row
+        filtered = False
+        if FILTERS:
+            filtered = _filtered(whole, real, VOCAB)
+            if filtered:
+                top_k = tl.load(whole + TOP_K)
+                top_k = tl.where(top_k < VOCAB, top_k, 0)
+                top_p = tl.load(real + TOP_P)
+                least = tl.load(real + MIN_P).to(tl.float32).to(tl.int32, bitcast=True)
+                decided = False
+                while not decided:
+                    floor = tl.where(everyone, 1, floor_of_row)
+                    edge = tl.zeros_like(floor)
+                    count = length
+                    if everyone:
                         count = _above(
-                            middle, held, length, everyone, stored, logits, best, temperature, BLOCK, False
+                            1, held, length, everyone, stored, logits, best, temperature, BLOCK, WIDE, False
                         )
-                        if count >= top_k:
-                            low = middle
-                            high = tl.where(count == top_k, low, high)
-                        else:
-                            high = middle
-                    edge = _least_above(low, held, length, everyone, stored, logits, best, temperature, BLOCK)
-                    total = _above(
-                        edge, held, length, everyone, stored, logits, best, temperature, BLOCK, True
-                    )
-                else:
-                    decided = everyone
-            if decided & (top_p < 1.0):
-                target = top_p * total.to(tl.float64)
-                low = tl.maximum(floor, edge)
-                reached = _above(low, held, length, everyone, stored, logits, best, temperature, BLOCK, True)
-                if reached.to(tl.float64) >= target:
-                    high = _ABOVE_ALL + tl.zeros_like(low)
-                    while high - low > 1:
-                        middle = (low + high) // 2
-                        reached = _above(
-                            middle, held, length, everyone, stored, logits, best, temperature, BLOCK, True
+                    if (top_k > 0) & (top_k <= count):
+                        low = floor
+                        high = tl.zeros_like(low) + _ABOVE_ALL
+                        while high - low > 1:
+                            middle = (low + high) // 2
+                            reached = _above(
+                                middle, held, length, everyone, stored, logits, best, temperature, BLOCK, WIDE, False
+                            )  # fmt: skip
+                            if reached >= top_k:
+                                low = middle
+                                high = tl.where(reached == top_k, low, high)
+                            else:
+                                high = middle
+                        edge = _least_above(
+                            low, held, length, everyone, stored, logits, best, temperature, BLOCK, WIDE
                         )
-                        if reached.to(tl.float64) >= target:
-                            low = middle
+                    decided = everyone | (top_k <= 0) | (edge > 0)
+                    if decided & (top_p < 1.0):
+                        low = tl.maximum(floor, edge)
+                        mass = _above(
+                            low, held, length, everyone, stored, logits, best, temperature, BLOCK, WIDE, True
+                        )
+                        # Who stays by top_k is all there is, else also those who are no candidates.
+                        total = mass + tl.where(everyone | (edge > 0), 0, rest)
+                        target = top_p * total.to(tl.float64)
+                        if mass.to(tl.float64) >= target:
+                            high = tl.zeros_like(low) + _ABOVE_ALL
+                            while high - low > 1:
+                                middle = (low + high) // 2
+                                mass = _above(
+                                    middle, held, length, everyone, stored, logits, best, temperature, BLOCK, WIDE, True
+                                )  # fmt: skip
+                                if mass.to(tl.float64) >= target:
+                                    low = middle
+                                else:
+                                    high = middle
+                            edge = low
                         else:
-                            high = middle
-                    edge = low
-                else:
-                    decided = everyone | (edge > 0)
-            least = tl.load(real + MIN_P).to(tl.float32).to(tl.int32, bitcast=True)
-            edge = tl.maximum(edge, least)
-            decided = decided & (everyone | (edge > _NOTICEABLE_KEY))
-            if not decided:
-                everyone = everyone | True
-                length = VOCAB + tl.zeros_like(length)
+                            decided = everyone | (edge > 0)
+                    edge = tl.maximum(edge, least)
+                    decided = everyone | (decided & (edge >= floor))
+                    if not decided:
+                        everyone = everyone | True
+                        length = tl.zeros_like(length) + VOCAB
+                        held = _some_weights(0, length, everyone, stored, logits, best, temperature, BLOCK)
+                edge = tl.maximum(edge, 1)  # a weight of 0 never runs
         key = tl.load(whole + KEY)
-        edge = tl.maximum(edge, 1)  # a weight of 0 never runs
-        ratio = top_p * 0.0 - 1.0
-        winner = VOCAB + tl.zeros_like(length)
+        ratio = rest.to(tl.float64) * 0.0 - 1.0
+        winner = tl.zeros_like(length) + VOCAB
         for first in range(0, length, BLOCK):
             weights = _some_weights(first, length, everyone, stored, logits, best, temperature, BLOCK)
-            stays = weights.to(tl.int32, bitcast=True) >= edge
             ids = first + tl.arange(0, BLOCK)
             if not everyone:
                 ids = tl.load(candidate_ids + row * CAPACITY + ids, mask=ids < length, other=VOCAB)
+            stays = weights.to(tl.int32, bitcast=True) >= edge
             ratios = weights.to(tl.float64) / noise(key, ids.to(tl.int64))
             here, token = _largest(tl.where(stays, ratios, -1.0), ids, VOCAB)
             ahead = (here > ratio) | ((here == ratio) & (token < winner))
             winner = tl.where(ahead, token, winner)
             ratio = tl.where(ahead, here, ratio)
+        if not filtered:
+            others = rest.to(tl.float64) * (1.0 / _STEP)
+            if (rest > 0) & (others / noise(key, tl.zeros_like(key) - 1) > ratio):
+                winner = -1 - winner
         tl.store(winners + row, winner)
-
-
-@kernel
-def _rest_wins(
-    key: tl.tensor, rests: tl.tensor, ratios: tl.tensor, chunks: tl.tensor, CHUNKS_BLOCK: tl.constexpr
-) -> tl.tensor:
-    """Whether the tokens that run as one win a row's first race."""
-    each = tl.arange(0, CHUNKS_BLOCK)
-    rest = tl.sum(tl.load(rests + each, mask=each < chunks, other=0), 0).to(tl.float64) * (1.0 / _REST_STEP)
-    ratio = tl.max(tl.load(ratios + each, mask=each < chunks, other=-1.0), 0)
-    return (rest > 0) & (rest / noise(key, tl.zeros_like(key) - 1) > ratio)
 
 
 @kernel
@@ -400,104 +444,91 @@ def second_race(
     logits: tl.tensor,
     whole: tl.tensor,
     real: tl.tensor,
-    bests: tl.tensor,
-    rests: tl.tensor,
+    peaks: tl.tensor,
+    floors: tl.tensor,
+    winners: tl.tensor,
     ratios: tl.tensor,
-    second_ratios: tl.tensor,
-    second_runners: tl.tensor,
+    runners: tl.tensor,
     row_stride: tl.tensor,
+    chunks: tl.tensor,
     VOCAB: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS_BLOCK: tl.constexpr,
-    FILTERS: tl.constexpr,
 ) -> None:
-    """A program a row and chunk: where the rest won the first race, its tokens race in turn."""
+    """Some programs a row, a chunk after the other: where the tokens that run as one won, they race in turn.
+
+    [T, programs] `ratios`, -1 where nobody ran, and `runners`.
+    """
     row = tl.program_id(0).to(tl.int64)
-    whole += row * COLUMNS
-    real += row * COLUMNS
-    temperature = tl.load(real + TEMPERATURE).to(tl.float32)
-    runs = temperature > 0
-    if FILTERS:
-        runs = runs & ~_filtered(whole, real, VOCAB)
-    if runs:
-        chunk = tl.program_id(1)
-        chunks = tl.num_programs(1)
-        key = tl.load(whole + KEY)
-        if _rest_wins(key, rests + row * chunks, ratios + row * chunks, chunks, CHUNKS_BLOCK):
-            each = tl.arange(0, CHUNKS_BLOCK)
-            best = tl.max(tl.load(bests + row * chunks + each, mask=each < chunks, other=float("-inf")), 0)
+    if (tl.load(floors + row) >= 0) & (tl.load(winners + row) < 0):
+        best = tl.load(peaks + row)
+        temperature = tl.load(real + row * COLUMNS + TEMPERATURE).to(tl.float32)
+        key = tl.load(whole + row * COLUMNS + KEY)
+        ratio = key.to(tl.float64) * 0.0 - 1.0
+        token = VOCAB + tl.zeros_like(chunks)
+        for chunk in range(tl.program_id(1), chunks, tl.num_programs(1)):
             at = chunk * CHUNK + tl.arange(0, CHUNK)
             x = tl.load(logits + row * row_stride + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
             weights = weights_of(x, best, temperature)
+            runs = (weights > 0) & (weights <= _NOTICEABLE)
             own = weights.to(tl.float64) / noise(key, at.to(tl.int64) + _SECOND)
-            runs_here = (weights > 0) & (weights <= _NOTICEABLE)
-            ratio, token = _largest(tl.where(runs_here, own, -1.0), at, VOCAB)
-            tl.store(second_ratios + row * chunks + chunk, ratio)
-            tl.store(second_runners + row * chunks + chunk, token)
+            here, first = _largest(tl.where(runs, own, -1.0), at, VOCAB)
+            token = tl.where(here > ratio, first, token)  # chunks come in ascending order
+            ratio = tl.where(here > ratio, here, ratio)
+        place = row * tl.num_programs(1) + tl.program_id(1)
+        tl.store(ratios + place, ratio)
+        tl.store(runners + place, token)
 
 
 @kernel
 def settle(
     logits: tl.tensor,
-    whole: tl.tensor,
-    real: tl.tensor,
     bad: tl.tensor,
-    peaks: tl.tensor,
+    chunk_peaks: tl.tensor,
     sums: tl.tensor,
     bests: tl.tensor,
     best_ids: tl.tensor,
-    rests: tl.tensor,
+    floors: tl.tensor,
+    winners: tl.tensor,
     ratios: tl.tensor,
     runners: tl.tensor,
-    second_ratios: tl.tensor,
-    second_runners: tl.tensor,
-    winners: tl.tensor,
     tokens: tl.tensor,
     finite: tl.tensor,
     shifts: tl.tensor,
     logprobs: tl.tensor,
     row_stride: tl.tensor,
     chunks: tl.tensor,
+    programs: tl.tensor,
     VOCAB: tl.constexpr,
     CHUNKS_BLOCK: tl.constexpr,
     DRAWN: tl.constexpr,
-    FILTERS: tl.constexpr,
     LOGPROBS: tl.constexpr,
 ) -> None:
-    """A program a row: its token from what its chunks say, whether it is finite, and the token's log-probability.
+    """A program a row: its token, whether all its logits are finite, and the token's log-probability.
 
     `shifts` [T, 2] keeps the largest logit and the logarithm of the sum, for the other tokens' log-probabilities.
     """
     row = tl.program_id(0).to(tl.int64)
-    whole += row * COLUMNS
-    real += row * COLUMNS
     each = tl.arange(0, CHUNKS_BLOCK)
     own = each < chunks
     place = row * chunks + each
     good = tl.max(tl.load(bad + place, mask=own, other=0), 0) == 0
     best = tl.load(bests + place, mask=own, other=float("-inf"))
     _best, token = _largest(best, tl.load(best_ids + place, mask=own, other=VOCAB), VOCAB)
-    if DRAWN and tl.load(real + TEMPERATURE).to(tl.float32) > 0:
-        filtered = False
-        if FILTERS:
-            filtered = _filtered(whole, real, VOCAB)
-        if filtered:
-            token = tl.load(winners + row)
-        else:
-            ratio = tl.load(ratios + place, mask=own, other=-1.0)
-            _ratio, token = _largest(ratio, tl.load(runners + place, mask=own, other=VOCAB), VOCAB)
-            key = tl.load(whole + KEY)
-            if _rest_wins(key, rests + row * chunks, ratios + row * chunks, chunks, CHUNKS_BLOCK):
-                ratio = tl.load(second_ratios + place, mask=own, other=-1.0)
-                ids = tl.load(second_runners + place, mask=own, other=VOCAB)
-                top, second = _largest(ratio, ids, VOCAB)
-                token = tl.where(top >= 0, second, token)
+    if DRAWN and tl.load(floors + row) >= 0:
+        token = tl.load(winners + row)
+        if token < 0:
+            ran = each < programs
+            ratio = tl.load(ratios + row * programs + each, mask=ran, other=-1.0)
+            top, second = _largest(
+                ratio, tl.load(runners + row * programs + each, mask=ran, other=VOCAB), VOCAB
+            )
+            token = tl.where(top >= 0, second, -1 - token)  # else a rounding error ran, and nobody
     good = good & (token < VOCAB)
     token = tl.where(good, token, 0)
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(finite + row, good)
     if LOGPROBS:
-        peak = tl.load(peaks + place, mask=own, other=float("-inf"))
+        peak = tl.load(chunk_peaks + place, mask=own, other=float("-inf"))
         highest = tl.max(peak, 0)
         total = tl.sum(tl.load(sums + place, mask=own, other=0.0) * tl.exp(peak - highest), 0)
         shift = tl.log(total)

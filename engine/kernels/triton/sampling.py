@@ -25,10 +25,16 @@ from engine.race import stream_key
 
 _CHUNK = 2048
 _CAPACITY = 8192
-"""Noticeable tokens that are kept of a row with filters; one with more is filtered by passes over all its logits."""
+"""Candidates that are kept of a row; one with more is drawn from by passes over all its logits."""
+
+_PROGRAMS = 16
+"""A row's, for the second race."""
 
 _BLOCK = 2048
-"""Weights that a program of a row with filters holds at a time."""
+"""Candidates of a row that its program holds in registers."""
+
+_WIDE = 8192
+"""How many it reads at a time of those beyond."""
 
 
 @dataclass(frozen=True)
@@ -187,38 +193,50 @@ def draw(logits: Tensor, rows: Rows, needs: Needs) -> Draws:
     grid = (count, chunks)
     width = block(chunks)
     whole, real = rows.table, rows.table.view(torch.float64)
-    bad, best_ids, counters = scratch(torch.int32), scratch(torch.int32), scratch(torch.int32, count)
-    peaks, sums, bests = (scratch(torch.float32) for _ in range(3))
+    bad, best_ids = scratch(torch.int32), scratch(torch.int32)
+    chunk_peaks, sums, bests = (scratch(torch.float32) for _ in range(3))
+    filters = needs.draws and needs.filters
+    num_groups = chunks * (_CHUNK // race.GROUP.value)
+    groups = scratch(torch.float32, count, num_groups if filters else 1)
     source = scratch(torch.float32, count, vocab) if needs.changes else logits
     race.survey[grid](
-        logits, source, whole, real, rows.bias_ids, rows.bias_values, rows.history, bad, peaks, sums, bests,
-        best_ids, counters, logits.stride(0), rows.bias_ids.stride(0),
-        VOCAB=vocab, CHUNK=_CHUNK, CHANGED=needs.changes, LOGPROBS=needs.logprobs, num_warps=8,
+        logits, source, whole, real, rows.bias_ids, rows.bias_values, rows.history, bad, chunk_peaks, sums, bests,
+        best_ids, groups, logits.stride(0), rows.bias_ids.stride(0),
+        VOCAB=vocab, CHUNK=_CHUNK, CHANGED=needs.changes, FILTERS=filters, LOGPROBS=needs.logprobs, num_warps=8,
     )  # fmt: skip
-    masses, rests = scratch(torch.int64), scratch(torch.int64)
-    ratios, second_ratios = scratch(torch.float64), scratch(torch.float64)
-    runners, second_runners, winners = scratch(torch.int32), scratch(torch.int32), scratch(torch.int32, count)
+    programs = min(chunks, _PROGRAMS)
+    floors, winners = scratch(torch.int32, count), scratch(torch.int32, count)
+    ratios, runners = scratch(torch.float64, count, programs), scratch(torch.int32, count, programs)
     if needs.draws:
-        kept = _CAPACITY if needs.filters else 1
-        weights, ids = scratch(torch.float32, count, kept), scratch(torch.int32, count, kept)
-        race.first_race[grid](
-            source, whole, real, bests, masses, rests, ratios, runners, counters, weights, ids, source.stride(0),
-            VOCAB=vocab, CHUNK=_CHUNK, CHUNKS_BLOCK=width, CAPACITY=_CAPACITY, FILTERS=needs.filters, num_warps=8,
+        peaks, counters, rests = (
+            scratch(torch.float32, count),
+            scratch(torch.int32, count),
+            scratch(torch.int64),
+        )
+        weights, ids = scratch(torch.float32, count, _CAPACITY), scratch(torch.int32, count, _CAPACITY)
+        race.prepare[(count,)](
+            whole, real, bests, groups, peaks, floors, counters, chunks, num_groups,
+            VOCAB=vocab, CHUNKS_BLOCK=width, GROUPS_BLOCK=block(num_groups), FILTERS=filters,
+            num_warps=8 if filters else 1,
         )  # fmt: skip
-        if needs.filters:
-            race.filtered_race[(count,)](
-                source, whole, real, bests, masses, counters, weights, ids, winners, source.stride(0), chunks,
-                VOCAB=vocab, CHUNKS_BLOCK=width, CAPACITY=_CAPACITY, BLOCK=_BLOCK, num_warps=8,
-            )  # fmt: skip
-        race.second_race[grid](
-            source, whole, real, bests, rests, ratios, second_ratios, second_runners, source.stride(0),
-            VOCAB=vocab, CHUNK=_CHUNK, CHUNKS_BLOCK=width, FILTERS=needs.filters, num_warps=8,
+        race.collect[grid](
+            source, real, peaks, floors, rests, counters, weights, ids, source.stride(0),
+            VOCAB=vocab, CHUNK=_CHUNK, CAPACITY=_CAPACITY, num_warps=8,
+        )  # fmt: skip
+        race.choose[(count,)](
+            source, whole, real, peaks, floors, rests, counters, weights, ids, winners, source.stride(0), chunks,
+            VOCAB=vocab, CHUNKS_BLOCK=width, CAPACITY=_CAPACITY, BLOCK=_BLOCK, WIDE=_WIDE, FILTERS=filters,
+            num_warps=8,
+        )  # fmt: skip
+        race.second_race[(count, programs)](
+            source, whole, real, peaks, floors, winners, ratios, runners, source.stride(0), chunks,
+            VOCAB=vocab, CHUNK=_CHUNK, num_warps=8,
         )  # fmt: skip
     shifts = scratch(torch.float32, count, 2)
     race.settle[(count,)](
-        logits, whole, real, bad, peaks, sums, bests, best_ids, rests, ratios, runners, second_ratios,
-        second_runners, winners, tokens, finite, shifts, logprobs, logits.stride(0), chunks,
-        VOCAB=vocab, CHUNKS_BLOCK=width, DRAWN=needs.draws, FILTERS=needs.filters, LOGPROBS=needs.logprobs, num_warps=1,
+        logits, bad, chunk_peaks, sums, bests, best_ids, floors, winners, ratios, runners, tokens, finite,
+        shifts, logprobs, logits.stride(0), chunks, programs,
+        VOCAB=vocab, CHUNKS_BLOCK=width, DRAWN=needs.draws, LOGPROBS=needs.logprobs, num_warps=1,
     )  # fmt: skip
     if needs.logprobs:
         aheads = scratch(torch.int32)

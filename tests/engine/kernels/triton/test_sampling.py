@@ -131,8 +131,8 @@ def test_every_filter_draws_as_the_cpu(spread: float, device: torch.device) -> N
 
 
 def test_more_candidates_than_are_kept(device: torch.device) -> None:
-    specs = [spec(seed=i, **filters) for i, filters in enumerate(FILTERS) if len(filters) == 1 or i % 3 == 0]
-    check(normal(len(specs), 20_000, 0.5), specs, device)
+    specs = [spec(seed=i, **FILTERS[i]) for i in (0, 2, 4, 6, 9, 10)]
+    check(normal(len(specs), 10_000, 0.5), specs, device)
 
 
 def test_a_whole_vocabulary(device: torch.device) -> None:
@@ -260,7 +260,7 @@ def test_logits_in_bfloat16_and_rows_apart(device: torch.device) -> None:
 
 
 def test_a_row_draws_the_same_again_in_other_company_and_with_more_launches(device: torch.device) -> None:
-    logits = normal(5, 12_000, 1.0)
+    logits = normal(5, 5000, 1.0)
     specs = [
         spec(seed=1, logprobs=2),
         spec(seed=2, top_p=0.7),
@@ -276,7 +276,7 @@ def test_a_row_draws_the_same_again_in_other_company_and_with_more_launches(devi
         assert alone.tokens[0] == whole.tokens[row]
         if alone.logprobs is not None:
             assert alone.logprobs[0] == whole.logprobs[row]
-        more = draw(logits[row : row + 1].to(device), rows_of([one], 12_000, device), everything)
+        more = draw(logits[row : row + 1].to(device), rows_of([one], 5000, device), everything)
         assert more.tokens[0] == whole.tokens[row]
     again = drawn(logits, specs, device)
     assert torch.equal(again.tokens, whole.tokens)
