@@ -10,8 +10,8 @@ from typing import Any
 
 import triton
 
-_COUNTS = ("num_rows", "bias_stride")
-"""Arguments that change from step to step: nothing is compiled anew for a value that happens to be 1 or divide by 16."""
+_COUNTS = ("num_rows", "bias_stride", "chunks", "programs", "num_groups")
+"""Arguments that are numbers also where they are 1, and for whose values nothing is compiled anew."""
 
 
 def kernel(function: Callable[..., Any]) -> Any:

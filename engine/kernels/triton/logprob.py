@@ -22,6 +22,7 @@ def _take_best(values: tl.tensor, ids: tl.tensor, VOCAB: tl.constexpr) -> tl.tup
 @kernel
 def rank_in_chunk(
     logits: tl.tensor,
+    chunk_peaks: tl.tensor,
     shifts: tl.tensor,
     logprobs: tl.tensor,
     aheads: tl.tensor,
@@ -30,9 +31,13 @@ def rank_in_chunk(
     row_stride: tl.tensor,
     VOCAB: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHUNKS_BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
 ) -> None:
-    """A program a row and chunk: how many tokens are likelier than the drawn one, and the COUNT likeliest, [T, C, COUNT]."""
+    """A program a row and chunk: how many tokens are likelier than the drawn one, and the COUNT likeliest, [T, C, COUNT].
+
+    A chunk whose best is behind that of COUNT others has nobody to name: VOCAB.
+    """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -42,11 +47,19 @@ def rank_in_chunk(
     each = (x - tl.load(shifts + row * 2)) - tl.load(shifts + row * 2 + 1)
     place = row * tl.num_programs(1) + chunk
     tl.store(aheads + place, tl.sum((inside & (each > own)).to(tl.int32), 0))
-    ids = tl.where(inside, at, VOCAB)
-    for i in range(COUNT):
-        best, token, ids = _take_best(x, ids, VOCAB)
-        tl.store(chunk_values + place * COUNT + i, best)
-        tl.store(chunk_ids + place * COUNT + i, token)
+    if COUNT > 0:
+        chunks = tl.num_programs(1)
+        each_chunk = tl.arange(0, CHUNKS_BLOCK)
+        peak = tl.load(chunk_peaks + row * chunks + each_chunk, mask=each_chunk < chunks, other=float("-inf"))
+        before = tl.sum((peak > tl.load(chunk_peaks + place)).to(tl.int32), 0)
+        ids = tl.where(inside & (before < COUNT), at, VOCAB)
+        for i in range(COUNT):
+            best = float("-inf")
+            token = VOCAB
+            if before < COUNT:
+                best, token, ids = _take_best(x, ids, VOCAB)
+            tl.store(chunk_values + place * COUNT + i, best)
+            tl.store(chunk_ids + place * COUNT + i, token)
 
 
 @kernel

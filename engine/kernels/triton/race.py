@@ -89,12 +89,14 @@ def survey(
     sums: tl.tensor,
     bests: tl.tensor,
     best_ids: tl.tensor,
+    masses: tl.tensor,
     groups: tl.tensor,
     row_stride: tl.tensor,
     bias_stride: tl.tensor,
     VOCAB: tl.constexpr,
     CHUNK: tl.constexpr,
     CHANGED: tl.constexpr,
+    DRAWN: tl.constexpr,
     FILTERS: tl.constexpr,
     LOGPROBS: tl.constexpr,
 ) -> None:
@@ -102,7 +104,8 @@ def survey(
 
     Whether a number is not finite (`bad`), the largest number and the sum of exp(x - it), before penalties (`peaks`,
     `sums`), and the best after them with its first id (`bests`, `best_ids`). With CHANGED also the logits after bias and
-    penalties, [T, V], and with FILTERS the best of each GROUP tokens, [T, C * CHUNK / GROUP].
+    penalties, [T, V]; with DRAWN the weights' sum, of which the chunk's best has 1 (`masses`); and with FILTERS the best
+    of each GROUP tokens, [T, C * CHUNK / GROUP].
     """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -136,6 +139,10 @@ def survey(
     best, token = _largest(x, at, VOCAB)
     tl.store(bests + place, best)
     tl.store(best_ids + place, token)
+    if DRAWN:
+        temperature = tl.load(real + row * COLUMNS + TEMPERATURE).to(tl.float32)
+        if temperature > 0:
+            tl.store(masses + place, tl.sum(weights_of(x, best, temperature), 0))
     if FILTERS:
         each = tl.arange(0, CHUNK // GROUP)
         own = tl.max(tl.reshape(x, [CHUNK // GROUP, GROUP]), 1)
@@ -195,6 +202,8 @@ def prepare(
 def collect(
     logits: tl.tensor,
     real: tl.tensor,
+    bests: tl.tensor,
+    masses: tl.tensor,
     peaks: tl.tensor,
     floors: tl.tensor,
     rests: tl.tensor,
@@ -209,26 +218,31 @@ def collect(
     """A program a row and chunk, of rows that are drawn from.
 
     Candidates are put together with those of the row's other chunks, [T, CAPACITY], in any order; `counters` says how many
-    there are, whether there is room or not. The others' weights are added up, `rests` [T, C].
+    there are, whether there is room or not. The others' weights are added up, `rests` [T, C]. A chunk without candidates is
+    known by its best, and is not read again.
     """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
+    place = row * tl.num_programs(1) + chunk
     floor = tl.load(floors + row)
     if floor >= 0:
-        at = chunk * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(logits + row * row_stride + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
         temperature = tl.load(real + row * COLUMNS + TEMPERATURE).to(tl.float32)
-        weights = weights_of(x, tl.load(peaks + row), temperature)
-        likely = weights.to(tl.int32, bitcast=True) >= floor
-        both = tl.sum(tl.where(likely, _ONE, (weights * _STEP).to(tl.int64)), 0)
-        some = (both >> _COUNT_AT).to(tl.int32)
-        tl.store(rests + row * tl.num_programs(1) + chunk, both & _BELOW_COUNT)
-        if some > 0:
-            before = tl.atomic_add(counters + row, some)
+        peak = tl.load(peaks + row)
+        own_best = weights_of(tl.load(bests + place), peak, temperature)
+        if own_best.to(tl.int32, bitcast=True) >= floor:
+            at = chunk * CHUNK + tl.arange(0, CHUNK)
+            x = tl.load(logits + row * row_stride + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
+            weights = weights_of(x, peak, temperature)
+            likely = weights.to(tl.int32, bitcast=True) >= floor
+            both = tl.sum(tl.where(likely, _ONE, (weights * _STEP).to(tl.int64)), 0)
+            tl.store(rests + place, both & _BELOW_COUNT)
+            before = tl.atomic_add(counters + row, (both >> _COUNT_AT).to(tl.int32))
             into = before + tl.cumsum(likely.to(tl.int32), 0) - 1
             kept = likely & (into < CAPACITY)
             tl.store(candidate_weights + row * CAPACITY + into, weights, mask=kept)
             tl.store(candidate_ids + row * CAPACITY + into, at, mask=kept)
+        else:
+            tl.store(rests + place, (tl.load(masses + place) * own_best * _STEP).to(tl.int64))
 
 
 @kernel
@@ -273,18 +287,14 @@ def _above(
     best: tl.tensor,
     temperature: tl.tensor,
     BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
     MASS: tl.constexpr,
 ) -> tl.tensor:
     """How many weights are at least the one with bits `key`, or what they add up to; `held` are the first of them."""
-    total = tl.sum(_enough(key, held, MASS), 0)
-    if length > BLOCK:
-        more = tl.zeros([WIDE], dtype=tl.int64 if MASS else tl.int32)
-        for first in range(BLOCK, length, WIDE):
-            weights = _some_weights(first, length, everyone, stored, logits, best, temperature, WIDE)
-            more += _enough(key, weights, MASS)
-        total += tl.sum(more, 0)
-    return total
+    total = _enough(key, held, MASS)
+    for first in range(BLOCK, length, BLOCK):
+        weights = _some_weights(first, length, everyone, stored, logits, best, temperature, BLOCK)
+        total += _enough(key, weights, MASS)
+    return tl.sum(total, 0)
 
 
 @kernel
@@ -298,19 +308,22 @@ def _least_above(
     best: tl.tensor,
     temperature: tl.tensor,
     BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
 ) -> tl.tensor:
     """The bits of the least weight that is at least the one with bits `key`; `held` are the first."""
     keys = held.to(tl.int32, bitcast=True)
-    least = tl.min(tl.where(keys >= key, keys, _ABOVE_ALL), 0)
-    if length > BLOCK:
-        more = tl.full([WIDE], _ABOVE_ALL, dtype=tl.int32)
-        for first in range(BLOCK, length, WIDE):
-            weights = _some_weights(first, length, everyone, stored, logits, best, temperature, WIDE)
-            keys_there = weights.to(tl.int32, bitcast=True)
-            more = tl.minimum(more, tl.where(keys_there >= key, keys_there, _ABOVE_ALL))
-        least = tl.minimum(least, tl.min(more, 0))
-    return least
+    least = tl.where(keys >= key, keys, _ABOVE_ALL)
+    for first in range(BLOCK, length, BLOCK):
+        weights = _some_weights(first, length, everyone, stored, logits, best, temperature, BLOCK)
+        keys = weights.to(tl.int32, bitcast=True)
+        least = tl.minimum(least, tl.where(keys >= key, keys, _ABOVE_ALL))
+    return tl.min(least, 0)
+
+
+@kernel
+def _rest_wins(key: tl.tensor, rest: tl.tensor, ratio: tl.tensor) -> tl.tensor:
+    """Whether the tokens that run as one, of this weight in steps, beat the best of the others."""
+    one = rest.to(tl.float64) * (1.0 / _STEP)
+    return (rest > 0) & (one / noise(key, tl.zeros_like(key) - 1) > ratio)
 
 
 @kernel
@@ -331,13 +344,13 @@ def choose(
     CHUNKS_BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
     FILTERS: tl.constexpr,
 ) -> None:
     """A program a row: who won, `winners`; where the tokens that run as one did, -1 less who is next.
 
     With filters the edge is found by bisection over the bits of a weight, first among the candidates, and where those do
-    not tell, or are too many to be kept, among all tokens. Without, all candidates stay. Those who stay race.
+    not tell, or are too many to be kept, among all tokens. Without, all candidates stay. Those who stay race. A crowd of
+    candidates without filters is left to `race_on`: -1 less VOCAB, who is nobody.
     """
     row = tl.program_id(0).to(tl.int64)
     floor_of_row = tl.load(floors + row)
@@ -370,7 +383,7 @@ def choose(
                     count = length
                     if everyone:
                         count = _above(
-                            1, held, length, everyone, stored, logits, best, temperature, BLOCK, WIDE, False
+                            1, held, length, everyone, stored, logits, best, temperature, BLOCK, False
                         )
                     if (top_k > 0) & (top_k <= count):
                         low = floor
@@ -378,7 +391,7 @@ def choose(
                         while high - low > 1:
                             middle = (low + high) // 2
                             reached = _above(
-                                middle, held, length, everyone, stored, logits, best, temperature, BLOCK, WIDE, False
+                                middle, held, length, everyone, stored, logits, best, temperature, BLOCK, False
                             )  # fmt: skip
                             if reached >= top_k:
                                 low = middle
@@ -386,13 +399,13 @@ def choose(
                             else:
                                 high = middle
                         edge = _least_above(
-                            low, held, length, everyone, stored, logits, best, temperature, BLOCK, WIDE
+                            low, held, length, everyone, stored, logits, best, temperature, BLOCK
                         )
                     decided = everyone | (top_k <= 0) | (edge > 0)
                     if decided & (top_p < 1.0):
                         low = tl.maximum(floor, edge)
                         mass = _above(
-                            low, held, length, everyone, stored, logits, best, temperature, BLOCK, WIDE, True
+                            low, held, length, everyone, stored, logits, best, temperature, BLOCK, True
                         )
                         # Who stays by top_k is all there is, else also those who are no candidates.
                         total = mass + tl.where(everyone | (edge > 0), 0, rest)
@@ -402,7 +415,7 @@ def choose(
                             while high - low > 1:
                                 middle = (low + high) // 2
                                 mass = _above(
-                                    middle, held, length, everyone, stored, logits, best, temperature, BLOCK, WIDE, True
+                                    middle, held, length, everyone, stored, logits, best, temperature, BLOCK, True
                                 )  # fmt: skip
                                 if mass.to(tl.float64) >= target:
                                     low = middle
@@ -421,6 +434,8 @@ def choose(
         key = tl.load(whole + KEY)
         ratio = rest.to(tl.float64) * 0.0 - 1.0
         winner = tl.zeros_like(length) + VOCAB
+        crowd = everyone & (not filtered)
+        length = tl.where(crowd, 0, length)
         for first in range(0, length, BLOCK):
             weights = _some_weights(first, length, everyone, stored, logits, best, temperature, BLOCK)
             ids = first + tl.arange(0, BLOCK)
@@ -433,20 +448,20 @@ def choose(
             winner = tl.where(ahead, token, winner)
             ratio = tl.where(ahead, here, ratio)
         if not filtered:
-            others = rest.to(tl.float64) * (1.0 / _STEP)
-            if (rest > 0) & (others / noise(key, tl.zeros_like(key) - 1) > ratio):
-                winner = -1 - winner
+            winner = tl.where(crowd | _rest_wins(key, rest, ratio), -1 - winner, winner)
         tl.store(winners + row, winner)
 
 
 @kernel
-def second_race(
+def race_on(
     logits: tl.tensor,
     whole: tl.tensor,
     real: tl.tensor,
     peaks: tl.tensor,
     floors: tl.tensor,
     winners: tl.tensor,
+    first_ratios: tl.tensor,
+    first_runners: tl.tensor,
     ratios: tl.tensor,
     runners: tl.tensor,
     row_stride: tl.tensor,
@@ -456,27 +471,43 @@ def second_race(
 ) -> None:
     """Some programs a row, a chunk after the other: where the tokens that run as one won, they race in turn.
 
-    [T, programs] `ratios`, -1 where nobody ran, and `runners`.
+    [T, programs] `ratios`, -1 where nobody ran, and `runners`. Of a crowd also the first race, `first_ratios` and
+    `first_runners`; the second then is for the case that it is needed.
     """
     row = tl.program_id(0).to(tl.int64)
-    if (tl.load(floors + row) >= 0) & (tl.load(winners + row) < 0):
-        best = tl.load(peaks + row)
-        temperature = tl.load(real + row * COLUMNS + TEMPERATURE).to(tl.float32)
-        key = tl.load(whole + row * COLUMNS + KEY)
-        ratio = key.to(tl.float64) * 0.0 - 1.0
-        token = VOCAB + tl.zeros_like(chunks)
-        for chunk in range(tl.program_id(1), chunks, tl.num_programs(1)):
-            at = chunk * CHUNK + tl.arange(0, CHUNK)
-            x = tl.load(logits + row * row_stride + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
-            weights = weights_of(x, best, temperature)
-            runs = (weights > 0) & (weights <= _NOTICEABLE)
-            own = weights.to(tl.float64) / noise(key, at.to(tl.int64) + _SECOND)
-            here, first = _largest(tl.where(runs, own, -1.0), at, VOCAB)
-            token = tl.where(here > ratio, first, token)  # chunks come in ascending order
-            ratio = tl.where(here > ratio, here, ratio)
-        place = row * tl.num_programs(1) + tl.program_id(1)
-        tl.store(ratios + place, ratio)
-        tl.store(runners + place, token)
+    if tl.load(floors + row) >= 0:
+        winner = tl.load(winners + row)
+        if winner < 0:
+            peak = tl.load(peaks + row)
+            temperature = tl.load(real + row * COLUMNS + TEMPERATURE).to(tl.float32)
+            key = tl.load(whole + row * COLUMNS + KEY)
+            crowd = winner == -1 - VOCAB
+            first_ratio = key.to(tl.float64) * 0.0 - 1.0
+            ratio = first_ratio
+            first_runner = tl.zeros_like(winner) + VOCAB
+            runner = first_runner
+            for chunk in range(tl.program_id(1), chunks, tl.num_programs(1)):  # so that ids ascend
+                at = chunk * CHUNK + tl.arange(0, CHUNK)
+                x = tl.load(logits + row * row_stride + at, mask=at < VOCAB, other=float("-inf")).to(
+                    tl.float32
+                )
+                weights = weights_of(x, peak, temperature)
+                likely = weights > _NOTICEABLE
+                wide = weights.to(tl.float64)
+                if crowd:
+                    own = tl.where(likely, wide / noise(key, at.to(tl.int64)), -1.0)
+                    here, token = _largest(own, at, VOCAB)
+                    first_runner = tl.where(here > first_ratio, token, first_runner)
+                    first_ratio = tl.where(here > first_ratio, here, first_ratio)
+                own = tl.where((weights > 0) & ~likely, wide / noise(key, at.to(tl.int64) + _SECOND), -1.0)
+                here, token = _largest(own, at, VOCAB)
+                runner = tl.where(here > ratio, token, runner)
+                ratio = tl.where(here > ratio, here, ratio)
+            place = row * tl.num_programs(1) + tl.program_id(1)
+            tl.store(first_ratios + place, first_ratio)
+            tl.store(first_runners + place, first_runner)
+            tl.store(ratios + place, ratio)
+            tl.store(runners + place, runner)
 
 
 @kernel
@@ -487,8 +518,12 @@ def settle(
     sums: tl.tensor,
     bests: tl.tensor,
     best_ids: tl.tensor,
+    whole: tl.tensor,
     floors: tl.tensor,
+    rests: tl.tensor,
     winners: tl.tensor,
+    first_ratios: tl.tensor,
+    first_runners: tl.tensor,
     ratios: tl.tensor,
     runners: tl.tensor,
     tokens: tl.tensor,
@@ -518,11 +553,17 @@ def settle(
         token = tl.load(winners + row)
         if token < 0:
             ran = each < programs
-            ratio = tl.load(ratios + row * programs + each, mask=ran, other=-1.0)
-            top, second = _largest(
-                ratio, tl.load(runners + row * programs + each, mask=ran, other=VOCAB), VOCAB
-            )
-            token = tl.where(top >= 0, second, -1 - token)  # else a rounding error ran, and nobody
+            at = row * programs + each
+            second = True
+            token = -1 - token
+            if token == VOCAB:
+                ratio = tl.load(first_ratios + at, mask=ran, other=-1.0)
+                top, token = _largest(ratio, tl.load(first_runners + at, mask=ran, other=VOCAB), VOCAB)
+                rest = tl.sum(tl.load(rests + place, mask=own, other=0), 0)
+                second = _rest_wins(tl.load(whole + row * COLUMNS + KEY), rest, top)
+            ratio = tl.load(ratios + at, mask=ran, other=-1.0)
+            top, runner = _largest(ratio, tl.load(runners + at, mask=ran, other=VOCAB), VOCAB)
+            token = tl.where(second & (top >= 0), runner, token)  # nobody ran: a rounding error had won
     good = good & (token < VOCAB)
     token = tl.where(good, token, 0)
     tl.store(tokens + row, token.to(tl.int64))

@@ -28,13 +28,10 @@ _CAPACITY = 8192
 """Candidates that are kept of a row; one with more is drawn from by passes over all its logits."""
 
 _PROGRAMS = 16
-"""A row's, for the second race."""
+"""A row's, for the second race, or both of a crowd."""
 
 _BLOCK = 2048
 """Candidates of a row that its program holds in registers."""
-
-_WIDE = 8192
-"""How many it reads at a time of those beyond."""
 
 
 @dataclass(frozen=True)
@@ -194,19 +191,22 @@ def draw(logits: Tensor, rows: Rows, needs: Needs) -> Draws:
     width = block(chunks)
     whole, real = rows.table, rows.table.view(torch.float64)
     bad, best_ids = scratch(torch.int32), scratch(torch.int32)
-    chunk_peaks, sums, bests = (scratch(torch.float32) for _ in range(3))
+    chunk_peaks, sums, bests, masses = (scratch(torch.float32) for _ in range(4))
     filters = needs.draws and needs.filters
     num_groups = chunks * (_CHUNK // race.GROUP.value)
     groups = scratch(torch.float32, count, num_groups if filters else 1)
     source = scratch(torch.float32, count, vocab) if needs.changes else logits
     race.survey[grid](
         logits, source, whole, real, rows.bias_ids, rows.bias_values, rows.history, bad, chunk_peaks, sums, bests,
-        best_ids, groups, logits.stride(0), rows.bias_ids.stride(0),
-        VOCAB=vocab, CHUNK=_CHUNK, CHANGED=needs.changes, FILTERS=filters, LOGPROBS=needs.logprobs, num_warps=8,
+        best_ids, masses, groups, logits.stride(0), rows.bias_ids.stride(0),
+        VOCAB=vocab, CHUNK=_CHUNK, CHANGED=needs.changes, DRAWN=needs.draws, FILTERS=filters,
+        LOGPROBS=needs.logprobs, num_warps=8,
     )  # fmt: skip
     programs = min(chunks, _PROGRAMS)
     floors, winners = scratch(torch.int32, count), scratch(torch.int32, count)
-    ratios, runners = scratch(torch.float64, count, programs), scratch(torch.int32, count, programs)
+    rests = scratch(torch.int64)
+    first_ratios, ratios = (scratch(torch.float64, count, programs) for _ in range(2))
+    first_runners, runners = (scratch(torch.int32, count, programs) for _ in range(2))
     if needs.draws:
         peaks, counters, rests = (
             scratch(torch.float32, count),
@@ -220,21 +220,23 @@ def draw(logits: Tensor, rows: Rows, needs: Needs) -> Draws:
             num_warps=8 if filters else 1,
         )  # fmt: skip
         race.collect[grid](
-            source, real, peaks, floors, rests, counters, weights, ids, source.stride(0),
+            source, real, bests, masses, peaks, floors, rests, counters, weights, ids, source.stride(0),
             VOCAB=vocab, CHUNK=_CHUNK, CAPACITY=_CAPACITY, num_warps=8,
         )  # fmt: skip
         race.choose[(count,)](
             source, whole, real, peaks, floors, rests, counters, weights, ids, winners, source.stride(0), chunks,
-            VOCAB=vocab, CHUNKS_BLOCK=width, CAPACITY=_CAPACITY, BLOCK=_BLOCK, WIDE=_WIDE, FILTERS=filters,
+            VOCAB=vocab, CHUNKS_BLOCK=width, CAPACITY=_CAPACITY, BLOCK=_BLOCK, FILTERS=filters,
             num_warps=8,
         )  # fmt: skip
-        race.second_race[(count, programs)](
-            source, whole, real, peaks, floors, winners, ratios, runners, source.stride(0), chunks,
+        race.race_on[(count, programs)](
+            source, whole, real, peaks, floors, winners, first_ratios, first_runners, ratios, runners,
+            source.stride(0), chunks,
             VOCAB=vocab, CHUNK=_CHUNK, num_warps=8,
         )  # fmt: skip
     shifts = scratch(torch.float32, count, 2)
     race.settle[(count,)](
-        logits, bad, chunk_peaks, sums, bests, best_ids, floors, winners, ratios, runners, tokens, finite,
+        logits, bad, chunk_peaks, sums, bests, best_ids, whole, floors, rests, winners, first_ratios, first_runners,
+        ratios, runners, tokens, finite,
         shifts, logprobs, logits.stride(0), chunks, programs,
         VOCAB=vocab, CHUNKS_BLOCK=width, DRAWN=needs.draws, LOGPROBS=needs.logprobs, num_warps=1,
     )  # fmt: skip
@@ -242,8 +244,8 @@ def draw(logits: Tensor, rows: Rows, needs: Needs) -> Draws:
         aheads = scratch(torch.int32)
         values, ids = scratch(torch.float32, count, chunks, shown), scratch(torch.int32, count, chunks, shown)
         logprob.rank_in_chunk[grid](
-            logits, shifts, logprobs, aheads, values, ids, logits.stride(0),
-            VOCAB=vocab, CHUNK=_CHUNK, COUNT=shown, num_warps=8,
+            logits, chunk_peaks, shifts, logprobs, aheads, values, ids, logits.stride(0),
+            VOCAB=vocab, CHUNK=_CHUNK, CHUNKS_BLOCK=width, COUNT=shown, num_warps=8,
         )  # fmt: skip
         logprob.rank_in_row[(count,)](
             shifts, aheads, values, ids, ranks, top_ids, top_logprobs, chunks,

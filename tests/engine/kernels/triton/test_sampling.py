@@ -135,6 +135,17 @@ def test_more_candidates_than_are_kept(device: torch.device) -> None:
     check(normal(len(specs), 10_000, 0.5), specs, device)
 
 
+def test_a_crowd_without_filters(device: torch.device) -> None:
+    """Too many noticeable tokens to be kept, and beside them others that win a second race now and then."""
+    logits = torch.full((12, 17_000), -8.9)  # 2^-12.8 of the best
+    logits[:, 9000:] = -9.2  # 2^-13.3
+    logits[:, 100] = 0.0
+    specs = [spec(seed=21, output_index=i) for i in range(11)] + [spec(seed=1, temperature=0)]
+    check(logits, specs, device)
+    tokens = drawn(logits, specs, device).tokens
+    assert 0 < int((tokens >= 9000).sum()) < 11
+
+
 def test_a_whole_vocabulary(device: torch.device) -> None:
     specs = [
         spec(seed=5, temperature=0.8, logprobs=3),
