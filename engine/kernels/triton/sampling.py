@@ -10,6 +10,7 @@ a token was generated, plus 1 if the prompt has it. A token that was drawn is co
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ _PROGRAMS = 16
 
 _BLOCK = 2048
 """Candidates of a row that its program holds in registers."""
+
+_ROW = struct.Struct("<Q3q6d")  # a row's columns
+_PADDING = _ROW.pack(0, 0, -1, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -121,17 +125,23 @@ def table(
     specs: Sequence[SampleSpec], slots: Sequence[int], count: int | None = None
 ) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
     """`Rows.table` on the host; rows after the specs, up to `count`, are padding: greedy, and nothing is counted."""
-    whole = np.zeros((count or len(specs), 10), dtype=np.int64)
-    whole[:, 2] = -1
-    real = whole.view(np.float64)
-    for i, (spec, slot) in enumerate(zip(specs, slots, strict=True)):
+    packed = bytearray()
+    for spec, slot in zip(specs, slots, strict=True):
         p = spec.params
-        whole[i : i + 1].view(np.uint64)[0, 0] = stream_key(p.seed, spec.output_index)
-        whole[i, 1:4] = (p.top_k, slot if has_penalty(spec) else -1, len(p.logit_bias))
-        real[i, 4:] = (
-            p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.frequency_penalty, p.presence_penalty
-        )  # fmt: skip
-    return whole
+        packed += _ROW.pack(
+            stream_key(p.seed, spec.output_index) if p.temperature > 0 else 0,
+            p.top_k,
+            slot if has_penalty(spec) else -1,
+            len(p.logit_bias),
+            p.temperature,
+            p.top_p,
+            p.min_p,
+            p.repetition_penalty,
+            p.frequency_penalty,
+            p.presence_penalty,
+        )
+    packed += _PADDING * ((count or len(specs)) - len(specs))
+    return np.frombuffer(packed, dtype=np.int64).reshape(-1, 10)
 
 
 def remember(history: Tensor, slot: int, prompt: Sequence[int], output: Sequence[int]) -> None:
