@@ -1,1 +1,1 @@
-"""What the GPU path takes on one GPU."""
+"""Measurements that need a GPU."""

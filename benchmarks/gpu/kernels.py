@@ -32,7 +32,7 @@ from torch import Tensor
 
 from engine.kernels.triton import attention, scores, select
 from engine.kernels.triton.rows import Blocks, Rows, Span, blocks_of
-from engine.kv.layouts import Int8KeyLayout
+from engine.memory.layouts import Int8KeyLayout
 
 READ = 4.46e12  # bytes a second
 PRODUCTS = 794e12  # bf16 operations a second

@@ -48,7 +48,7 @@ def index_scores(
 
     Args:
         query: [T, H, d] in the keys' dtype; for integer keys any, and quantised here as
-            `engine.kernels.interface_int8` says; for FP8 keys float8_e4m3fn
+            `engine.kernels.interface.int8` says; for FP8 keys float8_e4m3fn
         head_weights: [T, H] float32, constant factors folded in (of FP8 queries also their scales)
         key_plane: [num_pages, 64, d] in the model's numbers, or bytes [num_pages, 64, d + 4] uint8: an
             `Int8KeyLayout`, or an `IndexKeyLayout` if the query is FP8

@@ -1,4 +1,4 @@
-"""Random batches of flat rows, and what the definitions in `engine.kernels.reference` say about each row."""
+"""Random batches of flat rows, and what the definitions in `engine.kernels.reference.attention` say about each row."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.kernels.reference import ReferenceKernels
+from engine.kernels.reference.attention import ReferenceKernels
 from engine.kernels.triton.rows import Rows
-from engine.kv.layouts import IndexKeyLayout
+from engine.memory.layouts import IndexKeyLayout
 
 PAGE = 64
 REFERENCE = ReferenceKernels()

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -59,3 +60,38 @@ def device() -> torch.device:
 def dtypes() -> list[torch.dtype]:
     """Numbers of a model: the interpreter multiplies bfloat16 wrongly."""
     return [torch.float32, torch.bfloat16] if CHIP else [torch.float32]
+
+
+# The interpreter cuts digits off where it should round to bfloat16, and multiplies matrices of it wrongly.
+DTYPES = [torch.float32, torch.bfloat16] if torch.cuda.is_available() else [torch.float32]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Of activations and weights."""
+    chosen: torch.dtype = request.param
+    return chosen
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patch_once_a_launch(device: torch.device) -> None:
+    """The interpreter patches all of triton.language at every call of a function; once a launch does, and is far faster."""
+    if device.type != "cpu":
+        return
+    from triton.runtime import interpreter
+
+    patched: set[object] = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launch_anew
+    interpreter.InterpretedFunction.__call__ = call
