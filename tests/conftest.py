@@ -25,6 +25,9 @@ from tests.turns import turn
 # start; see engine.supervisor.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Triton reads this when it is first imported, and when a kernel is made: without a GPU its interpreter runs kernels.
+os.environ.setdefault("TRITON_INTERPRET", "0" if any(Path("/dev").glob("nvidia[0-9]*")) else "1")
+
 # No server of a test writes into the user's ledger, unless it is told of one of its own.
 os.environ["DSA_LEDGER"] = "none"
 

@@ -5,6 +5,7 @@
 Times are microseconds a call: medians of a replayed CUDA graph over operands that rotate, so that they do not sit in the L2
 cache. A floor is the larger of the bytes that must move over the read ceiling and the products over the matrix ceiling of
 one H200 (`log.md` says how these were measured). Plain torch works on contiguous copies that were gathered beforehand.
+More than 400 lines: it is one list of cases, and each is a few lines.
 """
 
 from __future__ import annotations
@@ -97,6 +98,11 @@ class Figure:
 HEAD = f"{'case':62} {'us':>9} {'floor':>8} {'ratio':>7} {'torch':>10}"
 
 
+def _on_device(request: Tensor, positions: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The vectors of `Rows`."""
+    return request.int().to(CUDA), positions.int().to(CUDA), top_k.int().to(CUDA)
+
+
 class Data:
     """Rows over a paged cache, several sets of them apart from one another."""
 
@@ -111,8 +117,8 @@ class Data:
         tables = order.view(self.sets, requests, self.pages)
         ends = torch.arange(context - rows, context) if prompt else torch.full((rows,), context - 1)
         request = torch.zeros(rows) if prompt else torch.arange(rows)
-        vector = [one.int().to(CUDA) for one in (request, ends, torch.full((rows,), top_k))]
-        self.rows = [Rows(*vector, table) for table in tables]
+        vectors = _on_device(request, ends, torch.full((rows,), top_k))
+        self.rows = [Rows(*vectors, table) for table in tables]
         self.first = context - rows
 
     def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -232,7 +238,7 @@ def select_case(top_k: int, rows: int, context: int, prompt: bool = False, plain
         sets = max(1, min(24, math.ceil(CACHE / (rows * context * 4))))
         given = [torch.randn(rows, context, device=CUDA) for _ in range(sets)]
         ends = torch.arange(context - rows, context) if prompt else torch.full((rows,), context - 1)
-        vectors = [one.int().to(CUDA) for one in (torch.zeros(rows), ends, torch.full((rows,), top_k))]
+        vectors = _on_device(torch.zeros(rows), ends, torch.full((rows,), top_k))
         batch = Rows(*vectors, torch.zeros(1, 1, dtype=torch.int32, device=CUDA))
 
         def call(one: Tensor) -> Callable[[], object]:

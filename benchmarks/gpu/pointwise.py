@@ -32,12 +32,13 @@ from engine.kernels.triton.gate import silu_times
 from engine.kernels.triton.low_rank import add_low_rank
 from engine.kernels.triton.norm import add_rms_norm
 from engine.kernels.triton.rotation import rotate_and_store
-from engine.kernels.triton.sampling import Draws, Needs, Rows, draw
+from engine.kernels.triton.sampling import DrawRows, Draws, Needs, draw
 from engine.layers.low_rank import LowRank
 from engine.layers.norm import layer_norm, rms_norm
 from engine.layers.rope import RotaryTable, rotate
 from engine.plan.types import SampleSpec
 from engine.protocol import SamplingParams
+from engine.step.device_sampler import needs_of, rows_of
 from engine.step.sampler import sample
 
 EPS = 1e-5
@@ -153,18 +154,20 @@ def index_cases(shape: Shape, rows: int) -> Iterator[Case]:
     weight, bias = made(dim), made(dim)
     rotary = RotaryTable(s.index_rope, 1e4, 8192, device=torch.device("cuda"))
     scale = heads**-0.5 * dim**-0.5
-    forms: tuple[index_key.Form, ...] = ("plain", "int8", "fp8")
+    forms: tuple[index_key.KeyForm, ...] = ("plain", "int8", "fp8")
     for form in forms:
         dtype, width = (DTYPE, dim) if form == "plain" else (torch.uint8, dim + 4)
         plane = torch.zeros(PAGES, 64, width, dtype=dtype, device="cuda")
-        kept = IndexFormat(dim, DTYPE if form == "plain" else None)
+        kept = IndexFormat(dim, DTYPE if form == "plain" else "fp8")
 
-        def store(plane: Tensor = plane, form: index_key.Form = form) -> None:
+        def store(plane: Tensor = plane, form: index_key.KeyForm = form) -> None:
             index_key.store_keys(
                 key, weight, bias, KEY_NORM_EPS, rotary.all(), at.positions, at.pages, at.offsets, plane, form
             )
 
-        def plain_store(plane: Tensor = plane, form: index_key.Form = form, kept: IndexFormat = kept) -> None:
+        def plain_store(
+            plane: Tensor = plane, form: index_key.KeyForm = form, kept: IndexFormat = kept
+        ) -> None:
             normed = layer_norm(key, weight, bias, KEY_NORM_EPS)
             turned = rotate(normed.unsqueeze(1), rotary.at(at.positions)).squeeze(1)
             if form == "int8":
@@ -172,7 +175,7 @@ def index_cases(shape: Shape, rows: int) -> Iterator[Case]:
             else:
                 kept.write(plane, at.pages, at.offsets, turned, kernels)
 
-        def queries(form: index_key.Form = form) -> tuple[Tensor, Tensor]:
+        def queries(form: index_key.KeyForm = form) -> tuple[Tensor, Tensor]:
             return index_key.queries(query, head_weights, scale, rotary.all(), at.positions, form)
 
         def plain_queries(kept: IndexFormat = kept) -> IndexQueries:
@@ -225,10 +228,10 @@ def sampling_cases(shape: Shape, rows: int, logits: Tensor, kind: str) -> Iterat
         if kind == "flat" and "top" not in name and name != "temperature":
             continue
         specs = [spec(i, params) for i in range(rows)]
-        chosen = Rows.of(specs, range(rows), history, torch.device("cuda"))
-        needs = Needs.of(specs)
+        chosen = rows_of(specs, range(rows), history, torch.device("cuda"))
+        needs = needs_of(specs)
 
-        def ours(chosen: Rows = chosen, needs: Needs = needs) -> Draws:
+        def ours(chosen: DrawRows = chosen, needs: Needs = needs) -> Draws:
             return draw(logits, chosen, needs)
 
         plain = (lambda: logits.argmax(-1)) if name == "greedy" else None
@@ -286,8 +289,8 @@ def tokens_agree(shape: Shape, rows: int) -> dict[str, int]:
         specs = [spec(i, ways[i % len(ways)]) for i in range(rows)]
         history = torch.zeros(rows, shape.vocab, dtype=torch.int32, device="cuda")
         history[:, 1] = 1
-        chosen = Rows.of(specs, range(rows), history, torch.device("cuda"))
-        ours = draw(logits, chosen, Needs.of(specs)).tokens.tolist()
+        chosen = rows_of(specs, range(rows), history, torch.device("cuda"))
+        ours = draw(logits, chosen, needs_of(specs)).tokens.tolist()
         theirs = [one.token_id for one in sample(logits.cpu(), specs)]
         result["drawn"] += rows
         result["different"] += sum(one != other for one, other in zip(ours, theirs, strict=True))

@@ -1,5 +1,7 @@
 """Grouped-query attention of flat rows over a paged cache, dense and sparse rows in one call.
 
+More than 400 lines, because three forms share how rows are split and merged.
+
     out[t,h,g] = sum_c softmax_c(scale * query[t,h,g] . key[c,h]) value[c,h]
 
 over all c <= positions[t] for a dense row, and over selected[t] for a sparse one. Softmax is the online one of

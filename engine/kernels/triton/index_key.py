@@ -24,14 +24,14 @@ from engine.kernels.triton.kernel import block, kernel
 from engine.memory.blocks import BLOCK, E4M3
 from engine.memory.layouts import Int8KeyLayout
 
-Form = Literal["plain", "int8", "fp8"]
+KeyForm = Literal["plain", "int8", "fp8"]
 
 _KEYS = 4  # a program
 _QUERIES = 8
 _PLAIN = tl.constexpr(0)
 _INT8 = tl.constexpr(1)
 _FP8 = tl.constexpr(2)
-_CODES: dict[Form, int] = {"plain": 0, "int8": 1, "fp8": 2}
+_CODES: dict[KeyForm, int] = {"plain": 0, "int8": 1, "fp8": 2}
 
 
 def store_keys(
@@ -44,7 +44,7 @@ def store_keys(
     pages: Tensor,
     offsets: Tensor,
     plane: Tensor,
-    form: Form,
+    form: KeyForm,
     *,
     interleaved: bool = False,
 ) -> None:
@@ -86,7 +86,7 @@ def queries(
     scale: float,
     rotation: tuple[Tensor, Tensor],
     positions: Tensor,
-    form: Form,
+    form: KeyForm,
     *,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def queries(
     return (out.view(E4M3) if form == "fp8" else out), weights
 
 
-def _check(dim: int, form: Form) -> None:
+def _check(dim: int, form: KeyForm) -> None:
     if form == "fp8" and (dim > BLOCK or dim < 4 or dim & (dim - 1)):
         raise EngineError(
             f"index vectors of {dim} numbers cannot be in FP8; a power of two from 4 to {BLOCK} can"
@@ -136,7 +136,7 @@ def _check(dim: int, form: Form) -> None:
         )
 
 
-def _scale_part(plane: Tensor, form: Form) -> tuple[Tensor, int]:
+def _scale_part(plane: Tensor, form: KeyForm) -> tuple[Tensor, int]:
     """The plane as float32 numbers, where its scales are, and its page stride in those."""
     if form == "plain":
         return plane, 0

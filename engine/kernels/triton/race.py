@@ -1,5 +1,7 @@
 """The draw of `engine.step.sampler` in kernels: weights, `engine.step.filters`' edge, `engine.step.race`'s winner.
 
+More than 400 lines, because the kernels are stages of one draw, and each reads what the one before it left.
+
 Letters: T rows, V tokens, cut into C chunks. A row's parameters are ten columns of 64 bits (see `engine.kernels.triton.sampling`).
 
 What is added up over tokens is added as integers (weights in steps of 2^-38), so that neither the order in which programs

@@ -1,7 +1,7 @@
 """Sampling on the device: the token that `engine.step.sampler.sample` draws, for any mix of rows, without waiting for the host.
 
 The random numbers are the same bits, since they are a hash that the kernels compute; the host makes a row's key
-(`engine.step.race.stream_key`), whose seed and place it knows. So a request has the same text on either.
+(`engine.step.device_sampler`), whose seed and place it knows. So a request has the same text on either.
 
 What penalties look back on lies on the device too, a row of [slots, V] for each request that has any: twice how often
 a token was generated, plus 1 if the prompt has it. A token that was drawn is counted there without the host
@@ -10,19 +10,15 @@ a token was generated, plus 1 if the prompt has it. A token that was drawn is co
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton import logprob, race
 from engine.kernels.triton.kernel import block, kernel
-from engine.plan.types import SampleSpec
-from engine.step.race import stream_key
 
 _CHUNK = 2048
 _CAPACITY = 8192
@@ -33,9 +29,6 @@ _PROGRAMS = 16
 
 _BLOCK = 2048
 """Candidates of a row that its program holds in registers."""
-
-_ROW = struct.Struct("<Q3q6d")  # a row's columns
-_PADDING = _ROW.pack(0, 0, -1, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -48,59 +41,15 @@ class Needs:
     logprobs: bool = True
     alternatives: int = 0  # likeliest tokens to report with each
 
-    @classmethod
-    def of(cls, specs: Sequence[SampleSpec]) -> Needs:
-        """The least that does for these."""
-        params = [spec.params for spec in specs]
-        return cls(
-            draws=any(p.temperature > 0 for p in params),
-            filters=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params),
-            changes=any(
-                bool(p.logit_bias) or has_penalty(spec) for p, spec in zip(params, specs, strict=True)
-            ),
-            logprobs=any(p.logprobs is not None for p in params),
-            alternatives=max((p.logprobs or 0 for p in params), default=0),
-        )
-
 
 @dataclass(frozen=True)
-class Rows:
+class DrawRows:
     """How T rows are drawn from. Tensors that a graph may hold: a step fills them anew."""
 
     table: Tensor  # [T, 10] int64, columns as in `engine.kernels.triton.race`; those of reals hold float64's bits
     bias_ids: Tensor  # [T, B] int32
     bias_values: Tensor  # [T, B] float32
     history: Tensor  # [slots, V] int32, see `remember`
-
-    @classmethod
-    def of(
-        cls,
-        specs: Sequence[SampleSpec],
-        slots: Sequence[int],
-        history: Tensor,
-        device: torch.device,
-    ) -> Rows:
-        """From the requests' own words.
-
-        Args:
-            specs: T of them
-            slots: where each row's history lies; of no matter for a row without penalties
-            history: [slots, V] int32
-            device: where to
-        """
-        width = max((len(spec.params.logit_bias) for spec in specs), default=0)
-        ids = np.zeros((len(specs), max(width, 1)), dtype=np.int32)
-        values = np.zeros(ids.shape, dtype=np.float32)
-        for i, spec in enumerate(specs):
-            if bias := spec.params.logit_bias:
-                ids[i, : len(bias)] = [token for token, _ in bias]
-                values[i, : len(bias)] = [value for _, value in bias]
-        return cls(
-            table=torch.from_numpy(table(specs, slots)).to(device),
-            bias_ids=torch.from_numpy(ids).to(device),
-            bias_values=torch.from_numpy(values).to(device),
-            history=history,
-        )
 
 
 @dataclass(frozen=True)
@@ -115,35 +64,6 @@ class Draws:
     top_logprobs: Tensor | None  # [T, n] float32
 
 
-def has_penalty(spec: SampleSpec) -> bool:
-    """Whether a history is looked at."""
-    p = spec.params
-    return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
-
-
-def table(
-    specs: Sequence[SampleSpec], slots: Sequence[int], count: int | None = None
-) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """`Rows.table` on the host; rows after the specs, up to `count`, are padding: greedy, and nothing is counted."""
-    packed = bytearray()
-    for spec, slot in zip(specs, slots, strict=True):
-        p = spec.params
-        packed += _ROW.pack(
-            stream_key(p.seed, spec.output_index) if p.temperature > 0 else 0,
-            p.top_k,
-            slot if has_penalty(spec) else -1,
-            len(p.logit_bias),
-            p.temperature,
-            p.top_p,
-            p.min_p,
-            p.repetition_penalty,
-            p.frequency_penalty,
-            p.presence_penalty,
-        )
-    packed += _PADDING * ((count or len(specs)) - len(specs))
-    return np.frombuffer(packed, dtype=np.int64).reshape(-1, 10)
-
-
 def remember(history: Tensor, slot: int, prompt: Sequence[int], output: Sequence[int]) -> None:
     """Begin a slot of `history` [slots, V] int32 anew: twice the times in the output, plus 1 for being in the prompt."""
     own = history[slot]
@@ -156,7 +76,7 @@ def remember(history: Tensor, slot: int, prompt: Sequence[int], output: Sequence
         own[ids] += 1
 
 
-def count_tokens(rows: Rows, tokens: Tensor) -> None:
+def count_tokens(rows: DrawRows, tokens: Tensor) -> None:
     """Count what was drawn, tokens [T] int64, in the histories of the rows that have one; no two rows have the same."""
     if len(tokens):
         _count_tokens[(len(tokens),)](
@@ -174,7 +94,7 @@ def _count_tokens(history: tl.tensor, whole: tl.tensor, tokens: tl.tensor, VOCAB
         tl.store(place, tl.load(place) + 2)
 
 
-def draw(logits: Tensor, rows: Rows, needs: Needs) -> Draws:
+def draw(logits: Tensor, rows: DrawRows, needs: Needs) -> Draws:
     """One token a row; see `engine.step.sampler.sample`.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,11 @@ EDGES = [
     Line(2, 190, 7), Line(-1, -1, 9), Line(1, 65, 0),
 ]  # fmt: skip
 """One token, both sides of the ends of pages, k above the context, dense, sparse and padding side by side."""
+
+
+def labelled(line: Line) -> Callable[[str], str]:
+    """What says of a difference which row it is in."""
+    return lambda text: f"{line}: {text}"
 
 
 class Batch:
@@ -58,11 +63,12 @@ class Batch:
 
     def plane(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """[num_pages, 64, *shape], its pages apart from one another as those of an engine's cache may be."""
-        return self.random(self.num_pages, 3, PAGE, *shape, dtype=dtype)[:, 1]
+        apart = self.random(self.num_pages, 3, PAGE, *shape, dtype=dtype)
+        return apart[:, 1]
 
     def int8_plane(self, keys: Tensor) -> Tensor:
-        plane = torch.zeros(self.num_pages, 2, PAGE * (keys.shape[-1] + 4), dtype=torch.uint8)
-        plane = plane[:, 1].unflatten(1, (PAGE, keys.shape[-1] + 4))
+        apart = torch.zeros(self.num_pages, 2, PAGE, keys.shape[-1] + 4, dtype=torch.uint8)
+        plane = apart[:, 1]
         REFERENCE.store_index_keys(plane, *self._everywhere(), keys.flatten(0, 1))
         return plane
 

@@ -15,7 +15,7 @@ from engine.errors import EngineError
 from engine.kernels.triton import attention
 from engine.kernels.triton.attention import attend, block_rows
 from engine.kernels.triton.rows import Blocks, Span, blocks_of
-from tests.engine.kernels.triton.batches import EDGES, REFERENCE, Batch, Line
+from tests.engine.kernels.triton.batches import EDGES, REFERENCE, Batch, Line, labelled
 from tests.engine.kernels.triton.conftest import CHIP
 
 DIMS = [(3, 3, 64), (2, 6, 128), (1, 8, 64), (2, 1, 24)]  # KV heads, query heads of each, numbers a head
@@ -65,9 +65,7 @@ def check(batch: Batch, out: Tensor, query: Tensor, plane: Tensor, selected: Ten
             wanted = REFERENCE.attend_selected(own, plane, batch.table_of(row), chosen, SCALE)
         else:
             wanted = REFERENCE.attend_causal(own, plane, batch.table_of(row), batch.position_of(row), SCALE)
-        torch.testing.assert_close(
-            got, wanted[0, 0], rtol=tolerance, atol=tolerance, msg=lambda text, line=line: f"{line}: {text}"
-        )
+        torch.testing.assert_close(got, wanted[0, 0], rtol=tolerance, atol=tolerance, msg=labelled(line))
 
 
 @pytest.mark.parametrize("dims", DIMS)

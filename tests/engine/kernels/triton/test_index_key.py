@@ -11,7 +11,7 @@ from engine.attention.indexer import IndexQueries
 from engine.attention.precision import IndexFormat
 from engine.errors import EngineError
 from engine.kernels.reference.attention import ReferenceKernels
-from engine.kernels.triton.index_key import Form, queries, store_keys
+from engine.kernels.triton.index_key import KeyForm, queries, store_keys
 from engine.layers.norm import layer_norm
 from engine.layers.rope import RotaryTable, rotate
 from engine.memory.layouts import IndexKeyLayout, Int8KeyLayout
@@ -24,7 +24,7 @@ SLOTS = [0, 63, 64, 79, 128, 127, 255, 17, 200]
 class Case(NamedTuple):
     """The indexer's shapes."""
 
-    form: Form
+    form: KeyForm
     heads: int
     dim: int
     rope: int
@@ -103,8 +103,9 @@ def plain_store(case: Case, p: Parts, plane: torch.Tensor, rows: torch.Tensor | 
     if case.form == "int8":
         kernels.store_index_keys(plane, p.pages[rows], p.offsets[rows], key)
     else:
-        dtype = None if case.form == "fp8" else key.dtype
-        IndexFormat(case.dim, dtype).write(plane, p.pages[rows], p.offsets[rows], key, kernels)
+        IndexFormat(case.dim, "fp8" if case.form == "fp8" else key.dtype).write(
+            plane, p.pages[rows], p.offsets[rows], key, kernels
+        )
 
 
 def values(case: Case, plane: torch.Tensor) -> torch.Tensor:
@@ -160,7 +161,7 @@ def test_queries(case: Case, device: torch.device, dtype: torch.dtype) -> None:
         expected = IndexQueries(query=numbers, head_weights=expected.head_weights * scales)
         assert ours.dtype is torch.int8
     elif case.form == "fp8":
-        expected = IndexFormat(case.dim, None).queries(expected, kernels)
+        expected = IndexFormat(case.dim, "fp8").queries(expected, kernels)
         assert ours.dtype is torch.float8_e4m3fn
     torch.testing.assert_close(
         weights, expected.head_weights, rtol=1e-6 if dtype is torch.float32 else 2e-2, atol=1e-9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import triton.language as tl
 
 from engine.kernels.triton import race
 from engine.kernels.triton.kernel import kernel
-from engine.kernels.triton.sampling import Draws, Needs, Rows, count_tokens, draw, remember, table
+from engine.kernels.triton.sampling import DrawRows, Draws, Needs, count_tokens, draw, remember
 from engine.plan.types import SampleSpec
 from engine.protocol import SamplingParams
+from engine.step.device_sampler import needs_of, rows_of, table
 from engine.step.race import exponential_noise, stream_key
 from engine.step.sampler import sample
 
@@ -29,16 +31,16 @@ def spec(
     )
 
 
-def rows_of(specs: list[SampleSpec], vocab: int, device: torch.device) -> Rows:
+def rows_with(specs: list[SampleSpec], vocab: int, device: torch.device) -> DrawRows:
     history = torch.full((len(specs), vocab), -7, dtype=torch.int32, device=device)
     for slot, one in enumerate(specs):
         remember(history, slot, one.history[: one.prompt_len], one.history[one.prompt_len :])
-    return Rows.of(specs, range(len(specs)), history, device)
+    return rows_of(specs, range(len(specs)), history, device)
 
 
 def drawn(logits: torch.Tensor, specs: list[SampleSpec], device: torch.device) -> Draws:
-    rows = rows_of(specs, logits.shape[1], device)
-    return draw(logits.to(device), rows, Needs.of(specs))
+    rows = rows_with(specs, logits.shape[1], device)
+    return draw(logits.to(device), rows, needs_of(specs))
 
 
 def check(logits: torch.Tensor, specs: list[SampleSpec], device: torch.device) -> None:
@@ -103,7 +105,7 @@ def test_the_random_numbers_are_the_same_bits(device: torch.device) -> None:
         assert np.abs(steps).max() <= 1  # of the logarithm, in the last digit
 
 
-FILTERS: list[dict[str, float]] = [
+FILTERS: list[dict[str, Any]] = [
     {},
     {"top_k": 1},
     {"top_k": 50},
@@ -186,7 +188,7 @@ def test_penalties_and_bias(device: torch.device) -> None:
     specs = []
     for i in range(12):
         history = tuple(generator.integers(0, 300, 80).tolist())
-        penalties: dict[str, object] = [
+        penalties: dict[str, Any] = [
             {"repetition_penalty": 1.3},
             {"presence_penalty": 0.7, "frequency_penalty": -0.4},
             {"repetition_penalty": 0.8, "presence_penalty": -2.0, "frequency_penalty": 0.1},
@@ -216,7 +218,7 @@ def test_a_drawn_token_is_counted_for_the_next_draw(device: torch.device) -> Non
         spec(),
         spec((4,), 1, presence_penalty=0.5),
     ]
-    rows = rows_of(first, 10, device)
+    rows = rows_with(first, 10, device)
     count_tokens(rows, torch.tensor([2, 5, 4], device=device))
     assert rows.history.tolist() == [[0, 1, 6, 0, 0, 0, 0, 0, 0, 0], [0] * 10, [0, 0, 0, 0, 3, 0, 0, 0, 0, 0]]
 
@@ -245,7 +247,7 @@ def test_odd_sizes(vocab: int, device: torch.device) -> None:
 def test_padding_rows_are_greedy_and_count_nothing(device: torch.device) -> None:
     own = spec((1, 1), 1, seed=3, frequency_penalty=0.5)
     history = torch.zeros(1, 300, dtype=torch.int32, device=device)
-    rows = Rows(
+    rows = DrawRows(
         table=torch.from_numpy(table([own], [0], 4)).to(device),
         bias_ids=torch.zeros(4, 1, dtype=torch.int32, device=device),
         bias_values=torch.zeros(4, 1, device=device),
@@ -266,7 +268,7 @@ def test_logits_in_bfloat16_and_rows_apart(device: torch.device) -> None:
     logits = normal(3, 900, 2.0).bfloat16()
     wide = torch.cat((logits, torch.full((3, 3), math.nan, dtype=torch.bfloat16)), dim=1).to(device)
     specs = [spec(seed=1), spec(seed=2, top_p=0.8, presence_penalty=0.5), spec(temperature=0)]
-    ours = draw(wide[:, :900], rows_of(specs, 900, device), Needs.of(specs))
+    ours = draw(wide[:, :900], rows_with(specs, 900, device), needs_of(specs))
     assert ours.tokens.tolist() == [one.token_id for one in sample(logits.float(), specs)]
 
 
@@ -287,7 +289,7 @@ def test_a_row_draws_the_same_again_in_other_company_and_with_more_launches(devi
         assert alone.tokens[0] == whole.tokens[row]
         if alone.logprobs is not None:
             assert alone.logprobs[0] == whole.logprobs[row]
-        more = draw(logits[row : row + 1].to(device), rows_of([one], 5000, device), everything)
+        more = draw(logits[row : row + 1].to(device), rows_with([one], 5000, device), everything)
         assert more.tokens[0] == whole.tokens[row]
     again = drawn(logits, specs, device)
     assert torch.equal(again.tokens, whole.tokens)

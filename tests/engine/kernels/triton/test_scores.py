@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from engine.errors import EngineError
 from engine.kernels.triton.rows import Span, blocks_of
 from engine.kernels.triton.scores import block_rows, index_scores
-from tests.engine.kernels.triton.batches import EDGES, REFERENCE, Batch, Line
+from tests.engine.kernels.triton.batches import EDGES, REFERENCE, Batch, Line, labelled
 
 DIMS = [(8, 64), (3, 16), (5, 36), (2, 128)]
 # FP8 products of a matrix unit are summed in fewer bits.
@@ -38,9 +38,10 @@ def operands(
 
 
 def check(
-    batch: Batch, scores: Tensor, operation: Any, query: Tensor, weights: Tensor, plane: Tensor, tol: float
+    batch: Batch, scores: Tensor, operation: Any, query: Tensor, weights: Tensor, plane: Tensor, layout: str
 ) -> None:
     """Every sparse row is as defined, and -inf beyond its end."""
+    tol = TOLERANCE[layout]
     for row, line in enumerate(batch.lines):
         if line.request < 0 or not line.top_k:
             continue
@@ -53,9 +54,7 @@ def check(
         )[0, 0]
         got = scores[row].cpu()
         assert torch.equal(got == -math.inf, wanted == -math.inf), line
-        torch.testing.assert_close(
-            got, wanted, rtol=tol, atol=tol * 10, msg=lambda text, line=line: f"{line}: {text}"
-        )
+        torch.testing.assert_close(got, wanted, rtol=tol, atol=tol * 10, msg=labelled(line))
 
 
 def score(batch: Batch, query: Tensor, weights: Tensor, plane: Tensor, **more: Any) -> Tensor:
@@ -75,22 +74,22 @@ def score(batch: Batch, query: Tensor, weights: Tensor, plane: Tensor, **more: A
 def test_edges(device: torch.device, dtypes: list[torch.dtype], layout: str, heads: int, dim: int) -> None:
     for dtype in dtypes:
         batch = Batch(EDGES, 3, device, spare=2)
-        operation, *rest = operands(batch, layout, heads, dim, dtype)
-        check(batch, score(batch, *rest), operation, *rest, TOLERANCE[layout])
+        operation, query, weights, plane = operands(batch, layout, heads, dim, dtype)
+        check(batch, score(batch, query, weights, plane), operation, query, weights, plane, layout)
 
 
 @pytest.mark.parametrize("layout", TOLERANCE)
 def test_a_prompt_in_blocks_beside_decodes(device: torch.device, layout: str) -> None:
     prompt = [Line(1, position, 0 if position < 70 else 70) for position in range(60, 101)]
     batch = Batch([Line(0, 130, 9), *prompt, Line(2, 64, 3)], 3, device)
-    operation, *rest = operands(batch, layout, 8, 64)
+    operation, query, weights, plane = operands(batch, layout, 8, 64)
     blocks = blocks_of([Span(1, len(prompt), 60)], len(batch.lines), block_rows(8), device)
-    blocked = score(batch, *rest, blocks=blocks)
-    check(batch, blocked, operation, *rest, TOLERANCE[layout])
+    blocked = score(batch, query, weights, plane, blocks=blocks)
+    check(batch, blocked, operation, query, weights, plane, layout)
     spans = [Span(1, 3, 60), Span(4, len(prompt) - 3, 63)]
     cut = blocks_of(spans, len(batch.lines), block_rows(8), device)
     sparse = batch.rows.index_top_k > 0
-    assert torch.equal(score(batch, *rest, blocks=cut)[sparse], blocked[sparse])
+    assert torch.equal(score(batch, query, weights, plane, blocks=cut)[sparse], blocked[sparse])
 
 
 @pytest.mark.parametrize("layout", TOLERANCE)
@@ -111,9 +110,9 @@ def test_the_same_bits_again_and_in_other_company(device: torch.device, layout: 
 
 def test_without_filling_only_whole_pages_are_written(device: torch.device) -> None:
     batch = Batch([Line(0, 5, 2), Line(0, 70, 2)], 4, device)
-    _, *rest = operands(batch, "plain", 2, 16)
-    scores = score(batch, *rest, fill=False).cpu()
-    wanted = score(batch, *rest).cpu()
+    _, query, weights, plane = operands(batch, "plain", 2, 16)
+    scores = score(batch, query, weights, plane, fill=False).cpu()
+    wanted = score(batch, query, weights, plane).cpu()
     assert torch.equal(scores[0, :64], wanted[0, :64])
     assert torch.equal(scores[1, :128], wanted[1, :128])
     assert torch.isneginf(wanted[1, 71:]).all()
