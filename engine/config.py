@@ -33,8 +33,9 @@ IndexerDtype = Literal["auto", "bf16", "fp8", "int8"]
 """Of index keys and queries; auto as for latents, and 8-bit integers for a llama model with native kernels."""
 
 
-KernelChoice = Literal["auto", "native", "torch", "reference"]
-"""What computes attention: auto is native on a CPU that the compiled kernels are made for, torch elsewhere."""
+KernelChoice = Literal["auto", "native", "torch", "triton", "reference"]
+"""What computes attention: auto is native on a CPU that the compiled kernels are made for, triton on CUDA where it is
+installed, torch elsewhere."""
 
 
 WeightDtype = Literal["auto", "plain", "fp8"]

@@ -13,12 +13,56 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.kernels.triton.sampling import DrawRows, Needs
-from engine.plan.types import SampleSpec
+from engine.kernels.triton.sampling import DrawRows, Draws, Needs, draw
+from engine.plan.types import Drawn, SampleSpec
+from engine.protocol import TokenLogprob
 from engine.step.race import stream_key
+from engine.step.sampler import NOT_FINITE, sample
 
 _ROW = struct.Struct("<Q3q6d")  # a row's columns, see engine.kernels.triton.race
 _PADDING = _ROW.pack(0, 0, -1, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+
+
+def sample_on_device(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
+    """As `engine.step.sampler.sample`, and through it the rows with penalties, whose histories are on the host."""
+    hosted = [row for row, spec in enumerate(specs) if has_penalty(spec)]
+    if hosted:
+        own = [row for row, spec in enumerate(specs) if not has_penalty(spec)]
+        drawn = dict(zip(hosted, sample(logits[hosted], [specs[row] for row in hosted]), strict=True))
+        if own:
+            drawn |= zip(own, sample_on_device(logits[own], [specs[row] for row in own]), strict=True)
+        return [drawn[row] for row in range(len(specs))]
+    device = logits.device
+    nobody = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    needs = needs_of(specs)
+    draws = draw(logits, rows_of(specs, [0] * len(specs), nobody, device), needs)
+    tokens: list[int] = draws.tokens.where(draws.finite, -1).tolist()
+    logprobs = _logprobs(draws, tokens, specs) if needs.logprobs else [None] * len(specs)
+    return [
+        NOT_FINITE if token < 0 else Drawn(token_id=token, logprob=own)
+        for token, own in zip(tokens, logprobs, strict=True)
+    ]
+
+
+def _logprobs(draws: Draws, tokens: Sequence[int], specs: Sequence[SampleSpec]) -> list[TokenLogprob | None]:
+    assert draws.logprobs is not None
+    assert draws.ranks is not None
+    assert draws.top_ids is not None
+    assert draws.top_logprobs is not None
+    told: list[TokenLogprob | None] = []
+    columns = (
+        draws.logprobs.tolist(),
+        draws.ranks.tolist(),
+        draws.top_ids.tolist(),
+        draws.top_logprobs.tolist(),
+    )
+    for spec, token, logprob, rank, ids, values in zip(specs, tokens, *columns, strict=True):
+        shown = spec.params.logprobs
+        top = tuple(zip(ids[:shown], values[:shown], strict=True))
+        told.append(
+            None if shown is None else TokenLogprob(token_id=token, logprob=logprob, rank=rank, top=top)
+        )
+    return told
 
 
 def needs_of(specs: Sequence[SampleSpec]) -> Needs:
