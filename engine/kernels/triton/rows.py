@@ -66,29 +66,37 @@ class Blocks:
     size: int
 
 
-def blocks_of(
-    spans: Sequence[Span], rows: int, size: int, device: torch.device, align: int = 1 << 13
-) -> Blocks:
-    """Cut spans into blocks of at most `size` rows.
+def cut(spans: Sequence[Span], size: int, align: int = 1 << 13) -> list[tuple[int, int]]:
+    """Spans as blocks of at most `size` rows: each one's first row, and how many it has.
 
     No block crosses a position that is a multiple of `align`, so that all of its rows have the same splits (see
     `engine.kernels.triton.attention`).
-
-    Args:
-        spans: chunks of prompts, apart from one another; rows in none of them are decodes
-        rows: T
-        size: the most rows a block
-        device: where the tensors go
-        align: as said
     """
     table: list[tuple[int, int]] = []
-    single = [True] * rows
     for first_row, count, first_position in spans:
         row, position, left = first_row, first_position, count
         while left:
             taken = min(left, size, align - position % align)
             table.append((row, taken))
             row, position, left = row + taken, position + taken, left - taken
+    return table
+
+
+def blocks_of(
+    spans: Sequence[Span], rows: int, size: int, device: torch.device, align: int = 1 << 13
+) -> Blocks:
+    """The blocks of a batch, on the device.
+
+    Args:
+        spans: chunks of prompts, apart from one another; rows in none of them are decodes
+        rows: T
+        size: the most rows a block
+        device: where the tensors go
+        align: see `cut`
+    """
+    table = cut(spans, size, align)
+    single = [True] * rows
+    for first_row, count, _ in spans:
         single[first_row : first_row + count] = [False] * count
     singles = [row for row, alone in enumerate(single) if alone]
     return Blocks(

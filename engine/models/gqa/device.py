@@ -27,7 +27,7 @@ from engine.kernels.triton.rotation import rotate_and_store
 from engine.kernels.triton.rows import Rows, Span, blocks_of
 from engine.kernels.triton.select import select
 from engine.memory.planes import PagedCache
-from engine.models.gqa.graphs import DecodeGraphs
+from engine.models.gqa.graphs import StepGraphs
 from engine.models.gqa.inputs import Piece, RowInputs
 from engine.models.gqa.layer import GqaLayer, plain
 from engine.models.gqa.native import Wired
@@ -49,7 +49,7 @@ class DeviceStep:
         c, indexer = model.config, model.indexer
         self._qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         self._heads, self._dim = (0, 0) if indexer is None else (indexer.num_heads, indexer.head_dim)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self._fused = [self._fuse(i) for i in range(c.num_layers)]
 
     @staticmethod
@@ -78,9 +78,16 @@ class DeviceStep:
     def capture(
         self, cache: PagedCache, max_rows: int, max_context: int, progress: Callable[[int, int], None]
     ) -> None:
-        """Capture the graphs of steps of decodes; see `engine.models.gqa.graphs`."""
+        """Capture the graphs of steps; see `engine.models.gqa.graphs`."""
         indexer, device = self._model.indexer, self._model.norm.device
-        self._graphs = DecodeGraphs(partial(self.compute, cache=cache), max_rows, max_context, device)
+        self._graphs = StepGraphs(
+            partial(self.compute, cache=cache),
+            self._model.config.group,
+            self._heads,
+            max_rows,
+            max_context,
+            device,
+        )
         self._graphs.capture_all(0 if indexer is None else indexer.default_index_top_k, progress)
 
     def forward(self, batch: Batch, cache: PagedCache, budget_bytes: int) -> Tensor:

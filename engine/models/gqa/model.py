@@ -100,7 +100,7 @@ class GqaModel:
         return torch.device("cpu") if self.device_step is not None else self.norm.device
 
     def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
-        """Capture the graphs of decode steps, on CUDA."""
+        """Capture the graphs of steps, on CUDA."""
         if self.device_step is not None and self.norm.device.type == "cuda":
             self.device_step.capture(cache, max_rows, self.max_positions, progress)
 
@@ -160,7 +160,7 @@ class GqaModel:
     def products(self) -> str:
         """See `Model`."""
         if self.device_step is not None:
-            return "products: torch, weights fused; a step of decodes in one CUDA graph"
+            return "products: torch, weights fused; steps of few rows as CUDA graphs"
         if not isinstance(self.embed, PackedWeight):
             why = (
                 native.missing()

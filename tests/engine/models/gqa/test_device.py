@@ -26,6 +26,9 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 prepare()
 
+from engine.models.gqa.device import DeviceStep  # noqa: E402 - needs Triton
+from engine.models.gqa.padded import Padded  # noqa: E402
+
 PAGES = 2
 CPU = torch.device("cpu")
 Asked = tuple[int, int, int, int | None]  # request, first position, rows, index_top_k
@@ -75,12 +78,21 @@ class Twin:
         self.torch, self.device = build(config), build(config)
         self.budget_bytes = budget_bytes
         self.tokens = torch.randint(0, VOCAB, (4, 128), generator=torch.Generator().manual_seed(3)).tolist()
-        from engine.models.gqa.device import DeviceStep
-
         model = self.device.runner._model
         assert isinstance(model, GqaModel)
         assert DeviceStep.supports(model)
         self.step = DeviceStep(model)
+
+    def padded(self, asked: list[Asked], prompts: bool) -> Tensor:
+        """The rows in a buffer of one shape, with room for more of everything."""
+        batch = build_batch(plan_of(asked, self.tokens), CPU)
+        top_k = 128 if int(batch.index_top_k.max()) else 0
+        heads = self.step._heads
+        shape = Padded(16, 1024, top_k, prompts, self.step._model.config.group, heads)
+        assert shape.holds(batch)
+        buffer = torch.full((shape.size,), 7, dtype=torch.int32)  # what the step before left
+        shape.fill(buffer.numpy(), batch)
+        return self.step.compute(shape.inputs(buffer), self.device.cache)[: len(batch.token_ids)]
 
     def both(self, asked: list[Asked]) -> tuple[Tensor, Tensor]:
         plan = plan_of(asked, self.tokens)
@@ -100,13 +112,13 @@ def test_hidden_states_are_those_of_torch(tmp_path: Path, form: str) -> None:
             twin.device.cache.plane(i, spec.name).copy_(twin.torch.cache.plane(i, spec.name))
     for asked in (MIXED, DECODES):
         ours, theirs = twin.both([one if sparse else (*one[:3], None) for one in asked])
+        filled = twin.padded(asked, prompts=asked is MIXED)
+        torch.testing.assert_close(filled, ours, rtol=1e-5, atol=1e-5)
         assert float((ours - theirs).abs().max()) <= 1e-4 * float(theirs.abs().max()), asked
 
 
 @pytest.mark.model
 def test_a_window_is_declined(tmp_path: Path) -> None:
-    from engine.models.gqa.device import DeviceStep
-
     tiny_checkpoint(tmp_path, kind="mistral", sliding_window=40)
     config = EngineConfig(weights=str(tmp_path), device="cpu", dtype="float32", kv_cache_bytes=4 << 20)
     model = build(config).runner._model
