@@ -1,7 +1,7 @@
 """Fixtures that every test may use, what each test needs, and how tests share the machine.
 
 What a test needs is told by markers, declared in pyproject.toml and put on here where a fixture, a folder or what the
-test's module works with shows it: `model` for a model, `process` for processes. `alone` is for tests that measure
+test's module works with shows it: `model` for a model, `process` for processes, `interpreted` for kernels in Triton's interpreter. `alone` is for tests that measure
 seconds.
 """
 
@@ -66,6 +66,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("model")
         if file.startswith("tests/e2e/"):
             item.add_marker("process")
+        if file.startswith("tests/engine/kernels/triton/"):
+            item.add_marker("interpreted")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -26,6 +26,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 prepare()
 
+from engine.models.gqa import device, padded  # noqa: E402
 from engine.models.gqa.device import DeviceStep  # noqa: E402 - needs Triton
 from engine.models.gqa.padded import Padded  # noqa: E402
 
@@ -75,10 +76,10 @@ class Twin:
             weights=str(folder), overlay=overlay, device="cpu", dtype="float32", kernels="torch",
             kv_cache_bytes=4 << 20, **own,
         )  # fmt: skip
-        self.torch, self.device = build(config), build(config)
+        self.torch, self.rows = build(config), build(config)
         self.budget_bytes = budget_bytes
         self.tokens = torch.randint(0, VOCAB, (4, 128), generator=torch.Generator().manual_seed(3)).tolist()
-        model = self.device.runner._model
+        model = self.rows.runner._model
         assert isinstance(model, GqaModel)
         assert DeviceStep.supports(model)
         self.step = DeviceStep(model)
@@ -88,28 +89,32 @@ class Twin:
         batch = build_batch(plan_of(asked, self.tokens), CPU)
         top_k = 128 if int(batch.index_top_k.max()) else 0
         heads = self.step._heads
-        shape = Padded(16, 1024, top_k, prompts, self.step._model.config.group, heads)
+        shape = Padded(16, PAGES * 64, top_k, prompts, self.step._model.config.group, heads)
         assert shape.holds(batch)
         buffer = torch.full((shape.size,), 7, dtype=torch.int32)  # what the step before left
         shape.fill(buffer.numpy(), batch)
-        return self.step.compute(shape.inputs(buffer), self.device.cache)[: len(batch.token_ids)]
+        return self.step.compute(shape.inputs(buffer), self.rows.cache)[: len(batch.token_ids)]
 
     def both(self, asked: list[Asked]) -> tuple[Tensor, Tensor]:
         plan = plan_of(asked, self.tokens)
-        ours = self.step.forward(build_batch(plan, CPU), self.device.cache, self.budget_bytes)
+        ours = self.step.forward(build_batch(plan, CPU), self.rows.cache, self.budget_bytes)
         return ours, self.torch.runner.hidden(plan)
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("form", FORMS)
-def test_hidden_states_are_those_of_torch(tmp_path: Path, form: str) -> None:
+def test_hidden_states_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Chunks, decodes, dense and sparse rows in any mix; scores come in pieces of 8 rows."""
-    twin = Twin(tmp_path, FORMS[form], 4 * 1024 * 8)
+    # Each program that has nothing to do takes the interpreter long enough.
+    monkeypatch.setattr(device, "_CONTEXT_STEP", 64)
+    monkeypatch.setattr(padded, "MOST_SPANS", 3)
+    monkeypatch.setattr(padded, "MOST_SINGLES", 4)
+    twin = Twin(tmp_path, FORMS[form], 4 * PAGES * 64 * 8)
     sparse = twin.torch.ready.model.indexer is not None
     twin.torch.runner.hidden(plan_of(BEFORE, twin.tokens))
     for i in range(2):
         for spec in twin.torch.runner._model.plane_specs():
-            twin.device.cache.plane(i, spec.name).copy_(twin.torch.cache.plane(i, spec.name))
+            twin.rows.cache.plane(i, spec.name).copy_(twin.torch.cache.plane(i, spec.name))
     for asked in (MIXED, DECODES):
         ours, theirs = twin.both([one if sparse else (*one[:3], None) for one in asked])
         filled = twin.padded(asked, prompts=asked is MIXED)
