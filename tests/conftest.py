@@ -1,8 +1,8 @@
 """Fixtures that every test may use, what each test needs, and how tests share the machine.
 
 What a test needs is told by markers, declared in pyproject.toml and put on here where a fixture, a folder or what the
-test's module works with shows it: `model` for a model, `process` for processes, `interpreted` for kernels in Triton's interpreter. `alone` is for tests that measure
-seconds.
+test's module works with shows it: `model` for a model, `process` for processes, `interpreted` for Triton's interpreter.
+`alone` is for tests that measure seconds.
 """
 
 from __future__ import annotations
