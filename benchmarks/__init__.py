@@ -1,1 +1,1 @@
-"""Measurements that published numbers and built-in constants come from."""
+"""Programs that measure published figures and the engine's built-in constants, and write the tables of the docs."""

@@ -1,10 +1,11 @@
-"""What accounting costs, against what is accounted for.
+"""Measures the cost of accounting as a share of the time of decode steps.
 
-`python -m benchmarks.accounting` runs decode steps of the default model at several batch sizes and prints, as shares of their time, what
-the meter takes for each step (in the engine) and what an account takes for each request (in the server: prices, a row in a SQLite ledger,
-counters). The server has a process of its own, so counting its time against the engine's is the worst case: one core for both.
+`python -m benchmarks.accounting` runs decode steps of the default model at several batch sizes. As shares of their time
+it prints the time of the meter for each step (in the engine) and of an account for each request (in the server: prices, a
+row in a SQLite ledger, counters). The server is a process of its own, so comparing its time with the engine's is the
+worst case: one core for both.
 
-CPU time is compared with CPU time, so that neighbours on the machine do not flatter the result.
+All times are CPU time, so that other work on the machine does not make the shares look smaller.
 """
 
 from __future__ import annotations
@@ -38,30 +39,30 @@ from server.telemetry.metrics import Metrics
 
 CONTEXT = 1024
 OUTPUT = 32
-"""Tokens of an answer: short, so that a request's fixed cost weighs."""
+"""Tokens of an answer. It is short, so that the fixed cost of a request has weight."""
 
 
 class Share(NamedTuple):
-    """One batch size. Seconds of CPU; of a step, divided by the threads that it ran on."""
+    """The result for one batch size, in seconds of CPU time."""
 
     requests: int
-    step: float
-    meter: float  # a step
-    account: float  # a request
+    step: float  # divided by the number of threads
+    meter: float  # for each step
+    account: float  # for each request
 
     @property
     def engine_share(self) -> float:
-        """Of the step's time."""
+        """The meter's share of a step's time."""
         return self.meter / self.step
 
     @property
     def server_share(self) -> float:
-        """Of a request's share of its steps."""
+        """An account's share of the time that one request takes of its steps."""
         return self.account / (OUTPUT * self.step / self.requests)
 
 
 def measure(sizes: tuple[int, ...], repeats: int = 3) -> list[Share]:
-    """Measure the default model's decode steps and what their accounting takes."""
+    """Measure the default model's decode steps and their accounting, for each batch size."""
     files = resolve()
     built = build(EngineConfig(weights=str(files.weights), overlay=str(files.overlay), device="cpu"))
     account = asyncio.run(_account_seconds(400))
@@ -91,7 +92,7 @@ def _seconds(call: Callable[[], object], count: int = 100) -> float:
 
 
 async def _account_seconds(count: int, at_once: int = 8) -> float:
-    """A request's account from its opening to the durable row, and the counters of the scrape."""
+    """Measure the CPU seconds of a request's account, from its opening to the row in the ledger and the counters."""
     with tempfile.TemporaryDirectory() as folder:
         prices = PriceBook(DEFAULT_TABLE, "model")
         metrics = Metrics("model", lambda: EngineStatus(state=EngineState.READY), prices)

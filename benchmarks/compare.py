@@ -1,7 +1,7 @@
-"""This server beside llama.cpp and vLLM on the same cores, each with the settings that docs/measured.md argues for.
+"""Compares this server with llama.cpp and vLLM on the same cores. docs/measured.md explains the settings of each.
 
-`python -m benchmarks.compare --out DIR` runs `dsa bench` suite by suite. The peers are found by options, or by the
-environment variables LLAMA_SERVER, VLLM_PYTHON and VLLM_MODEL; one that is not named is left out.
+`python -m benchmarks.compare --out DIR` runs `dsa bench` suite by suite. Options, or the environment variables
+LLAMA_SERVER, VLLM_PYTHON and VLLM_MODEL, say where the other servers are. A server that is not named is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from server.hub.models import resolve
 
 
 class Peers(NamedTuple):
-    """Where the peers are, and what they all share."""
+    """The places of the other servers, and the settings that all servers share."""
 
     llama_server: str | None
     vllm_python: str | None
@@ -30,13 +30,13 @@ class Peers(NamedTuple):
     threads: int
 
     def dsa(self) -> list[str]:
-        """This server with its defaults."""
+        """Return the arguments for this server with its defaults."""
         return _serve("dsa", [*DSA, "serve", "--ledger", "none"])
 
     def llama(self, slots: int, tokens: int, *, flash: bool, name: str = "llama.cpp") -> list[str]:
-        """llama-server on the same 4-bit file; `tokens` is what one slot has room for.
+        """Return the arguments for llama-server on the same 4-bit file; each slot has room for `tokens` tokens.
 
-        Its cache of prompts in main memory is off: it copies what a slot held, which cold prompts never need.
+        Its cache of prompts in main memory is off: it copies the old content of a slot, which cold prompts never need.
         """
         if self.llama_server is None:
             return []
@@ -47,7 +47,7 @@ class Peers(NamedTuple):
         return _serve(name, command)
 
     def vllm(self) -> list[str]:
-        """vLLM for CPUs on the same weights in bfloat16, with room for 32 streams of 1.2K tokens and more."""
+        """Return the arguments for vLLM for CPUs: the same weights in bfloat16, room for 32 streams of 1.2K tokens and more."""
         if self.vllm_python is None or self.vllm_model is None:
             return []
         command = [
@@ -59,7 +59,7 @@ class Peers(NamedTuple):
 
 
 def suites(peers: Peers) -> dict[str, list[str]]:
-    """Suite -> its arguments."""
+    """Return the arguments of each suite: name -> arguments."""
     one, flash = peers.llama(1, 8192, flash=False), peers.llama(1, 8192, flash=True, name="llama.cpp -fa on")
     many = peers.llama(32, 1280, flash=False)
     own, vllm = peers.dsa(), peers.vllm()
@@ -78,7 +78,7 @@ def _serve(name: str, command: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suites; the exit status of the first that fails."""
+    """Run the suites; return the exit status of the first that fails, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add, environ = parser.add_argument, os.environ
     add("--out", type=Path, required=True, metavar="DIR", help="where SUITE.json and SUITE.png go")

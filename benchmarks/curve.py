@@ -1,6 +1,6 @@
-"""What README.md and docs/measured.md say of the cost curve, from the `curve.json` that `dsa bench curve --out docs` wrote.
+"""Makes the text about the cost curve in README.md and docs/measured.md, from the file of `dsa bench curve --out docs`.
 
-`python -m benchmarks.curve` prints it; with `--write` it takes its place in both.
+`python -m benchmarks.curve` prints the text. With `--write` it replaces the text in both files.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ BEGIN, END = "<!-- curve: begin -->", "<!-- curve: end -->"
 
 
 def read(path: Path = CURVE) -> CurveReport:
-    """A run's results."""
+    """Read the results of a run."""
     return msgspec.json.decode(path.read_bytes(), type=CurveReport)
 
 
 def table(report: CurveReport) -> str:
-    """Both phases by position, and what they were measured on."""
+    """Make the table of both phases by position, with a paragraph that says how they were measured."""
     tokens = {phase: next(p.tokens for p in report.points if p.phase == phase) for phase in PHASES}
     time = "CPU time of one thread" if report.cpu_time else f"{report.threads} threads"
     rounds = len(report.points[0].seconds)
@@ -56,7 +56,7 @@ def table(report: CurveReport) -> str:
 
 
 def sentences(report: CurveReport) -> str:
-    """What it shows."""
+    """Say in sentences what the curve shows."""
     return textwrap.fill(" ".join(_sentence(report, phase) for phase in reversed(PHASES)), WIDTH)
 
 
@@ -75,7 +75,11 @@ def _sentence(report: CurveReport, phase: Phase) -> str:
 
 
 def put(path: Path, text: str) -> None:
-    """Between the file's markers, in place of what is there."""
+    """Replace the text between the file's markers.
+
+    Raises:
+        SystemExit: the file does not have the markers.
+    """
     before, _, rest = path.read_text("utf-8").partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
@@ -84,7 +88,7 @@ def put(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    """Print, or write."""
+    """Print the text, or write it into the files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="into README.md and docs/measured.md")
     options = parser.parse_args()

@@ -1,7 +1,8 @@
-"""What `gather` and `mask` cost, for `engine.plan.tiles.TileCosts`.
+"""Measures the costs of the forms `gather` and `mask`, which are constants of `engine.plan.tiles.TileCosts`.
 
-`python -m benchmarks.forms` times one layer's sparse attention of the default model's shape for a chunk of rows, in both forms, over
-contexts and top_k, and prints the ratio beside the one that the constants predict. A mask is made of the selection, so that counts too.
+`python -m benchmarks.forms` times sparse attention in both forms: one layer of the default model's shape, a chunk of
+rows, several contexts and top_k. It prints the ratio of the two, and the ratio that the constants predict. The time of
+`mask` includes making the mask from the selection.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ KV_HEADS, GROUP, DIM = 3, 3, 64
 
 
 def median_seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median time of a call after one to warm up."""
+    """Return the median time of `repeats` calls, after one call to warm up."""
     call()
     times = []
     for _ in range(repeats):

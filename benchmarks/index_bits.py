@@ -1,9 +1,9 @@
-"""What a cheaper index loses: attention that its selection captures, and the overlap with the set as trained.
+"""Measures what a cheaper index loses: captured attention, and overlap with the trained indexer's selection.
 
-Queries projected in fewer bits, and every layer reading what the layer before selected.
+The cheaper ways are: a projection to queries in fewer bits, and layers that use the selection of the layer before.
 
-`python -m benchmarks.index_bits --corpus DIR`, on held-out texts of a folder of `dsa corpus`, with the
-default model and its indexer. Attention stays dense, so that every layer is judged on the same inputs.
+`python -m benchmarks.index_bits --corpus DIR` uses the default model, its indexer, and held-out texts of a folder made
+by `dsa corpus`. Attention stays dense, so that all ways are judged on the same inputs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from server.hub.models import resolve
 
 
 def four_bits(weight: Tensor) -> Tensor:
-    """The values of `quantise_4bit`."""
+    """Round a weight to 4 bits with `quantise_4bit`, and return the rounded values."""
     stored = quantise_4bit(weight)
     assert stored.offsets is not None
     scales, offsets = (torch.from_numpy(x).float().unsqueeze(-1) for x in (stored.scales, stored.offsets))
@@ -39,7 +39,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "4 bits": four_bits,
 }
 
-BEFORE = "set of the layer before"  # the first layer has its own
+BEFORE = "set of the layer before"  # the first layer uses its own set
 
 
 @torch.no_grad()

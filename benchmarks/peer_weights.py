@@ -1,7 +1,7 @@
-"""The default model for servers that read no GGUF file: the same weights, made plain in bfloat16.
+"""Writes the default model for servers that do not read GGUF files: the same weights in plain bfloat16.
 
-`python -m benchmarks.peer_weights DIR` writes a folder as Hugging Face's save_pretrained does, tokenizer included, for vLLM and
-`transformers serve`.
+`python -m benchmarks.peer_weights DIR` writes a folder as Hugging Face's save_pretrained does, with the tokenizer, for
+vLLM and `transformers serve`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     stored = AutoModelForCausalLM.from_pretrained(
         weights.parent, gguf_file=weights.name, dtype=torch.float32
     )  # fmt: skip
-    # transformers will not save what it read from a GGUF file; a plain model of the same config it will.
+    # transformers does not save a model that it read from a GGUF file, but it saves a plain model of the same config.
     config = stored.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

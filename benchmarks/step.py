@@ -1,8 +1,8 @@
-"""What a decode step costs besides the model: scheduling, batch, sampling, accounting, the frame to the server.
+"""Measures a decode step without the model: scheduling, batch, sampling, accounting, the frame to the server.
 
-`python -m benchmarks.step` runs the engine's own loop around a model that does nothing, and prints the CPU time of a step by streams,
-context and sampling. Caches are warm here: beside a real model, which drives this code out of them between two steps, a step of one
-stream costs about three times as much (`python -m lab.bench.steps` measures that: `outside`).
+`python -m benchmarks.step` runs the engine's loop with a model that does nothing, and prints the CPU time of a step by
+streams, context and sampling. The processor's caches are warm here. A real model drives this code out of the caches
+between two steps, and then a step of one stream costs about three times as much (`outside` in `python -m lab.bench.steps`).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from engine.step.runner import Runner
 
 VOCAB = 49152
 MOST = 4096
-"""Tokens of a stream; more than it makes until all decode together."""
+"""The most tokens of a stream. No stream reaches it before all streams have decoded together."""
 
 SHAPE = ModelShape(
     row_flops=200_000_000, sparse_row_flops=9_000_000, head_flops=57_000_000, pair_flops=69_000,
     index_pair_flops=31_000, weight_bytes=98 << 20, kv_token_bytes=23_040, index_token_bytes=3840,
 )  # fmt: skip
-"""The default model's, roughly; nothing here depends on it."""
+"""About the default model's shape. No result depends on it."""
 
 TILES = TileCosts(budget_bytes=64 << 20, index_row_bytes=32, attention_row_bytes=36, token_bytes=768)
 
@@ -63,26 +63,25 @@ class Nothing:
         self._logits[:, ::5000] += 12
 
     def forward(self, batch: Batch, cache: object, costs: TileCosts) -> Tensor:
-        """Hidden states of nothing."""
         return self._hidden[: batch.token_ids.shape[0]]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The same logits every time."""
+        """Return the same logits every time."""
         return self._logits[: hidden.shape[0]]
 
 
 class Cost(NamedTuple):
-    """One case, in seconds of CPU."""
+    """The result of one case; times are medians in seconds of CPU time."""
 
     streams: int
     context: int
     sampling: str
-    step: float  # median
-    frame: float  # median; what the step sends to the server, as bytes
+    step: float
+    frame: float  # the time to encode the step's message to the server
 
 
 def measure(streams: int, context: int, sampling: str, steps: int = 100) -> Cost:
-    """Run decode steps of so many streams."""
+    """Run `steps` decode steps of `streams` streams, and return their cost."""
     model = CostModel(SHAPE, assumed_coefficients(SHAPE, "cpu"), TILES)
     scheduler = Scheduler(
         streams * ((context + MOST) // PAGE_SIZE + 1), token_budget=512, max_running=streams, max_model_len=1 << 17,

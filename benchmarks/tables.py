@@ -1,6 +1,6 @@
-"""The tables of docs/measured.md, from the JSON files that `dsa bench` wrote.
+"""Makes the tables of docs/measured.md from the JSON files that `dsa bench` wrote.
 
-`python -m benchmarks.tables DIR` prints them; with `--write` they take their place there.
+`python -m benchmarks.tables DIR` prints the tables. With `--write` they replace the tables in docs/measured.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ SUITES = ("decode", "prefill", "concurrency", "prefix", "long", "overhead")
 
 
 def tables(folder: Path) -> str:
-    """Every suite whose file is in the folder."""
+    """Make the tables of all suites whose file is in the folder.
+
+    Raises:
+        SystemExit: the folder has no such file.
+    """
     found = [load(path) for name in SUITES if (path := folder / f"{name}.json").is_file()]
     if not found:
         raise SystemExit(
@@ -85,7 +89,7 @@ def _row(cells: list[str]) -> str:
 
 
 def main() -> None:
-    """Print, or write."""
+    """Print the tables, or write them into docs/measured.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="the --out of benchmarks.compare")
     parser.add_argument("--write", action="store_true", help="into docs/measured.md, in place of those there")

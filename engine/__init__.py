@@ -1,5 +1,5 @@
 """The DSA engine: scheduling, paged cache, models and kernels.
 
-Knows token ids only: no text, no HTTP. What the server may import is its face: `engine.protocol`,
-`engine.config`, `engine.errors` and `engine.client`, none of which import torch.
+It knows token ids only: no text and no HTTP. The server imports only the modules of this folder, such as
+`engine.protocol` and `engine.client`. None of them imports torch.
 """

@@ -1,4 +1,4 @@
-"""The engine's settings: read once by the server's command line, sent in `Start`, never changed."""
+"""The engine's settings. The server's command line reads them once and sends them in `Start`; they never change."""
 
 from __future__ import annotations
 
@@ -7,66 +7,67 @@ from typing import Literal
 import msgspec
 
 PAGE_SIZE = 64
-"""Tokens a page. DeepSeek's kernels (FlashMLA, DeepGEMM) page by 64 on CUDA, and so does everything here."""
+"""Tokens in a page. DeepSeek's kernels (FlashMLA, DeepGEMM) have pages of 64 on CUDA, so all pages here have 64."""
 
 DEFAULT_DRAFT_TOKENS = {"off": 0, "ngram": 4, "mtp": 1}
-"""Guesses a request a step, where only a drafter is named: the MTP layer was trained for one."""
+"""Drafts for each request in a step if only a drafter is set. An MTP layer was trained for one draft."""
 
 
 PlainDtype = Literal["auto", "float32", "bfloat16"]
-"""Of what is stored in no narrower form: auto is what suits the device."""
+"""The dtype to compute in, and to hold what has no narrower format. auto: the dtype that suits the device."""
 
 
 SparseForm = Literal["auto", "gather", "mask"]
-"""How rows longer than top_k are attended."""
+"""How sparse rows are attended (`engine.plan.tiles`). auto: the cheaper form."""
 
 
 Drafter = Literal["off", "ngram", "mtp"]
-"""What guesses tokens ahead: nothing, the text's own repetitions, or the checkpoint's MTP layer."""
+"""What drafts tokens. off: nothing; ngram: repetitions in the text; mtp: the checkpoint's MTP layer."""
 
 
 CacheDtype = Literal["auto", "bf16", "fp8"]
-"""Of cached latents; auto is FP8 where the checkpoint's weights are."""
+"""The number format of cached latents. auto: FP8 if the checkpoint's weights are in FP8, else the model's dtype."""
 
 
 IndexerDtype = Literal["auto", "bf16", "fp8", "int8"]
-"""Of index keys and queries; auto as for latents, and 8-bit integers for a llama model with native kernels."""
+"""The number format of index keys and queries. auto: as for `CacheDtype`, but 8-bit integers for a llama model with
+native kernels."""
 
 
 KernelChoice = Literal["auto", "native", "torch", "triton", "reference"]
-"""What computes attention: auto is native on a CPU that the compiled kernels are made for, triton on CUDA where it is
-installed, torch elsewhere."""
+"""The backend that computes attention. auto: native on a CPU that the compiled kernels are made for, triton on CUDA where
+it is installed, else torch."""
 
 
 WeightDtype = Literal["auto", "plain", "fp8"]
-"""Of weights that are stored in FP8 blocks: plain is the model's dtype; auto is fp8 on CUDA, plain on the CPU."""
+"""How weights that are stored in FP8 blocks are held. plain: in the model's dtype; auto: fp8 on CUDA, else plain."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to load and how to run it.
+    """What the engine loads, and how it runs.
 
     Raises:
-        ValueError: from `__post_init__`, in a sentence that says what to change.
+        ValueError: a setting is out of range or contradicts another; the message says what to change.
     """
 
     weights: str  # a .gguf file, or a folder with config.json and safetensors
     overlay: str | None = None  # an indexer overlay (safetensors) laid over the checkpoint
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: PlainDtype = "auto"
-    max_model_len: int | None = None  # None: what the checkpoint was trained for
+    max_model_len: int | None = None  # positions of one request; None: what the checkpoint was trained for
     kv_cache_bytes: int = 1 << 30
     token_budget: int = 512  # tokens computed in one step, prefill and decode together
     max_running: int = 64  # requests in one step
     prefix_caching: bool = True
-    score_budget_bytes: int = 64 << 20  # upper bound of one tile of index or attention scores
-    threads: int | None = None  # CPU threads of each rank; None: what torch finds, shared by the ranks
-    tensor_parallel: int = 1  # devices that compute the model together, a process each
-    nodes: int = 1  # hosts that those are on, as many on each; all but the first run `engine.parallel.node`
-    leader: str | None = None  # HOST:PORT of the first, where the others join; it listens there alone
+    score_budget_bytes: int = 64 << 20  # the most bytes of arrays of one tile of attention work
+    threads: int | None = None  # CPU threads of each rank; None: the ranks share torch's number
+    tensor_parallel: int = 1  # devices that compute the model together, with a process for each
+    nodes: int = 1  # hosts that share the devices evenly; all but the first run `engine.parallel.node`
+    leader: str | None = None  # HOST:PORT where the first host listens, only there, and the others join
     sparse_form: SparseForm = "auto"
     drafter: Drafter = "off"
-    speculative_tokens: int | None = None  # guesses a request a step; None: as many as suit the drafter
-    cost_calibration: str | None = None  # a file of `dsa calibrate`; None: assumed from the model's shape
+    speculative_tokens: int | None = None  # drafts for each request in a step; None: DEFAULT_DRAFT_TOKENS
+    cost_calibration: str | None = None  # a file of `dsa calibrate`; None: costs are assumed
 
     weight_dtype: WeightDtype = "auto"
     kv_cache_dtype: CacheDtype = "auto"
@@ -110,20 +111,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def devices_a_node(self) -> int:
-        """Ranks on each host."""
+        """How many ranks each host has."""
         return self.tensor_parallel // self.nodes
 
     @property
     def draft_tokens(self) -> int:
-        """Guesses a request a step; 0 without a drafter."""
+        """Drafts for each request in a step; 0 without a drafter."""
         return self.speculative_tokens or DEFAULT_DRAFT_TOKENS[self.drafter]
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Both parts of HOST:PORT, or [HOST]:PORT where the host is an IPv6 address.
+    """Split HOST:PORT, or [HOST]:PORT if the host is an IPv6 address.
 
     Raises:
-        ValueError: it is not that.
+        ValueError: `address` is not of this form.
     """
     host, colon, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")

@@ -1,7 +1,7 @@
-"""What the lab's tools share: how one starts and ends, and the flags that several have.
+"""What the lab's tools share: how a tool starts and ends, and common flags.
 
-A tool is a program: `python -P -m lab.NAME`, which `dsa NAME` becomes. Its command line is a typer app in its
-`__main__`, which imports torch only once it runs, so that help and wrong flags are answered at once.
+A tool is a program: `dsa NAME` becomes `python -P -m lab.NAME`. Its command line is a typer app in its `__main__`.
+The app imports torch only when the tool runs, so that help and errors about flags come at once.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from server.hub.stages import Stages
 from server.text.tokenizer import TokenizerError
 
 DSA = (sys.executable, "-P", "-c", "from server.cli.main import main; main()")
-"""The `dsa` of this very project, for tools that start a server."""
+"""The command `dsa` of this installation, for tools that start a server."""
 
 
 StageProgress = Callable[[str, int, int], None]
-"""Called with a stage, how much of it is done, and how much there is; `Stages` shows it."""
+"""Callback (stage, done, total) for progress; `Stages` shows it."""
 
 
 class ToolError(Exception):
-    """A tool cannot do it; the message is one sentence that says why and what to do."""
+    """A tool cannot do its work; the message is one sentence that says why and what to do."""
 
 
 ModelFlag = Annotated[
@@ -53,13 +53,13 @@ CpuTimeFlag = Annotated[
     bool,
     typer.Option(
         "--cpu-time",
-        help="One thread, and its CPU time in place of the clock's: for a machine that has other things to do.",
+        help="Use one thread and measure its CPU time, not the wall clock: for a machine with other work.",
     ),
 ]
 
 
 def program(help: str | None = None) -> typer.Typer:
-    """An empty command line."""
+    """Make an empty command line."""
     return typer.Typer(
         help=help, no_args_is_help=help is not None, add_completion=False, rich_markup_mode="rich",
         pretty_exceptions_enable=False,
@@ -69,16 +69,18 @@ def program(help: str | None = None) -> typer.Typer:
 def start(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
     """Run a tool's command line as `dsa NAME`, and return the exit status.
 
-    Commands find in `typer.Context.obj` what the user typed.
+    In a command, `typer.Context.obj` is the whole command that the user typed.
 
     Args:
         app: the command line
-        name: behind `dsa`
-        arguments: behind the name; None for the process's own
+        name: the tool's name, as after `dsa`
+        arguments: the arguments after the name; None takes those of the process
     """
     if arguments is None:
         arguments = sys.argv[1:]
-        signal.signal(signal.SIGTERM, _interrupt)  # ends as Ctrl-C does, so that started servers are stopped
+        signal.signal(
+            signal.SIGTERM, _interrupt
+        )  # SIGTERM acts like Ctrl-C, so that started servers are stopped
     try:
         app(arguments, prog_name=f"dsa {name}", obj=shlex.join(["dsa", *name.split(), *arguments]))
     except SystemExit as leaving:
@@ -90,28 +92,28 @@ def start(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
-    """Print one sentence and leave; 2 is the exit status of a wrong flag."""
+    """Print an error and end the program with status `code`; 2 is the status for a wrong flag."""
     sys.stderr.write(f"error: {message}\n")
     raise typer.Exit(code)
 
 
 def find(model: str, overlay: Path | None = None) -> ModelFiles:
-    """The files of a model, fetched where they are missing.
+    """Return the files of a model; fetch those that are missing.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: there is no such model, or it cannot be fetched.
     """
     with Stages() as stages:
         return resolve(model, overlay=overlay, report=stages)
 
 
 def one_of(flag: str, value: str, allowed: Sequence[str] = get_args(PlainDtype)) -> Any:
-    """The value of a flag that has few; others end the program."""
+    """Return the value of a flag; end the program if it is not among `allowed`."""
     return value if value in allowed else fail(f"{flag} is {value!r}; expected one of {', '.join(allowed)}")
 
 
 def numbers(flag: str, text: str, expected: str) -> tuple[int, ...]:
-    """`128,2048` as different numbers above 0; anything else ends the program."""
+    """Read different numbers above 0, such as `128,2048`; end the program if the text is something else."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) for part in parts):
         fail(f"{flag} is {text!r}; expected {expected}")
@@ -119,7 +121,7 @@ def numbers(flag: str, text: str, expected: str) -> tuple[int, ...]:
 
 
 def size(flag: str, text: str) -> int:
-    """Bytes of a size such as 512MiB; anything else ends the program."""
+    """Read a size such as 512MiB as bytes; end the program if the text is something else."""
     try:
         return parse_size(text, flag)
     except SizeError as error:

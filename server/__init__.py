@@ -1,1 +1,1 @@
-"""The HTTP server. Of `engine` it imports the face only, and never torch."""
+"""The HTTP server and the `dsa` command. Of `engine` they import only the modules that lie in its root, never torch."""

@@ -1,4 +1,4 @@
-"""What the HTTP side needs to know; `Settings` makes it, and it never changes."""
+"""The config of the HTTP side. `server.settings.Settings` makes it, and it never changes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model_name: what clients call the model.
         host: the address to listen on.
-        port: the port to listen on; 0 is any free one.
+        port: the port to listen on; 0: any free port.
         max_queue: requests that may be in work or waiting before new ones are refused.
-        default_max_tokens: a request's token limit if it names none; None is the context's end.
-        default_top_k: a request's sparsity if it names none; None is what the indexer was trained for.
+        default_max_tokens: a request's token limit if it names none; None: up to the end of the context.
+        default_top_k: a request's sparsity if it names none; None: the number that the indexer was trained for.
         max_body_bytes: the largest request body.
         drain_seconds: how long running requests may go on after the signal to stop.
-        max_n: choices in one request.
-        max_prompts: prompts in one request.
-        log_format: lines for a person, or JSON with an access line a request.
+        max_n: the most choices of one request.
+        max_prompts: the most prompts of one request.
+        log_format: lines for a person, or JSON with an access line for each request.
         log_prompts: whether access lines have the prompts.
-        otlp_endpoint: where traces go; None is nowhere.
+        otlp_endpoint: where traces go; None: nowhere.
     """
 
     model_name: str
@@ -45,6 +45,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_format: LogFormat = "text"
     log_prompts: bool = False
     otlp_endpoint: str | None = None
-    prices: str | None = None  # a YAML file; None is the table that ships
-    machine_price: str | None = None  # USD an hour of the device; None is the table's
-    ledger: str | None = None  # a SQLAlchemy URL or a SQLite file; None keeps no ledger
+    prices: str | None = None  # a YAML file; None: the table in the package
+    machine_price: str | None = None  # USD for an hour of the device; None: the table's price
+    ledger: str | None = None  # a SQLAlchemy URL or a SQLite file; None: no ledger

@@ -1,11 +1,11 @@
-"""Settings: read once from flags, environment and file, checked, frozen.
+"""The settings of `dsa serve`: read once from flags, environment and file, checked, and frozen.
 
-A flag wins over `DSA_<NAME>` in the environment, which wins over the file, which wins over the
-default. One name serves all three: `--max-queue`, `DSA_MAX_QUEUE`, `max_queue = 256`.
+A flag wins over `DSA_<NAME>` in the environment, which wins over the file, which wins over the default. All three have
+the same name: `--max-queue`, `DSA_MAX_QUEUE`, `max_queue = 256`.
 
-A setting is one field of `Settings`: its type, its `Flag` and its default. Everything else is made from that
-field: the flag of `dsa serve`, the name in the environment and in the file, and the value that the HTTP side
-(`ServerConfig`) or the engine (`EngineConfig`) gets under the same name. Those two state the defaults.
+A setting is one field of `Settings`: its type, its `Flag` and its default. Everything else is made from that field: the
+flag of `dsa serve`, the name in the environment and in the file, and the value under the same name in `ServerConfig`
+(for the HTTP side) or `EngineConfig` (for the engine). These two have the defaults.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ DEFAULT_MAX_TOKENS = {"deepseek_v3": 8192, "deepseek_v32": 8192, "glm_moe_dsa": 
 
 
 class SettingsError(ValueError):
-    """A setting is not valid; the message is one sentence that says which one and what it may be."""
+    """A setting is not valid. The message is one sentence that says which setting, and what its value may be."""
 
 
 class Flag(msgspec.Struct, frozen=True):
-    """What `dsa serve --help` says of a setting.
+    """What `dsa serve --help` says about a setting.
 
     Attributes:
-        panel: the heading that the flag stands under.
+        panel: the heading above the flag.
         help: what the setting does.
-        shown: the default as the help words it; None is the default itself.
-        metavar: what stands for the value; None is the value's type.
-        bytes_of: for a size, the field of `ServerConfig` or `EngineConfig` that gets the bytes.
+        shown: the default in words; None: the default itself.
+        metavar: the word for the value; None: the value's type.
+        bytes_of: for a size, the field of `ServerConfig` or `EngineConfig` that gets it in bytes.
     """
 
     panel: str
@@ -63,11 +63,11 @@ class Flag(msgspec.Struct, frozen=True):
 SERVER, MODEL, MEMORY = "Server", "Model", "Memory and scheduling"
 COST, LOGS, ADVANCED = "Cost", "Logs and traces", "Advanced"
 _HTTP, _ENGINE = ServerConfig(model_name=""), EngineConfig(weights="")
-"""Both parts with their defaults."""
+"""The settings of both sides with their defaults."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Every setting of `dsa serve`, under the name that users give it; None leaves it to others."""
+    """Every setting of `dsa serve`, under its name for users. None: other code chooses the value."""
 
     model: Annotated[
         str,
@@ -256,18 +256,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = _ENGINE.speculative_tokens  # fmt: skip
 
     def overlay_path(self) -> Path | None:
-        """The overlay that was asked for."""
+        """The path of the overlay, if one is set."""
         return None if self.overlay is None else Path(self.overlay).expanduser()
 
     def server(self, model_name: str, model_type: str = "") -> ServerConfig:
-        """The HTTP side's part.
+        """Make the config of the HTTP side.
 
         Args:
-            model_name: what the model is called where no setting says so.
-            model_type: its family, by which the token limit of requests that name none is chosen.
+            model_name: the model's name if no setting has one.
+            model_type: the model's type; it decides the default token limit of a request.
 
         Raises:
-            SettingsError: a size is not valid, prompts have no log to go to, or traces cannot be exported.
+            SettingsError: a size is not valid, prompts would be logged without a log, or traces cannot be exported.
         """
         if self.log_prompts and self.log_format != "json":
             raise SettingsError("--log-prompts needs --log-format json, whose access lines have the prompts")
@@ -287,7 +287,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return ServerConfig(**given)
 
     def engine(self, files: ModelFiles) -> EngineConfig:
-        """The engine's part.
+        """Make the config of the engine.
 
         Raises:
             SettingsError: the settings contradict each other, or a size is not valid.
@@ -301,7 +301,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise SettingsError(str(error)) from error
 
     def _given_to(self, part: type[ServerConfig | EngineConfig]) -> dict[str, Any]:
-        """The settings that a part has too: under the same name, or as the bytes of a size."""
+        """The settings that `part` has as well, under the same name or as the bytes of a size."""
         given: dict[str, Any] = {}
         for name, flag in FLAGS.items():
             value = getattr(self, name)
@@ -318,7 +318,7 @@ FLAGS: dict[str, Flag] = {name: kind.__metadata__[-1] for name, kind in KINDS.it
 
 
 def default_ledger() -> str:
-    """Where the usage ledger is if nobody says otherwise: beside the fetched models."""
+    """The default place of the usage ledger: beside the fetched models."""
     return str(cache_folder() / "usage.sqlite")
 
 
@@ -329,15 +329,15 @@ def _decimal(text: str | None) -> str | None:
 
 
 def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None) -> Settings:
-    """Merge the three sources and check every value.
+    """Merge flags, environment and file, and check every value.
 
     Args:
-        flags: by name; None stands for a flag that was not given.
-        environ: of which only `DSA_<NAME>` of known names is read.
-        file: a TOML file; $DSA_CONFIG if None.
+        flags: name -> value; None: the flag was not given.
+        environ: the environment; only `DSA_<NAME>` of known settings is read.
+        file: a TOML file; None: $DSA_CONFIG.
 
     Raises:
-        SettingsError: a value is not valid, or the file is missing or has a name that no setting has.
+        SettingsError: a value is not valid, or the file is missing or has an unknown setting.
     """
     if file is None and environ.get("DSA_CONFIG"):
         file = Path(environ["DSA_CONFIG"])
@@ -349,7 +349,7 @@ def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str], file: Pa
             expected = str(error).removeprefix("Expected ").replace("`", "")
             raise SettingsError(f"{origin} is {value!r}; expected {_choices(name) or expected}") from None
     settings = Settings(**values)
-    settings.server("any")  # so that sizes are found wrong before anything is loaded
+    settings.server("any")  # so that an invalid size is found before anything is loaded
     settings.engine(ModelFiles("any", Path("any"), None, None))
     return settings
 
@@ -373,7 +373,7 @@ def _from_file(file: Path | None) -> Iterator[tuple[str, str, Any]]:
 def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
     for name in KINDS:
         variable = f"DSA_{name.upper()}"
-        if environ.get(variable):  # an empty one is as good as none, as in compose files
+        if environ.get(variable):  # an empty value counts as not set, as in compose files
             yield variable, name, environ[variable]
 
 
@@ -384,7 +384,7 @@ def _from_flags(flags: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _choices(name: str) -> str | None:
-    """What a value may be, for the types that msgspec describes badly."""
+    """Say what a value may be, for the types that msgspec describes badly."""
     kind = KINDS[name].__origin__
     if kind == Sparsity | None:
         return "a number of tokens, or dense"

@@ -91,8 +91,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def _note_start(event: str, args: tuple[object, ...]) -> None:
-    # OpenAI's client asks once what system it is on.
-    if event in ("subprocess.Popen", "os.fork", "os.system") and "lsb_release" not in str(args):
+    # OpenAI's client and `platform` ask once what system this is.
+    asked = any(name in str(args) for name in ("lsb_release", "uname"))
+    if event in ("subprocess.Popen", "os.fork", "os.system") and not asked:
         _started.append(f"{event} {args[:2]}")
 
 

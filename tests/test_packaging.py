@@ -36,8 +36,9 @@ def named_files() -> list[Path]:
     return [path for name in tracked.stdout.split("\0") if name and (path := ROOT / name).is_file()]
 
 
+@pytest.mark.slow  # it compiles the native kernels for every level of processor
 @pytest.mark.process
-def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "LICENSE", "NOTICE"):

@@ -57,10 +57,12 @@ def test_who_starts_a_process_says_so(tmp_path: Path) -> None:
         f"import subprocess, pytest\ndef test_silent():\n{start}"
         f"@pytest.mark.process\ndef test_said():\n{start}def test_none(): pass\n"
     )
+    # This test has its turn; the run inside it must not wait for one.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", "-c", os.devnull,
          "--rootdir", str(tmp_path), str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+        cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert "1 failed, 2 passed" in run.stdout, run.stdout
     assert "test_silent starts a process (subprocess.Popen ('true', ['true'])): mark it with" in run.stdout

@@ -1,1 +1,1 @@
-"""Attention of each kind, and the sparse machinery they share: indexer, selection, tiles."""
+"""Attention of each kind (grouped-query, latent) over a batch, and what both share: the indexer and tiles."""

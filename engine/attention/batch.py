@@ -1,7 +1,7 @@
 """A step plan as tensors: one flat batch of T rows of R requests, built once and read by every layer.
 
-Rows are the plain form: a row has its token, its place in the cache, its request and its sparsity, and a request has its
-pages. Kernels that take rows need nothing else. What wants rows in groups makes them of a batch (`engine.attention.tiling`).
+A row has its token, its place in the cache, its request and its sparsity; a request has its pages. Kernels that take
+rows need nothing else. For kernels that take tiles, `engine.attention.tiling` cuts the batch.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from engine.plan.types import StepPlan
 
 @dataclass(frozen=True)
 class Batch:
-    """T rows, token-major: the rows of each request together, in the order of their positions."""
+    """T rows. The rows of one request are neighbours, in the order of their positions."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     pages: Tensor  # [T] int64: where each row's cache entry goes
     offsets: Tensor  # [T] int64
-    request: Tensor  # [T] int32: the row's request, a line of `block_table`
+    request: Tensor  # [T] int32: the row's request, an index into `block_table`
     index_top_k: (
         Tensor  # [T] int64: how many tokens the row selects; 0: it is dense and reads its whole context
     )
     block_table: Tensor  # [R, P] int64: the pages of each request, padded with page 0
-    segments: tuple[Segment, ...]  # [R]: the same rows as integers, a request each
+    segments: tuple[Segment, ...]  # [R]: the rows of each request as Python integers
 
     @cached_property
     def selecting(self) -> Tensor | None:
-        """[T, 1] bool: which rows read a selection; None: no row does."""
+        """[T, 1] bool: True for rows that read a selection. None if no row does."""
         if all(segment.dense_rows == segment.num_rows for segment in self.segments):
             return None
         return (self.index_top_k > 0).unsqueeze(1)
 
 
 def build_batch(plan: StepPlan, device: torch.device) -> Batch:
-    """Lay the requests of `plan` one after the other.
+    """Make the batch of `plan`, in the order of its requests.
 
     Raises:
         IndexError: a request's page table does not cover its rows.
@@ -93,5 +93,5 @@ def build_batch(plan: StepPlan, device: torch.device) -> Batch:
 
 
 def to_device(numbers: NDArray[np.int32] | NDArray[np.int64], device: torch.device) -> Tensor:
-    """A tensor of it; on the CPU over the same memory. Much cheaper than torch.tensor of a list."""
+    """Return `numbers` as a tensor; on the CPU it shares their memory. `torch.tensor` of a list costs much more."""
     return torch.from_numpy(numbers).to(device)

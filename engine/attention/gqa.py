@@ -1,6 +1,6 @@
-"""Attention over the tiles of a batch: dense where a row reads its whole context, selected elsewhere.
+"""Grouped-query attention over the tiles of a batch, dense or over selected tokens.
 
-Leaves the cutting to `tiling`, the arithmetic to the kernels and the projections to the model.
+`tiling` cuts the rows into tiles, the kernels do the arithmetic, and the model makes the projections.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def attend(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of every row over its own request's cached tokens, its own included.
+    """Attend with every row over the cached tokens of its request, the row's own token included.
 
     Args:
         query: [T, Hkv, G, D]
-        index: the layer's index queries; None where the model has no indexer
-        kv_plane: [num_pages, 64, Hkv, 2, D], this step's rows already written
-        index_plane: [num_pages, 64, d], likewise; None without an indexer
+        index: the layer's index queries; None if the model has no indexer
+        kv_plane: [num_pages, 64, Hkv, 2, D], with this step's rows already written
+        index_plane: [num_pages, 64, d], with this step's rows already written; None if the model has no indexer
         tiling: the rows in tiles
-        kernels: the arithmetic
+        kernels: the backend
         scale: softmax scale
-        window: how many positions a row sees, its own and those before it; None: all up to its own
+        window: how many positions a row sees, up to and including its own; None: all of them
 
     Returns:
         [T, Hkv, G, D]
@@ -87,7 +87,7 @@ def _attend_window(
     scale: float,
     window: int,
 ) -> Tensor:
-    """A tile's rows [R, Q, Hkv, G, D] over their windows: all of each, or the best of it."""
+    """Attend with a tile's rows [R, Q, Hkv, G, D] over their windows, or over the best tokens of each window."""
     own = tile.positions.unsqueeze(-1)
     at = torch.arange(tile.block_table.shape[1] * PAGE_SIZE, device=rows.device)
     allowed = (at <= own) & (at > own - window)
@@ -108,7 +108,7 @@ def select(
     kernels: Kernels,
     allowed: Tensor | None = None,
 ) -> Tensor:
-    """The selected positions of a tile's rows: [R, Q, K], -1 for none; of those `allowed` [R, Q, C], if it is given."""
+    """Select positions for a tile's rows: [R, Q, K], -1 for none. `allowed` [R, Q, C] bool: which may be selected."""
     query, head_weights = _of(index, tile)
     scores = index_scores_as_stored(
         kernels, query, head_weights, index_plane, tile.block_table, tile.positions
@@ -120,7 +120,7 @@ def select(
 
 def _of(index: IndexQueries, tile: TileTensors) -> tuple[Tensor, Tensor]:
     """The tile's index queries [R, Q, H, d] and head weights [R, Q, H]."""
-    if index.query.dtype is E4M3:  # rows of bytes: not every device gathers FP8
+    if index.query.dtype is E4M3:  # gather bytes, because not every device gathers FP8
         query = index.query.view(torch.uint8)[tile.rows].view(E4M3)
     else:
         query = index.query[tile.rows]
@@ -128,8 +128,8 @@ def _of(index: IndexQueries, tile: TileTensors) -> tuple[Tensor, Tensor]:
 
 
 def selection_mask(selected: Tensor, context: int) -> Tensor:
-    """[R, Q, K] positions, -1 for none -> [R, Q, context] bool, True at the selected ones."""
-    # One column more than the context catches the -1s, and is cut off.
+    """Make a mask of selected positions: [R, Q, K], -1 for none -> [R, Q, context] bool, True at the positions."""
+    # The -1s go into one extra column, which is cut off.
     mask = torch.zeros(*selected.shape[:2], context + 1, dtype=torch.bool, device=selected.device)
     mask.scatter_(-1, selected.where(selected >= 0, context), True)
     return mask[..., :context]

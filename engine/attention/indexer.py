@@ -1,9 +1,9 @@
-"""The lightning indexer: a small scorer that rates every earlier token for the current one.
+"""The lightning indexer: it makes the queries and keys that rate every earlier token for the current one.
 
-As DeepSeek-V3.2-Exp's (arXiv 2512.02556, section 2), sized for its host: several ReLU-scored query
-heads, one key shared by them all, LayerNorm on the key, rotary embedding on the first `rope_dim` dims
-(half-split; interleaved in GLM-5), and per-head weights computed from the same hidden state. Queries come
-from the host's normalised query latent where it has one (DeepSeek), else from the hidden state.
+It is the indexer of DeepSeek-V3.2-Exp (arXiv 2512.02556, section 2), in sizes that fit the host model: several query
+heads scored with ReLU, one key that all heads share, LayerNorm on the key, rotary embedding on the first `rope_dim`
+dims (half-split; interleaved in GLM-5), and head weights computed from the same hidden state. Queries come from the
+host's normalised query latent if it has one (DeepSeek), else from the hidden state. The kernels compute the scores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class IndexerWeights:
 
 @dataclass(frozen=True)
 class IndexQueries:
-    """What scores a batch's rows against cached index keys."""
+    """The queries and head weights that score a batch's rows against cached index keys."""
 
     query: Tensor  # [T, H, d]
     head_weights: Tensor  # [T, H] float32, scaled by H^-0.5 * d^-0.5
@@ -42,9 +42,9 @@ class LightningIndexer:
     """One layer's indexer, in the precision of its weights.
 
     Args:
-        weights: of the layer
+        weights: the layer's
         num_heads: H
-        interleaved: how the rotated dims pair
+        interleaved: whether the rotated dims pair as 2i with 2i + 1, else as i with i + n/2
     """
 
     def __init__(self, weights: IndexerWeights, num_heads: int, *, interleaved: bool = False) -> None:
@@ -54,9 +54,9 @@ class LightningIndexer:
         self.head_dim = weights.wk.shape[0]
 
     def keys(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Index keys to be cached: hidden [T, E] -> [T, d], whatever the row's index_top_k.
+        """Make the index keys for the cache: hidden [T, E] -> [T, d].
 
-        A token that was computed densely may be scored by a sparse row later.
+        Dense rows get a key too, because a sparse row may score their token later.
         """
         w = self.weights
         key = layer_norm(linear(hidden, w.wk), w.k_norm_weight, w.k_norm_bias, KEY_NORM_EPS)
@@ -65,7 +65,7 @@ class LightningIndexer:
     def queries(
         self, hidden: Tensor, rotation: tuple[Tensor, Tensor], latent: Tensor | None = None
     ) -> IndexQueries:
-        """Index queries and head weights of rows [T, E]; `latent` [T, r] is the host's query latent, if any."""
+        """Make the index queries and head weights of rows [T, E]. `latent` [T, r]: the host's query latent, if any."""
         w = self.weights
         query = linear(hidden if latent is None else latent, w.wq).view(-1, self.num_heads, self.head_dim)
         scale = self.num_heads**-0.5 * self.head_dim**-0.5

@@ -1,7 +1,7 @@
-"""Multi-head latent attention (arXiv 2405.04434, section 2.1): projections, and both forms over tiles.
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1): its projections, and attention over tiles in two forms.
 
-The tile says which form (`engine.plan.tiles.LatentTileCosts` decided): absorbed, where the key
-expansion is folded into the query and the value expansion into the output, or expanded.
+Absorbed: the query is multiplied with the key expansion and the output with the value expansion, so heads read the
+latents. Expanded: keys and values of each head are made first. `engine.plan.tiles.LatentTileCosts` chooses per tile.
 """
 
 from __future__ import annotations
@@ -23,34 +23,45 @@ from engine.layers.norm import rms_norm
 from engine.layers.rope import rotate
 
 LATENT_NORM_EPS = 1e-6
-"""Of q_a_layernorm and kv_a_layernorm. The family's published code leaves them at the norm's own default,
+"""The epsilon of q_a_layernorm and kv_a_layernorm. The family's published code uses the norm's default for them,
 whatever `rms_norm_eps` says (GLM-5's is 1e-5)."""
 
 
 @dataclass(frozen=True)
 class MLAWeights:
-    """One layer's; E hidden, H heads held here, r_q / r latent ranks, n / p / v dims of a head."""
+    """One layer's weights.
+
+    E is the hidden size, H the heads of this rank, r_q and r the ranks of the query latent and the cached latent. A
+    head has n plain, p rotated and v value dims.
+    """
 
     q_a: Matrix | None  # [r_q, E]; None: queries come from the hidden state
     q_a_norm: Tensor | None  # [r_q]
     q_b: Matrix  # [H * (n + p), r_q or E]
     kv_a: Matrix  # [r + p, E]
     kv_a_norm: Tensor  # [r]
-    kv_b: Tensor  # [H, n + v, r]: always plain, the absorbed form multiplies it head by head
+    kv_b: Tensor  # [H, n + v, r]: always plain, because the absorbed form multiplies head by head
     o: Matrix  # [E, H * v]
 
 
 @dataclass(frozen=True)
 class Projected:
-    """What a batch's rows ask and leave."""
+    """The queries and cache entries of a batch's rows. Letters as in `MLAWeights`."""
 
     query: Tensor  # [T, H, n + p], rotated
     cached: Tensor  # [T, r + p]: normalised latent, rotated shared key
-    query_latent: Tensor | None  # [T, r_q], normalised: the indexer's queries come from it
+    query_latent: Tensor | None  # [T, r_q], normalised; the indexer makes its queries from it
 
 
 class LatentAttention:
-    """One layer's attention."""
+    """One layer's latent attention. Letters as in `MLAWeights`.
+
+    Args:
+        weights: the layer's
+        nope: n
+        scale: softmax scale
+        interleaved: whether the rotated dims pair as 2i with 2i + 1
+    """
 
     def __init__(self, weights: MLAWeights, *, nope: int, scale: float, interleaved: bool) -> None:
         self.weights = weights
@@ -61,7 +72,7 @@ class LatentAttention:
         self.num_heads = weights.kv_b.shape[0]
 
     def project(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Projected:
-        """Queries and cache entries of rows [T, E]."""
+        """Make the queries and cache entries of rows [T, E]."""
         w = self.weights
         latent = None
         if w.q_a is not None and w.q_a_norm is not None:
@@ -83,18 +94,18 @@ class LatentAttention:
         kernels: Kernels,
         unpack: Unpack = as_stored,
     ) -> Tensor:
-        """Attention of every row over its own request's cached tokens, its own included.
+        """Attend with every row over the cached tokens of its request, the row's own token included.
 
         Args:
             query: [T, H, n + p]
-            selections: a tile's selected positions [R, Q, K], None where the tile is dense
-            plane: [num_pages, 64, stored], this step's rows already written
+            selections: for each tile its selected positions [R, Q, K], or None if the tile is dense
+            plane: [num_pages, 64, stored], with this step's rows already written
             tiling: the rows in tiles
-            kernels: the arithmetic
-            unpack: how the plane stores a token
+            kernels: the backend
+            unpack: turns tokens as the plane stores them into numbers
 
         Returns:
-            [T, E]; with only some heads held here, their part of the sum
+            [T, E]; if this rank has only some heads, their part of the sum
 
         Raises:
             EngineError: a sparse tile came without a selection.
@@ -131,11 +142,11 @@ class LatentAttention:
         return linear(out.flatten(1), w.o)
 
     def _absorb(self, query: Tensor) -> Tensor:
-        """[R, Q, H, n + p] -> [R, Q, H, r + p]: the plain part times each head's key expansion."""
+        """Multiply the plain part with each head's key expansion: [R, Q, H, n + p] -> [R, Q, H, r + p]."""
         keys = self.weights.kv_b[:, : self.nope]  # [H, n, r]
         plain = torch.einsum("rqhn,hnk->rqhk", query[..., : self.nope], keys)
         return torch.cat((plain, query[..., self.nope :]), dim=-1)
 
     def _values(self, made: Tensor) -> Tensor:
-        """[R, Q, H, r] -> [R, Q, H, v]: each head's value expansion."""
+        """Multiply with each head's value expansion: [R, Q, H, r] -> [R, Q, H, v]."""
         return torch.einsum("rqhk,hvk->rqhv", made, self.weights.kv_b[:, self.nope :])

@@ -1,4 +1,4 @@
-"""In which numbers a DeepSeek layer caches latents and index keys, scores them, and holds its weights.
+"""The number formats of a DeepSeek layer: of cached latents, of index keys and queries, and of weights.
 
 `auto` follows the checkpoint: a model published in FP8 was trained and is served with an FP8 cache and indexer
 (arXiv 2512.02556, section 2); any other keeps the dtype that it is loaded in.
@@ -24,12 +24,12 @@ from engine.memory.layouts import IndexKeyLayout, LatentLayout
 from engine.memory.planes import PlaneSpec
 
 Numbers = torch.dtype | Literal["fp8"]
-"""What a plane's numbers are: plain ones of a dtype, or FP8 with power-of-two scales beside them."""
+"""The numbers of a plane: plain numbers of a dtype, or FP8 with scales that are powers of two."""
 
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """Of the latent with its rotated key."""
+    """How the cache stores a token's latent and its rotated key."""
 
     layout: LatentLayout
     numbers: Numbers
@@ -37,13 +37,13 @@ class LatentFormat:
 
     @property
     def spec(self) -> PlaneSpec:
-        """Its plane."""
+        """The plane of the latents."""
         if self.numbers == "fp8":
             return self.layout.spec("latent")
         return PlaneSpec("latent", (self.layout.rank + self.layout.rope,), self.numbers)
 
     def pack(self, cached: Tensor, kernels: Kernels) -> Tensor:
-        """[T, rank + rope] -> what the plane stores of each."""
+        """Convert latents and rotated keys to the stored form: [T, rank + rope] -> [T, *spec.shape]."""
         if self.numbers == "fp8":
             latent, rope = cached[:, : self.layout.rank], cached[:, self.layout.rank :]
             return self.layout.pack(*kernels.quantise(latent, "ue8m0", CACHE_FLOOR), rope)
@@ -51,7 +51,7 @@ class LatentFormat:
 
     @property
     def unpack(self) -> Unpack:
-        """The inverse, but for what the format lost."""
+        """Return the function that undoes `pack`, up to rounding."""
         if self.numbers == "fp8":
             return lambda stored: self.layout.unpack(stored, self.model_dtype)
         return as_stored
@@ -59,18 +59,18 @@ class LatentFormat:
 
 @dataclass(frozen=True)
 class IndexFormat:
-    """Of index keys and queries; in FP8 they are rotated, and each vector has one scale."""
+    """How index keys are stored and index queries are made. In FP8 both are rotated, with one scale a vector."""
 
     dim: int
     numbers: Numbers
 
     @property
     def spec_dtype(self) -> torch.dtype:
-        """Of its plane."""
+        """The dtype of the plane."""
         return torch.uint8 if self.numbers == "fp8" else self.numbers
 
     def spec(self, layers: frozenset[int]) -> PlaneSpec:
-        """Its plane, on the layers that have an indexer."""
+        """The plane of the index keys; `layers` are those that have an indexer."""
         if self.numbers == "fp8":
             return PlaneSpec("index_key", (IndexKeyLayout(self.dim).token_bytes,), torch.uint8, layers=layers)
         return PlaneSpec("index_key", (self.dim,), self.numbers, layers=layers)
@@ -84,7 +84,7 @@ class IndexFormat:
             plane[pages, offsets] = keys.to(self.numbers)
 
     def queries(self, queries: IndexQueries, kernels: Kernels) -> IndexQueries:
-        """As the keys are scored with; an FP8 query's scale goes into its head's weight."""
+        """Convert queries to the numbers of the keys. The scale of an FP8 query goes into its head's weight."""
         if self.numbers != "fp8":
             return queries
         values, scales = kernels.quantise(kernels.hadamard(queries.query), "ue8m0")
@@ -93,22 +93,22 @@ class IndexFormat:
 
 @dataclass(frozen=True)
 class Precision:
-    """What was asked for, as it came in the engine's settings."""
+    """The number formats that the engine's settings ask for; the methods resolve `auto`."""
 
     kv_cache: CacheDtype = "auto"
     indexer: IndexerDtype = "auto"
     weights: WeightDtype = "auto"
 
     def latent(self, config: Mapping[str, Any], rank: int, rope: int, dtype: torch.dtype) -> LatentFormat:
-        """For a checkpoint's config and a model loaded in `dtype`."""
+        """The format of latents, for a checkpoint's config and a model loaded in `dtype`."""
         return LatentFormat(LatentLayout(rank, rope), _numbers(self.kv_cache, config, dtype), dtype)
 
     def index(self, config: Mapping[str, Any], dim: int, dtype: torch.dtype) -> IndexFormat:
-        """Likewise.
+        """The format of index keys, for a checkpoint's config and a model loaded in `dtype`.
 
         Raises:
-            ConfigError: index vectors of this size cannot be rotated or have several scales, or integers were
-                asked for.
+            ConfigError: index vectors of this size cannot be rotated or need several scales, or the settings ask
+                for integers.
         """
         if self.indexer == "int8":
             raise ConfigError("indexer_dtype is int8, which is for llama models; set it to bf16, fp8 or auto")
@@ -121,7 +121,7 @@ class Precision:
         return IndexFormat(dim, chosen)
 
     def resident(self, device: torch.device) -> bool:
-        """Whether weights that are stored in FP8 blocks stay so in memory."""
+        """Whether weights that the checkpoint stores in FP8 blocks stay in FP8 in memory."""
         return self.weights == "fp8" or (self.weights == "auto" and device.type == "cuda")
 
 

@@ -1,6 +1,6 @@
-"""A batch's rows in tiles: the form of the backends whose operations take R requests x Q rows at once.
+"""A batch's rows in tiles, as tensors, for backends whose operations take R requests x Q rows at once.
 
-Leaves to `engine.plan.tiles` how rows are cut. Kernels that take rows as they are need no tiling.
+`engine.plan.tiles` decides how rows are cut. Kernels that take single rows need no tiling.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class TileTensors:
     """A tile on the device: R requests x Q rows, context of P pages."""
 
     form: Form
-    rows: Tensor  # [R * Q] int64, into the batch
+    rows: Tensor  # [R * Q] int64: indices into the batch
     shape: tuple[int, int]  # (R, Q)
     positions: Tensor  # [R, Q] int64
     block_table: Tensor  # [R, P] int64, padded with page 0
     index_top_k: Tensor  # [R, Q] int64
-    expanded: bool = False  # see `Tile`
+    expanded: bool = False  # see `engine.plan.tiles.Tile`
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Tiling:
 
     @cached_property
     def tiles(self) -> tuple[TileTensors, ...]:
-        """The attention work, cut when it is first asked for."""
+        """The tiles; they are cut at the first access."""
         device = self.batch.token_ids.device
         return tuple(_tensors(tile, device) for tile in cut(self.batch.segments, self.costs))
 

@@ -1,5 +1,5 @@
-"""Weights: one face (`source`) over GGUF files and Hugging Face folders, and the loader that walks it.
+"""Reads weights: one interface (`source`) for GGUF files and Hugging Face folders, and the loader that uses it.
 
-A model asks for what it needs by Hugging Face's names (`loader`); where the bytes lie and how they are
-stored is decided here. Indexer overlays (`overlay`) are laid over a base checkpoint.
+A model asks for its weights by Hugging Face's names (`loader`). This package knows where the bytes lie and how they are
+stored. Indexer overlays (`overlay`) are laid over a base checkpoint.
 """

@@ -1,4 +1,4 @@
-"""A GGUF file as a source: its names, its metadata and its row order translated to Hugging Face's.
+"""A GGUF file as a source: translates its names, metadata and row order to Hugging Face's. `gguf_file` reads the file.
 
 Metadata that would change what the model computes is either translated or refused, never ignored.
 """
@@ -23,7 +23,7 @@ from engine.memory.quantised import Kind, Quantised
 Number = TypeVar("Number", bound=np.generic)
 
 _ARCHITECTURES: Mapping[str, bool] = {"llama": True, "qwen2": False, "qwen3": False}
-"""`general.architecture`, which is the `model_type` too -> whether the rows of its queries and keys pair neighbours."""
+"""`general.architecture`, which is also the `model_type` -> whether neighbouring rows of queries and keys are pairs."""
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -64,7 +64,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.scale": (0.0,),
     "use_parallel_residual": (False,),
 }
-"""Settings that are understood at these values only, where they change nothing."""
+"""Settings that are accepted only with these values, which change nothing."""
 
 
 class GGUFSource:
@@ -74,7 +74,7 @@ class GGUFSource:
         """Open the file and translate its header.
 
         Raises:
-            CheckpointError: it is damaged, no language model, of an unknown architecture, or asks for
+            CheckpointError: it is damaged, is not a language model, has an unknown architecture, or asks for
                 something that is not supported.
         """
         self._file = GGUFFile(path)
@@ -86,26 +86,23 @@ class GGUFSource:
         self.description = f"{path.name} (GGUF, {', '.join(kinds)})"
 
     def names(self) -> frozenset[str]:
-        """Every tensor but Llama 3's rope factors, which are in the config."""
+        """Every tensor except Llama 3's rope factors, which are in the config."""
         return frozenset(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; raises CheckpointError where there is none of that name."""
         return self._file.tensors[self._stored_name(name)].shape
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor, dequantised through float32; raises CheckpointError where that is not possible."""
+        """Read a tensor; a quantised one is dequantised to float32 first."""
         numbers = self._in_order(name, self._file.read(self._stored_name(name)))
         if not numbers.flags.writeable:
-            numbers = numbers.copy()  # torch has no read-only tensors
+            numbers = numbers.copy()  # because torch has no read-only tensors
         return torch.from_numpy(numbers).to(dtype)
 
     def quantised_kind(self, name: str) -> Kind | None:
-        """See `HoldsQuantised`."""
         return self._file.quantised_kind(self._stored_name(name))
 
     def read_quantised(self, name: str) -> Quantised | None:
-        """See `HoldsQuantised`."""
         found = self._file.quantised(self._stored_name(name))
         if found is None:
             return None
@@ -116,11 +113,11 @@ class GGUFSource:
         )
 
     def _in_order(self, name: str, rows: npt.NDArray[Number]) -> npt.NDArray[Number]:
-        """A tensor's rows in Hugging Face's order."""
+        """Put a tensor's rows into Hugging Face's order."""
         heads = self._interleaved_heads(name)
         if heads is None:
             return rows
-        # GGUF pairs neighbours (2i, 2i + 1) for rotation, Hugging Face pairs (i, i + D/2).
+        # For rotation GGUF pairs neighbours (2i, 2i + 1), and Hugging Face pairs (i, i + D/2).
         if rows.shape[0] % (2 * heads):
             raise CheckpointError(
                 f"{self._file.path} has tensor {name} with {rows.shape[0]} rows, "
@@ -146,7 +143,7 @@ class GGUFSource:
 
 
 def _hf_name(name: str) -> str:
-    """Hugging Face's name; a tensor that it does not know keeps its own, and so shows up as unused."""
+    """Return Hugging Face's name of a tensor. An unknown tensor keeps its name, and is then reported as unused."""
     match = _LAYER_NAME.fullmatch(name)
     if match is not None and match[2] in _LAYER:
         return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
@@ -155,7 +152,7 @@ def _hf_name(name: str) -> str:
 
 
 def _check_kind(file: GGUFFile) -> None:
-    """Refuse what is not one whole model of a known architecture."""
+    """Refuse a file that is not one whole model of a known architecture."""
     found = file.metadata.get("general.architecture")
     if found not in _ARCHITECTURES:
         raise CheckpointError(
@@ -179,7 +176,7 @@ def _check_kind(file: GGUFFile) -> None:
 
 
 def _config(file: GGUFFile, names: Mapping[str, str]) -> dict[str, Any]:
-    """The metadata as a config.json would have it."""
+    """Translate the metadata to the object of a config.json."""
     meta = _Metadata(file)
     heads, hidden = meta.count("attention.head_count"), meta.count("embedding_length")
     rotated = meta.count("rope.dimension_count", hidden // heads)
@@ -213,7 +210,7 @@ def _config(file: GGUFFile, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 class _Metadata:
-    """The architecture's own settings, each checked when it is read."""
+    """The settings of the file's architecture. Each is checked when it is read."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -234,7 +231,7 @@ class _Metadata:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A float32, as the shortest decimal that means it: 1e-05, as a config.json would say."""
+        """Read a float32 as the shortest decimal that stands for it, as in a config.json: 1e-05."""
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise CheckpointError(
@@ -253,10 +250,10 @@ class _Metadata:
 
 
 def _rope_scaling(meta: _Metadata, theta: float, dim: int) -> dict[str, Any] | None:
-    """What stretches the rotation, as a config.json's `rope_scaling`."""
+    """Translate the settings that stretch the rotation to the `rope_scaling` of a config.json."""
     kind = meta.get("rope.scaling.type")
     key = "rope.scaling.factor" if meta.get("rope.scaling.factor") is not None else "rope.scale_linear"
-    # A factor without a type is linear: such files are older than the other types.
+    # A factor without a type is linear, because such files are older than the other types.
     factor = None if kind == "none" or not meta.get(key) else meta.number(key)
     stored = _ROPE_FREQS in meta.file.tensors
     if stored and factor is None and kind in (None, "none"):
@@ -274,10 +271,10 @@ def _rope_scaling(meta: _Metadata, theta: float, dim: int) -> dict[str, Any] | N
 
 
 def _llama3(file: GGUFFile, theta: float, dim: int) -> dict[str, Any] | None:
-    """Llama 3's settings from the factors that they gave.
+    """Find Llama 3's settings from the factors in the file.
 
-    The settings cannot be solved for in general. But all of Llama 3.1 to 3.3 share three of the four, and
-    the fourth is the largest factor: so try those, and refuse the file if they do not give its factors.
+    In general the factors do not determine the settings. But Llama 3.1 to 3.3 share three of the four settings, and the
+    fourth is the largest factor. So these are tried, and the file is refused if they do not give its factors.
     """
     factors = file.read(_ROPE_FREQS).astype(np.float64)
     if factors.shape == (dim // 2,) and np.all(factors == 1):
@@ -286,7 +283,7 @@ def _llama3(file: GGUFFile, theta: float, dim: int) -> dict[str, Any] | None:
     turns = original * theta ** (-np.arange(0, dim, 2) / dim) / (2 * np.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
     expected = 1 / (kept + (1 - kept) / factor)
-    # rtol: the file's factors were computed in float32, and those between the bounds lose a few digits.
+    # The file's factors were computed in float32, and factors between the bounds lose a few digits.
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4, atol=0):
         raise CheckpointError(
             f"{file.path} has a tensor {_ROPE_FREQS} that is not Llama 3's scaling with "

@@ -1,9 +1,9 @@
-"""A GGUF file: its metadata, its tensors' places, and their numbers. What they mean is `gguf.py`'s.
+"""Reads a GGUF file: its metadata, the places of its tensors, and their numbers. `gguf.py` knows what they mean.
 
-The `gguf` package has a reader too, but it makes several array objects of each of a tokenizer's hundred
-thousand strings (seconds at every start), and a damaged file can keep it busy without end. So the header
-is walked here, stepping over tokenizers and checking every length; the table of block formats and their
-dequantisation are the package's.
+The `gguf` package has a reader too. But it makes several array objects for each of a tokenizer's hundred thousand
+strings, which takes seconds at every start, and a damaged file can keep it busy without end. So this module reads the
+header. It skips tokenizers and checks every length. The table of block formats and their dequantisation are the
+package's.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _QUANTISED: Mapping[gguf.GGMLQuantizationType, Kind] = {
     gguf.GGMLQuantizationType.Q4_1: "q4",
     gguf.GGMLQuantizationType.Q8_0: "q8",
 }
-"""Those that the native kernels multiply with as they are stored."""
+"""The block formats that the native kernels multiply with as they are stored."""
 _MAX_DIMS = 4  # GGML's own limit
-_SKIPPED = "tokenizer."  # the server's business, and large
+_SKIPPED = "tokenizer."  # large, and only the server needs it
 
 
 class TensorPlace(NamedTuple):
-    """Where a tensor lies."""
+    """The place of a tensor in the file."""
 
     kind: gguf.GGMLQuantizationType
-    shape: tuple[int, ...]  # outermost first, as torch has it; the file has it the other way round
+    shape: tuple[int, ...]  # outermost first, as in torch; the file has the reverse order
     offset: int  # bytes from the start of the file
     size: int  # bytes
 
@@ -61,7 +61,7 @@ class GGUFFile:
         """Map the file and walk its header.
 
         Raises:
-            CheckpointError: it cannot be read, is no GGUF file, or is damaged or cut off.
+            CheckpointError: it cannot be read, is not a GGUF file, or is damaged or cut off.
         """
         self.path = path
         try:
@@ -84,7 +84,7 @@ class GGUFFile:
         self.tensors: Mapping[str, TensorPlace] = self._checked(places, cursor.at)
 
     def _checked(self, places: list[tuple[str, TensorPlace]], header_end: int) -> dict[str, TensorPlace]:
-        """Offsets made absolute, each tensor inside the file and named once."""
+        """Make offsets absolute; check that each tensor lies inside the file and that no name occurs twice."""
         align = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if isinstance(align, bool) or not isinstance(align, int) or align < 1 or align & (align - 1):
             raise CheckpointError(f"{self.path} has general.alignment {align!r}, which is not a power of two")
@@ -103,13 +103,13 @@ class GGUFFile:
         return tensors
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
-        """A tensor's numbers, dequantised; read-only where they are stored as float32.
+        """Read a tensor's numbers, dequantised. They are read-only if they are stored as float32.
 
         Args:
             name: one of `tensors`
 
         Raises:
-            CheckpointError: it is stored in a way that the gguf package cannot dequantise.
+            CheckpointError: the gguf package cannot dequantise the tensor's format.
         """
         place = self.tensors[name]
         try:
@@ -122,7 +122,7 @@ class GGUFFile:
         return np.asarray(numbers, np.float32).reshape(place.shape)
 
     def quantised(self, name: str) -> Quantised | None:
-        """A matrix as it is stored, where that is one of `_QUANTISED`: numbers, scales and offsets, exactly.
+        """Read the exact numbers, scales and offsets of a matrix. Return None if its format is not in `_QUANTISED`.
 
         Args:
             name: one of `tensors`
@@ -136,14 +136,14 @@ class GGUFFile:
         scales = head[..., 0]
         if place.kind is gguf.GGMLQuantizationType.Q8_0:
             return Quantised(body.view(np.int8).reshape(place.shape), scales, None)
-        # A block's first 16 numbers are the lower nibbles, its last 16 the upper ones.
+        # The first 16 numbers of a block are the lower nibbles, and the last 16 are the upper nibbles.
         numbers = np.concatenate([body & 15, body >> 4], axis=-1).reshape(place.shape)
-        # -8 * scale is exact: a power of two, and scales are far from the largest float16.
+        # -8 * scale is exact, because 8 is a power of two and scales are far below the largest float16.
         offsets = head[..., 1] if head.shape[-1] == 2 else np.float16(-8) * scales
         return Quantised(numbers, scales, offsets)
 
     def quantised_kind(self, name: str) -> Kind | None:
-        """What `quantised` will be packed as; None where it is None."""
+        """Return the kind of the matrix that `quantised` returns; None if that returns None."""
         place = self.tensors[name]
         return _QUANTISED.get(place.kind) if len(place.shape) == 2 else None
 
@@ -153,7 +153,7 @@ class GGUFFile:
 
 
 class _Cursor:
-    """A place in the header that moves on with every read, and never past the end of the file."""
+    """A position in the header. Each read moves it forward, and never past the end of the file."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.at = 0
@@ -161,26 +161,26 @@ class _Cursor:
         self._data = data
 
     def scalar(self, code: str) -> Any:
-        """One little-endian number of `struct`'s format `code`."""
+        """Read one little-endian number of `struct`'s format `code`."""
         return self.scalars(code, 1)[0]
 
     def scalars(self, code: str, count: int) -> tuple[Any, ...]:
-        """`count` of them."""
+        """Read `count` little-endian numbers of `struct`'s format `code`."""
         size = count * struct.calcsize(f"<{code}")
-        self._need(size)  # first of all: `count` may be anything in a damaged file
+        self._need(size)  # check first, because a damaged file may have any `count`
         found = struct.unpack_from(f"<{count}{code}", self._data, self.at)
         self.at += size
         return found
 
     def string(self) -> str:
-        """A string: its length in bytes, then UTF-8."""
+        """Read a string: its length in bytes, then UTF-8."""
         size = self.scalar("Q")
         self._need(size)
         self.at += size
         return self._data[self.at - size : self.at].decode("utf-8", errors="replace")
 
     def skip_strings(self, count: int) -> None:
-        """Step over `count` strings. This loop is most of the time that a header takes."""
+        """Skip `count` strings. This loop takes most of the time of reading a header."""
         length = struct.Struct("<Q").unpack_from
         data, at, last = self._data, self.at, len(self._data) - 8
         for _ in range(count):
@@ -191,7 +191,7 @@ class _Cursor:
         self._need(0)
 
     def skip_scalars(self, code: str, count: int) -> None:
-        """Step over `count` numbers."""
+        """Skip `count` numbers."""
         size = count * struct.calcsize(f"<{code}")
         self._need(size)
         self.at += size
@@ -205,7 +205,7 @@ class _Cursor:
 
 
 def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
-    """The key-value pairs; of arrays under `tokenizer.`, None instead of their content."""
+    """Read the key-value pairs. Arrays under `tokenizer.` are skipped, and their value is None."""
     found: dict[str, Any] = {}
     for _ in range(count):
         key = cursor.string()
@@ -244,7 +244,7 @@ def _value_type(cursor: _Cursor, key: str) -> gguf.GGUFValueType:
 
 
 def _place(cursor: _Cursor) -> tuple[str, TensorPlace]:
-    """One entry of the tensor table; its offset counts from the start of the data."""
+    """Read one entry of the tensor table. Its offset counts from the start of the data."""
     name = cursor.string()
     num_dims = cursor.scalar("I")
     if not 1 <= num_dims <= _MAX_DIMS:

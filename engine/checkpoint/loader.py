@@ -1,7 +1,8 @@
-"""Loading, walked from the model's side: the model says what it needs, the source is searched for it.
+"""Loads the parameters of a model: the model's table says what it needs, and the source has the tensors.
 
-Weights in FP8 blocks become plain, or stay as they are where the model can use them so and the caller asks for it.
-A tensor that is missing or of another shape is an error; one that nobody asked for is reported.
+Weights in FP8 blocks become plain, or stay in FP8 if the model can use them so and the caller asks for it. A tensor
+that is missing or has another shape is an error. A tensor that the table does not have is reported. `packed` loads
+for the native CPU kernels.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from engine.errors import CheckpointError
 from engine.memory.blocks import BLOCK, E4M3, E4M3_MAX, BlockWeight, num_blocks
 
 _BENIGN = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|masked_bias|attn_rot_embd\.weight)")
-"""Tensors that checkpoints carry and models compute for themselves."""
+"""Tensors that checkpoints may have and that models compute themselves."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter: one tensor of the checkpoint, or several laid one below the other (along dim 0).
+    """A parameter: one tensor of the checkpoint, or several tensors joined along dim 0.
 
     Attributes:
-        names: Hugging Face's names, in order
-        shape: of the parameter, so of all of them together, whole
-        rows: how many rows each name gives; checked if set, else only their sum is
-        dtype: what to hold it in whatever the model's dtype is; None is the model's
-        may_stay_fp8: whether the model can use it in FP8 blocks
-        may_be_packed: whether it can use it as a `PackedWeight`
-        may_lose_bits: whether it may then be packed in 4 bits where the main model's weights are
-        part: what is read of each name, all of which are of one shape then; None is all
+        names: Hugging Face's names of the tensors, in order
+        shape: of the whole parameter, without regard to `part`
+        rows: how many rows each tensor has; None: only their sum is checked
+        dtype: of the parameter, whatever the model's dtype is; None: the model's dtype
+        may_stay_fp8: whether the model can use the parameter in FP8 blocks
+        may_be_packed: whether the model can use it as a `PackedWeight`
+        may_lose_bits: whether it may be packed in 4 bits if the main model's weights are
+        part: which part of each tensor is read; then all tensors have the same shape. None: all
     """
 
     names: tuple[str, ...]
@@ -51,7 +52,7 @@ class Weight:
 
     @property
     def held_shape(self) -> tuple[int, ...]:
-        """Of what is read."""
+        """The shape of the parameter as it is loaded: of the parts that are read."""
         if self.part is None:
             return self.shape
         size = self.part.stop - self.part.start
@@ -60,19 +61,19 @@ class Weight:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded, and what was not."""
+    """Which tensors were loaded, and which were not."""
 
-    num_tensors: int  # of the checkpoint
+    num_tensors: int  # tensors of the checkpoint that were loaded
     num_parameters: int
     num_bytes: int  # on the device
-    fp8_bytes: int  # of those, in weights that stayed in FP8 blocks, with their scales
-    dequantised_bytes: int  # of those, in weights that are stored in FP8 blocks and were made plain
+    fp8_bytes: int  # part of `num_bytes`: weights that stayed in FP8 blocks, with their scales
+    dequantised_bytes: int  # part of `num_bytes`: weights that are stored in FP8 blocks and were made plain
     seconds: float
     unused: tuple[str, ...]  # tensors of the checkpoint that the model did not ask for
     replaced: tuple[str, ...]  # tensors of the base checkpoint that an overlay replaced
 
     def __str__(self) -> str:
-        """What became of weights stored in FP8, for people."""
+        """Say in words what happened to weights stored in FP8."""
         parts = (
             f"{self.fp8_bytes:,} stay in FP8 blocks, {self.dequantised_bytes:,} were dequantised from them"
         )
@@ -112,17 +113,17 @@ def load(
     progress: Callable[[int, int], None] = lambda done, total: None,
     fp8: bool = False,
 ) -> tuple[dict[str, Tensor], LoadReport] | tuple[dict[str, Tensor | BlockWeight], LoadReport]:
-    """Read everything in the table.
+    """Load all parameters of the table.
 
     All names and shapes are checked before the first tensor is read.
 
     Args:
-        model_table: parameter name -> what it is made of
-        source: where to look
-        dtype: of the parameters, where the table has no other
-        device: where they go
-        progress: called with (bytes loaded, bytes in all), the first time with 0
-        fp8: keep weights in FP8 blocks where they are stored so and `stays_fp8`
+        model_table: parameter name -> its tensors
+        source: the checkpoint
+        dtype: of the parameters, if the table has no other
+        device: of the parameters
+        progress: called with (bytes loaded, bytes in all), the first time with 0 bytes loaded
+        fp8: keep weights in FP8 blocks if `stays_fp8` allows it
 
     Returns:
         the parameters under the table's names, and the report
@@ -162,7 +163,7 @@ def load(
 
 
 def stays_fp8(weight: Weight, in_blocks: Callable[[str], bool]) -> bool:
-    """Whether a parameter can stay in FP8: all its tensors are stored so, and no block is cut or lies in two of them."""
+    """Whether a parameter can stay in FP8: all its tensors are stored in blocks, and no block is cut or spans two."""
     whole = len(weight.names) == 1 or (weight.rows is not None and not any(n % BLOCK for n in weight.rows))
     if weight.part is not None:
         whole = whole and weight.part.start % BLOCK == weight.part.stop % BLOCK == 0
@@ -170,12 +171,12 @@ def stays_fp8(weight: Weight, in_blocks: Callable[[str], bool]) -> bool:
 
 
 def source_in_blocks(source: Source) -> Callable[[str], bool]:
-    """Of a tensor's name: whether the source stores it in FP8 blocks."""
+    """Return a function that says whether the source stores the tensor of a name in FP8 blocks."""
     return source.in_blocks if isinstance(source, HoldsBlocks) else lambda name: False
 
 
 def num_bytes(weight: Weight, dtype: torch.dtype, *, fp8: bool) -> int:
-    """On the device, of a parameter that stays in FP8 blocks, or of one in its own dtype or `dtype`."""
+    """How many bytes a parameter takes on the device: in FP8 blocks if `fp8`, else in its own dtype or `dtype`."""
     shape = weight.held_shape
     numel = math.prod(shape)
     if fp8:
@@ -184,7 +185,7 @@ def num_bytes(weight: Weight, dtype: torch.dtype, *, fp8: bool) -> int:
 
 
 def check(model_table: Mapping[str, Weight], source: Source) -> None:
-    """Whether all of the table is there, in its shapes; reads headers only.
+    """Check that the source has all tensors of the table, with the right shapes. It reads only headers.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
@@ -195,13 +196,13 @@ def check(model_table: Mapping[str, Weight], source: Source) -> None:
 
 
 def unused(model_table: Mapping[str, Weight], source: Source) -> tuple[str, ...]:
-    """The tensors that the table does not ask for, in order, less those that models compute for themselves."""
+    """Return the tensors that the table does not have, in order, without those that models compute themselves."""
     used = {name for weight in model_table.values() for name in weight.names}
     return tuple(sorted(name for name in source.names() - used if not _BENIGN.fullmatch(name)))
 
 
 def _check_names(table: Mapping[str, Weight], source: Source) -> None:
-    """Everything that the model needs is there."""
+    """Check that the source has every tensor that the model needs."""
     missing = sorted({name for weight in table.values() for name in weight.names} - source.names())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -209,7 +210,7 @@ def _check_names(table: Mapping[str, Weight], source: Source) -> None:
 
 
 def _check_shape(parameter: str, weight: Weight, source: Source) -> None:
-    """A weight's tensors together have its shape."""
+    """Check that the tensors of a weight together have its shape."""
     shapes = [source.shape(name) for name in weight.names]
     rows = tuple(shape[0] if shape else 0 for shape in shapes)
     fits = all(len(shape) == len(weight.shape) and shape[1:] == weight.shape[1:] for shape in shapes)
@@ -224,7 +225,7 @@ def _check_shape(parameter: str, weight: Weight, source: Source) -> None:
 
 
 def _assemble(weight: Weight, dtype: torch.dtype, device: torch.device, source: Source) -> Tensor:
-    """A parameter; one of several tensors is filled part by part, so that it never exists twice."""
+    """Read a parameter. One of several tensors is filled part by part, so that memory never holds it twice."""
     if len(weight.names) == 1:
         return _read(weight.names[0], weight.part, dtype, device, source)
     whole = torch.empty(weight.held_shape, dtype=dtype, device=device)
@@ -245,7 +246,7 @@ def _read(name: str, part: Slice | None, dtype: torch.dtype, device: torch.devic
         raise CheckpointError(
             f"{source.description} cannot be read in parts; split a folder of safetensors over devices instead"
         )
-    # The extremes carry every NaN and infinity, at one pass and no copy.
+    # The least and the largest number show every NaN and infinity, in one pass and without a copy.
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
         raise CheckpointError(
             f"{source.description} has NaN or infinite values in tensor {name} (as {dtype}); "
@@ -255,7 +256,7 @@ def _read(name: str, part: Slice | None, dtype: torch.dtype, device: torch.devic
 
 
 def _assemble_blocks(weight: Weight, device: torch.device, source: HoldsBlocks, where: str) -> BlockWeight:
-    """As `_assemble`, of parts that are whole blocks."""
+    """Read a parameter in FP8 blocks, whose parts are whole blocks."""
     rows, columns = weight.held_shape
     values = torch.empty(weight.held_shape, dtype=E4M3, device=device)
     scales = torch.empty(num_blocks(rows), num_blocks(columns), dtype=torch.float32, device=device)
@@ -265,7 +266,7 @@ def _assemble_blocks(weight: Weight, device: torch.device, source: HoldsBlocks, 
         at = slice(row // BLOCK, row // BLOCK + part.scales.shape[0])
         values[row : row + part.shape[0]] = part.values
         scales[at] = part.scales
-        # NaN is the one number of this kind that is not finite; of products, the largest decides.
+        # NaN is the only e4m3 number that is not finite. All products are finite if the largest possible one is.
         numbers = values[row : row + part.shape[0]].view(torch.uint8)
         if ((numbers & 0x7F) == 0x7F).any() or not (scales[at] * E4M3_MAX).isfinite().all():
             raise CheckpointError(

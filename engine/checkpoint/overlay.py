@@ -55,16 +55,16 @@ _SHAPE_FIELDS = (
 
 @dataclass(frozen=True)
 class Overlay:
-    """An overlay that was found to fit its base."""
+    """An open overlay that fits its base."""
 
     info: IndexerInfo
-    base_model: str  # description of the checkpoint that it was trained on
+    base_model: str  # the description of the checkpoint that it was trained on
     recipe: str
     replaced: tuple[str, ...]  # tensors of the base that it replaces
     tensors: Tensors
 
     def over(self, base: Source) -> LaidSource:
-        """The base that it was read for, with this overlay on top."""
+        """Lay this overlay over `base`, the checkpoint that it was read for."""
         return LaidSource(base, self.tensors, self.info.source)
 
 
@@ -72,8 +72,8 @@ def read_overlay(path: Path, base: Source) -> Overlay:
     """Open an overlay and check that it fits `base`.
 
     Raises:
-        CheckpointError: it is damaged, no overlay, of another base, or its tensors are not what its header
-            and the base ask for.
+        CheckpointError: it is damaged, is not an overlay or has another base, or its tensors do not fit its header
+            and the base.
     """
     file = SafetensorsFile(path)
     meta = file.metadata
@@ -103,12 +103,12 @@ def read_overlay(path: Path, base: Source) -> Overlay:
 def write_overlay(
     path: Path, tensors: Mapping[str, Tensor], info: IndexerInfo, recipe: str, base: Source
 ) -> None:
-    """Write an overlay that `read_overlay` accepts for `base`; a file of that name is replaced at once.
+    """Write an overlay that `read_overlay` accepts for `base`. An existing file is replaced in one step.
 
     Args:
-        path: where to
-        tensors: named and shaped as in this module's docstring, floats, on any device
-        info: of the indexer; its `source` is not written
+        path: the file
+        tensors: named and shaped as in the module's docstring, floats, on any device
+        info: the indexer's numbers; its `source` is not written
         recipe: how it was trained, in free text
         base: the checkpoint that it was trained on
 
@@ -139,12 +139,11 @@ def write_overlay(
 
 
 def base_fingerprint(source: Source) -> str:
-    """What tells one trained model from another, however it is stored: 64 hex digits.
+    """Return 64 hex digits that identify a trained model, however it is stored.
 
-    The sizes in the config and the norms' weights. No format quantises those, so an overlay fits the GGUF
-    files and the Hugging Face folder of one model alike, while training of all weights changes them. Norms
-    that were never trained are all ones and tell nothing: then the first key projection counts too, as it
-    is stored.
+    They are a hash of the sizes in the config and of the norms' weights. No format quantises norms, so an overlay fits
+    both the GGUF files and the Hugging Face folder of a model; and training of all weights changes the norms. Norms
+    that were never trained are all ones. Then the hash also has the first key projection, as it is stored.
     """
     sizes = _sizes(source)
     digest = hashlib.sha256(json.dumps([sizes[field] for field in _SHAPE_FIELDS]).encode())
@@ -160,7 +159,7 @@ def base_fingerprint(source: Source) -> str:
 
 
 def indexer_shapes(info: IndexerInfo, num_layers: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that the indexers of `num_layers` layers have."""
+    """Return name -> shape of every tensor that the indexers of `num_layers` layers have."""
     one = {
         "wq.weight": (info.num_heads * info.head_dim, hidden_size),
         "wk.weight": (info.head_dim, hidden_size),
@@ -178,7 +177,7 @@ def indexer_shapes(info: IndexerInfo, num_layers: int, hidden_size: int) -> dict
 def adapter_shapes(
     rank: int, num_layers: int, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> dict[str, tuple[int, int]]:
-    """Name -> shape of every tensor that the sparse adapters of `num_layers` layers have; none at rank 0."""
+    """Return name -> shape of every tensor that the sparse adapters of `num_layers` layers have; empty if rank is 0."""
     one = {
         "qkv.a": (rank, hidden_size),
         "qkv.b": ((num_heads + 2 * num_kv_heads) * head_dim, rank),
@@ -193,7 +192,7 @@ def adapter_shapes(
 
 
 def overlay_shapes(info: IndexerInfo, base: Source) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that an overlay of `base` must have."""
+    """Return name -> shape of every tensor that an overlay of `base` must have."""
     of = _sizes(base)
     layers, hidden = of["num_hidden_layers"], of["hidden_size"]
     heads = of["num_attention_heads"], of["num_key_value_heads"], of["head_dim"]
@@ -201,7 +200,7 @@ def overlay_shapes(info: IndexerInfo, base: Source) -> dict[str, tuple[int, ...]
 
 
 def _sizes(base: Source) -> dict[str, int]:
-    """`_SHAPE_FIELDS` of a checkpoint; what its config leaves unsaid about heads is in the rows of its projections.
+    """Return `_SHAPE_FIELDS` of a checkpoint. Fields about heads that its config lacks come from its projections.
 
     Raises:
         CheckpointError: a size is missing.
@@ -230,7 +229,7 @@ def _integer(meta: Mapping[str, str], key: str, path: Path) -> int:
 
 
 def _check_info(info: IndexerInfo, where: str) -> None:
-    """The numbers make sense by themselves."""
+    """Check the indexer's numbers, without regard to the base."""
     sizes = {
         "num_heads": info.num_heads,
         "head_dim": info.head_dim,
@@ -247,7 +246,7 @@ def _check_info(info: IndexerInfo, where: str) -> None:
 
 
 def _check_tensors(tensors: Tensors, info: IndexerInfo, base: Source, where: str) -> tuple[str, ...]:
-    """The indexers are whole, finite and fit; everything else replaces a tensor of the base: those are returned."""
+    """Check that the indexers are whole, finite and fit. Return the other tensors, which replace the base's."""
     num_layers, names = _sizes(base)["num_hidden_layers"], tensors.names()
     needed = overlay_shapes(info, base)
     missing = sorted(needed.keys() - names)
@@ -272,7 +271,7 @@ def _check_tensors(tensors: Tensors, info: IndexerInfo, base: Source, where: str
             raise CheckpointError(
                 f"{where} has tensor {name} of shape {list(tensors.shape(name))}, expected {list(expected)}"
             )
-    for name in needed:  # small; the loader checks all tensors once more as it reads them
+    for name in needed:  # small tensors; the loader checks all tensors again when it reads them
         if not tensors.read(name, torch.float32).isfinite().all():
             raise CheckpointError(f"{where} has NaN or infinite values in tensor {name}; train it again")
     return others

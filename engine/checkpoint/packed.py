@@ -1,4 +1,4 @@
-"""Loading for the native CPU kernels: matrices stay as the file quantises them, others become packed bfloat16."""
+"""Loads a model for the native CPU kernels. Matrices stay as the file quantises them; others become packed bfloat16."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engine.memory.quantised import GROUP, Kind, Quantised, quantise_4bit
 
 
 def can_pack(model_table: Mapping[str, Weight]) -> bool:
-    """Whether all weights that may be packed have the shape for it: rows of whole groups."""
+    """Whether all weights that may be packed can be: their rows must be whole groups."""
     return not any(weight.shape[1] % GROUP for weight in model_table.values() if weight.may_be_packed)
 
 
@@ -28,10 +28,9 @@ def load_packed(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Tensor | PackedWeight], LoadReport]:
-    """As `engine.checkpoint.loader.load`, in bfloat16 on the CPU, with every weight packed that may be.
+    """Load all parameters of the table, in bfloat16 on the CPU. Every weight that may be packed is packed.
 
-    Raises:
-        CheckpointError: as there.
+    Arguments, result and errors are those of `engine.checkpoint.loader.load`.
     """
     check(model_table, source)
     packed = {name: weight for name, weight in model_table.items() if weight.may_be_packed}
@@ -69,7 +68,7 @@ def load_packed(
 
 
 def _kind(weight: Weight, source: Source) -> Kind | None:
-    """How all tensors of a parameter are quantised; None if not, or not alike."""
+    """How the tensors of a parameter are quantised; None if they are not, or if they differ."""
     if not isinstance(source, HoldsQuantised):
         return None
     kinds = {source.quantised_kind(name) for name in weight.names}

@@ -1,8 +1,8 @@
-"""`quantization_config`: the one kind of quantised safetensors that is read, and why another is not.
+"""Checks `quantization_config`: only one kind of quantised safetensors can be read.
 
-It is DeepSeek-V3's (README_WEIGHTS.md of github.com/deepseek-ai/DeepSeek-V3): `X.weight` in e4m3 with
-`X.weight_scale_inv` beside it, one scale for each 128 x 128 block. Which tensors are stored so is the files'
-business: one in another dtype is read as it is.
+It is DeepSeek-V3's (README_WEIGHTS.md of github.com/deepseek-ai/DeepSeek-V3): `X.weight` in e4m3 and
+`X.weight_scale_inv` with one scale for each 128 x 128 block. The files say which tensors are stored so: a tensor in
+another dtype is read as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ALLOWED: Mapping[str, tuple[object, ...]] = {
     "fmt": (None, "e4m3"),
     "activation_scheme": (None, "dynamic"),
     "scale_fmt": (None, "float", "ue8m0"),
-    "dequantize": (None, False, True),  # what transformers does on loading; here the engine's settings say
+    "dequantize": (None, False, True),  # for transformers; here a setting of the engine decides
 }
 _FREE = ("quant_method", "weight_block_size", "modules_to_not_convert")
 

@@ -1,7 +1,6 @@
-"""A Hugging Face folder as a source: config.json and safetensors files, memory-mapped, single or sharded.
+"""A Hugging Face folder as a source: config.json and memory-mapped safetensors files, single or sharded.
 
-Weights may be in FP8 with a scale for each block; they are read as the numbers that they stand for, and
-their scales are no tensors of their own.
+Weights may be in FP8 with a scale for each block. `read` dequantises them, and `names` leaves out their scales.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from engine.memory.blocks import BLOCK, BlockWeight, num_blocks
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_OVERLAY = "indexer.safetensors"  # lies in the folder, but is no part of the checkpoint
+_OVERLAY = "indexer.safetensors"  # may lie in the folder, but is not part of the checkpoint
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FP8 = "F8_E4M3"
-_SCALES = ("F32", "BF16", "F8_E8M0")  # the last is a bare exponent, which newer checkpoints use for ue8m0
+_SCALES = ("F32", "BF16", "F8_E8M0")  # F8_E8M0 is only an exponent; newer checkpoints use it for ue8m0
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
@@ -41,7 +40,7 @@ class SafetensorsFile:
         """
         self.path = path
         try:
-            opened: Any = safe_open(path, framework="pt")  # its methods are untyped
+            opened: Any = safe_open(path, framework="pt")  # its methods have no types
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist") from None
         except (SafetensorError, OSError) as fault:
@@ -61,36 +60,36 @@ class SafetensorsFile:
         return tuple(self._slice(name).get_shape())
 
     def stored(self, name: str) -> str:
-        """How a tensor is stored, in the format's own words, such as BF16; errors as `shape`."""
+        """The dtype of a tensor in the format's words, such as BF16; raises the errors of `shape`."""
         return str(self._slice(name).get_dtype())
 
     def raw(self, name: str) -> Tensor:
-        """A tensor as it is stored, maybe a view of the file; errors as `shape`."""
+        """Read a tensor as it is stored. It may be a view of the file. Raises the errors of `shape`."""
         self._slice(name)
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
     def raw_part(self, name: str, part: Slice) -> Tensor:
-        """Part of a matrix as it is stored, and nothing else read; errors as `shape`."""
+        """Read only a part of a matrix, as it is stored. Raises the errors of `shape`."""
         span = slice(part.start, part.stop)
         tensor: Tensor = self._slice(name)[span] if part.dim == 0 else self._slice(name)[:, span]
         return tensor
 
     def num_bytes(self, name: str) -> int:
-        """Bytes of a tensor in the file; errors as `shape`."""
+        """Bytes of a tensor in the file; raises the errors of `shape`."""
         return math.prod(self.shape(name)) * _BYTES.get(self.stored(name), 1)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor as `dtype`, in memory of its own.
+        """Read a tensor as `dtype`, in memory of its own.
 
         Raises:
-            CheckpointError: there is none of that name, or its numbers are no plain floats.
+            CheckpointError: there is no tensor of that name, or its numbers are not plain floats.
         """
         self._check_plain(name)
         return self.raw(name).to(dtype, copy=True)
 
     def read_part(self, name: str, part: Slice, dtype: torch.dtype) -> Tensor:
-        """Part of a matrix, else as `read`."""
+        """Read only a part of a matrix, as `dtype`. Raises the errors of `read`."""
         self._check_plain(name)
         return self.raw_part(name, part).to(dtype, copy=True).contiguous()
 
@@ -128,14 +127,14 @@ class SafetensorsSource:
         self.description = f"{folder.name} (safetensors{kind}, {files} file{'s' if files > 1 else ''})"
 
     def names(self) -> frozenset[str]:
-        """Every tensor of every file, less the scales that belong to another."""
+        """Every tensor of every file, without the scales of FP8 weights."""
         return frozenset(self._at.keys() - self._scales)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor.
 
         Raises:
-            CheckpointError: there is none of that name, or it is in FP8 and its scales do not fit.
+            CheckpointError: there is no tensor of that name, or it is in FP8 and its scales do not fit.
         """
         file = self._holder(name)
         if file.stored(name) == _FP8:
@@ -143,10 +142,10 @@ class SafetensorsSource:
         return file.shape(name)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor, in FP8 as `BlockWeight.dequantise` makes it plain.
+        """Read a tensor. One in FP8 is made plain by `BlockWeight.dequantise`.
 
         Raises:
-            CheckpointError: there is none of that name, or it is quantised in a way that is not supported.
+            CheckpointError: there is no tensor of that name, or its quantisation is not supported.
         """
         file = self._holder(name)
         if not self.in_blocks(name):
@@ -154,15 +153,9 @@ class SafetensorsSource:
         return self.read_blocks(name).dequantise(dtype)
 
     def in_blocks(self, name: str) -> bool:
-        """Whether a tensor is stored in FP8; raises CheckpointError where there is none."""
         return self._holder(name).stored(name) == _FP8
 
     def read_blocks(self, name: str, part: Slice | None = None) -> BlockWeight:
-        """A tensor that is, as it is stored, maybe a view of the file; of a part, all blocks that it touches.
-
-        Raises:
-            CheckpointError: there is none of that name, or its scales do not fit it.
-        """
         self._check_scales(name)
         file, scale_name = self._holder(name), name + SCALE_SUFFIX
         scales = self._holder(scale_name).raw(scale_name).float()
@@ -173,14 +166,17 @@ class SafetensorsSource:
         return BlockWeight(file.raw_part(name, blocks), scales.narrow(part.dim, first, last - first))
 
     def read_part(self, name: str, part: Slice, dtype: torch.dtype) -> Tensor:
-        """Part of a matrix, else as `read`; errors as there."""
         if not self.in_blocks(name):
             return self._holder(name).read_part(name, part, dtype)
         plain = self.read_blocks(name, part).dequantise(dtype)
         return plain.narrow(part.dim, part.start % BLOCK, part.stop - part.start).contiguous()
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes of a tensor in its file, with its scales; raises CheckpointError where there is none."""
+        """Bytes of a tensor in its file, with its scales.
+
+        Raises:
+            CheckpointError: there is no tensor of that name.
+        """
         size = self._holder(name).num_bytes(name)
         scale_name = name + SCALE_SUFFIX
         return size + (self._at[scale_name].num_bytes(scale_name) if scale_name in self._scales else 0)
@@ -226,12 +222,12 @@ class SafetensorsSource:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, in order, less the overlay that may lie there too."""
+    """Return the safetensors files of a folder, in order, without the overlay that may lie there."""
     return sorted(path for path in folder.glob("*.safetensors") if path.name != _OVERLAY)
 
 
 def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
-    """The tensors of the checkpoint -> the file that holds each."""
+    """Open the files of a folder. Return each tensor's name -> its file."""
     index = folder / _INDEX
     if index.exists():
         return _open_index(index)
@@ -252,7 +248,7 @@ def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
 
 
 def _open_index(index: Path) -> dict[str, SafetensorsFile]:
-    """The shards that an index names, checked against what it says is in them."""
+    """Open the shards that an index names, and check that they have the tensors that it says."""
     weight_map = _json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map that says which file holds which tensor")
@@ -274,12 +270,12 @@ def _open_index(index: Path) -> dict[str, SafetensorsFile]:
         at[tensor] = shards[shard]
     for file in shards.values():
         for tensor in file.names():
-            at.setdefault(tensor, file)  # the index forgot it; the loader says if nobody wants it
+            at.setdefault(tensor, file)  # the index lacks it; the loader reports it if it is unused
     return at
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON file's object."""
+    """Read the object in a JSON file."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""One face for weights: Hugging Face's names, layout and config, whatever the files are.
+"""The interface to weights: Hugging Face's names, layout and config, whatever the files are.
 
-The formats are `engine.checkpoint.gguf` and `engine.checkpoint.safetensors`; what a model does with the
-tensors is `engine.checkpoint.loader`.
+The formats are in `engine.checkpoint.gguf` and `engine.checkpoint.safetensors`. `engine.checkpoint.loader` makes a
+model's parameters of the tensors.
 """
 
 from __future__ import annotations
@@ -20,70 +20,86 @@ from engine.memory.quantised import Kind, Quantised
 
 
 class Tensors(Protocol):
-    """Tensors by name, read when they are asked for."""
+    """Tensors by name. A tensor is read when `read` is called."""
 
     def names(self) -> frozenset[str]:
-        """Every tensor, in Hugging Face's names; what has none there keeps its own."""
+        """Every tensor, by Hugging Face's name. A tensor without such a name keeps the name in its file."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that `read` gives.
+        """The shape of the tensor that `read` returns.
 
         Raises:
-            CheckpointError: no such tensor.
+            CheckpointError: there is no such tensor.
         """
         ...
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor on the CPU, contiguous, in Hugging Face's layout and in memory of its own.
+        """Read a tensor to the CPU, contiguous, in Hugging Face's layout and in memory of its own.
 
         Raises:
-            CheckpointError: no such tensor, or one stored in a way that cannot be read.
+            CheckpointError: there is no such tensor, or it is stored in a way that cannot be read.
         """
         ...
 
 
 class Source(Tensors, Protocol):
-    """An open checkpoint. Opening it has checked the files."""
+    """An open checkpoint, whose files were checked when it was opened."""
 
     @property
     def description(self) -> str:
-        """For people: the file or folder, and how it is stored."""
+        """The file or folder, and how it is stored, in words for people."""
         ...
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The object of config.json as it is in the file, or what the file's format says in its place."""
+        """The object of config.json, or the metadata of another format as such an object."""
         ...
 
 
 @runtime_checkable
 class HoldsBlocks(Protocol):
-    """A source that may store tensors in FP8 blocks; `read` makes those plain."""
+    """A source that may store tensors in FP8 blocks; `read` makes them plain."""
 
     def in_blocks(self, name: str) -> bool:
-        """Whether a tensor is stored so; raises CheckpointError where there is none."""
+        """Whether a tensor is stored in FP8 blocks.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
         ...
 
     def read_blocks(self, name: str, part: Slice | None = None) -> BlockWeight:
-        """One that is, or all blocks that a part of it touches, as stored, on the CPU and maybe a view of the file.
+        """Read the blocks of a tensor, or all blocks that a part of it touches, to the CPU. May be a view of the file.
+
+        Args:
+            name: of a tensor that is `in_blocks`
+            part: None: the whole tensor
 
         Raises:
-            CheckpointError: no such tensor, or its scales do not fit it.
+            CheckpointError: there is no such tensor, or its scales do not fit it.
         """
         ...
 
 
 @runtime_checkable
 class HoldsQuantised(Protocol):
-    """A source that may store matrices as integers with scales; `read` makes those plain."""
+    """A source that may store matrices as integers with scales; `read` makes them plain."""
 
     def quantised_kind(self, name: str) -> Kind | None:
-        """How a tensor that is stored so is packed, None for another; raises CheckpointError where there is none."""
+        """The kind of a tensor that is stored as integers with scales; None for other tensors.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
         ...
 
     def read_quantised(self, name: str) -> Quantised | None:
-        """One that is, as stored, in Hugging Face's layout; None for another; errors as `quantised_kind`."""
+        """Read the integers and scales of such a tensor, in Hugging Face's layout. Return None for other tensors.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
         ...
 
 
@@ -92,19 +108,19 @@ class PartSource(Protocol):
     """A source that reads part of a matrix without the rest."""
 
     def read_part(self, name: str, part: Slice, dtype: torch.dtype) -> Tensor:
-        """What `read` gives, cut to `part`; errors as there."""
+        """Read only `part` of a matrix. Otherwise like `Tensors.read`, with the same errors."""
         ...
 
 
 class LaidSource:
-    """A base checkpoint with other tensors laid over it: theirs first, the base's where they have none."""
+    """A base checkpoint with other tensors laid over it. They replace tensors of the same name and add new ones."""
 
     def __init__(self, base: Source, top: Tensors, description: str) -> None:
         """Lay `top` over `base`.
 
         Args:
             base: the checkpoint below
-            top: tensors that add to the base's or replace them
+            top: the tensors laid over it
             description: where `top` comes from
         """
         self._base = base
@@ -115,24 +131,19 @@ class LaidSource:
         self.replaced = tuple(sorted(base.names() & self._on_top))
 
     def names(self) -> frozenset[str]:
-        """The tensors of both."""
         return self._base.names() | self._on_top
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that `read` gives; raises CheckpointError where neither has the tensor."""
         return (self._top if name in self._on_top else self._base).shape(name)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor that lies on top; raises CheckpointError where neither has it."""
         return (self._top if name in self._on_top else self._base).read(name, dtype)
 
     def quantised_kind(self, name: str) -> Kind | None:
-        """See `HoldsQuantised`."""
         holder = self._top if name in self._on_top else self._base
         return holder.quantised_kind(name) if isinstance(holder, HoldsQuantised) else None
 
     def read_quantised(self, name: str) -> Quantised | None:
-        """See `HoldsQuantised`."""
         holder = self._top if name in self._on_top else self._base
         return holder.read_quantised(name) if isinstance(holder, HoldsQuantised) else None
 
@@ -141,9 +152,9 @@ def open_source(path: Path) -> Source:
     """Open a .gguf file, a folder with one .gguf file, or a folder with config.json and safetensors.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged, or of an unknown kind.
+        CheckpointError: there is no checkpoint, or it is damaged, or its kind is unknown.
     """
-    # Imported when needed: neither format should cost the start-up time of the other.
+    # Each format is imported only if it is needed, to save the time of importing the other.
     if path.is_dir():
         from engine.checkpoint.safetensors import SafetensorsSource, weight_files
 

@@ -1,1 +1,1 @@
-"""The arithmetic of attention: one interface, a plain definition of each operation, and fast forms of it."""
+"""The arithmetic of attention: one interface, a plain definition of each operation, and fast backends."""

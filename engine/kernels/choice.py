@@ -1,7 +1,6 @@
-"""Which backend computes: the table of backends, and the choice for a device.
+"""The table of kernel backends, and the choice of one for a device.
 
-`BACKENDS` is the whole list. Add a backend with one file and one line; the conformance test runs every
-backend in it against `reference`.
+A new backend is a folder and a line in `BACKENDS`. The conformance test compares every backend with `reference`.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ BACKENDS: dict[str, str] = {
 
 
 def load_backend(name: str) -> Kernels:
-    """The kernels called `name`.
+    """Make the backend called `name`.
 
     Raises:
-        ConfigError: no such backend.
+        ConfigError: there is no such backend.
     """
     if name not in BACKENDS:
         raise ConfigError(f"there is no kernel backend {name!r}; choose one of {', '.join(sorted(BACKENDS))}")
@@ -40,10 +39,10 @@ def load_backend(name: str) -> Kernels:
 
 
 def choose_backend(choice: KernelChoice, device: torch.device) -> Kernels:
-    """The kernels for a model on `device`.
+    """Make the backend for a model on `device`.
 
     Raises:
-        ConfigError: native ones or Triton's were asked for, and there are none.
+        ConfigError: `choice` asks for kernels that this machine or this device has not.
     """
     if choice == "native" and device.type != "cpu":
         raise ConfigError(

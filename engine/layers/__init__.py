@@ -1,1 +1,1 @@
-"""The small parts that models are wired from."""
+"""The small parts that models consist of: products, norms, rotation, experts."""

@@ -1,7 +1,7 @@
-"""A product with a weight that is plain, in FP8 blocks and made plain for the product only, or packed for the CPU.
+"""Products with weights that are plain, in FP8 blocks, or packed for the native CPU kernels.
 
-Activations stay in the model's dtype: DeepSeek's own kernels round them to FP8 too (arXiv 2412.19437, section
-3.3.2), so this is the more precise of the two.
+A weight in FP8 blocks is made plain during the product only. Activations stay in the model's dtype. DeepSeek's kernels
+round activations to FP8, too (arXiv 2412.19437, section 3.3.2), so these products are more precise.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from engine.kernels.native.packed import PackedWeight
 from engine.memory.blocks import BLOCK, BlockWeight
 
 Matrix: TypeAlias = Tensor | BlockWeight
-"""[out, in], or [n, out, in] of n weights."""
+"""[out, in], or [n, out, in] for n weights of one shape; plain or in FP8 blocks."""
 
 Held: TypeAlias = Tensor | PackedWeight
 """[out, in], plain, or packed for the native CPU kernels."""
 
 PLAIN_AT_ONCE = 1 << 24
-"""Numbers of a block weight that are plain at the same time: some 200 MB with what the conversion needs."""
+"""The most numbers of a block weight that are plain at the same time: some 200 MB, the conversion's memory included."""
 
 
 def linear(x: Tensor, weight: Matrix | PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias, in the dtype of `x`: [..., in] -> [..., out].
+    """Compute x weight^T + bias, in the dtype of `x`: [..., in] -> [..., out].
 
-    A block weight is made plain a group of rows at a time, as `dequantise_blocks` does (rounded once), so the
-    result is that of the weight dequantised beforehand, up to the order of a sum.
+    `dequantise_blocks` makes a block weight plain, a group of rows at a time. So the result is that of the dequantised
+    weight, up to the order of a sum.
     """
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
@@ -49,14 +49,14 @@ def linear(x: Tensor, weight: Matrix | PackedWeight, bias: Tensor | None = None)
 
 
 def linear_float32(x: Tensor, weight: Held) -> Tensor:
-    """x weight^T, computed and returned in float32: [..., in] -> [..., out]."""
+    """Compute x weight^T in float32, and return float32: [..., in] -> [..., out]."""
     if isinstance(weight, PackedWeight):
         return weight.multiply(x, dtype=torch.float32)
     return F.linear(x.float(), weight.float())
 
 
 def embedding(ids: Tensor, weight: Held, dtype: torch.dtype) -> Tensor:
-    """Rows of a table: ids [T] -> [T, in] in `dtype`."""
+    """Return rows of a table: ids [T] -> [T, in] in `dtype`."""
     if isinstance(weight, PackedWeight):
         return weight.rows(ids).to(dtype)
     return F.embedding(ids, weight).to(dtype)
@@ -66,11 +66,11 @@ class Parameters:
     """A model's or a layer's parameters by name."""
 
     def __init__(self, weights: Mapping[str, Matrix], prefix: str = "") -> None:
-        """Those of `weights` whose names begin with `prefix`, which is then left out."""
+        """Take the `weights` whose names begin with `prefix`, and remove the prefix from their names."""
         self._weights, self._prefix = weights, prefix
 
     def __call__(self, name: str) -> Tensor:
-        """A plain tensor.
+        """Return a plain tensor.
 
         Raises:
             EngineError: it was loaded in FP8 blocks.
@@ -83,5 +83,5 @@ class Parameters:
         return weight
 
     def matrix(self, name: str) -> Matrix:
-        """A weight for `linear`, plain or in FP8 blocks."""
+        """Return a weight for `linear`, plain or in FP8 blocks."""
         return self._weights[self._prefix + name]

@@ -10,19 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to x W^T: x A^T B^T, with r far below the sizes of W [out, in]."""
+    """The correction x A^T B^T, which is added to x W^T. Its rank r is far below the sizes of W [out, in]."""
 
     a: Tensor  # [r, in]
     b: Tensor  # [out, r]
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The rank r."""
         return len(self.a)
 
     def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The correction: x [T, in], rows [T, 1] bool, True where it applies -> [T, out].
-
-        Where `rows` is False the result is exactly 0.
-        """
+        """Compute the correction: x [T, in], rows [T, 1] bool -> [T, out]. It is exactly 0 where `rows` is False."""
         return F.linear(F.linear(x, self.a) * rows, self.b)

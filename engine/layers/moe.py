@@ -1,4 +1,4 @@
-"""DeepSeek's mixture of experts (arXiv 2412.19437, section 2.1.2): sigmoid gate, group-limited choice."""
+"""DeepSeek's mixture of experts (arXiv 2412.19437, section 2.1.2): a sigmoid gate, and a choice limited to groups."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from engine.layers.linear import Matrix, linear
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The mixture of experts (arXiv 2412.19437, section 2.1.2)."""
+    """The sizes of a mixture of experts, and how its gate chooses."""
 
-    num_experts: int  # routed
+    num_experts: int  # routed experts
     num_shared_experts: int
     experts_per_token: int
     num_groups: int
     groups_per_token: int
-    normalise: bool  # a token's expert weights sum to `scaling`
+    normalise: bool  # whether a token's expert weights sum to `scaling`
     scaling: float
-    intermediate_size: int  # of one expert
+    intermediate_size: int  # F of one expert
 
 
 def route(x: Tensor, gate: Tensor, bias: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
-    """Each token's experts and their weights.
+    """Choose each token's experts and their weights.
 
-    s = sigmoid(x gate^T); b = s + bias serves the choice only: a group counts the sum of its two best b, the
-    best groups stay, and of those the best experts. Weights are s, made to sum to 1 if the config says so,
-    times its scaling.
+    s = sigmoid(x gate^T); b = s + bias. The choice uses b: the score of a group is the sum of its two best b, and the
+    best experts of the best groups are chosen. The weights are s, made to sum to 1 if `config.normalise`, times
+    `config.scaling`.
 
     Args:
         x: [T, E]
@@ -57,26 +57,28 @@ def route(x: Tensor, gate: Tensor, bias: Tensor, config: MoEConfig) -> tuple[Ten
 def run_experts(
     x: Tensor, experts: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix, first: int = 0
 ) -> Tensor:
-    """y[t] = sum_j weights[t,j] * E_{experts[t,j]}(x[t]),  E(x) = down (silu(gate x) * up x).
+    """Compute y[t] = sum_j weights[t,j] * E_{experts[t,j]}(x[t]) with E(x) = down (silu(gate x) * up x).
 
-    Rows are sorted by expert; only experts that a row chose are visited, each once; one in FP8 blocks is plain for as long.
+    Rows are sorted by expert. Each expert that a row chose is visited once; others are not visited. An expert in FP8
+    blocks is plain only during its visit.
 
     Args:
         x: [T, E]
         experts: [T, k] int64
         weights: [T, k] float32
-        gate_up: [X', 2F, E], gate rows first, of experts `first` to `first + X' - 1`: others add nothing here
+        gate_up: [X', 2F, E], gate rows first
         down: [X', E, F]
+        first: the weights are those of experts `first` to `first + X' - 1`; the sum leaves out other experts
 
     Returns:
-        [T, E] float32: the sum is wide, whatever the experts compute in
+        [T, E] float32, whatever dtype the experts compute in
     """
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     rows = order // experts.shape[1]
     weight = weights.flatten()[order].unsqueeze(1)
-    hit, counts = torch.unique(flat, return_counts=True)  # in order of expert, as the rows are
+    hit, counts = torch.unique(flat, return_counts=True)  # sorted by expert, as the rows are
     start = 0
     for expert, count in zip(hit.tolist(), counts.tolist(), strict=True):
         local, span = expert - first, slice(start, start + count)

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864).
 
-Half-split (dim i pairs with i + n/2) or interleaved (dim 2i with 2i + 1).
+Rotated dims form pairs: half-split (dim i with i + n/2) or interleaved (dim 2i with 2i + 1).
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
 
 
 def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | None) -> Tensor:
-    """Rotation speed of each pair, radians a position: theta^(-2i/dim), rescaled as the checkpoint says.
+    """Return the rotation speed of each pair in radians a position: theta^(-2i/dim), rescaled as the checkpoint says.
 
     Args:
         dim: rotated dims of a head, even
         theta: the base
         scaling: Hugging Face's `rope_scaling`: None, or type `default`, `dynamic`, `linear`, `llama3` or `yarn`.
-            `dynamic` changes nothing up to the model's own number of positions, beyond which the engine serves
-            nothing: its speeds there depend on the length of the whole sequence, so that each new token would turn
-            all cached keys.
+            `dynamic` changes nothing up to the model's own number of positions. The engine does not serve more:
+            there the speeds depend on the length of the whole sequence, so each new token would change all cached keys.
 
     Returns:
         [dim / 2] float32
 
     Raises:
-        CheckpointError: a scaling of another type.
+        CheckpointError: the scaling has another type.
     """
     speeds = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     kind = "default" if scaling is None else str(scaling.get("rope_type", scaling.get("type", "default")))
@@ -57,15 +56,15 @@ def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | Non
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """0.1 * mscale * ln(factor) + 1: how much YaRN sharpens attention (arXiv 2309.00071, section 3.4)."""
+    """Return 0.1 * mscale * ln(factor) + 1, by which YaRN sharpens attention (arXiv 2309.00071, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def magnitude(scaling: Mapping[str, Any] | None) -> float:
-    """What cos and sin are multiplied with; 1 but for YaRN.
+    """Return the factor of cos and sin. It is 1, except for YaRN.
 
-    A checkpoint with both `mscale` and `mscale_all_dim` keeps most of it in the softmax scale instead, see
-    `softmax_correction`.
+    If a checkpoint has both `mscale` and `mscale_all_dim`, most of the sharpening is in the softmax scale
+    (`softmax_correction`).
     """
     if scaling is None or scaling.get("rope_type") != "yarn":
         return 1.0
@@ -79,19 +78,19 @@ def magnitude(scaling: Mapping[str, Any] | None) -> float:
 
 
 def softmax_correction(scaling: Mapping[str, Any] | None) -> float:
-    """What a DeepSeek model's softmax scale is multiplied with: yarn_mscale(factor, mscale_all_dim)^2."""
+    """Return the factor of a DeepSeek model's softmax scale: yarn_mscale(factor, mscale_all_dim)^2."""
     if scaling is None or scaling.get("rope_type") != "yarn" or not scaling.get("mscale_all_dim"):
         return 1.0
     return yarn_mscale(float(scaling["factor"]), float(scaling["mscale_all_dim"])) ** 2
 
 
 def _yarn(speeds: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
-    """YaRN (arXiv 2309.00071, section 3.2): pairs that turn often keep their speed, slow ones are stretched."""
+    """Apply YaRN (arXiv 2309.00071, section 3.2): pairs that turn often keep their speed, slow pairs are stretched."""
     dim, factor = 2 * len(speeds), float(scaling["factor"])
     length = float(scaling["original_max_position_embeddings"])
 
     def turning(turns: float) -> float:
-        """The pair that makes `turns` turns over the original context."""
+        """Return the pair that makes `turns` turns over the original context."""
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = turning(float(scaling.get("beta_fast") or 32)), turning(float(scaling.get("beta_slow") or 1))
@@ -105,7 +104,7 @@ def _yarn(speeds: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
 
 
 def _llama3(speeds: Tensor, scaling: Mapping[str, Any]) -> Tensor:
-    """Llama 3.1's rule: slow pairs are stretched by `factor`, fast ones kept, those between interpolated."""
+    """Apply Llama 3.1's rule: slow pairs are stretched by `factor`, fast pairs keep their speed, others are between."""
     factor = float(scaling["factor"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     turns = float(scaling["original_max_position_embeddings"]) * speeds / (2 * math.pi)
@@ -143,9 +142,9 @@ class RotaryTable:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], *, interleaved: bool = False) -> Tensor:
-    """Rotate the first `2 * cos.shape[-1]` dims of each head of x [T, heads, D]; the rest passes through.
+    """Rotate the first `2 * cos.shape[-1]` dims of each head of x [T, heads, D]. The other dims stay as they are.
 
-    Interleaved pairs stay where they are, as DeepSeek's cache layouts hold them.
+    Interleaved pairs stay interleaved, as DeepSeek's cache layouts hold them.
     """
     cos, sin = (part.unsqueeze(1) for part in rotation)  # [T, 1, n / 2]
     half = cos.shape[-1]

@@ -1,1 +1,1 @@
-"""How numbers lie in memory: FP8 blocks, 4 and 8 bits, cached latents and keys, planes, arenas."""
+"""How numbers lie in memory: FP8 blocks, 4 and 8 bits, cached latents and index keys, planes, arenas."""

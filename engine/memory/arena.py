@@ -1,6 +1,7 @@
-"""Memory from the system in its huge pages: a processor that streams through small ones looks each up in vain.
+"""CPU memory in the system's huge pages, for weights and caches.
 
-Measured here, on a virtual machine: weights arrive twice as fast.
+A processor that streams through small pages must look up the address of each one. On a virtual machine, weights in
+huge pages were read twice as fast.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ _LINE = 64
 
 
 def zeros(num_bytes: int) -> Tensor:
-    """[num_bytes] uint8 of zeros on the CPU, which take memory when they are first written."""
-    # Where huge pages begin only at their own multiples, so must the memory.
+    """Return [num_bytes] uint8 of zeros on the CPU. A page takes memory when it is first written."""
+    # Huge pages begin at multiples of their size, so the memory must, too.
     region = mmap.mmap(-1, num_bytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError, AttributeError):  # a kernel, or a system, that has none: small ones do
+    with suppress(OSError, AttributeError):  # without huge pages, small pages work as well
         region.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(region, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE
@@ -27,14 +28,14 @@ def zeros(num_bytes: int) -> Tensor:
 
 
 class Arena:
-    """Many tensors in one such memory, each from a cache line on."""
+    """Memory for many tensors, made by `zeros`. Each tensor begins on a cache line."""
 
     def __init__(self, sizes: list[int]) -> None:
-        """Room for tensors of `sizes` bytes."""
+        """Reserve memory for tensors of `sizes` bytes."""
         self._left = zeros(sum(-(-size // _LINE) * _LINE for size in sizes))
 
     def take(self, size: int) -> Tensor:
-        """The next [size] uint8."""
+        """Return the memory of the next tensor: [size] uint8."""
         taken = self._left[:size]
         self._left = self._left[-(-size // _LINE) * _LINE :]
         return taken

@@ -1,8 +1,8 @@
-"""FP8 numbers with shared scales: what a block is, and how it becomes plain numbers again.
+"""FP8 numbers with shared scales: what a block is, and how blocks become plain numbers. The kernels make FP8 numbers.
 
-Two granularities, both of DeepSeek-V3 (arXiv 2412.19437, section 3.3.2): a weight has one scale for each
-128 x 128 block, an activation or cached vector one for each 128 consecutive numbers of a row. A scale is
-what to multiply with (`weight_scale_inv` in checkpoints). Edge blocks are smaller; theirs count all the same.
+DeepSeek-V3 (arXiv 2412.19437, section 3.3.2) has two sizes of block: a weight has one scale for each 128 x 128 block,
+and an activation or cached vector has one for each 128 consecutive numbers of a row. Numbers are multiplied with
+their scale (`weight_scale_inv` in checkpoints). Blocks at the edge may be smaller; they have a scale, too.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from engine.errors import EngineError
 
 BLOCK = 128
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0  # the largest finite number; there are no infinities, and 0x7f and 0xff are NaN
+E4M3_MAX = 448.0  # the largest number; there are no infinities, and 0x7f and 0xff are NaN
 
 
 def num_blocks(size: int, block: int = BLOCK) -> int:
-    """Blocks along a dimension, the one at the edge included."""
+    """How many blocks a dimension of `size` numbers has, the one at the edge included."""
     return -(-size // block)
 
 
 @dataclass(frozen=True)
 class BlockWeight:
-    """A weight that stays in FP8: [out, in] numbers, or [n, out, in] of n weights of one shape."""
+    """A weight that stays in FP8: [out, in], or [n, out, in] for n weights of one shape."""
 
     values: Tensor  # [..., out, in] float8_e4m3fn
     scales: Tensor  # [..., ceil(out / 128), ceil(in / 128)] float32
@@ -45,27 +45,27 @@ class BlockWeight:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight that it stands for."""
+        """The shape of the weight: that of `values`."""
         return self.values.shape
 
     @property
     def num_bytes(self) -> int:
-        """In memory, scales included."""
+        """Bytes in memory, scales included."""
         return self.values.nbytes + self.scales.nbytes
 
     def __getitem__(self, index: Tensor | int) -> BlockWeight:
-        """One or some of n weights: [n, out, in] -> [out, in] or [m, out, in]."""
+        """Return one or some of n weights: [n, out, in] -> [out, in] or [m, out, in]."""
         return BlockWeight(self.values.view(torch.uint8)[index].view(E4M3), self.scales[index])
 
     def numel(self) -> int:
-        """Numbers, scales not counted."""
+        """How many numbers the weight has, without the scales."""
         return self.values.numel()
 
     def view(self, *shape: int) -> BlockWeight:
-        """[n * out, in] as [n, out, in], n weights that lie one below the other; `shape` as `Tensor.view` has it.
+        """View [n * out, in] as [n, out, in]. `shape` is that of `Tensor.view`.
 
         Raises:
-            EngineError: a block would belong to two of them.
+            EngineError: a block would belong to two weights.
         """
         values = self.values.view(*shape)
         if values.shape[-1] != self.shape[-1] or values.shape[-2] % BLOCK:
@@ -75,7 +75,7 @@ class BlockWeight:
         )
 
     def rows(self, start: int, stop: int) -> BlockWeight:
-        """Outputs `start` to `stop - 1` of every weight, whole blocks; a view.
+        """Return a view of outputs `start` to `stop - 1` of every weight.
 
         Raises:
             EngineError: it would cut a block.
@@ -84,24 +84,28 @@ class BlockWeight:
         return BlockWeight(self.values[..., start:stop, :], self.scales[..., first:last, :])
 
     def columns(self, start: int, stop: int) -> BlockWeight:
-        """Inputs `start` to `stop - 1` of every weight, whole blocks; a view; errors as `rows`."""
+        """Return a view of inputs `start` to `stop - 1` of every weight.
+
+        Raises:
+            EngineError: it would cut a block.
+        """
         first, last = _span(start, stop, self.shape[-1])
         return BlockWeight(self.values[..., start:stop], self.scales[..., first:last])
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """The plain weight, see `dequantise_blocks`."""
+        """Return the plain weight, by `dequantise_blocks`."""
         return dequantise_blocks(self.values, self.scales, dtype)
 
 
 def _span(start: int, stop: int, size: int) -> tuple[int, int]:
-    """The blocks of numbers `start` to `stop - 1` of `size`: (first, one after the last)."""
+    """Return the blocks of numbers `start` to `stop - 1` out of `size`, as (first, one after the last)."""
     if not 0 <= start < stop <= size or start % BLOCK or (stop % BLOCK and stop != size):
         raise EngineError(f"{start} to {stop} of {size} numbers are not whole blocks of {BLOCK}")
     return start // BLOCK, num_blocks(stop)
 
 
 def dequantise_blocks(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """w[i, j] = values[i, j] * scales[i // 128, j // 128], rounded once, to `dtype`.
+    """Compute w[i, j] = values[i, j] * scales[i // 128, j // 128], rounded once, to `dtype`.
 
     Args:
         values: [..., out, in] float8_e4m3fn
@@ -118,11 +122,13 @@ def dequantise_blocks(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Ten
 
 
 def dequantise_rows(values: Tensor, scales: Tensor, dtype: torch.dtype, block: int = BLOCK) -> Tensor:
-    """x[..., j] = values[..., j] * scales[..., j // block], rounded once, to `dtype`.
+    """Compute x[..., j] = values[..., j] * scales[..., j // block], rounded once, to `dtype`.
 
     Args:
         values: [..., n] float8_e4m3fn
         scales: [..., ceil(n / block)] float32
+        dtype: float32 or bfloat16
+        block: consecutive numbers that share a scale
 
     Returns:
         [..., n]
@@ -131,12 +137,11 @@ def dequantise_rows(values: Tensor, scales: Tensor, dtype: torch.dtype, block: i
 
 
 def product(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """values * scales, correctly rounded to `dtype` (float32 or bfloat16).
+    """Compute values * scales, correctly rounded to `dtype` (float32 or bfloat16).
 
-    The exact product has up to 4 + 24 significant bits. Rounded to float32 and from there to bfloat16 it
-    would be rounded twice, which errs where the first step lands in the middle between two bfloat16
-    numbers. So what landed there is moved off the middle, to the side where the exact product lies.
-    Scales that are powers of two never need it.
+    The exact product has up to 4 + 24 significant bits. A product that is rounded to float32 and then to bfloat16 is
+    rounded twice. That is wrong if the float32 number lies in the middle between two bfloat16 numbers. So such a number
+    is moved off the middle, to the side of the exact product. Scales that are powers of two never need this.
     """
     rounded = values.float() * scales
     if dtype is not torch.bfloat16:

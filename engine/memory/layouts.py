@@ -1,9 +1,9 @@
-"""How FP8 latents and index keys lie in their pages: byte for byte what FlashMLA and DeepGEMM read.
+"""How FP8 latents and index keys lie in their pages: byte for byte as FlashMLA and DeepGEMM read them.
 
-Both are planes of bytes [num_pages, 64, bytes a token] over the page table that everything shares. A latent
-and its rotary key are interleaved by token (FlashMLA's V32_FP8Sparse, 656 bytes); the index keys of a page
-come first and their scales after them (DeepGEMM's paged layout, 132 bytes a token), so a token's 132 bytes
-are not consecutive. Index keys in 8-bit integers, for the CPU, lie as its products of integers read them.
+Both are planes of bytes [num_pages, 64, bytes a token] with the page table of all planes. A latent and its rotary key
+are interleaved by token (FlashMLA's V32_FP8Sparse, 656 bytes a token). The index keys of a page come first and their
+scales after them (DeepGEMM's paged layout, 132 bytes a token), so the 132 bytes of a token are not consecutive. Index
+keys in 8-bit integers, for the CPU, lie as its integer products read them. The kernels compute numbers and scales.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from engine.memory.planes import PlaneSpec
 
 @dataclass(frozen=True)
 class LatentLayout:
-    """[rank numbers e4m3][one float32 scale for each 128 of them][rope numbers bfloat16], a token."""
+    """A token is [rank numbers e4m3][one float32 scale for each 128 of them][rope numbers bfloat16]."""
 
     rank: int  # kv_lora_rank, 512
     rope: int  # qk_rope_head_dim, 64
 
     @property
     def token_bytes(self) -> int:
-        """656 for 512 + 64."""
+        """Bytes a token: 656 if rank is 512 and rope 64."""
         return self.rank + 4 * num_blocks(self.rank) + 2 * self.rope
 
     def spec(self, name: str) -> PlaneSpec:
@@ -35,7 +35,7 @@ class LatentLayout:
         return PlaneSpec(name, (self.token_bytes,), torch.uint8)
 
     def pack(self, values: Tensor, scales: Tensor, rope: Tensor) -> Tensor:
-        """Bytes of T tokens.
+        """Make the bytes of T tokens.
 
         Args:
             values: [T, rank] float8_e4m3fn
@@ -49,11 +49,11 @@ class LatentLayout:
         return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=-1)
 
     def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
-        """The inverse: [..., token_bytes] uint8 -> [..., rank + rope], latent first, as `dtype`."""
+        """Undo `pack`: [..., token_bytes] uint8 -> [..., rank + rope] in `dtype`, the latent first."""
         scales_at = self.rank
         rope_at = scales_at + 4 * num_blocks(self.rank)
         values = packed[..., :scales_at].view(E4M3)
-        # A view of other numbers needs aligned memory, which a small model's odd sizes do not give.
+        # A view as another dtype needs aligned memory, which the odd sizes of a small model do not give.
         scales = packed[..., scales_at:rope_at].contiguous().view(torch.float32)
         rope = packed[..., rope_at:].contiguous().view(torch.bfloat16)
         return torch.cat((dequantise_rows(values, scales, dtype), rope.to(dtype)), dim=-1)
@@ -73,7 +73,7 @@ class IndexKeyLayout:
 
     @property
     def token_bytes(self) -> int:
-        """132 for 128."""
+        """Bytes a token: 132 if dim is 128."""
         return self.dim + 4
 
     def spec(self, name: str) -> PlaneSpec:
@@ -95,12 +95,12 @@ class IndexKeyLayout:
         key_scales[pages, offsets] = scales
 
     def read(self, plane: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole pages: [...] int64 -> ([..., S, dim] float8_e4m3fn, [..., S] float32), copies."""
+        """Copy the keys and scales of whole pages: [...] int64 -> ([..., S, dim] float8_e4m3fn, [..., S] float32)."""
         keys, scales = self._parts(plane)
         return keys[pages].view(E4M3), scales[pages]
 
     def _parts(self, plane: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of all pages' keys [num_pages, S, dim] uint8 and scales [num_pages, S] float32."""
+        """Return views of all pages' keys [num_pages, S, dim] uint8 and scales [num_pages, S] float32."""
         num_pages, size, width = plane.shape
         flat = plane.view(num_pages, size * width)
         keys = flat[:, : size * self.dim].view(num_pages, size, self.dim)
@@ -111,7 +111,8 @@ class IndexKeyLayout:
 class Int8KeyLayout:
     """A page: [4 groups of 16 tokens][dim / 4][16 tokens][4 dims] bytes of n + 128, then 64 float32 scales.
 
-    Groups of four dims of sixteen tokens are one operand of VNNI's vpdpbusd, whose first factor is unsigned.
+    Four dims of sixteen tokens are one operand of VNNI's vpdpbusd. Its first factor is unsigned, so 128 is added to
+    each number n.
     """
 
     dim: int
@@ -124,12 +125,12 @@ class Int8KeyLayout:
 
     @staticmethod
     def fits(dim: int) -> bool:
-        """Whether keys of so many numbers can be kept so."""
+        """Whether this layout can hold keys of `dim` numbers."""
         return 0 < dim <= 512 and dim % 4 == 0
 
     @property
     def token_bytes(self) -> int:
-        """68 for 64."""
+        """Bytes a token: 68 if dim is 64."""
         return self.dim + 4
 
     def spec(self, name: str) -> PlaneSpec:
@@ -153,13 +154,13 @@ class Int8KeyLayout:
         key_scales[pages, offsets] = scales
 
     def read(self, plane: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole pages: [...] int64 -> (numbers [..., 64, dim], scales [..., 64]), float32 copies."""
+        """Copy whole pages as float32: [...] int64 -> (numbers [..., 64, dim], scales [..., 64])."""
         keys, scales = self._parts(plane)
         numbers = keys[pages].transpose(-3, -2)  # [..., 4, 16, dim / 4, 4]
         return numbers.reshape(*pages.shape, 64, self.dim).float() - 128, scales[pages]
 
     def _parts(self, plane: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of all pages' keys [num_pages, 4, dim / 4, 16, 4] uint8 and scales [num_pages, 64] float32."""
+        """Return views of all pages' keys [num_pages, 4, dim / 4, 16, 4] uint8 and scales [num_pages, 64] float32."""
         num_pages, size, width = plane.shape
         flat = plane.view(num_pages, size * width)
         keys = flat[:, : size * self.dim].view(num_pages, size // 16, self.dim // 4, 16, 4)

@@ -1,8 +1,8 @@
-"""The paged cache itself: one allocation, and named planes over its pages.
+"""The paged cache: one allocation, and named planes over its pages. `engine.plan.pages` decides who holds a page.
 
-A page holds, for its 64 tokens and every layer, everything that attention will want of them: keys,
-values and index keys. So a page is written, shared, evicted and copied as one piece, and its KV can
-never be separated from its index keys (parting them is how DSA servers get silent wrong answers).
+A page holds, for its 64 tokens and every layer, everything that attention reads of them: keys, values and index keys.
+So these are written, shared and evicted together, and KV is never separated from its index keys. (Servers with DSA
+that separate them give wrong answers without an error.)
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor
 from engine.config import PAGE_SIZE
 from engine.memory.arena import zeros
 
-_ALIGNMENT = 64  # bytes: each plane of a page starts on a cache line
+_ALIGNMENT = 64  # bytes: a page's part of a plane starts on a cache line
 
 
 @dataclass(frozen=True)
 class PlaneSpec:
-    """What one layer stores of one token under `name`: a tensor of `shape` and `dtype`."""
+    """What one layer stores for one token under `name`: a tensor of `shape` and `dtype`."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    layers: frozenset[int] | None = None  # the layers that have it; None is all
+    layers: frozenset[int] | None = None  # the layers that have the plane; None: all
 
     def on(self, layer: int) -> bool:
-        """Whether a layer has this plane."""
+        """Whether `layer` has this plane."""
         return self.layers is None or layer in self.layers
 
     @property
     def token_bytes(self) -> int:
-        """Bytes a token a layer."""
+        """Bytes of one token in one layer."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -50,10 +50,10 @@ def page_bytes(specs: Sequence[PlaneSpec], num_layers: int) -> int:
 
 
 def _zeros(size: int, device: torch.device) -> Tensor:
-    """[size] bytes.
+    """Return [size] uint8 of zeros.
 
-    Zeros and not garbage: a masked position's value is multiplied by a weight of 0, and 0 * NaN is NaN. On the CPU they
-    are the system's, which gives a page memory when it is first written: a cache costs what is in use.
+    A masked position's value is multiplied by a weight of 0, and 0 * NaN is NaN, so memory must not start as garbage.
+    On the CPU a page takes memory when it is first written, so a cache takes only what is in use.
     """
     if device.type != "cpu":
         return torch.zeros(size, dtype=torch.uint8, device=device)
@@ -61,10 +61,10 @@ def _zeros(size: int, device: torch.device) -> Tensor:
 
 
 class PagedCache:
-    """`num_pages` pages in one allocation; `plane(layer, name)` is a view of them all.
+    """`num_pages` pages in one allocation; `plane(layer, name)` is a view of one plane of all pages.
 
-    A plane's pages lie together: a request's pages are taken in runs, and what a layer reads of them then comes from few
-    places of memory. (With all planes of a page together, the native kernels waited for memory twice as long.)
+    All pages of one plane lie together. A request takes pages in runs, so a layer reads them from few places of memory.
+    (When all planes of one page lay together, the native kernels waited for memory twice as long.)
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class PagedCache:
                 offset += num_pages * size
 
     def plane(self, layer: int, name: str) -> Tensor:
-        """[num_pages, 64, *shape], a view: writing to it writes the cache."""
+        """Return a plane of all pages: [num_pages, 64, *shape], a view. Writing to it writes the cache."""
         return self._planes[layer, name]
 
     def write(self, layer: int, name: str, pages: Tensor, offsets: Tensor, values: Tensor) -> None:
@@ -96,12 +96,12 @@ class PagedCache:
         self._planes[layer, name][pages, offsets] = values
 
     def wipe(self, pages: Sequence[int]) -> None:
-        """Zero whole pages, all planes and layers of them."""
+        """Zero whole pages, in all planes and layers."""
         for region in self._regions:
             region[list(pages)] = 0
 
     def repeat(self, count: int) -> None:
-        """Make every page after the first `count` a copy of one of those, for measurements over a full cache."""
+        """Copy the first `count` pages to all later pages, again and again, to measure with a full cache."""
         for first in range(count, self.num_pages, count):
             pages = min(count, self.num_pages - first)
             for region in self._regions:

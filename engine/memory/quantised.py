@@ -1,7 +1,7 @@
-"""Weights of 4 and 8 bits: numbers of a few bits, and a scale (and an offset) that neighbours in a row share.
+"""Weights in 4 and 8 bits: numbers of a few bits, with a scale (and an offset) that neighbours in a row share.
 
-These are the formats of checkpoints (GGUF's Q4_0, Q4_1, Q8_0) and of what is quantised here. How the kernels lay such
-numbers out is theirs (`engine.kernels.native.packed`).
+Checkpoints have these formats (GGUF's Q4_0, Q4_1, Q8_0), and the functions here quantise to them.
+`engine.kernels.native.packed` lays such numbers out for the kernels.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ import torch
 from torch import Tensor
 
 GROUP = 32
-"""Neighbours in a row that share a scale."""
+"""So many neighbours in a row share a scale."""
 
 Kind = Literal["bf16", "q4", "q8"]
-"""How a weight is held: plain, in 4 bits with offsets, in 8 bits without."""
+"""How a weight is held: plain bfloat16, 4 bits with offsets, or 8 bits without offsets."""
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix as a checkpoint stores it: value = scale * number + offset, of 32 neighbours in a row together."""
+    """A matrix as a checkpoint stores it: value = scale * number + offset. 32 neighbours in a row share both."""
 
-    numbers: npt.NDArray[Any]  # [out, in]: uint8 of 0 to 15, or int8 where there are no offsets
+    numbers: npt.NDArray[Any]  # [out, in]: uint8 from 0 to 15 with offsets, else int8
     scales: npt.NDArray[np.float16]  # [out, in / 32]
-    offsets: npt.NDArray[np.float16] | None  # likewise; None with signed bytes
+    offsets: npt.NDArray[np.float16] | None  # [out, in / 32]; None if `numbers` is int8
 
     @property
     def kind(self) -> Kind:
-        """How it is packed."""
+        """The kind of weight that these numbers are."""
         return "q8" if self.offsets is None else "q4"
 
 
 def quantise_4bit(weight: Tensor) -> Quantised:
-    """The nearest that GGUF's Q4_1 has: [out, in] floats, each group of 32 between its least and its largest."""
+    """Round [out, in] floats as GGUF's Q4_1 does: to 16 values from the least to the largest of 32 neighbours."""
     groups = weight.float().view(len(weight), -1, GROUP)
     least, largest = groups.amin(-1), groups.amax(-1)
     offsets = least.half()
     scales = ((largest - offsets.float()) / 15).half()
-    # A group of equal numbers has a scale of 0; its numbers are then all the offset.
+    # A group of equal numbers has a scale of 0; all its values are the offset.
     steps = (groups - offsets.float().unsqueeze(-1)) / scales.float().clamp_min(1e-30).unsqueeze(-1)
     numbers = steps.round().clamp(0, 15).to(torch.uint8).flatten(1)
     return Quantised(numbers.numpy(), scales.numpy(), offsets.numpy())
 
 
 def quantise_8bit(weight: Tensor) -> Quantised:
-    """The nearest that GGUF's Q8_0 has: [out, in] floats, each group of 32 by its largest size."""
+    """Round [out, in] floats as GGUF's Q8_0 does: a group of 32 is scaled by its largest absolute value."""
     groups = weight.float().view(len(weight), -1, GROUP)
     scales = (groups.abs().amax(-1) / 127).half()
     steps = groups / scales.float().clamp_min(1e-30).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""The model families. `FAMILIES` is the only table of `model_type`: a relative of a family is one line here."""
+"""The model families. `FAMILIES` is the only table of `model_type`. A new relative of a family is one line in it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ FAMILIES: dict[str, str] = {
     "qwen2": "engine.models.gqa.family",
     "qwen3": "engine.models.gqa.family",
 }
-"""`model_type` of a checkpoint's config -> the module whose `read` reads it; imported only when it is needed."""
+"""`model_type` of a checkpoint's config -> the module with its `read`. The module is imported when it is needed."""
 
 
 def read_config(raw: Mapping[str, Any], where: str) -> Family:
-    """The model that a config.json's object describes.
+    """Read the object of a config.json, with the family of its `model_type`.
 
     Args:
         raw: the object as it was read
         where: the file, for messages
 
     Raises:
-        CheckpointError: a model_type that is not in the table; a field that is missing, makes no sense, or asks for
+        CheckpointError: `model_type` is not in the table; or a field is missing, makes no sense, or asks for
             something that the family does not do.
     """
     kind = raw.get("model_type")
@@ -45,5 +45,5 @@ def read_config(raw: Mapping[str, Any], where: str) -> Family:
 
 
 def read_model(source: Source) -> Family:
-    """The model of an open checkpoint; errors as `read_config`."""
+    """Read the config of an open checkpoint; raises the errors of `read_config`."""
     return read_config(source.config, source.description)

@@ -1,4 +1,4 @@
-"""The face of a model family, and of the models that it builds: all that is known of either outside its folder."""
+"""The interface of a model family and of the models that it builds. Other code uses only this interface."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Model(Protocol):
     num_parameters: int
     vocab_size: int
     max_positions: int
-    indexer: IndexerInfo | None  # an overlay's or the checkpoint's own; None: attention is dense
+    indexer: IndexerInfo | None  # the overlay's or the checkpoint's indexer; None: attention is dense
 
     @property
     def batch_device(self) -> torch.device:
@@ -47,87 +47,101 @@ class Model(Protocol):
         ...
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
-        """What each layer caches of a token."""
+        """What the layers cache for each token."""
         ...
 
     def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> TileCosts:
-        """How attention work of this model is sized and cut."""
+        """The numbers that decide how attention work of this model is cut.
+
+        Args:
+            budget_bytes: the most bytes of arrays of a tile
+            forced: the form of sparse tiles; auto: the cheaper one
+        """
         ...
 
     def shape(self) -> ModelShape:
-        """The model's arithmetic and traffic, for the cost of its work."""
+        """The model's arithmetic and memory traffic, for the cost model."""
         ...
 
     def products(self) -> str:
-        """What multiplies with weights, for the engine's log."""
+        """Describe, for the engine's log, which code multiplies with weights."""
         ...
 
     def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
-        """Write the batch's rows to the cache; hidden states after the last norm, [T, hidden].
+        """Compute the batch's rows and write them to the cache. Return the hidden states after the last norm, [T, E].
 
         Args:
-            costs: how rows are cut, where the kernels take tiles
+            batch: T rows
+            cache: the model's
+            costs: how rows are cut, if the kernels take tiles
         """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] -> [N, vocab_size] float32."""
+        """Compute logits: [N, E] -> [N, vocab_size] float32."""
         ...
 
 
 class DraftLayer(Protocol):
-    """A layer after the main model that predicts one token further."""
+    """A layer after the main model that predicts one more token."""
 
     def plane_specs(self, specs: tuple[PlaneSpec, ...]) -> tuple[PlaneSpec, ...]:
-        """The main model's planes, extended to this layer."""
+        """Return the main model's planes `specs`, extended to this layer."""
         ...
 
     def forward(self, batch: Batch, hidden: Tensor, cache: PagedCache, costs: TileCosts) -> Tensor:
-        """Rows whose token ids are those after each position, and hidden states [T, E] -> [T, E]."""
+        """Compute rows and write them to the cache: hidden states [T, E] -> [T, E].
+
+        Args:
+            batch: T rows; the token id of a row is that *after* its position
+            hidden: [T, E], of the main model or of this layer
+            cache: the main model's, with this layer's planes
+            costs: how rows are cut into tiles
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, E] -> [N, vocab_size] float32."""
+        """Compute logits: [N, E] -> [N, vocab_size] float32."""
         ...
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model computes, and in which numbers."""
+    """Where a model computes, and in which number formats."""
 
     kernels: Kernels
-    max_positions: int  # that one request may use
+    max_positions: int  # the most positions of a request
     dtype: torch.dtype
     device: torch.device
     precision: Precision = field(default_factory=Precision)  # of the cache, the indexer and the weights
-    ranks: Ranks = ALONE  # which part of it this process holds; `check_split` said that it can be split so
+    ranks: Ranks = ALONE  # which part of the model this process holds; `check_split` has accepted the number
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as inspection sees it."""
+    """A model's weights and cache, for inspection (`dsa inspect`)."""
 
     architecture: str
     num_layers: int
     max_positions: int
-    index_top_k: int | None  # of its indexer; None: it has none
+    index_top_k: int | None  # what the indexer was trained to select; None: there is no indexer
     table: Mapping[str, Weight]
-    rank_table: Callable[[int], Mapping[str, Weight]]  # number of devices -> of the first, which holds most
-    mtp: Mapping[str, Weight]  # of all its MTP modules; empty where it has none
-    expert_share: float  # of a token's routed experts
-    index_layers: int  # that cache an index key
-    cache: Mapping[str, tuple[int, int]]  # cache dtype -> bytes a token a layer of (KV, index key)
+    rank_table: Callable[[int], Mapping[str, Weight]]  # number of devices -> of the first, which has most
+    mtp: Mapping[str, Weight]  # weights of all MTP modules; empty if there is none
+    expert_share: float  # the share of the routed experts that a token visits
+    index_layers: int  # how many layers cache an index key
+    cache: Mapping[str, tuple[int, int]]  # cache dtype -> bytes of (KV, index key) of a token in a layer
 
 
 class Family(Protocol):
-    """One model of a family: its config, read and checked, and what is made from it.
+    """One model of a family: it has the checked config, and builds the model from it.
 
-    Each family's module has `read(raw config, where) -> Family`. Its config is frozen and the family's own.
+    Each family's module has `read(raw config, where) -> Family`.
     """
 
     @property
     def max_positions(self) -> int:
-        """Positions that one request may use at most."""
+        """The most positions that one request may use, as the config says."""
         ...
 
     def shape(self, indexer: IndexerInfo | None) -> Shape:
@@ -139,7 +153,7 @@ class Family(Protocol):
         ...
 
     def check_split(self, count: int) -> None:
-        """Whether the model can be split over `count` ranks.
+        """Check that the model can be split over `count` ranks.
 
         Raises:
             ConfigError: it cannot.
@@ -157,20 +171,20 @@ class Family(Protocol):
 
         Args:
             source: the checkpoint, with an overlay's tensors already laid over it
-            indexer: the overlay's indexer, if one is laid over the checkpoint
-            on: where and in which numbers it computes
+            indexer: the overlay's indexer; None without an overlay
+            on: where and in which number formats it computes
             progress: called with (bytes loaded, bytes in all)
 
         Raises:
             CheckpointError: the tensors are not what the config needs, or an overlay does not fit this family.
-            ConfigError: a precision that the family or the checkpoint does not have.
+            ConfigError: the family or the checkpoint does not have the precision.
         """
         ...
 
     def build_draft(
         self, source: Source, on: Placement, progress: Callable[[int, int], None]
     ) -> tuple[DraftLayer, frozenset[str]]:
-        """Load the checkpoint's own draft layer; also the names of its tensors. Arguments as in `build`.
+        """Load the checkpoint's draft layer; return also the names of its tensors. Arguments as in `build`.
 
         Raises:
             CheckpointError: a tensor is missing or does not fit.

@@ -1,6 +1,6 @@
-"""Fields of a config.json, each checked as it is read: what every family's config is made from.
+"""Reads and checks single fields of a config.json, for the configs of all families.
 
-`where` is the file, for messages. Each function raises CheckpointError where a field is missing or makes no sense.
+`where` is the file, for messages. Each function raises CheckpointError if its field is missing or makes no sense.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from engine.errors import CheckpointError
 
 
 def rope(raw: Mapping[str, Any], where: str, max_positions: int) -> tuple[float, dict[str, Any] | None]:
-    """(base, scaling) from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`.
+    """Read (base, scaling) from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`.
 
-    The scaling is None or a mapping with `rope_type`. YaRN's and Llama 3's original length is, as in transformers, the
-    config's own field, or else the scaling's, or else `max_positions`.
+    The scaling is None or a mapping with `rope_type`. As in transformers, the original length of YaRN and Llama 3 is
+    the config's field, or else the scaling's, or else `max_positions`.
     """
     found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{where} has rope_scaling {found!r}, which is not an object")
     scaling = dict(found)
-    # Two generations of the format: the base moved into the object, and `type` became `rope_type`.
+    # There are two versions of the format. In the newer one the base is in the object, and `type` is `rope_type`.
     theta = positive(
         {"rope_theta": scaling.pop("rope_theta", raw.get("rope_theta"))}, "rope_theta", where, 1e4
     )
@@ -42,7 +42,7 @@ def rope(raw: Mapping[str, Any], where: str, max_positions: int) -> tuple[float,
 
 
 def count(raw: Mapping[str, Any], key: str, where: str, default: int | None = None, *, least: int = 1) -> int:
-    """An integer of at least `least`; without a default it must be there."""
+    """Read an integer of at least `least`. Without a default the field must be there."""
     value = raw.get(key)
     if value is None:
         if default is None:
@@ -55,7 +55,7 @@ def count(raw: Mapping[str, Any], key: str, where: str, default: int | None = No
 
 
 def flag(raw: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
-    """True or false."""
+    """Read true or false."""
     value = raw.get(key)
     if value is None:
         return default
@@ -65,7 +65,7 @@ def flag(raw: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
 
 
 def positive(raw: Mapping[str, Any], key: str, where: str, default: float) -> float:
-    """A number above 0."""
+    """Read a number above 0."""
     value = raw.get(key)
     if value is None:
         return default
@@ -77,7 +77,7 @@ def positive(raw: Mapping[str, Any], key: str, where: str, default: float) -> fl
 def layer_list(
     raw: Mapping[str, Any], key: str, where: str, layers: int, allowed: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """One word of `allowed` for each layer."""
+    """Read a list with one word of `allowed` for each layer."""
     value = raw[key]
     if not isinstance(value, list) or len(value) != layers or any(item not in allowed for item in value):
         raise CheckpointError(

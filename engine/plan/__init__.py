@@ -1,1 +1,1 @@
-"""The step as integers: requests, pages, the schedule and its costs. Imports no torch."""
+"""Decides each step, in integers: requests, pages, the schedule, its costs. Imports no torch."""

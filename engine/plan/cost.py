@@ -1,11 +1,11 @@
-"""What a step costs, and whose cost it is. Integers and a few coefficients: no tensors here.
+"""Counts the work of a step and models its seconds. `engine.plan.meter` divides measured time by it.
 
-Work is counted from the plan and the model's shape: which rows run, how many earlier tokens the indexer
-scores for them, how many attention reads. `CostModel` turns work into modelled seconds with the
-coefficients of a small linear model (measured by `dsa calibrate`, assumed from the shape otherwise). A
-step's measured time is divided over its requests in proportion to their modelled seconds, so only ratios
-matter and every measured second has an owner. What the same rows would have taken with dense attention
-comes from the same model, scaled by the same measured step.
+Work is counted from the plan and the model's shape: which rows run, how many tokens the indexer scores for
+them, how many tokens attention reads. `CostModel` turns work into modelled seconds with the coefficients of a
+linear model. `dsa calibrate` measures them; without a calibration they are assumed from the shape. A step's
+measured time is divided over its requests in proportion to their modelled seconds. So only ratios matter, and
+every measured second belongs to a request. The same model, scaled by the same measured step, says what the rows
+would have taken with dense attention.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Arithmetic and traffic of one model, summed over its layers. A multiply-add is 2 FLOPs."""
 
     row_flops: int  # linear layers, one token: 2 x the active weights, index key projection included
-    sparse_row_flops: int  # index query projections, one token; nothing where a row is dense
+    sparse_row_flops: int  # index query projections, one token; dense rows do without
     head_flops: int  # logits of one row
     pair_flops: int  # one row attends to one token: 4 x query heads x head dim
     index_pair_flops: int  # one row scores one token: 2 x index heads x (index dim + 1)
-    weight_bytes: int  # read once a step
+    weight_bytes: int  # bytes of weights, read once a step
     kv_token_bytes: int  # keys and values of one token
     index_token_bytes: int  # index key of one token; 0 without an indexer
 
 
 class Coefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Seconds a unit, none negative. The units of `CostModel.features`, in this order.
+    """Seconds for one unit of each kind of work; none is negative. From `lone` on, the order of `CostModel.features`.
 
-    A lone row (a decode, or one of few) and the rows of a chunk (of a prompt) run through other code, whose speeds
-    have nothing to do with one another: the former waits for memory, the latter computes.
+    Lone rows (decodes, and chunks of few rows) and the rows of longer chunks run through different code. Lone rows
+    wait for memory and chunks wait for arithmetic, so each has its own coefficients.
     """
 
     step: float  # a step: reading the weights, launching
     head: float  # a step that computes logits
 
     lone: float  # a lone row
-    lone_pair: float  # context token of one that is dense
-    lone_sparse: float  # one whose index queries are computed
-    lone_gathered: float  # selected token of one
-    lone_index_pair: float  # context token scored and ranked for one
+    lone_pair: float  # a context token that a dense lone row reads
+    lone_sparse: float  # a lone row whose index queries are computed
+    lone_gathered: float  # a selected token of a lone row
+    lone_index_pair: float  # a context token that is scored and ranked for a lone row
 
     chunk: float  # a chunk
     row: float  # a row of a chunk, through the linear layers
     pair: float  # (row, context token) of masked attention, dense or not
-    context: float  # context token brought together for masked attention
-    sparse_row: float  # row whose index queries are computed
+    context: float  # a context token that is copied for masked attention
+    sparse_row: float  # a row of a chunk whose index queries are computed
     gathered: float  # (row, selected token) of gathered attention
     index_pair: float  # (row, context token) scored and ranked
 
@@ -71,7 +71,7 @@ class Coefficients(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `dsa calibrate` writes: coefficients, for what they hold, and how well."""
+    """The file that `dsa calibrate` writes: coefficients, what they were measured on, and their errors."""
 
     shape: ModelShape
     device: str  # type of the device: cpu, cuda
@@ -80,16 +80,16 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     coefficients: Coefficients
     steps: int  # measured steps that were fitted
     median_error: float  # |modelled / measured - 1| of a step, median over steps that were not fitted
-    worst_error: float  # the worst of those
-    dense_errors: dict[int, float]  # context: estimated / measured - 1 of dense seconds told by a sparse run
+    worst_error: float  # the largest error of those steps
+    dense_errors: dict[int, float]  # context -> estimated / measured - 1 of the dense seconds of a sparse run
 
     def check(self, shape: ModelShape, device: str, dtype: str, kernels: str) -> None:
-        """Refuse to be used for something else.
+        """Check that the calibration was measured for this model, device, dtype and backend.
 
         Raises:
-            ConfigError: another model, device, number format or backend was measured.
+            ConfigError: it was measured for another one.
         """
-        # The shape counts bytes, so another dtype is another shape, too: it comes last.
+        # The shape counts bytes, so another dtype also changes the shape. So the shape is compared last.
         mine, asked = (
             (self.device, self.kernels, self.dtype, self.shape),
             (device, kernels, dtype, shape),
@@ -110,7 +110,7 @@ def read_calibration(path: Path) -> Calibration:
     """Read a file of `dsa calibrate`.
 
     Raises:
-        ConfigError: it cannot be read or is not one.
+        ConfigError: the file cannot be read, or is not a calibration.
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=Calibration)
@@ -124,25 +124,25 @@ def read_calibration(path: Path) -> Calibration:
 
 @dataclass(frozen=True)
 class _Speeds:
-    """Round numbers for a kind of machine. FLOP/s of arithmetic, bytes/s of memory; whichever is slower counts."""
+    """Round numbers for a kind of machine: arithmetic in FLOP/s, memory in bytes/s. The slower of the two counts."""
 
     launch: float  # seconds a step
     weights: float  # bytes/s, read by a step
-    chunk_step: float  # how many times more where a chunk is in it
+    chunk_step: float  # a chunk adds this factor times the time that reading the weights takes
     lone: float  # FLOP/s of linear layers, lone rows
-    linear: float  # of a chunk
-    pair: float  # FLOP/s of attention, a chunk
-    gathered: float  # over selected tokens
-    index: float  # of scoring
-    lone_index: float
-    lone_queries: float  # of index queries
-    cache: float  # bytes/s of keys and values that a lone row reads one after the other
-    scattered: float  # and where they are selected
-    together: float  # of contexts that are copied for a chunk
+    linear: float  # FLOP/s of linear layers, a chunk
+    pair: float  # FLOP/s of attention
+    gathered: float  # FLOP/s of attention over selected tokens
+    index: float  # FLOP/s of index queries and scores, a chunk
+    lone_index: float  # FLOP/s of index scores, lone rows
+    lone_queries: float  # FLOP/s of index queries, lone rows
+    cache: float  # bytes/s of keys and values that a lone row reads in order
+    scattered: float  # bytes/s of selected keys and values that a lone row reads
+    together: float  # bytes/s of contexts that are copied for a chunk
 
 
 _SPEEDS = {
-    # On one core of an AMD EPYC with AVX-512 and bfloat16, by `dsa calibrate`: native kernels, and torch's.
+    # `native` and `cpu`: measured by `dsa calibrate` on one core of an AMD EPYC with AVX-512 and bfloat16.
     "native": _Speeds(
         launch=5e-4, weights=4e10, chunk_step=2.6, lone=1.5e11, linear=1.8e11, pair=1.45e11, gathered=7.5e10,
         index=2.8e11, lone_index=1e11, lone_queries=5e10, cache=1.7e10, scattered=1.4e10, together=math.inf,
@@ -151,7 +151,7 @@ _SPEEDS = {
         launch=2e-3, weights=5e9, chunk_step=0.0, lone=1e11, linear=1.7e11, pair=5.5e10, gathered=3.8e9,
         index=2.2e10, lone_index=5e9, lone_queries=1e11, cache=1.3e9, scattered=8.5e8, together=1e9,
     ),
-    # Guessed.
+    # `cuda`: guessed.
     "cuda": _Speeds(
         launch=2e-3, weights=2e12, chunk_step=0.0, lone=3e14, linear=3e14, pair=1e14, gathered=5e13, index=1e14,
         lone_index=1e14, lone_queries=3e14, cache=2e12, scattered=1e12, together=2e12,
@@ -160,7 +160,7 @@ _SPEEDS = {
 
 
 def assumed_coefficients(shape: ModelShape, device: str, kernels: str = "torch") -> Coefficients:
-    """Coefficients from round numbers for a kind of device. Only their ratios are used; measure for better."""
+    """Return coefficients from round numbers for a kind of device; measured ones are better. Only ratios are used."""
     s = _SPEEDS[
         "native" if device == "cpu" and kernels == "native" else device if device in _SPEEDS else "cpu"
     ]
@@ -188,9 +188,9 @@ class Counts:
     """The exact work of one request in one step: counts of tokens, the same in every layer."""
 
     rows: int  # tokens computed
-    attended: int  # (row, token) pairs that attention reads: the selected tokens, or all earlier ones
+    attended: int  # (row, token) pairs that attention reads: the selected tokens, or the whole context
     index_pairs: int  # (row, token) pairs that the indexer scores
-    kv_rows_read: int  # tokens whose keys and values are read; once a tile where its rows share them
+    kv_rows_read: int  # tokens whose keys and values are read; rows of a tile may share them
     index_rows_read: int  # tokens whose index key is read
     logits: int  # rows whose logits are computed
     sparse_rows: int  # rows that read less than their whole context
@@ -198,11 +198,11 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Modelled:
-    """Seconds of one request in one step by the model, its part of what requests share left out."""
+    """Modelled seconds of one request in one step, without the time that all requests of the step share."""
 
     actual: float
     index: float  # the part of `actual` that scoring and selecting take
-    dense: float  # what it would be if every row read its whole context
+    dense: float  # what `actual` would be if every row read its whole context
 
 
 class CostModel:
@@ -211,7 +211,7 @@ class CostModel:
     Args:
         shape: the model's.
         coefficients: measured or assumed.
-        tiles: how attention work is cut and which form it takes, as the batch does it.
+        tiles: how attention work is cut and which form it takes; the same as the model's.
     """
 
     def __init__(self, shape: ModelShape, coefficients: Coefficients, tiles: TileCosts) -> None:
@@ -221,17 +221,17 @@ class CostModel:
         self._tiles = tiles
 
     def replace(self, coefficients: Coefficients) -> CostModel:
-        """The same model with other coefficients."""
+        """Return a cost model of the same shape and tiles with other coefficients."""
         return CostModel(self.shape, coefficients, self._tiles)
 
     def counts(self, request: ScheduledRequest) -> Counts:
-        """The work of a request's rows, from the plan."""
+        """Count the work of a scheduled request."""
         start, rows = request.start, len(request.token_ids)
         end = start + rows
         seen = _triangle(end) - _triangle(start)  # sum of positions + 1
         logits = len(request.prompt_targets) + (0 if request.sample is None else 1 + request.num_drafts)
         selected = row_index_top_k(end, request.index_top_k)
-        if not selected:  # the last row is dense, and so are all
+        if not selected:  # the last row is dense, so all rows are
             return Counts(rows, seen, 0, end, 0, logits, 0)
         dense = dense_rows(start, rows, selected)
         edge = start + dense  # the first sparse position
@@ -247,15 +247,15 @@ class CostModel:
         return Counts(rows, attended, scored, read, indexed, logits, rows - dense)
 
     def features(self, request: ScheduledRequest) -> tuple[int, ...]:
-        """Units of a request's work as they are run, tiles padded: those of `Coefficients` from `lone` on."""
+        """Count a request's work in the units of `Coefficients` from `lone` on, the padding of tiles included."""
         return self._features(len(request.token_ids), request.start, request.index_top_k)
 
     def modelled(self, request: ScheduledRequest) -> Modelled:
-        """The request's own seconds, actual and dense."""
+        """Model the seconds of a scheduled request."""
         return self.modelled_rows(len(request.token_ids), request.start, request.index_top_k)
 
     def modelled_rows(self, rows: int, start: int, index_top_k: IndexTopK) -> Modelled:
-        """The same of `rows` rows of a request, from position `start` on."""
+        """Model the seconds of `rows` rows of one request, from position `start` on."""
         dense = self._seconds(self._features(rows, start, None))
         if is_dense(start + rows, index_top_k):
             return Modelled(dense, 0.0, dense)
@@ -263,7 +263,7 @@ class CostModel:
         return Modelled(self._seconds(units), self._seconds(_index_part(units)), dense)
 
     def shared(self, plan: StepPlan) -> float:
-        """Modelled seconds that a step takes whatever is in it."""
+        """Modelled seconds that all requests of a step share, whatever they are."""
         c = self.coefficients
         return c.step + (c.head if any(_has_logits(request) for request in plan.requests) else 0.0)
 
@@ -272,7 +272,7 @@ class CostModel:
         return self.shared(plan) + sum(self.modelled(request).actual for request in plan.requests)
 
     def flops(self, counts: Counts) -> int:
-        """Arithmetic that the work needs; what padded tiles add is not counted."""
+        """FLOPs that the work needs. Work on the padding of tiles is not counted."""
         s = self.shape
         return (
             counts.rows * s.row_flops
@@ -283,13 +283,13 @@ class CostModel:
         )
 
     def cache_bytes(self, counts: Counts) -> int:
-        """Bytes of the paged cache read, and written for the new rows. Weights are a step's, not a request's."""
+        """Bytes of the paged cache that are read, and written for the new rows. Weights are not counted."""
         s = self.shape
         written = counts.rows * (s.kv_token_bytes + s.index_token_bytes)
         return written + counts.kv_rows_read * s.kv_token_bytes + counts.index_rows_read * s.index_token_bytes
 
     def _spans(self, rows: int, start: int, index_top_k: IndexTopK) -> Iterable[tuple[str, int, int, int]]:
-        """(form, rows, context of whole pages, index_top_k) of each tile of a request's rows."""
+        """Return (form, rows, context in whole pages, index_top_k) of each tile of a request's rows."""
         if rows == 1:
             context = (start // PAGE_SIZE + 1) * PAGE_SIZE
             selected = row_index_top_k(start + 1, index_top_k)
@@ -305,7 +305,7 @@ class CostModel:
         end = start
         for form, count, width, selected in self._spans(rows, start, index_top_k):
             end += count
-            # Fused kernels stop at each row's own position; a mask is over the tile's whole context.
+            # Fused kernels stop at each row's own position, but a mask covers the tile's whole context.
             exact = self._tiles.fused and form != "mask"
             seen = _triangle(end) - _triangle(end - count) if exact else count * width
             if form == "gather":
@@ -316,7 +316,7 @@ class CostModel:
             if form != "dense":
                 sparse += count
                 index += seen
-        if rows <= self._tiles.few_rows:  # as if alone: what else is in the step is not known here
+        if rows <= self._tiles.few_rows:  # as if the step had no other rows: they are not known here
             return (rows, pair, sparse, gathered, index, *_NONE_OF_A_CHUNK)
         return (*_NONE_OF_A_LONE_ROW, 1, rows, pair, context, sparse, gathered, index)
 
@@ -329,7 +329,7 @@ _NONE_OF_A_CHUNK = (0,) * 7
 
 
 def _index_part(units: tuple[int, ...]) -> tuple[int, ...]:
-    """Units of scoring and selecting, the others set to 0."""
+    """The units of scoring and selecting; all other units are 0."""
     _, _, sparse, _, index, _, _, _, _, rows, _, pairs = units
     return (0, 0, sparse, 0, index, 0, 0, 0, 0, rows, 0, pairs)
 
@@ -343,6 +343,6 @@ def _has_logits(request: ScheduledRequest) -> bool:
 
 
 def calibration_json(calibration: Calibration) -> bytes:
-    """A calibration as it is written to disk."""
+    """Return a calibration as the bytes of its file."""
     plain: Any = msgspec.to_builtins(calibration)
     return msgspec.json.format(msgspec.json.encode(plain), indent=2) + b"\n"

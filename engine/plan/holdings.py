@@ -1,7 +1,7 @@
-"""Which request holds which pages: taken, shared, given back, and found again by their content.
+"""Which request holds which pages. Takes, shares and gives back pages, and finds them by their content.
 
-The allocator knows holders by number only, the prefix cache knows content only; this keeps the two in step for
-requests, and keeps from them the pages of requests that failed. Integers only.
+The allocator only counts the holders of a page, and the prefix cache only knows contents. This module keeps the two
+consistent for requests. It also keeps the pages of failed requests out of the prefix cache. Integers only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Holdings:
 
     Args:
         num_pages: how many pages exist; at least 1.
-        prefix_caching: whether full pages are kept and found again by their content.
+        prefix_caching: whether full pages are kept, so that later requests find them by their content.
     """
 
     def __init__(self, num_pages: int, *, prefix_caching: bool) -> None:
@@ -32,7 +32,7 @@ class Holdings:
         self.prefix_hits = 0  # tokens found
 
     def admit(self, request: Request, now: float) -> bool:
-        """Start a waiting request from its longest cached prefix; False if its known tokens would not find room."""
+        """Start a waiting request from its longest cached prefix. Return False if its known tokens do not fit."""
         hits: tuple[int, ...] = ()
         reads_cache = self._caching and request.num_reusable > 0
         if reads_cache:
@@ -48,9 +48,9 @@ class Holdings:
         return True
 
     def extend(self, request: Request, count: int) -> bool:
-        """Let the request hold pages for `count` more tokens; False, and no change, if they are not there."""
+        """Take pages for `count` more tokens. Return False and change nothing if too few pages are available."""
         missing = pages_for(request.num_computed + count) - len(request.page_ids)
-        if not missing:  # as in most steps of a decode
+        if not missing:  # most steps of a decode need no new page
             return True
         pages = self.pages.allocate(missing)
         if pages is None:
@@ -66,7 +66,7 @@ class Holdings:
             del request.page_ids[kept:]
 
     def register(self, request: Request) -> None:
-        """Tell the prefix cache of the pages that became full."""
+        """Register the request's newly full pages in the prefix cache."""
         if not self._caching:
             return
         for index in range(request.num_registered, request.num_computed // PAGE_SIZE):
@@ -76,30 +76,30 @@ class Holdings:
             request.num_registered = index + 1
 
     def distrust(self, request: Request) -> None:
-        """Drop what a faulty request computed or read from the prefix cache.
+        """Drop from the prefix cache all pages that a faulty request computed or read.
 
-        If a page holds what made it fail (not-a-number, say), every later hit would fail the same way.
+        If one of the pages holds the cause of the fault (not-a-number, for example), every later hit would fail too.
         """
         for page_id in request.page_ids:
             self._prefix.forget(page_id)
             self.pages.unkeep(page_id)
 
     def taint(self, request: Request) -> None:
-        """Have the pages wiped that a faulty request leaves to nobody; what others still hold is theirs."""
+        """Mark a faulty request's pages for wiping, except pages that other requests also hold."""
         free = (page_id for page_id in request.page_ids if not self.pages.references(page_id))
         self._tainted.extend(page_id for page_id in free if page_id not in self._tainted)
 
     def take_tainted(self) -> tuple[int, ...]:
-        """The pages that the next step zeroes before it writes; they are told once."""
+        """Return the marked pages once: the next step zeroes them before it writes."""
         tainted = tuple(self._tainted)
         self._tainted.clear()
         return tainted
 
     def check(self, requests: Iterable[Request]) -> None:
-        """Verify that the books agree with what `requests`, all that hold pages, say.
+        """Verify the books against `requests`, which are all requests that hold pages.
 
         Raises:
-            RuntimeError: they do not.
+            RuntimeError: they disagree.
         """
         holders = Counter(page_id for request in requests for page_id in request.page_ids)
         self.pages.check(holders, self._prefix.page_ids)

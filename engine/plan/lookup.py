@@ -1,8 +1,8 @@
-"""Drafts without a model: what followed the last time the text ended like this.
+"""Drafts without a model: finds an earlier place with the same last tokens, and guesses the tokens that followed there.
 
-Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023; reference text in Yang et al., arXiv 2304.04487):
-answers repeat what they are about, be that a document, code under edit, or themselves. A guess costs a
-search and its verification, never a wrong token.
+Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023; reference text in Yang et al., arXiv 2304.04487) works because
+answers repeat a document, code under edit, or themselves. A wrong guess costs a search and its verification, and
+never gives a wrong token. The step verifies (`engine.step.speculation`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LONGEST = 4
-"""Tokens at the end that are looked for first."""
+"""The search begins with so many tokens of the end."""
 
 SHORTEST = 2
-"""Fewer than these are no sign of a repetition."""
+"""The search stops at so many tokens: fewer equal tokens are no sign of a repetition."""
 
 _WIDTH = 4  # bytes a token
 
@@ -22,18 +22,19 @@ class PromptLookup:
     """Guesses the continuation of one request's text from the text itself.
 
     Args:
-        token_ids: the request's own list, which may grow at its end but must not change otherwise.
+        token_ids: the request's own list. It may grow at its end but must not change otherwise.
     """
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._token_ids = token_ids
-        self._text = bytearray()  # the same, 4 bytes each: searched at the speed of C, and small
+        self._text = bytearray()  # the tokens, 4 bytes each: small, and searched at the speed of C
 
     def propose(self, count: int) -> tuple[int, ...]:
-        """`count` tokens that may follow, or none.
+        """Return `count` tokens that may follow, or no tokens.
 
-        The longest ending (4 to 2 tokens) that occurred before decides, at its latest occurrence. Where what
-        followed runs into the end of the text, the text is repeating itself and is taken to go on so.
+        It takes the longest ending (4 to 2 tokens) that occurred before, at its latest occurrence, and returns the
+        tokens that followed it. If they reach the end of the text, the text repeats itself, and the guess goes on
+        with the repetition.
         """
         if count < 1:
             return ()
@@ -50,11 +51,11 @@ class PromptLookup:
         return ()
 
     def _last_before_the_end(self, length: int) -> int | None:
-        """Where the text's last `length` tokens begin at their latest earlier occurrence."""
+        """Find the latest earlier occurrence of the last `length` tokens; return the index of its first token."""
         size = length * _WIDTH
         ending, limit = self._text[-size:], len(self._text) - 1
         while (at := self._text.rfind(ending, 0, limit)) >= 0:
             if at % _WIDTH == 0:
                 return at // _WIDTH
-            limit = at + size - 1  # the bytes of two tokens happened to look like it
+            limit = at + size - 1  # not at a token's first byte: parts of two tokens had the same bytes
         return None

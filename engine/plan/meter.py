@@ -1,7 +1,7 @@
-"""Who used the device: each step's measured time and counted work, divided over its requests.
+"""Divides each step's measured time and counted work over its requests.
 
-The meter's books balance: the shares of a step sum to its measured time, so the seconds of all requests
-sum to the engine's busy seconds. `engine.plan.cost` says how much work is how much time.
+The shares of a step sum to its measured time, so the seconds of all requests sum to the engine's busy seconds.
+`engine.plan.cost` models how much time work takes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.protocol import BATCH_BOUNDS, EngineStats, Work
 
 
 class _Tally:
-    """One request's sums. Mutable, because it grows in every step."""
+    """The sums of one request. Mutable, because every step adds to it."""
 
     __slots__ = (
         "attended", "decode", "dense_decode", "dense_prefill", "index_pairs", "index_rows_read",
@@ -46,7 +46,7 @@ class _Tally:
 
 
 class Meter:
-    """Keeps the account of every live request, and the engine's own."""
+    """Keeps an account for every live request and one for the engine."""
 
     def __init__(self, model: CostModel) -> None:
         self._model = model
@@ -65,7 +65,7 @@ class Meter:
     def charge(self, plan: StepPlan, seconds: float) -> None:
         """Divide a step that took `seconds` over the requests in it.
 
-        What a step takes whatever is in it is divided evenly; the rest by modelled work.
+        The time that the requests share (`CostModel.shared`) is divided evenly, the rest by modelled seconds.
         """
         model, requests = self._model, plan.requests
         count = len(requests)
@@ -95,7 +95,7 @@ class Meter:
         self._batch_counts[_bucket(count)] += 1
 
     def progress(self) -> tuple[tuple[str, Work], ...]:
-        """What every live request that was computed has used so far."""
+        """What each live request with at least one step has used so far."""
         return tuple((name, self._work(tally)) for name, tally in self._live.items() if tally.rows)
 
     def work(self, request_id: str) -> Work:
@@ -103,12 +103,12 @@ class Meter:
         return self._work(self._live[request_id])
 
     def close(self, request_id: str) -> Work:
-        """End the account of a request; what it used. One that was never opened used nothing."""
+        """End the account of a request, and return what it used: nothing, if the account was never opened."""
         tally = self._live.pop(request_id, None)
         return Work() if tally is None else self._work(tally)
 
     def counters(self) -> dict[str, Any]:
-        """The engine's own account: fields of `EngineStats`."""
+        """The engine's account, as fields of `EngineStats`."""
         counts = self._all.counts()
         return {
             "busy_seconds_total": self._busy,
@@ -124,7 +124,7 @@ class Meter:
         }
 
     def add_to(self, stats: EngineStats) -> EngineStats:
-        """The scheduler's stats with the meter's counters."""
+        """Return the scheduler's stats with the meter's counters set."""
         return msgspec.structs.replace(stats, **self.counters())
 
     def _work(self, tally: _Tally) -> Work:

@@ -1,11 +1,11 @@
-"""How much of a prompt may join a step of decodes: the more it is, the longer every stream waits for its token.
+"""How many prompt tokens may join a step of decodes. With more of them, every stream waits longer for its next token.
 
-A step that computes prompt tokens beside decodes takes at most `SLOWDOWN` times what a step of decodes will take
-once all that is here decodes, by the cost model. So the tokens of a running stream keep coming while prompts
-arrive. A fixed chunk cannot have both: what hardly shows beside 32 streams stops a single one, and what suits that
-one makes the prompts of 32 crawl. (Sarathi-Serve, arXiv 2403.02310, chunks prompts for the same reason.) And where
-many prompts wait, the measure is their common pace: to keep the first stream at the pace that it had alone would
-let it end before the last prompt is read.
+By the cost model, a step with prompt tokens and decodes takes at most `SLOWDOWN` times as long as a step in which
+every request that is here decodes. So running streams keep getting tokens while prompts arrive (Sarathi-Serve,
+arXiv 2403.02310, chunks prompts for the same reason). A chunk of fixed size does not work: a size that 32 streams
+hardly notice stops a single stream, and a size that suits a single stream makes the prompts of 32 too slow. The
+limit counts prompts that still wait as decodes: if it kept the first stream as fast as it was alone, that stream
+would end before the last prompt is read.
 """
 
 from __future__ import annotations
@@ -18,36 +18,35 @@ from engine.plan.cost import CostModel
 from engine.protocol import IndexTopK
 
 SLOWDOWN = 4.0
-"""Of a step, against decodes alone. Below 5, so that there is room for the model's error."""
+"""A step may take so many times as long as decodes alone. It is below 5, which leaves room for the model's error."""
 
 
 class Place(NamedTuple):
-    """Where a request's next row is."""
+    """The position of a request's next row, and the request's sparsity."""
 
     position: int
     index_top_k: IndexTopK
 
 
 Pace = Callable[[Iterable[Place], Iterable[Place], Place, int], int]
-"""Prompt tokens, from a place on (third), that may join decodes at some places (first), while those that will decode
-soon are to begin at others (second): at least 1, at most the number given."""
+"""(places of decodes, places where further requests will begin to decode, place of the next prompt token, most) -> how
+many prompt tokens may join the decodes: at least 1, at most `most`."""
 
 _STEP = 16
-"""Chunks are multiples of it, unless they are as long as may be."""
+"""A chunk that the pace limits has `LEAST` tokens plus a multiple of this."""
 
 
 LEAST = 32
-"""Prompt tokens that always may join: fewer are hardly faster, and a prompt must not wait for good."""
+"""So many prompt tokens may always join: fewer are hardly faster, and a prompt must not wait forever."""
 
 
 class CostPace:
-    """The pace that a cost model gives."""
+    """A `Pace` by a cost model."""
 
     def __init__(self, model: CostModel) -> None:
         self._model = model
 
     def __call__(self, decodes: Iterable[Place], soon: Iterable[Place], prompt: Place, at_most: int) -> int:
-        """See `Pace`."""
         model, c = self._model, self._model.coefficients
         now, later = (
             sum(model.modelled_rows(1, *place).actual for place in places) for places in (decodes, soon)

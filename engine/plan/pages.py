@@ -1,14 +1,14 @@
-"""Who holds which page of the KV cache: reference counts, a free list and an LRU of worthwhile leftovers.
+"""Counts the holders of each page of the KV cache, and keeps free pages and cached pages for reuse.
 
 A page is in exactly one of three states:
 
 - used: at least one request holds it;
-- cached: no request holds it, but the prefix cache knows its content, so it may be asked for again;
+- cached: no request holds it, but the prefix cache knows its content, so a request may use it again;
 - free: no request holds it and its content is worthless.
 
-The allocator alone decides a page's state. The prefix cache is an index beside it: it is told of every
-eviction (`on_evict`), and whoever registers a page there says so here (`keep`). Integers only; the memory
-behind the pages belongs to others.
+Only the allocator decides a page's state. The prefix cache is an index beside it: `on_evict` tells it of every
+eviction, and code that registers a page there also calls `keep` here. Integers only: the memory of the pages is in
+`engine.memory.planes`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.config import PAGE_SIZE
 
 
 def pages_for(num_tokens: int) -> int:
-    """Pages that hold `num_tokens` tokens; the last one may be partly filled."""
+    """How many pages `num_tokens` tokens need; the last page may be partly filled."""
     return -(-num_tokens // PAGE_SIZE)
 
 
@@ -29,8 +29,7 @@ class PageAllocator:
 
     Args:
         num_pages: how many pages exist; at least 1.
-        on_evict: called with the id of each cached page whose content is given up, before the page is
-            handed out again.
+        on_evict: called with the id of each cached page that loses its content, before `allocate` returns it.
 
     Raises:
         ValueError: `num_pages` is less than 1.
@@ -41,7 +40,7 @@ class PageAllocator:
             raise ValueError(f"num_pages must be at least 1, not {num_pages}")
         self._on_evict = on_evict
         self._references = [0] * num_pages
-        self._kept: set[int] = set()  # content known to the prefix cache, whoever holds the page
+        self._kept: set[int] = set()  # pages whose content the prefix cache knows, held or not
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is the warmest
 
@@ -75,7 +74,7 @@ class PageAllocator:
         return self._references[page_id]
 
     def allocate(self, count: int) -> tuple[int, ...] | None:
-        """Take `count` pages, each with one holder: free ones first, then cached ones, oldest use first.
+        """Take `count` pages, each with one holder: free pages first, then the least recently used cached pages.
 
         Returns None, and changes nothing, if fewer than `count` pages are available.
 
@@ -99,10 +98,10 @@ class PageAllocator:
         return tuple(page_ids)
 
     def retain(self, page_ids: Sequence[int]) -> None:
-        """Add one holder to each page, which must be used or cached: the way to take a prefix hit.
+        """Add one holder to each page, as for a prefix hit. Each page must be used or cached.
 
         Raises:
-            RuntimeError: a page is free, so its content is not what the caller believes.
+            RuntimeError: a page is free, so its content is not the one that the caller expects.
         """
         for page_id in page_ids:
             if self._references[page_id] == 0:
@@ -114,8 +113,8 @@ class PageAllocator:
     def release(self, page_ids: Sequence[int]) -> None:
         """Remove one holder from each page of a block table, last page first.
 
-        Pages without a holder become cached (as most recently used) if kept, else free. The order makes
-        the end of a prefix go before its start, which is what other requests share.
+        Pages without a holder become cached (as most recently used) if kept, else free. Because of the order, the
+        end of a prefix is evicted before its start, which other requests are more likely to share.
 
         Raises:
             RuntimeError: a page has no holder: it was released twice.
@@ -143,17 +142,17 @@ class PageAllocator:
         self._kept.add(page_id)
 
     def unkeep(self, page_id: int) -> None:
-        """Note that the prefix cache no longer knows a used page: its last release makes it free. Idempotent.
+        """Note that the prefix cache no longer knows a used page, so that its last release frees it. Idempotent.
 
         Raises:
-            RuntimeError: nobody holds the page; a cached page leaves by eviction only.
+            RuntimeError: nobody holds the page; only an eviction frees a cached page.
         """
         if self._references[page_id] == 0:
             raise RuntimeError(f"page {page_id} has no holder; cached pages are given up by eviction only")
         self._kept.discard(page_id)
 
     def check(self, holders: Mapping[int, int], kept: set[int]) -> None:
-        """Compare with the truth known outside: holders of each page (0 if absent), and pages indexed.
+        """Compare the books with the caller's: `holders` of each page (0 if absent), and `kept`, the indexed pages.
 
         Raises:
             RuntimeError: the books disagree, or a page is in two states or in none.

@@ -1,9 +1,9 @@
-"""Which full pages hold which content: automatic prefix caching.
+"""Automatic prefix caching: an index from the content of full pages to the pages that hold it.
 
-A page's content is named by a `PageKey`: its tokens, its sparsity salt and the key of the page before it.
-So a key stands for a whole prefix. A chained SHA-256 digest finds a candidate, and a compare of what was
-hashed decides: no digest ever decides alone, so a collision costs a miss and never a wrong answer. This is
-an index only: page states are the allocator's (`engine.plan.pages`).
+A `PageKey` names a page's content: its tokens, its sparsity salt and the key of the page before it. So a key stands
+for a whole prefix. A chained SHA-256 digest finds a candidate, and then the hashed contents are compared. A digest
+never decides alone, so a collision costs a miss and never gives a wrong answer. The states of pages are the
+allocator's (`engine.plan.pages`).
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ HashFunction = Callable[[bytes], bytes]
 
 
 def sha256(data: bytes) -> bytes:
-    """The hash in production. Tests inject worse ones."""
+    """The hash function in production. Tests pass weaker ones."""
     return hashlib.sha256(data).digest()
 
 
 def sparsity_salt(page_end: int, index_top_k: IndexTopK) -> int | None:
-    """What a page's key must know of the request's sparsity: None if nothing, else `index_top_k`.
+    """Return the sparsity that is part of a page's key: None if all rows of the page are dense, else `index_top_k`.
 
-    `page_end` is the page's last position + 1: the context length of its last row. Where that row is dense, every row
-    of the page (and of the pages before it) is. Then the hidden states, and hence the keys and values, are those of
-    dense attention, and the page is shared by dense requests and by every `index_top_k` that is large enough. Beyond
-    that, rows read a choice of `index_top_k` tokens, and their content belongs to that `index_top_k` alone. Dense
-    requests (`index_top_k` None) are never salted. As keys are chained, what follows a salted page inherits its salt.
+    `page_end` is the page's last position + 1: the context length of its last row. If that row is dense
+    (`engine.plan.sparsity`), all rows of the page and of the pages before it are. Then its keys and values are those of
+    dense attention, and requests share it whatever their `index_top_k`. Otherwise its content depends on `index_top_k`,
+    and only requests with the same number share it. Keys are chained, so the pages after a salted page depend on its
+    salt, too.
     """
     return row_index_top_k(page_end, index_top_k) or None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageKey:
-    """The full identity of one full page's content. Compare with `same_content`."""
+    """The identity of one full page's content. Compare keys with `same_content`."""
 
     parent: PageKey | None = field(repr=False)  # the page before; None for the first
     salt: int | None
@@ -49,10 +49,10 @@ class PageKey:
 
 
 def same_content(left: PageKey | None, right: PageKey | None) -> bool:
-    """Whether two keys stand for the same content, digests aside.
+    """Whether two keys stand for the same content; digests are not compared.
 
-    Walks towards the first page until the chains meet in one object, which is at once for keys that were
-    made canonical by `PrefixCache`.
+    It walks towards the first page until both chains meet in one object. Keys that `adopt` replaced by the cache's own
+    objects meet at once.
     """
     while left is not right:
         if left is None or right is None:
@@ -64,12 +64,12 @@ def same_content(left: PageKey | None, right: PageKey | None) -> bool:
 
 
 class PageKeys:
-    """The keys of one request's full pages, computed once each and only when asked for.
+    """The keys of one request's full pages. Each key is computed once, at its first use.
 
     Args:
-        token_ids: the request's own list, which may grow at its end but must not change otherwise.
-        index_top_k: how many earlier tokens attention may read; None is dense.
-        hash_function: of which a collision may cost speed, never correctness.
+        token_ids: the request's own list. It may grow at its end but must not change otherwise.
+        index_top_k: how many tokens a row selects; None: all rows are dense.
+        hash_function: makes the digests; its collisions cost speed, never correctness.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class PageKeys:
         hash_function: HashFunction = sha256,
     ) -> None:
         self._token_ids = token_ids
-        self._top_k = index_top_k
+        self._index_top_k = index_top_k
         self._hash_function = hash_function
         self._keys: list[PageKey] = []
 
     def __len__(self) -> int:
-        """Keys computed so far."""
+        """The number of keys that are computed."""
         return len(self._keys)
 
     def key(self, index: int) -> PageKey:
@@ -103,8 +103,7 @@ class PageKeys:
     def adopt(self, index: int, key: PageKey) -> None:
         """Replace a computed key by the cache's own object of the same content.
 
-        Later keys are computed anew and chain to that object, so that chains meet at once and share their
-        memory.
+        Later keys are computed again and chain to that object, so that chains meet at once and share memory.
         """
         if self._keys[index] is not key:
             self._keys[index:] = [key]
@@ -113,20 +112,20 @@ class PageKeys:
         parent = self._keys[index - 1] if index else None
         end = (index + 1) * PAGE_SIZE
         tokens = tuple(self._token_ids[end - PAGE_SIZE : end])
-        salt = sparsity_salt(end, self._top_k)
+        salt = sparsity_salt(end, self._index_top_k)
         above = parent.digest if parent else b""
-        # Lengths first, so that no two different keys are ever the same bytes. An index_top_k is at least 1.
+        # The length comes first, so that different keys never give the same bytes. index_top_k is at least 1.
         header = struct.pack("<qq", len(above), salt or 0)
         digest = self._hash_function(header + above + array("q", tokens).tobytes())
         return PageKey(parent, salt, tokens, digest)
 
 
 class PrefixCache:
-    """From page content to the one page that holds it."""
+    """Maps the content of a page to the one page that holds it."""
 
     def __init__(self) -> None:
-        self._pages: dict[bytes, int] = {}  # by digest
-        self._keys: dict[int, PageKey] = {}  # by page
+        self._pages: dict[bytes, int] = {}  # digest -> page
+        self._keys: dict[int, PageKey] = {}  # page -> key
 
     @property
     def page_ids(self) -> set[int]:
@@ -134,9 +133,9 @@ class PrefixCache:
         return set(self._keys)
 
     def lookup(self, keys: PageKeys, max_pages: int) -> tuple[int, ...]:
-        """The pages of the longest known prefix, at most `max_pages`; they are the caller's to retain.
+        """Return the pages of the longest known prefix, at most `max_pages`. The caller must retain them.
 
-        A caller that needs logits leaves at least one token out: `max_pages <= (num_tokens - 1) // 64`.
+        A caller that needs logits leaves out at least one token: `max_pages <= (num_tokens - 1) // 64`.
 
         Raises:
             IndexError: the request has fewer than `max_pages` full pages.
@@ -151,14 +150,14 @@ class PrefixCache:
         return tuple(page_ids)
 
     def register(self, keys: PageKeys, index: int, page_id: int) -> bool:
-        """Make known that `page_id` holds page `index` of a request, all of its rows computed.
+        """Record that `page_id` holds page `index` of a request, with all its rows computed.
 
-        Returns whether this page now stands for that content. It does not if another page already does
-        (two requests computed it at once: the first one stays), nor if another content has the digest.
+        Returns True if this page now stands for that content. It returns False if another page already does (two
+        requests computed the same content at once, and the first page stays), or if another content has the digest.
 
         Raises:
-            RuntimeError: the page is known to hold something else, which was never forgotten.
-            IndexError: the request has no such full page.
+            RuntimeError: the index says that the page holds another content.
+            IndexError: the request does not have that many full pages.
         """
         key = keys.key(index)
         known = self._find(key)
@@ -174,7 +173,7 @@ class PrefixCache:
         return True
 
     def forget(self, page_id: int) -> None:
-        """Drop a page from the index, if it is there: its content is gone or not to be trusted."""
+        """Drop a page from the index if it is there, because its content is gone or cannot be trusted."""
         key = self._keys.pop(page_id, None)
         if key is not None:
             del self._pages[key.digest]

@@ -1,8 +1,7 @@
 """The scheduler's record of one request: its tokens, how many are computed, and where.
 
-There are no phases: `num_computed` tokens have their keys and values in `page_ids`, `num_tokens` are known,
-and the scheduler closes the gap. Queues, pages and budgets are the scheduler's; this knows what a result
-means for its own request.
+There are no phases: `num_computed` tokens have their keys and values in `page_ids`, `num_tokens` are known, and the
+scheduler closes the gap. A request applies results to itself. Queues, pages and budgets are the scheduler's.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ class Request:
     """One live request. Mutable, and owned by the scheduler.
 
     Args:
-        submit: what was asked for.
+        submit: the message that asked for it.
         arrival: its place in the order of arrival; larger is later.
         now: seconds on the engine's clock.
         hash_function: for the keys of its pages.
-        lookup: draft from its own text; otherwise drafts are what results propose.
+        lookup: take drafts from its own text; otherwise results propose them.
     """
 
     def __init__(
@@ -40,18 +39,18 @@ class Request:
         self.num_prompt = len(submit.prompt_token_ids)
         self.token_ids = list(submit.prompt_token_ids)  # prompt, then output
         self.num_computed = 0
-        self.peak_computed = 0  # the most that was ever computed: what lies below is recomputation
+        self.peak_computed = 0  # the largest `num_computed` ever: rows below it are recomputed
         self.page_ids: list[int] = []
-        self.num_registered = 0  # leading pages that the prefix cache has been told of
+        self.num_registered = 0  # leading pages that are registered in the prefix cache
         self.keys = PageKeys(self.token_ids, index_top_k=submit.index_top_k, hash_function=hash_function)
         self.cached_tokens: int | None = None  # found at first admission; None before it
         self.preemptions = 0
         self._lookup = PromptLookup(self.token_ids) if lookup else None
-        self._proposed: tuple[int, ...] = ()  # by the newest result, to follow the tokens known now
+        self._proposed: tuple[int, ...] = ()  # drafts of the newest result, to follow the known tokens
         self._stop_token_ids = frozenset(submit.sampling.stop_token_ids)
-        # The first token follows nothing, so it has no logprob.
+        # No token is before the first one, so it has no logprob.
         self._first_scored = max(submit.sampling.prompt_logprobs_start, 1)
-        self._prompt_logprobs: list[TokenLogprob] = []  # of prompt positions from there on
+        self._prompt_logprobs: list[TokenLogprob] = []  # of prompt positions from `_first_scored` on
         self._submitted = now
         self._first_scheduled: float | None = None
         self._first_token: float | None = None
@@ -73,10 +72,10 @@ class Request:
 
     @property
     def num_reusable(self) -> int:
-        """Leading tokens that may come from cached pages.
+        """How many leading tokens may come from cached pages.
 
-        One stays to be computed: its row gives the logits of the next. Prompt logprobs need all rows from the one
-        before the first that is asked for.
+        At least the last known token must be computed, because its row gives the logits of the next token. Prompt
+        logprobs need all rows from the one before the first scored position.
         """
         if self.sampling.prompt_logprobs is None:
             return self.num_tokens - 1
@@ -84,7 +83,7 @@ class Request:
 
     @property
     def _last_scored(self) -> int:
-        """The prompt position up to which logprobs are in hand, or need not be."""
+        """The last prompt position whose logprob, and those before it, are known or not asked for."""
         return self._first_scored - 1 + len(self._prompt_logprobs)
 
     def admit(self, page_ids: tuple[int, ...], cached_tokens: int, now: float) -> None:
@@ -97,7 +96,7 @@ class Request:
             self._first_scheduled = now
 
     def preempt(self) -> tuple[int, ...]:
-        """Forget what is computed, keep every token, and return the pages that are given up."""
+        """Forget the computed rows, keep all tokens, and return the pages, which the caller must release."""
         page_ids = tuple(self.page_ids)
         self.page_ids = []
         self.num_computed = 0
@@ -105,21 +104,21 @@ class Request:
         return page_ids
 
     def draft(self, count: int) -> tuple[int, ...]:
-        """A guess of the tokens that follow the known ones, at most `count` and never the last one allowed.
+        """Guess the tokens that follow the known ones: at most `count`, and never the last token that is allowed.
 
-        The step draws one token more than it accepts, so a draft of the last one could only be thrown away.
+        A step draws one token more than it accepts drafts, so a draft of the last token would be wasted.
         """
         count = max(0, min(count, self.sampling.max_tokens - self.num_generated - 1))
         return self._proposed[:count] if self._lookup is None else self._lookup.propose(count)
 
     def plan(self, count: int, drafts: tuple[int, ...] = ()) -> ScheduledRequest:
-        """The next `count` tokens as a part of a step; sampled from if they are the last that are known.
+        """Schedule the next `count` tokens. If they are the last known tokens, the step samples from them.
 
-        `drafts` may follow only those.
+        `drafts` may follow only the last known tokens.
         """
         start, end = self.num_computed, self.num_computed + count
-        # Targets begin with the step's first row and end with the prompt, so target i is row i's. Where
-        # recomputation repeats rows whose result is in hand, `accept` drops them.
+        # Targets begin with the step's first row and end with the prompt, so target i belongs to row i. If rows
+        # are recomputed whose logprobs are known, `accept` drops the repeated ones.
         targets: list[int] = []
         if self.sampling.prompt_logprobs is not None:
             known, last = self._last_scored, min(end, self.num_prompt - 1)
@@ -138,7 +137,7 @@ class Request:
         )
 
     def accept(self, scheduled: ScheduledRequest, sampled: Sampled, now: float) -> Delta | None:
-        """Take in one step's result; returns what the client must hear of it, if anything.
+        """Apply one step's result. Return the delta for the client, or None if there is none.
 
         Raises:
             ValueError: the result does not answer what was scheduled.
@@ -170,8 +169,8 @@ class Request:
                 reason = "stop"
             elif self.num_generated >= self.sampling.max_tokens:
                 reason = "length"
-        # Every token but the last kept one was a draft, so its row is computed. Rows of drafts that did not
-        # hold are as good as never computed: the next step begins before them and writes over them.
+        # Every kept token but the last was a draft, so its row is computed. Rows of rejected drafts do not count:
+        # the next step begins before them and overwrites them.
         self.num_computed += kept - 1
         self.peak_computed = max(self.peak_computed, self.num_computed)
         self._proposed = sampled.draft_token_ids
@@ -185,11 +184,11 @@ class Request:
         )
 
     def end(self, reason: FinishReason, now: float, *, error: str | None = None) -> Delta:
-        """The terminal delta of a request that ends without a new token."""
+        """Make the terminal delta of a request that ends without a new token."""
         return Delta(request_id=self.request_id, finish_reason=reason, error=error, usage=self.usage(now))
 
     def usage(self, now: float) -> RequestUsage:
-        """What it used until `now`; a stage that it did not reach took no time."""
+        """What the request has used until `now`. A stage that it did not reach took no time."""
         first_scheduled = now if self._first_scheduled is None else self._first_scheduled
         first_token = now if self._first_token is None else self._first_token
         return RequestUsage(

@@ -1,20 +1,20 @@
-"""What runs in each step: admission, token and page budgets, preemption, and the end of requests.
+"""Decides what runs in each step: admission, token and page budgets, preemption, and the end of requests.
 
-There are no phases: each request has `num_computed` and `num_tokens`, and every step closes some of the
-gap. The rules, in order:
+There are no phases: each request has `num_computed` and `num_tokens`, and every step closes some of the gap. Which
+pages hold what is `engine.plan.holdings`'s. The rules, in order:
 
-1. A running request that misses one token (a decode) gets it in every step; what is left of the token
-   budget goes to chunks of the other running requests, in order of arrival. Beside decodes, no more goes to
-   chunks, old or new, than the pace allows (`engine.plan.pace`).
-2. Pages are taken in order of arrival, just for this step's tokens. Where they run out, the running
-   request that arrived last gives up its pages and waits again, to be recomputed. So the oldest request
-   never waits for a younger one, and finishes whatever the load.
-3. If nobody was preempted, waiting requests start strictly in order of arrival, each from the longest
-   prefix that is cached, while the budget lasts and the pages left can hold all its known tokens.
-   (Starting with less would only buy a preemption. The running requests have what they need by then: a
-   chunk that was cut short has spent the budget.)
-4. What is left of budget and pages goes to drafts, in order of arrival. So a guess never delays a token that
-   is known, and preempts nobody. Pages taken for drafts that did not hold are given back in `apply`.
+1. A running request that misses one token (a decode) gets it in every step. The rest of the token budget goes to
+   chunks of the other running requests, in order of arrival. If there are decodes, chunks of running and waiting
+   requests together get no more than the pace allows (`engine.plan.pace`).
+2. Requests take pages in order of arrival, only for this step's tokens. If pages run out, the running request that
+   arrived last gives up its pages and waits again, to be recomputed. So the oldest request never waits for a younger
+   one, and finishes under any load.
+3. If no request was preempted, waiting requests start strictly in order of arrival, each from its longest cached
+   prefix, while the budget lasts and the remaining pages can hold all known tokens of the request. (A start with
+   fewer pages would only lead to a preemption. The running requests have what they need by then, because a chunk
+   that was cut short has spent the budget.)
+4. The rest of budget and pages goes to drafts, in order of arrival. So a draft never delays a known token and never
+   preempts a request. `apply` gives back the pages of rejected drafts.
 
 As a consequence every running request arrived before every waiting one. Integers only: no tensors here.
 """
@@ -37,20 +37,20 @@ from engine.protocol import Delta, EngineStats, Submit
 class Scheduler:
     """Owns every request and every page. Use: `plan = schedule(now)`, run it, `apply(plan, result, now)`.
 
-    `add`, `has_work` and `stats` may be used at any time. While a plan is in flight (between `schedule`
-    and `apply`) its step may still write to its pages, so nothing may end then: `abort` and `abort_all`
-    raise. All times are seconds on one clock.
+    `add`, `has_work` and `stats` may be used at any time. While a plan is in flight (between `schedule` and `apply`)
+    its step may still write to its pages, so no request may end: `abort` and `abort_all` raise. All times are seconds
+    on one clock.
 
     Args:
         num_pages: pages that the cache holds.
         token_budget: tokens computed in one step, over all requests.
         max_running: requests in one step; at most `token_budget`.
         max_model_len: positions that one request may use, prompt and output together.
-        prefix_caching: whether full pages are kept and found again by their content.
-        draft_tokens: the most drafts that one request gets in one step; 0 is no speculation.
-        lookup: draft from each request's own text; otherwise drafts are what the runner's results propose.
-        pace: how much of a prompt may join decodes; None is all of the budget.
-        hash_function: finds candidates in the prefix cache; a collision costs a miss only.
+        prefix_caching: whether full pages are kept, so that later requests find them by their content.
+        draft_tokens: the most drafts that one request gets in one step; 0: no speculation.
+        lookup: take drafts from each request's own text; otherwise the runner's results propose them.
+        pace: how many prompt tokens may join decodes; None: as many as the budget allows.
+        hash_function: finds candidates in the prefix cache; a collision only costs a miss.
 
     Raises:
         ValueError: a number is out of range.
@@ -96,14 +96,14 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is alive; if so, and none is in flight, `schedule` returns a plan."""
+        """Whether any request has not ended. If so, and no plan is in flight, `schedule` returns a plan."""
         return bool(self._requests)
 
     def add(self, submit: Submit, now: float) -> None:
         """Queue a request.
 
         Raises:
-            ValueError: its id is in use, or it could never run; the sentence says why.
+            ValueError: its id is in use, or it could never run; the message says why.
         """
         if submit.request_id in self._requests:
             raise ValueError(f"request id {submit.request_id!r} is in use by a request that has not ended")
@@ -120,7 +120,7 @@ class Scheduler:
         self._waiting.append(request)
 
     def abort(self, request_id: str, now: float) -> Delta | None:
-        """End a request now and free its pages; returns its terminal delta, or None if the id is unknown.
+        """End a request now and free its pages. Return its terminal delta, or None if the id is unknown.
 
         Raises:
             RuntimeError: a plan is in flight, so its pages may still be written.
@@ -133,7 +133,7 @@ class Scheduler:
         return request.end("abort", now)
 
     def abort_all(self, now: float) -> tuple[Delta, ...]:
-        """End every request now, in order of arrival; returns their terminal deltas.
+        """End every request now, in order of arrival, and return their terminal deltas.
 
         Raises:
             RuntimeError: a plan is in flight.
@@ -142,10 +142,10 @@ class Scheduler:
         return tuple(delta for delta in deltas if delta is not None)
 
     def schedule(self, now: float) -> StepPlan | None:
-        """Decide the next step, and take its pages; None exactly when there is no work.
+        """Decide the next step and take its pages. Return None exactly if there is no work.
 
         Raises:
-            RuntimeError: the plan before was not applied.
+            RuntimeError: the last plan was not applied.
         """
         self._refuse_in_flight("schedule")
         chunks = self._chunk_budget()
@@ -166,7 +166,7 @@ class Scheduler:
         return self._in_flight
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> tuple[Delta, ...]:
-        """Take in the result of the plan in flight; returns what clients must hear, in the plan's order.
+        """Apply the result of the plan in flight, and return the deltas for the clients, in the plan's order.
 
         Raises:
             RuntimeError: `plan` is not the plan in flight.
@@ -201,11 +201,11 @@ class Scheduler:
         return tuple(deltas)
 
     def stats(self) -> EngineStats:
-        """Gauges of now and counters since construction.
+        """The gauges of this moment, and counters since construction.
 
-        Every computed row counts once: as decode if it holds an output token computed for the first time,
-        as prefill otherwise. The row of a draft that did not hold is neither: it is drafted, not accepted.
-        Prefix queries and hits are counted at each admission.
+        A computed row counts once: as decode if it holds an output token that is computed for the first time, else as
+        prefill. The row of a rejected draft counts as neither, only as drafted. Prefix queries and hits are counted
+        at each admission.
         """
         pages = self._holdings.pages
         return EngineStats(
@@ -225,10 +225,10 @@ class Scheduler:
         )
 
     def check(self) -> None:
-        """Verify what must always hold; for tests.
+        """Verify the scheduler's invariants; for tests.
 
         Raises:
-            RuntimeError: it does not.
+            RuntimeError: one is violated.
         """
         self._holdings.check(self._running)
         queued = [*self._running, *self._waiting]
@@ -244,7 +244,7 @@ class Scheduler:
             raise RuntimeError("a waiting request must hold no page")
 
     def _chunk_budget(self) -> int:
-        """Tokens of this step for requests that miss more than one, running or waiting."""
+        """How many tokens of this step may go to requests that miss more than one, running or waiting."""
         decodes = [request for request in self._running if request.num_missing == 1]
         left = self._token_budget - len(decodes)
         if self._pace is None or not decodes or not left:
@@ -262,7 +262,7 @@ class Scheduler:
         )
 
     def _grant_tokens(self, chunks: int) -> tuple[list[tuple[Request, int]], int]:
-        """The running requests and how many tokens each may compute, and what is left of the budget for chunks."""
+        """Return the running requests with the tokens that each may compute, and the rest of `chunks`."""
         wanted = []
         for request in self._running:
             count = 1
@@ -274,11 +274,11 @@ class Scheduler:
         return wanted, chunks
 
     def _take_pages(self, wanted: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
-        """Give each its pages, in order of arrival; returns those that got them and were not preempted."""
+        """Take pages for the requests in order of arrival. Return those that got pages and were not preempted."""
         granted = []
         for request, count in wanted:
-            # Who is preempted arrived last, so was granted nothing yet. Its share of the token budget lapses:
-            # handing it out again would need more pages, which is what this step is short of.
+            # A preempted request arrived last, so nothing was granted to it yet. Its share of the token budget is
+            # not used: to give it to others would need more pages, and this step has none.
             while self._is_running(request):
                 if self._holdings.extend(request, count):
                     granted.append((request, count))
@@ -287,7 +287,7 @@ class Scheduler:
         return granted
 
     def _admit(self, granted: list[tuple[Request, int]], chunks: int, now: float) -> None:
-        """Start waiting requests in order of arrival, and grant them what is left of the budget for chunks."""
+        """Start waiting requests in order of arrival, and grant them the rest of the budget for chunks."""
         while self._waiting and chunks and len(self._running) < self._max_running:
             request = self._waiting[0]
             if not self._holdings.admit(request, now):
@@ -303,7 +303,7 @@ class Scheduler:
             chunks -= count
 
     def _draft(self, granted: list[tuple[Request, int]]) -> list[tuple[int, ...]]:
-        """What each granted request guesses of its next tokens, as far as budget and pages are left."""
+        """Return each granted request's drafts, as far as budget and pages are left."""
         budget = self._token_budget - sum(count for _, count in granted)
         drafts: list[tuple[int, ...]] = []
         for request, count in granted:
@@ -317,7 +317,7 @@ class Scheduler:
         return drafts
 
     def _count(self, scheduled: ScheduledRequest, first_new: int, held: int) -> None:
-        """Count the rows of one result: new from position `first_new` on, `held` drafts among them."""
+        """Count the rows of one result. Rows from position `first_new` on are new; `held` drafts were accepted."""
         known = len(scheduled.token_ids) - scheduled.num_drafts
         decoded = max(0, scheduled.start + known + held - first_new)
         self._decode_tokens += decoded
@@ -334,7 +334,7 @@ class Scheduler:
         self._preemptions += 1
 
     def _remove(self, request: Request) -> None:
-        """The one way out: off its queue, its pages released."""
+        """Take a request off its queue and release its pages. Every request ends here."""
         del self._requests[request.request_id]
         if request.page_ids:
             self._running.remove(request)
@@ -343,7 +343,7 @@ class Scheduler:
         self._holdings.pages.release(request.page_ids)
 
     def _is_running(self, request: Request) -> bool:
-        # Only the last of the running ever leaves while pages are taken.
+        # While pages are taken, only the last of the running requests leaves.
         return bool(self._running) and self._running[-1].arrival >= request.arrival
 
     def _refuse_unfit(self, submit: Submit) -> None:

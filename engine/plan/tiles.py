@@ -1,16 +1,15 @@
-"""How one step's rows are cut into tiles of attention work. Integers only.
+"""Cuts one step's rows into tiles of attention work. Integers only; `engine.attention.tiling` makes tensors of them.
 
-A tile is either many rows of one request (a prefill chunk) or one row of each of several requests
-(decodes), all attended in the same form:
+A tile is either many rows of one request (a prefill chunk) or one row of each of several requests (decodes). All its
+rows are attended in the same form:
 
-- `dense`: every earlier token is within the row's index_top_k, so selection would choose them all. This is
-  exact, not an approximation, and the indexer has nothing to say.
-- `gather`: score, select, gather the selected tokens, attend over those.
-- `mask`: score, select, then attend over the whole context with the rest masked out. Equal to
-  `gather`, and cheaper where many rows share a context hardly longer than index_top_k.
+- `dense`: attend over the whole context, without the indexer. For the rows that `engine.plan.sparsity` says are dense.
+- `gather`: score, select, gather the selected tokens, attend over them.
+- `mask`: score, select, attend over the whole context with the other tokens masked out. The result is that of
+  `gather`; it is cheaper if many rows share a context that is hardly longer than index_top_k.
 
-Tiles bound memory: what a tile materialises stays under the byte budget however long the context and
-the chunk are (unless a single row is over it, which no cutting helps).
+Tiles bound memory: the arrays that a tile needs stay under the byte budget, however long the context and the chunk
+are. A single row that needs more than the budget cannot be cut.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ class Tile:
     rows: tuple[tuple[int, ...], ...]  # [R][Q] indices into the batch
     positions: tuple[tuple[int, ...], ...]  # [R][Q]
     page_ids: tuple[tuple[int, ...], ...]  # [R], each as long as its own context needs
-    index_top_k: tuple[int, ...]  # [R]; in dense tiles, where no row reaches its bound, the context instead
-    expanded: bool = False  # latent attention makes each head's keys and values, rather than absorb them
+    index_top_k: tuple[int, ...]  # [R]; for a dense request the context
+    expanded: bool = False  # latent attention makes each head's keys and values first
 
     @property
     def context_pages(self) -> int:
@@ -61,38 +60,38 @@ class Tile:
 
 @dataclass(frozen=True)
 class TileCosts:
-    """What sizes a tile and chooses its form, for one model on one device.
+    """The numbers that decide the size and the form of a tile, for one model on one device.
 
-    The three unit costs are relative; only their ratios matter. They are measured by
-    `python -m benchmarks.forms` and used nowhere but in `sparse_form`.
+    Only the ratio of `gather_cost` and `mask_cost` matters. `python -m benchmarks.forms` measures them, and only
+    `sparse_form` uses them.
     """
 
     budget_bytes: int
-    index_row_bytes: int  # per (row, context position) while scoring: index heads x 4
-    attention_row_bytes: int  # per (row, context position) while attending masked: query heads x 4
+    index_row_bytes: int  # per (row, context position) of scoring: index heads x 4
+    attention_row_bytes: int  # per (row, context position) of masked attention: query heads x 4
     token_bytes: int  # keys and values of one token, one layer
     gather_cost: float = 1.0  # per (row, selected token) of `gather`
     mask_cost: float = 0.075  # per (row, context position) of `mask`
     forced: Literal["auto", "gather", "mask"] = "auto"
-    fused: bool = False  # the kernels work row by row: neither dense nor gathered tiles materialise anything
+    fused: bool = False  # the kernels work row by row: dense and gathered tiles need no arrays of their own
     few_rows: int = (
-        1  # steps of no more rows run through code of their own; nothing here but costs depends on it
+        1  # steps of at most so many rows run through code of their own; only `engine.plan.cost` uses it
     )
 
     def sparse_form(self, rows: int, context: int, index_top_k: int) -> Form:
-        """The cheaper sparse form for `rows` rows of one request; a lone row always gathers."""
+        """Return the cheaper sparse form for `rows` rows of one request. A single row always gathers."""
         if self.forced != "auto":
             return self.forced
-        if rows == 1 or self.fused:  # fused kernels gather no slower than they read on, and need no mask made
+        if rows == 1 or self.fused:  # fused kernels gather as fast as they read in order, and need no mask
             return "gather"
         return "gather" if index_top_k * self.gather_cost < context * self.mask_cost else "mask"
 
     def expands(self, rows: int, context: int) -> bool:
-        """Whether a dense or masked tile makes keys and values of its context first; for latent attention."""
+        """Whether a dense or masked tile of latent attention makes the keys and values of its context first."""
         return False
 
     def row_bytes(self, form: Form, context: int, index_top_k: int) -> int:
-        """Bytes that one more row of a tile materialises at its peak."""
+        """Bytes of arrays that one more row of a tile needs at its peak."""
         if self.fused and form != "mask":
             return 1
         scores = 0 if form == "dense" else context * (self.index_row_bytes + 4)
@@ -103,14 +102,15 @@ class TileCosts:
 
 @dataclass(frozen=True)
 class LatentTileCosts(TileCosts):
-    """The same for multi-head latent attention, in multiply-adds.
+    """The costs of multi-head latent attention, in multiply-adds.
 
-    Absorbed, a row reads r + p numbers a head and token and sums r; expanded, n + p and v, after each token
-    was expanded once for all rows of the tile, to n + v numbers of r terms a head. A row that is absorbed
-    pays as much as a token that is expanded. (n plain, p rotated, v value dims, r rank.)
-    `gather_cost` is an estimate; unlike its namesake above it was not measured. Where the kernels stream
-    (`Kernels.streams_latents`), tokens are read where they lie, so gathering is no other work than masking; and a
-    multiply-add of the expanded form took 1.2 times one absorbed on an AMD EPYC with bfloat16 products.
+    A head has n plain, p rotated and v value dims; r is the rank. Absorbed, a row reads r + p numbers of each token
+    and head, and sums r. Expanded, it reads n + p numbers and sums v. But first each token is expanded once for all
+    rows of the tile, to n + v numbers of r terms a head. To absorb a row costs as much as to expand a token.
+
+    `gather_cost` is an estimate; the one of `TileCosts` was measured. Kernels that stream (`Kernels.streams_latents`)
+    read tokens where they lie, so gathering is the same work as masking. A multiply-add of the expanded form took 1.2
+    times as long as an absorbed one on an AMD EPYC with bfloat16 products.
     """
 
     num_heads: int = 1
@@ -118,35 +118,35 @@ class LatentTileCosts(TileCosts):
     nope: int = 128
     rope: int = 64
     value: int = 128
-    item_bytes: int = 4  # of one number of an expanded key or value
-    streams: bool = False  # no per-head scores and no copies of a context are ever whole
-    expanded_unit: float = 1.0  # a multiply-add of the expanded form, against one absorbed
-    gather_cost: float = 2.0  # a gathered multiply-add against one of a product over the whole context
+    item_bytes: int = 4  # bytes of one number of an expanded key or value
+    streams: bool = False  # the kernels never hold all per-head scores, nor a copy of a context
+    expanded_unit: float = 1.0  # cost of a multiply-add of the expanded form; an absorbed one costs 1
+    gather_cost: float = 2.0  # cost of a gathered multiply-add; one over the whole context costs 1
 
     def row_bytes(self, form: Form, context: int, index_top_k: int) -> int:
-        """Streamed, what is left of a row beside its positions are its sums of values."""
+        """Count also a row's sums of values, which are the larger part if the kernels stream."""
         sums = 4 * self.num_heads * max(self.value, self.rank if form == "gather" else 0)
         return max(super().row_bytes(form, context, index_top_k), sums if self.streams else 0)
 
     def absorbed_cost(self, rows: int, tokens: float) -> float:
-        """`rows` rows over `tokens` tokens each, every head on the latent itself."""
+        """Multiply-adds of `rows` rows over `tokens` tokens each in the absorbed form."""
         per_pair = 2 * self.rank + self.rope
         return self.num_heads * rows * (tokens * per_pair + self.rank * (self.nope + self.value))
 
     def expanded_cost(self, rows: int, context: int) -> float:
-        """`rows` rows over one context of `context` tokens, expanded first."""
+        """Multiply-adds of `rows` rows over one context of `context` tokens in the expanded form."""
         per_pair = self.nope + self.rope + self.value
         made = self.rank * (self.nope + self.value)
         return self.num_heads * context * (rows * per_pair + made) * self.expanded_unit
 
     def expands(self, rows: int, context: int) -> bool:
-        """By cost, where the expanded context also fits into half of the budget, or never is there as a whole."""
+        """Expand if it costs less, and if the expanded context fits into half the budget or is never held whole."""
         per_token = self.num_heads * (2 * self.nope + self.rope + self.value) * self.item_bytes
         fits = self.streams or context * per_token * 2 <= self.budget_bytes
         return fits and self.expanded_cost(rows, context) < self.absorbed_cost(rows, context)
 
     def sparse_form(self, rows: int, context: int, index_top_k: int) -> Form:
-        """The cheapest of gathering, masking absorbed, and masking expanded."""
+        """Return the form of the cheapest: gathering, masking in the absorbed form, masking in the expanded form."""
         if self.forced != "auto":
             return self.forced
         if rows == 1:
@@ -158,7 +158,7 @@ class LatentTileCosts(TileCosts):
 
 
 def cut(segments: Sequence[Segment], costs: TileCosts) -> tuple[Tile, ...]:
-    """Tiles that cover each row of `segments` exactly once."""
+    """Cut `segments` into tiles that cover each row exactly once."""
     lone_dense = [s for s in segments if s.num_rows == 1 and s.dense_rows == 1]
     lone_sparse = [s for s in segments if s.num_rows == 1 and s.dense_rows == 0]
     tiles = [*_decode_tiles("dense", lone_dense, costs), *_decode_tiles("gather", lone_sparse, costs)]
@@ -173,7 +173,7 @@ def _pages_for(position: int) -> int:
 
 
 def _decode_tiles(form: Form, segments: Iterable[Segment], costs: TileCosts) -> Iterator[Tile]:
-    """Group lone rows of similar context, so that padding to the longest wastes at most about half."""
+    """Group single rows with similar contexts, so that padding to the longest wastes at most about half."""
     if form == "gather" and costs.forced == "mask":
         form = "mask"
     group: list[Segment] = []
@@ -202,9 +202,9 @@ def _decode_tile(form: Form, group: Sequence[Segment]) -> Tile:
 
 
 def prefill_spans(segment: Segment, costs: TileCosts) -> Iterator[tuple[Form, int, int, int]]:
-    """How one request's rows are cut: where they turn sparse, and wherever the budget is full.
+    """Cut one request's rows at the first sparse row, and wherever the budget is full.
 
-    Yields (form, rows, context in whole pages, index_top_k) of each tile, in the order of the rows.
+    Yields (form, number of rows, tokens of context in whole pages, index_top_k) of each tile, in the order of the rows.
     """
     row = 0
     while row < segment.num_rows:

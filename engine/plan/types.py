@@ -1,8 +1,8 @@
-"""One step's work, as integers: what the scheduler decides, the runner runs and the scheduler applies.
+"""One step's work, as integers. The scheduler decides a plan, the runner computes it, the scheduler applies the result.
 
-Token-major and without phases: a request has computed `start` tokens and gets `token_ids` more, be
-that a chunk of its prompt or the one token that it sampled last. Drafts may follow the last token that is
-known: guesses of the tokens to come, which the step verifies (`engine.step.speculation`).
+There are no phases: a request has computed `start` tokens and gets `token_ids` more, which are a chunk of its prompt
+or the token that it sampled last. Drafts may follow the last known token: guesses of the next tokens, which the step
+verifies (`engine.step.speculation`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from engine.protocol import IndexTopK, SamplingParams, TokenLogprob
 
 
 class SampleSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Draw one token from the logits of one row: of a scheduled request's last known token, or of a draft."""
+    """How to draw a token from the logits of a row, which is a request's last known token or a draft."""
 
     params: SamplingParams
-    output_index: int  # how many tokens this request has generated before: the random stream's position
+    output_index: int  # how many tokens the request has generated; it is the position in the random stream
     prompt_len: int
     history: tuple[int, ...]  # prompt and output so far; empty unless a penalty needs it
 
@@ -27,13 +27,13 @@ class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     token_ids: tuple[int, ...]
     start: int
-    page_ids: tuple[int, ...]  # page i holds positions [64 i, 64 i + 64); covers every row of this step
+    page_ids: tuple[int, ...]  # page i holds positions [64 i, 64 i + 64); they cover every row of this step
     index_top_k: IndexTopK
-    sample: SampleSpec | None  # None: a chunk that does not reach the end of the known tokens
-    num_drafts: int = 0  # the last of `token_ids` are drafts; only where `sample` is set
-    next_token_id: int | None = None  # the known token after the last row, where there is one
-    prompt_targets: tuple[int, ...] = ()  # next known token of each row, where its logprob is asked for
-    prompt_alternatives: int = 0  # how many alternatives to report with each of them
+    sample: SampleSpec | None  # None: the rows do not reach the end of the known tokens
+    num_drafts: int = 0  # so many of the last `token_ids` are drafts; above 0 only if `sample` is set
+    next_token_id: int | None = None  # the known token after the last row, if there is one
+    prompt_targets: tuple[int, ...] = ()  # for each row whose next token's logprob is asked for: that token
+    prompt_alternatives: int = 0  # how many alternatives to report with each target's logprob
 
     @property
     def drafts(self) -> tuple[int, ...]:
@@ -42,12 +42,12 @@ class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """A step: never empty, each request in it once."""
+    """The work of one step: at least one request, and each request once."""
 
     requests: tuple[ScheduledRequest, ...]
     wiped_pages: tuple[int, ...] = ()
-    """To be zeroed first. A faulty request may have left not-a-number there, and the next owner's masked
-    positions are multiplied by 0, which does not make that a 0."""
+    """The step zeroes these pages first. A faulty request may have left not-a-number in them. The next owner's masked
+    positions are multiplied by 0, and 0 times not-a-number is not 0."""
 
     @property
     def num_tokens(self) -> int:
@@ -65,17 +65,17 @@ class Drawn(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step gave one scheduled request."""
+    """The result of one scheduled request in a step."""
 
-    token_ids: tuple[int, ...] = ()  # exactly where it had a `sample`: the drafts that held, and one more
-    logprobs: tuple[TokenLogprob, ...] = ()  # one a token, if asked for
-    draft_token_ids: tuple[int, ...] = ()  # the runner's guess of what follows them, for the next step
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # one a prompt target
-    error: str | None = None  # this request alone failed (its logits are not finite, say)
+    token_ids: tuple[int, ...] = ()  # with a `sample`: the accepted drafts and one more token; else empty
+    logprobs: tuple[TokenLogprob, ...] = ()  # one for each token, if asked for
+    draft_token_ids: tuple[int, ...] = ()  # the runner's drafts for the next step
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # one for each prompt target
+    error: str | None = None  # only this request failed, for example because its logits are not finite
     nonfinite: bool = False  # with an error: the logits were not finite
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One `Sampled` a scheduled request, in the plan's order."""
+    """One `Sampled` for each scheduled request, in the plan's order."""
 
     sampled: tuple[Sampled, ...]

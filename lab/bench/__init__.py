@@ -1,1 +1,1 @@
-"""`dsa bench`: how fast endpoints of OpenAI's interface are, one or several side by side, seen from a client."""
+"""`dsa bench`: measures from a client how fast servers with OpenAI's interface are, one or several side by side."""

@@ -1,4 +1,4 @@
-"""The command line of `dsa bench`: a command a suite, each with the flags that all have."""
+"""The command line of `dsa bench`: one command for each suite. All commands share the flags of `_measure`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from server.hub.models import DEFAULT_MODEL
 
 app = program(
     "Measure speed, of this server or of several side by side.\n\n"
-    "Each suite asks over OpenAI's streaming HTTP interface and reads the times of events as a client sees them. "
-    "Several servers are asked in turn, request by request, with prompts of the same lengths. "
+    "Each suite sends requests over OpenAI's streaming HTTP interface and notes the times of events as a client sees "
+    "them. Several servers are asked in turn, request by request, with prompts of the same lengths. "
     "Without --endpoint and --serve, a `dsa serve` of MODEL is started and measured alone.\n\n"
     "dsa bench decode --cpus 1 --serve 'dsa=dsa serve --port {port}' "
     "--serve 'llama.cpp=llama-server -m MODEL.gguf --port {port}'"
@@ -30,7 +30,7 @@ app.command()(curve)
 
 _WHAT, _WHO, _HOW = "What is measured", "Who is measured", "How"
 _WIDTH = 120
-"""Columns where there is no terminal."""
+"""Columns of the output if it is not a terminal."""
 
 
 def _sizes(what: str) -> Any:
@@ -44,7 +44,7 @@ StreamsFlag = Annotated[str, _sizes("Requests at once.")]
 
 
 def _suite(name: str, rounds: int) -> Callable[[Callable[..., Suite]], Callable[..., Suite]]:
-    """Make a command of a function that makes a suite of its own flags; `_measure` has the others."""
+    """Turn a function that makes a suite into a command. It has the function's flags and those of `_measure`."""
 
     def add(make: Callable[..., Suite]) -> Callable[..., Suite]:
         own = dict(inspect.signature(make, eval_str=True).parameters)
@@ -75,13 +75,14 @@ def _measure(
     model: Annotated[
         str,
         typer.Argument(
-            help="What the servers serve, for its tokenizer: a name that dsa can fetch, a .gguf file, or a folder."
+            help="The model that the servers serve, for its tokenizer: a name, a .gguf file, or a folder."
         ),
     ] = DEFAULT_MODEL,
     endpoint: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=URL", help="A server that runs, as llama.cpp=http://127.0.0.1:8080; may be repeated.",
+            metavar="NAME=URL",
+            help="A running server, such as llama.cpp=http://127.0.0.1:8080; may be repeated.",
             show_default=False, rich_help_panel=_WHO,
         ),
     ] = None,
@@ -89,7 +90,7 @@ def _measure(
         list[str] | None,
         typer.Option(
             metavar="NAME=COMMAND",
-            help="A server to start, and stop in the end; {port} in the command becomes a free port; may be repeated.",
+            help="A server to start and, at the end, stop; {port} becomes a free port; may be repeated.",
             show_default=False, rich_help_panel=_WHO,
         ),
     ] = None,
@@ -97,14 +98,14 @@ def _measure(
         list[str] | None,
         typer.Option(
             metavar="NAME=JSON",
-            help="More fields of the requests to one server, as 'dense={\"dsa\": {\"top_k\": \"dense\"}}'; null leaves one out.",
+            help="More fields of the requests to a server, such as 'dense={\"dsa\": {\"top_k\": \"dense\"}}'; null leaves a field out.",
             show_default=False, rich_help_panel=_WHO,
         ),
     ] = None,
     own: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Which one is compared with the best of the others.", show_default="the first",
+            metavar="NAME", help="The server to compare with the best of the others.", show_default="the first",
             rich_help_panel=_WHO,
         ),
     ] = None,
@@ -114,13 +115,13 @@ def _measure(
     cpus: Annotated[
         str | None,
         typer.Option(
-            metavar="LIST", help="Cores that started servers share, as 1 or 2-3; this program takes the others.",
+            metavar="LIST", help="Cores for started servers, such as 1 or 2-3; this program uses the others.",
             show_default="any", rich_help_panel=_HOW,
         ),
     ] = None,
     text: Annotated[
         bool,
-        typer.Option("--text", help="Send prompts as text, where a server takes no token ids.", rich_help_panel=_HOW),
+        typer.Option("--text", help="Send prompts as text, for servers that take no token ids.", rich_help_panel=_HOW),
     ] = False,
     start_seconds: Annotated[
         float, typer.Option(min=1, help="How long a server may take to start.", rich_help_panel=_HOW)
@@ -128,7 +129,7 @@ def _measure(
     out: Annotated[
         Path,
         typer.Option(
-            metavar="DIR", help="Where SUITE.json, SUITE.png and the servers' logs go.", rich_help_panel=_HOW
+            metavar="DIR", help="Folder for SUITE.json, SUITE.png and the servers' logs.", rich_help_panel=_HOW
         ),
     ] = Path("bench"),
 ) -> None:  # fmt: skip
@@ -167,7 +168,7 @@ def decode(contexts: ContextsFlag = "128,2048,7168", tokens: TokensFlag = 64) ->
 
 @_suite("prefill", rounds=5)
 def prefill(lengths: ContextsFlag = "512,2048,7168") -> Suite:
-    """Prompt tokens a second of one stream, by length; nothing of it cached."""
+    """Prompt tokens a second of one stream, by length, without a cached prefix."""
     return Prefill(_numbers("--lengths", lengths))
 
 
@@ -175,28 +176,30 @@ def prefill(lengths: ContextsFlag = "512,2048,7168") -> Suite:
 def concurrency(
     streams: StreamsFlag = "1,2,4,8,16,32", context: ContextFlag = 1024, tokens: TokensFlag = 128
 ) -> Suite:
-    """Tokens a second of many streams together, and whether one of them has to wait."""
+    """Tokens a second of many streams together, and whether a stream has to wait."""
     return Concurrency(_numbers("--streams", streams), context, tokens)
 
 
 @_suite("prefix", rounds=5)
 def prefix(
-    prefixes: Annotated[str, _sizes("Tokens that two prompts have in common.")] = "7168",
-    tail: Annotated[int, typer.Option(min=1, help="Tokens that they have not.", rich_help_panel=_WHAT)] = 512,
+    prefixes: Annotated[str, _sizes("Tokens that both prompts begin with.")] = "7168",
+    tail: Annotated[
+        int, typer.Option(min=1, help="Tokens of each prompt after these.", rich_help_panel=_WHAT)
+    ] = 512,
 ) -> Suite:
-    """Time to the first token behind a cached prefix, against a cold prompt."""
+    """Time to the first token after a cached prefix, compared with a cold prompt."""
     return Prefix(_numbers("--prefixes", prefixes), tail)
 
 
 @_suite("long", rounds=3)
 def long_context(contexts: ContextsFlag = "1024,2048,4096,6144,8000", tokens: TokensFlag = 64) -> Suite:
-    """Whole requests, cold, up to all that the default model's context holds."""
+    """Whole cold requests, up to the default model's whole context."""
     return Long(_numbers("--contexts", contexts), tokens)
 
 
 @_suite("overhead", rounds=5)
 def overhead(streams: StreamsFlag = "1,8", context: ContextFlag = 1024, tokens: TokensFlag = 128) -> Suite:
-    """What the server costs: streams over HTTP, and the same engine driven in process."""
+    """The cost of the server: streams over HTTP, and through the same engine in process."""
     return Overhead(_numbers("--streams", streams), context, tokens)
 
 

@@ -1,4 +1,4 @@
-"""Asks one endpoint with prompts of exact lengths, and holds its count of tokens against what was sent."""
+"""Asks one endpoint with prompts of exact lengths, and checks that the server counts as many tokens as were sent."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from lab.bench.timing import Timing
 
 
 class Asker:
-    """Makes prompts for one endpoint.
+    """Sends prompts to one endpoint.
 
     Attributes:
-        endpoint: who is asked.
+        endpoint: the server to ask.
     """
 
     def __init__(self, endpoint: Endpoint, words: Words, *, as_text: bool, run: str) -> None:
-        """Ask one server.
+        """Prepare to ask one server.
 
         Args:
-            endpoint: who is asked
-            words: what prompts are made of
-            as_text: send text in place of token ids
-            run: distinguishes this run's prompts from those of earlier runs, which a server may have cached
+            endpoint: the server to ask
+            words: makes the prompts
+            as_text: send text instead of token ids
+            run: makes this run's prompts different from those of earlier runs, which a server may have cached
         """
         self.endpoint = endpoint
         self._words = words
@@ -32,15 +32,16 @@ class Asker:
         self._run = run
 
     async def one(self, length: int, max_tokens: int, *, body: object, head: object) -> Timing:
-        """One request.
+        """Send one request.
 
         Args:
             length: tokens of the prompt
-            max_tokens: of the answer
-            body: equal ones give the same words after the head, on every endpoint
-            head: unequal ones share no prefix, nor do those of two endpoints
+            max_tokens: tokens of the answer
+            body: prompts with equal bodies have the same words after the head, on every endpoint
+            head: prompts with different heads, or for different endpoints, share no prefix
 
         Raises:
+            NotYetError: the server does not answer, or answers 503.
             BenchError: the request failed, or the server counts another number of tokens.
         """
         return await self._send(self._prompt(length, body, head), max_tokens)
@@ -48,13 +49,16 @@ class Asker:
     async def with_tail(
         self, prefix: int, tail: int, *, body: object, head: object, tail_of: object
     ) -> Timing:
-        """A request for one token, whose prompt's first `prefix` tokens only body and head decide."""
+        """Send a request for one token.
+
+        `body` and `head` decide the prompt's first `prefix` tokens, and `tail_of` decides the other `tail` tokens.
+        """
         return await self._send(self._prompt(prefix, body, head) + self._words.more(tail, tail_of), 1)
 
     async def many(
         self, count: int, length: int, max_tokens: int, *, body: object, head: object
     ) -> list[Timing]:
-        """Several requests at once, no two alike."""
+        """Send `count` different requests at once."""
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [

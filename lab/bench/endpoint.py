@@ -1,4 +1,4 @@
-"""One server with OpenAI's interface: what it serves, and a streamed completion with the times of its events."""
+"""A client of one server with OpenAI's interface. It streams completions and notes the times of their events."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _CONNECTIONS = httpx.Limits(max_connections=None, max_keepalive_connections=None
 
 
 class NotYetError(Exception):
-    """The server does not answer, or answers that it cannot yet."""
+    """The server does not answer, or answers that it is not ready."""
 
 
 class Endpoint:
     """A server.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
         url: its address, without /v1.
-        model: what requests name; the first of its models.
-        about: what else the server says of itself and its model.
+        model: the name of its first model, which the requests use.
+        about: the first model's entry of /v1/models, and the header `server`.
     """
 
     def __init__(self, http: httpx.AsyncClient, name: str, url: str, fields: dict[str, Any]) -> None:
@@ -40,11 +40,11 @@ class Endpoint:
         self.about: dict[str, Any] = {}
 
     async def greet(self) -> None:
-        """Find out what is served, and whether it answers.
+        """Ask the server for its model; sets `model` and `about`.
 
         Raises:
-            NotYetError: nothing answers, or it is still loading.
-            BenchError: what answers is no server of OpenAI's interface.
+            NotYetError: nothing answers, or the server is still loading.
+            BenchError: the server does not have OpenAI's interface.
         """
         try:
             response = await self._http.get("/v1/models")
@@ -68,11 +68,11 @@ class Endpoint:
 
         Args:
             prompt: token ids, or text
-            max_tokens: of the answer
+            max_tokens: tokens of the answer
 
         Raises:
-            NotYetError: nothing answers, or it answers 503.
-            BenchError: the server refused, broke off, or did not stream.
+            NotYetError: nothing answers, or the server answers 503.
+            BenchError: the server refused, broke off, did not stream, or did not make `max_tokens` tokens.
         """
         body = {
             "model": self.model,
@@ -98,7 +98,7 @@ class Endpoint:
                     raise BenchError(
                         f"{self.name} did not stream: it answered with {kind}, and times of tokens need text/event-stream"
                     )
-                async for line in response.aiter_lines():  # read later: here every microsecond counts
+                async for line in response.aiter_lines():  # parsed later: here every microsecond counts
                     lines.append((time.perf_counter(), line))  # noqa: PERF401 - the clock is read at once
         except httpx.ConnectError as error:
             raise NotYetError(f"there is no server at {self.url} ({error})") from None
@@ -109,7 +109,7 @@ class Endpoint:
         return self._read(sent, lines, max_tokens)
 
     def _read(self, sent: float, lines: Sequence[tuple[float, str]], max_tokens: int) -> Timing:
-        """Make sense of the lines of an event stream."""
+        """Parse the lines of an event stream, each with the time when it came."""
         arrivals: list[float] = []
         ended: float | None = None
         usage: dict[str, Any] | None = None
@@ -159,12 +159,12 @@ class Endpoint:
 async def connect(
     name: str, url: str, fields: dict[str, Any] | None = None
 ) -> AsyncGenerator[Endpoint, None]:
-    """An endpoint whose connections are closed in the end.
+    """Make an endpoint, and close its connections at the end.
 
     Args:
-        name: what tables call it
-        url: of the server, with or without /v1
-        fields: more fields of every request's body; None as a value leaves a field out
+        name: its name in tables
+        url: the server's address, with or without /v1
+        fields: more fields for every request's body; a field whose value is None is left out
     """
     base = url.rstrip("/").removesuffix("/v1")
     async with httpx.AsyncClient(
@@ -174,7 +174,7 @@ async def connect(
 
 
 def _reason(status: int, content: bytes) -> str:
-    """What a refusal says."""
+    """Return the message of a refusal."""
     try:
         return _message(json.loads(content))
     except (ValueError, LookupError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""What can go wrong with a measurement."""
+"""The error of a measurement."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from lab.tool import ToolError
 
 
 class BenchError(ToolError):
-    """It cannot be measured; the message is one sentence that says why and what to do."""
+    """The measurement is not possible; the message is one sentence that says why and what to do."""

@@ -1,4 +1,7 @@
-"""What HTTP costs: the same streams through a server, and through the engine driven in its own process."""
+"""Measures the cost of HTTP: the same streams through a server, and through the engine in its own process.
+
+`lab.bench.steps` is the program that drives the engine without a server.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from lab.bench.timing import Timing
 from server.hub.models import ModelFiles
 
 NAME = "in process"
-"""What tables call it."""
+"""The name in tables of the engine without a server."""
 
 
 class _Gaps(msgspec.Struct, frozen=True):
@@ -27,7 +30,7 @@ class _Gaps(msgspec.Struct, frozen=True):
 
 
 class _Report(msgspec.Struct, frozen=True):
-    """What is read of `python -m lab.bench.steps`'s line: seconds and tokens a second."""
+    """The fields that are read from the line of `python -m lab.bench.steps`. Times are in seconds."""
 
     tokens_per_second: float
     decode_tokens_per_second: float
@@ -37,7 +40,7 @@ class _Report(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Overhead:
-    """Streams over HTTP as in `Concurrency`, and the same without a server."""
+    """Streams over HTTP as in `Concurrency`, and the same streams without a server."""
 
     streams: tuple[int, ...]
     context: int
@@ -52,30 +55,27 @@ class Overhead:
 
     @property
     def cases(self) -> Sequence[int]:
-        """Numbers of streams."""
         return self.streams
 
     async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
-        """Over HTTP."""
         values, timings = await Concurrency(self.streams, self.context, self.tokens).sample(ask, case, turn)
         return {metric.name: values[metric.name] for metric in self.metrics if metric.name in values}, timings
 
     def remarks(self, figures: Figures, server: str) -> list[str]:
-        """Nothing that the table does not say."""
         return []
 
     def command(self, files: ModelFiles, case: int) -> list[str]:
-        """What drives the engine in process; its default `top_k` is the server's too."""
+        """Return the command that drives the engine in process. Its default `top_k` is that of the server."""
         made = [sys.executable, "-P", "-m", "lab.bench.steps", f"--weights={files.weights}"]
         made += [f"--overlay={files.overlay}"] if files.overlay is not None else []
         return [*made, f"--streams={case}", f"--context={self.context}", f"--tokens={self.tokens}"]
 
 
 async def drive(command: Sequence[str], cpus: Sequence[int] | None) -> tuple[SampleValues, int]:
-    """Run the engine once; what it measured, and its peak memory in bytes.
+    """Run the engine once; return the sample's values, and the peak memory in bytes.
 
     Raises:
-        BenchError: it failed; its own error stands above.
+        BenchError: the engine failed; its own error was printed before.
     """
     with pinned(cpus):
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)

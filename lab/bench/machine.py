@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""Describes the machine that the figures were measured on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PACKAGES = ("dsa-serve", "torch", "httpx", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, memory, system, versions and how busy the machine was."""
+    """Return processor, cores, memory, system, versions and the load averages."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

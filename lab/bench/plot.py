@@ -1,4 +1,4 @@
-"""The results as a picture: a line a server where there are several cases, else bars."""
+"""Draws the results: one line for each server if there are several cases, else bars."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lab.bench.suites import Metric
 
 
 def draw(results: BenchResults, folder: Path) -> Path:
-    """Draw SUITE.png; the file that was written."""
+    """Draw SUITE.png; return the file that was written."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -36,7 +36,7 @@ def draw(results: BenchResults, folder: Path) -> Path:
 
 
 def _lines(axis: Any, results: BenchResults, metric: Metric) -> None:
-    """One line a server, quartiles as error bars; the own one is thicker."""
+    """Draw one line for each server, with quartiles as error bars. The own server's line is thicker."""
     for server in results.servers:
         points = [
             (case, found)
@@ -64,7 +64,7 @@ def _lines(axis: Any, results: BenchResults, metric: Metric) -> None:
 
 
 def _bars(axis: Any, results: BenchResults, metric: Metric) -> None:
-    """One bar a server."""
+    """Draw one bar for each server, with quartiles as error bars."""
     for case, servers in results.figures.items():
         found = {name: of[metric.name] for name, of in servers.items() if metric.name in of}
         medians = [spread.median for spread in found.values()]

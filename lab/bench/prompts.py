@@ -1,4 +1,4 @@
-"""Prompts of an exact number of tokens, the same words for every server."""
+"""Makes prompts with an exact number of tokens, of the same words for every server."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from lab.bench.errors import BenchError
 from server.text.tokenizer import Tokenizer
 
 HEAD = 4
-"""Words in front that are a prompt's own, so that no prefix cache knows it."""
+"""How many words at the start a prompt has for itself, so that no prefix cache knows the prompt."""
 
 _WORD = re.compile(r" [a-z]{2,}")
 _FEWEST = 256
 
 
 class Words:
-    """A vocabulary's whole lowercase words, each one token with the space before it.
+    """The whole lowercase words of a vocabulary. Each is one token, with the space before it.
 
-    A sequence of such tokens is the same sequence after a detour over text, so a prompt may go to a
-    server as token ids or as text.
+    A sequence of such tokens, decoded to text and encoded again, is the same sequence. So a prompt can be sent as
+    token ids or as text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Find the words.
+        """Find the words of the tokenizer's vocabulary.
 
         Raises:
-            BenchError: the vocabulary has too few.
+            BenchError: the vocabulary has too few words.
         """
         self._tokenizer = tokenizer
         plain = (i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids)
@@ -43,12 +43,15 @@ class Words:
             )
 
     def prompt(self, length: int, *, body: object, head: object) -> list[int]:
-        """A prompt of `length` tokens, the beginning-of-sequence token included where the model has one.
+        """Make a prompt of `length` tokens, with the beginning-of-sequence token if the model uses one.
 
         Args:
             length: tokens
-            body: prompts with equal ones have the same words after the head
-            head: prompts with equal ones begin alike; unequal ones differ from the first word on
+            body: prompts with equal bodies have the same words after the head
+            head: prompts with equal heads begin with the same words; with different heads, with other words
+
+        Raises:
+            BenchError: `length` is too small.
         """
         bos = self._tokenizer.bos_token_id
         begin = [bos] if bos is not None and self._tokenizer.adds_bos else []
@@ -60,9 +63,9 @@ class Words:
         return begin + heads + random.Random(f"body {body}").choices(self._ids, k=length - len(begin) - HEAD)
 
     def more(self, length: int, of: object) -> list[int]:
-        """So many words to go on with; equal `of` give equal words."""
+        """Make `length` more words; equal `of` give equal words."""
         return random.Random(f"more {of}").choices(self._ids, k=length)
 
     def text(self, ids: list[int]) -> str:
-        """The prompt as text, without the beginning-of-sequence token, which a server puts in front itself."""
+        """Return the prompt as text, without the beginning-of-sequence token, which a server adds itself."""
         return self._tokenizer.decode(ids)

@@ -1,4 +1,4 @@
-"""The results as a table for a terminal."""
+"""Prints the results as a table for a terminal."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from lab.bench.results import BenchResults
 from lab.bench.statistics import Spread
 
 _WIDE = 100
-"""Columns of a terminal that has room for quartiles."""
+"""A terminal with so many columns has room for quartiles."""
 
 
 def show(console: Console, results: BenchResults) -> None:
-    """Print the table and what it says."""
+    """Print the table and the remarks."""
     console.print(table(results, quartiles=console.width >= _WIDE))
     for remark in results.remarks:
         console.print(remark, highlight=False, soft_wrap=True)
 
 
 def table(results: BenchResults, *, quartiles: bool) -> Table:
-    """Cases by servers: medians, the first metric's quartiles, and the own server against the best of the others."""
+    """Make the table: a row for each case and server.
+
+    It has medians, the first metric's quartiles, and the ratio of the own server to the best of the others.
+    """
     several = len(results.servers) > 1
     made = Table(
         title=results.title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False

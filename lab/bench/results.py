@@ -1,4 +1,4 @@
-"""What a suite measured, as it is written down: every sample, and what was measured with what on what."""
+"""SUITE.json: every sample of a suite, with the servers, the settings and the machine."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lab.bench.timing import Timing
 
 
 class Server(msgspec.Struct, kw_only=True):
-    """Who was measured.
+    """A server that was measured.
 
     Attributes:
-        name: what tables call it.
-        url: where it answered; None for the engine in process.
-        command: how it was started; None where it ran already.
-        cpus: the cores that it was held to; None is any.
-        about: what it says of itself.
+        name: its name in tables.
+        url: its address; None for the engine in process.
+        command: the command that started it; None if it was already running.
+        cpus: the cores that it could use; None is any.
+        about: the server's description of itself.
         fields: more fields that its requests had.
-        peak_memory_bytes: the most that its largest process had resident so far; None where it is not known.
+        peak_memory_bytes: the peak resident memory of its largest process so far; None if it is not known.
     """
 
     name: str
@@ -36,23 +36,23 @@ class Server(msgspec.Struct, kw_only=True):
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """One measurement of one server. `requests` are empty for the engine in process."""
+    """One measurement of one server. `requests` is empty for the engine in process."""
 
     server: str
     case: int
     turn: int
     values: dict[str, float]
     requests: list[Timing]
-    peak_memory_bytes: int | None = None  # after it, since the start
+    peak_memory_bytes: int | None = None  # from the server's start to the end of this sample
 
 
 class BenchResults(msgspec.Struct, kw_only=True):
-    """A suite's run, whole or so far.
+    """The results of a suite, or of the samples taken so far.
 
     Attributes:
         own: the server that is compared with the others.
         settings: sizes and rounds.
-        figures: case -> server -> metric -> median and quartiles, of `samples`.
+        figures: case -> server -> metric -> median and quartiles of `samples`.
         ratios: case -> metric -> how many times better the own server is than the best of the others.
     """
 
@@ -73,7 +73,7 @@ class BenchResults(msgspec.Struct, kw_only=True):
     samples: list[Sample] = []
 
     def summarise(self) -> None:
-        """Make figures and ratios of the samples."""
+        """Compute `figures` and `ratios` from the samples."""
         self.figures = figures_of(self.samples, [metric.name for metric in self.metrics])
         self.ratios = {}
         for case, servers in self.figures.items():
@@ -85,7 +85,7 @@ class BenchResults(msgspec.Struct, kw_only=True):
                     self.ratios.setdefault(case, {})[metric.name] = ratio
 
     def save(self, folder: Path) -> Path:
-        """Write SUITE.json; it is whole at every moment."""
+        """Write SUITE.json. The file is replaced in one step, so it is never half written."""
         path = folder / f"{self.suite}.json"
         part = path.with_name(path.name + ".part")
         part.write_bytes(msgspec.json.encode(self) + b"\n")
@@ -94,7 +94,7 @@ class BenchResults(msgspec.Struct, kw_only=True):
 
 
 def figures_of(samples: list[Sample], metrics: list[str]) -> dict[int, dict[str, dict[str, Spread]]]:
-    """Medians and quartiles by case, server and metric, in the order of the samples."""
+    """Compute medians and quartiles by case, server and metric, in the order of the samples."""
     grouped: dict[int, dict[str, dict[str, list[float]]]] = {}
     for sample in samples:
         of_server = grouped.setdefault(sample.case, {}).setdefault(sample.server, {})

@@ -1,4 +1,4 @@
-"""Starts what is to be started, asks everybody in turn, and writes down each suite as it goes."""
+"""Runs suites: starts servers, asks all servers in turn, and saves the results after every round."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from server.hub.stages import Stages
 from server.text.loading import load_tokenizer
 
 QUIET_SECONDS = 15.0
-"""Between lines of progress where there is no terminal."""
+"""The time between two lines of progress, if the output is not a terminal."""
 _POLL_SECONDS = 0.5
 _WARM_UP = (64, 8)
-"""Tokens of prompt and answer of the request that nobody measures."""
+"""Tokens of prompt and answer of the first request, which is not measured."""
 
 Contender = tuple[Asker, LocalServer | None]
-"""A server, and its process where it was started here."""
+"""A server, and its process if it was started here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,14 @@ class BenchPlan:
     """What to measure.
 
     Attributes:
-        suites: one after the other, with the same servers.
-        endpoints: name -> address of servers that run.
-        commands: name -> command line of servers to start, {port} in it.
-        own: the one that is compared with the others.
-        fields: name -> more fields of its requests' bodies.
-        files: the model's, for its tokenizer and for the engine in process.
+        suites: what to measure, one after the other, with the same servers.
+        endpoints: name -> address of a running server.
+        commands: name -> command line of a server to start, with {port} in it.
+        own: the name of the server that is compared with the others.
+        fields: name -> more fields for the bodies of the server's requests.
+        files: the model's files, for its tokenizer and for the engine in process.
         rounds: samples of each case of each server.
-        cpus: cores that the started servers are held to, together; None is any.
+        cpus: cores that the started servers share; None is any.
         as_text: send prompts as text, for servers that take no token ids.
         out: the folder of results.
         start_seconds: how long a server may take to start.
@@ -73,13 +73,13 @@ class BenchPlan:
 
 
 def run(plan: BenchPlan, console: Console) -> list[BenchResults]:
-    """Measure; the results, which are in the folder too.
+    """Measure, save and show; return the results.
 
     Raises:
-        BenchError: it cannot be done; suites that were done before are kept.
-        TokenizerError: the model's tokenizer.
+        BenchError: a suite cannot be measured; the results so far are kept.
+        TokenizerError: the model's tokenizer cannot be used.
     """
-    try:  # an extra, and better missed now than after the work
+    try:  # matplotlib is an extra; if it is missing, say so now and not after the work
         from lab.bench.plot import draw
     except ImportError:
         raise BenchError(
@@ -102,7 +102,7 @@ def run(plan: BenchPlan, console: Console) -> list[BenchResults]:
 
 
 async def _measure(plan: BenchPlan, suite: Suite, words: Words, started: list[LocalServer]) -> BenchResults:
-    """One suite; the servers are started by the first."""
+    """Measure one suite. The first suite starts the servers and adds them to `started`."""
     machine, began = describe(), time.monotonic()
     async with contextlib.AsyncExitStack() as stack:
         with Stages(quiet_seconds=QUIET_SECONDS) as stages:
@@ -135,7 +135,11 @@ def _asker(plan: BenchPlan, endpoint: Endpoint, words: Words) -> Asker:
 
 
 async def _warm_up(ask: Asker, local: LocalServer | None, seconds: float, stages: Stages) -> None:
-    """Wait until a server answers, and let it answer once."""
+    """Wait until a server answers, and send it one request.
+
+    Raises:
+        BenchError: the server does not answer within `seconds`, or ended.
+    """
     name, began = ask.endpoint.name, time.monotonic()
     while True:
         stages(f"waiting for {name}", 0, 0)
@@ -184,7 +188,7 @@ def _empty(
 async def _turns(
     plan: BenchPlan, suite: Suite, contenders: Sequence[Contender], results: BenchResults, stages: Stages
 ) -> None:
-    """Every case, round by round, and in every round each server, another one first each time."""
+    """Measure every case in rounds. In each round every server is measured, and another one is the first."""
     ours = [local for _, local in contenders if local is not None]
     names = [server.name for server in results.servers]
     asked = {ask.endpoint.name: (ask, local) for ask, local in contenders}

@@ -1,4 +1,4 @@
-"""Servers started for a measurement: on given cores, watched, and stopped in the end."""
+"""Starts servers for a measurement on given cores, watches them, and stops them at the end."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from lab.bench.errors import BenchError
 _STOP_SECONDS = 20.0
 _TAIL = 3
 _PARENT, _SESSION, _START = 1, 3, 19
-"""Fields of `_stat`."""
+"""Indices of fields in the list that `_stat` returns."""
 
 
 class LocalServer:
-    """A process, with all that it started, in a session of its own.
+    """A server's process and all processes that it started, in a session of their own.
 
     Attributes:
-        name: what tables call it.
-        command: what was run, the port filled in.
-        url: where it will answer.
-        log: the file that has its output.
+        name: the server's name in tables.
+        command: the command that was run, with the port filled in.
+        url: the address where the server will answer.
+        log: the file with the server's output.
     """
 
     def __init__(self, name: str, template: str, log: Path, cpus: Sequence[int] | None) -> None:
-        """Start it.
+        """Start the server.
 
         Args:
-            name: what tables call it
-            template: a command line; {port} becomes a free port of the loopback
-            log: file for its output
-            cpus: cores that it may use; None is all that this process may
+            name: the server's name in tables
+            template: a command line; {port} becomes a free port of the loopback interface
+            log: file for the server's output
+            cpus: cores that the server may use; None is all cores that this process may use
 
         Raises:
-            BenchError: there is no such command.
+            BenchError: the command has no {port}, or cannot be started.
         """
         if "{port}" not in template:
             raise BenchError(
@@ -63,10 +63,10 @@ class LocalServer:
             raise BenchError(f"{name} cannot be started: {error}") from None
 
     def check(self) -> None:
-        """Say why it ended, if it did.
+        """Check that the server is still running.
 
         Raises:
-            BenchError: it did.
+            BenchError: it ended; the message has the last lines of its log.
         """
         if (code := self._process.poll()) is not None:
             lines = self.log.read_text(errors="replace").split("\n")
@@ -76,29 +76,29 @@ class LocalServer:
             )
 
     def peak_memory(self) -> int | None:
-        """The most memory that its largest process ever had resident, bytes; None where it is not known."""
+        """Return the peak resident memory of the server's largest process, in bytes; None if it is not known."""
         peaks = [peak for process in self._processes() if (peak := _peak(process)) is not None]
         return max(peaks, default=None)
 
     def pause(self) -> None:
-        """Let it do nothing until `resume`."""
+        """Stop all processes of the server until `resume`."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Let the server's processes continue."""
         self._signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """End it and all that it started: politely, then not."""
+        """End the server and all processes that it started: first with SIGTERM, then with SIGKILL."""
         family = {process: _stat(process) for process in self._processes()}
-        self.resume()  # one that is paused would not hear of it
+        self.resume()  # a paused process does not react to SIGTERM
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_SECONDS)
         for process, stat in family.items():
             now = _stat(process)
-            if stat and now and now[_START] == stat[_START]:  # else the number is another process's by now
+            if stat and now and now[_START] == stat[_START]:  # else another process now has this id
                 with suppress(ProcessLookupError):
                     os.kill(int(process.name), signal.SIGKILL)
         self._process.wait()
@@ -109,7 +109,7 @@ class LocalServer:
                 os.kill(int(process.name), number)
 
     def _processes(self) -> list[Path]:
-        """Folders in /proc of the process and all that descend from it or are of its session."""
+        """Return the /proc folders of all processes that are in the server's session or descend from it."""
         stats = {int(path.name): stat for path in Path("/proc").glob("[0-9]*") if (stat := _stat(path))}
         found = {pid for pid, stat in stats.items() if int(stat[_SESSION]) == self._process.pid}
         while more := {pid for pid, stat in stats.items() if int(stat[_PARENT]) in found} - found:
@@ -119,10 +119,10 @@ class LocalServer:
 
 @contextmanager
 def pinned(cpus: Sequence[int] | None) -> Iterator[None]:
-    """Let what is started meanwhile run on these cores only.
+    """Let processes that are started inside the block run only on these cores.
 
     Raises:
-        BenchError: this process may not use one of them.
+        BenchError: this process may use none of the cores.
     """
     if cpus is None:
         yield
@@ -151,11 +151,14 @@ def _free_port() -> int:
 
 
 def _stat(process: Path) -> list[str] | None:
-    """The fields of /proc/PID/stat after the command's name, which may hold anything (proc(5)): state is the first."""
+    """Return the fields of /proc/PID/stat (proc(5)) after the command's name, beginning with the state.
+
+    The name may contain any character. The result is None if the process has ended.
+    """
     try:
         return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
-        return None  # it ended
+        return None
 
 
 def _peak(process: Path) -> int | None:
@@ -172,7 +175,7 @@ def _list(numbers: Sequence[int]) -> str:
 
 @contextmanager
 def others_paused(servers: Sequence[LocalServer], measured: LocalServer | None) -> Iterator[None]:
-    """Let one server have the cores that they share: idle ones poll, and take a part of them."""
+    """Pause all servers but the measured one. They share its cores, and even idle servers use some CPU time."""
     others = [server for server in servers if server is not measured]
     for server in others:
         server.pause()
@@ -185,7 +188,7 @@ def others_paused(servers: Sequence[LocalServer], measured: LocalServer | None) 
 
 @contextmanager
 def all_stopped(servers: list[LocalServer]) -> Iterator[None]:
-    """Stop every server of the list in the end, also those that are added meanwhile."""
+    """Stop every server of the list at the end, also servers that were added inside the block."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Medians with quartiles, and how one server compares with the best of the others."""
+"""Medians with quartiles, and the ratio of one server to the best of the others."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Better = Literal["more", "less"]
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """Of `count` samples."""
+    """Median and quartiles of `count` samples."""
 
     median: float
     low: float  # the first quartile
-    high: float  # the third
+    high: float  # the third quartile
     count: int
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Median and quartiles, linear between samples; None of nothing."""
+    """Compute median and quartiles, linear between samples; None if there are no values."""
     if not values:
         return None
     low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
@@ -29,15 +29,15 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def advantage(own: Spread | None, others: Mapping[str, Spread | None], better: Better) -> float | None:
-    """How many times better the own median is than the best of the others: above 1 is better.
+    """Compute how many times better the own median is than the best of the others; above 1 is better.
 
     Args:
-        own: what is compared
-        others: name -> what it is compared with; those without figures are left out
+        own: the own server's figure
+        others: name -> another server's figure; servers without a figure are left out
         better: whether more or less is better
 
     Returns:
-        None where there is nothing to compare
+        None if there is nothing to compare
     """
     medians = [other.median for other in others.values() if other is not None]
     if own is None or not medians:

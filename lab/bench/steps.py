@@ -35,11 +35,11 @@ class StepSpread(msgspec.Struct, frozen=True):
 
 
 class StepsReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run took. Times are seconds of the wall clock.
+    """The times of a run, in seconds of the wall clock.
 
-    Requests run twice: cold, and again with their prompts cached, so that the streams meet whatever their prompts
-    took. What is told of decode steps (those that compute no prompt, with the most streams among them) is of the
-    second run, the rest of the first.
+    Requests run twice: cold, and again with their prompts cached. In the second run all streams decode at the same
+    time, however long their prompts took. Figures of decode steps are from the second run, all others from the first.
+    Decode steps are the steps without prompt tokens; of these, only the ones with the most streams count.
     """
 
     streams: int
@@ -50,14 +50,14 @@ class StepsReport(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float  # from the first step to the last
     tokens_per_second: float  # output tokens of all streams over `seconds`, prompts included
     decode_steps: int
-    decode_streams: int  # in each of them
+    decode_streams: int  # in each decode step
     decode_tokens_per_second: float  # of all streams, over the decode steps
     decode_step: StepSpread
-    model: StepSpread  # the part of decode steps that the model's forward and logits take
-    outside: StepSpread  # the rest: schedule, batch, sample, account
-    first_token: StepSpread  # of a stream, from the first step on
-    between_tokens: StepSpread  # of all streams
-    starvation: float  # p99 of the time between two tokens, over its median
+    model: StepSpread  # the part of a decode step that the model's forward and logits take
+    outside: StepSpread  # the rest of a decode step: schedule, batch, sample, account
+    first_token: StepSpread  # from the first step's start to a stream's first token
+    between_tokens: StepSpread  # the time between two tokens of a stream, over all streams
+    starvation: float  # p99 of `between_tokens` / its median
     peak_rss_bytes: int
 
 
@@ -68,11 +68,11 @@ class Step(NamedTuple):
     seconds: float
     model_seconds: float
     rows: int  # tokens computed
-    tokens: tuple[tuple[str, int], ...]  # (request, new tokens) of those that got any
+    tokens: tuple[tuple[str, int], ...]  # (request, number of new tokens), for requests that got tokens
 
 
 def submits(streams: int, context: int, tokens: int, top_k: int | None, vocab_size: int) -> list[Submit]:
-    """Requests of greedy, fixed length; no two prompts begin alike, so that none is found in the prefix cache."""
+    """Make greedy requests of fixed length. No two prompts begin with the same token, so none is in the prefix cache."""
     draw = random.Random(0)
     return [
         Submit(
@@ -96,8 +96,8 @@ def drive(
     Args:
         core: an engine without other work.
         requests: what to run.
-        model_seconds: what the model has taken so far.
-        clock: seconds.
+        model_seconds: returns the seconds that the model has taken so far.
+        clock: returns seconds.
 
     Raises:
         EngineError: a request failed or was refused; the message says why.
@@ -131,7 +131,7 @@ def report(
     threads: int,
     peak_rss_bytes: int,
 ) -> StepsReport:
-    """Statistics of two runs of `drive`, cold and cached."""
+    """Make the report from two runs of `drive`: `steps` cold, `again` with cached prompts."""
     streams = len(requests)
     decodes = [step for step in again if len(step.tokens) == step.rows]
     most = max((step.rows for step in decodes), default=0)
@@ -144,7 +144,7 @@ def report(
             first.setdefault(name, step.end)
             if name in last:
                 between.append(step.end - last[name])
-            between.extend([0.0] * (count - 1))  # drafts that held came together
+            between.extend([0.0] * (count - 1))  # accepted drafts come together
             last[name] = step.end
     waits = spread(between)
     made = sum(count for step in steps for _, count in step.tokens)
@@ -171,7 +171,7 @@ def report(
 
 
 def spread(seconds: Sequence[float]) -> StepSpread:
-    """Median, 99th percentile (nearest rank) and maximum; zeros where nothing was measured."""
+    """Compute median, 99th percentile (nearest rank) and maximum; zeros if nothing was measured."""
     if not seconds:
         return StepSpread(0.0, 0.0, 0.0)
     ordered = sorted(seconds)
@@ -179,7 +179,7 @@ def spread(seconds: Sequence[float]) -> StepSpread:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Load, warm up, run cold and cached, print."""
+    """Load the model, warm up, run cold and cached, and print the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", required=True, help="a .gguf file, or a folder with safetensors")
     parser.add_argument("--overlay", help="an indexer laid over the weights")

@@ -1,4 +1,4 @@
-"""The suites: what each asks of an endpoint, and which figures follow."""
+"""The suites: the requests that each suite sends to an endpoint, and the figures that it computes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lab.bench.statistics import Better, Spread
 from lab.bench.timing import Timing, decode_rate_of_all, gap_percentiles, output_rate
 
 SampleValues = dict[str, float]
-"""Metric -> value of one sample; one that cannot be told is left out."""
+"""Metric -> value of one sample; a metric that cannot be computed is left out."""
 Figures = Mapping[int, Mapping[str, Mapping[str, Spread]]]
-"""Case -> server -> metric -> what was measured."""
+"""Case -> server -> metric -> median and quartiles."""
 
 
 class Metric(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,10 +23,10 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: its key in results.
-        heading: of a table's column, with the unit.
-        better: whether more or less is.
-        digits: after the point, in tables.
-        drawn: whether the picture has it.
+        heading: heading of its column in tables, with the unit.
+        better: whether more or less is better.
+        digits: digits after the point, in tables.
+        drawn: whether the picture shows it.
     """
 
     name: str
@@ -48,10 +48,10 @@ class Suite(Protocol):
     """One thing to measure at several sizes.
 
     Attributes:
-        name: of the command and the files.
-        title: of table and picture.
-        axis: what a case's number counts.
-        metrics: what is told; the first is compared with the best of the other servers.
+        name: name of the command and of the files.
+        title: title of table and picture.
+        axis: what the number of a case counts.
+        metrics: the figures in the table; the first is compared with the best of the other servers.
     """
 
     name: ClassVar[str]
@@ -61,7 +61,7 @@ class Suite(Protocol):
 
     @property
     def cases(self) -> Sequence[int]:
-        """The sizes."""
+        """The sizes to measure."""
 
     async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
         """Measure one endpoint once.
@@ -69,19 +69,22 @@ class Suite(Protocol):
         Args:
             ask: the endpoint
             case: the size
-            turn: counts the samples of this case from 0
+            turn: number of the sample of this case, from 0
+
+        Returns:
+            the sample's values, and the timings of its requests
         """
 
     def remarks(self, figures: Figures, server: str) -> list[str]:
-        """What the figures of one server say, in words; each is a part of a sentence about it."""
+        """Say in words what the figures of one server show. Each remark continues "SERVER: "."""
 
 
 @dataclass(frozen=True)
 class Decode:
-    """One stream's speed behind contexts of several lengths.
+    """The decode speed of one stream after contexts of several lengths.
 
-    All turns of a case have the same prompt: only what follows the first token counts, so a prefix
-    cache shortens the run and changes nothing.
+    All turns of a case have the same prompt. Only the time after the first token counts, so a prefix cache makes the
+    run shorter and does not change the figures.
     """
 
     contexts: tuple[int, ...]
@@ -94,22 +97,19 @@ class Decode:
 
     @property
     def cases(self) -> Sequence[int]:
-        """Contexts."""
         return self.contexts
 
     async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
-        """One request."""
         timing = await ask.one(case, self.tokens, body=case, head=(self.name, case))
         return _told(decode_rate=timing.decode_rate) | _gaps([timing]), [timing]
 
     def remarks(self, figures: Figures, server: str) -> list[str]:
-        """How flat it is."""
         return _against(figures, server, DECODE, min(self.contexts), max(self.contexts), "tokens of context")
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """How fast prompts of several lengths are read, none of them known to a prefix cache."""
+    """The speed of reading prompts of several lengths. No prompt is in a prefix cache."""
 
     lengths: tuple[int, ...]
 
@@ -123,28 +123,25 @@ class Prefill:
 
     @property
     def cases(self) -> Sequence[int]:
-        """Lengths."""
         return self.lengths
 
     async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
-        """One request for one token."""
         timing = await ask.one(case, 1, body=(case, turn), head=(self.name, case, turn))
         seconds = timing.first_token_seconds
         return {"prefill_rate": case / seconds, "ttft": seconds}, [timing]
 
     def remarks(self, figures: Figures, server: str) -> list[str]:
-        """Nothing that the table does not say."""
         return []
 
 
 @dataclass(frozen=True)
 class Concurrency:
-    """Several streams at once: speed of all, and whether one of them has to wait.
+    """Several streams at once: the speed of all together, and whether a stream has to wait.
 
-    All are sent at the same moment, first with cold prompts: the early ones decode while others' prompts
-    are read, which shows in the waits between tokens. A server may hold new prompts back for the sake of
-    those waits, so that the streams never meet; therefore all are sent once more, their prompts cached by
-    now, and the decode rate is taken of that.
+    All requests are sent at the same moment, first with cold prompts. Early streams decode while other prompts are
+    read, which shows in the times between tokens. A server may delay new prompts to keep these times short; then
+    not all streams decode at the same time. So all requests are sent once more, now with cached prompts, and the
+    decode rate comes from these.
     """
 
     streams: tuple[int, ...]
@@ -158,11 +155,10 @@ class Concurrency:
 
     @property
     def cases(self) -> Sequence[int]:
-        """Numbers of streams."""
         return self.streams
 
     async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
-        """All streams, cold and once more; `requests` of the sample has them in this order."""
+        """Send all requests cold, then cached; the timings are in this order."""
         head = (self.name, case, turn)
         cold = await ask.many(case, self.context, self.tokens, body=turn, head=head)
         cached = await ask.many(case, self.context, self.tokens, body=turn, head=head)
@@ -171,7 +167,6 @@ class Concurrency:
         return values | _gaps(cold), [*cold, *cached]
 
     def remarks(self, figures: Figures, server: str) -> list[str]:
-        """What more streams bring."""
         most = max(self.streams)
         few = max((n for n in self.streams if n <= 8), default=most)
         return _against(figures, server, DECODE, few, most, "streams")
@@ -179,7 +174,7 @@ class Concurrency:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Time to the first token of a prompt whose beginning is cached, against a cold one of the same length."""
+    """The time to the first token of a prompt whose beginning is cached, and of a cold prompt of the same length."""
 
     prefixes: tuple[int, ...]
     tail: int
@@ -196,11 +191,10 @@ class Prefix:
 
     @property
     def cases(self) -> Sequence[int]:
-        """Lengths of the prefix."""
         return self.prefixes
 
     async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
-        """A cold prompt, and one that begins like it and ends otherwise."""
+        """Send a cold prompt, then a prompt with the same prefix and another tail."""
         shared = {"body": (case, turn), "head": (self.name, case, turn)}
         cold = await ask.with_tail(case, self.tail, tail_of=(turn, "cold"), **shared)
         warm = await ask.with_tail(case, self.tail, tail_of=(turn, "warm"), **shared)
@@ -213,13 +207,12 @@ class Prefix:
         return values, [cold, warm]
 
     def remarks(self, figures: Figures, server: str) -> list[str]:
-        """Nothing that the table does not say."""
         return []
 
 
 @dataclass(frozen=True)
 class Long:
-    """One whole request, cold, as its context grows to all that the model has."""
+    """One whole cold request, with contexts up to the model's limit."""
 
     contexts: tuple[int, ...]
     tokens: int
@@ -235,11 +228,9 @@ class Long:
 
     @property
     def cases(self) -> Sequence[int]:
-        """Lengths of the prompt."""
         return self.contexts
 
     async def sample(self, ask: Asker, case: int, turn: int) -> tuple[SampleValues, list[Timing]]:
-        """One request."""
         timing = await ask.one(case, self.tokens, body=(case, turn), head=(self.name, case, turn))
         values = _told(
             seconds=timing.ended - timing.sent,
@@ -249,7 +240,6 @@ class Long:
         return values, [timing]
 
     def remarks(self, figures: Figures, server: str) -> list[str]:
-        """How flat decoding is."""
         return _against(figures, server, DECODE, min(self.contexts), max(self.contexts), "tokens of context")
 
 

@@ -1,4 +1,4 @@
-"""When the parts of a streamed answer came, and what follows from it. No clock is read here."""
+"""The times of the parts of a streamed answer, and the figures computed from them. This module reads no clock."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
-    """One request as its client saw it. Times are seconds of one clock that a sample's requests share.
+    """The times of one request as its client saw them. Times are seconds; a sample's requests share one clock.
 
     Attributes:
-        sent: when it was sent.
-        arrivals: when each event with text came, ascending; a server may put several tokens into one.
+        sent: when the request was sent.
+        arrivals: when each event with text came, ascending. An event may have several tokens.
         ended: when the event with the finish reason came.
         prompt_tokens, completion_tokens: the server's own count.
-        cached_tokens: of the prompt, found in the prefix cache; None where the server does not say.
+        cached_tokens: prompt tokens found in the prefix cache; None if the server does not say.
     """
 
     sent: float
@@ -27,7 +27,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int | None = None
 
     def since(self, zero: float) -> Timing:
-        """The same on a clock that began at `zero`, in steps of 10 us: enough, and short to write down."""
+        """Return the same timing on a clock that began at `zero`, rounded to 10 us to keep the results short."""
         return msgspec.structs.replace(
             self,
             sent=round(self.sent - zero, 5),
@@ -37,34 +37,34 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def first(self) -> float:
-        """When the first token came. A token without text (a control token) shows at the end only."""
+        """When the first token came. If no token has text (control tokens), this is the end."""
         return self.arrivals[0] if self.arrivals else self.ended
 
     @property
     def first_token_seconds(self) -> float:
-        """TTFT: from sending to the first token."""
+        """The time from sending to the first token (TTFT)."""
         return self.first - self.sent
 
     @property
     def decode_rate(self) -> float | None:
-        """Tokens a second after the first; None where there are fewer than two."""
+        """Tokens a second after the first token; None if there are fewer than two tokens."""
         seconds = self.ended - self.first
         return (self.completion_tokens - 1) / seconds if self.completion_tokens > 1 and seconds > 0 else None
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between neighbouring events with text: what a reader waits for."""
+        """The seconds between neighbouring events with text."""
         return [later - sooner for sooner, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
 def decode_rate_of_all(timings: Sequence[Timing]) -> float | None:
-    """Tokens a second of all requests together, while every one of them decodes.
+    """Compute the tokens a second of all requests together, while all of them decode.
 
-    That is from when the last of them got its first token until the first of them ended, so that no
-    prompt is computed in it. An event counts as the mean number of tokens of its request's events.
+    This time begins when the last request gets its first token, and ends when the first request ends; so no prompt
+    is computed in it. An event counts as the mean number of tokens of its request's events.
 
     Returns:
-        None where they never decoded all at once.
+        None if the requests never decoded all at once
     """
     opened, closed = max(timing.first for timing in timings), min(timing.ended for timing in timings)
     if closed <= opened:
@@ -77,13 +77,16 @@ def decode_rate_of_all(timings: Sequence[Timing]) -> float | None:
 
 
 def output_rate(timings: Sequence[Timing]) -> float:
-    """Tokens a second of all requests together, from the first sent to the last ended, prompts included."""
+    """Compute the tokens a second of all requests together, from the first one sent to the last one ended.
+
+    The time of the prompts is included; prompt tokens are not counted.
+    """
     seconds = max(timing.ended for timing in timings) - min(timing.sent for timing in timings)
     return sum(timing.completion_tokens for timing in timings) / seconds
 
 
 def gap_percentiles(timings: Sequence[Timing]) -> tuple[float, float] | None:
-    """Median and 99th percentile (nearest rank) of the gaps of all requests, seconds; None without gaps."""
+    """Compute median and 99th percentile (nearest rank) of the gaps of all requests, seconds; None without gaps."""
     gaps = [gap for timing in timings for gap in timing.gaps]
     if not gaps:
         return None

@@ -1,1 +1,4 @@
-"""Fits the cost model's coefficients to measured steps, and proves the dense equivalent by dense runs."""
+"""`dsa calibrate`: fits the cost model's coefficients to measured steps, and checks the dense equivalent by dense runs.
+
+The cost model itself is `engine.plan.cost`.
+"""

@@ -28,11 +28,11 @@ app = program()
 
 @app.command()
 def calibrate(
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write what was measured.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file to write.")],
     model: ModelFlag = DEFAULT_MODEL,
     overlay: OverlayFlag = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Contexts up to 2048, each step once: a first impression.")
+        bool, typer.Option("--quick", help="Only contexts up to 2048, and each step once.")
     ] = False,
     context: Annotated[
         int | None,
@@ -40,7 +40,8 @@ def calibrate(
     ] = None,
     rounds: Annotated[int, typer.Option(help="How often each step is run.", min=1)] = 2,
     top_k: Annotated[
-        int | None, typer.Option(help="Of sparse steps.", show_default="the indexer's default", min=1)
+        int | None,
+        typer.Option(help="Tokens that sparse steps read.", show_default="the indexer's default", min=1),
     ] = None,
     device: DeviceFlag = "auto",
     dtype: DtypeFlag = "auto",
@@ -53,11 +54,11 @@ def calibrate(
 ) -> None:
     """Measure what steps cost on this machine, for dsa serve --cost-calibration.
 
-    Runs prefill chunks and decodes, sparse and dense, at several contexts and
-    batch sizes, fits the cost model to them, and says how well it explains
-    steps that were not fitted, and the time of a dense request from that of a
-    sparse one. Takes minutes, in which nothing else should run. Give device,
-    number format and threads as dsa serve will have them.
+    It runs prefill chunks and decodes, sparse and dense, at several contexts and
+    batch sizes, and fits the cost model to them. Then it prints how far the model
+    is off on steps that were not fitted, and on a request that runs sparse and
+    dense. It takes minutes; nothing else should run at the same time. Use the
+    device, number format and threads of your dsa serve.
     """
     kind, memory = one_of("--dtype", dtype), size("--kv-cache-memory", kv_cache_memory)
     files = find(model, overlay)
@@ -65,7 +66,7 @@ def calibrate(
 
     run(
         CalibrationPlan(
-            files=files, out=out, quick=quick, context=context, rounds=rounds, top_k=top_k, device=device,
+            files=files, out=out, quick=quick, context=context, rounds=rounds, index_top_k=top_k, device=device,
             dtype=kind, threads=threads, cpu_time=cpu_time, kv_cache_bytes=memory, token_budget=token_budget,
         )
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Non-negative coefficients that explain measured steps, each step's error counted relative to its time."""
+"""Fits non-negative coefficients to measured steps. The error of a step is relative to its time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from engine.plan.cost import Coefficients
 Array = NDArray[np.float64]
 
 _HUBER = 1.5
-"""Errors beyond this many typical ones count by their size, not by its square."""
+"""Errors above so many typical errors count linearly, not squared."""
 
 
 def nonnegative_least_squares(matrix: Array, target: Array) -> Array:
-    """The x >= 0 that minimises |matrix x - target|, by the active set method of Lawson and Hanson (1974).
+    """Find the x >= 0 that minimises |matrix x - target|, with the active set method of Lawson and Hanson (1974).
 
     Args:
         matrix: [m, n]
@@ -46,7 +46,7 @@ def nonnegative_least_squares(matrix: Array, target: Array) -> Array:
             if not bad.any():
                 x = trial
                 break
-            # As far towards the trial as nothing becomes negative; what reaches 0 is bound there.
+            # Go towards the trial until a coefficient reaches 0, and fix that coefficient at 0.
             step = float((x[bad] / (x[bad] - trial[bad])).min())
             x = x + step * (trial - x)
             free &= x > 1e-12 * float(x.max(initial=0.0))
@@ -58,10 +58,14 @@ def nonnegative_least_squares(matrix: Array, target: Array) -> Array:
 
 
 def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> Coefficients:
-    """Coefficients of steps with these units of work (in their order) and times; outliers count less.
+    """Fit the coefficients to steps; outliers count less.
+
+    Args:
+        rows: the units of work of each step, in the order of `Coefficients`
+        seconds: the time of each step
 
     Raises:
-        ValueError: nothing was measured.
+        ValueError: there are no steps.
     """
     units, times = np.asarray(rows, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
     weights = np.ones_like(times)
@@ -76,5 +80,5 @@ def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> Coefficien
 
 
 def modelled(coefficients: Coefficients, row: Sequence[float]) -> float:
-    """Seconds of a step with these units of work."""
+    """Return the modelled seconds of a step with these units of work."""
     return float(sum(map(operator.mul, msgspec.structs.astuple(coefficients), row)))

@@ -1,4 +1,4 @@
-"""The dense equivalent held against the truth: a request run sparse, and the same request run dense."""
+"""Checks the estimated dense cost: runs a request sparse, and the same request dense."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _MORE_ROUNDS = 4
 
 
 class Comparison(NamedTuple):
-    """One request's work, as the meter of a server would have it."""
+    """One request's work, sparse and dense, as a server's meter counts it."""
 
     context: int
-    cached: int  # how much of it was there before, as on a prefix hit
+    cached: int  # tokens of it that were in the cache before, as after a prefix hit
     sparse: Work
     dense: Work
 
     @property
     def error(self) -> float:
-        """Dense seconds as estimated from the sparse run / as measured in the dense run - 1."""
+        """(dense seconds estimated from the sparse run / dense seconds measured in the dense run) - 1."""
         return self.sparse.dense_seconds / self.dense.device_seconds - 1
 
     @property
     def decode_error(self) -> float:
-        """The same of the tokens after the prompt alone."""
+        """The same error for only the tokens after the prompt."""
         return self.sparse.dense_decode_seconds / self.dense.decode_seconds - 1
 
 
@@ -47,11 +47,11 @@ def compare(
     budget: int,
     progress: StageProgress,
 ) -> Comparison:
-    """Run one request to `context` tokens, the last `output` of them one by one, sparse and dense.
+    """Run one request to `context` tokens, sparse and dense; the last `output` tokens are computed one by one.
 
-    The two take turns at every step, so that whatever else the machine does slows down both alike, and a step's time
-    is the least of all rounds. There are `rounds` of them and, where the error still moves from one to the next by
-    more than `_SETTLED`, up to `_MORE_ROUNDS` more: a machine in use needs longer. Each has pages of its own.
+    The two take turns at every step, so that other work on the machine slows down both. A step's time is the least
+    of all rounds. There are `rounds` rounds. While the error changes by more than `_SETTLED` from one round to the
+    next, there are up to `_MORE_ROUNDS` more, because a busy machine needs more. Sparse and dense have their own pages.
     """
     prompt = context - output
     steps = [(start, min(budget, prompt - start)) for start in range(cached, prompt, budget)]

@@ -1,4 +1,4 @@
-"""Measures what steps cost on this machine and writes it down for `dsa serve --cost-calibration`."""
+"""Measures what steps cost on this machine, and writes the file for `dsa serve --cost-calibration`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from server.hub.models import ModelFiles
 from server.hub.stages import Stages
 
 QUIET_SECONDS = 5.0
-"""Between lines of progress."""
+"""The time between two lines of progress."""
 _CHECKED = (2048, 8192)
 _OUTPUT = 16
 _UNITS = {
@@ -41,14 +41,14 @@ class CalibrationPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What to measure, and how.
 
     Attributes:
-        files: the model's
+        files: the model's files
         out: the file to write
         quick: contexts up to 2048 or twice top_k, one round
-        context: the longest to measure; None is 8192, or all positions of the model
-        rounds: times that each step is run
-        top_k: of the sparse steps; None is the indexer's default
+        context: the longest context to measure; None is 8192, or all positions of the model if they are fewer
+        rounds: how often each step is run
+        index_top_k: tokens that a row of a sparse step reads; None is the indexer's default
         device, dtype, threads, kv_cache_bytes, token_budget: as in `EngineConfig`
-        cpu_time: one thread, and its CPU time in place of the clock's
+        cpu_time: use one thread, and measure its CPU time instead of the wall clock
     """
 
     files: ModelFiles
@@ -56,7 +56,7 @@ class CalibrationPlan(msgspec.Struct, frozen=True, kw_only=True):
     quick: bool
     context: int | None
     rounds: int
-    top_k: int | None
+    index_top_k: int | None
     device: str
     dtype: PlainDtype
     threads: int | None
@@ -69,11 +69,11 @@ def run(plan: CalibrationPlan) -> Calibration:
     """Measure, fit, prove and write.
 
     Raises:
-        EngineError: the model, the device or the settings.
+        EngineError: the model, the device or the settings cannot be used.
         OSError: the result cannot be written.
     """
     plan.out.parent.mkdir(parents=True, exist_ok=True)
-    if plan.out.is_dir():  # better missed now than after the measurements
+    if plan.out.is_dir():  # say so now and not after the measurements
         raise ConfigError(f"{plan.out} is a folder; name a file")
     console, show = Console(), Stages(quiet_seconds=QUIET_SECONDS)
     overlay = plan.files.overlay
@@ -94,17 +94,17 @@ def run(plan: CalibrationPlan) -> Calibration:
 def _measured(plan: CalibrationPlan, built: Built, console: Console, show: Stages) -> Calibration:
     info, capacity = built.ready.model, built.ready.capacity
     device = torch.device(info.device).type
-    top_k = plan.top_k or (info.indexer.default_index_top_k if info.indexer else None)
-    if plan.top_k is not None and info.indexer is None:
+    index_top_k = plan.index_top_k or (info.indexer.default_index_top_k if info.indexer else None)
+    if plan.index_top_k is not None and info.indexer is None:
         raise ConfigError("top_k was given, but this model has no indexer and is always dense; leave it out")
-    longest = _longest(plan, info.max_model_len, top_k)
+    longest = _longest(plan, info.max_model_len, index_top_k)
     rounds = 1 if plan.quick else plan.rounds
     if plan.cpu_time and device != "cpu":
         raise ConfigError("cpu_time measures steps on the CPU; leave it out, or use device cpu")
     clock = time.process_time if plan.cpu_time else time.perf_counter
     bench = Bench(built.runner, built.cache, info.vocab_size, capacity.token_budget, clock)
     bench.fill(min(1024, longest), show)
-    chosen = cases(longest, capacity.num_pages, capacity.token_budget, capacity.max_running, top_k)
+    chosen = cases(longest, capacity.num_pages, capacity.token_budget, capacity.max_running, index_top_k)
     assumed = built.costs
     measured = bench.measure(chosen, assumed, rounds, show)
     fitted = [one for one in measured if not one.case.held_out]
@@ -117,14 +117,14 @@ def _measured(plan: CalibrationPlan, built: Built, console: Console, show: Stage
     console.print(_coefficient_table(coefficients, assumed.coefficients))
     console.print(_error_table(judged, coefficients))
     compared: list[Comparison] = []
-    if top_k is not None:
+    if index_top_k is not None:
         for context in sorted({min(context, longest) for context in _CHECKED}):
-            if not is_dense(context - _OUTPUT, top_k) and 2 * context <= capacity.num_pages * PAGE_SIZE:
-                # A long prompt takes minutes on a small CPU; its end costs as much a token as the rest of it.
+            if not is_dense(context - _OUTPUT, index_top_k) and 2 * context <= capacity.num_pages * PAGE_SIZE:
+                # A long prompt takes minutes on a small CPU. Its end costs as much per token as its other parts.
                 cached = max(0, context - _OUTPUT - 1024) if device == "cpu" else 0
                 compared.append(
                     compare(
-                        bench, model, top_k, context=context, cached=cached, output=_OUTPUT, rounds=rounds,
+                        bench, model, index_top_k, context=context, cached=cached, output=_OUTPUT, rounds=rounds,
                         budget=capacity.token_budget, progress=show,
                     )
                 )  # fmt: skip
@@ -145,15 +145,19 @@ def _measured(plan: CalibrationPlan, built: Built, console: Console, show: Stage
     return calibration
 
 
-def _longest(plan: CalibrationPlan, positions: int, top_k: int | None) -> int:
-    """The longest context to measure."""
+def _longest(plan: CalibrationPlan, positions: int, index_top_k: int | None) -> int:
+    """Return the longest context to measure.
+
+    Raises:
+        ConfigError: the model has fewer positions, or no context is sparse.
+    """
     if plan.context is not None and plan.context > positions:
         raise ConfigError(f"context is {plan.context}, but this model has {positions} positions")
-    quick = max(2048, 2 * (top_k or 0))
+    quick = max(2048, 2 * (index_top_k or 0))
     longest: int = plan.context or min(quick if plan.quick else 8192, positions)
-    if top_k is not None and top_k + 2 * _OUTPUT > longest:
+    if index_top_k is not None and index_top_k + 2 * _OUTPUT > longest:
         raise ConfigError(
-            f"with top_k {top_k} nothing is sparse up to the longest context measured, {longest}; lower top_k or raise context"
+            f"with top_k {index_top_k} nothing is sparse up to the longest context measured, {longest}; lower top_k or raise context"
         )
     return longest
 
@@ -166,7 +170,7 @@ def _coefficient_table(fitted: Coefficients, assumed: Coefficients) -> Table:
 
 
 def _error_table(judged: Sequence[Measured], coefficients: Coefficients) -> Table:
-    """Median and worst error by kind of step; in milliseconds the worst step itself."""
+    """Make the table of median and worst errors by kind of step. The milliseconds are those of the worst step."""
     table = Table("kind", "steps", "median error", "worst error", "measured ms", "modelled ms")
     table.title = "steps that were not fitted"
     for kind in [*dict.fromkeys(one.case.kind for one in judged), "all"]:

@@ -1,7 +1,7 @@
-"""Steps of the real runner, made to order and timed.
+"""Builds chosen steps and times them with the real runner.
 
-Each case is a batch as the scheduler would plan it: prefill chunks and decodes, sparse and dense, over
-contexts and batch sizes. Their coefficients need not be told apart by one case; the fit has all of them.
+Each case is a batch as the scheduler would plan it: prefill chunks and decodes, sparse and dense, for several
+contexts and batch sizes. One case alone does not determine the coefficients; the fit uses all cases.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from lab.tool import StageProgress
 
 @dataclass(frozen=True, slots=True)
 class StepCase:
-    """A step of `requests` alike requests."""
+    """A step of `requests` equal requests."""
 
     kind: str  # dense prefill, sparse decode, ...
-    start: int  # tokens that each request has computed before
-    rows: int  # tokens that each gets
+    start: int  # tokens of each request that were computed before
+    rows: int  # tokens of each request in this step
     requests: int
     index_top_k: IndexTopK
     sampled: bool
@@ -37,16 +37,16 @@ class StepCase:
 
     @property
     def pages(self) -> int:
-        """Pages that all of its requests need."""
+        """The number of pages that the requests need together."""
         return self.requests * -(-(self.start + self.rows) // PAGE_SIZE)
 
 
 class Measured(NamedTuple):
-    """What a case took."""
+    """A case with its time."""
 
     case: StepCase
-    features: tuple[float, ...]  # as `features` gives
-    seconds: float  # the least of the rounds: what disturbs a step only adds
+    features: tuple[float, ...]  # see the function `features`
+    seconds: float  # the least of all rounds, because disturbances only add time
 
 
 _CONTEXTS = (
@@ -72,19 +72,19 @@ _CONTEXTS = (
 def cases(
     max_context: int, num_pages: int, budget: int, max_running: int, index_top_k: IndexTopK
 ) -> list[StepCase]:
-    """What is measured: as much of the grid as fits.
+    """Make the grid of cases, as far as it fits.
 
     Args:
         max_context: longest context, in tokens.
-        num_pages: of the cache.
+        num_pages: pages of the cache.
         budget: tokens of the largest step.
         max_running: requests of the largest step.
-        index_top_k: of sparse cases; None: the model has no indexer, and there are none.
+        index_top_k: sparsity of the sparse cases; None makes no sparse cases.
     """
     made: list[StepCase] = []
     for i, context in enumerate([c for c in _CONTEXTS if c <= max_context] or [max_context]):
-        # Steps of one sparsity alone would leave open what of their time is the selected tokens' and what is the
-        # context's. Which others come with which context changes, so that there are not too many.
+        # With one sparsity only, the fit could not separate the cost of selected tokens from that of the context.
+        # Each context gets one other sparsity, in turn, so that there are not too many cases.
         kinds: list[IndexTopK] = [
             None,
             *(() if index_top_k is None else _sparsities(index_top_k, i, context)),
@@ -93,7 +93,7 @@ def cases(
             name, other = "dense" if sparsity is None else "sparse", sparsity not in (None, index_top_k)
             for j, rows in enumerate(sorted({min(64, budget), min(256, budget), budget})):
                 if rows > context or (j == 1 and context > 4096) or (j == 2 and context & (context - 1)):
-                    continue  # large steps take long: fewer of them, but up to the longest context
+                    continue  # large steps take long: measure fewer of them, but up to the longest context
                 if other and j != (i % 2 if context <= 4096 else 0):
                     continue
                 start, sampled = context - rows, (i + j) % 2 == 0
@@ -108,20 +108,20 @@ def cases(
 
 
 def _sparsities(index_top_k: int, i: int, context: int) -> tuple[int, ...]:
-    """Sparsities that are measured at the i-th context: the one that matters, and one beside it."""
+    """Return the sparsities to measure at the i-th context: `index_top_k` and one other, without those that are dense."""
     beside = index_top_k * 2 if i % 2 else max(1, index_top_k // 4)
     return tuple(k for k in (index_top_k, beside) if not is_dense(context, k))
 
 
 def features(model: CostModel, plan: StepPlan) -> tuple[float, ...]:
-    """Units of a step, in the order of `Coefficients`: its modelled seconds are their dot product."""
+    """Return a step's units of work, in the order of `Coefficients`. Their dot product is the modelled seconds."""
     sums = [sum(column) for column in zip(*(model.features(r) for r in plan.requests), strict=True)]
     logits = any(request.sample is not None for request in plan.requests)
     return 1.0, float(logits), *map(float, sums)
 
 
 class Bench:
-    """Times steps over a cache whose every page holds keys and values of random text."""
+    """Times steps over a cache whose pages all hold keys and values of random text."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Bench:
         self._ids = torch.randint(vocab_size, (1 << 20,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def fill(self, tokens: int, progress: StageProgress) -> None:
-        """Compute `tokens` positions, and copy their pages over all others."""
+        """Compute `tokens` positions, and copy their pages to all other pages."""
         for start in range(0, tokens, self._budget):
             progress("filling the cache", start, tokens)
             rows = min(self._budget, tokens - start)
@@ -144,7 +144,7 @@ class Bench:
         self._cache.repeat(-(-tokens // PAGE_SIZE))
 
     def plan(self, case: StepCase, first_page: int = 0) -> StepPlan:
-        """The case as the scheduler would give it to the runner; every request has pages of its own."""
+        """Make the plan of a case, as the scheduler would. Each request has its own pages, from `first_page` on."""
         each = case.pages // case.requests
         pages = range(first_page, first_page + case.pages)
         return StepPlan(
@@ -162,7 +162,7 @@ class Bench:
         )
 
     def seconds(self, case: StepCase, first_page: int = 0) -> float:
-        """Run it once."""
+        """Run a case once; return the seconds that it took."""
         plan = self.plan(case, first_page)
         began = self._clock()
         self._runner.run(plan)
@@ -171,9 +171,10 @@ class Bench:
     def measure(
         self, chosen: Sequence[StepCase], model: CostModel, rounds: int, progress: StageProgress
     ) -> list[Measured]:
-        """Every case in every round, so that a machine that is busy for a while disturbs no case alone.
+        """Run every case in every round, so that a busy phase of the machine does not disturb one case only.
 
-        Rounds go forth and back; short steps, which a disturbance weighs on most, are run a few times in each.
+        Every second round runs the cases in reverse order. Short steps, which suffer most from disturbances, run
+        `_SHORT_REPEATS` times in each round.
         """
         times: dict[StepCase, list[float]] = {case: [] for case in chosen}
         for turn in range(rounds):

@@ -1,6 +1,6 @@
-"""The corpus that the indexer is distilled on, built from freely licensed packages by one seeded command.
+"""Builds the corpus that the indexer is trained on and measured with, from freely licensed packages.
 
-`dsa corpus --out DIR --model MODEL`, or `build_corpus`. Trains nothing and imports no torch.
+Start it with `dsa corpus --out DIR --model MODEL` or `build_corpus`. It trains nothing and imports no torch.
 """
 
 from lab.corpus.build import build_corpus

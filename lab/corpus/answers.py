@@ -42,7 +42,7 @@ _TIMEOUT = httpx.Timeout(connect=5, read=600, write=60, pool=None)
 
 
 class AnswersError(ToolError):
-    """The answers could not be had; the message says why."""
+    """The model's answers could not be got or added; the message says why."""
 
 
 async def ask(
@@ -54,10 +54,10 @@ async def ask(
     concurrency: int,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> list[str]:
-    """The server's answers to the prompts, in their order, sampled at temperature 0.7.
+    """Ask the server for answers to the prompts, sampled at temperature 0.7; return them in the prompts' order.
 
     Raises:
-        AnswersError: the server cannot be reached, or refuses.
+        AnswersError: the server cannot be reached, or refuses a prompt.
     """
     gate = asyncio.Semaphore(concurrency)
     answers = [""] * len(prompts)
@@ -101,7 +101,10 @@ async def ask(
 def converse(
     prompts: Sequence[CorpusPrompt], answers: Sequence[str], chat: ChatML, rng: random.Random
 ) -> Iterator[Packed]:
-    """Conversations joined with the separator between them, up to lengths as of other sequences; focus is the answers."""
+    """Make sequences of kind `answers`: conversations joined with the separator; their focus is the answers.
+
+    Lengths are drawn as for other sequences (`draw_length`). A conversation with an empty answer is left out.
+    """
     ids: list[int] = []
     focus: list[tuple[int, int]] = []
     sources: set[str] = set()
@@ -125,7 +128,7 @@ def converse(
 
 
 def extend(folder: Path, made: Sequence[Packed]) -> None:
-    """Add sequences to the training split: its token file, and the manifest last.
+    """Add sequences to the training split. The token file is written first and the manifest last.
 
     Raises:
         AnswersError: the corpus has answers already.
@@ -145,7 +148,7 @@ def extend(folder: Path, made: Sequence[Packed]) -> None:
         )  # fmt: skip
         start += len(packed.ids)
     tokens = np.concatenate([load_tokens(folder, split), *(packed.ids for packed in made)])
-    # A file of its own: until the manifest names it, the corpus is the one that it was.
+    # The tokens go into a new file. Until the manifest names it, the corpus is unchanged.
     path = folder / "train-with-answers.npy"
     np.save(path, tokens)
     grown = SplitInfo(
@@ -164,7 +167,7 @@ def extend(folder: Path, made: Sequence[Packed]) -> None:
 
 
 def _answers(options: argparse.Namespace, prompts: Sequence[CorpusPrompt]) -> list[str]:
-    """From the folder's file, else from the server and then into the file."""
+    """Read the answers from the folder's file. If there is no file, ask the server and write the file."""
     path: Path = options.corpus / "answers.train.json"
     if path.exists():
         answers = msgspec.json.decode(path.read_bytes(), type=list[str])
@@ -187,11 +190,11 @@ def _answers(options: argparse.Namespace, prompts: Sequence[CorpusPrompt]) -> li
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status."""
+    """Run the command; return the exit status."""
     parser = argparse.ArgumentParser(
         "lab.corpus.answers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", type=Path, required=True, help="folder made by python -m lab.corpus")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder made by dsa corpus")
     parser.add_argument(
         "--model", required=True, help="the checkpoint whose tokenizer to use: a name or a path"
     )

@@ -39,9 +39,9 @@ SHARES: dict[str, float] = {
     "chat": 0.12,
     "retrieval": 0.14,
 }
-"""The parts of the training tokens. Long context is the matter, so a quarter is chats that look far back."""
+"""Kind -> its share of the training tokens. A quarter is chats that look far back, because the aim is long context."""
 HELDOUT_KINDS = ("prose", "books", "docs", "code", "chat")
-CHARS_PER_TOKEN = 3.5  # before tokenizing, only to share the budget among sources
+CHARS_PER_TOKEN = 3.5  # an estimate, used only to share the budget among sources
 
 
 def build_corpus(
@@ -60,20 +60,20 @@ def build_corpus(
     """Build a corpus into a folder.
 
     Args:
-        out: where the files go; made if missing.
-        encoder: the model's tokenizer, with ChatML's control tokens and fewer than 65536 tokens.
-        seed: of everything that is drawn.
-        target_tokens: size of the training split, less where the sources do not have as much.
+        out: the folder for the files; made if missing.
+        encoder: the model's tokenizer. It must have ChatML's control tokens and fewer than 65536 tokens.
+        seed: decides all random choices.
+        target_tokens: size of the training split; it is smaller if the sources have too little text.
         heldout_tokens: size of the held-out split.
-        prompts: how many prompts for training and held out.
-        needle_repeats: needles a cell of the depth and context grid; 0 leaves the needles out.
+        prompts: how many prompts to make, for training and held out.
+        needle_repeats: needles in each cell of the grid of depth and context; 0 makes no needles.
         sources: packages to read.
-        cache: where packages are kept and unpacked; `out / "cache"` if not given.
-        report: told about progress.
+        cache: folder where packages are kept and unpacked; the default is `out / "cache"`.
+        report: callback for the progress.
 
     Raises:
         FetchError: a package could not be fetched.
-        ValueError: the tokenizer does not fit.
+        ValueError: the tokenizer does not fit, or the sources have too little text for needles or retrieval.
     """
     out.mkdir(parents=True, exist_ok=True)
     chat = ChatML(encoder)

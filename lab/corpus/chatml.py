@@ -1,7 +1,7 @@
-"""ChatML in token ids, built part by part so that text can never become a control token.
+"""Renders ChatML as token ids, part by part, so that text can never become a control token.
 
-The same ids as encoding the rendered string: control tokens split a text before any merge, so what
-stands between them can be encoded alone.
+The ids are the same as if the rendered string were encoded: control tokens split a text before any merge, so the
+text between two of them can be encoded by itself.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-"""What SmolLM2-Instruct's own template puts first where a chat has no system message."""
+"""The system message that SmolLM2-Instruct's own template adds if a chat has none."""
 
 
 class Encoder(Protocol):
-    """What the corpus needs of a tokenizer."""
+    """The part of a tokenizer that the corpus needs."""
 
     def encode(self, text: str, *, add_bos: bool = ..., parse_special: bool = ...) -> Sequence[int]:
-        """Return the ids of `text`; control tokens written in it count only with `parse_special`."""
+        """Return the ids of `text`. Control tokens written in the text are read as such only with `parse_special`."""
         ...
 
 
 class ChatTurn(msgspec.Struct, frozen=True):
-    """One turn."""
+    """One message of a chat."""
 
     role: str
     content: str
 
 
 class Rendered(NamedTuple):
-    """A chat in ids; `answers` are the spans [start, end) of the assistant's turns, header included."""
+    """A chat as token ids; `answers` are the spans [start, end) of the assistant's turns with their headers."""
 
     ids: list[int]
     answers: list[tuple[int, int]]
@@ -41,8 +41,8 @@ class ChatML:
     """Renders chats with one tokenizer.
 
     Attributes:
-        separator: the token that parts documents in one sequence. It is the end-of-text token of
-            pre-training, not the end of a turn: the model learnt documents with it.
+        separator: the token between documents of one sequence. It is the end-of-text token, with which the
+            model learnt documents in pre-training, and not the token that ends a turn.
 
     Raises:
         ValueError: the vocabulary lacks one of ChatML's control tokens.
@@ -56,11 +56,11 @@ class ChatML:
         self._newline = self.text("\n")
 
     def text(self, text: str) -> list[int]:
-        """Ids of plain text."""
+        """Encode plain text."""
         return list(self._encoder.encode(text, add_bos=False, parse_special=False))
 
     def render(self, messages: Sequence[ChatTurn], *, generation_prompt: bool = False) -> Rendered:
-        """Ids of a chat, with the default system message where it has none."""
+        """Encode a chat. If it has no system message, the default one is added."""
         turns = list(messages)
         if not turns or turns[0].role != "system":
             turns.insert(0, ChatTurn("system", SYSTEM_PROMPT))

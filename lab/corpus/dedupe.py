@@ -1,7 +1,7 @@
-"""Removes repeated text: equal documents, near-equal documents, and paragraphs that come again and again.
+"""Removes repeated text: equal documents, nearly equal documents, and paragraphs that are often repeated.
 
-Held-out documents are seen first, so that what they share with training text is removed from the
-training side: a held-out loss must not measure memory.
+Held-out documents come first, so text that they share with training documents is removed from the training
+documents: a held-out loss must not measure memory.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from lab.corpus.documents import MIN_CHARS, Document, with_text
 
 SHINGLE = 8  # words
-SKETCH = 64  # smallest shingle hashes kept a document: equal sketches estimate equal sets of shingles
-NEAR = 0.5  # this share of a sketch seen in one earlier document makes a copy
-PARAGRAPH = 120  # characters; shorter ones ("Example:") repeat for good reasons
-REPEATS = 2  # a paragraph is kept this often in training text; licence headers come by the thousand
+SKETCH = 64  # smallest shingle hashes kept of each document; similar sketches mean similar sets of shingles
+NEAR = 0.5  # a document is a copy if one earlier document has this share of its sketch
+PARAGRAPH = 120  # characters; shorter paragraphs ("Example:") may repeat
+REPEATS = 2  # how often training text may have the same paragraph; licence headers appear thousands of times
 
 _WORD = re.compile(r"\w+")
 
 
 def sketch(text: str) -> NDArray[np.uint64]:
-    """The smallest hashes of the text's word shingles (fewer for a short text)."""
+    """Return the `SKETCH` smallest hashes of the text's word shingles (fewer for a short text)."""
     words = np.array([zlib.crc32(word.encode()) for word in _WORD.findall(text.lower())], np.uint64)
     if len(words) < SHINGLE:
         return np.empty(0, np.uint64)
@@ -41,7 +41,7 @@ def sketch(text: str) -> NDArray[np.uint64]:
 
 
 def dedupe(documents: Iterable[Document]) -> tuple[list[Document], Counter[str]]:
-    """The documents without repetitions, in their order, and how often each rule struck."""
+    """Remove repetitions; return the documents that are left, in their order, and how often each rule applied."""
     ordered = list(documents)
     struck: Counter[str] = Counter()
     exact: set[bytes] = set()
@@ -81,6 +81,6 @@ def _without_repeats(document: Document, seen: Counter[bytes]) -> tuple[str, int
             if seen[key] >= limit:
                 dropped += 1
                 continue
-            seen[key] += REPEATS if heldout else 1  # what is held out has no place in training at all
+            seen[key] += REPEATS if heldout else 1  # held-out text must not appear in training text at all
         parts.append(part)
     return "\n\n".join(parts).strip(), dropped

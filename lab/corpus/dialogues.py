@@ -1,7 +1,6 @@
-"""Chats made from documents: pasted texts with extractive questions, sections explained, functions shown.
+"""Makes chats from documents: pasted texts with questions, explained sections, shown functions.
 
-Answers are always words of the document itself. What the model would say in its own words is
-generated in training, from the prompts of `lab.corpus.prompts`.
+Answers are always words of the document itself. `lab.corpus.answers` adds answers in the model's own words.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ Exchange = tuple[str, str]  # a question and its answer
 def make_dialogues(
     documents: Sequence[Document], chat: ChatML, rng: random.Random, budget: int
 ) -> Iterator[Packed]:
-    """Chats of `budget` tokens in all: two thirds with a pasted document, one third without."""
+    """Make chats of about `budget` tokens in all: two thirds with a pasted document, one third without."""
     makers = _makers(documents)
     made = fruitless = 0
     while made < budget and fruitless < 1000 and makers:
@@ -109,9 +108,9 @@ def _pasted(document: Document, chat: ChatML, rng: random.Random) -> Packed | No
 
 
 def _exchanges(text: str, kind: str, rng: random.Random) -> list[Exchange]:
-    """Questions about a text whose answers stand in it, shuffled; at most six."""
+    """Make at most six questions about a text, with answers from the text, in random order."""
     found: list[Exchange] = []
-    parts = sections(text)[:-1]  # the last may be cut
+    parts = sections(text)[:-1]  # the last section may be cut
     for part, following in itertools.pairwise(parts):
         found.append((f'Which section comes right after "{part.title}"?', f'"{following.title}"'))
     found += [(f'How does the section "{part.title}" begin?', _opening(part.body)) for part in parts]
@@ -140,7 +139,7 @@ def _opening(body: str) -> str:
 
 
 def _explained(titled: dict[str, list[Section]], chat: ChatML, rng: random.Random) -> Packed | None:
-    """A long talk about one package: neighbouring sections, asked for by title."""
+    """Make a long chat about one package, which asks for neighbouring sections by title."""
     source = rng.choice(sorted(titled))
     parts = titled[source]
     begin, limit = rng.randrange(len(parts)), rng.choice((1500, 3000, 6000, 7500)) * 3
@@ -157,7 +156,7 @@ def _explained(titled: dict[str, list[Section]], chat: ChatML, rng: random.Rando
 
 
 def _shown(functions: dict[str, list[Exchange]], chat: ChatML, rng: random.Random) -> Packed | None:
-    """A talk about code: definitions shown one after another, then an earlier one asked for again."""
+    """Make a chat about code: it shows definitions one after another, then asks for an earlier one again."""
     source = rng.choice(sorted(functions))
     found = functions[source]
     begin, count = rng.randrange(len(found)), rng.randrange(4, 25)
@@ -173,7 +172,7 @@ def _shown(functions: dict[str, list[Exchange]], chat: ChatML, rng: random.Rando
 
 
 def _functions(text: str) -> list[Exchange]:
-    """Names and bodies (up to 40 lines) of the definitions in a source text."""
+    """Find the names and bodies (up to 40 lines) of the definitions in a source text."""
     found = []
     for match in _DEFINITION.finditer(text):
         lines = text[match.start() : match.start() + 4000].split("\n")

@@ -1,4 +1,4 @@
-"""Documents: cleaned, deduplicated text with its origin."""
+"""Documents: cleaned text with its origin, and the sections in it. `lab.corpus.dedupe` removes repetitions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HEADING = re.compile(r"(?:^|(?<=\n\n))#{1,6} (.+)\n(?=\n)")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text. `source` is the name of its row in the table of sources."""
+    """One text. `source` is the name of its row in `SOURCES`."""
 
     source: str
     path: str
@@ -39,7 +39,7 @@ class Section:
 
 
 def clean(text: str) -> str:
-    """Unicode composed, invisible characters and trailing blanks gone, at most one empty line in a row."""
+    """Compose Unicode, remove invisible characters and trailing blanks, and leave at most one empty line in a row."""
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u200b-\u200f\u2028\u2029\ufeff]", "", text)
     text = text.replace("\u00a0", " ").replace("\u00b6", "")
@@ -48,7 +48,7 @@ def clean(text: str) -> str:
 
 
 def acceptable(text: str, kind: TextKind) -> bool:
-    """Whether a cleaned text is long enough, and English prose or written code rather than tables or data."""
+    """Whether a cleaned text is long enough, and is English prose or code, not tables or data."""
     if len(text) < MIN_CHARS:
         return False
     letters = sum(character.isalpha() for character in text)
@@ -61,7 +61,7 @@ def acceptable(text: str, kind: TextKind) -> bool:
 
 
 def sections(text: str) -> list[Section]:
-    """The titled parts of a text, in order; what stands before the first heading is left out."""
+    """Return the titled parts of a text, in order. Text before the first heading is left out."""
     marks = list(_HEADING.finditer(text))
     if not marks:
         return []
@@ -76,10 +76,13 @@ def sections(text: str) -> list[Section]:
 
 
 def read(source: CorpusSource, cache: Path, seed: int) -> tuple[list[Document], str]:
-    """The documents of a source in path order, and the package's version.
+    """Return the documents of a source, sorted by path, and the package's version.
 
-    Where there is more than `max_chars`, whole folders are taken in a seeded random order: files of
-    one folder belong together, and a sequence made of neighbours has something to look back at.
+    If the source has more than `max_chars`, folders are taken in a seeded random order. Files of one folder belong
+    together, so a sequence made of neighbours has something to look back at.
+
+    Raises:
+        FetchError: the package could not be fetched.
     """
     tree, version = fetch(source, cache)
     folders: dict[Path, list[Path]] = {}
@@ -106,7 +109,7 @@ def gather(
     seed: int,
     progress: Callable[[str], None] = lambda name: None,
 ) -> tuple[list[Document], dict[str, str]]:
-    """Documents of every source, and each source's version."""
+    """Read the documents of all sources; return them and each source's version."""
     documents: list[Document] = []
     versions: dict[str, str] = {}
     for source in sources:
@@ -117,7 +120,7 @@ def gather(
 
 
 def by_kind(documents: Iterable[Document]) -> list[list[Document]]:
-    """Documents grouped by kind: drawing the group first keeps code, of which there is most, from ruling."""
+    """Group documents by kind. Draw a group first and then a document, else most would be code."""
     groups: dict[str, list[Document]] = {}
     for document in documents:
         groups.setdefault(document.kind, []).append(document)
@@ -125,5 +128,5 @@ def by_kind(documents: Iterable[Document]) -> list[list[Document]]:
 
 
 def with_text(document: Document, text: str) -> Document:
-    """The same document with other text."""
+    """Return the same document with other text."""
     return replace(document, text=text)

@@ -1,4 +1,4 @@
-"""Files to plain text. Headings of every format become `# Title` lines, so that later steps find sections."""
+"""Turns files into plain text. Headings of every format become `# Title` lines, so later steps can find sections."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FURNITURE = re.compile(
     r"sphinxsidebar|related|navheader|navfooter|headerlink|sourcelink|sidebar|breadcrumb|nav-chapters|menu-bar"
     r"|\btoc\b|toplang|bottomlang|path-item|noprint|docnav|navigation|global-nav|\bhd\b|\bnav\b|TopLeftHeader"
 )
-# Elements that never close, or that hold the whole page however they are styled.
+# Elements that never close, or that contain the whole page whatever their class is.
 _FRAMES = frozenset("area base br col embed hr img input link meta source track wbr html body main".split())
 _BLOCKS = frozenset(
     "p div section article table tr ul ol dl dt dd li blockquote pre h1 h2 h3 h4 h5 h6 title figure br hr page".split()
@@ -29,7 +29,7 @@ _HEADINGS = {"h1": 1, "h2": 2, "h3": 3, "h4": 4, "h5": 5, "h6": 6, "title": 2}
 
 
 class _TextMaker(HTMLParser):
-    """Collects the text of a page; white space is kept in `pre` and folded elsewhere."""
+    """Collects the text of a page. White space is kept inside `pre` and folded elsewhere."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -76,7 +76,7 @@ class _TextMaker(HTMLParser):
 
 
 def decode(data: bytes) -> str:
-    """Text of a file: UTF-8 where it is, Latin-1 (which never fails) where it is not."""
+    """Decode a file as UTF-8, or as Latin-1 (which never fails) if it is not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
@@ -84,7 +84,7 @@ def decode(data: bytes) -> str:
 
 
 def from_html(page: str) -> str:
-    """Text of an HTML or Mallard page without its navigation."""
+    """Return the text of an HTML or Mallard page, without its navigation."""
     maker = _TextMaker()
     maker.feed(re.sub(r"<head[\s>].*?</head>", "", page, count=1, flags=re.S | re.I))
     maker.close()
@@ -94,7 +94,7 @@ def from_html(page: str) -> str:
 
 
 def from_rst(text: str) -> str:
-    """reStructuredText with its underlined titles turned into `#` headings and indexes dropped."""
+    """Return reStructuredText with underlined titles turned into `#` headings, and without indexes."""
     levels: dict[str, int] = {}
     lines: list[str] = []
     skip_indent: int | None = None
@@ -119,7 +119,7 @@ def from_rst(text: str) -> str:
             ):
                 level = levels.setdefault(mark[0], len(levels) + 1)
                 lines[-1] = "#" * level + " " + lines[-1].strip()
-            continue  # an overline, or the underline that was just read
+            continue  # an overline, or the underline of the title above
         lines.append(line)
     text = "\n".join(lines)
     text = re.sub(r":[\w:+.-]+:`~?([^`<]+?)(?:\s*<[^`>]*>)?`", r"`\1`", text)
@@ -127,7 +127,7 @@ def from_rst(text: str) -> str:
 
 
 def from_pod(text: str) -> str:
-    """Perl's documentation format: headings, and formatting codes taken off."""
+    """Return the text of Perl's documentation format (POD), with `#` headings and without formatting codes."""
     text = re.sub(r"(?ms)^=(begin|for)\b.*?(^=end\b[^\n]*|\n\n)", "", text)
     text = re.sub(r"(?m)^=head(\d)\s+", lambda match: "#" * int(match[1]) + " ", text)
     text = re.sub(r"(?m)^=item\s+", "- ", text)
@@ -140,17 +140,17 @@ def from_pod(text: str) -> str:
 
 
 def from_markdown(text: str) -> str:
-    """Markdown as it is, with link targets, anchors and comments dropped."""
+    """Return Markdown without link targets, anchors and comments."""
     text = re.sub(r"<!--.*?-->|</?a\b[^>]*>", "", text, flags=re.S)
     text = re.sub(r"\[([^\]]+)\](?:\([^)\s]*\)|\[[^\]]*\])", r"\1", text)
     return re.sub(r"(?m)^\[[^\]]+\]:\s.*$", "", text)
 
 
 def from_rdb(data: bytes) -> Iterator[str]:
-    """The character vectors of an R data base: each is a book, one string a line."""
+    """Yield the character vectors of an R database. Each vector is a book, and each string is a line."""
     position = 0
     while position + 4 < len(data):
-        # A record: its unpacked size, then one stream. R marks bzip2 with "2" and xz with "Z".
+        # A record is its unpacked size and then one stream. R marks bzip2 with "2" and xz with "Z".
         body = data[position + 4 :]
         if body[:1] == b"2":
             bunzip = bz2.BZ2Decompressor()
@@ -187,7 +187,7 @@ def _r_strings(record: bytes) -> list[str]:
 
 
 def from_sword(index: Path) -> Iterator[str]:
-    """The blocks of a compressed SWORD commentary: each is the commentary on one book."""
+    """Yield the blocks of a compressed SWORD commentary. Each block is the commentary on one book."""
     blob = index.with_suffix(".bzz").read_bytes()
     for start, size, _ in struct.iter_unpack("<III", index.read_bytes()):
         yield from_html(decode(zlib.decompress(blob[start : start + size])))
@@ -203,7 +203,7 @@ _CONVERTERS: dict[str, Callable[[str], str]] = {
 
 
 def texts(reader: str, path: Path) -> Iterator[str]:
-    """The documents in one file."""
+    """Yield the documents in one file."""
     if reader == "sword":
         yield from from_sword(path)
     elif reader == "rdb":

@@ -1,7 +1,7 @@
-"""Facts for the retrieval sequences that are trained on: statements, questions, answers and their words.
+"""Facts for the retrieval sequences of the training text: statements, questions, answers and their words.
 
-Nothing here may appear in `lab.corpus.needles`, which measures: neither a phrasing nor a value. A
-test holds the two apart. Numbers are kept apart by remainder, see `TRAIN_NUMBER`.
+`lab.corpus.needles` measures, so it must not share a phrasing or a value with this module; a test checks that.
+Numbers for training and for measuring differ in their remainder (see `number`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DRINKS = "black coffee,green tea,apple juice,cold milk,hot chocolate,lemonade,mi
 
 
 def number(rng: random.Random, digits: int, *, evaluation: bool = False) -> str:
-    """A number of so many digits; those for evaluation leave the remainder 3 by 7 and no others do."""
+    """Draw a number with so many digits. Its remainder modulo 7 is 3 if and only if it is for evaluation."""
     while True:
         value = rng.randrange(10 ** (digits - 1), 10**digits)
         if (value % 7 == 3) is evaluation:
@@ -68,7 +68,7 @@ def _price(rng: random.Random) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FactFamily:
-    """One sort of fact. In the phrasings `{s}` is the subject and `{v}` the value."""
+    """One sort of fact. In the phrasings `{s}` is the subject, `{t}` a second word and `{v}` the value."""
 
     name: str
     statements: tuple[str, ...]
@@ -80,7 +80,7 @@ class FactFamily:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A fact ready to be hidden, asked for and answered."""
+    """A fact: a statement to hide in a text, a question for it and the answer."""
 
     statement: str
     question: str
@@ -226,7 +226,7 @@ FAMILIES: tuple[FactFamily, ...] = (
 
 
 def make_facts(rng: random.Random, count: int, *, families: int = 3) -> list[Fact]:
-    """Facts of a few families, each with a subject of its own, so that every question has one answer."""
+    """Make facts from a few families. No two share a subject, so that every question has one answer."""
     chosen = rng.sample(FAMILIES, min(families, len(FAMILIES)))
     facts: list[Fact] = []
     subjects: set[tuple[str, str, str]] = set()

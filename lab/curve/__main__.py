@@ -19,11 +19,11 @@ def curve(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where curve.json and curve.png go.")] = Path(
         "bench"
     ),
-    price: Annotated[float, typer.Option(help="USD an hour of the machine.")] = 0.10,
+    price: Annotated[float, typer.Option(help="Price of the machine, USD an hour.")] = 0.10,
     positions: Annotated[
         str | None,
         typer.Option(
-            metavar="N,N", help="Tokens before the step, K is 1024.", show_default="0,1K,2K,4K ... 128K"
+            metavar="N,N", help="Tokens before the step; K is 1024.", show_default="0,1K,2K,4K ... 128K"
         ),
     ] = None,
     chunk: Annotated[
@@ -36,7 +36,7 @@ def curve(
         int | None, typer.Option(help="How often each step is run.", show_default="3", min=1)
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A model smaller in everything, once: does the command work?")
+        bool, typer.Option("--quick", help="A tiny model and one round, to see that the command works.")
     ] = False,
     device: DeviceFlag = "auto",
     dtype: DtypeFlag = "auto",
@@ -45,9 +45,9 @@ def curve(
 ) -> None:
     """Cost of a million tokens by position, 0 to 128K, dense and sparse.
 
-    Runs steps of the engine on one layer of DeepSeek-V3.2's shape with random
-    weights: prefill and decode, as in the figure of its report. Takes minutes
-    and 6 GiB, in which nothing else should run.
+    It runs steps of the engine on one layer of DeepSeek-V3.2's shape with random
+    weights: prefill and decode, as in the figure of its report. It takes minutes
+    and 6 GiB; nothing else should run at the same time.
     """
     one_of("--dtype", dtype)
     from lab.curve.run import run

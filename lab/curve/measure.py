@@ -1,8 +1,8 @@
-"""Steps of the real runner at chosen positions, dense and sparse in turn, and what they cost.
+"""Times steps of the real runner at chosen positions, dense and sparse in turn, and computes their cost.
 
-A step at position p finds p tokens of its request in the cache. Those are random numbers written straight into
-the pages, never computed: what a step costs does not depend on them. Random index keys scatter the selected tokens
-over the whole context, which is the worst case for gathering them.
+A step at position p finds p tokens of its request in the cache. Their keys and values are random numbers, written
+directly into the pages, because the cost of a step does not depend on them. With random index keys the selected
+tokens lie all over the context, which is the worst case for gathering them.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ ATTENTION: tuple[Attention, ...] = ("dense", "sparse")
 
 
 class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
-    """One place of one curve."""
+    """One point of one curve."""
 
     phase: Phase
     attention: Attention
     position: int  # tokens of each request before the step
-    forms: tuple[str, ...]  # how the engine attended, of its tiles: dense, gather, mask; expanded or not
-    tokens: int  # computed in a step: rows of the chunk, or one of each stream
-    seconds: tuple[float, ...]  # each measured step
+    forms: tuple[str, ...]  # the forms of attention in the step's tiles: dense, gather, mask; expanded or not
+    tokens: int  # tokens computed in a step: the rows of the chunk, or one for each stream
+    seconds: tuple[float, ...]  # of each measured step
 
     @property
     def token_seconds(self) -> float:
-        """Median step, divided by its tokens."""
+        """The median time of a step, divided by its tokens."""
         return statistics.median(self.seconds) / self.tokens
 
     def usd(self, price_an_hour: float) -> float:
-        """USD for a million tokens, with the machine at this price."""
+        """Return the cost of a million tokens in USD, if the machine costs `price_an_hour` USD."""
         return self.token_seconds * 1e6 / 3600 * price_an_hour
 
 
@@ -63,12 +63,12 @@ class CurvePlan:
 
     positions: tuple[int, ...]
     chunk: int  # rows of a prefill step
-    streams: int  # of a decode step
+    streams: int  # requests of a decode step
     rounds: int
     quick: bool
     device: torch.device
     dtype: torch.dtype
-    cpu_time: bool = False  # of the process, in place of the clock's
+    cpu_time: bool = False  # measure the process's CPU time instead of the wall clock
 
     def __post_init__(self) -> None:
         for name in ("chunk", "streams", "rounds"):
@@ -79,13 +79,13 @@ class CurvePlan:
 
 
 class Lab:
-    """The model over a cache full of random numbers."""
+    """The model, with a cache full of random numbers."""
 
     def __init__(self, plan: CurvePlan, progress: StageProgress) -> None:
-        """Make both.
+        """Make the model and fill the cache.
 
         Raises:
-            ConfigError: a position beyond the model's, or one that the sizes do not allow.
+            ConfigError: a chunk at the last position would end beyond the model's positions.
         """
         settings = config(quick=plan.quick)
         self.index_top_k: int = settings["index_topk"]
@@ -125,30 +125,30 @@ class Lab:
         self._device = plan.device
 
     def case(self, phase: Phase, attention: Attention, position: int, plan: CurvePlan) -> StepCase:
-        """The step that stands for a place of a curve."""
+        """Make the step for a point of a curve."""
         rows, requests = (plan.chunk, 1) if phase == "prefill" else (1, plan.streams)
         index_top_k = None if attention == "dense" else self.index_top_k
-        # A prompt's chunk is followed by another: only a decode step draws tokens.
+        # Only a decode step draws tokens. A prefill step is a chunk in the middle of a prompt.
         return StepCase(
             phase, position, rows, requests, index_top_k, sampled=phase == "decode", held_out=False
         )
 
     def forms(self, case: StepCase) -> tuple[str, ...]:
-        """Of its tiles, as the engine cuts them."""
+        """Return the different forms of attention that the engine chooses for the tiles of a step."""
         tiling = Tiling(build_batch(self._bench.plan(case), self._device), self._costs)
         return tuple(
             dict.fromkeys(tile.form + (" expanded" if tile.expanded else "") for tile in tiling.tiles)
         )
 
     def seconds(self, case: StepCase) -> float:
-        """Run it once."""
+        """Run a step once; return the seconds that it took."""
         return self._bench.seconds(case)
 
 
 def fill(
     cache: PagedCache, planes: Iterable[tuple[int, str]], progress: StageProgress, at_once: int = 256
 ) -> None:
-    """Write normal numbers everywhere, `at_once` pages at a time."""
+    """Fill planes with random numbers of the normal distribution, `at_once` pages at a time."""
     generator = torch.Generator().manual_seed(1)
     for layer, name in planes:
         plane = cache.plane(layer, name)
@@ -159,14 +159,14 @@ def fill(
 
 
 def measure(plan: CurvePlan, lab: Lab, progress: StageProgress) -> list[CurvePoint]:
-    """Every place of the four curves, once a round; dense and sparse take turns, so that noise falls on both."""
+    """Measure every point of the four curves once in each round. Dense and sparse take turns, so both get the noise."""
     places: list[tuple[Phase, int]] = [(phase, position) for phase in PHASES for position in plan.positions]
     cases = {
         (phase, attention, position): lab.case(phase, attention, position, plan)
         for phase, position in places
         for attention in ATTENTION
     }
-    for phase in PHASES:  # what the first step of a kind sets up is not measured
+    for phase in PHASES:  # run one step of each kind first: its set-up must not be measured
         for attention in ATTENTION:
             shortest = min(
                 (p for p in plan.positions if not is_dense(p, lab.index_top_k)), default=max(plan.positions)
@@ -190,10 +190,9 @@ def measure(plan: CurvePlan, lab: Lab, progress: StageProgress) -> list[CurvePoi
 
 
 def crossover(points: Sequence[CurvePoint], phase: Phase, index_top_k: int) -> float | None:
-    """The position from which on sparse is cheaper than dense, between measured ones on a straight line.
+    """Return the position from which on sparse is cheaper than dense; None if dense is cheaper at the last position.
 
-    Dense rows cost the same in both, so only what lies beyond them counts; None if dense is the cheaper
-    one at the end.
+    Between measured positions the cost is taken as a straight line. Positions whose rows are dense in both are left out.
     """
     gains = sorted(
         (position, _cost(points, phase, "dense", position) - _cost(points, phase, "sparse", position))
@@ -211,7 +210,7 @@ def crossover(points: Sequence[CurvePoint], phase: Phase, index_top_k: int) -> f
 
 
 def growth(points: Sequence[CurvePoint], phase: Phase, attention: Attention, low: int, high: int) -> float:
-    """Cost at `high` / cost at `low`, of measured positions."""
+    """Return (cost at `high`) / (cost at `low`). Both positions must have been measured."""
     return _cost(points, phase, attention, high) / _cost(points, phase, attention, low)
 
 

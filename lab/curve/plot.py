@@ -1,4 +1,4 @@
-"""The picture: prefill and decode side by side, dense and sparse in each, as in the published figure."""
+"""Draws the curves: prefill and decode side by side, dense and sparse in each, as in the published figure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw(
     title: str,
     path: Path,
 ) -> None:
-    """Write a PNG."""
+    """Draw the curves, and write the PNG `path`. `price` is in USD an hour."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -1,4 +1,4 @@
-"""What a run of the curve says: JSON with every measured second, tables, and three sentences."""
+"""The report of a run: JSON with the time of every measured step, tables, and a few sentences."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rich.table import Table
 from lab.curve.measure import PHASES, CurvePlan, CurvePoint, Phase, crossover, growth
 
 LOW, HIGH = 8 * 1024, 128 * 1024
-"""Between these positions sparse decode is to grow less than twofold."""
+"""The aim: between these positions the cost of sparse decode grows less than twofold."""
 
 
 class CurveReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is needed to draw the curve again, at another price too."""
+    """Everything that is needed to draw the curve again, also at another price."""
 
     command: str
-    quick: bool  # a model smaller in everything: its figures mean nothing
+    quick: bool  # the model was much smaller, so the figures mean nothing
     model: dict[str, Any]  # its config
     parameters: int
     machine: str
     device: str
     dtype: str
     threads: int
-    cpu_time: bool  # the seconds are the process's own, not the clock's
+    cpu_time: bool  # whether seconds are the process's CPU time, not wall clock time
     torch: str
     kernels: str
     cache_bytes: int
@@ -41,7 +41,7 @@ class CurveReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def title(self) -> str:
-        """Of the picture."""
+        """The title of the picture."""
         what = "a small random model" if self.quick else "one layer of DeepSeek-V3.2's shape, random weights"
         return (
             f"Cost of a million tokens by position: {what}\n{self.machine}, "
@@ -54,7 +54,7 @@ def make(
     plan: CurvePlan, points: Sequence[CurvePoint], *, command: str, model: dict[str, Any], parameters: int, kernels: str,
     cache_bytes: int, price: float,
 ) -> CurveReport:  # fmt: skip
-    """Put a run's results together."""
+    """Make the report of a run."""
     return CurveReport(
         command=command, quick=plan.quick, model=model, parameters=parameters, machine=_machine(plan.device),
         device=str(plan.device), dtype=str(plan.dtype).removeprefix("torch."), threads=torch.get_num_threads(), cpu_time=plan.cpu_time,
@@ -65,7 +65,7 @@ def make(
 
 
 def table(report: CurveReport, phase: Phase) -> Table:
-    """One phase by position: the seconds, and what they cost."""
+    """Make the table of one phase: seconds and cost by position."""
     made = Table(
         "position", "dense s a step", "sparse s a step", "dense ms a token", "sparse ms a token",
         "dense USD/M", "sparse USD/M", "dense / sparse", "sparse rows attend by",
@@ -86,7 +86,7 @@ def table(report: CurveReport, phase: Phase) -> Table:
 
 
 def sentences(report: CurveReport) -> list[str]:
-    """What the curve shows."""
+    """Say in sentences what the curve shows."""
     said = []
     measured = {p.position for p in report.points}
     for phase in PHASES:
@@ -105,7 +105,7 @@ def sentences(report: CurveReport) -> list[str]:
 
 
 def _machine(device: torch.device) -> str:
-    """The processor, for people."""
+    """Return the name of the processor, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

@@ -1,6 +1,6 @@
-"""Cost of a million tokens by position, dense and sparse, on a layer of DeepSeek-V3.2's shape.
+"""Measures the cost of a million tokens by position, dense and sparse, on a layer of DeepSeek-V3.2's shape.
 
-Takes minutes and 6 GiB, in which nothing else should run.
+A run takes minutes and 6 GiB. Nothing else should run at the same time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def run(
     *, command: str, out: Path, price: float, positions: str | None, chunk: int | None, streams: int | None,
     rounds: int | None, quick: bool, device_name: str, dtype: str, threads: int | None, cpu_time: bool,
 ) -> CurveReport:  # fmt: skip
-    """Measure, print and write; `dsa bench curve --help` says what the arguments are.
+    """Measure, print and write; `dsa bench curve --help` describes the arguments.
 
     Raises:
-        EngineError: the device or the settings.
+        EngineError: the device or a setting cannot be used.
         OSError: the results cannot be written.
     """
-    try:  # an extra, and better missed now than after the measurements
+    try:  # matplotlib is an extra; if it is missing, say so now and not after the measurements
         from lab.curve.plot import draw
     except ImportError:
         raise ConfigError(
@@ -74,7 +74,7 @@ def run(
 
 
 def _positions(text: str) -> tuple[int, ...]:
-    """`0,1K,128K` as numbers."""
+    """Read positions such as `0,1K,128K`."""
     try:
         return tuple(
             int(one.strip().upper().removesuffix("K")) * (1024 if one.strip().upper().endswith("K") else 1)

@@ -1,21 +1,20 @@
-"""A layer of DeepSeek-V3.2 that fits a small machine: the published shape with random weights. For its speed only.
+"""A layer of DeepSeek-V3.2 that fits on a small machine: the published shape with random weights, to measure speed only.
 
-What attention costs is not scaled at all: 128 heads over latents of 512 + 64, an indexer of 64 heads of 128 dims
-that selects 2048, hidden size 7168, query rank 1536. So for a pair of tokens the indexer does 1/17 of the arithmetic
-of the dense attention that it replaces (64 x 128 against 128 x (576 + 512) multiply-adds), as published. What is
-smaller:
+Attention is not scaled down: 128 heads over latents of 512 + 64, an indexer of 64 heads of 128 dims that selects
+2048, hidden size 7168, query rank 1536. So for a pair of tokens the indexer does 1/17 of the arithmetic of the dense
+attention that it replaces (64 x 128 against 128 x (576 + 512) multiply-adds), as published. These are smaller:
 
-- layers: 1 of 61, a mixture of experts as 58 of them are. Every cost but the head's is one of a layer.
-- experts: 16 of 256. A token visits 8 and the shared one, as published, each of the published size; but the streams
-  of a decode step share 16 experts' weights, where large published batches share 256.
+- layers: 1 of 61, a mixture of experts, as 58 of them are. All costs but the head's are costs of a layer.
+- experts: 16 of 256. A token visits 8 and the shared one, all of the published size. But the streams of a decode step
+  share the weights of 16 experts, where large published batches share 256.
 - vocabulary: 4096 of 129280.
 - numbers: bfloat16 for weights, cache and index. DeepSeek serves FP8, which halves the indexer's part more than
   attention's.
 
-But for the numbers, none of it moves the context from which sparse is cheaper: the rest is common to both. How many times a token
-at 128K costs one at 8K does depend on it, and on `streams`: the more streams share the weights, the less a short
-context costs. And dense is this same model without selection, so it too computes and keeps index keys (0.2 % of its
-arithmetic); the published dense model has no indexer.
+Only the number format moves the context from which on sparse is cheaper; the other differences change both alike. But
+they, and `streams`, change the ratio of a token's cost at 128K to that at 8K: the more streams share the weights, the
+less a short context costs. Dense is the same model without selection, so it also computes and keeps index keys (0.2 % of
+its arithmetic); the published dense model has no indexer.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ _QUICK = {
     "kv_lora_rank": 128, "index_n_heads": 4, "index_topk": 256, "moe_intermediate_size": 64,
     "vocab_size": 256,
 }  # fmt: skip
-"""Smaller in everything: shows that the command works, and nothing about DeepSeek."""
+"""Much smaller sizes, which only show that the command works."""
 
 _POOL = 1 << 22
 
 
 def config(*, quick: bool) -> dict[str, Any]:
-    """The model's config, as a config.json would have it."""
+    """Return the model's config, as a config.json would have it."""
     path = importlib.resources.files("engine").joinpath("models", "mla", "configs", "deepseek-v3.2.json")
     raw: dict[str, Any] = json.loads(path.read_text("utf-8")) | _ONE_LAYER | (_QUICK if quick else {})
     del raw["quantization_config"]
@@ -56,31 +55,29 @@ def config(*, quick: bool) -> dict[str, Any]:
 
 
 class RandomSource:
-    """A checkpoint of this config that was never trained; see `engine.checkpoint.source.Source`."""
+    """A checkpoint with random weights; implements `engine.checkpoint.source.Source`."""
 
     description = "random weights"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        """Each weight of the model that `settings`, a config, describe."""
+        """Make a checkpoint of the model that the config `settings` describes."""
         self.config = settings
         self._shapes: dict[str, tuple[int, ...]] = {}
         for weight in read_config(settings, self.description).shape(None).table.values():
             self._shapes |= _shapes(weight)
-        # The speed of a product does not depend on its numbers: one pool serves all weights.
+        # The speed of a product does not depend on its numbers, so all weights come from one pool.
         self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0))
 
     def names(self) -> frozenset[str]:
-        """Of all tensors."""
         return frozenset(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one; raises CheckpointError where there is none."""
         if name not in self._shapes:
             raise CheckpointError(f"{self.description} have no tensor {name}")
         return self._shapes[name]
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Ones for a norm, else normal numbers that keep the size of what they multiply."""
+        """Make a tensor: 1 for a norm's weight, 0 for other vectors, else normal numbers that keep the input's scale."""
         shape = self.shape(name)
         if len(shape) == 1:
             return (
@@ -95,6 +92,6 @@ class RandomSource:
 
 
 def _shapes(weight: Weight) -> dict[str, tuple[int, ...]]:
-    """Of the tensors that lie one below the other in a weight."""
+    """Return the names and shapes of the tensors that a weight stacks on top of each other."""
     rows = weight.rows or (weight.shape[0] // len(weight.names),) * len(weight.names)
     return {name: (count, *weight.shape[1:]) for name, count in zip(weight.names, rows, strict=True)}

@@ -28,7 +28,7 @@ def distill(
         Path,
         typer.Option(
             metavar="DIR",
-            help="Where the results go. If it holds an unfinished run of the same settings, that goes on.",
+            help="Folder for the results. An unfinished run of the same settings in it continues.",
         ),
     ],
     recipe: Annotated[
@@ -46,7 +46,7 @@ def distill(
             metavar="FILE",
             rich_help_panel=_RUN,
             show_default="random weights",
-            help="An indexer of this model to go on from.",
+            help="An indexer of this model to start from.",
         ),
     ] = None,
     until: Annotated[
@@ -63,7 +63,8 @@ def distill(
         typer.Option(rich_help_panel=_RUN, help="Number format of the model: auto, float32 or bfloat16."),
     ] = "auto",
     evaluate_every: Annotated[
-        int, typer.Option(rich_help_panel=_RUN, help="Steps between evaluations; 0 is only at the end.")
+        int,
+        typer.Option(rich_help_panel=_RUN, help="Steps between evaluations; 0 evaluates only at the end."),
     ] = 0,
     evaluate_kind: Annotated[
         int,
@@ -82,7 +83,10 @@ def distill(
     rope: Annotated[
         int | None,
         typer.Option(
-            rich_help_panel=_INDEXER, help="How many of those know their position.", show_default="32", min=1
+            rich_help_panel=_INDEXER,
+            help="How many of these are rotated by position.",
+            show_default="32",
+            min=1,
         ),
     ] = None,
     default_top_k: Annotated[
@@ -90,17 +94,17 @@ def distill(
         typer.Option(
             rich_help_panel=_INDEXER,
             min=1,
-            help="How many earlier tokens each token attends to when served, where a request does not say.",
+            help="How many earlier tokens each token attends to in serving, if a request does not say it.",
         ),
     ] = 512,
 ) -> None:
     """Train the lightning indexer that makes a dense model sparse.
 
-    An indexer learns, layer by layer, which earlier tokens the model's own
-    attention looks at; the model itself stays as it is. The result is a small
+    In each layer an indexer learns which earlier tokens the model's own
+    attention looks at. The model itself does not change. The result is a small
     file, OUT/indexer.safetensors, for dsa serve --overlay.
 
-    Needs matplotlib (the extra "train"), and a GPU unless there is much time.
+    Training needs matplotlib (the extra "train"). Without a GPU it takes long.
     Ctrl-C stops after the current step; the same command goes on from there.
     """
     one_of("--dtype", dtype)

@@ -1,9 +1,10 @@
-"""The last stage's loss: predictions under selection are drawn to those of dense attention.
+"""The loss of the last stage: it pulls the predictions of sparse attention to those of dense attention.
 
-Everything runs as in serving: each layer reads what its indexer selects, rows past top_k run with the adapter.
-The teacher is the same model, dense and without it. Where a text has answers, they teach too: a small model
-finds a fact far back only now and then, dense or not, and what it does by a hair does not survive any change.
-The indexers go on learning from their own loss, eq. (4) of arXiv 2512.02556, on the attention that the adapter makes.
+Everything runs as in serving: each layer reads what its indexer selects, and rows past top_k run with the
+adapter. The teacher is the same model, dense and without the adapter. If a text has answers, the answers
+teach too: even dense, a small model finds a fact far back only now and then, and a small change is enough to
+lose it. The indexers keep learning from their own loss (arXiv 2512.02556, eq. (4)), whose target is the
+attention that the adapter produces.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from lab.distill.student import Student
 
 @dataclass(frozen=True)
 class Adapted:
-    """What one sequence gave; all but the first two is for the log."""
+    """The losses of one sequence. `losses` and `recalls` are for the log only."""
 
     distance: Tensor  # [] KL(dense || sparse) of the next token, mean over rows, nats; with gradient
     answers: Tensor  # [] cross-entropy of the next token, mean over the answers' rows, nats; with gradient
-    losses: Tensor  # [layers] of the indexers, whose gradients are already added up
-    recalls: Tensor  # [layers]
+    losses: Tensor  # [layers] the indexers' losses; their gradients are already accumulated
+    recalls: Tensor  # [layers] attention mass on the selected tokens, mean over rows
 
 
 def adapt(
@@ -38,21 +39,21 @@ def adapt(
     adapter: Adapter,
     tokens: Tensor,
     rows: Tensor,
-    top_k: int,
+    index_top_k: int,
     weight: float,
     answers: Tensor,
     combine: Literal["sum", "max"] = "sum",
 ) -> Adapted:
-    """Forward of one sequence, dense and adapted; backward of the indexers' losses.
+    """Run one sequence forward twice, dense and adapted, and the indexers' losses backward.
 
     Args:
         trunk: the main model
         student: the indexers that select
-        adapter: what is trained
+        adapter: the adapter to train
         tokens: [T]
-        rows: [n] query rows that are compared
-        top_k: how many tokens a row may read
-        weight: what the indexers' losses count for
+        rows: [n] query rows to compare
+        index_top_k: how many tokens a row may read
+        weight: factor of the indexers' losses
         answers: [m] rows whose next token is part of an answer; m may be 0
         combine: see `attention_target`
     """
@@ -61,9 +62,9 @@ def adapt(
         x = trunk.embed(tokens)
     total = len(tokens)
     losses, recalls = [], []
-    select = by_student(student, top_k)
+    select = by_student(student, index_top_k)
     for layer in range(trunk.config.num_layers):
-        fix = corrections(trunk, adapter, layer, total, top_k, x)
+        fix = corrections(trunk, adapter, layer, total, index_top_k, x)
         inputs = trunk.open(layer, x, fix)
         allowed = inputs.visible(rows)
         masks = [
@@ -72,9 +73,9 @@ def adapt(
         ]
         target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale, combine)
         scores = student.scores(layer, inputs, rows)
-        chosen = top_mask(scores.detach(), allowed, top_k)
+        chosen = top_mask(scores.detach(), allowed, index_top_k)
         loss = divergence(target, scores, chosen).mean()
-        torch.autograd.backward(loss * weight)  # a graph of its own: its input is detached
+        torch.autograd.backward(loss * weight)  # this graph ends at the layer: its input is detached
         losses.append(loss.detach())
         recalls.append(captured_mass(target, chosen).mean())
         x = trunk.close(layer, x, _attend(trunk, inputs, torch.cat(masks)), fix)
@@ -87,7 +88,10 @@ def adapt(
 
 
 def _attend(trunk: Trunk, inputs: LayerInputs, allowed: Tensor) -> Tensor:
-    """As `Trunk.attend` of all rows, but with one mask for all heads: what backward keeps is a ninth of it."""
+    """Compute what `Trunk.attend` does for all rows, but with one mask for all heads.
+
+    Backward then keeps a ninth of the memory.
+    """
     c = trunk.config
     total = allowed.shape[0]
     out = F.scaled_dot_product_attention(

@@ -1,8 +1,8 @@
 """The sparse adapters of all layers as trainable parameters.
 
-They correct the main model on the rows that read a selection, so that it gets on with less than all; dense
-rows run the model as it was. arXiv 2512.02556 (section 2.1) trains all weights for that; a correction of low
-rank to attention's projections keeps the overlay small and dense attention untouched.
+An adapter corrects the main model on sparse rows, so that the model can work with the selected tokens only.
+Dense rows run the model without it. arXiv 2512.02556 (section 2.1) trains all weights for this. A low-rank
+correction to attention's projections keeps the overlay small and leaves dense attention as it was.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from engine.models.gqa.config import GqaConfig
 
 
 class Adapter:
-    """Parameters are float32 and named as in an overlay; at first they change nothing.
+    """The parameters, in float32, with the names that they have in an overlay. At first they correct nothing.
 
     Args:
-        config: of the main model
-        rank: of each correction
-        device: of the parameters
-        seed: of what they start as
+        config: the main model's
+        rank: the rank of each correction
+        device: where the parameters are
+        seed: decides the initial parameters
     """
 
     def __init__(self, config: GqaConfig, rank: int, device: torch.device, seed: int) -> None:
@@ -42,13 +42,13 @@ class Adapter:
             self.parameters[name] = tensor.to(device).requires_grad_()
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over parameters of the same names and shapes."""
+        """Copy parameters from tensors with the same names and shapes."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
 
     def of(self, layer: int, dtype: torch.dtype) -> tuple[LowRank, LowRank]:
-        """One layer's corrections, in the model's dtype, with gradient: to the queries, keys and values, and to o."""
+        """Return a layer's two corrections in `dtype`, with gradient: to the q, k and v projections, and to o."""
         at = f"model.layers.{layer}.self_attn.sparse_adapter."
         qkv, o = (
             LowRank(*(self.parameters[f"{at}{part}.{side}"].to(dtype) for side in "ab"))

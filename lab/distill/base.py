@@ -1,4 +1,4 @@
-"""The main model that an indexer is trained for."""
+"""Loads the main model that an indexer is trained for."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from engine.models.gqa.weights import weight_table
 
 
 def open_trunk(source: Source, dtype: torch.dtype, device: torch.device) -> Trunk:
-    """Load a checkpoint, or one with an overlay over it, whose indexers and adapter are left out.
+    """Load a checkpoint's main model. An overlay's indexers and adapter are left out.
 
     Raises:
-        CheckpointError: its config or a tensor.
-        ConfigError: its family has no trunk to train on.
+        CheckpointError: the config or a tensor is missing or damaged.
+        ConfigError: the model's family has no trunk to train on.
     """
     family = read_model(source)
     if not isinstance(family, Gqa):

@@ -1,6 +1,6 @@
-"""Held-out loss of dense and sparse attention, in the trainer's own forward: quick figures while training.
+"""Held-out loss of dense and sparse attention, with the trainer's own forward pass.
 
-The figures that are published come from a running server (`dsa eval`); these say where training stands.
+These quick figures say how far training is. Published figures come from a running server (`dsa eval`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lab.distill.sparse_forward import Selector, by_oracle, by_student, by_windo
 from lab.distill.student import Student
 
 BEYOND = 1024
-"""Positions before it have little to leave out at any top_k worth having: they would dilute the difference."""
+"""Positions before this one leave out few tokens at any useful top_k, so they would dilute the difference."""
 
 
 def held_out(
@@ -27,7 +27,7 @@ def held_out(
     split: CorpusSplit,
     device: torch.device,
     *,
-    top_k: tuple[int, ...] = (256, 512),
+    index_top_k: tuple[int, ...] = (256, 512),
     max_length: int = 4096,
     per_kind: int = 3,
     baselines: bool = False,
@@ -35,16 +35,17 @@ def held_out(
     adapter: Adapter | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, float]]:
-    """Mean loss beyond position `beyond`, nats: selection -> kind of text (and "all") -> loss.
+    """Measure the mean loss beyond position `beyond`: selection -> kind of text (and "all") -> nats.
 
-    `sparse` is as served, with the adapter if there is one, `plain` the same without it.
+    Selections are `dense` and, for each k of `index_top_k`, `sparse k`, which runs as in serving. With `baselines`
+    there are also `oracle k`, `window k` and, if there is an adapter, `plain k` (`sparse k` without the adapter).
 
-    Empty where the split has no sequence (or the model no room for one) of twice `beyond`, or none is
-    asked for.
+    The result is empty if `per_kind` is 0, or if no sequence, cut to `max_length` and to the model's positions,
+    has twice `beyond` tokens.
     """
     max_length = min(max_length, trunk.config.max_positions)
     selectors: dict[str, tuple[Selector | None, Adapter | None, int]] = {"dense": (None, None, 0)}
-    for k in top_k:
+    for k in index_top_k:
         selectors[f"sparse {k}"] = by_student(student, k), adapter, k
         if baselines:
             if adapter is not None:

@@ -1,4 +1,4 @@
-"""What the indexer is trained on: targets from attention, and the KL divergence to them.
+"""The indexer's training objective: targets from attention, and the KL divergence to them.
 
 Letters: n sampled query rows, T positions, Hq attention heads.
 """
@@ -15,22 +15,22 @@ from torch import Tensor
 def attention_target(
     query: Tensor, keys: Tensor, allowed: Tensor, scale: float, combine: Literal["sum", "max"] = "sum"
 ) -> Tensor:
-    """Where the layer's heads look, all together: p[t, s] in arXiv 2512.02556, eq. (3).
+    """Combine the attention of a layer's heads into one distribution: p[t, s] in arXiv 2512.02556, eq. (3).
 
-    `sum`, as there: the heads' attention probabilities are summed and the sum L1-normalised over the
-    positions. Every head's probabilities sum to 1 over the same positions, so that is their mean.
-    `max`: the largest of the heads' probabilities at each position, L1-normalised likewise. A head that
-    looks at one token only is not outvoted there by others that look at many.
+    `sum` is the paper's: the heads' attention probabilities are summed and L1-normalised over the positions.
+    Every head's probabilities sum to 1 over the same positions, so the result is the mean over heads.
+    `max` takes the largest of the heads' probabilities at each position, and L1-normalises too. With `max`, a
+    head that looks at one token only is not outvoted by heads that look at many.
 
     Args:
         query: [n, Hkv, G, D], rotated; Hq = Hkv * G
         keys: [T, Hkv, D], rotated
         allowed: [n, T] bool, at least one True a row
         scale: softmax scale
-        combine: how the heads are put together
+        combine: how the heads are combined
 
     Returns:
-        [n, T] float32, each row summing to 1, 0 where not allowed; carries no gradient
+        [n, T] float32, without gradient; each row sums to 1 and is 0 where not allowed
     """
     with torch.no_grad():
         logits = torch.einsum("nhgd,thd->hgnt", query.float(), keys.float()) * scale
@@ -43,11 +43,11 @@ def attention_target(
 
 
 def index_logits(query: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
-    """Index scores of rows over whole sequences, with gradient: eq. (1), unmasked.
+    """Compute index scores of rows over a whole sequence, unmasked, with gradient: arXiv 2512.02556, eq. (1).
 
     Args:
         query: [n, H, d]
-        head_weights: [n, H] float32, scaled
+        head_weights: [n, H] float32, already scaled
         keys: [T, d]
 
     Returns:
@@ -59,10 +59,10 @@ def index_logits(query: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
 
 
 def divergence(target: Tensor, scores: Tensor, support: Tensor) -> Tensor:
-    """KL(target || softmax(scores)) over `support`, the target renormalised there: eqs. (3) and (4).
+    """Compute KL(target || softmax(scores)) over `support`; the target is renormalised over `support`.
 
-    With the causal positions as support this is the warm-up's loss, with the selected sets the sparse
-    stage's.
+    If `support` is the causal positions, this is the warm-up's loss (arXiv 2512.02556, eq. (3)). If it is the
+    selected sets, this is the sparse stage's loss (eq. (4)).
 
     Args:
         target: [n, T] float32
@@ -75,30 +75,31 @@ def divergence(target: Tensor, scores: Tensor, support: Tensor) -> Tensor:
     inside = target.where(support, 0.0)
     inside = inside / inside.sum(-1, keepdim=True).clamp_min(1e-30)
     log_scores = scores.masked_fill(~support, -math.inf).log_softmax(-1)
-    # 0 log 0 = 0: what the target gives no mass contributes nothing, and must not make 0 * -inf.
+    # 0 log 0 = 0: a position where the target is 0 adds nothing, and must not become 0 * -inf.
     terms = inside * (inside.clamp_min(1e-30).log() - log_scores.masked_fill(~support, 0.0))
     return terms.sum(-1)
 
 
-def top_mask(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
-    """The `top_k` best allowed positions of each row: [n, T] -> [n, T] bool.
+def top_mask(scores: Tensor, allowed: Tensor, index_top_k: int) -> Tensor:
+    """Select the `index_top_k` best allowed positions of each row: [n, T] -> [n, T] bool.
 
-    Of equal scores at the edge of a set the later positions are in, as in serving. They are common: a
-    token that no head's ReLU lets through has a score of exactly 0.
+    If scores are equal at the edge of a set, the later positions are selected, as in serving. Equal scores are
+    common: if every head's ReLU gives 0 for a token, its score is exactly 0.
     """
-    if top_k >= scores.shape[-1]:
+    if index_top_k >= scores.shape[-1]:
         return allowed
     scores = scores.masked_fill(~allowed, -math.inf)
-    edge = scores.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    edge = scores.topk(index_top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     best = scores >= edge
-    if not bool((best & allowed).sum(-1).gt(top_k).any()):
-        return best & allowed  # no tie crosses an edge: the running counts below cost more than all the rest
+    if not bool((best & allowed).sum(-1).gt(index_top_k).any()):
+        # No tie crosses an edge. The running counts below would cost more than all the rest.
+        return best & allowed
     above, level = scores > edge, scores == edge
-    free = top_k - above.sum(-1, keepdim=True)
+    free = index_top_k - above.sum(-1, keepdim=True)
     latest = level.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= free
     return (above | (level & latest)) & allowed
 
 
 def captured_mass(target: Tensor, selected: Tensor) -> Tensor:
-    """How much of the attention falls on the selected positions: [n], 1 is all."""
+    """Return the share of each row's attention that falls on the selected positions: [n], from 0 to 1."""
     return target.where(selected, 0.0).sum(-1)

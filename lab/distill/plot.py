@@ -1,4 +1,4 @@
-"""The picture of a training run: loss and captured attention by step, all layers and the worst."""
+"""Draws a training run: loss and captured attention by step, of all layers; the worst layer is marked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import msgspec
 from lab.distill.train import StepLog
 
 
-def plot_log(log: Path, picture: Path, top_k: int) -> None:
-    """Draw `log` (lines of `StepLog`, whose recall is of the best `top_k`) as a PNG."""
+def plot_log(log: Path, picture: Path, index_top_k: int) -> None:
+    """Draw `log` (lines of `StepLog`) as a PNG. `index_top_k` is the recipe's `report_top_k`, for a title."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -20,7 +20,7 @@ def plot_log(log: Path, picture: Path, top_k: int) -> None:
     at = [s.step for s in steps]
     for axis, title, series, worst_of in (
         (axes[0], "KL divergence to attention (nats)", [s.loss for s in steps], max),
-        (axes[1], f"attention captured by the best {top_k}", [s.recall for s in steps], min),
+        (axes[1], f"attention captured by the best {index_top_k}", [s.recall for s in steps], min),
     ):
         layers = list(zip(*series, strict=True))
         tails = [sum(values[-50:]) for values in layers]

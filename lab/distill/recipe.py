@@ -1,4 +1,4 @@
-"""What decides the result of a training run, with the corpus and the base model."""
+"""The recipe: with the corpus and the base model, it decides the result of a training run."""
 
 from __future__ import annotations
 
@@ -24,32 +24,29 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     seed: Count = 0
     max_length: PositiveCount = 8192
     min_length: PositiveCount = 512
-    cut: bool = True  # longer sequences to max_length; else they are left out, with an answer at their end
-    rows: PositiveCount = 256  # query rows a sequence
-    first_row: Count = 64  # rows before it see too few tokens to choose among
-    focus_share: Annotated[float, Meta(ge=0, le=1)] = 0.25  # of the rows, at most, from a chat's answers
-    focus_before: Count = 0  # tokens before an answer that count as its own: the question
-    # kind of text -> its share of the sequences; empty: as many as the corpus has
+    cut: bool = True  # cut longer sequences to max_length, which may cut off an answer; False leaves them out
+    rows: PositiveCount = 256  # query rows in each sequence
+    first_row: Count = 64  # rows before this one have too few tokens to choose from
+    focus_share: Annotated[float, Meta(ge=0, le=1)] = 0.25  # at most this share of the rows is from answers
+    focus_before: Count = 0  # so many tokens before an answer, the question, count as the answer's
+    # kind of text -> its share of the sequences; if empty, each kind has the share that the corpus has
     shares: dict[str, Annotated[float, Meta(gt=0)]] = {}
-    # what the heads' attention is put together by: the paper's sum, or the largest, which gives a head that
-    # looks at one token alone as much say there as many that look around
+    # how the heads' attention is combined: the paper's sum, or the largest head's (see `attention_target`)
     target: Literal["sum", "max"] = "sum"
     sequences_per_step: PositiveCount = 4
     warmup_steps: Count = 600  # dense stage
     sparse_steps: Count = 200
-    learning_rate: Rate = 1e-3  # of the dense stage, arXiv 2512.02556
+    learning_rate: Rate = 1e-3  # in the dense stage, as in arXiv 2512.02556
     sparse_learning_rate: Rate = 2e-4
-    # of the sparse adapter and, at the sparse stage's rate, the indexers with it; 0: no adapter
+    # steps that train the adapter, and the indexers at the sparse stage's rate; 0: no adapter
     adapt_steps: Count = 0
     adapter_rank: PositiveCount = 16
     adapter_learning_rate: Rate = 1e-3
-    answer_weight: Annotated[float, Meta(ge=0)] = (
-        0.0  # of the answers' own loss, beside the distance to dense
-    )
+    answer_weight: Annotated[float, Meta(ge=0)] = 0.0  # factor of the answers' loss, added to the distance
     ramp_steps: Count = 20
-    final_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.1  # of the learning rate, at each stage's end
-    clip: Rate = 1.0  # gradient norm of each layer
-    # drawn anew for each sequence
+    final_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.1  # at each stage's end, of its learning rate
+    clip: Rate = 1.0  # largest gradient norm of each layer
+    # each sequence draws one of these
     sparse_top_k: Annotated[tuple[PositiveCount, ...], Meta(min_length=1)] = (128, 256, 512)
     sparse_support: Literal["selected", "causal"] = "selected"
     report_top_k: PositiveCount = 256
@@ -65,11 +62,15 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def total_steps(self) -> int:
-        """Of all stages."""
+        """The number of steps of all stages."""
         return self.warmup_steps + self.sparse_steps + self.adapt_steps
 
     def stage(self, step: int) -> tuple[Stage, int, int]:
-        """The stage that a step is in, its number within, and how many steps that stage has."""
+        """Return a step's stage, its number within the stage, and how many steps the stage has.
+
+        Raises:
+            ValueError: the step is beyond the last.
+        """
         stages: tuple[tuple[Stage, int], ...] = (
             ("dense", self.warmup_steps), ("sparse", self.sparse_steps), ("adapt", self.adapt_steps),
         )  # fmt: skip
@@ -80,17 +81,17 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         raise ValueError("the step is beyond the recipe's last")
 
     def rate(self, step: int) -> float:
-        """The indexers' learning rate at a step."""
+        """Return the indexers' learning rate at a step."""
         stage, at, length = self.stage(step)
         return self._shaped(self.learning_rate if stage == "dense" else self.sparse_learning_rate, at, length)
 
     def adapter_rate(self, step: int) -> float:
-        """The adapter's; 0 before its stage."""
+        """Return the adapter's learning rate at a step; 0 before the adapter's stage."""
         stage, at, length = self.stage(step)
         return self._shaped(self.adapter_learning_rate, at, length) if stage == "adapt" else 0.0
 
     def _shaped(self, peak: float, at: int, length: int) -> float:
-        """Linear ramp, then a cosine to `final_fraction`, in each stage anew."""
+        """Return the rate within a stage: a linear ramp, then a cosine down to `final_fraction` of `peak`."""
         if at < self.ramp_steps:
             return peak * (at + 1) / self.ramp_steps
         progress = (at - self.ramp_steps) / max(1, length - self.ramp_steps)
@@ -100,10 +101,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def read_recipe(text: str) -> Recipe:
-    """A recipe from JSON; what it leaves out has its default.
+    """Read a recipe from JSON; a missing field has its default.
 
     Raises:
-        ConfigError: it is no JSON, or a field is unknown or out of range.
+        ConfigError: the text is not JSON, or a field is unknown or out of range.
     """
     try:
         return msgspec.json.decode(text, type=Recipe)

@@ -1,4 +1,4 @@
-"""What a training run says while it goes: a bar on a terminal, a line now and then elsewhere."""
+"""Shows the progress of training: a bar on a terminal, else a line every `EVERY` steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TrainingReport:
         self._bar.stop()
 
     def step(self, log: StepLog) -> None:
-        """One step was taken."""
+        """Show a step that has ended."""
         mean = sum(log.loss) / len(log.loss)
         recall = sum(log.recall) / len(log.recall)
         status = f"{log.stage}  KL {mean:.4f}  recall {recall:.4f}  {log.seconds:.2f} s"
@@ -50,5 +50,5 @@ class TrainingReport:
                 self.say(f"step {done} of {self._total}  {status}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line above the bar."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
-"""Train a lightning indexer for a dense checkpoint and write it as an overlay.
+"""Trains a lightning indexer for a dense checkpoint, and writes it as an overlay.
 
-Leaves in the folder of --out: log.jsonl, loss.png, checkpoint.pt (to resume from), evaluation.json and
-indexer.safetensors.
+It writes into the folder of --out: log.jsonl, loss.png, checkpoint.pt (to resume from), evaluation.json and
+indexer.safetensors. The training loop itself is `lab.distill.train`.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from lab.distill.student import Student
 from lab.distill.train import StepLog, Trainer
 
 _SIZES = (8, 64, 32)
-"""Heads, numbers of each and how many of them are rotated, where nothing else is asked for."""
+"""The indexer's default sizes: heads, numbers in each head, and how many of these are rotated."""
 
 STOPPED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, the same as in shells."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillPlan:
-    """What to train; `dsa distill --help` says what the fields are. Sizes that are None are those of `_SIZES`."""
+    """What to train; `dsa distill --help` describes the fields. A size that is None is the one in `_SIZES`."""
 
     weights: Path
     corpus: Path
@@ -61,10 +61,10 @@ class DistillPlan:
 
 
 def run(plan: DistillPlan) -> int:
-    """Train, evaluate and write; the exit status.
+    """Train, evaluate and write; return the exit status.
 
     Raises:
-        EngineError: the recipe, the checkpoint, the corpus or the device.
+        EngineError: the recipe, the checkpoint, the corpus or the device cannot be used.
     """
     try:
         return _run(plan)
@@ -73,7 +73,7 @@ def run(plan: DistillPlan) -> int:
 
 
 def _run(plan: DistillPlan) -> int:
-    try:  # an extra, and better missed now than after the training
+    try:  # matplotlib is an extra; if it is missing, say so now and not after the training
         from lab.distill.plot import plot_log
     except ImportError:
         raise ConfigError(
@@ -82,8 +82,8 @@ def _run(plan: DistillPlan) -> int:
     recipe = read_recipe(plan.recipe)
     device = resolve_device(plan.device)
     if device.type == "cuda":
-        # Products of float32 then round their inputs to 10 bits of mantissa. The main model's queries and keys
-        # have 7 (bfloat16), so targets stay the same; the indexer's gradients carry more noise than that anyway.
+        # Float32 products then round their inputs to 10 bits of mantissa. The main model's queries and keys have
+        # 7 bits (bfloat16), so the targets do not change. The indexer's gradients have more noise than this rounding.
         torch.set_float32_matmul_precision("high")
     source = open_source(plan.weights)
     trunk = open_trunk(source, resolve_dtype(plan.dtype, device), device)
@@ -137,10 +137,11 @@ def _run(plan: DistillPlan) -> int:
 def _adapter(
     recipe: Recipe, config: GqaConfig, device: torch.device, start: Overlay | None
 ) -> Adapter | None:
-    """What the recipe's last stage trains: new, or the one that training starts from.
+    """Return the adapter that the last stage trains: a new one, or that of the overlay `start`; None without that stage.
 
     Raises:
-        ConfigError: that one has another rank, or the recipe would leave it untrained while the indexers move.
+        ConfigError: the overlay's adapter has another rank, or the recipe would train the indexers but not the
+            adapter that suits them.
     """
     before = 0 if start is None else start.info.adapter_rank
     if not recipe.adapt_steps:
@@ -160,7 +161,7 @@ def _adapter(
 
 
 def _indexer(plan: DistillPlan) -> IndexerInfo:
-    """The indexer's sizes, checked now: writing the overlay would find them wrong after all the work."""
+    """Return the indexer's sizes. They are checked now, because writing the overlay comes after all the work."""
     heads, dim, rope = (
         asked or usual for asked, usual in zip((plan.heads, plan.dim, plan.rope), _SIZES, strict=True)
     )
@@ -176,10 +177,10 @@ def _indexer(plan: DistillPlan) -> IndexerInfo:
 
 
 def _same_sizes(info: IndexerInfo, plan: DistillPlan) -> IndexerInfo:
-    """The indexer that training starts from, with this run's default top_k; flags that differ are a mistake.
+    """Return the info of the indexer that training starts from, with this run's default top_k.
 
     Raises:
-        ConfigError: heads, dims or rotated dims were asked for that it does not have.
+        ConfigError: a flag asks for other sizes than this indexer has.
     """
     sizes = {"heads": info.num_heads, "dim": info.head_dim, "rope": info.rope_dim}
     for flag, value in sizes.items():
@@ -191,7 +192,7 @@ def _same_sizes(info: IndexerInfo, plan: DistillPlan) -> IndexerInfo:
 
 
 def _train(trainer: Trainer, show: Callable[[StepLog], None], until: int | None) -> bool:
-    """Run; True if a signal ended it early. The first signal lets the step end, the second does not."""
+    """Run the trainer; return whether a signal ended it early. After the first signal the step still ends."""
     stopped = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -213,7 +214,7 @@ def _train(trainer: Trainer, show: Callable[[StepLog], None], until: int | None)
 def _write(
     path: Path, trainer: Trainer, info: IndexerInfo, recipe: Recipe, source: Source, start: Overlay | None
 ) -> None:
-    """The overlay of what was trained so far, with how, and with how the one was that it started from."""
+    """Write the overlay, with the recipe and, if it was trained from another overlay, that overlay's recipe."""
     made: dict[str, object] = {"recipe": json.loads(msgspec.json.encode(recipe)), "steps": trainer.step}
     if start is not None:
         made["start"] = json.loads(start.recipe)
@@ -222,7 +223,7 @@ def _write(
 
 
 def _lines(table: dict[str, dict[str, float]]) -> list[str]:
-    """An evaluation as text: each selection's loss, and by kind how much it is above dense."""
+    """Format an evaluation: for each selection its loss, and its difference to dense for each kind of text."""
     if not table:
         return [
             f"nothing evaluated: that takes held-out sequences, and room in the model, of {2 * BEYOND} tokens"

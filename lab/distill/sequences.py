@@ -1,4 +1,4 @@
-"""The training text as the engine sees it: token ids and spans. Built by `dsa corpus`."""
+"""Reads the training text (token ids and spans) that `dsa corpus` has built, and samples from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lab.corpus.manifest import SequenceInfo, load_manifest, load_tokens
 
 
 class CorpusSplit:
-    """A token file, where its sequences lie, and the digest that tells it from others."""
+    """A token file, the places of its sequences in it, and its digest."""
 
     def __init__(
         self, tokens: NDArray[np.uint16], sequences: tuple[SequenceInfo, ...], digest: str = ""
@@ -29,7 +29,7 @@ class CorpusSplit:
         """Map one split of a corpus folder into memory.
 
         Raises:
-            ConfigError: the folder is not a corpus, or one of another vocabulary.
+            ConfigError: the folder is not a corpus, or was built with another vocabulary.
         """
         rebuild = f"build one: dsa corpus --out {folder} --model MODEL"
         try:
@@ -51,7 +51,7 @@ class CorpusSplit:
         return cls(tokens, entry.sequences, entry.sha256)
 
     def tokens(self, sequence: SequenceInfo, max_length: int, device: torch.device) -> Tensor:
-        """[min(length, max_length)] int64."""
+        """Return a sequence's tokens: [min(length, max_length)] int64."""
         end = sequence.start + min(sequence.length, max_length)
         return torch.from_numpy(self._tokens[sequence.start : end].astype(np.int64)).to(device)
 
@@ -62,16 +62,17 @@ class CorpusSplit:
         shares: Mapping[str, float] | None = None,
         most: int | None = None,
     ) -> Iterator[SequenceInfo]:
-        """Endless passes over the sequences of at least `min_length` tokens, each in an order of its own.
+        """Pass over the sequences again and again without end, each time in a new order.
 
         Args:
-            seed: of the orders
-            min_length: shorter sequences are left out
-            most: and those of more tokens; None for none
-            shares: kind of text -> how much of what is drawn; other kinds are then left out
+            seed: decides the orders
+            min_length: sequences with fewer tokens are left out
+            most: sequences with more tokens are left out; None leaves out none
+            shares: kind of text -> its share of the sequences; other kinds are left out. None or empty takes
+                all sequences as they are.
 
         Raises:
-            ConfigError: from the first `next`, where no sequence is that long, or none of a kind in `shares`.
+            ConfigError: from the first `next`, if no sequence has such a length, or none of a kind in `shares`.
         """
         usable = [s for s in self.sequences if s.length >= min_length and (most is None or s.length <= most)]
         wanted = f"{min_length} tokens" if most is None else f"{min_length} to {most} tokens"
@@ -107,21 +108,21 @@ def sample_rows(
     sequence: SequenceInfo, length: int, count: int, first: int, generator: torch.Generator, *,
     share: float = 0.25, before: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Query rows to train on: up to `share` of them from the focus spans, the rest anywhere from `first` on.
+    """Draw query rows to train on: up to `share` of them from the focus spans, the rest from anywhere.
 
     Args:
-        sequence: whose rows
-        length: of its tokens, as cut
-        count: of the rows
-        first: no earlier row
-        generator: what is drawn from
-        share: of the rows, at most, from the focus spans
-        before: tokens before a focus span that belong to it
+        sequence: the sequence
+        length: the number of its tokens after cutting
+        count: the number of rows
+        first: the first row that may be drawn
+        generator: the source of random numbers
+        share: the largest share of the rows from focus spans
+        before: how many tokens before a focus span belong to it
 
     Returns:
         [<= count] int64, sorted, distinct
     """
-    # Row p predicts token p + 1, so a span's first token is the work of the row before it.
+    # Row p predicts token p + 1, so the row before a span predicts the span's first token.
     focused = sorted(
         {p for start, end in sequence.focus for p in range(max(start - 1 - before, first), min(end, length))}
     )
@@ -135,6 +136,6 @@ def sample_rows(
 
 
 def answer_rows(sequence: SequenceInfo, length: int) -> Tensor:
-    """Rows of a sequence, cut to `length`, whose next token is in a focus span: [m] int64, sorted."""
+    """Return the rows of a sequence cut to `length` whose next token is in a focus span: [m] int64, sorted."""
     rows = {p for start, end in sequence.focus for p in range(max(start - 1, 0), min(end, length) - 1)}
     return torch.tensor(sorted(rows), dtype=torch.int64)

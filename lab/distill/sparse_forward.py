@@ -1,4 +1,4 @@
-"""A sequence through the main model with every layer reading only what its indexer selects."""
+"""Runs a sequence through the main model; every layer reads only the tokens that a selector allows."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lab.distill.objective import attention_target, top_mask
 from lab.distill.student import Student
 
 Selector = Callable[[int, LayerInputs, Tensor], Tensor]
-"""(layer, inputs, rows [n]) -> [n, T] bool: what the rows may read."""
+"""(layer, inputs, rows [n]) -> [n, T] bool: the positions that the rows may read."""
 
 ROWS_AT_ONCE = 1024
-"""Query rows held at once: 1024 x 8192 x 8 heads x 4 bytes is 256 MiB."""
+"""Query rows computed at once. Their scores take 256 MiB: 1024 rows x 8192 positions x 8 heads x 4 bytes."""
 
 
 def attend_selected(
     trunk: Trunk, layer: int, inputs: LayerInputs, select: Selector, rows_at_once: int
 ) -> Tensor:
-    """Attention output of all rows under `select`: [T, Hq * D]."""
+    """Compute the attention output of all rows under `select`: [T, Hq * D]."""
     total = inputs.hidden.shape[0]
     parts = []
     for start in range(0, total, rows_at_once):
@@ -37,9 +37,9 @@ def final_rows(
     trunk: Trunk, tokens: Tensor, select: Selector | None, rows_at_once: int = ROWS_AT_ONCE,
     adapter: Adapter | None = None, index_top_k: int = 0,
 ) -> Tensor:  # fmt: skip
-    """The last layer's output [T, E]; `select` None is dense.
+    """Compute the last layer's output [T, E]. If `select` is None, attention is dense.
 
-    With an `adapter`, the rows that are sparse under `index_top_k` run corrected, as they do in serving.
+    If there is an `adapter`, it corrects the rows that are sparse under `index_top_k`, as in serving.
     """
     x = trunk.embed(tokens)
     for layer in range(trunk.config.num_layers):
@@ -56,7 +56,16 @@ def final_rows(
 def corrections(
     trunk: Trunk, adapter: Adapter, layer: int, total: int, index_top_k: int, x: Tensor
 ) -> Corrections:
-    """One layer's, for the rows of a sequence of `total` tokens that see more than `index_top_k` of them there."""
+    """Return a layer's corrections, for the rows that see more than `index_top_k` tokens in this layer.
+
+    Args:
+        trunk: the main model
+        adapter: the adapters of all layers
+        layer: the layer
+        total: the number of tokens in the sequence
+        index_top_k: how many tokens a row may read
+        x: [T, E] the layer's input, for its device and dtype
+    """
     qkv, o = adapter.of(layer, x.dtype)
     window = trunk.config.windows[layer]
     contexts = torch.arange(1, total + 1, device=x.device)
@@ -70,16 +79,16 @@ def losses(
     trunk: Trunk, tokens: Tensor, select: Selector | None, rows_at_once: int = ROWS_AT_ONCE,
     adapter: Adapter | None = None, index_top_k: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Cross-entropy of each next token [T - 1], nats; arguments as in `final_rows`."""
+    """Compute the cross-entropy of each next token: [T - 1] nats. The arguments are those of `final_rows`."""
     return trunk.losses(final_rows(trunk, tokens, select, rows_at_once, adapter, index_top_k), tokens)
 
 
 def by_student(student: Student, index_top_k: int) -> Selector:
-    """The trained selection."""
+    """Return the selector of the trained indexers."""
     cached: dict[int, tuple[LayerInputs, Tensor]] = {}
 
     def select(layer: int, inputs: LayerInputs, rows: Tensor) -> Tensor:
-        # One layer's keys serve all its row chunks.
+        # All chunks of a layer's rows use the same keys.
         if layer not in cached or cached[layer][0] is not inputs:
             cached.clear()
             with torch.no_grad():
@@ -90,7 +99,7 @@ def by_student(student: Student, index_top_k: int) -> Selector:
 
 
 def by_oracle(trunk: Trunk, index_top_k: int) -> Selector:
-    """The best selection there is: the positions that dense attention itself looks at most."""
+    """Return the best possible selector: it selects the positions that dense attention weighs most."""
 
     def select(layer: int, inputs: LayerInputs, rows: Tensor) -> Tensor:
         allowed = inputs.visible(rows)
@@ -102,7 +111,7 @@ def by_oracle(trunk: Trunk, index_top_k: int) -> Selector:
 
 
 def by_window(index_top_k: int, sinks: int = 4) -> Selector:
-    """No selection at all: the last tokens and the first few, the baseline that the indexer must beat."""
+    """Return a selector of the last tokens and the first `sinks`: the baseline that the indexer must beat."""
 
     def select(layer: int, inputs: LayerInputs, rows: Tensor) -> Tensor:
         positions = torch.arange(inputs.hidden.shape[0], device=rows.device)

@@ -1,4 +1,4 @@
-"""The indexers of all layers as trainable parameters, and what they do on whole sequences."""
+"""The indexers of all layers as trainable parameters, with their keys, scores and selection on a whole sequence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PARTS = ("wq.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_pro
 
 
 class Student:
-    """One indexer a layer; parameters are float32 and named as in an overlay."""
+    """One indexer for each layer. Parameters are float32 and have the names that they have in an overlay."""
 
     def __init__(
         self, config: GqaConfig, info: IndexerInfo, max_positions: int, device: torch.device, seed: int
@@ -45,32 +45,34 @@ class Student:
         return LightningIndexer(weights, self.info.num_heads)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over parameters of the same names and shapes."""
+        """Copy parameters from tensors with the same names and shapes."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
 
     def keys(self, layer: int, inputs: LayerInputs) -> Tensor:
-        """Index keys of the whole sequence: [T, d]."""
+        """Compute the index keys of the whole sequence: [T, d]."""
         positions = torch.arange(inputs.hidden.shape[0], device=inputs.hidden.device)
-        # The input is detached: the main model learns nothing from the indexer's loss (section 2.1).
+        # The input is detached: the indexer's loss does not train the main model (arXiv 2512.02556, section 2.1).
         return self._layers[layer].keys(inputs.hidden.detach().float(), self._rotary.at(positions))
 
     def queries(self, layer: int, inputs: LayerInputs, rows: Tensor) -> IndexQueries:
-        """Index queries of the rows [n]."""
+        """Compute the index queries of the rows [n]."""
         return self._layers[layer].queries(inputs.hidden[rows].detach().float(), self._rotary.at(rows))
 
     def scores(self, layer: int, inputs: LayerInputs, rows: Tensor) -> Tensor:
-        """Index scores of the rows [n] over the sequence, unmasked: [n, T]."""
+        """Compute the index scores of the rows [n] over the sequence, unmasked: [n, T]."""
         queries = self.queries(layer, inputs, rows)
         return index_logits(queries.query, queries.head_weights, self.keys(layer, inputs))
 
     @torch.no_grad()
-    def selection(self, layer: int, inputs: LayerInputs, rows: Tensor, keys: Tensor, top_k: int) -> Tensor:
-        """The selected set of each row as a mask: [n, T] bool. `keys` are those of the whole sequence."""
+    def selection(
+        self, layer: int, inputs: LayerInputs, rows: Tensor, keys: Tensor, index_top_k: int
+    ) -> Tensor:
+        """Select positions for each row: [n, T] bool. `keys` are those of the whole sequence."""
         queries = self.queries(layer, inputs, rows)
         scores = index_logits(queries.query, queries.head_weights, keys)
-        return top_mask(scores, inputs.visible(rows), top_k)
+        return top_mask(scores, inputs.visible(rows), index_top_k)
 
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training loop: both stages, one forward pass for all layers, resumable."""
+"""The training loop: all stages, one forward pass for all layers, resumable from a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from lab.distill.sparse_forward import attend_selected, by_student
 from lab.distill.student import Student
 
 RECALL_ROWS = 64
-"""About how many of a sequence's rows the logged recall is taken of: selecting costs as much as learning."""
+"""The logged recall uses about so many of a sequence's rows, because selecting costs as much as learning."""
 
 
 class StepLog(msgspec.Struct, frozen=True, kw_only=True):
-    """One optimiser step, as a line of the log. Lists have one entry a layer."""
+    """A line of the log: one optimiser step. Lists have one entry for each layer."""
 
     step: int
     stage: Stage
@@ -39,7 +39,7 @@ class StepLog(msgspec.Struct, frozen=True, kw_only=True):
     recall: list[float]  # attention mass captured by the best `report_top_k`
     tokens: int
     seconds: float
-    distance: float | None = None  # KL divergence of predictions from dense ones, nats a token; adapting only
+    distance: float | None = None  # KL(dense || sparse) of predictions, nats for each token; last stage only
 
 
 class Trainer:
@@ -49,11 +49,14 @@ class Trainer:
         trunk: the model to learn from
         student: the indexers to train
         split: the data
-        recipe: how
-        folder: of the log and the checkpoint
-        base: what tells `trunk`'s weights from others; a checkpoint goes on only over the same
-        start: likewise of the student's weights at step 0
-        adapter: to train in the recipe's last stage, which needs one
+        recipe: how to train
+        folder: where the log and the checkpoint are
+        base: the fingerprint of `trunk`'s weights; a checkpoint resumes only with the same one
+        start: the fingerprint of the student's weights at step 0; a checkpoint resumes only with the same one
+        adapter: the adapter for the last stage; needed if the recipe has `adapt_steps`
+
+    Raises:
+        ConfigError: the adapter is missing, or the model has too few positions for the recipe.
     """
 
     def __init__(
@@ -93,17 +96,17 @@ class Trainer:
         self.step = 0
 
     def stop(self) -> None:
-        """Make `run` return after the step it is at, with everything saved."""
+        """Make `run` save everything and return after the present step."""
         self._stopping = True
 
     def run(
         self, on_step: Callable[[StepLog], None] = lambda log: None, *, until: int | None = None,
         save_every: int = 50,
     ) -> None:  # fmt: skip
-        """Train to the end of the recipe, or to step `until`; logs each step, saves now and then.
+        """Train to the end of the recipe, or to step `until`. Steps are logged; every `save_every` the state is saved.
 
         Raises:
-            ConfigError: the corpus has nothing to train on, or the loss is not finite.
+            ConfigError: the corpus has no suitable sequence, or the loss is not finite.
         """
         end = self._recipe.total_steps if until is None else min(until, self._recipe.total_steps)
         data = self._data()
@@ -121,7 +124,7 @@ class Trainer:
                     self.save()
 
     def _cut_log(self) -> None:
-        """Take out what a run that was killed logged after its last checkpoint: those steps come again."""
+        """Delete the log's lines after the last checkpoint, which a killed run leaves: those steps run again."""
         path = self._folder / "log.jsonl"
         if not path.exists():
             return
@@ -180,9 +183,9 @@ class Trainer:
     def _sequence(
         self, ids: Tensor, rows: Tensor, stage: Literal["dense", "sparse"]
     ) -> tuple[Tensor, Tensor]:
-        """Backward through every layer's loss on one sequence: (loss, recall), each [layers]."""
+        """Run every layer's loss backward on one sequence; return loss and recall, each [layers]."""
         trunk, recipe = self._trunk, self._recipe
-        top_k = self._top_k()
+        index_top_k = self._index_top_k()
         losses, recalls = [], []
         probe = slice(None, None, max(1, len(rows) // RECALL_ROWS))
         with torch.no_grad():
@@ -195,9 +198,9 @@ class Trainer:
             scores = self.student.scores(layer, inputs, rows)
             support = allowed
             if stage == "sparse" and recipe.sparse_support == "selected":
-                support = top_mask(scores.detach(), allowed, top_k)
+                support = top_mask(scores.detach(), allowed, index_top_k)
             loss = divergence(target, scores, support).mean()
-            # Each layer's loss is its own graph, because its input is detached: free it at once.
+            # Each layer's loss has its own graph, because its input is detached. Free the graph at once.
             torch.autograd.backward(loss / recipe.sequences_per_step)
             with torch.no_grad():
                 recalls.append(
@@ -207,29 +210,35 @@ class Trainer:
                 if stage == "dense":
                     attended = trunk.attend(inputs, slice(None), None)
                 else:
-                    attended = attend_selected(trunk, layer, inputs, by_student(self.student, top_k), 1024)
+                    attended = attend_selected(
+                        trunk, layer, inputs, by_student(self.student, index_top_k), 1024
+                    )
                 x = trunk.close(layer, x, attended)
         return torch.stack(losses), torch.stack(recalls)
 
-    def _top_k(self) -> int:
+    def _index_top_k(self) -> int:
         choices = self._recipe.sparse_top_k
         return choices[int(torch.randint(len(choices), (1,), generator=self._generator))]
 
     def _adapt(self, ids: Tensor, rows: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Backward through the adapter's loss, and the indexers', on one sequence: both losses, and recall."""
+        """Run the adapter's and the indexers' losses backward on one sequence.
+
+        Returns:
+            the indexers' losses [layers], recall [layers], and the distance from dense in nats
+        """
         recipe, adapter = self._recipe, self.adapter
         assert adapter is not None
         share = 1 / recipe.sequences_per_step
         ids = ids[: len(ids) // 8 * 8]  # attention on a mask has fast kernels for such lengths only
         rows, answers = rows[rows < len(ids)], answers[answers < len(ids) - 1]
         made = adapt(
-            self._trunk, self.student, adapter, ids, rows, self._top_k(), share, answers, recipe.target
+            self._trunk, self.student, adapter, ids, rows, self._index_top_k(), share, answers, recipe.target
         )
         torch.autograd.backward((made.distance + recipe.answer_weight * made.answers) * share)
         return made.losses, made.recalls, float(made.distance.detach())
 
     def _clip(self) -> None:
-        """Bound each layer's gradient norm by itself: the layers are separate problems. The adapter is one."""
+        """Bound the gradient norm of each layer's indexer, and of the adapter, separately: they are separate problems."""
         if self.adapter is not None:
             torch.nn.utils.clip_grad_norm_(list(self.adapter.parameters.values()), self._recipe.clip)
         for layer in range(self._trunk.config.num_layers):
@@ -239,11 +248,11 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(own, self._recipe.clip)
 
     def parameters(self) -> dict[str, Tensor]:
-        """All that is trained, by the names of an overlay."""
+        """Return all trained parameters, with the names that they have in an overlay."""
         return self.student.parameters | ({} if self.adapter is None else self.adapter.parameters)
 
     def save(self) -> None:
-        """Write everything that `resume` needs; the file is whole or absent."""
+        """Write everything that `resume` needs. The file is replaced in one step, so it is never half written."""
         state = {
             "step": self.step,
             "identity": self._identity,
@@ -256,10 +265,10 @@ class Trainer:
         part.replace(self._folder / "checkpoint.pt")
 
     def resume(self) -> bool:
-        """Go on from the folder's checkpoint; False if there is none.
+        """Continue from the folder's checkpoint; return False if there is none.
 
         Raises:
-            ConfigError: the checkpoint is damaged, or of another recipe, indexer, corpus or base model.
+            ConfigError: the checkpoint is damaged, or its recipe, indexer, corpus, base model or start differs.
         """
         path = self._folder / "checkpoint.pt"
         if not path.exists():
@@ -283,7 +292,12 @@ class Trainer:
         return True
 
 
-def _recall(target: Tensor, scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
-    """Attention on the best `top_k` positions, mean over rows; ties fall as they may, so that no device is waited for."""
-    best = scores.masked_fill(~allowed, -math.inf).topk(min(top_k, scores.shape[-1]), dim=-1, sorted=False)
+def _recall(target: Tensor, scores: Tensor, allowed: Tensor, index_top_k: int) -> Tensor:
+    """Return the attention on the best `index_top_k` positions, mean over rows.
+
+    Ties are broken in any way: `top_mask` would make the host wait for the device.
+    """
+    best = scores.masked_fill(~allowed, -math.inf).topk(
+        min(index_top_k, scores.shape[-1]), dim=-1, sorted=False
+    )
     return target.gather(-1, best.indices).sum(-1).mean()

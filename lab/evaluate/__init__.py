@@ -1,5 +1,5 @@
-"""The side-by-side proof: dense and sparse attention asked of the same running server, request by request.
+"""Compares dense and sparse attention on the same running server, request by request.
 
-`lab.evaluate.run` drives the parts (`loss`, `needles`, `agreement`, `equality`); the last one, `recall`,
-looks inside the model and so is a program of the engine's. Nothing here imports torch.
+`lab.evaluate.run` runs the parts `loss`, `needles`, `agreement` and `equality`. The part `recall` needs the
+model itself, so it is in `lab.recall`. Nothing in this folder imports torch.
 """

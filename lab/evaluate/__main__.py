@@ -27,19 +27,19 @@ def evaluate(
         Path,
         typer.Option(
             metavar="DIR",
-            help="Where eval.json and the pictures go. Parts that are there, of the same settings, are kept.",
+            help="Folder for eval.json and pictures. Parts in it with the same settings are kept.",
         ),
     ],
     model: ModelFlag = DEFAULT_MODEL,
     top_k: Annotated[
-        str, typer.Option(metavar="N,N", help="What to compare with dense.", rich_help_panel=_WHAT)
+        str, typer.Option(metavar="N,N", help="Values to compare with dense.", rich_help_panel=_WHAT)
     ] = "256,512",
     answer_top_k: Annotated[
         str | None,
         typer.Option(
             metavar="N,N",
-            help="Those for needles and agreement, which take longest.",
-            show_default="those of --top-k",
+            help="Values for needles and agreement, which take longest.",
+            show_default="the values of --top-k",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -47,7 +47,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="PART,PART",
-            help="Measure only these, anew: loss, needles, agreement, equality, recall.",
+            help="Measure only these, even if done: loss, needles, agreement, equality, recall.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -97,9 +97,9 @@ def evaluate(
 ) -> None:
     """Compare sparse with dense attention, side by side on one server.
 
-    Held-out loss, needles in haystacks, greedy answers, exactness of short
-    contexts, and how much of dense attention the indexer captures. A bar that
-    is missed is said; the exit status is 0 all the same.
+    It measures held-out loss, needles in haystacks, greedy answers, exactness
+    of short contexts, and how much of dense attention the indexer captures.
+    A table says which bars are missed; the exit status is 0 even then.
     """
     top_ks = numbers("--top-k", top_k, _TOKENS)
     answer_top_ks = top_ks if answer_top_k is None else numbers("--answer-top-k", answer_top_k, _TOKENS)
@@ -118,7 +118,7 @@ def evaluate(
     from lab.evaluate.run import evaluate as run
 
     plan = EvalPlan(
-        files=files, corpus=corpus, out=out, url=url, top_k=top_ks, answer_top_k=answer_top_ks, only=chosen,
+        files=files, corpus=corpus, out=out, url=url, index_top_k=top_ks, answer_top_k=answer_top_ks, only=chosen,
         per_kind=per_kind or None, limit=limit, concurrency=concurrency, device=device, dtype=dtype,
         server_flags=tuple(shlex.split(server_flags)),
     )  # fmt: skip

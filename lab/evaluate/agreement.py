@@ -1,9 +1,10 @@
-"""Greedy answers: does sparse attention say what dense says, word by word and token by token?
+"""Compares greedy answers: does sparse attention give the same answer as dense attention?
 
-Two measures. Free: both answer, and the answers are the same or part at some token. Forced: the sparse
-model reads dense's answer, and at each token its own best one is the same or not; one early difference
-does not count for all that follows. Dense itself is asked again for both, as the floor: requests that
-share a step are rounded differently, so that near ties fall either way.
+There are two measures. Free: both answer, and the answers are equal or differ from some token on. Forced: the
+sparse model reads the dense answer, and each token either is or is not the sparse model's own best one; so an
+early difference does not count for all later tokens. Dense is asked a second time for both measures. Its
+agreement with itself is the floor, because requests that share a step round differently and so break near ties
+differently.
 """
 
 from __future__ import annotations
@@ -23,34 +24,34 @@ ANSWER_TOKENS = 128
 
 
 class Compared(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt. Dictionaries are by setting; "dense" is dense asked again."""
+    """One prompt. The keys of the dictionaries are settings; "dense" is the second dense answer."""
 
     kind: str
     prompt_tokens: int
-    answer_tokens: int  # of dense's answer
-    answers: dict[str, str]
-    parted: dict[str, int | None]  # token at which the free answer parts from dense's; None: nowhere
-    forced: dict[str, int]  # tokens of dense's answer that are the best ones there
+    answer_tokens: int  # of the dense answer
+    answers: dict[str, str]  # also "dense, first", the answer that the others are compared with
+    parted: dict[str, int | None]  # first token where the free answer differs from dense's; None: nowhere
+    forced: dict[str, int]  # how many tokens of the dense answer are the setting's best ones
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
-    """Prompts together, under one setting."""
+    """The counts of several prompts under one setting."""
 
     prompts: int
-    same: int  # whole answers
-    median_parted: float | None  # of those that part
+    same: int  # prompts whose whole answers are equal
+    median_parted: float | None  # over the answers that differ
     tokens: int
     forced: int
 
 
 class AgreementResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The part's entry in eval.json.
+    """The entry of agreement in eval.json.
 
     Attributes:
-        answer_tokens: the longest answer.
-        skipped: prompts that are longer than the model's context.
-        groups: setting -> "longer" (than top_k, at the answer's end), "within" (where both are dense) or
-            "all" -> counts. The floor has "all" alone.
+        answer_tokens: the largest number of tokens in an answer.
+        skipped: number of prompts that are too long for the model's context.
+        groups: setting -> group -> counts. The groups are "longer" (prompt and answer have more than top_k
+            tokens), "within" (they have not, so both are dense) and "all". The floor ("dense") has only "all".
     """
 
     answer_tokens: int
@@ -64,13 +65,17 @@ async def measure(
     prompts: Sequence[CorpusPrompt],
     text: Tokenizer,
     chat: ChatFormat,
-    top_ks: Sequence[int],
+    index_top_ks: Sequence[int],
     concurrency: int,
     progress: PartProgress,
     *,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> AgreementResult:
-    """Answer every prompt dense, dense again, and at each top_k; then score dense's answer under each."""
+    """Answer every prompt dense, dense again, and at each top_k; score the first dense answer under each setting.
+
+    Raises:
+        EvaluationError: the server refuses a request, or serves another model.
+    """
     vocabulary = {text.raw(token_id): token_id for token_id in reversed(range(text.vocab_size))}
     asked = []
     for prompt in prompts:
@@ -89,7 +94,7 @@ async def measure(
             )
         said = ids_of(dense.tokens, vocabulary)
         answers, parted, forced = {"": dense.text}, {}, {}
-        for setting in settings(top_ks):
+        for setting in settings(index_top_ks):
             again = await client.chat(messages, setting, answer_tokens)
             scores = await client.score([*ids, *said], setting, alternatives=1, start=len(ids))
             answers[str(setting)] = again.text
@@ -110,15 +115,15 @@ async def measure(
         answer_tokens=answer_tokens,
         prompts=compared,
         skipped=len(prompts) - len(asked),
-        groups=summarise(compared, top_ks),
+        groups=summarise(compared, index_top_ks),
     )
 
 
 def ids_of(tokens: Sequence[bytes], vocabulary: Mapping[bytes, int]) -> list[int]:
-    """Token ids of an answer's tokens.
+    """Look up the ids of an answer's tokens.
 
     Raises:
-        EvaluationError: the vocabulary has no such token, so it is another model's.
+        EvaluationError: the vocabulary does not have a token, so the server has another model.
     """
     try:
         return [vocabulary[token] for token in tokens]
@@ -129,7 +134,7 @@ def ids_of(tokens: Sequence[bytes], vocabulary: Mapping[bytes, int]) -> list[int
 
 
 def parting(one: ModelAnswer, other: ModelAnswer) -> int | None:
-    """The first token at which two answers differ, an end being a token too; None if they are the same."""
+    """Return the first token at which two answers differ; None if they are equal. An answer's end counts as a token."""
     for index, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)):
         if a != b:
             return index
@@ -139,15 +144,15 @@ def parting(one: ModelAnswer, other: ModelAnswer) -> int | None:
 
 
 def best(scores: Scores, start: int, count: int) -> int:
-    """How many of `count` tokens from `start` on are the likeliest ones at their place."""
+    """Return how many of the `count` tokens from `start` on are the likeliest at their place."""
     pairs = zip(scores.own[start : start + count], scores.best[start : start + count], strict=True)
     return sum(own is not None and top is not None and own >= top for own, top in pairs)
 
 
-def summarise(compared: Sequence[Compared], top_ks: Sequence[int]) -> dict[str, dict[str, Group]]:
-    """Count; see `AgreementResult`."""
+def summarise(compared: Sequence[Compared], index_top_ks: Sequence[int]) -> dict[str, dict[str, Group]]:
+    """Make the `groups` of `AgreementResult`."""
     groups = {"dense": {"all": _group(compared, "dense")}}
-    for k in top_ks:
+    for k in index_top_ks:
         longer = [p for p in compared if p.prompt_tokens + p.answer_tokens > k]
         within = [p for p in compared if p.prompt_tokens + p.answer_tokens <= k]
         groups[str(k)] = {

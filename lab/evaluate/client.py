@@ -1,4 +1,4 @@
-"""Asks the server over HTTP: scores, completions and chats, each dense or at a given top_k."""
+"""Asks a server over HTTP for scores, completions and chats, each dense or at a given top_k."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lab.tool import ToolError
 
 TopKSetting = int | Literal["dense"]
 PartProgress = Callable[[int, int], None]
-"""Called with how many items of a part are done, and of how many."""
+"""Callback (done, total): how many items of a part are done, and how many there are."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,34 +27,36 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 class EvaluationError(ToolError):
-    """It cannot be measured; the message is one sentence that says why and what to do."""
+    """The measurement is not possible; the message is one sentence that says why and what to do."""
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of a text's tokens, nats. The first token has none."""
+    """Log-probabilities of a text's tokens, nats; None for the first token."""
 
     own: list[float | None]
-    best: list[float | None]  # of the likeliest token at that place
-    finish: str  # how what was generated behind the text ended
+    best: list[float | None]  # of the likeliest token at each place
+    finish: str  # the finish reason of the tokens generated after the text
 
 
 class ModelAnswer(NamedTuple):
-    """What the model said."""
+    """An answer of the model."""
 
     text: str
-    tokens: tuple[bytes, ...]  # of a chat; empty for a completion
+    tokens: tuple[bytes, ...]  # empty for a completion
     finish: str
     prompt_tokens: int
 
 
 class Client:
-    """One server's one model.
+    """A client of a server and of its first model.
 
     Attributes:
-        model: its name.
-        max_model_len: tokens that prompt and answer together may have.
-        info: what the server says of itself: device, dtype, indexer and so on; empty where it says nothing.
-        repeated: requests that were sent again, after a refusal or a broken connection.
+        model: the model's name.
+        max_model_len: how many tokens prompt and answer may have together.
+        info: the labels of the server's metric `dsa_model_info` (device, dtype, indexer, ...); may be empty.
+        repeated: how many requests were sent again, after a refusal or a broken connection.
+
+    Every request raises EvaluationError if the server refuses it, cannot be reached, or uses another top_k.
     """
 
     def __init__(
@@ -74,20 +76,26 @@ class Client:
         self.repeated = 0
 
     async def score(
-        self, ids: Sequence[int], top_k: TopKSetting, *, alternatives: int = 0, more: int = 0, start: int = 0
+        self,
+        ids: Sequence[int],
+        index_top_k: TopKSetting,
+        *,
+        alternatives: int = 0,
+        more: int = 0,
+        start: int = 0,
     ) -> Scores:
-        """Log-probabilities of a prompt's own tokens, and of the best ones with `alternatives` of 1.
+        """Return the log-probabilities of a prompt's tokens.
 
         Args:
             ids: the prompt.
-            top_k: how sparse.
-            alternatives: 1 to tell `best` from `own`; without it they are the same.
-            more: tokens to generate behind the prompt.
+            index_top_k: "dense", or how many tokens each token attends to.
+            alternatives: 1 also asks for the likeliest tokens; with 0, `best` equals `own`.
+            more: how many tokens to generate after the prompt.
             start: the first token to score.
         """
         choice = await self._choice(
             "/v1/completions",
-            top_k,
+            index_top_k,
             {
                 "prompt": list(ids),
                 "echo": True,
@@ -104,18 +112,18 @@ class Client:
             raise EvaluationError(f"the server scored {len(own)} of {len(ids)} tokens")
         return Scores(own, best, choice["finish_reason"])
 
-    async def complete(self, ids: Sequence[int], top_k: TopKSetting, max_tokens: int) -> ModelAnswer:
-        """The greedy continuation of a prompt, up to the end of the turn."""
+    async def complete(self, ids: Sequence[int], index_top_k: TopKSetting, max_tokens: int) -> ModelAnswer:
+        """Return the greedy continuation of a prompt, up to the end of the turn."""
         body = {"prompt": list(ids), "max_tokens": max_tokens, "temperature": 0}
-        choice = await self._choice("/v1/completions", top_k, body)
+        choice = await self._choice("/v1/completions", index_top_k, body)
         return ModelAnswer(choice["text"], (), choice["finish_reason"], len(ids))
 
     async def chat(
-        self, messages: Sequence[dict[str, str]], top_k: TopKSetting, max_tokens: int
+        self, messages: Sequence[dict[str, str]], index_top_k: TopKSetting, max_tokens: int
     ) -> ModelAnswer:
-        """The greedy answer in a conversation, token by token."""
+        """Return the greedy answer in a conversation, with its tokens."""
         body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "logprobs": True}
-        answer = await self._post("/v1/chat/completions", top_k, body)
+        answer = await self._post("/v1/chat/completions", index_top_k, body)
         choice = answer["choices"][0]
         logprobs = choice["logprobs"] or {"content": []}
         return ModelAnswer(
@@ -125,8 +133,8 @@ class Client:
             answer["usage"]["prompt_tokens"],
         )
 
-    async def raw(self, ids: Sequence[int], top_k: TopKSetting, max_tokens: int) -> dict[str, Any]:
-        """A choice with everything that the server tells of prompt and answer, past the end of the turn."""
+    async def raw(self, ids: Sequence[int], index_top_k: TopKSetting, max_tokens: int) -> dict[str, Any]:
+        """Return a whole choice, with log-probabilities of prompt and answer. It does not stop at the end of the turn."""
         body = {
             "prompt": list(ids),
             "echo": True,
@@ -135,15 +143,15 @@ class Client:
             "temperature": 0,
             "ignore_eos": True,
         }
-        return await self._choice("/v1/completions", top_k, body)
+        return await self._choice("/v1/completions", index_top_k, body)
 
-    async def _choice(self, path: str, top_k: TopKSetting, body: dict[str, Any]) -> dict[str, Any]:
-        answer = await self._post(path, top_k, body)
+    async def _choice(self, path: str, index_top_k: TopKSetting, body: dict[str, Any]) -> dict[str, Any]:
+        answer = await self._post(path, index_top_k, body)
         choice: dict[str, Any] = answer["choices"][0]
         return choice
 
-    async def _post(self, path: str, top_k: TopKSetting, body: dict[str, Any]) -> dict[str, Any]:
-        body = {"model": self.model, "dsa": {"top_k": top_k}} | body
+    async def _post(self, path: str, index_top_k: TopKSetting, body: dict[str, Any]) -> dict[str, Any]:
+        body = {"model": self.model, "dsa": {"top_k": index_top_k}} | body
         for left in reversed(range(_TRIES)):
             try:
                 response = await self._http.post(path, json=body)
@@ -151,7 +159,7 @@ class Client:
                 problem = f"the server went away ({error or type(error).__name__})"
             else:
                 if response.is_success:
-                    return _checked(response, top_k)
+                    return _checked(response, index_top_k)
                 problem = reason(response)
                 if response.status_code not in (429, 503):
                     raise EvaluationError(f"the server refused a request: {problem}")
@@ -161,20 +169,24 @@ class Client:
         raise EvaluationError(f"{problem}; {_TRIES} tries were made")
 
 
-def _checked(response: httpx.Response, top_k: TopKSetting) -> dict[str, Any]:
-    """The answer's body, if attention ran as was asked."""
+def _checked(response: httpx.Response, index_top_k: TopKSetting) -> dict[str, Any]:
+    """Return the answer's body.
+
+    Raises:
+        EvaluationError: attention ran with another top_k than `index_top_k`.
+    """
     answer: dict[str, Any] = response.json()
     used = answer["usage"]["dsa"]["top_k"]
-    if used != top_k:
+    if used != index_top_k:
         raise EvaluationError(
-            f"the server ran with top_k {used} where {top_k} was asked for: its model has no trained indexer; "
+            f"the server ran with top_k {used} where {index_top_k} was asked for: its model has no trained indexer; "
             "serve one with --overlay"
         )
     return answer
 
 
 def reason(response: httpx.Response) -> str:
-    """What a refusal says."""
+    """Return the message of a refusal."""
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, LookupError, TypeError):
@@ -183,10 +195,10 @@ def reason(response: httpx.Response) -> str:
 
 @asynccontextmanager
 async def connect(url: str, concurrency: int) -> AsyncGenerator[Client, None]:
-    """A client of the server at `url`, which may hold `concurrency` connections.
+    """Connect to the server at `url`, with room for `concurrency` requests at once.
 
     Raises:
-        EvaluationError: nothing answers there, or it is not ready.
+        EvaluationError: no dsa server answers at `url`, or it is not ready.
     """
     limits = httpx.Limits(max_connections=concurrency + 1)
     async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, limits=limits, trust_env=False) as http:
@@ -210,7 +222,11 @@ async def connect(url: str, concurrency: int) -> AsyncGenerator[Client, None]:
 async def each(
     items: Sequence[T], work: Callable[[T], Awaitable[R]], concurrency: int, progress: PartProgress
 ) -> list[R]:
-    """Do work on all items, some at a time; the results in the items' order. The first failure ends it."""
+    """Do `work` on all items, `concurrency` at a time; return the results in the items' order.
+
+    Raises:
+        EvaluationError: the first failure. It stops the other items.
+    """
     gate, done = asyncio.Semaphore(concurrency), 0
     progress(0, len(items))
 

@@ -1,7 +1,7 @@
-"""Short contexts: while prompt and answer fit into top_k, sparse is dense, to the last digit.
+"""Checks short contexts: while prompt and answer fit into top_k, sparse equals dense to the last digit.
 
-Requests are sent one at a time, so that both are computed in the same steps, and with the prompt's
-log-probabilities, for which nothing is taken from the prefix cache.
+Requests are sent one at a time, so that both are computed in the same steps. They ask for the prompt's
+log-probabilities, because then the server takes nothing from the prefix cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CASES = 12
 
 
 class EqualityCase(msgspec.Struct, frozen=True, kw_only=True):
-    """One text, cut to `prompt_tokens`."""
+    """The comparison of one text, cut to `prompt_tokens`."""
 
     top_k: int
     kind: str
@@ -28,11 +28,11 @@ class EqualityCase(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     answer_tokens: int
     equal: bool
-    largest_difference: float | None  # of the log-probabilities, nats; None where the tokens differ
+    largest_difference: float | None  # of the log-probabilities, nats; None if the tokens differ
 
 
 class EqualityResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The part's entry in eval.json."""
+    """The entry of equality in eval.json."""
 
     cases: list[EqualityCase]
 
@@ -40,28 +40,28 @@ class EqualityResult(msgspec.Struct, frozen=True, kw_only=True):
 async def measure(
     client: Client,
     texts: Sequence[HeldOut],
-    top_ks: Sequence[int],
+    index_top_ks: Sequence[int],
     progress: PartProgress,
     *,
     cases: int = CASES,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> EqualityResult:
-    """Continue beginnings of texts, `cases` for each top_k, of lengths up to all of it."""
+    """Continue the beginnings of texts. Each top_k has `cases` of them, with lengths up to top_k."""
     todo = []
-    for top_k in top_ks:
-        longest = min(top_k, client.max_model_len) - answer_tokens
+    for index_top_k in index_top_ks:
+        longest = min(index_top_k, client.max_model_len) - answer_tokens
         for number in range(cases):
             length = longest * (number + 1) // cases
             usable = [text for text in texts if len(text.ids) >= length]
             if length > 0 and usable:
-                todo.append((top_k, usable[number % len(usable)], length))
+                todo.append((index_top_k, usable[number % len(usable)], length))
 
     async def one(item: tuple[int, HeldOut, int]) -> EqualityCase:
-        top_k, text, length = item
+        index_top_k, text, length = item
         dense = await client.raw(text.ids[:length], "dense", answer_tokens)
-        sparse = await client.raw(text.ids[:length], top_k, answer_tokens)
+        sparse = await client.raw(text.ids[:length], index_top_k, answer_tokens)
         return EqualityCase(
-            top_k=top_k,
+            top_k=index_top_k,
             kind=text.kind,
             start=text.start,
             prompt_tokens=length,
@@ -74,19 +74,21 @@ async def measure(
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
-    """The largest difference of two lists of log-probabilities; None if they are of different tokens."""
+    """Return the largest difference between two lists of log-probabilities, nats; None if the tokens differ."""
     if one["tokens"] != other["tokens"]:
         return None
     pairs = zip(one["token_logprobs"], other["token_logprobs"], strict=True)
     return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=0.0)
 
 
-def verdicts(result: EqualityResult, top_ks: Sequence[int]) -> list[Verdict]:
-    """Every case must be equal."""
+def verdicts(result: EqualityResult, index_top_ks: Sequence[int]) -> list[Verdict]:
+    """Judge each top_k: every case must be equal."""
     made = []
-    for top_k in top_ks:
-        own = [case.equal for case in result.cases if case.top_k == top_k]
+    for index_top_k in index_top_ks:
+        own = [case.equal for case in result.cases if case.top_k == index_top_k]
         made.append(
-            at_least(f"equal where all fits into top_k {top_k}", sum(own) / len(own) if own else None, 1.0)
+            at_least(
+                f"equal where all fits into top_k {index_top_k}", sum(own) / len(own) if own else None, 1.0
+            )
         )
     return made

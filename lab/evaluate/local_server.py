@@ -1,4 +1,4 @@
-"""A `dsa serve` of one's own for as long as it is needed."""
+"""Starts a `dsa serve` for a measurement, and stops it afterwards."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _STOP_SECONDS = 20.0
 
 
 def serve_arguments(arguments: Sequence[str]) -> list[str]:
-    """Arguments of `dsa` that serve on a free port; measurements are nobody's usage, so no ledger is kept."""
+    """Return arguments of `dsa` that serve on a free port, without a ledger: measurements are nobody's usage."""
     return ["serve", "--ledger", "none", *arguments, "--host", "127.0.0.1", "--port", "0"]
 
 
 @contextmanager
 def serving(arguments: Sequence[str]) -> Iterator[str]:
-    """Serve on a free port of the loopback; gives the address. What the server says of itself is shown.
+    """Serve on a free port of the loopback interface, and yield the server's URL. The server's stderr is shown.
 
     Args:
-        arguments: of `dsa serve`, without host and port
+        arguments: arguments of `dsa serve`, without host and port
 
     Raises:
-        EvaluationError: it does not start; its own error stands above.
+        EvaluationError: the server does not start; its own error was printed before.
     """
     command = [*DSA, *serve_arguments(arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -36,7 +36,7 @@ def serving(arguments: Sequence[str]) -> Iterator[str]:
         address = next((m[1] for line in process.stdout if (m := re.match(r"ready at (\S+)", line))), None)
         if address is None:
             raise EvaluationError("the server did not start; the reason stands above")
-        # Read on, so that the server never waits for room in the pipe.
+        # Keep reading, so that the server never waits for room in the pipe.
         threading.Thread(target=process.stdout.read, daemon=True).start()
         yield address
     finally:

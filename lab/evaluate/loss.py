@@ -1,4 +1,4 @@
-"""Held-out loss: what sparse attention costs in nats a token, by kind of text and by position."""
+"""Held-out loss: how many nats a token sparse attention costs, by kind of text and by position."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from lab.evaluate.statistics import Interval, bootstrap
 from lab.evaluate.verdict import LOSS_BARS, Verdict, at_most
 
 BEYOND = 1024
-"""Earlier positions have little to leave out at any top_k worth having: they would dilute the difference."""
+"""Positions before this one leave out few tokens at any useful top_k, so they would dilute the difference."""
 EDGES = (1024, 2048, 4096)
-"""Where the buckets of positions begin; the last one is open."""
+"""The first positions of the buckets. The last bucket has no end."""
 
 
 class TextLoss(msgspec.Struct, frozen=True, kw_only=True):
-    """One text. Lists have one entry a bucket of `EDGES`."""
+    """The losses of one text. Lists have one entry for each bucket of `EDGES`."""
 
     kind: str
     start: int
     length: int
-    tokens: list[int]  # scored
+    tokens: list[int]  # how many were scored
     nats: dict[str, list[float]]  # setting -> summed losses
 
 
 class LossRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts together, under one setting."""
+    """The mean loss of several texts under one setting, nats a token."""
 
     tokens: int
     loss: float
     above_dense: float
-    interval: Interval | None  # of above_dense, 95 %
+    interval: Interval | None  # 95 % interval of above_dense
 
 
 class LossResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The part's entry in eval.json. Rows: setting -> kind, "all" or "from P" -> row."""
+    """The entry of loss in eval.json. `rows`: setting -> kind of text, "all" or "from P" -> row."""
 
     beyond: int
     texts: list[TextLoss]
@@ -48,33 +48,36 @@ class LossResult(msgspec.Struct, frozen=True, kw_only=True):
 async def measure(
     client: Client,
     texts: Sequence[HeldOut],
-    top_ks: Sequence[int],
+    index_top_ks: Sequence[int],
     concurrency: int,
     progress: PartProgress,
     *,
     beyond: int = BEYOND,
 ) -> LossResult:
-    """Score every text dense and at each top_k, one right after the other."""
+    """Score every text dense and at each top_k, one setting right after the other."""
 
     async def one(text: HeldOut) -> TextLoss:
-        ids = text.ids[: client.max_model_len - 1]  # the server wants room for one more
+        ids = text.ids[: client.max_model_len - 1]  # the server needs room for one more token
         nats, tokens = {}, [0]
-        for setting in settings(top_ks):
+        for setting in settings(index_top_ks):
             scores = await client.score(ids, setting)
             tokens, nats[str(setting)] = buckets(scores.own[: len(ids)], beyond)
         return TextLoss(kind=text.kind, start=text.start, length=len(ids), tokens=tokens, nats=nats)
 
     measured = await each(texts, one, concurrency, progress)
-    return LossResult(beyond=beyond, texts=measured, rows=summarise(measured, top_ks))
+    return LossResult(beyond=beyond, texts=measured, rows=summarise(measured, index_top_ks))
 
 
-def settings(top_ks: Sequence[int]) -> tuple[TopKSetting, ...]:
-    """Dense first, then each top_k."""
-    return ("dense", *top_ks)
+def settings(index_top_ks: Sequence[int]) -> tuple[TopKSetting, ...]:
+    """Return all settings: dense first, then each top_k."""
+    return ("dense", *index_top_ks)
 
 
 def buckets(logprobs: Sequence[float | None], beyond: int) -> tuple[list[int], list[float]]:
-    """Tokens and summed losses from position `beyond` on, by bucket of `EDGES`; the first is open below."""
+    """Count tokens and sum their losses from position `beyond` on, for each bucket of `EDGES`.
+
+    The first bucket also has the positions before its edge.
+    """
     tokens, nats = [0] * len(EDGES), [0.0] * len(EDGES)
     for position, logprob in enumerate(logprobs[beyond:], beyond):
         if logprob is not None:
@@ -84,11 +87,11 @@ def buckets(logprobs: Sequence[float | None], beyond: int) -> tuple[list[int], l
     return tokens, nats
 
 
-def summarise(texts: Sequence[TextLoss], top_ks: Sequence[int]) -> dict[str, dict[str, LossRow]]:
-    """Setting -> kind of text, "all", and "from P" for each bucket of positions -> row. Tokens weigh alike."""
+def summarise(texts: Sequence[TextLoss], index_top_ks: Sequence[int]) -> dict[str, dict[str, LossRow]]:
+    """Make the rows: setting -> kind of text, "all", or "from P" for a bucket -> row. All tokens have equal weight."""
     rows: dict[str, dict[str, LossRow]] = {}
     kinds = list(dict.fromkeys(text.kind for text in texts))
-    for setting in map(str, settings(top_ks)):
+    for setting in map(str, settings(index_top_ks)):
         own = {kind: _row((t for t in texts if t.kind == kind), setting, None) for kind in kinds}
         own["all"] = _row(texts, setting, None)
         for bucket, edge in enumerate(EDGES):
@@ -114,13 +117,13 @@ def _row(texts: Iterable[TextLoss], setting: str, bucket: int | None) -> LossRow
     return LossRow(tokens=tokens, loss=loss / tokens, above_dense=above, interval=interval)
 
 
-def verdicts(result: LossResult, top_ks: Sequence[int]) -> list[Verdict]:
-    """The bars of those top_k that have one."""
+def verdicts(result: LossResult, index_top_ks: Sequence[int]) -> list[Verdict]:
+    """Judge each top_k that has a bar."""
     made = []
-    for top_k in top_ks:
-        if top_k in LOSS_BARS:
-            row = result.rows[str(top_k)].get("all")
-            bar, aim = LOSS_BARS[top_k]
+    for index_top_k in index_top_ks:
+        if index_top_k in LOSS_BARS:
+            row = result.rows[str(index_top_k)].get("all")
+            bar, aim = LOSS_BARS[index_top_k]
             value = None if row is None else row.above_dense
-            made.append(at_most(f"loss above dense, top_k {top_k} (nats)", value, bar, aim))
+            made.append(at_most(f"loss above dense, top_k {index_top_k} (nats)", value, bar, aim))
     return made

@@ -1,4 +1,4 @@
-"""What is asked: held-out sequences, needles and prompts, read from a folder of `dsa corpus`."""
+"""Reads the questions (held-out sequences, needles, prompts) from a folder that `dsa corpus` has built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class MaterialError(ToolError):
-    """The corpus folder is not one, or lacks a file; the message says how to get it."""
+    """The folder is not a corpus, or lacks a file; the message says how to build it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,34 +28,34 @@ class HeldOut:
     """A held-out sequence."""
 
     kind: str
-    start: int  # where it lies in the split's file: its name in results
+    start: int  # its first token in the split's file; names the sequence in results
     ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class AskedNeedle:
-    """A needle with its prompt's token ids, which end where the assistant begins to answer."""
+    """A needle, with the token ids of its prompt. They end where the assistant begins to answer."""
 
     row: NeedleRow
     ids: tuple[int, ...]
 
 
 class Material:
-    """A corpus folder, opened.
+    """An open corpus folder.
 
     Attributes:
-        digest: SHA-256 of the manifest, which has those of the files.
+        digest: SHA-256 of the manifest. The manifest has the digests of the other files.
     """
 
     def __init__(self, folder: Path, model: str) -> None:
-        """Open a folder and check that everything is there.
+        """Open a folder.
 
         Args:
             folder: made by `dsa corpus`
-            model: for the advice in errors
+            model: the model's name, for the advice in errors
 
         Raises:
-            MaterialError: it is none.
+            MaterialError: the folder has no corpus with a held-out split.
         """
         self._folder = folder
         self._advice = f"build one: dsa corpus --out {shlex.quote(str(folder))} --model {shlex.quote(model)}"
@@ -70,9 +70,9 @@ class Material:
         self.digest = sha256(folder / FILE_NAME)
 
     def held_out(self, shortest: int, per_kind: int | None) -> list[HeldOut]:
-        """Sequences of at least `shortest` tokens, `per_kind` of each kind (None: all), in the file's order.
+        """Return sequences of at least `shortest` tokens, `per_kind` of each kind (None: all), in the file's order.
 
-        The order is that of the builder's shuffle, so that the first few are a fair sample.
+        The builder has shuffled the file, so the first few sequences are a fair sample.
         """
         taken: Counter[str] = Counter()
         chosen = []
@@ -85,7 +85,7 @@ class Material:
         return chosen
 
     def needles(self, limit: int | None) -> list[AskedNeedle]:
-        """The needles, or about `limit` of them spread evenly over the grid."""
+        """Return the needles, or `limit` of them, spread evenly over the grid."""
         rows = self._rows("needles.json", tuple[NeedleRow, ...])
         try:
             tokens: NDArray[np.uint16] = np.load(self._folder / "needles.npy", mmap_mode="r")
@@ -97,7 +97,7 @@ class Material:
         ]
 
     def prompts(self, limit: int | None) -> list[CorpusPrompt]:
-        """The held-out prompts, or about `limit` of them."""
+        """Return the held-out prompts, or `limit` of them."""
         return list(spread(self._rows("prompts.heldout.json", tuple[CorpusPrompt, ...]), limit))
 
     def _rows(self, name: str, kind: type[T]) -> T:
@@ -108,7 +108,7 @@ class Material:
 
 
 def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:
-    """At most `limit` items at even distances; None is all."""
+    """Return at most `limit` items at even distances; None returns all."""
     if limit is None or limit >= len(items):
         return items
     return [items[round((i + 0.5) * len(items) / limit - 0.5)] for i in range(limit)]

@@ -1,4 +1,7 @@
-"""Needle in a haystack: of what dense attention finds, how much sparse attention finds too."""
+"""Needles in haystacks: how many of the needles that dense attention finds does sparse attention find too?
+
+`lab.corpus.needles` makes the needles; this module asks for them and counts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ ANSWER_TOKENS = 32
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """One needle. `answers` and `right` are by setting."""
+    """The answers to one needle. The keys of `answers` and `right` are settings."""
 
     context: int
     depth: float
@@ -27,7 +30,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
-    """`right` of `of`."""
+    """A share: `right` out of `of`, with its 95 % interval."""
 
     right: int
     of: int
@@ -35,18 +38,18 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def value(self) -> float | None:
-        """Between 0 and 1; None of nothing."""
+        """The share, from 0 to 1; None if `of` is 0."""
         return self.right / self.of if self.of else None
 
 
 class NeedlesResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The part's entry in eval.json.
+    """The entry of needles in eval.json.
 
     Attributes:
-        skipped: needles that are longer than the model's context.
+        skipped: number of needles that are too long for the model's context.
         accuracy: setting -> context or "all" -> share of needles found.
-        retention: top_k -> share that sparse finds of what dense finds.
-        gained: top_k -> share that sparse finds of what dense does not.
+        retention: top_k -> share that sparse finds of the needles that dense finds.
+        gained: top_k -> share that sparse finds of the needles that dense does not find.
     """
 
     needles: list[Found]
@@ -59,7 +62,7 @@ class NeedlesResult(msgspec.Struct, frozen=True, kw_only=True):
 async def measure(
     client: Client,
     needles: Sequence[AskedNeedle],
-    top_ks: Sequence[int],
+    index_top_ks: Sequence[int],
     concurrency: int,
     progress: PartProgress,
 ) -> NeedlesResult:
@@ -68,7 +71,7 @@ async def measure(
 
     async def one(needle: AskedNeedle) -> Found:
         answers = {}
-        for setting in settings(top_ks):
+        for setting in settings(index_top_ks):
             answers[str(setting)] = (await client.complete(needle.ids, setting, ANSWER_TOKENS)).text
         row = needle.row
         return Found(
@@ -80,7 +83,7 @@ async def measure(
             right={setting: is_right(text, row.value) for setting, text in answers.items()},
         )
 
-    return summarise(await each(asked, one, concurrency, progress), top_ks, len(needles) - len(asked))
+    return summarise(await each(asked, one, concurrency, progress), index_top_ks, len(needles) - len(asked))
 
 
 def is_right(answer: str, value: str) -> bool:
@@ -88,11 +91,11 @@ def is_right(answer: str, value: str) -> bool:
     return value.casefold() in answer.casefold()
 
 
-def summarise(found: list[Found], top_ks: Sequence[int], skipped: int = 0) -> NeedlesResult:
-    """Count."""
+def summarise(found: list[Found], index_top_ks: Sequence[int], skipped: int = 0) -> NeedlesResult:
+    """Count the needles found, and make the result."""
     contexts = sorted({needle.context for needle in found})
     accuracy = {}
-    for setting in map(str, settings(top_ks)):
+    for setting in map(str, settings(index_top_ks)):
         accuracy[setting] = {
             str(context): _share(found, setting, lambda n, c=context: n.context == c)  # type: ignore[misc]
             for context in contexts
@@ -101,8 +104,10 @@ def summarise(found: list[Found], top_ks: Sequence[int], skipped: int = 0) -> Ne
         needles=found,
         skipped=skipped,
         accuracy=accuracy,
-        retention={str(k): _share(found, str(k), lambda needle: needle.right["dense"]) for k in top_ks},
-        gained={str(k): _share(found, str(k), lambda needle: not needle.right["dense"]) for k in top_ks},
+        retention={str(k): _share(found, str(k), lambda needle: needle.right["dense"]) for k in index_top_ks},
+        gained={
+            str(k): _share(found, str(k), lambda needle: not needle.right["dense"]) for k in index_top_ks
+        },
     )
 
 
@@ -112,7 +117,7 @@ def _share(found: Sequence[Found], setting: str, among: Callable[[Found], bool])
 
 
 def grid(found: Sequence[Found], setting: str) -> dict[tuple[float, int], Share]:
-    """(depth, context) -> share found."""
+    """Count the needles of each cell of the grid: (depth, context) -> share found."""
     cells = dict.fromkeys((needle.depth, needle.context) for needle in found)
     return {
         (depth, context): _share(
@@ -123,7 +128,7 @@ def grid(found: Sequence[Found], setting: str) -> dict[tuple[float, int], Share]
 
 
 def verdicts(result: NeedlesResult) -> list[Verdict]:
-    """The bars of those top_k that have one."""
+    """Judge each top_k that has a bar."""
     return [
         at_least(f"needles kept of dense's, top_k {k}", share.value, RETENTION_BARS[int(k)])
         for k, share in result.retention.items()

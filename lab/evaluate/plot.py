@@ -1,4 +1,4 @@
-"""The pictures: loss above dense, needles by depth and context, captured attention."""
+"""Draws the results: loss above dense, needles by depth and context, captured attention."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lab.evaluate.needles import NeedlesResult, grid
 from lab.evaluate.results import EvalResults, RecallResult
 
 
-def draw(results: EvalResults, top_ks: list[int], folder: Path) -> list[Path]:
-    """Draw what there is: eval.loss.png, eval.needles.png and eval.recall.png; the files that were written."""
+def draw(results: EvalResults, index_top_ks: list[int], folder: Path) -> list[Path]:
+    """Draw eval.loss.png, eval.needles.png and eval.recall.png for the parts that are done; return the files written."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figures = {}
     if results.loss is not None:
-        figures["loss"] = _loss(plt, results.loss, top_ks)
+        figures["loss"] = _loss(plt, results.loss, index_top_ks)
     if results.needles is not None and results.needles.needles:
         figures["needles"] = _needles(plt, results.needles)
     if results.recall is not None and results.recall.top_k:
-        figures["recall"] = _recall(plt, results.recall, top_ks)
+        figures["recall"] = _recall(plt, results.recall, index_top_ks)
     drawn = []
     for name, figure in figures.items():
         path = folder / f"eval.{name}.png"
@@ -33,12 +33,12 @@ def draw(results: EvalResults, top_ks: list[int], folder: Path) -> list[Path]:
     return drawn
 
 
-def _loss(plt: Any, result: LossResult, top_ks: list[int]) -> Any:
-    """Bars by kind and by position, with their intervals."""
+def _loss(plt: Any, result: LossResult, index_top_ks: list[int]) -> Any:
+    """Draw bars with intervals, by kind of text and by position."""
     figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
     names = list(result.rows["dense"])
-    width = 0.8 / len(top_ks)
-    for i, k in enumerate(top_ks):
+    width = 0.8 / len(index_top_ks)
+    for i, k in enumerate(index_top_ks):
         rows = [result.rows[str(k)][name] for name in names]
         values = [row.above_dense for row in rows]
         spans = [row.interval or (row.above_dense, row.above_dense) for row in rows]
@@ -46,7 +46,7 @@ def _loss(plt: Any, result: LossResult, top_ks: list[int]) -> Any:
             [max(0.0, value - low) for value, (low, _) in zip(values, spans, strict=True)],
             [max(0.0, high - value) for value, (_, high) in zip(values, spans, strict=True)],
         ]
-        at = [n + (i - (len(top_ks) - 1) / 2) * width for n in range(len(names))]
+        at = [n + (i - (len(index_top_ks) - 1) / 2) * width for n in range(len(names))]
         axis.bar(at, values, width, yerr=errors, capsize=3, label=f"top_k {k}", error_kw={"linewidth": 0.8})
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(names)), names)
@@ -57,7 +57,7 @@ def _loss(plt: Any, result: LossResult, top_ks: list[int]) -> Any:
 
 
 def _needles(plt: Any, result: NeedlesResult) -> Any:
-    """Depth x context for each setting, side by side."""
+    """Draw a grid of depth and context for each setting, side by side."""
     names = list(result.accuracy)
     depths = sorted({needle.depth for needle in result.needles})
     contexts = sorted({needle.context for needle in result.needles})
@@ -82,9 +82,9 @@ def _needles(plt: Any, result: NeedlesResult) -> Any:
     return figure
 
 
-def _recall(plt: Any, result: RecallResult, top_ks: list[int]) -> Any:
-    """By layer and by position: indexer, oracle, window."""
-    own = [k for k in top_ks if str(k) in result.top_k]
+def _recall(plt: Any, result: RecallResult, index_top_ks: list[int]) -> Any:
+    """Draw the captured attention of indexer, oracle and window, by layer and by position."""
+    own = [k for k in index_top_ks if str(k) in result.top_k]
     figure, axes = plt.subplots(
         len(own), 2, figsize=(11, 3.6 * len(own)), layout="constrained", squeeze=False
     )

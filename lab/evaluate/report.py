@@ -1,4 +1,4 @@
-"""The results as tables for a terminal."""
+"""Prints the results as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _COLOURS = {
 _WORST = 5
 
 
-def show(console: Console, results: EvalResults, top_ks: Sequence[int]) -> None:
+def show(console: Console, results: EvalResults, index_top_ks: Sequence[int]) -> None:
     """Print a table for each part that is done, and the verdicts."""
-    for table in tables(results, top_ks):
+    for table in tables(results, index_top_ks):
         console.print(table)
 
 
-def tables(results: EvalResults, top_ks: Sequence[int]) -> Iterator[RenderableType]:
-    """Everything that there is to show, in order."""
+def tables(results: EvalResults, index_top_ks: Sequence[int]) -> Iterator[RenderableType]:
+    """Make the tables of all parts that are done."""
     if results.loss is not None:
-        yield loss_table(results.loss, top_ks)
+        yield loss_table(results.loss, index_top_ks)
     if results.needles is not None:
         yield from needle_tables(results.needles)
     if results.agreement is not None:
         yield agreement_table(results.agreement)
     if results.equality is not None:
-        yield equality_table(results.equality, top_ks)
+        yield equality_table(results.equality, index_top_ks)
     if results.recall is not None:
         yield from recall_tables(results.recall)
     if results.verdicts:
@@ -53,12 +53,12 @@ def _table(title: str, first: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def loss_table(result: LossResult, top_ks: Sequence[int]) -> Table:
-    """Loss by kind and position, dense beside what sparse adds."""
-    columns = ["tokens", "dense", *(f"sparse {k}" for k in top_ks)]
+def loss_table(result: LossResult, index_top_ks: Sequence[int]) -> Table:
+    """Make the table of loss by kind and position: the dense loss, and what sparse adds."""
+    columns = ["tokens", "dense", *(f"sparse {k}" for k in index_top_ks)]
     table = _table(f"held-out loss beyond position {result.beyond}, nats a token", "texts", columns)
     for name, dense in result.rows["dense"].items():
-        sparse = [_above(result.rows[str(k)][name]) for k in top_ks]
+        sparse = [_above(result.rows[str(k)][name]) for k in index_top_ks]
         style = "bold" if name == "all" else None
         table.add_row(name, f"{dense.tokens:,}", f"{dense.loss:.4f}", *sparse, style=style)
         if name == "all":
@@ -74,7 +74,7 @@ def _above(row: LossRow) -> str:
 
 
 def needle_tables(result: NeedlesResult) -> Iterator[Table]:
-    """Depth x context, dense beside sparse in every cell; then how much is kept."""
+    """Make two tables: needles found in each cell of depth and context, and how many sparse keeps."""
     names = list(result.accuracy)
     contexts = sorted({needle.context for needle in result.needles})
     table = _table(
@@ -132,7 +132,7 @@ def _both(share: Share) -> str:
 
 
 def agreement_table(result: AgreementResult) -> Table:
-    """Free and forced agreement with dense, and dense with itself."""
+    """Make the table of free and forced agreement with dense. Its first row is the agreement of dense with itself."""
     table = _table(
         f"greedy answers of up to {result.answer_tokens} tokens, compared with dense",
         "attention",
@@ -156,14 +156,14 @@ def _agreement(group: Group) -> tuple[str, str, str, str]:
     return f"{group.prompts}", _both(same), parted, _both(forced)
 
 
-def equality_table(result: EqualityResult, top_ks: Sequence[int]) -> Table:
-    """Exactly equal or not."""
+def equality_table(result: EqualityResult, index_top_ks: Sequence[int]) -> Table:
+    """Make the table of exact equality."""
     table = _table(
         "prompt and answer within top_k: log-probabilities equal to the last digit",
         "top_k",
         ["texts", "equal", "largest difference"],
     )
-    for k in top_ks:
+    for k in index_top_ks:
         own = [case for case in result.cases if case.top_k == k]
         equal = Share(right=sum(case.equal for case in own), of=len(own))
         differences = [case.largest_difference for case in own]
@@ -177,7 +177,7 @@ def equality_table(result: EqualityResult, top_ks: Sequence[int]) -> Table:
 
 
 def recall_tables(result: RecallResult) -> Iterator[Table]:
-    """Captured attention by position, and the worst layers."""
+    """Make two tables: captured attention by position, and the worst layers."""
     ends = [*map(str, result.edges[1:]), ""]
     spans = [f"{start}-{end}" for start, end in zip(result.edges, ends, strict=True)]
     table = _table(
@@ -206,7 +206,7 @@ def recall_tables(result: RecallResult) -> Iterator[Table]:
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """Every bar."""
+    """Make the table of all bars and their outcomes."""
     table = _table("verdict", "what", ["measured", "bar", "aim", ""])
     for verdict in verdicts:
         colour = _COLOURS[verdict.outcome]

@@ -1,4 +1,4 @@
-"""eval.json: everything that was measured, part by part, and what it was measured on."""
+"""eval.json: the results of all parts, with the settings and the environment of the run."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ _BEGINNING = 1 << 20
 
 
 class Captured(msgspec.Struct, frozen=True, kw_only=True):
-    """How much of dense attention's mass a way of selecting captures; 1 is all. Rows beyond `beyond`."""
+    """The share of dense attention's mass (0 to 1) that a way of selecting captures."""
 
-    by_layer: list[float]
-    by_position: list[float | None]
-    all: float
+    by_layer: list[float]  # of rows at `beyond` and later
+    by_position: list[float | None]  # of all rows, for each bucket; None if the bucket has no rows
+    all: float  # of rows at `beyond` and later
 
 
 class RecallOfK(msgspec.Struct, frozen=True, kw_only=True):
-    """One top_k. `overlap` is the share of the best set that the indexer selects too, by layer."""
+    """The result of one top_k. `overlap`, for each layer: the share of the best set that the indexer selects too."""
 
     indexer: Captured
     oracle: Captured
     window: Captured
     overlap: list[float]
-    worst_layers: list[int]  # least captured by the indexer, the worst first
-    widest_gaps: list[int]  # furthest below the oracle, the widest first
+    worst_layers: list[int]  # layers where the indexer captures least, the worst first
+    widest_gaps: list[int]  # layers where the indexer is furthest below the oracle, the widest gap first
 
 
 class RecallResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The part's entry in eval.json, written by `dsa recall`."""
+    """The entry of recall in eval.json; `lab.recall` measures it."""
 
     beyond: int
-    edges: list[int]  # where the buckets of positions begin; the last one is open
+    edges: list[int]  # the first positions of the buckets; the last bucket has no end
     sequences: int
     rows: int
     device: str
@@ -53,12 +53,12 @@ class RecallResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvalResults(msgspec.Struct, kw_only=True):
-    """A run, whole or so far.
+    """The results of a run, or of the parts that are done so far.
 
     Attributes:
-        settings: what decides the figures; parts are kept from a run with equal ones only.
-        environment: what may not decide them: versions and the like.
-        seconds: part -> how long it took.
+        settings: everything that decides the figures. Parts of an earlier run are kept only if its settings are equal.
+        environment: versions and other things that should not change the figures.
+        seconds: part -> how long the part took.
     """
 
     settings: dict[str, Any]
@@ -76,7 +76,7 @@ class EvalResults(msgspec.Struct, kw_only=True):
         return getattr(self, part) is not None
 
     def save(self, folder: Path) -> None:
-        """Write eval.json; it is whole at every moment."""
+        """Write eval.json. The file is replaced in one step, so it is never half written."""
         path = folder / FILE_NAME
         part = path.with_name(path.name + ".part")
         part.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
@@ -84,7 +84,7 @@ class EvalResults(msgspec.Struct, kw_only=True):
 
 
 def load(folder: Path, settings: dict[str, Any]) -> EvalResults | None:
-    """What an earlier run of the same settings left in the folder, if there is any."""
+    """Read the folder's results; None if there are none with the same settings."""
     try:
         found = msgspec.json.decode((folder / FILE_NAME).read_bytes(), type=EvalResults)
     except (OSError, msgspec.DecodeError):
@@ -94,7 +94,7 @@ def load(folder: Path, settings: dict[str, Any]) -> EvalResults | None:
 
 
 def fingerprint(weights: Path) -> str:
-    """A file's SHA-256; of a folder that of the names, sizes and first MiB of its files."""
+    """Return a file's SHA-256. Of a folder, the names, sizes and first MiB of its .safetensors and .json files are hashed."""
     if weights.is_file():
         return sha256(weights)
     digest = hashlib.sha256()

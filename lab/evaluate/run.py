@@ -1,4 +1,4 @@
-"""Runs the parts one after the other, and writes down each as soon as it is done."""
+"""Runs the parts one after the other, and saves each as soon as it is done."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from server.hub.stages import Stages
 from server.text.loading import load_tokenizer
 
 QUIET_SECONDS = 30.0
-"""Between lines of progress where there is no terminal."""
+"""The time between two lines of progress, if the output is not a terminal."""
 
 
 class EvalPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What to measure.
 
     Attributes:
-        files: the model's.
+        files: the model's files.
         corpus: the folder of questions.
         out: the folder of results.
         url: a running server; None starts one.
-        top_k: settings to compare with dense.
-        answer_top_k: those of them whose answers are compared (needles, agreement), which takes longest.
-        only: parts to measure, even if they are done; None is those that are not.
+        index_top_k: the values to compare with dense.
+        answer_top_k: the values of `index_top_k` to use for needles and agreement, which take longest.
+        only: parts to measure, even if they are done; None measures the parts that are not done.
         per_kind: held-out texts of each kind; None is all.
-        limit: at most so many texts of a kind, needles, prompts; for a quick look.
+        limit: at most so many texts of each kind, needles and prompts; for a quick look.
         concurrency: requests at a time.
         device, dtype: for the server and for recall.
         server_flags: more flags of `dsa serve`.
@@ -52,7 +52,7 @@ class EvalPlan(msgspec.Struct, frozen=True, kw_only=True):
     corpus: Path
     out: Path
     url: str | None
-    top_k: tuple[int, ...]
+    index_top_k: tuple[int, ...]
     answer_top_k: tuple[int, ...]
     only: tuple[str, ...] | None
     per_kind: int | None
@@ -64,19 +64,20 @@ class EvalPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def texts_per_kind(self) -> int | None:
-        """`per_kind` under `limit`."""
+        """The smaller of `per_kind` and `limit`; None is all."""
         counts = [count for count in (self.per_kind, self.limit) if count is not None]
         return min(counts) if counts else None
 
 
 def evaluate(plan: EvalPlan, console: Console) -> EvalResults:
-    """Measure; the results, which are in the folder too.
+    """Measure, save and show; return the results.
 
     Raises:
-        EvaluationError: it cannot be done; parts that were done before are kept.
-        MaterialError, TokenizerError, PromptError: the corpus or the model.
+        EvaluationError: a part cannot be measured; the parts done before are kept.
+        MaterialError: the corpus cannot be used.
+        TokenizerError, PromptError: the model's tokenizer or chat format cannot be used.
     """
-    try:  # an extra, and better missed now than after the work
+    try:  # matplotlib is an extra; if it is missing, say so now and not after the work
         from lab.evaluate.plot import draw
     except ImportError:
         raise EvaluationError(
@@ -102,8 +103,8 @@ def evaluate(plan: EvalPlan, console: Console) -> EvalResults:
         _timed(results, "recall", lambda: _recall(plan, results))
         results.save(plan.out)
     results.save(plan.out)
-    show(console, results, plan.top_k)
-    for path in draw(results, list(plan.top_k), plan.out):
+    show(console, results, plan.index_top_k)
+    for path in draw(results, list(plan.index_top_k), plan.out):
         console.print(f"drawn: {path}", highlight=False)
     return results
 
@@ -118,7 +119,7 @@ def _server(plan: EvalPlan) -> AbstractContextManager[str]:
 async def _ask(
     plan: EvalPlan, url: str, material: Material, parts: Sequence[str], results: EvalResults
 ) -> None:
-    top_ks, many = plan.top_k, plan.concurrency
+    index_top_ks, many = plan.index_top_k, plan.concurrency
     async with connect(url, many) as client:
         _check(client, plan)
         results.environment["server"] = client.info
@@ -133,7 +134,7 @@ async def _ask(
                             f"loss takes held-out texts, and a context, of {2 * loss.BEYOND} tokens and more; "
                             "leave it out with --only"
                         )
-                    results.loss = await loss.measure(client, texts, top_ks, many, progress)
+                    results.loss = await loss.measure(client, texts, index_top_ks, many, progress)
                 elif part == "needles":
                     asked = material.needles(plan.limit)
                     results.needles = await needles.measure(client, asked, plan.answer_top_k, many, progress)
@@ -146,18 +147,24 @@ async def _ask(
                 else:
                     texts = material.held_out(1, 4)
                     cases = min(equality.CASES, plan.limit or equality.CASES)
-                    results.equality = await equality.measure(client, texts, top_ks, progress, cases=cases)
+                    results.equality = await equality.measure(
+                        client, texts, index_top_ks, progress, cases=cases
+                    )
             results.seconds[part] = time.monotonic() - began
             results.environment["requests_sent_again"] = client.repeated
-            _judge(results, top_ks)
+            _judge(results, index_top_ks)
             results.save(plan.out)
 
 
 def _check(client: Client, plan: EvalPlan) -> None:
-    """The server can do what will be asked of it."""
-    if max(plan.top_k) > client.max_model_len:
+    """Check that the server can do what the plan asks for.
+
+    Raises:
+        EvaluationError: it cannot.
+    """
+    if max(plan.index_top_k) > client.max_model_len:
         raise EvaluationError(
-            f"--top-k asks for {max(plan.top_k)}, but the model's context is {client.max_model_len} tokens"
+            f"--top-k asks for {max(plan.index_top_k)}, but the model's context is {client.max_model_len} tokens"
         )
     if client.info.get("indexer") == "none":
         raise EvaluationError(
@@ -170,13 +177,15 @@ def _progress(stages: Stages, part: str) -> PartProgress:
 
 
 def _recall(plan: EvalPlan, results: EvalResults) -> None:
-    """Judge the indexer in this process; the server has gone."""
+    """Measure recall in this process, after the server has stopped."""
     from lab.recall.run import run
 
     if plan.files.overlay is None:
         raise EvaluationError("recall reads the indexer from its file; give it with --overlay")
     quick = {} if plan.limit is None else {"per_kind": min(plan.limit, 4), "rows": 64}
-    found = run(plan.files, plan.corpus, top_k=plan.top_k, device=plan.device, dtype=plan.dtype, **quick)
+    found = run(
+        plan.files, plan.corpus, index_top_k=plan.index_top_k, device=plan.device, dtype=plan.dtype, **quick
+    )
     results.recall = msgspec.convert(found, RecallResult)
 
 
@@ -186,14 +195,14 @@ def _timed(results: EvalResults, part: str, work: Callable[[], None]) -> None:
     results.seconds[part] = time.monotonic() - began
 
 
-def _judge(results: EvalResults, top_ks: Sequence[int]) -> None:
+def _judge(results: EvalResults, index_top_ks: Sequence[int]) -> None:
     made = []
     if results.loss is not None:
-        made += loss.verdicts(results.loss, top_ks)
+        made += loss.verdicts(results.loss, index_top_ks)
     if results.needles is not None:
         made += needles.verdicts(results.needles)
     if results.equality is not None:
-        made += equality.verdicts(results.equality, top_ks)
+        made += equality.verdicts(results.equality, index_top_ks)
     results.verdicts = made
 
 
@@ -206,7 +215,7 @@ def _settings(plan: EvalPlan, material: Material) -> dict[str, Any]:
         "overlay_sha256": None if overlay is None else sha256(overlay),
         "corpus_sha256": material.digest,
         "url": plan.url,
-        "top_k": list(plan.top_k),
+        "top_k": list(plan.index_top_k),
         "answer_top_k": list(plan.answer_top_k),
         "per_kind": plan.per_kind,
         "limit": plan.limit,

@@ -1,4 +1,4 @@
-"""How sure a figure is: intervals for shares and for paired differences."""
+"""Confidence intervals for shares and for paired differences."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 4000
-_Z = 1.959964  # of a 95 % interval
+_Z = 1.959964  # the normal quantile of a 95 % interval
 
 
 class Interval(NamedTuple):
-    """95 %."""
+    """A 95 % interval."""
 
     low: float
     high: float
 
 
 def wilson(right: int, of: int) -> Interval | None:
-    """Wilson's score interval of a share; None of nothing (E. B. Wilson, JASA 22, 1927)."""
+    """Return Wilson's score interval of a share (E. B. Wilson, JASA 22, 1927); None if `of` is 0."""
     if not of:
         return None
     share, z2 = right / of, _Z * _Z
@@ -30,16 +30,17 @@ def wilson(right: int, of: int) -> Interval | None:
 
 
 def bootstrap(strata: Sequence[Sequence[tuple[float, int]]], seed: int = 0) -> Interval | None:
-    """Percentile interval of a mean a token, by drawing whole texts again.
+    """Return the percentile interval of a mean over tokens, by resampling whole texts.
 
-    Tokens of one text depend on each other, so texts are drawn, within each stratum as many as it has.
+    The tokens of a text depend on each other, so texts are drawn and not tokens. From each stratum as many texts
+    are drawn as it has.
 
     Args:
-        strata: of each kind of text the pairs (summed difference, tokens), one a text
-        seed: of the draws
+        strata: for each kind of text, one pair (summed difference, tokens) for each text
+        seed: decides the draws
 
     Returns:
-        None where some kind has fewer than two texts: what they would vary is not known
+        None if a kind has fewer than two texts, because their variation is not known
     """
     if not strata or any(len(texts) < 2 for texts in strata):
         return None

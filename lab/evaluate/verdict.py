@@ -1,4 +1,4 @@
-"""The bars that sparse attention has to meet, and whether a figure does."""
+"""The bars for sparse attention, and the verdict whether a figure meets its bar."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import msgspec
 Outcome = Literal["met", "met, and the aim", "missed", "nothing to measure"]
 
 LOSS_BARS: dict[int, tuple[float, float]] = {256: (0.05, 0.03), 512: (0.02, 0.01)}
-"""Of top_k: nats above dense that are let pass, and the aim."""
+"""top_k -> the largest loss above dense that passes, and the aim, both in nats a token."""
 RETENTION_BARS: dict[int, float] = {256: 0.98}
-"""Of top_k: the share of what dense finds that sparse must find too."""
+"""top_k -> the share of the needles found by dense that sparse must find too."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """One bar and how it went. `value` is what was measured, None where nothing was."""
+    """One bar and its outcome. `value` is the measured figure; None if nothing was measured."""
 
     what: str
     value: float | None
@@ -25,7 +25,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def at_most(what: str, value: float | None, bar: float, aim: float | None = None) -> Verdict:
-    """A figure that should be low."""
+    """Judge a figure that should be low."""
     outcome: Outcome = "nothing to measure"
     if value is not None:
         outcome = "missed" if not value <= bar else "met, and the aim" if aim and value <= aim else "met"
@@ -33,7 +33,7 @@ def at_most(what: str, value: float | None, bar: float, aim: float | None = None
 
 
 def at_least(what: str, value: float | None, bar: float) -> Verdict:
-    """A share that should be high."""
+    """Judge a share that should be high."""
     outcome: Outcome = "nothing to measure"
     if value is not None:
         outcome = "met" if value >= bar else "missed"

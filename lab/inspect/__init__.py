@@ -1,1 +1,1 @@
-"""`dsa inspect`: what a model is and needs, worked out from its config and its files' headers."""
+"""`dsa inspect`: says what a model is and what it needs, from its config and the headers of its files."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = program()
 PRESETS = ("deepseek-v3.2",)
-"""Published configs that come with the engine, so that a model's needs can be read before it is fetched."""
+"""Published configs that come with the engine, so that a model can be inspected before it is fetched."""
 
 
 @app.command()
@@ -37,28 +37,37 @@ def inspect(
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 1,
     devices: Annotated[
-        int | None, typer.Option(help="How many devices.", show_default="what is found", min=1)
+        int | None, typer.Option(help="How many devices.", show_default="those of this machine", min=1)
     ] = None,
     device_memory: Annotated[
         str | None,
-        typer.Option(help="Memory of each, as 80GiB.", metavar="SIZE", show_default="what is found"),
+        typer.Option(
+            help="Memory of each, such as 80GiB.", metavar="SIZE", show_default="that of this machine"
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the loaded weights: auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Number format of loaded weights: auto, float32 or bfloat16.")
+    ] = "auto",
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="Of the cache: auto (as the weights), float32, bfloat16 or fp8.")
+        str,
+        typer.Option(
+            help="Number format of the cache: auto (that of the weights), float32, bfloat16 or fp8."
+        ),
     ] = "auto",
     weight_dtype: Annotated[
         str,
-        typer.Option(help="Of weights stored in FP8: auto (fp8 but on a CPU), fp8, or plain (in --dtype)."),
+        typer.Option(
+            help="Number format of weights stored in FP8: auto (plain on a CPU, else fp8), fp8, or plain (--dtype)."
+        ),
     ] = "auto",
     overlay: OverlayFlag = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a model is and needs, without loading it.
 
-    Reads config and headers: architecture, parameters, bytes of the weights and
-    of the cache, and whether they fit. Exit code 1 if the files are damaged or
-    something is missing.
+    It reads config and headers, and prints architecture, parameters, bytes of the
+    weights and of the cache, and whether they fit. The exit status is 1 if files
+    are damaged or missing.
     """
     one_of("--dtype", dtype)
     one_of("--kv-cache-dtype", kv_cache_dtype, ("auto", "float32", "bfloat16", "fp8"))
@@ -77,14 +86,14 @@ def inspect(
         plain = torch.bfloat16 if described else resolve_dtype("auto", found)
         dtype = str(plain).removeprefix("torch.")
     if stored == "auto" and not described and found.type == "cpu":
-        stored = "plain"  # as the engine does there
+        stored = "plain"  # the engine does the same on a CPU
     wanted = Wanted(context, concurrency, dtype, kv_cache_dtype, stored)
     report = look(path, overlay, wanted, _devices(devices, memory))
     sys.stdout.write((json.dumps(report, indent=2) if as_json else render(report)) + "\n")
 
 
 def _files(model: str, overlay: Path | None) -> tuple[Path, Path | None]:
-    """What to read: a config alone, a folder that may lack its weights, or a model's files."""
+    """Return the path to read and the overlay. The path is a config, a folder (weights may be missing) or a file."""
     path = Path(model).expanduser().absolute()
     if model in PRESETS:
         configs = importlib.resources.files("engine").joinpath("models", "mla", "configs")
@@ -97,7 +106,7 @@ def _files(model: str, overlay: Path | None) -> tuple[Path, Path | None]:
 
 
 def _devices(count: int | None, memory: int | None) -> Devices:
-    """As described; what is not, as found here."""
+    """Return the devices as the flags describe them. What the flags leave out is taken from this machine."""
     import torch
 
     from lab.inspect.report import Devices

@@ -1,4 +1,4 @@
-"""What `dsa inspect` says of a model: a plain object for JSON, and the same as lines of text."""
+"""The report of `dsa inspect`: a plain object for JSON, and the same as lines of text."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be served."""
+    """What the user wants to serve."""
 
-    context: int | None  # tokens a request; None: all positions of the model
+    context: int | None  # tokens of a request; None: all positions of the model
     concurrency: int  # requests at once
     dtype: str  # float32 | bfloat16
     cache_dtype: str  # auto | float32 | bfloat16 | fp8
-    weight_dtype: WeightDtype = "auto"  # of what is stored in FP8 blocks; auto: it stays so
+    weight_dtype: WeightDtype = "auto"  # of weights stored in FP8 blocks; auto keeps them in FP8
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Where."""
+    """The devices to serve on."""
 
     count: int
-    memory: int  # bytes of each
+    memory: int  # bytes of each device
 
 
 def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) -> dict[str, Any]:
-    """Look at a checkpoint (or at a config.json alone) without reading a weight.
+    """Report on a checkpoint, or on a config.json alone, without reading weights.
 
     Raises:
-        CheckpointError: its files are damaged, incomplete, or of an unknown kind.
-        ConfigError: more context than the model has, or a dtype of cache or weights that it has not.
+        CheckpointError: the files are damaged, incomplete, or of an unknown kind.
+        ConfigError: the model does not have so much context, or does not know the dtype of cache or weights.
     """
     source, family, fp8 = _open(path)
     indexer: IndexerInfo | None = None
@@ -117,13 +117,13 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
 
 
 def _open(path: Path) -> tuple[Source | None, Family, bool]:
-    """(the weights if there are any, the model, whether weights are in FP8 blocks)."""
+    """Open a checkpoint; return its weights if there are any, the model, and whether weights are in FP8 blocks."""
     file = path / "config.json" if path.is_dir() and not weight_files(path) else path
     if file.suffix != ".json" or not file.is_file():
         source = open_source(path)
         return source, read_model(source), bool(source.config.get("quantization_config"))
     if (path / "model.safetensors.index.json").exists():
-        open_source(path)  # which says what is missing
+        open_source(path)  # raises an error that says what is missing
     try:
         raw = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as fault:
@@ -134,7 +134,7 @@ def _open(path: Path) -> tuple[Source | None, Family, bool]:
 
 
 def _file_bytes(path: Path, source: Source | None, overlay: Path | None, shape: Shape, fp8: bool) -> int:
-    """Of the weights in their files: as they are there, or as DeepSeek would write them."""
+    """Return the bytes of the weights in their files. If there are no files, those that DeepSeek would write are counted."""
     extra = 0 if overlay is None else overlay.stat().st_size
     if isinstance(source, SafetensorsSource):
         return extra + sum(source.stored_bytes(name) for name in source.names())
@@ -145,7 +145,7 @@ def _file_bytes(path: Path, source: Source | None, overlay: Path | None, shape: 
 
 
 def _why_one_device(family: Family, count: int) -> str | None:
-    """Why the model is not split over so many devices (`--tensor-parallel`), if it cannot be."""
+    """Say why the model cannot be split over so many devices (`--tensor-parallel`); None if it can."""
     try:
         family.check_split(count)
     except ConfigError as error:
@@ -154,19 +154,23 @@ def _why_one_device(family: Family, count: int) -> str | None:
 
 
 def _in_blocks(source: Source | None, fp8: bool) -> Callable[[str], bool]:
-    """Which tensors are stored in FP8 blocks: as they are there, or as DeepSeek would write them."""
+    """Return a predicate: is the tensor of this name stored in FP8 blocks? Without files, DeepSeek's way is assumed."""
     if source is not None:
         return source_in_blocks(source)
     return published_in_blocks if fp8 else lambda name: False
 
 
 def _loaded(table: Mapping[str, Weight], in_blocks: Callable[[str], bool], wanted: Wanted) -> LoadedSizes:
-    """Bytes of the weights in memory."""
+    """Count the bytes of the weights in memory."""
     return loaded_bytes(table, _DTYPES[wanted.dtype], in_blocks, keep=wanted.weight_dtype != "plain")
 
 
 def _cache(shape: Shape, wanted: Wanted, fp8: bool) -> dict[str, Any]:
-    """Bytes of keys and values and index keys."""
+    """Make the report's `cache`: the bytes of keys, values and index keys.
+
+    Raises:
+        ConfigError: the model does not know the cache's dtype, or has fewer positions.
+    """
     kind = wanted.cache_dtype
     if kind == "auto":
         kind = "fp8" if fp8 and "fp8" in shape.cache else wanted.dtype
@@ -192,7 +196,7 @@ def _cache(shape: Shape, wanted: Wanted, fp8: bool) -> dict[str, Any]:
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """As lines for people."""
+    """Format the report as lines for people."""
     parameters, weights, cache, fit = (report[key] for key in ("parameters", "weights", "cache", "fit"))
     sparse = "" if report["index_top_k"] is None else f", index top_k {report['index_top_k']}"
     total = f"{_count(parameters['total'])}, {_count(parameters['active'])} active a token"
@@ -242,7 +246,7 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def _count(number: int) -> str:
-    """Parameters: 671.9 B, 134.5 M."""
+    """Format a number of parameters, such as 671.9 B or 134.5 M."""
     for unit, size in (("B", 10**9), ("M", 10**6)):
         if number >= size:
             return f"{number / size:.1f} {unit}"
@@ -250,7 +254,7 @@ def _count(number: int) -> str:
 
 
 def _size(number: int) -> str:
-    """Bytes: 642.1 GiB."""
+    """Format bytes, such as 642.1 GiB."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
         if number >= size:
             return f"{number / size:,.1f} {unit}"

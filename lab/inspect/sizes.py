@@ -1,6 +1,6 @@
-"""Parameters and bytes of a model by arithmetic over its weight table; no weight is read.
+"""Counts parameters and bytes of a model from its weight table; no weight is read.
 
-The table is the one that loading walks, so what is counted is what would be loaded.
+Loading uses the same table, so exactly the weights that would be loaded are counted.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from engine.models.family import Shape
 
 _EXPERT = re.compile(r".*\.mlp\.experts\.\d+\..*")
 _INDEXER = re.compile(r".*\.self_attn\.indexer\..*")
-_SHARED_WITH_MAIN = ("embed", "head")  # of an MTP module: copies of the main model's
+_SHARED_WITH_MAIN = ("embed", "head")  # parts of an MTP module that are copies of the main model's
 _BLOCKED = re.compile(
     r".*\.(q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj"
     r"|indexer\.(wq_b|wk)|gate_proj|up_proj|down_proj)\.weight"
 )
-"""What DeepSeek stores in FP8. Routers, head weights, norms, embeddings and MTP projections are not."""
+"""Tensors that DeepSeek stores in FP8. Routers, head weights, norms, embeddings and MTP projections are not among them."""
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """How many numbers; `active` ones are used for one token, which reads one row of the embedding."""
+    """Numbers of parameters."""
 
     total: int  # of the main model
-    active: int
-    indexer: int  # of total, and of active
-    mtp: int  # more than total: the MTP modules, less their copies of embedding and head
+    active: int  # used for one token, which reads one row of the embedding
+    indexer: int  # also counted in total and active
+    mtp: int  # of the MTP modules without their copies of embedding and head; not counted in total
 
 
 def count(shape: Shape) -> ParameterCounts:
-    """Count the table."""
+    """Count the parameters of a model."""
     total = experts = indexer = 0
     for weight in shape.table.values():
         size = math.prod(weight.shape)
@@ -52,7 +52,7 @@ def count(shape: Shape) -> ParameterCounts:
         if name.rpartition(".")[2] not in _SHARED_WITH_MAIN
     )
     active = total - experts + round(experts * shape.expert_share)
-    if "head" in shape.table:  # else the embedding is the head too, and all of it is used
+    if "head" in shape.table:  # else the embedding is also the head, and all of it is used
         vocab, hidden = shape.table["embed"].shape
         active -= (vocab - 1) * hidden
     return ParameterCounts(total, active, indexer, mtp)
@@ -63,18 +63,20 @@ class LoadedSizes:
     """Bytes of the weights on the device."""
 
     total: int
-    fp8: int  # of those, in weights that stay in FP8 blocks, with their scales
-    dequantised: int  # of those, in weights that are stored in FP8 blocks and become plain
+    fp8: int  # part of total: weights that stay in FP8 blocks, with their scales
+    dequantised: int  # part of total: weights that are stored in FP8 blocks and become plain
 
 
 def loaded_bytes(
     table: Mapping[str, Weight], dtype: torch.dtype, in_blocks: Callable[[str], bool], *, keep: bool
 ) -> LoadedSizes:
-    """All in `dtype` but what the table holds otherwise, and the head in float32.
+    """Count the bytes of loaded weights. They are in `dtype` unless the table says otherwise; the head is in float32.
 
     Args:
-        in_blocks: of a tensor's name, whether it is stored in FP8 blocks
-        keep: whether what is stored so stays so where the model can use it
+        table: the weights
+        dtype: the dtype of plain weights
+        in_blocks: whether the tensor with this name is stored in FP8 blocks
+        keep: whether tensors in FP8 blocks stay in FP8 if the model can use them
     """
     fp8 = dequantised = 0
     total = 4 * math.prod(table["head" if "head" in table else "embed"].shape)
@@ -92,15 +94,18 @@ def loaded_bytes(
 
 
 def published_in_blocks(name: str) -> bool:
-    """Whether DeepSeek stores a tensor of this name in FP8 blocks."""
+    """Whether DeepSeek stores the tensor with this name in FP8 blocks."""
     return _BLOCKED.fullmatch(name) is not None
 
 
 def published_bytes(table: Mapping[str, Weight], *, fp8: bool, itemsize: int) -> int:
-    """In files as DeepSeek writes them: `fp8` with scales where it quantises, else `itemsize` bytes a number."""
+    """Count the bytes of files as DeepSeek writes them.
+
+    With `fp8`, tensors that DeepSeek quantises take one byte a number and their scales; others take `itemsize` bytes.
+    """
     size = 0
     for weight in table.values():
-        rows = weight.shape[0] // len(weight.names)  # parts of one parameter are equally large there
+        rows = weight.shape[0] // len(weight.names)  # all tensors of one weight have the same size there
         for name in weight.names:
             numbers = rows * math.prod(weight.shape[1:])
             if fp8 and published_in_blocks(name):

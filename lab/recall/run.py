@@ -1,7 +1,7 @@
-"""How much of dense attention each selection captures: indexer, the best possible, and a sliding window.
+"""Measures how much of dense attention three selections capture: the indexer's, the best possible, and a window.
 
-In the trainer's forward, layer by layer with attention dense, so that every layer is judged on the
-inputs that dense attention gives it.
+It uses the trainer's forward pass with dense attention, so every layer is judged on the inputs that dense attention
+gives it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lab.distill.student import Student
 from server.hub.models import ModelFiles
 
 EDGES = (0, 256, 512, 1024, 2048, 4096)
-"""Where the buckets of positions begin; the last one is open."""
+"""The first positions of the buckets. The last bucket has no end."""
 WAYS = ("indexer", "oracle", "window")
 SINKS = 4
 _ROWS_AT_ONCE = 256
@@ -40,13 +40,13 @@ _ROWS_AT_ONCE = 256
 
 @dataclass
 class Sums:
-    """Over rows of one top_k, float64.
+    """Sums over rows for one top_k, float64.
 
     Attributes:
         mass: [ways, layers, buckets] captured attention
-        overlap: [layers, buckets] share of the best set that the indexer has
-        beyond: as `mass`, [ways, layers], of the rows at `BEYOND` and later
-        overlap_beyond: [layers]
+        overlap: [layers, buckets] share of the best set that the indexer selects too
+        beyond: [ways, layers] `mass` of the rows at `BEYOND` and later
+        overlap_beyond: [layers] `overlap` of the rows at `BEYOND` and later
     """
 
     mass: Tensor
@@ -56,7 +56,7 @@ class Sums:
 
     @classmethod
     def zeros(cls, layers: int) -> Sums:
-        """Nothing yet."""
+        """Make sums that are all 0."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64)
@@ -73,20 +73,22 @@ class Recall:
     Args:
         trunk: the dense model
         student: the indexers to judge
-        top_ks: how many tokens a row may select
+        index_top_ks: how many tokens a row may select
         beyond: position from which on a row counts in the means over positions
     """
 
-    def __init__(self, trunk: Trunk, student: Student, top_ks: Sequence[int], beyond: int = BEYOND) -> None:
+    def __init__(
+        self, trunk: Trunk, student: Student, index_top_ks: Sequence[int], beyond: int = BEYOND
+    ) -> None:
         self._trunk, self._student, self._beyond = trunk, student, beyond
-        self.sums = {k: Sums.zeros(trunk.config.num_layers) for k in top_ks}
+        self.sums = {k: Sums.zeros(trunk.config.num_layers) for k in index_top_ks}
         self.rows = torch.zeros(len(EDGES), dtype=torch.float64)
         self.rows_beyond = 0
         self.texts = 0
 
     @torch.no_grad()
     def add(self, tokens: Tensor, count: int, layer_done: Callable[[], None] = lambda: None) -> None:
-        """Judge one text at `count` rows at even distances (0: all): tokens [T]."""
+        """Add one text, tokens [T], with `count` rows at even distances (0: all rows)."""
         total = len(tokens)
         number = total if not count else min(count, total)
         rows = (((torch.arange(number) + 1) * total) // number - 1).to(tokens.device)
@@ -116,7 +118,7 @@ class Recall:
             layer_done()
 
     def result(self) -> dict[str, dict[str, Any]]:
-        """Top_k -> `indexer`, `oracle`, `window` (captured), `overlap`, `worst_layers`, `widest_gaps`."""
+        """Return the means: top_k -> the fields of `lab.evaluate.results.RecallOfK`."""
         layers, late = self._trunk.config.num_layers, max(self.rows_beyond, 1)
         made: dict[str, dict[str, Any]] = {}
         for k, sums in self.sums.items():
@@ -146,13 +148,13 @@ def _add(sums: Sums, layer: int, masses: Tensor, shared: Tensor, bucket: Tensor,
 
 
 def run(
-    files: ModelFiles, corpus: Path, *, top_k: Sequence[int], device: str, dtype: str, per_kind: int = 4,
+    files: ModelFiles, corpus: Path, *, index_top_k: Sequence[int], device: str, dtype: str, per_kind: int = 4,
     rows: int = 512,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure; what `dsa recall` writes, whose help says what the arguments are.
+    """Measure; return the JSON object that `dsa recall` writes. Its help describes the arguments.
 
     Raises:
-        EngineError: the checkpoint, the overlay, the corpus or the device.
+        EngineError: the checkpoint, the overlay, the corpus or the device cannot be used.
     """
     if files.overlay is None:
         raise ConfigError(f"{files.name} has no indexer; give one with --overlay")
@@ -171,7 +173,7 @@ def run(
         raise ConfigError(
             f"recall takes held-out texts, and room in the model, of {2 * BEYOND} tokens; build a larger corpus"
         )
-    recall = Recall(trunk, student, top_k)
+    recall = Recall(trunk, student, index_top_k)
     console = Console(stderr=True)
     for text in track(texts, "recall", console=console, disable=not console.is_terminal):
         recall.add(split.tokens(text, config.max_positions, place), rows)
@@ -189,7 +191,7 @@ def run(
 
 
 def chosen(split: CorpusSplit, per_kind: int) -> list[SequenceInfo]:
-    """The first texts of each kind that reach twice `BEYOND`."""
+    """Return the first `per_kind` texts of each kind that have at least twice `BEYOND` tokens."""
     taken: Counter[str] = Counter()
     texts = []
     for text in split.sequences:

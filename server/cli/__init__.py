@@ -1,1 +1,1 @@
-"""The `dsa` command."""
+"""The `dsa` command. Each of its commands has a module."""

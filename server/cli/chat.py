@@ -16,7 +16,7 @@ _TIMEOUT = httpx.Timeout(connect=5, read=300, write=30, pool=5)
 
 
 class ChatClientError(Exception):
-    """There is no server, or it refuses; the message says what to do."""
+    """The server cannot be reached, or refuses a request; the message says what to do."""
 
 
 def chat(
@@ -112,7 +112,7 @@ def _lines(interactive: bool) -> Iterator[str]:
 
 
 def _answer(client: httpx.Client, body: dict[str, Any]) -> str:
-    """Print an answer while it arrives; return it. Ctrl-C ends it where it is."""
+    """Print an answer while it arrives, and return it. Ctrl-C ends it early."""
     text: list[str] = []
     try:
         with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as response:

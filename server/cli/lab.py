@@ -1,4 +1,4 @@
-"""The tools of the lab as commands of `dsa`: each is a program of its own, and reads its own arguments."""
+"""The tools of the lab as commands of `dsa`. Each tool is a separate program that reads its own arguments."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TOOLS = {
     "eval": ("lab.evaluate", "Compare sparse with dense attention, side by side on one server."),
     "recall": ("lab.recall", "Measure how much of dense attention an indexer captures."),
 }  # fmt: skip
-"""Name -> module, and the first line of its help."""
+"""Name of the command -> module of the tool, and the line about it in `dsa --help`."""
 
 
 class _Passed(TyperCommand):
-    """A command that leaves its arguments as they are, --help too."""
+    """A command that passes its arguments on unread, --help too."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         ctx.args = list(args)
@@ -30,7 +30,7 @@ class _Passed(TyperCommand):
 
 
 def add_tools(app: typer.Typer) -> None:
-    """Give the command line a command for every tool."""
+    """Add a command for every tool to `app`."""
     for name, (module, line) in TOOLS.items():
         app.command(name, cls=_Passed, help=line, rich_help_panel="Measure and train")(_starter(module))
 

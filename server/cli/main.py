@@ -1,7 +1,7 @@
-"""The `dsa` command, put together. The commands are the only readers of arguments and environment.
+"""The `dsa` command, made of its commands. Only the commands read arguments and environment.
 
-Each command imports what it needs when it runs, so that `dsa --help` is quick, and none imports
-torch: what computes is started as a process of its own.
+Each command imports what it needs when it runs, so `dsa --help` is quick. No command imports torch, because processes
+of their own compute.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ add_tools(app)
 
 def main() -> NoReturn:
     """Run the command line and leave the process."""
-    signal.signal(signal.SIGTERM, _interrupt)  # as PID 1 of a container, a process has no default for it
+    signal.signal(signal.SIGTERM, _interrupt)  # PID 1 of a container has no default handler
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:

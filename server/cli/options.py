@@ -1,4 +1,4 @@
-"""What commands share: how they fail, how they hand over to another program, and flags made of settings."""
+"""What commands share: errors, the start of another program, and flags made from settings."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from server.settings import FLAGS, Flag, Settings
 
 
 def fail(message: object, code: int = 1) -> NoReturn:
-    """Print one sentence and leave."""
+    """Print one sentence and end the process."""
     print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(code)
 
 
 def become(module: str, *arguments: str) -> NoReturn:
-    """Replace this process by a program of this project: signals, output and exit status are then its own.
+    """Replace this process by a program of this project, which then gets the signals and gives the exit status.
 
-    -P keeps the current folder off the program's path: a package called `engine` may lie there.
+    -P keeps the current folder off the program's path, because a package called `engine` may lie there.
     """
     os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])  # noqa: S606 - our own list
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for every setting; it gets them as keywords, before its own.
+    """Give a command a flag for every setting, before its own flags. It gets them as keywords.
 
-    A flag that is not given is None, so that the environment and the file can say something.
+    A flag that is not given is None, so that the environment or the file can set the value.
     """
     own = inspect.signature(command, eval_str=True).parameters.values()
     parameters = [_parameter(name, flag) for name, flag in FLAGS.items()]

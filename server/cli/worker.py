@@ -1,4 +1,4 @@
-"""`dsa worker`: hands over to the engine's node, which is a program of its own because it imports torch."""
+"""`dsa worker`: starts the engine's node, which is a separate program because it imports torch."""
 
 from __future__ import annotations
 

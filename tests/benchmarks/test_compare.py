@@ -1,4 +1,4 @@
-"""The comparison with other servers: whose commands are run, and the tables that are made of the results."""
+"""The comparison with other servers: the commands that it runs, and the tables that it makes from the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHTS = Path("/models/a model.gguf")
 
 
 def serves(arguments: list[str]) -> dict[str, list[str]]:
-    """Name -> command, of the --serve options."""
+    """Return the servers of the --serve options: name -> command."""
     values = [value for flag, value in itertools.pairwise(arguments) if flag == "--serve"]
     return {name: shlex.split(command) for name, _, command in (value.partition("=") for value in values)}
 

@@ -13,7 +13,7 @@ def test_a_step_besides_the_model_takes_little_and_grows_little_with_streams() -
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        # CPU time, and the best of three: what neighbours on the machine do only adds.
+        # CPU time, and the best of three, because other work on the machine only adds time.
         one, many = (min(measure(n, 512, "greedy", 30).step for _ in range(3)) for n in (1, 17))
     finally:
         torch.set_num_threads(threads)

@@ -14,7 +14,9 @@ from tests.e2e.serving import Server
 
 
 def bench(suite: str, out: Path, *flags: str) -> BenchResults:
-    result = CliRunner().invoke(app, [suite, "--rounds", "1", "--out", str(out), *flags])
+    result = CliRunner().invoke(
+        app, [suite, "--rounds", "1", "--out", str(out), *flags], obj=f"dsa bench {suite}"
+    )
     assert result.exit_code == 0, result.output
     assert (out / f"{suite}.png").stat().st_size > 1000
     return load(out / f"{suite}.json")

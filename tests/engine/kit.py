@@ -97,7 +97,7 @@ class TapKernels:
         return selected
 
     def attend_sparse(self, *arguments: object) -> Tensor:
-        # Of its parts, so that what is selected between them is seen.
+        # Run its parts one by one, so that `select` above sees the selection.
         return Composed.attend_sparse(self, *arguments)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""How a lab tool ends: its exit status, and one sentence where it cannot go on."""
+"""How a lab tool ends: its exit status, and one sentence if it cannot go on."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""What a kernel backend provides: each operation is a formula with shapes.
+"""The operations of a kernel backend: each is a formula with shapes.
 
-Letters: R requests of a tile, Q query rows of each, C context positions (a whole number of pages,
-padded to the longest request of the tile), H index heads, d index head dim, G query heads a KV head,
-K selected positions, P pages a request, S = 64 tokens a page.
+Letters: R requests of a tile, Q query rows of each, C context positions (whole pages, padded to the longest request of
+the tile), H index heads, d index head dim, Hkv KV heads, G query heads for each KV head, D head dim, K selected
+positions, P pages of a request, S = 64 tokens of a page.
 
 A plane is a view `[num_pages, S, ...]` of the paged cache; request r's position c lies at
-`plane[block_table[r, c // S], c % S]`. Block tables are padded with page 0: what lies there is finite
-and masked.
+`plane[block_table[r, c // S], c % S]`. Block tables are padded with page 0: its numbers are finite, and masked.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ class Kernels(Fp8Kernels, Int8Kernels, LatentKernels, Protocol):
     """The operations of sparse attention.
 
     Attributes:
-        name: of the backend
-        integer_keys: whether index keys in 8-bit integers are faster here than in the model's own numbers
-        fused: whether `attend_sparse` and `attend_causal` work row by row, so that what a tile's rows need adds up to
-            nothing
+        name: the backend's
+        integer_keys: whether this backend is faster with index keys in 8-bit integers than in the model's dtype
+        fused: whether `attend_sparse` and `attend_causal` work row by row, so that the rows of a tile need no arrays of
+            their own
     """
 
     name: str
@@ -36,17 +35,17 @@ class Kernels(Fp8Kernels, Int8Kernels, LatentKernels, Protocol):
     fused: bool
 
     def described(self, dtype: torch.dtype) -> str:
-        """Which operation is computed by what, for the engine's log.
-
-        Args:
-            dtype: of the model
-        """
+        """Describe, for the engine's log, which code computes which operation of a model in `dtype`."""
         ...
 
     def streams_latents(self, latent: torch.dtype, index: torch.dtype) -> bool:
-        """Whether attention over latents and index scores, cached in these numbers, are computed a few tokens at a time.
+        """Whether attention over latents and index scores are computed for a few tokens at a time.
 
-        Then no array of (row, head, position) is ever whole, and no cached token is copied.
+        Then there is never a whole array of (row, head, position), and no cached token is copied.
+
+        Args:
+            latent: dtype of the cached latents
+            index: dtype of the cached index keys
         """
         ...
 
@@ -57,14 +56,14 @@ class Kernels(Fp8Kernels, Int8Kernels, LatentKernels, Protocol):
 
         I[r,q,c] = sum_h head_weights[r,q,h] * relu(query[r,q,h] . key[r,c]),  -inf where c > positions[r,q].
 
-        Weights may be negative, so a score may be below 0: what must not be chosen is -inf, never 0.
+        Weights may be negative, so scores may be below 0: a position that must not be chosen gets -inf, never 0.
 
         Args:
             query: [R, Q, H, d]
-            head_weights: [R, Q, H] float32, constant factors folded in
+            head_weights: [R, Q, H] float32, multiplied with all constant factors
             key_plane: [num_pages, S, d]
             block_table: [R, P] int64
-            positions: [R, Q] int64, each query's own position
+            positions: [R, Q] int64, the position of each query row
 
         Returns:
             [R, Q, C = P * S] float32
@@ -72,24 +71,24 @@ class Kernels(Fp8Kernels, Int8Kernels, LatentKernels, Protocol):
         ...
 
     def select(self, scores: Tensor, index_top_k: Tensor) -> Tensor:
-        """The `index_top_k[r, q]` best-scored positions of each row, eq. (2)'s selected set.
+        """Select the `index_top_k[r, q]` best-scored positions of each row, the set of eq. (2) of the same report.
 
-        Equal scores at the edge of the set: the later position wins, so that the set is a function of
-        the row alone and never of what else is in the batch.
+        Of equal scores at the edge of the set the later position wins. So the set depends only on the row, never on
+        the other rows of the batch.
 
         Args:
             scores: [R, Q, C] float32, -inf where a position may not be chosen
             index_top_k: [R, Q] int64, >= 1
 
         Returns:
-            [R, Q, K] int64 with K = min(max(index_top_k), C), in no particular order, -1 where a row has fewer.
+            [R, Q, K] int64 with K = min(max(index_top_k), C), in no particular order, padded with -1
         """
         ...
 
     def attend_selected(
         self, query: Tensor, kv_plane: Tensor, block_table: Tensor, selected: Tensor, scale: float
     ) -> Tensor:
-        """Attention over only the selected positions, which are gathered from the cache.
+        """Attend over the selected positions, which are gathered from the cache.
 
         out[r,q,h,g] = sum_s softmax_s(scale * query[r,q,h,g] . k[r,s,h]) v[r,s,h],  s in selected[r,q].
 
@@ -107,10 +106,10 @@ class Kernels(Fp8Kernels, Int8Kernels, LatentKernels, Protocol):
     def attend_masked(
         self, query: Tensor, kv_plane: Tensor, block_table: Tensor, allowed: Tensor, scale: float
     ) -> Tensor:
-        """Attention over the context positions that `allowed` permits; reads the whole context.
+        """Attend over the context positions where `allowed` is True. It reads the whole context.
 
-        With `allowed` causal this is dense attention; with it scattered from a selected set it equals
-        `attend_selected`.
+        If `allowed` is causal, this is dense attention. If `allowed` is True at the positions of a selected set, the
+        result is that of `attend_selected`.
 
         Args:
             allowed: [R, Q, C] bool, at least one True a row
@@ -124,11 +123,14 @@ class Kernels(Fp8Kernels, Int8Kernels, LatentKernels, Protocol):
     def attend_causal(
         self, query: Tensor, kv_plane: Tensor, block_table: Tensor, positions: Tensor, scale: float
     ) -> Tensor:
-        """`attend_masked` with every position allowed up to the row's own: dense attention.
+        """Dense attention: `attend_masked` where a row may read all positions up to its own.
 
         Args:
             positions: [R, Q] int64
             (others as in `attend_masked`)
+
+        Returns:
+            [R, Q, Hkv, G, D] in the query's dtype
         """
         ...
 
@@ -136,12 +138,12 @@ class Kernels(Fp8Kernels, Int8Kernels, LatentKernels, Protocol):
         self, query: Tensor, index_query: Tensor, head_weights: Tensor, kv_plane: Tensor, key_plane: Tensor,
         block_table: Tensor, positions: Tensor, index_top_k: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
-        """Index scores (in the numbers that `key_plane` holds), `select`, `attend_selected`.
+        """Compute index scores (in the number format of `key_plane`), then `select`, then `attend_selected`.
 
         Args:
             query: [R, Q, Hkv, G, D]
             index_query: [R, Q, H, d]
-            (others as in the operations that it consists of)
+            (others as in these operations)
 
         Returns:
             [R, Q, Hkv, G, D] in the query's dtype

@@ -1,8 +1,8 @@
 """The operations of multi-head latent attention (arXiv 2405.04434, section 2.1) over a paged cache.
 
-Letters as in `engine.kernels.interface.attention`; also: H attention heads, r the latent's rank, n / p / v the plain,
-rotated and value dims of a head. The cache holds of a token one vector c = [latent r | rotated shared key p].
-A plane may store it in another layout: `unpack` turns gathered tokens [..., stored] into [..., r + p].
+Letters as in `engine.kernels.interface.attention`, and also: H attention heads, r the latent's rank, n / p / v the
+plain, rotated and value dims of a head. The cache has one vector of each token, c = [latent r | rotated shared key p].
+A plane may store c in another layout: `unpack` turns gathered tokens [..., stored] into [..., r + p].
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Unpack = Callable[[Tensor], Tensor]
 
 
 def as_stored(tokens: Tensor) -> Tensor:
-    """The layout of a plane that holds the numbers themselves."""
+    """Return the tokens unchanged: the `unpack` of a plane that stores c itself."""
     return tokens
 
 
 class LatentKernels(Protocol):
-    """Attention over latents, absorbed (every head reads c itself) or expanded (keys and values of each head)."""
+    """Attention over latents: absorbed (all heads read c) or expanded (each head's keys and values are made first)."""
 
     def latent_selected(
         self,
@@ -33,18 +33,18 @@ class LatentKernels(Protocol):
         scale: float,
         unpack: Unpack = as_stored,
     ) -> Tensor:
-        """Absorbed attention over only the selected positions, which are gathered.
+        """Absorbed attention over the selected positions, which are gathered.
 
         u[r,q,h] = sum_s softmax_s(scale * query[r,q,h] . c[r,s]) c[r,s,:rank],  s in selected[r,q].
 
         Args:
-            query: [R, Q, H, r + p], its plain part already times the head's key expansion
+            query: [R, Q, H, r + p], its plain part already multiplied with the head's key expansion
             plane: [num_pages, S, stored]
             block_table: [R, P] int64
             selected: [R, Q, K] int64, -1 for none; each row has at least one
             rank: r
             scale: softmax scale
-            unpack: see this module
+            unpack: see the module's docstring
 
         Returns:
             [R, Q, H, r] in the query's dtype
@@ -61,7 +61,10 @@ class LatentKernels(Protocol):
         scale: float,
         unpack: Unpack = as_stored,
     ) -> Tensor:
-        """The same over the positions that `allowed` [R, Q, C] bool permits; reads the whole context."""
+        """Absorbed attention over the positions where `allowed` [R, Q, C] bool is True. It reads the whole context.
+
+        Arguments, result and formula are otherwise those of `latent_selected`.
+        """
         ...
 
     def latent_expanded(
@@ -75,7 +78,7 @@ class LatentKernels(Protocol):
         scale: float,
         unpack: Unpack = as_stored,
     ) -> Tensor:
-        """Multi-head attention after making each head's keys and values of the context, once for all rows.
+        """Expanded attention: make each head's keys and values of the context once for all rows, then attend.
 
         [k | w][r,c,h] = expand[h] @ c[r,c,:rank];  s = scale * query[r,q,h] . [k | c[r,c,rank:]];
         out[r,q,h] = sum_c softmax_c(s) w[r,c,h] over the allowed positions.

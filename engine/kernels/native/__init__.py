@@ -1,7 +1,7 @@
-"""Kernels in C for the CPU, compiled with the package by setup.py and opened with ctypes, which releases the GIL.
+"""Kernels in C for the CPU. setup.py compiles them with the package; ctypes opens them, and releases the GIL in calls.
 
-`library()` is the one for this processor, or `missing()` says in a sentence why there is none; then torch's own
-operations do the work, and the engine says so at its start.
+`library()` is the library for this processor. If there is none, `missing()` says why; then torch's own operations do
+the work, and the engine says so at its start.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _LIBRARIES = _FOLDER / "lib"
 
 class _Found(NamedTuple):
     library: ctypes.CDLL | None
-    level: str  # its name, or why there is none
+    level: str  # the library's name, or why there is none
 
 
 def library() -> ctypes.CDLL | None:
-    """The opened library; None where there is none for this machine."""
+    """The opened library; None if there is none for this machine."""
     return _open().library
 
 
@@ -35,13 +35,13 @@ def level() -> str | None:
 
 
 def missing() -> str | None:
-    """Why there is no library, as part of a sentence; None where there is one."""
+    """Why there is no library, as part of a sentence; None if there is one."""
     found = _open()
     return None if found.library is not None else found.level
 
 
 def set_threads(count: int) -> None:
-    """How many threads each kernel call uses, the caller's included; those of torch, usually."""
+    """Set how many threads each kernel call uses, the caller's thread included. It is usually torch's number."""
     found = library()
     if found is not None:
         found.dsa_set_threads(count)
@@ -71,7 +71,7 @@ def _open() -> _Found:
 
 
 def _cpu_flags() -> frozenset[str]:
-    """What the processor can do, as Linux lists it; nothing where it does not."""
+    """The processor's features as Linux lists them; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:

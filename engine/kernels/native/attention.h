@@ -38,10 +38,10 @@ void dsa_index_scores_row(const int8_t *query, const float *weights, const int32
 
 // ---- selection -----------------------------------------------------------------------------------------------
 
-// Write the positions of the `top_k` largest of scores[n] to selected[top_k], ascending. Returns how many there are:
-// fewer than top_k only if fewer scores are above -inf. Not-a-number is never selected. Of equal scores at the edge
-// the later position wins. `scratch` has room for 2 * (n + 16) floats.
-int dsa_select_row(const float *scores, int n, int top_k, int32_t *selected, float *scratch);
+// Write the positions of the `index_top_k` largest of scores[n] to selected[index_top_k], ascending. Returns how many
+// there are: fewer than index_top_k only if fewer scores are above -inf. Not-a-number is never selected. Of equal scores
+// at the edge the later position wins. `scratch` has room for 2 * (n + 16) floats.
+int dsa_select_row(const float *scores, int n, int index_top_k, int32_t *selected, float *scratch);
 
 // ---- attention of one row ------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Grouped-query attention and 8-bit index scores in C (`native/tiles.c`), for bfloat16 caches on the CPU.
 
-What the C code does not do is torch's: other numbers than bfloat16, planes whose pages are not in one piece.
+torch does what the C code does not: other dtypes than bfloat16, and planes whose pages do not lie in one piece.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.kernels.torchops.attention import VectorisedKernels
 
 
 class _Tile(ctypes.Structure):
-    """`struct dsa_tile`."""
+    """`struct dsa_tile` of tiles.h."""
 
     _fields_ = (
         ("requests", c_int64), ("rows", c_int64), ("pages", c_int64),
@@ -44,13 +44,12 @@ _SIGNATURES: Final = {
 
 
 class NativeAttention(VectorisedKernels):
-    """See `engine.kernels.interface.attention` and `engine.kernels.interface.int8` for the formulas."""
+    """The formulas are in `engine.kernels.interface.attention` and `engine.kernels.interface.int8`."""
 
     integer_keys = True
     fused = True
 
     def store_index_keys(self, plane: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor) -> None:
-        """In C."""
         if not _bfloat16(keys) or not _in_pages(plane):
             return super().store_index_keys(plane, pages, offsets, keys)
         keys, pages, offsets = keys.contiguous(), pages.contiguous(), offsets.contiguous()
@@ -67,7 +66,7 @@ class NativeAttention(VectorisedKernels):
     def index_scores_int8(
         self, query: Tensor, head_weights: Tensor, key_plane: Tensor, block_table: Tensor, positions: Tensor
     ) -> Tensor:
-        """In C, a block of rows at a time."""
+        """Score a block of rows at a time."""
         if not _bfloat16(query) or not _in_pages(key_plane):
             return super().index_scores_int8(query, head_weights, key_plane, block_table, positions)
         query, head_weights = query.contiguous(), head_weights.float().contiguous()
@@ -81,7 +80,7 @@ class NativeAttention(VectorisedKernels):
         return scores
 
     def select(self, scores: Tensor, index_top_k: Tensor) -> Tensor:
-        """In C: bisection over the bits of the scores."""
+        """Find the worst selected score by bisection over the bits of the scores."""
         if scores.dtype is not torch.float32 or scores.device.type != "cpu":
             return super().select(scores, index_top_k)
         scores, index_top_k = scores.contiguous(), index_top_k.contiguous()
@@ -101,7 +100,7 @@ class NativeAttention(VectorisedKernels):
     def attend_selected(
         self, query: Tensor, kv_plane: Tensor, block_table: Tensor, selected: Tensor, scale: float
     ) -> Tensor:
-        """In C: each row reads its tokens where they lie."""
+        """Each row reads its tokens where they lie."""
         if not _bfloat16(query, kv_plane) or not _in_pages(kv_plane):
             return super().attend_selected(query, kv_plane, block_table, selected, scale)
         query, selected = query.contiguous(), selected.contiguous()
@@ -117,7 +116,6 @@ class NativeAttention(VectorisedKernels):
     def attend_masked(
         self, query: Tensor, kv_plane: Tensor, block_table: Tensor, allowed: Tensor, scale: float
     ) -> Tensor:
-        """In C, as `attend_causal`."""
         if not _bfloat16(query, kv_plane) or not _in_pages(kv_plane):
             return super().attend_masked(query, kv_plane, block_table, allowed, scale)
         return self._dense(query, kv_plane, block_table, None, allowed.contiguous(), scale)
@@ -125,7 +123,7 @@ class NativeAttention(VectorisedKernels):
     def attend_causal(
         self, query: Tensor, kv_plane: Tensor, block_table: Tensor, positions: Tensor, scale: float
     ) -> Tensor:
-        """In C: blocks of rows over pages, with a running maximum; what lies in the future is not read."""
+        """Attend with blocks of rows over pages, with a running maximum. Tokens after all rows are not read."""
         if not _bfloat16(query, kv_plane) or not _in_pages(kv_plane):
             return super().attend_causal(query, kv_plane, block_table, positions, scale)
         return self._dense(query, kv_plane, block_table, positions, None, scale)
@@ -150,7 +148,7 @@ class NativeAttention(VectorisedKernels):
         self, query: Tensor, index_query: Tensor, head_weights: Tensor, kv_plane: Tensor, key_plane: Tensor,
         block_table: Tensor, positions: Tensor, index_top_k: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
-        """In C, a block of rows at a time, where the index keys are 8-bit integers."""
+        """Score, select and attend with a block of rows at a time, if the index keys are 8-bit integers."""
         known = _bfloat16(query, kv_plane, index_query) and key_plane.dtype is torch.uint8
         if not known or not _in_pages(kv_plane) or not _in_pages(key_plane):
             return super().attend_sparse(
@@ -183,7 +181,7 @@ class NativeAttention(VectorisedKernels):
 
 @cache
 def _c() -> ctypes.CDLL:
-    """The library with these functions' signatures."""
+    """Return the library, with the signatures of the functions that this module calls."""
     library = native.library()
     assert library is not None, "`NativeKernels` says so where there is none"
     for name, arguments in _SIGNATURES.items():
@@ -197,17 +195,17 @@ def _bfloat16(*tensors: Tensor) -> bool:
 
 
 def _in_pages(plane: Tensor) -> bool:
-    """Whether each page of a plane lies in one piece, of 64 tokens: what the C code reads."""
+    """Whether the C code can read a plane: its pages have 64 tokens, and each page lies in one piece."""
     return plane.shape[1] == 64 and plane[0].is_contiguous()
 
 
 def _stride(plane: Tensor) -> int:
-    """Bytes from page to page."""
+    """Bytes from the start of a page to the start of the next."""
     return plane.stride(0) * plane.element_size()
 
 
 def _tile(block_table: Tensor, positions: Tensor) -> tuple[_Tile, tuple[Tensor, Tensor]]:
-    """The shape for C, and the tensors that it points to, which must outlive the call."""
+    """Return the tile for C, and the tensors that it points to, which must outlive the call."""
     block_table, positions = block_table.contiguous(), positions.contiguous()
     tile = _Tile(*positions.shape, block_table.shape[1], block_table.data_ptr(), positions.data_ptr())
     return tile, (block_table, positions)

@@ -1,4 +1,4 @@
-"""The operations in C where there are such, torch's elsewhere: the backend of the CPU."""
+"""The backend of the CPU: the operations that C code has, and torch's for the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.kernels.native.latent import NativeLatent
 
 
 class NativeKernels(NativeAttention, NativeLatent):
-    """See `engine.kernels.interface.attention.Kernels` for the formulas."""
+    """The backend `native`. The formulas are in `engine.kernels.interface`."""
 
     name = "native"
 
@@ -28,7 +28,7 @@ class NativeKernels(NativeAttention, NativeLatent):
         native.set_threads(torch.get_num_threads())
 
     def described(self, dtype: torch.dtype) -> str:
-        """Which operations are compiled, and that torch has the others."""
+        """Say which operations are compiled, and that torch computes the others."""
         compiled = sorted(
             name
             for part in (NativeAttention, NativeLatent)

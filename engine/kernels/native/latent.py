@@ -1,6 +1,6 @@
-"""Latent attention and bfloat16 index scores in C (`native/latent.c`), where the processor multiplies bfloat16.
+"""Latent attention and bfloat16 index scores in C (`native/latent.c`), for processors that multiply bfloat16.
 
-What the C code does not do is torch's: other numbers than bfloat16, latents that are stored otherwise, odd sizes.
+torch does what the C code does not: other dtypes than bfloat16, latents in another layout, odd sizes.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from engine.kernels.interface.latent import Unpack, as_stored
 from engine.kernels.torchops.attention import VectorisedKernels
 
 _LANES = 16
-_ROWS = 64  # of a group in the expanded form
-_PAGES = 8  # whose keys and values are made at once there: 32 MiB at 128 heads of 128 + 128 numbers
+_ROWS = 64  # rows of a group in the expanded form
+_PAGES = 8  # pages expanded at once: keys and values take 32 MiB at 128 heads of 128 + 128 numbers
 
 
 class NativeLatent(VectorisedKernels):
-    """See `engine.kernels.interface.attention` and `engine.kernels.interface.latent` for the formulas."""
+    """The formulas are in `engine.kernels.interface.attention` and `engine.kernels.interface.latent`."""
 
     def streams_latents(self, latent: torch.dtype, index: torch.dtype) -> bool:
-        """Where both are what the C code reads."""
+        """True if the C code can read both dtypes."""
         return latent is index is torch.bfloat16 and _multiplies_bfloat16()
 
     def index_scores(
         self, query: Tensor, head_weights: Tensor, key_plane: Tensor, block_table: Tensor, positions: Tensor
     ) -> Tensor:
-        """Keys are read where they lie; products of bfloat16 are exact, sums in float32."""
+        """Read keys where they lie. Products of bfloat16 numbers are exact, and sums are in float32."""
         requests, rows, heads, dim = query.shape
         if not (_plain(query, key_plane) and dim % 2 == 0):
             return super().index_scores(query, head_weights, key_plane, block_table, positions)
@@ -47,7 +47,7 @@ class NativeLatent(VectorisedKernels):
         self, query: Tensor, plane: Tensor, block_table: Tensor, selected: Tensor, rank: int, scale: float,
         unpack: Unpack = as_stored,
     ) -> Tensor:  # fmt: skip
-        """Tokens are read where they lie."""
+        """Read tokens where they lie."""
         if not _fits(query, plane, rank, unpack):
             return super().latent_selected(query, plane, block_table, selected, rank, scale, unpack)
         return _attend(query, plane, block_table, selected, None, rank, scale)
@@ -56,7 +56,7 @@ class NativeLatent(VectorisedKernels):
         self, query: Tensor, plane: Tensor, block_table: Tensor, allowed: Tensor, rank: int, scale: float,
         unpack: Unpack = as_stored,
     ) -> Tensor:  # fmt: skip
-        """Only what a row may see is read, where it lies."""
+        """Read only the tokens that a row may see, where they lie."""
         if not _fits(query, plane, rank, unpack):
             return super().latent_masked(query, plane, block_table, allowed, rank, scale, unpack)
         return _attend(query, plane, block_table, None, allowed, rank, scale)
@@ -65,7 +65,7 @@ class NativeLatent(VectorisedKernels):
         self, query: Tensor, plane: Tensor, block_table: Tensor, allowed: Tensor, expand: Tensor, rank: int,
         scale: float, unpack: Unpack = as_stored,
     ) -> Tensor:  # fmt: skip
-        """Keys and values are made of some hundred tokens at a time, and the softmax goes on from there."""
+        """Expand some hundred tokens at a time, and add each part to a running softmax."""
         if not (_fits(query, plane, rank, unpack) and _expandable(query, plane, expand, rank)):
             return super().latent_expanded(query, plane, block_table, allowed, expand, rank, scale, unpack)
         return torch.stack(
@@ -79,7 +79,7 @@ class NativeLatent(VectorisedKernels):
 def _expanded(
     query: Tensor, plane: Tensor, table: Tensor, allowed: Tensor, expand: Tensor, rank: int, scale: float
 ) -> Tensor:
-    """One request: query [Q, H, n + p], allowed [Q, C] -> [Q, H, v]."""
+    """Attend for one request in the expanded form: query [Q, H, n + p], allowed [Q, C] -> [Q, H, v]."""
     rows, heads, dim = query.shape
     rope = plane.shape[-1] - rank
     plain, groups = dim - rope, -(-rows // _ROWS)
@@ -97,7 +97,7 @@ def _expanded(
             continue
         made = torch.nn.functional.linear(tokens[:, :rank], weight)  # [c, H * (n + v)]
         part = torch.nn.functional.pad(part, (0, 0, 0, groups * _ROWS - rows)).view(groups, _ROWS, -1)
-        seen = (part * bits.unsqueeze(1)).sum(1)  # [groups, c], a bit a row
+        seen = (part * bits.unsqueeze(1)).sum(1)  # [groups, c], a bit for each row
         _call(
             "dsa_latent_expanded", packed, tokens, made, seen, heads, groups, len(tokens), plane.shape[-1], rank,
             plain, rope, value, ctypes.c_float(scale), most, total, out,
@@ -136,7 +136,7 @@ def _multiplies_bfloat16() -> bool:
 
 
 def _plain(query: Tensor, plane: Tensor) -> bool:
-    """Both bfloat16 on the CPU, a token's numbers and a page's tokens one after the other, pairs aligned."""
+    """Whether both are bfloat16 on the CPU, contiguous within a token and a page, with aligned pairs."""
     return (
         _multiplies_bfloat16()
         and query.dtype is plane.dtype is torch.bfloat16

@@ -1,4 +1,4 @@
-"""The processors that the native kernels are compiled for: read by setup.py and by the loader, imports nothing of ours."""
+"""The processors that the native kernels are compiled for. setup.py imports it too, so it imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 
 class Level(NamedTuple):
-    """One compiled library."""
+    """A kind of processor, with its compiled library."""
 
     name: str
-    machine: str  # as `platform.machine()` calls it
-    target: str  # Zig's target; the C library's version is that of torch's own wheels
+    machine: str  # the value of `platform.machine()`
+    target: str  # Zig's target, with the C library's version of torch's own wheels
     cpu: str  # Zig's CPU model and features
     flags: frozenset[str]  # what /proc/cpuinfo must list
 
@@ -36,16 +36,16 @@ LEVELS = (
     Level("x86-64-v3", "x86_64", "x86_64-linux-gnu.2.28", "x86_64_v3", _AVX2),
     Level("aarch64", "aarch64", "aarch64-linux-gnu.2.28", "generic", frozenset()),
 )
-"""Best first: the first whose flags the processor has is used."""
+"""The best level comes first. The first level whose flags the processor has is used."""
 
 
 def sources(folder: Path) -> list[Path]:
-    """What a library is compiled from, headers included, in a fixed order."""
+    """The source files of a library, headers included, in a fixed order."""
     return sorted([*folder.glob("*.c"), *folder.glob("*.h")])
 
 
 def fingerprint(folder: Path) -> str:
-    """Of the sources' content: a library knows its own, so that one older than its sources is never used."""
+    """Hash the content of the sources. A library contains this hash, so an outdated library is never used."""
     digest = hashlib.sha256()
     for path in sources(folder):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

@@ -1,8 +1,7 @@
-"""A weight in the layout of the native kernels: packed in 4 or 8 bits as it is stored, or bfloat16.
+"""A weight in the layout of the native kernels: packed in 4 or 8 bits, or bfloat16. `packing` does the layout.
 
-Its values are those that were stored, exactly (`engine.memory.quantised` may have made them). Products
-round nothing but the activations, to bfloat16, which is what they are already; sums are float32
-(`engine/kernels/native/matrix.c`).
+The values are exactly those of the checkpoint, or those that `engine.memory.quantised` made. Products take bfloat16
+activations, multiply without rounding, and sum in float32 (`engine/kernels/native/matrix.c`).
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from engine.kernels.native import packing
 from engine.memory.quantised import GROUP, Kind, Quantised
 
 _CODES: dict[Kind, int] = {"bf16": 0, "q4": 1, "q8": 2}
-_AT_ONCE = 1024  # outputs, whole tiles
-_GROUP_BYTES: dict[Kind, int] = {"bf16": 1024, "q4": 320, "q8": 544}  # of 16 outputs x 32 inputs
+_AT_ONCE = 1024  # outputs that are packed at once; whole tiles
+_GROUP_BYTES: dict[Kind, int] = {"bf16": 1024, "q4": 320, "q8": 544}  # bytes of 16 outputs x 32 inputs
 
 
 class Descriptor(ctypes.Structure):
@@ -49,17 +48,17 @@ class PackedWeight:
 
     @classmethod
     def of(cls, stored: Quantised | Tensor, memory: Tensor | None = None) -> PackedWeight:
-        """Lay out a matrix [out, in] that a checkpoint quantises, or a plain one, rounded to bfloat16.
+        """Lay out a matrix [out, in]: a quantised one as it is, or a plain one rounded to bfloat16.
 
         Args:
             stored: the matrix
-            memory: [`packed_bytes`] uint8 to lay it out in, from a cache line on; None for some of its own
+            memory: [`packed_bytes`] uint8 for the result, beginning on a cache line; None: allocate it
         """
         kind, shape = _form(stored)
-        # torch's own memory begins on a cache line.
+        # Memory that torch allocates begins on a cache line.
         flat = torch.empty(cls.bytes_of(stored), dtype=torch.uint8) if memory is None else memory
         data = flat.view(-(-shape[0] // packing.LANES), -1)
-        # Part by part: packing takes several times what it packs.
+        # Pack part by part, because packing needs several times the memory of the part.
         for first in range(0, shape[0], _AT_ONCE):
             part = slice(first, first + _AT_ONCE)
             at = first // packing.LANES
@@ -69,45 +68,45 @@ class PackedWeight:
 
     @staticmethod
     def bytes_of(stored: Quantised | Tensor) -> int:
-        """What `of` needs for it."""
+        """How many bytes `of` needs in `memory`."""
         kind, shape = _form(stored)
         return packed_bytes(kind, *shape)
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight that it stands for."""
+        """The shape of the weight: [out, in]."""
         return torch.Size((self.outputs, self.inputs))
 
     @property
     def num_bytes(self) -> int:
-        """In memory, scales and padding included."""
+        """Bytes in memory, scales and padding included."""
         return self.data.nbytes
 
     def numel(self) -> int:
-        """Numbers, scales not counted."""
+        """How many numbers the weight has, without scales and padding."""
         return self.outputs * self.inputs
 
     @cached_property
     def descriptor(self) -> Descriptor:
-        """For the library; it lives as long as this weight."""
+        """Return the descriptor for the C code. It is valid as long as this weight exists."""
         return Descriptor(self.data.data_ptr(), _CODES[self.kind], self.outputs, self.inputs)
 
     def rows(self, outputs: Tensor) -> Tensor:
-        """Some outputs' weights: [n] int64 -> [n, in] float32, exact."""
+        """Return the weights of some outputs: [n] int64 -> [n, in] float32, exact."""
         wanted = outputs.contiguous()
         out = torch.empty(len(wanted), self.inputs)
         _library().dsa_rows_of(ctypes.byref(self.descriptor), _pointer(wanted), len(wanted), _pointer(out))
         return out
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """The plain weight [out, in], rounded once, to `dtype`."""
+        """Return the plain weight [out, in], rounded once, to `dtype`."""
         return self.rows(torch.arange(self.outputs)).to(dtype)
 
     def multiply(self, x: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """x weight^T: [..., in] bfloat16 -> [..., out], summed in float32, in `dtype` (that or bfloat16).
+        """Compute x weight^T: [..., in] bfloat16 -> [..., out] in `dtype` (float32 or bfloat16), summed in float32.
 
         Raises:
-            EngineError: activations of another dtype.
+            EngineError: `x` is not bfloat16.
         """
         if x.dtype is not torch.bfloat16 or dtype not in (torch.bfloat16, torch.float32):
             raise EngineError(
@@ -130,7 +129,7 @@ def _form(stored: Quantised | Tensor) -> tuple[Kind, torch.Size]:
 
 
 def packed_bytes(kind: Kind, outputs: int, inputs: int) -> int:
-    """`PackedWeight.num_bytes` of a matrix, before it is there."""
+    """How many bytes a packed matrix takes (`PackedWeight.num_bytes`)."""
     tile = inputs // GROUP * _GROUP_BYTES[kind]
     return math.ceil(outputs / packing.LANES) * math.ceil(tile / 64) * 64
 

@@ -1,10 +1,13 @@
 """Lays weights out for `matrix.c`: tiles of 16 outputs, groups of 32 inputs.
 
-A tile has the scales of all its groups, then, with 4 bits, all offsets, 16 float16 a group, zeros up to a multiple of 64
-bytes, and then all numbers: scales lie before what they are needed for, so that a tile is read from front to back. A group's numbers are, with 4 (8) bits, four (twice four) words of 64 bytes, one 32-bit lane
-an output. A lane of word w holds inputs 8 w to 8 w + 7: input 8 w + 2 j + h is nibble j of the 16-bit half h, since the
-processor multiplies pairs of bfloat16. A signed byte is stored as two such nibbles, all upper ones first. bfloat16: a
-word a pair of inputs.
+A tile has three parts: the scales of all its groups (16 float16 for each group), with 4 bits also all offsets (16
+float16 for each group), and all numbers. Zeros fill the space before the numbers to a multiple of 64 bytes. Scales come
+before their numbers, so a tile is read from front to back.
+
+A word has 64 bytes: a 32-bit lane for each output. With 4 bits the numbers of a group are four words. A lane of word w
+holds inputs 8 w to 8 w + 7. Input 8 w + 2 j + h is nibble j of the 16-bit half h, because the processor multiplies pairs
+of bfloat16. With 8 bits they are twice four words. A signed byte is two such nibbles; all upper nibbles come first.
+With bfloat16 a tile has only numbers, and a word holds a pair of inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def pack_4bit(numbers: Bytes, scales: npt.NDArray[np.float16], offsets: npt.NDArray[np.float16]) -> Bytes:
-    """Of scale * number + offset.
+    """Lay out a weight whose values are scale * number + offset.
 
     Args:
         numbers: [out, in] 0 to 15
@@ -36,7 +39,7 @@ def pack_4bit(numbers: Bytes, scales: npt.NDArray[np.float16], offsets: npt.NDAr
 
 
 def pack_8bit(numbers: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> Bytes:
-    """Of scale * number.
+    """Lay out a weight whose values are scale * number.
 
     Args:
         numbers: [out, in]
@@ -51,7 +54,7 @@ def pack_8bit(numbers: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) ->
 
 
 def pack_bfloat16(numbers: npt.NDArray[np.uint16]) -> Bytes:
-    """Of the bits of [out, in] bfloat16 numbers: [tiles, bytes of one]."""
+    """Lay out a bfloat16 weight, given as the bits of its [out, in] numbers: [tiles, bytes of one]."""
     tiled = _tiled(numbers, GROUP)
     tiles, _, groups, _ = tiled.shape
     pairs = tiled.reshape(tiles, LANES, groups, GROUP // 2, 2).transpose(0, 2, 3, 1, 4)
@@ -59,14 +62,14 @@ def pack_bfloat16(numbers: npt.NDArray[np.uint16]) -> Bytes:
 
 
 def _tiles(scales: list[Bytes], numbers: Bytes) -> Bytes:
-    """Parts [tiles, groups, bytes], one after the other in each tile."""
+    """Join parts [tiles, groups, bytes], one after the other in each tile."""
     head = np.concatenate([part.reshape(len(part), -1) for part in scales], axis=-1)
     gap = np.zeros((len(head), -head.shape[1] % 64), np.uint8)
     return np.concatenate([head, gap, numbers.reshape(len(numbers), -1)], axis=-1)
 
 
 def _tiled(numbers: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
-    """[out, in] -> [tiles, 16, in / width, width], missing outputs as zeros."""
+    """Cut a matrix into tiles: [out, in] -> [tiles, 16, in / width, width]. Missing outputs are zeros."""
     outputs, inputs = numbers.shape
     missing = -outputs % LANES
     if missing:
@@ -75,7 +78,7 @@ def _tiled(numbers: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
 
 
 def _nibbles(tiled: Bytes) -> Bytes:
-    """[tiles, 16, groups, 32] of 0 to 15 -> [tiles, groups, 256]."""
+    """Pack numbers from 0 to 15 as nibbles of lanes: [tiles, 16, groups, 32] -> [tiles, groups, 256]."""
     tiles, _, groups, _ = tiled.shape
     split = tiled.reshape(tiles, LANES, groups, 4, 2, 2, 2)  # ..., word, byte of a half, nibble of it, half
     split = split.transpose(0, 2, 3, 1, 6, 4, 5)  # tile, group, word, lane, half, byte, nibble
@@ -84,6 +87,6 @@ def _nibbles(tiled: Bytes) -> Bytes:
 
 
 def _lanes(numbers: npt.NDArray[np.float16]) -> Bytes:
-    """[out, groups] -> [tiles, groups, 32]."""
+    """Lay out scales or offsets as bytes: [out, groups] float16 -> [tiles, groups, 32]."""
     tiled = _tiled(numbers, 1)[..., 0]  # [tiles, 16, groups]
     return np.ascontiguousarray(tiled.transpose(0, 2, 1)).view(np.uint8)

@@ -1,6 +1,7 @@
-// Selects the top_k best scores of a row without sorting. A bisection over the bits of floats, which have the same
+// Selects the index_top_k best scores of a row without sorting. A bisection over the bits of floats, which have the same
 // order as the floats, finds the k-th largest score; each of its steps counts a vector of scores in one instruction.
-// For a long row, a sample of the scores first gives a threshold that leaves little more than top_k scores to bisect.
+// For a long row, a sample of the scores first gives a threshold. It leaves little more than index_top_k scores to
+// bisect.
 #include <float.h>
 
 #include "attention.h"
@@ -113,16 +114,16 @@ static void bounds(const float *x, int n, float least, float *low, float *high) 
 
 enum { SAMPLE_STEP = 8 }; // every SAMPLE_STEP-th vector of 16 is in the sample
 
-int dsa_select_row(const float *scores, int n, int top_k, int32_t *selected, float *scratch) {
+int dsa_select_row(const float *scores, int n, int index_top_k, int32_t *selected, float *scratch) {
     float *kept = scratch;
     int32_t *at = (int32_t *)(scratch + n + 16);
     int count = 0;
-    if (n >= 2048 && n >= 3 * top_k) {
+    if (n >= 2048 && n >= 3 * index_top_k) {
         // Neighbouring scores are alike, so a sample of whole vectors has a larger error than one of single scores.
         // `wanted` has a margin for that.
         int whole = n & ~15;
         int sampled = (whole / 16 + SAMPLE_STEP - 1) / SAMPLE_STEP * 16;
-        int wanted = (int)((int64_t)sampled * top_k / n) * 5 / 4 + 24;
+        int wanted = (int)((int64_t)sampled * index_top_k / n) * 5 / 4 + 24;
         int finite = count_at_least(scores, whole, SAMPLE_STEP, -FLT_MAX);
         if (finite > wanted) {
             float t, low, high;
@@ -134,25 +135,25 @@ int dsa_select_row(const float *scores, int n, int top_k, int32_t *selected, flo
             count = thin(scores, n, t, kept, at);
         }
     }
-    if (count < top_k) count = thin(scores, n, -FLT_MAX, kept, at); // a short row, or the threshold was too high
-    if (count <= top_k) {
+    if (count < index_top_k) count = thin(scores, n, -FLT_MAX, kept, at); // a short row, or the threshold was too high
+    if (count <= index_top_k) {
         memcpy(selected, at, sizeof(int32_t) * (size_t)count);
         return count;
     }
     float edge, low, high;
     bounds(kept, count, -FLT_MAX, &low, &high);
-    int reached = bisect(kept, count, 1, top_k, top_k, to_rank(low), to_rank(high), count, &edge);
-    // More than top_k scores reach the edge only if several equal it. The earliest of these are left out.
-    int spare = reached - top_k, made = 0, i = 0;
+    int reached = bisect(kept, count, 1, index_top_k, index_top_k, to_rank(low), to_rank(high), count, &edge);
+    // More than index_top_k scores reach the edge only if several equal it. The earliest of these are left out.
+    int spare = reached - index_top_k, made = 0, i = 0;
 #ifdef DSA_AVX512
     if (spare == 0)
-        for (; i + 16 <= count && made + 16 <= top_k; i += 16) {
+        for (; i + 16 <= count && made + 16 <= index_top_k; i += 16) {
             __mmask16 mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(kept + i), _mm512_set1_ps(edge), _CMP_GE_OQ);
             _mm512_storeu_si512(selected + made, _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(at + i)));
             made += __builtin_popcount(mask);
         }
 #endif
-    for (; i < count && made < top_k; i++) {
+    for (; i < count && made < index_top_k; i++) {
         if (kept[i] == edge && spare > 0) spare--;
         else if (kept[i] >= edge) selected[made++] = at[i];
     }

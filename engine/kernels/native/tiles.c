@@ -112,14 +112,14 @@ void dsa_index_scores(const struct dsa_tile *tile, const bf16 *query, const floa
 
 struct select_job {
     const float *scores;
-    const int64_t *top_k;
+    const int64_t *index_top_k;
     int64_t context, width;
     int64_t *selected;
 };
 
 static void select_item(void *arg, int64_t row) {
     struct select_job *job = arg;
-    int64_t n = job->context, wanted = smaller(job->top_k[row], n);
+    int64_t n = job->context, wanted = smaller(job->index_top_k[row], n);
     char *scratch = dsa_scratch(8 * (n + 16) + 4 * job->width);
     int32_t *found = (int32_t *)(scratch + 8 * (n + 16));
     int count = dsa_select_row(job->scores + row * n, (int)n, (int)wanted, found, (float *)scratch);
@@ -127,9 +127,9 @@ static void select_item(void *arg, int64_t row) {
     for (int64_t i = 0; i < job->width; i++) out[i] = i < count ? found[i] : -1;
 }
 
-void dsa_select(const float *scores, const int64_t *top_k, int64_t rows, int64_t context, int64_t width,
+void dsa_select(const float *scores, const int64_t *index_top_k, int64_t rows, int64_t context, int64_t width,
                 int64_t *selected) {
-    struct select_job job = {scores, top_k, context, width, selected};
+    struct select_job job = {scores, index_top_k, context, width, selected};
     each(rows, select_item, &job);
 }
 
@@ -179,17 +179,17 @@ void dsa_attend_selected(const struct dsa_tile *tile, const bf16 *query, const b
 struct sparse_job {
     struct scoring scoring;
     struct attention attention;
-    const int64_t *top_k;
+    const int64_t *index_top_k;
 };
 
 static void sparse_item(void *arg, int64_t item) {
     struct sparse_job *job = arg;
     const struct dsa_tile *tile = job->scoring.tile;
     int64_t r = item / blocks(tile), first = item % blocks(tile) * BLOCK, last = smaller(first + BLOCK, tile->rows);
-    const int64_t *positions = tile->positions + r * tile->rows, *top_k = job->top_k + r * tile->rows;
+    const int64_t *positions = tile->positions + r * tile->rows, *index_top_k = job->index_top_k + r * tile->rows;
     int64_t context = PAGE * tile->pages, most = 1;
     for (int64_t row = first; row < last; row++)
-        if (smaller(top_k[row], positions[row] + 1) > most) most = smaller(top_k[row], positions[row] + 1);
+        if (smaller(index_top_k[row], positions[row] + 1) > most) most = smaller(index_top_k[row], positions[row] + 1);
     int64_t scores_at = dsa_whole(query_scratch(&job->scoring)), chosen_at = scores_at + 4 * BLOCK * context;
     int64_t thin_at = chosen_at + dsa_whole(4 * most);
     int64_t more = 8 * (context + 16) > dsa_attend_scratch((int)most) ? 8 * (context + 16) : dsa_attend_scratch((int)most);
@@ -198,7 +198,7 @@ static void sparse_item(void *arg, int64_t item) {
     int32_t *chosen = (int32_t *)(scratch + chosen_at);
     score_block(&job->scoring, r, first, last, scores, scratch);
     for (int64_t row = first; row < last; row++) {
-        int n = (int)positions[row] + 1, wanted = (int)smaller(top_k[row], n);
+        int n = (int)positions[row] + 1, wanted = (int)smaller(index_top_k[row], n);
         int count = dsa_select_row(scores + (row - first) * context, n, wanted, chosen, (float *)(scratch + thin_at));
         // `count` is 0 if every score is not-a-number. The row is lost then, but attention needs at least one token.
         if (count == 0) chosen[count++] = (int32_t)positions[row];
@@ -208,11 +208,11 @@ static void sparse_item(void *arg, int64_t item) {
 
 void dsa_attend_sparse(const struct dsa_tile *tile, const bf16 *query, const bf16 *index_query,
                        const float *head_weights, const bf16 *kv_plane, int64_t kv_stride, const uint8_t *key_plane,
-                       int64_t key_stride, const int64_t *top_k, int H, int d, int Hkv, int G, int D, float scale,
+                       int64_t key_stride, const int64_t *index_top_k, int H, int d, int Hkv, int G, int D, float scale,
                        bf16 *out) {
     struct sparse_job job = {{tile, index_query, head_weights, key_plane, key_stride, H, d},
                              {tile, query, kv_plane, kv_stride, Hkv, G, D, scale, out},
-                             top_k};
+                             index_top_k};
     each(tile->requests * blocks(tile), sparse_item, &job);
 }
 

@@ -22,7 +22,7 @@ void dsa_index_scores(const struct dsa_tile *tile, const bf16 *query, const floa
                       int64_t page_stride, int H, int d, float *scores);
 
 // Select positions: scores [rows][C] -> selected [rows][K]; unused places are -1.
-void dsa_select(const float *scores, const int64_t *top_k, int64_t rows, int64_t context, int64_t width,
+void dsa_select(const float *scores, const int64_t *index_top_k, int64_t rows, int64_t context, int64_t width,
                 int64_t *selected);
 
 // Attention over the positions in selected [R][Q][K]; -1 is no position.
@@ -36,7 +36,7 @@ void dsa_attend_dense(const struct dsa_tile *tile, const bf16 *query, const bf16
 // Score, select and attend row by row, so that the scores and selections of a whole tile never need memory.
 void dsa_attend_sparse(const struct dsa_tile *tile, const bf16 *query, const bf16 *index_query,
                        const float *head_weights, const bf16 *kv_plane, int64_t kv_stride, const uint8_t *key_plane,
-                       int64_t key_stride, const int64_t *top_k, int H, int d, int Hkv, int G, int D, float scale,
+                       int64_t key_stride, const int64_t *index_top_k, int H, int d, int Hkv, int G, int D, float scale,
                        bf16 *out);
 
 #endif

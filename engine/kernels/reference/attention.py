@@ -1,4 +1,4 @@
-"""The definition of each operation, row by row in plain torch. Slow on purpose: read it, test against it."""
+"""The definition of each operation, row by row in plain torch. It is slow, but easy to read: tests compare with it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from engine.kernels.reference.latent import ReferenceLatent
 
 
 class ReferenceKernels(ReferenceFp8, ReferenceInt8, ReferenceLatent, Composed):
-    """See `engine.kernels.interface.attention.Kernels` for the formulas."""
+    """The backend `reference`. The formulas are in `engine.kernels.interface`."""
 
     name = "reference"
     integer_keys = False
     fused = False
 
     def described(self, dtype: torch.dtype) -> str:
-        """One implementation for all."""
         return "kernels: plain torch, row by row, for every operation of attention"
 
     def streams_latents(self, latent: torch.dtype, index: torch.dtype) -> bool:
-        """They are whole."""
         return False
 
     def index_scores(
@@ -82,12 +80,12 @@ class ReferenceKernels(ReferenceFp8, ReferenceInt8, ReferenceLatent, Composed):
 
 
 def _context(plane: Tensor, pages: Tensor) -> Tensor:
-    """One request's positions in order: [P, S, ...] -> [C, ...]."""
+    """Return one request's cached tokens in order: pages [P] of [num_pages, S, ...] -> [C, ...]."""
     return plane[pages].flatten(0, 1)
 
 
 def _attend_row(query: Tensor, kv: Tensor, scale: float) -> Tensor:
-    """One query row [Hkv, G, D] over positions [n, Hkv, 2, D], computed in float32."""
+    """Attend with one query row [Hkv, G, D] over keys and values [n, Hkv, 2, D], in float32."""
     keys, values = kv[:, :, 0], kv[:, :, 1]  # [n, Hkv, D]
     scores = torch.einsum("hgd,nhd->hgn", query.float(), keys) * scale
     return torch.einsum("hgn,nhd->hgd", scores.softmax(-1), values).to(query.dtype)

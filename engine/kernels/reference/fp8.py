@@ -13,12 +13,12 @@ from engine.memory.layouts import IndexKeyLayout
 
 
 class ReferenceFp8:
-    """See `engine.kernels.interface.fp8.Fp8Kernels` for the formulas."""
+    """The FP8 operations. The formulas are in `engine.kernels.interface.fp8`."""
 
     def quantise(
         self, x: Tensor, scale_format: ScaleFormat, floor: float = ACTIVATION_FLOOR, block: int = BLOCK
     ) -> tuple[Tensor, Tensor]:
-        """Block after block of each row."""
+        """Quantise one block after the other."""
         rows = x.float().reshape(-1, x.shape[-1])
         values = torch.empty_like(rows, dtype=E4M3)
         scales = rows.new_empty(rows.shape[0], num_blocks(rows.shape[1], block))
@@ -34,7 +34,7 @@ class ReferenceFp8:
         return values.view(x.shape), scales.view(*x.shape[:-1], -1)
 
     def hadamard(self, x: Tensor) -> Tensor:
-        """The matrix, entry by entry."""
+        """Make the matrix entry by entry."""
         size = x.shape[-1]
         signs = [[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
         matrix = torch.tensor(signs, device=x.device)
@@ -57,7 +57,7 @@ class ReferenceFp8:
         return scores
 
     def linear_fp8(self, x: Tensor, weight: BlockWeight, scale_format: ScaleFormat) -> Tensor:
-        """One block of numbers after the other, each sum scaled and added."""
+        """Sum one block after the other; scale each sum and add it."""
         rows = x.reshape(-1, x.shape[-1])
         values, scales = self.quantise(rows, scale_format)
         out = torch.zeros(rows.shape[0], weight.shape[0], device=x.device)
@@ -70,6 +70,6 @@ class ReferenceFp8:
 
 
 def _power_of_two_above(number: float) -> float:
-    """The smallest power of two that is no smaller."""
+    """The smallest power of two that is at least `number`."""
     mantissa, exponent = math.frexp(number)  # number = mantissa * 2^exponent, mantissa in [1/2, 1)
     return 2.0 ** (exponent - 1 if mantissa == 0.5 else exponent)

@@ -1,4 +1,4 @@
-"""The definition of each operation on 8-bit index keys. See `engine.kernels.interface.int8`."""
+"""The definition of each operation on 8-bit index keys, in plain torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from engine.memory.layouts import Int8KeyLayout
 
 
 class ReferenceInt8:
-    """Plain torch, one vector or row at a time, in float32."""
+    """The operations on 8-bit index keys, in float32. The formulas are in `engine.kernels.interface.int8`."""
 
     def store_index_keys(self, plane: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor) -> None:
-        """One key after the other."""
+        """Quantise and store one key after the other."""
         layout = Int8KeyLayout(keys.shape[-1])
         for t in range(len(keys)):
             numbers, scale = _quantised(keys[t])
@@ -23,7 +23,7 @@ class ReferenceInt8:
     def index_scores_int8(
         self, query: Tensor, head_weights: Tensor, key_plane: Tensor, block_table: Tensor, positions: Tensor
     ) -> Tensor:
-        """Dequantise, and score as ever."""
+        """Dequantise queries and keys, then compute `index_scores`."""
         requests, rows, heads, dim = query.shape
         context = block_table.shape[1] * key_plane.shape[1]
         scores = torch.full((requests, rows, context), -math.inf, device=query.device)
@@ -40,7 +40,7 @@ class ReferenceInt8:
 
 
 def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[d] -> integers [d] and scale [], both float32."""
+    """Quantise one vector: [d] -> integers [d] and scale [], both float32."""
     wide = x.float()
     scale = wide.abs().max() / 127
     return (torch.zeros_like(wide) if scale == 0 else (wide / scale).round()), scale

@@ -1,4 +1,4 @@
-"""The definition of each operation of latent attention, row by row. See `engine.kernels.interface.latent`."""
+"""The definition of each operation of latent attention, row by row in plain torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.kernels.interface.latent import Unpack, as_stored
 
 
 class ReferenceLatent:
-    """Plain torch, one row at a time, in float32."""
+    """The operations of latent attention, in float32. The formulas are in `engine.kernels.interface.latent`."""
 
     def latent_selected(
         self, query: Tensor, plane: Tensor, block_table: Tensor, selected: Tensor, rank: int, scale: float,
@@ -43,7 +43,7 @@ class ReferenceLatent:
         self, query: Tensor, plane: Tensor, block_table: Tensor, allowed: Tensor, expand: Tensor, rank: int,
         scale: float, unpack: Unpack = as_stored,
     ) -> Tensor:  # fmt: skip
-        """Keys and values of one head at a time."""
+        """Make the keys and values of one head at a time, then attend."""
         rows, heads = query.shape[1], query.shape[2]
         plain = query.shape[-1] - (unpack(plane[:1]).shape[-1] - rank)
         out = query.new_empty(*query.shape[:-1], expand.shape[1] - plain)

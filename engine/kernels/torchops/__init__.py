@@ -1,1 +1,1 @@
-"""The operations with torch's own kernels: they run on any torch device."""
+"""The operations with torch's own kernels, for any torch device."""

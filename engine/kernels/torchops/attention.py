@@ -1,4 +1,4 @@
-"""The operations over whole tiles with torch's own kernels: runs on any torch device."""
+"""The operations over whole tiles with torch's own kernels, for any torch device."""
 
 from __future__ import annotations
 
@@ -14,28 +14,26 @@ from engine.kernels.torchops.int8 import VectorisedInt8
 from engine.kernels.torchops.latent import VectorisedLatent
 
 PRODUCTS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Numbers of one (row, head, position) product of index scores; on a CPU they and their keys stay in its caches."""
+"""The most numbers of a (row, head, position) array of scores. On a CPU the array and its keys fit into the caches."""
 
 
 class VectorisedKernels(VectorisedFp8, VectorisedInt8, VectorisedLatent, Composed):
-    """See `engine.kernels.interface.attention.Kernels` for the formulas."""
+    """The backend `torch`. The formulas are in `engine.kernels.interface`."""
 
     name = "torch"
     integer_keys = False
     fused = False
 
     def described(self, dtype: torch.dtype) -> str:
-        """One implementation for all."""
         return "kernels: torch for every operation of attention"
 
     def streams_latents(self, latent: torch.dtype, index: torch.dtype) -> bool:
-        """They are whole."""
         return False
 
     def index_scores(
         self, query: Tensor, head_weights: Tensor, key_plane: Tensor, block_table: Tensor, positions: Tensor
     ) -> Tensor:
-        """Float32 throughout: a rounded score would change the selection. On a CPU a cacheful of positions at a time."""
+        """Compute in float32, because a rounded score would change the selection; see also `PRODUCTS_AT_ONCE`."""
         requests, rows, heads, dim = query.shape
         pages, size = block_table.shape[1], key_plane.shape[1]
         wide = query.reshape(requests, rows * heads, dim).float()
@@ -51,7 +49,7 @@ class VectorisedKernels(VectorisedFp8, VectorisedInt8, VectorisedLatent, Compose
         return scores.masked_fill_(_future(positions, pages * size), -math.inf)
 
     def select(self, scores: Tensor, index_top_k: Tensor) -> Tensor:
-        """`torch.topk`, whose order among equal scores is unspecified, corrected where a tie crosses the edge."""
+        """Use `torch.topk`. Its order of equal scores is unspecified, so ties at the edge are corrected."""
         context = scores.shape[-1]
         width = min(int(index_top_k.max()), context)
         values, indices = scores.topk(width, dim=-1)
@@ -66,14 +64,14 @@ class VectorisedKernels(VectorisedFp8, VectorisedInt8, VectorisedLatent, Compose
     def attend_selected(
         self, query: Tensor, kv_plane: Tensor, block_table: Tensor, selected: Tensor, scale: float
     ) -> Tensor:
-        """Gather each row's own keys and values, then one batched attention over them."""
+        """Gather each row's own keys and values, then attend to them in one batch."""
         requests, rows, kv_heads, group, dim = query.shape
         page_size = kv_plane.shape[1]
         present = selected >= 0
         chosen = selected.clamp(min=0)
         pages = block_table.gather(1, (chosen // page_size).flatten(1)).view_as(chosen)
         kv = kv_plane[pages, chosen % page_size].flatten(0, 1)  # [RQ, K, Hkv, 2, D]
-        # The query heads of a group read the same keys: they are rows of one product, not copies of keys.
+        # The query heads of a group read the same keys. So they are rows of one product, and no key is copied.
         out = F.scaled_dot_product_attention(
             query.reshape(requests * rows, kv_heads, group, dim),
             kv[:, :, :, 0].transpose(1, 2),
@@ -86,7 +84,7 @@ class VectorisedKernels(VectorisedFp8, VectorisedInt8, VectorisedLatent, Compose
     def attend_masked(
         self, query: Tensor, kv_plane: Tensor, block_table: Tensor, allowed: Tensor, scale: float
     ) -> Tensor:
-        """Gather each request's pages once, then one masked attention for all its rows."""
+        """Gather each request's pages once, then attend with all its rows under a mask."""
         requests, rows, kv_heads, group, dim = query.shape
         kv = _contexts(kv_plane, block_table)  # [R, C, Hkv, 2, D]
         folded = query.permute(0, 2, 3, 1, 4).reshape(requests, kv_heads, group * rows, dim)
@@ -102,17 +100,17 @@ class VectorisedKernels(VectorisedFp8, VectorisedInt8, VectorisedLatent, Compose
 
 
 def _contexts(plane: Tensor, block_table: Tensor) -> Tensor:
-    """Each request's positions in order: [num_pages, S, ...] by [R, P] -> [R, C, ...], copied."""
+    """Copy each request's cached tokens in order: [num_pages, S, ...] and [R, P] -> [R, C, ...]."""
     return plane[block_table].flatten(1, 2)
 
 
 def _future(positions: Tensor, context: int) -> Tensor:
-    """True where a context position lies after the query's: [R, Q] -> [R, Q, C]."""
+    """Which context positions lie after the query's position: [R, Q] -> [R, Q, C] bool."""
     return torch.arange(context, device=positions.device) > positions.unsqueeze(-1)
 
 
 def _latest_first(scores: Tensor, width: int) -> Tensor:
-    """The `width` best positions of each row [N, C], equal scores by later position first."""
+    """Return the `width` best positions of each row [N, C]. Of equal scores the later position comes first."""
     flipped = scores.flip(-1)
     order = flipped.argsort(dim=-1, descending=True, stable=True)[:, :width]
     return scores.shape[-1] - 1 - order

@@ -1,4 +1,4 @@
-"""The FP8 operations over whole tensors with torch's own kernels: runs on any torch device."""
+"""The FP8 operations over whole tensors with torch's own kernels, for any torch device."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from engine.memory.layouts import IndexKeyLayout
 
 
 class VectorisedFp8:
-    """See `engine.kernels.interface.fp8.Fp8Kernels` for the formulas."""
+    """The FP8 operations. The formulas are in `engine.kernels.interface.fp8`."""
 
     def quantise(
         self, x: Tensor, scale_format: ScaleFormat, floor: float = ACTIVATION_FLOOR, block: int = BLOCK
     ) -> tuple[Tensor, Tensor]:
-        """All blocks at once; a last block that is shorter is padded with zeros, which no maximum notices."""
+        """Quantise all blocks at once. A shorter last block is padded with zeros, which change no maximum."""
         size = x.shape[-1]
         count = num_blocks(size, block)
         blocks = F.pad(x.float(), (0, count * block - size)).view(*x.shape[:-1], count, block)
@@ -31,7 +31,7 @@ class VectorisedFp8:
         return values.flatten(-2)[..., :size].contiguous(), scales
 
     def hadamard(self, x: Tensor) -> Tensor:
-        """The fast transform: log2(n) rounds of sums and differences."""
+        """Use the fast transform: log2(n) rounds of sums and differences."""
         size = x.shape[-1]
         y = x.float()
         half = 1
@@ -44,7 +44,7 @@ class VectorisedFp8:
     def index_scores_fp8(
         self, query: Tensor, head_weights: Tensor, key_plane: Tensor, block_table: Tensor, positions: Tensor
     ) -> Tensor:
-        """One matrix product a request."""
+        """Use one matrix product for each request."""
         requests, rows, heads, dim = query.shape
         keys, scales = IndexKeyLayout(dim).read(key_plane, block_table)
         keys, scales = keys.flatten(1, 2).float(), scales.flatten(1, 2)  # [R, C, d], [R, C]
@@ -57,7 +57,7 @@ class VectorisedFp8:
         return scores.mul_(scales.unsqueeze(1)).masked_fill_(future, -math.inf)
 
     def linear_fp8(self, x: Tensor, weight: BlockWeight, scale_format: ScaleFormat) -> Tensor:
-        """All blocks in one batched product, which holds their sums apart: [b, T, out] float32."""
+        """Multiply all blocks in one batched product, which gives a sum for each block: [b, T, out] float32."""
         rows = x.reshape(-1, x.shape[-1])
         values, scales = self.quantise(rows, scale_format)
         pad = scales.shape[1] * BLOCK - rows.shape[1]

@@ -1,4 +1,4 @@
-"""The operations on 8-bit index keys over whole tensors with torch's own kernels: runs on any torch device."""
+"""The operations on 8-bit index keys over whole tensors with torch's own kernels, for any torch device."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from engine.memory.layouts import Int8KeyLayout
 
 
 class VectorisedInt8:
-    """See `engine.kernels.interface.int8.Int8Kernels` for the formulas."""
+    """The operations on 8-bit index keys. The formulas are in `engine.kernels.interface.int8`."""
 
     def store_index_keys(self, plane: Tensor, pages: Tensor, offsets: Tensor, keys: Tensor) -> None:
-        """All keys at once."""
+        """Quantise and store all keys at once."""
         numbers, scales = _quantised(keys)
         Int8KeyLayout(keys.shape[-1]).write(plane, pages, offsets, numbers, scales.squeeze(-1))
 
     def index_scores_int8(
         self, query: Tensor, head_weights: Tensor, key_plane: Tensor, block_table: Tensor, positions: Tensor
     ) -> Tensor:
-        """One product of integers a request (in float32, which holds them exactly); the scales come after it."""
+        """Multiply the integers in float32, which is exact, in one product for each request; then apply the scales."""
         requests, rows, heads, dim = query.shape
         numbers, scales = Int8KeyLayout(dim).read(key_plane, block_table)
         keys, key_scales = numbers.flatten(1, 2), scales.flatten(1, 2)  # [R, C, d], [R, C]
@@ -35,7 +35,7 @@ class VectorisedInt8:
 
 
 def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., d] -> integers [..., d] and scales [..., 1], both float32."""
+    """Quantise vectors: [..., d] -> integers [..., d] and scales [..., 1], both float32."""
     wide = x.float()
     scales = wide.abs().amax(-1, keepdim=True) / 127
     return (wide / scales.where(scales > 0, 1.0)).round_(), scales

@@ -1,4 +1,4 @@
-"""Latent attention over whole tiles with torch's own kernels. See `engine.kernels.interface.latent`."""
+"""The operations of latent attention over whole tiles with torch's own kernels, for any torch device."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from engine.kernels.interface.latent import Unpack, as_stored
 
 
 class VectorisedLatent:
-    """One batched product a tile; the heads are rows of one product over the same vectors."""
+    """The operations of latent attention. The formulas are in `engine.kernels.interface.latent`.
+
+    All heads read the same vectors, so the heads are rows of one product.
+    """
 
     def latent_selected(
         self, query: Tensor, plane: Tensor, block_table: Tensor, selected: Tensor, rank: int, scale: float,
         unpack: Unpack = as_stored,
     ) -> Tensor:  # fmt: skip
-        """Gather each row's own tokens, then one attention of all heads over them."""
+        """Gather each row's own tokens, then attend to them with all heads at once."""
         requests, rows, heads, dim = query.shape
         size = plane.shape[1]
         chosen = selected.clamp(min=0)
@@ -35,7 +38,7 @@ class VectorisedLatent:
         self, query: Tensor, plane: Tensor, block_table: Tensor, allowed: Tensor, rank: int, scale: float,
         unpack: Unpack = as_stored,
     ) -> Tensor:  # fmt: skip
-        """Gather each request's pages once, then one attention of all rows and heads over them."""
+        """Gather each request's pages once, then attend to them with all rows and heads at once."""
         requests, rows, heads, dim = query.shape
         tokens = unpack(plane[block_table].flatten(1, 2)).to(query.dtype).unsqueeze(1)  # [R, 1, C, r + p]
         mask = allowed.unsqueeze(2).expand(-1, -1, heads, -1).reshape(requests, 1, rows * heads, -1)
@@ -52,7 +55,7 @@ class VectorisedLatent:
         self, query: Tensor, plane: Tensor, block_table: Tensor, allowed: Tensor, expand: Tensor, rank: int,
         scale: float, unpack: Unpack = as_stored,
     ) -> Tensor:  # fmt: skip
-        """Expand the context, then ordinary multi-head attention."""
+        """Expand the context, then compute ordinary multi-head attention."""
         tokens = unpack(plane[block_table].flatten(1, 2)).to(query.dtype)  # [R, C, r + p]
         heads, made_dim, _ = expand.shape
         shared = tokens[..., rank:]

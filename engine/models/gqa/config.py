@@ -1,4 +1,4 @@
-"""The config of a decoder with grouped-query attention. Imports no torch."""
+"""The config of a decoder with grouped-query attention, read and checked. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from engine.models import fields
 
 @dataclass(frozen=True)
 class Member:
-    """Where the members of the family differ: in what a config leaves unsaid, and in what it cannot say.
+    """How the members of the family differ: the defaults of their configs, and what no field of a config says.
 
     Attributes:
-        max_positions: where the config does not say
-        head_dim: likewise; None is hidden size / query heads
-        bias: whether projections have biases. `config`: `attention_bias` says of q, k, v and o, `mlp_bias` of the MLP.
-            `qkv`: q, k and v always have them, o and the MLP never
+        max_positions: the default of `max_position_embeddings`
+        head_dim: the default of `head_dim`; None: hidden size / query heads
+        bias: whether projections have biases. `config`: `attention_bias` says it for q, k, v and o, and `mlp_bias` for
+            the MLP. `qkv`: q, k and v always have biases, o and the MLP never
         qk_norm: whether each head of queries and keys is normalised before it is rotated
-        windows: which layers see `sliding_window` positions only. `layers`: those that `layer_types` names, or else
-            those from `max_window_layers` on, where `use_sliding_window` is true. `all`: every layer, unless
+        windows: which layers see only `sliding_window` positions. `layers`: those that `layer_types` names, or else
+            those from `max_window_layers` on, if `use_sliding_window` is true. `all`: every layer, unless
             `sliding_window` is null
     """
 
@@ -42,7 +42,7 @@ MEMBERS: Mapping[str, Member] = {
 
 @dataclass(frozen=True)
 class GqaConfig:
-    """What shapes the model."""
+    """The fields of a config.json that decide what the model computes."""
 
     architecture: str  # model_type
     vocab_size: int
@@ -63,11 +63,11 @@ class GqaConfig:
     qk_norm: bool
     windows: tuple[
         int | None, ...
-    ]  # one a layer: row p sees positions p - window + 1 to p; None: all up to p
+    ]  # one for each layer: row p sees positions p - window + 1 to p; None: all up to p
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> GqaConfig:
-        """From a config.json's object as it was read; what it leaves unsaid is as in transformers.
+        """Read the object of a config.json. Defaults of missing fields are those of transformers.
 
         Raises:
             CheckpointError: a field is missing, makes no sense, or asks for something that the family does not do.
@@ -110,7 +110,7 @@ class GqaConfig:
 
     @property
     def group(self) -> int:
-        """Query heads a KV head."""
+        """How many query heads share a KV head."""
         return self.num_heads // self.num_kv_heads
 
 
@@ -121,7 +121,7 @@ def _windows(
     max_positions: int,
     kind: Literal["none", "layers", "all"],
 ) -> tuple[int | None, ...]:
-    """Each layer's window; one that holds all of the model's positions is none."""
+    """Return each layer's window. A window that holds all of the model's positions counts as None."""
     size: int | None = None
     if kind == "all" or (kind == "layers" and fields.flag(raw, "use_sliding_window", where, False)):
         unset = "sliding_window" in raw and raw["sliding_window"] is None

@@ -1,4 +1,4 @@
-"""Decoders with grouped-query attention: the llama family, through the face of `engine.models.family`."""
+"""The llama family (decoders with grouped-query attention), as `engine.models.family.Family`."""
 
 from __future__ import annotations
 
@@ -26,21 +26,19 @@ from engine.protocol import IndexerInfo
 
 @dataclass(frozen=True)
 class Gqa:
-    """One model of the family; see `engine.models.family.Family`."""
+    """One model of the llama family."""
 
     config: GqaConfig
 
     @property
     def max_positions(self) -> int:
-        """As the config declares."""
         return self.config.max_positions
 
     def shape(self, indexer: IndexerInfo | None) -> Shape:
-        """The model's weights and bytes."""
         return shape(self.config, indexer)
 
     def check_split(self, count: int) -> None:
-        """Raises ConfigError where `count` is not 1."""
+        """Check that `count` is 1: models of this family cannot be split."""
         if count > 1:
             raise ConfigError(
                 f"{self.config.architecture} models are served on one device, not on {count}; "
@@ -54,7 +52,6 @@ class Gqa:
         on: Placement,
         progress: Callable[[int, int], None],
     ) -> tuple[GqaModel, LoadReport]:
-        """Load the model; raises as `Family.build`."""
         dtype, precision = on.dtype, on.precision
         name = str(dtype).removeprefix("torch.")
         if precision.weights == "fp8":
@@ -88,22 +85,22 @@ class Gqa:
         return model, report
 
     def build_draft(self, *arguments: object, **more: object) -> NoReturn:
-        """Raises ConfigError: no model of this family has a draft layer."""
+        """Raise ConfigError, because no model of this family has a draft layer."""
         raise ConfigError(
             "drafter is mtp, but this checkpoint has no multi-token prediction layer; use ngram or off"
         )
 
 
 def read(raw: Mapping[str, Any], where: str) -> Family:
-    """From a config.json's object; raises CheckpointError as `GqaConfig.read`."""
+    """Read the object of a config.json; raises the errors of `GqaConfig.read`."""
     return Gqa(GqaConfig.read(raw, where))
 
 
 def _integer_keys(asked: IndexerDtype, dim: int, dtype: torch.dtype, kernels: Kernels) -> bool:
-    """Whether index keys are cached as 8-bit integers: where that is faster and bfloat16 is the alternative.
+    """Whether to cache index keys as 8-bit integers. `auto` does so if it is faster and the model's dtype is bfloat16.
 
     Raises:
-        ConfigError: they were asked for, and keys of `dim` numbers do not fit.
+        ConfigError: the settings ask for 8-bit integers, and keys of `dim` numbers do not fit.
     """
     if asked == "int8" and not Int8KeyLayout.fits(dim):
         raise ConfigError(

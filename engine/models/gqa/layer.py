@@ -1,4 +1,4 @@
-"""One layer's weights, as the model and its native form read them."""
+"""One layer's weights, for the model and its native form."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from engine.protocol import IndexerInfo
 
 
 def plain(weight: Held) -> Tensor:
-    """One that is never packed."""
+    """Return a weight that is never packed."""
     assert isinstance(weight, Tensor)
     return weight
 
 
 @dataclass(frozen=True)
 class GqaLayer:
-    """One layer's weights; E hidden, F intermediate."""
+    """One layer's weights. E is the hidden size, F the intermediate size; Hq query and Hkv KV heads have D dims."""
 
     input_norm: Tensor  # [E]
     qkv: Held  # [(Hq + 2 Hkv) * D, E]
@@ -30,20 +30,27 @@ class GqaLayer:
     gate_up: Held  # [2 F, E]
     down: Held  # [E, F]
     indexer: LightningIndexer | None
-    adapter: tuple[LowRank, LowRank] | None  # to qkv and o, on rows with a selection
-    qkv_bias: Tensor | None  # as many numbers as the product has; None: no bias
-    o_bias: Tensor | None
-    gate_up_bias: Tensor | None
-    down_bias: Tensor | None
-    q_norm: Tensor | None  # [D], of each query head before it is rotated; None: not normalised
-    k_norm: Tensor | None  # [D], likewise of each key head
+    adapter: tuple[LowRank, LowRank] | None  # corrections of qkv and o on rows with a selection
+    qkv_bias: Tensor | None  # [(Hq + 2 Hkv) * D]; None: no bias
+    o_bias: Tensor | None  # [E]
+    gate_up_bias: Tensor | None  # [2 F]
+    down_bias: Tensor | None  # [E]
+    q_norm: Tensor | None  # [D], for each query head before it is rotated; None: no norm
+    k_norm: Tensor | None  # [D], for each key head before it is rotated; None: no norm
     window: int | None  # positions that a row sees; None: all up to its own
 
     @classmethod
     def of(
         cls, weights: Mapping[str, Held], i: int, info: IndexerInfo | None, window: int | None
     ) -> GqaLayer:
-        """Layer `i` of `weights`, named as in `engine.models.gqa.weights`; `info` is of its indexer, `window` its own."""
+        """Take layer `i` out of `weights`, which are named as in `engine.models.gqa.weights`.
+
+        Args:
+            weights: the model's
+            i: the layer
+            info: the indexer's numbers; None without an indexer
+            window: the layer's window; None: it has none
+        """
 
         def named(name: str) -> Held:
             return weights[f"layers.{i}.{name}"]

@@ -1,8 +1,8 @@
 """Decoders with grouped-query attention, dense or with a lightning indexer in every layer.
 
-Per layer: x = x + Wo Attention(norm(x)); x = x + Wdown(silu(Wgate norm(x)) * Wup norm(x)).
-Attention is grouped-query with half-split rotary embedding. All query heads of a layer read the tokens
-that the layer's indexer selected.
+Each layer computes x = x + Wo Attention(norm(x)); x = x + Wdown(silu(Wgate norm(x)) * Wup norm(x)).
+Attention is grouped-query with half-split rotary embedding. All query heads of a layer read the tokens that the
+layer's indexer selected. `native` computes the same in C, for the models and steps that it can.
 """
 
 from __future__ import annotations
@@ -50,11 +50,15 @@ class GqaModel:
         *,
         integer_keys: bool = False,
     ) -> None:
-        """Wire `weights` (named as in `engine.models.gqa.weights`, plain ones of one dtype and device).
+        """Build the model from its weights.
 
         Args:
-            integer_keys: whether index keys are cached as 8-bit integers
+            config: the checkpoint's
+            weights: named as in `engine.models.gqa.weights`; plain ones have one dtype and device
+            indexer: the overlay's; None: all attention is dense
+            kernels: the backend
             max_positions: positions to prepare rotation tables for; at most `config.max_positions`
+            integer_keys: whether index keys are cached as 8-bit integers
         """
         self.config = config
         self.architecture = config.architecture
@@ -71,7 +75,7 @@ class GqaModel:
         self.embed = weights["embed"]
         self.norm = plain(weights["norm"])
         self._dtype = self.norm.dtype
-        # Logits are compared with one another to the last digit, so the head runs in float32.
+        # Small differences of logits decide which token is drawn, so the head computes in float32.
         head = weights["embed" if config.tied else "head"]
         self._head = head.float() if isinstance(head, Tensor) else head
         self.layers = [GqaLayer.of(weights, i, indexer, window) for i, window in enumerate(config.windows)]
@@ -86,7 +90,7 @@ class GqaModel:
                 indexer.rope_dim, config.rope_theta, max_positions, scaling=config.rope_scaling, device=device
             )
         )
-        self.native = NativeStep.of(self)  # what runs steps, where it can
+        self.native = NativeStep.of(self)  # runs the steps that it can; None: torch runs all
         self.device_step = self._device_step() if kernels.name == "triton" else None  # likewise
 
     def _device_step(self) -> DeviceStep | None:
@@ -96,7 +100,7 @@ class GqaModel:
 
     @property
     def batch_device(self) -> torch.device:
-        """A device step takes a batch from the CPU in one copy."""
+        """The CPU where a device step takes the batch from there in one copy."""
         return torch.device("cpu") if self.device_step is not None else self.norm.device
 
     def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
@@ -105,7 +109,6 @@ class GqaModel:
             self.device_step.capture(cache, max_rows, self.max_positions, progress)
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
-        """Keys and values of every KV head, and the index key."""
         c, dtype = self.config, self._dtype
         kv = PlaneSpec("kv", (c.num_kv_heads, 2, c.head_dim), dtype)
         if self.indexer is None:
@@ -116,7 +119,6 @@ class GqaModel:
         return kv, PlaneSpec("index_key", (dim,), dtype)
 
     def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> TileCosts:
-        """See `TileCosts`."""
         return TileCosts(
             budget_bytes=budget_bytes,
             index_row_bytes=0 if self.indexer is None else 4 * self.indexer.num_heads,
@@ -127,16 +129,16 @@ class GqaModel:
             fused=self.device_step is not None
             or (
                 self._kernels.fused
-                and not any(self.config.windows)  # a window is a mask, which fused kernels do not read
+                and not any(self.config.windows)  # a window needs a mask, and fused kernels read none
                 and self._dtype is torch.bfloat16
                 and (self.indexer is None or self._integer_keys)
             ),
         )
 
     def shape(self) -> ModelShape:
-        """See `ModelShape`; every weight but embeddings, norms and index queries runs for each token.
+        """Count all weights except embeddings, norms and index queries for each token.
 
-        Windows are not counted: in a model that has them, work over pairs of tokens is an upper bound.
+        Windows are not counted. In a model with windows the work over pairs of tokens is an upper bound.
         """
         c, n = self.config, self.config.num_layers
         attention = 2 * c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
@@ -158,7 +160,6 @@ class GqaModel:
         )
 
     def products(self) -> str:
-        """See `Model`."""
         if self.device_step is not None:
             return "products: torch, weights fused; steps of few rows as CUDA graphs"
         if not isinstance(self.embed, PackedWeight):
@@ -172,8 +173,7 @@ class GqaModel:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
-        """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
-        # The step scores index keys in bfloat16 plainly, which few rows can bear.
+        # The native step scores index keys in bfloat16 by plain loops, which are fast enough for few rows only.
         whole = self.indexer is None or self._integer_keys or len(batch.token_ids) <= FEW_ROWS
         if self.native is not None and whole:
             return self.native.forward(batch, cache)
@@ -244,15 +244,14 @@ class GqaModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, E] -> [N, vocab_size] float32."""
         return linear_float32(hidden, self._head)
 
 
 def _selecting(batch: Batch, window: int | None) -> Tensor | None:
-    """[T, 1] bool: which rows read a selection in a layer of this window; None: no row does."""
+    """[T, 1] bool: which rows read a selection in a layer with this window. None if no row does."""
     rows = batch.selecting
     if rows is None or window is None:
         return rows
-    # A row of a whole window is dense where the window is.
+    # A row whose window is full is dense exactly if a context of that length is.
     fewer = [not is_dense(window, s.index_top_k) for s in batch.segments for _ in range(s.num_rows)]
     return rows & torch.tensor(fewer, device=rows.device).unsqueeze(-1)

@@ -1,7 +1,7 @@
-"""A model's step in one native call: decodes, guesses, chunks of prompts.
+"""Runs a model's whole step in one native call: decodes, drafts, chunks of prompts.
 
-The arithmetic is `GqaModel.forward`'s, in C (`engine/kernels/native/step.c`). The residual stream stays in float32, so that
-results differ from torch's by the roundings to bfloat16 that torch makes in between.
+The C code (`engine/kernels/native/step.c`) computes what `GqaModel.forward` does. It keeps the residual stream in
+float32, where torch rounds to bfloat16, so results differ from torch's by these roundings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from engine.models.gqa.layer import GqaLayer
 from engine.protocol import IndexerInfo
 
 FEW_ROWS = 32
-"""Rows of a request up to which a step's costs are those of so many lone rows, and beyond which those of a chunk."""
+"""A request with at most so many rows in a step costs as much as so many lone rows; with more it is a chunk."""
 
 _MATRICES = ("qkv", "o", "gate_up", "down", "index_query", "index_key", "index_weights")
 _ROWS = ("token_ids", "positions", "request", "index_top_k", "block_table", "out")
@@ -50,7 +50,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Model(ctypes.Structure):
-    """`struct dsa_model`."""
+    """`struct dsa_model` of step.h."""
 
     _fields_ = (
         *(
@@ -69,7 +69,7 @@ class _Model(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    """`struct dsa_step`."""
+    """`struct dsa_step` of step.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _ROWS),
@@ -80,7 +80,7 @@ class _Step(ctypes.Structure):
 
 
 class Wired(Protocol):
-    """What is read of a model."""
+    """The attributes of a model that `NativeStep` reads."""
 
     config: GqaConfig
     indexer: IndexerInfo | None
@@ -93,9 +93,9 @@ class Wired(Protocol):
 
 @dataclass(frozen=True)
 class _Laid:
-    """The model's description for one cache."""
+    """The model's description for C, with the addresses of one cache."""
 
-    storage: int  # where the cache begins
+    storage: int  # the address where the cache begins
     layers: ctypes.Array[_Layer]
     model: _Model
 
@@ -104,18 +104,18 @@ class NativeStep:
     """The native form of one model."""
 
     def __init__(self, model: Wired, library: ctypes.CDLL) -> None:
-        """Describe `model`, which `supports` said yes to."""
+        """Describe for C a `model` that `of` has accepted."""
         self._model = model
         self._library = library
         self._library.dsa_step_scratch.restype = ctypes.c_int64
-        self._kept: list[Any] = []  # float32 copies of what the C code reads, alive as long as this
+        self._kept: list[Any] = []  # keeps alive the float32 copies that the C code reads
         self._adapters = _pack_adapters(model)
         self._laid: _Laid | None = None
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     @classmethod
     def of(cls, model: Wired) -> NativeStep | None:
-        """The native form, where there is a library and the model is what its loops compute."""
+        """Return the native form; None if there is no library, or if it cannot compute this model."""
         library = native.library()
         c, indexer = model.config, model.indexer
         packed = isinstance(model.embed, PackedWeight)
@@ -127,7 +127,7 @@ class NativeStep:
         return cls(model, library) if library is not None and packed and whole and fits and known else None
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
-        """As `GqaModel.forward`: [T] token ids -> [T, E] hidden states in bfloat16, cache written."""
+        """Compute the batch's rows and write them to the cache. Return the hidden states, [T, E] bfloat16."""
         laid = self._laid
         storage = cache.plane(0, "kv").data_ptr()
         if laid is None or laid.storage != storage:
@@ -212,7 +212,7 @@ class NativeStep:
         )
 
     def _float(self, tensor: Tensor) -> int:
-        """Where a float32 copy of it lies."""
+        """Make and keep a float32 copy; return its address."""
         copy = tensor.float().contiguous()
         self._kept.append(copy)
         return copy.data_ptr()
@@ -223,9 +223,9 @@ class NativeStep:
 
 
 def _pack_adapters(model: Wired) -> list[list[PackedWeight]]:
-    """Each layer's, in the order of `_ADAPTER`; empty where there is none.
+    """Pack each layer's adapter, in the order of `_ADAPTER`; empty without an adapter.
 
-    In 8 bits beside weights of 4, since every row with a selection reads all of it.
+    Beside weights of 4 bits it is packed in 8 bits, because every row with a selection reads all of it.
     """
     parts: list[list[Quantised | Tensor]] = []
     for layer in model.layers:

@@ -1,4 +1,4 @@
-"""A model of this family as inspection sees it."""
+"""The weights and cache of a model of this family, for inspection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.protocol import IndexerInfo
 
 
 def shape(config: GqaConfig, indexer: IndexerInfo | None) -> Shape:
-    """Of the model with an overlay's indexer, if there is one."""
+    """Return the shape of a model; `indexer` is the overlay's, if there is one."""
     c, table = config, weight_table(config, indexer)
     key = 0 if indexer is None else indexer.head_dim
     return Shape(

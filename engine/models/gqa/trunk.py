@@ -1,8 +1,7 @@
-"""The frozen main model over whole sequences, with what the indexer learns from laid open.
+"""The frozen main model over whole sequences, layer by layer, for training an indexer.
 
-Serving runs `engine.models.gqa.model` over a paged cache; training wants each layer's hidden states,
-queries and keys of a full sequence, and attention under an explicit mask. The weights are the same
-tensors under the same names.
+Serving runs `engine.models.gqa.model` over a paged cache. Training needs each layer's hidden states, queries and keys
+of a whole sequence, and attention under an explicit mask. The weights are the same tensors under the same names.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from engine.models.gqa.config import GqaConfig
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """One layer's attention before it looks: T positions."""
+    """The inputs of one layer's attention, over T positions."""
 
     hidden: Tensor  # [T, E], normalised: the indexer's input
     query: Tensor  # [T, Hkv, G, D], rotated
@@ -31,7 +30,7 @@ class LayerInputs:
     window: int | None  # positions that a row sees; None: all up to its own
 
     def visible(self, rows: Tensor) -> Tensor:
-        """What the rows [n] may see: [n, T] bool."""
+        """Which positions the rows [n] may see: [n, T] bool."""
         at, own = torch.arange(len(self.hidden), device=rows.device), rows.unsqueeze(-1)
         causal = at <= own
         return causal if self.window is None else causal & (at > own - self.window)
@@ -39,7 +38,7 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class Corrections:
-    """One layer's sparse adapter and the rows that it is for."""
+    """One layer's sparse adapter, and the rows that it corrects."""
 
     qkv: LowRank
     o: LowRank
@@ -47,7 +46,7 @@ class Corrections:
 
 
 class Trunk:
-    """Layer-by-layer forward of one sequence; its weights carry no gradient."""
+    """Computes one sequence layer by layer. The weights have no gradient."""
 
     def __init__(
         self, config: GqaConfig, weights: Mapping[str, Tensor], max_positions: int, device: torch.device
@@ -60,11 +59,11 @@ class Trunk:
         self.scale = config.head_dim**-0.5
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[T] -> [T, E]."""
+        """Return the embeddings of tokens: [T] -> [T, E]."""
         return F.embedding(tokens, self.weights["embed"])
 
     def open(self, layer: int, x: Tensor, corrections: Corrections | None = None) -> LayerInputs:
-        """What layer `layer`'s attention and indexer see of x [T, E]."""
+        """Compute the inputs of the attention and the indexer of layer `layer` from x [T, E]."""
         c = self.config
         hidden = rms_norm(x, self.weights[f"layers.{layer}.input_norm"], c.rms_norm_eps)
         heads = self._linear(layer, "qkv", hidden)
@@ -80,7 +79,13 @@ class Trunk:
         return LayerInputs(hidden, query, rotate(key, rotation), value, c.windows[layer])
 
     def attend(self, inputs: LayerInputs, rows: slice, allowed: Tensor | None) -> Tensor:
-        """Attention of some rows: [n, Hq * D]. `allowed` [n, T] bool; None is all that the rows may see, for all rows."""
+        """Attend with some rows: [n, Hq * D].
+
+        Args:
+            inputs: of `open`
+            rows: n rows
+            allowed: [n, T] bool, which positions each row reads; None: all that it may see, and `rows` must be all rows
+        """
         c = self.config
         query = inputs.query[rows]
         n = query.shape[0]
@@ -108,7 +113,7 @@ class Trunk:
     def close(
         self, layer: int, x: Tensor, attended: Tensor, corrections: Corrections | None = None
     ) -> Tensor:
-        """The rest of the layer: x [T, E] and attention's output [T, Hq * D] -> the next x."""
+        """Compute the rest of the layer: x [T, E] and attention's output [T, Hq * D] -> the next layer's x [T, E]."""
         x = x + self._linear(layer, "o", attended)
         if corrections is not None:
             x = x + corrections.o(attended, corrections.rows)
@@ -121,12 +126,12 @@ class Trunk:
         return F.linear(x, self.weights[at], self.weights.get(f"{at}_bias"))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Of some rows' final x: [n, E] -> [n, vocab] float32."""
+        """Compute logits from the last layer's x of some rows: [n, E] -> [n, vocab] float32."""
         x = rms_norm(x, self.weights["norm"], self.config.rms_norm_eps)
         return F.linear(x, self.weights["embed" if self.config.tied else "head"]).float()
 
     def losses(self, x: Tensor, tokens: Tensor, rows_at_once: int = 2048) -> Tensor:
-        """Cross-entropy of each next token, nats: x [T, E], tokens [T] -> [T - 1] float32."""
+        """Compute the cross-entropy of each next token in nats: x [T, E], tokens [T] -> [T - 1] float32."""
         x = rms_norm(x, self.weights["norm"], self.config.rms_norm_eps)
         head = self.weights["embed" if self.config.tied else "head"]
         parts = [

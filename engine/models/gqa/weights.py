@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint and its overlay: parameter names here -> published names, and shapes."""
+"""The table of all parameters of a model and its overlay: name here -> published names, and shape."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from engine.protocol import IndexerInfo
 def weight_table(
     config: GqaConfig, indexer: IndexerInfo | None, *, short_queries: bool = False
 ) -> dict[str, Weight]:
-    """Every parameter of the model: its name here -> the checkpoint tensors that it is made of, and its shape.
+    """Return every parameter of the model: its name here -> its tensors in the checkpoint, and its shape.
 
-    With `short_queries` the projection to index queries may be packed in 4 bits where the model's weights are: it is
-    most of what an indexer reads of its weights, and what is selected hardly changes (`benchmarks.index_bits`).
+    With `short_queries` the projection to index queries may be packed in 4 bits if the model's weights are. It is most
+    of the weights that an indexer reads, and the selection hardly changes (`benchmarks.index_bits`).
     """
     c = config
     attn_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim

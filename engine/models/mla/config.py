@@ -1,6 +1,6 @@
-"""The shape of a DeepSeek-V3-family model: deepseek_v3 (dense), deepseek_v32 and glm_moe_dsa (GLM-5).
+"""The config of a DeepSeek-V3-family model, read and checked: deepseek_v3 (dense), deepseek_v32, glm_moe_dsa (GLM-5).
 
-Names as in the papers: arXiv 2412.19437 (V3: MLA, MoE, MTP), arXiv 2512.02556
+The names are those of the papers: arXiv 2412.19437 (V3: MLA, MoE, MTP), arXiv 2512.02556
 (V3.2: lightning indexer), arXiv 2602.15763 (GLM-5), arXiv 2603.12201 (cross-layer index sharing).
 """
 
@@ -17,18 +17,18 @@ from engine.models import fields
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """The lightning indexer that the checkpoint brings."""
+    """The lightning indexer of a checkpoint."""
 
     num_heads: int
     head_dim: int
-    rope_dim: int  # the first dims of a head are rotated
+    rope_dim: int  # so many first dims of a head are rotated
     rope_interleaved: bool  # False: half-split, as in V3.2; True in GLM-5
-    index_top_k: int  # what it was trained to select
+    index_top_k: int  # how many tokens it was trained to select
 
 
 @dataclass(frozen=True)
 class _Member:
-    """Where the members of the family differ in what they leave unsaid."""
+    """The defaults of config fields, which differ between the members of the family."""
 
     max_positions: int
     rms_norm_eps: float
@@ -47,7 +47,7 @@ _MEMBERS: Mapping[str, _Member] = {
 
 @dataclass(frozen=True)
 class MlaConfig:
-    """What shapes the model."""
+    """The fields of a config.json that decide what the model computes."""
 
     architecture: str  # model_type
     vocab_size: int
@@ -55,7 +55,7 @@ class MlaConfig:
     intermediate_size: int  # of a dense layer's MLP
     num_layers: int
     num_heads: int
-    q_lora_rank: int | None  # None: queries come straight from the hidden state
+    q_lora_rank: int | None  # None: queries are made from the hidden state
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
@@ -67,14 +67,14 @@ class MlaConfig:
     rope_interleaved: bool  # of MLA: True in every published model
     tied: bool
     moe: MoEConfig
-    moe_layers: tuple[bool, ...]  # one a layer; False: dense MLP
+    moe_layers: tuple[bool, ...]  # one for each layer; False: dense MLP
     indexer: IndexConfig | None  # None: attention is dense
-    index_layers: tuple[bool, ...]  # one a layer; False: uses the selection of the last True layer before it
-    num_mtp_layers: int  # as declared; a checkpoint may leave their tensors out
+    index_layers: tuple[bool, ...]  # one for each layer; False: uses the last True layer's selection
+    num_mtp_layers: int  # as the config says; a checkpoint may leave their tensors out
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> MlaConfig:
-        """From a config.json's object as it was read; what it leaves unsaid is as in transformers.
+        """Read the object of a config.json. Defaults of missing fields are those of transformers.
 
         Raises:
             CheckpointError: a field is missing, asks for something that this family does not do, or contradicts
@@ -163,17 +163,17 @@ class MlaConfig:
 
     @property
     def qk_head_dim(self) -> int:
-        """Dims of a query head before absorption."""
+        """Dims of a query head before it is absorbed."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def latent_dim(self) -> int:
-        """Values that a layer caches of a token for attention: the latent, then the rotated shared key."""
+        """How many numbers a layer caches of a token for attention: the latent, then the rotated shared key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 def _refuse_unknown(raw: Mapping[str, Any], where: str) -> None:
-    """What the published models leave at one value is not implemented for others."""
+    """Refuse other values of fields that have the same value in all published models."""
     family = raw["model_type"]
     for key, only in (("hidden_act", "silu"), ("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
         if raw.get(key, only) != only:
@@ -186,7 +186,7 @@ def _refuse_unknown(raw: Mapping[str, Any], where: str) -> None:
 
 
 def _mlp_types(raw: Mapping[str, Any], where: str, layers: int) -> tuple[str, ...]:
-    """`dense` or `sparse` of each layer: given as a list, or as the number of dense layers at the start."""
+    """Read `dense` or `sparse` for each layer, from a list or from the number of dense layers at the start."""
     if raw.get("mlp_layer_types") is not None:
         return fields.layer_list(raw, "mlp_layer_types", where, layers, ("dense", "sparse"))
     frequency = raw.get("moe_layer_freq")
@@ -197,11 +197,11 @@ def _mlp_types(raw: Mapping[str, Any], where: str, layers: int) -> tuple[str, ..
 
 
 def _indexer_types(raw: Mapping[str, Any], where: str, layers: int) -> tuple[str, ...]:
-    """`full` or `shared` of each layer.
+    """Read `full` or `shared` for each layer.
 
-    A layer that shares reads the tokens that the last full layer before it selected (IndexCache, arXiv
-    2603.12201). Given as a list, as a pattern of F and S, or by `index_topk_freq` and
-    `index_skip_topk_offset`; given not at all, every layer has its own indexer.
+    A shared layer reads the tokens that the last full layer before it selected (IndexCache, arXiv 2603.12201). The
+    config has a list, or a pattern of F and S, or `index_topk_freq` and `index_skip_topk_offset`. Without any of them
+    every layer is full.
     """
     if raw.get("indexer_types") is not None:
         types = fields.layer_list(raw, "indexer_types", where, layers, ("full", "shared"))
@@ -222,7 +222,7 @@ def _indexer_types(raw: Mapping[str, Any], where: str, layers: int) -> tuple[str
 
 
 def _check_moe(moe: MoEConfig) -> None:
-    """Groups and choices fit."""
+    """Check that the numbers of groups and experts fit together."""
     if moe.num_experts % moe.num_groups or moe.num_experts < 2 * moe.num_groups:
         raise CheckpointError(
             f"{moe.num_experts} experts do not make {moe.num_groups} equal groups of two or more"

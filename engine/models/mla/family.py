@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and its relatives, through the face of `engine.models.family`."""
+"""The DeepSeek-V3 family (decoders with latent attention), as `engine.models.family.Family`."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ from engine.protocol import IndexerInfo
 
 @dataclass(frozen=True)
 class Mla:
-    """One model of the family; see `engine.models.family.Family`."""
+    """One model of the DeepSeek-V3 family."""
 
     config: MlaConfig
 
     @property
     def max_positions(self) -> int:
-        """As the config declares."""
         return self.config.max_positions
 
     def shape(self, indexer: IndexerInfo | None) -> Shape:
-        """The model's weights and bytes; raises CheckpointError for an overlay."""
+        """Return the model's weights and bytes. An overlay is a CheckpointError: this family takes none."""
         self._refuse(indexer)
         return shape(self.config)
 
     def check_split(self, count: int) -> None:
-        """Whether the model can be split over `count` ranks; raises ConfigError where something does not divide."""
+        """Check that `count` divides all sizes that are split over ranks."""
         c = self.config
         sizes = {"attention heads": c.num_heads}
         if not all(c.moe_layers):
@@ -58,7 +57,6 @@ class Mla:
         on: Placement,
         progress: Callable[[int, int], None],
     ) -> tuple[MlaModel, LoadReport]:
-        """Load the model; raises as `Family.build`."""
         self._refuse(indexer)
         config, formats = self.config, self._formats(source, on)
         table, fp8 = weight_table(config, on.ranks), on.precision.resident(on.device)
@@ -78,7 +76,7 @@ class Mla:
     def build_draft(
         self, source: Source, on: Placement, progress: Callable[[int, int], None]
     ) -> tuple[MtpLayer, frozenset[str]]:
-        """Load the first MTP module; raises as `Family.build_draft`."""
+        """Load the first MTP module."""
         if not self.config.num_mtp_layers:
             raise ConfigError(
                 "drafter is mtp, but this checkpoint has no multi-token prediction layer; use ngram or off"
@@ -103,5 +101,5 @@ class Mla:
 
 
 def read(raw: Mapping[str, Any], where: str) -> Family:
-    """From a config.json's object; raises CheckpointError as `MlaConfig.read`."""
+    """Read the object of a config.json; raises the errors of `MlaConfig.read`."""
     return Mla(MlaConfig.read(raw, where))

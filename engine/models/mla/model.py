@@ -1,8 +1,8 @@
 """DeepSeek-V3 and its relatives: deepseek_v3 (dense), deepseek_v32 and glm_moe_dsa (sparse, with an indexer).
 
-Per layer: x = x + MLA(norm(x)); x = x + MLP(norm(x)), where the MLP is dense in the first layers and a mixture
-of experts after. All heads of a layer read the tokens that its indexer selected; a layer without one reads
-those that the last layer before it selected (arXiv 2603.12201).
+Each layer computes x = x + MLA(norm(x)); x = x + MLP(norm(x)). The MLP is dense in the first layers and a mixture of
+experts in the others. All heads of a layer read the tokens that its indexer selected. A layer without an indexer reads
+the tokens that the last layer with one selected (arXiv 2603.12201). `engine.attention.mla` computes attention.
 """
 
 from __future__ import annotations
@@ -37,23 +37,22 @@ from engine.protocol import IndexerInfo
 
 Rotation = tuple[Tensor, Tensor]
 Selections = Sequence[Tensor | None]
-"""Of each tile: the positions that its rows selected, or None where the tile is dense."""
+"""For each tile the positions that its rows selected, or None if the tile is dense."""
 
 
 class MlaMlp:
-    """down(silu(gate x) * up x); of several ranks' parts of it, the sum."""
+    """Computes down(silu(gate x) * up x): [T, E] -> [T, E]. `total` sums the parts of all ranks."""
 
     def __init__(self, gate_up: Matrix, down: Matrix, total: Callable[[Tensor], Tensor]) -> None:
         self._gate_up, self._down, self._total = gate_up, down, total
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, E] -> [T, E]."""
         gate, up = linear(x, self._gate_up).chunk(2, dim=-1)
         return self._total(linear(F.silu(gate) * up, self._down))
 
 
 class MlaMoe:
-    """Routed experts and the shared one; the sum, over ranks too, is in float32."""
+    """Sums the routed experts, the shared expert, and the parts of all ranks, in float32: [T, E] -> [T, E]."""
 
     def __init__(self, of: Parameters, config: MoEConfig, ranks: Ranks) -> None:
         self._config, self._total = config, ranks.sum
@@ -66,14 +65,13 @@ class MlaMoe:
         self._shared = MlaMlp(of.matrix("moe.shared_gate_up"), of.matrix("moe.shared_down"), ALONE.sum)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, E] -> [T, E]."""
         experts, weights = route(x, self._gate, self._bias, self._config)
         routed = run_experts(x, experts, weights, self._gate_up, self._down, self._first)
         return self._total(routed + self._shared(x).float()).to(x.dtype)
 
 
 class MlaLayer:
-    """One decoder layer; parameters named as in `engine.models.mla.weights.layer_table`."""
+    """One decoder layer. Its parameters are named as in `engine.models.mla.weights.layer_table`."""
 
     def __init__(
         self,
@@ -135,13 +133,16 @@ class MlaLayer:
         kernels: Kernels,
         selections: Selections,
     ) -> tuple[Tensor, Selections]:
-        """Run rows x [T, E] as layer `i` of the cache; also the selections, for layers that share them."""
+        """Compute rows x [T, E] -> [T, E], and write them to layer `i` of the cache.
+
+        Returns also the selections, for the layers that share them.
+        """
         batch, hidden = tiling.batch, rms_norm(x, self._input_norm, self._eps)
         rows = self.attention.project(hidden, rotation)
         packed = self._latent_format.pack(rows.cached, kernels)
         cache.write(i, "latent", batch.pages, batch.offsets, packed)
         if self.indexer is not None and self._index_format is not None:
-            # Written whatever the row's index_top_k: a later sparse row may score this token.
+            # Dense rows write a key too, because a later sparse row may score their token.
             plane = cache.plane(i, "index_key")
             keys = self.indexer.keys(hidden, rotation)
             self._index_format.write(plane, batch.pages, batch.offsets, keys, kernels)
@@ -172,13 +173,16 @@ class MlaModel:
         index_format: IndexFormat | None,
         ranks: Ranks = ALONE,
     ) -> None:
-        """Wire `weights`, named as in `weight_table`.
+        """Build the model from its weights.
 
         Args:
-            latent_format: how latents are cached
-            index_format: how index keys are; None without an indexer
+            config: the checkpoint's
+            weights: named as in `weight_table`
+            kernels: the backend
             max_positions: positions to prepare the rotation table for; at most `config.max_positions`
-            ranks: whose part of the model `weights` are
+            latent_format: how latents are cached
+            index_format: how index keys are cached; None without an indexer
+            ranks: which part of the model `weights` are
         """
         self._ranks = ranks
         self.config = config
@@ -203,7 +207,7 @@ class MlaModel:
         self._latent_format, self._index_format = latent_format, index_format
         of = Parameters(weights)
         self._embed, self._norm = of("embed"), of("norm")
-        # As the published code does: logits are compared with one another to the last digit.
+        # In float32 as in the published code: small differences of logits decide which token is drawn.
         self._head = of("embed" if config.tied else "head").float() if ranks.rank == 0 else None
         self._layers = [
             MlaLayer(
@@ -234,25 +238,23 @@ class MlaModel:
         """Nothing is to be done."""
 
     def products(self) -> str:
-        """See `Model`."""
         return "products: torch"
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
-        """The latent with the rotated shared key, and the index key where a layer has an indexer of its own."""
+        """The latent with the rotated shared key, and the index key in the layers that have an indexer."""
         latent, index = self._latent_format.spec, self._index_format
         if index is None:
             return (latent,)
         return latent, index.spec(frozenset(i for i, own in enumerate(self.config.index_layers) if own))
 
     def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> LatentTileCosts:
-        """See `LatentTileCosts`."""
         c, dtype, index = self.config, self._embed.dtype, self._index_format
         heads = c.num_heads // self._ranks.count
         latents = self._latent_format.spec.dtype
         streams = self._kernels.streams_latents(latents, latents if index is None else index.spec_dtype)
         return LatentTileCosts(
             budget_bytes=budget_bytes,
-            # Streamed, what is left are a row's positions: a truth each where it may see, 8 bytes where it selected.
+            # Kernels that stream need only a row's positions: a bool for each it may see, 8 bytes for each selected.
             index_row_bytes=0 if streams or c.indexer is None else 4 * c.indexer.num_heads,
             attention_row_bytes=1 if streams else 4 * heads,
             token_bytes=8 if streams else c.latent_dim * dtype.itemsize,
@@ -269,7 +271,7 @@ class MlaModel:
         )
 
     def shape(self) -> ModelShape:
-        """See `ModelShape`. Attention is counted in its latent form; of the experts, those that a token visits."""
+        """Count attention in the absorbed form, and only the experts that a token visits."""
         c, e = self.config, self.config.hidden_size
         head = c.qk_nope_head_dim + c.qk_rope_head_dim
         queries = c.num_heads * head
@@ -300,7 +302,6 @@ class MlaModel:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
-        """Run the batch's rows: [T] token ids -> [T, E] hidden states, cache written."""
         x = F.embedding(batch.token_ids, self._embed)
         rotation = self._rotary.at(batch.positions)
         tiling = Tiling(batch, costs)
@@ -311,7 +312,11 @@ class MlaModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, E] -> [N, vocab_size] float32; raises EngineError on other ranks than 0, which have no head."""
+        """Compute logits: [N, E] -> [N, vocab_size] float32.
+
+        Raises:
+            EngineError: this is not rank 0, and only rank 0 has the head.
+        """
         if self._head is None:
             raise EngineError("only rank 0 computes logits")
         return F.linear(hidden.float(), self._head)

@@ -5,8 +5,8 @@ token t + 2:
 
     h_t = Layer(eh_proj [enorm(embed(token_{t+1})) | hnorm(hidden_t)]),  logits = head(norm(h_t))
 
-Its keys and index keys lie in the pages of the main model, as one layer more, in the slot of position t.
-Given its own normed output as hidden states, it predicts further ahead.
+Its latents and index keys lie in the pages of the main model, as one more layer, in the slot of position t. With its
+own normed output as the hidden state it predicts the tokens after t + 2. `engine.step.drafting` runs it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from engine.plan.tiles import TileCosts
 
 
 class MtpLayer:
-    """One module and its weights, named as in `mtp_table`."""
+    """One MTP module. Its weights are named as in `mtp_table`."""
 
     def __init__(
         self,
@@ -63,7 +63,6 @@ class MtpLayer:
         )
 
     def plane_specs(self, specs: tuple[PlaneSpec, ...]) -> tuple[PlaneSpec, ...]:
-        """The main model's planes, extended to this layer, which has its own of each."""
         last = self._config.num_layers
         return tuple(
             PlaneSpec(s.name, s.shape, s.dtype, layers=None if s.layers is None else s.layers | {last})
@@ -72,12 +71,6 @@ class MtpLayer:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, hidden: Tensor, cache: PagedCache, costs: TileCosts) -> Tensor:
-        """Rows of `batch`, whose token ids are those *after* each row's position: -> normed [T, E].
-
-        Args:
-            hidden: [T, E], of the main model or of this layer
-            costs: how rows are cut into tiles
-        """
         of, eps = self._of, self._config.rms_norm_eps
         embedded = rms_norm(F.embedding(batch.token_ids, of("embed")), of("enorm"), eps)
         x = F.linear(torch.cat((embedded, rms_norm(hidden, of("hnorm"), eps)), dim=-1), of("eh_proj"))
@@ -89,5 +82,4 @@ class MtpLayer:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, E] -> [N, vocab_size] float32."""
         return F.linear(hidden.float(), self._head)

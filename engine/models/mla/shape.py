@@ -1,4 +1,4 @@
-"""A model of this family as inspection sees it."""
+"""The weights and cache of a model of this family, for inspection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.parallel.ranks import Ranks
 
 
 def shape(config: MlaConfig) -> Shape:
-    """Of the model and its MTP modules."""
+    """Return the shape of a model and its MTP modules."""
     c, key = config, config.indexer
     cache = {
         name: (c.latent_dim * size, 0 if key is None else key.head_dim * size)

@@ -1,11 +1,10 @@
-"""Every tensor of a DeepSeek-V3-family checkpoint: parameter names here -> published names, and shapes.
+"""The table of all parameters of a DeepSeek-V3-family model: name here -> published names, and shape.
 
 Letters: E hidden size, H heads, r_q and r_kv latent ranks, n / p / v the plain, rotated and value dims of a
 head, F an MLP's or expert's inner size, X routed experts.
 
-Split over ranks are what follows the heads (q_b, kv_b, o), the inner size of MLPs and the shared expert, and
-the routed experts; the head of the model is rank 0's; all else is on every rank, so that each selects and
-routes by itself.
+Ranks split the heads (q_b, kv_b, o), the inner size of MLPs and of the shared expert, and the routed experts. Only
+rank 0 has the head of the model. Every rank has all the rest, so that it selects and routes by itself.
 """
 
 from __future__ import annotations
@@ -22,12 +21,13 @@ _MAY_STAY_FP8 = frozenset({
     "attn.q", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.o", "mlp.gate_up", "mlp.down",
     "moe.experts_gate_up", "moe.experts_down", "moe.shared_gate_up", "moe.shared_down",
 })  # fmt: skip
-"""What `engine.layers.linear` multiplies. Not kv_b, which the absorbed form takes apart head by head, nor the
-indexer, which is small and chooses: in bfloat16 they take 1.9 and 1.5 GiB of DeepSeek-V3.2, twice what is stored."""
+"""The weights that may stay in FP8 blocks: those that `engine.layers.linear` multiplies. kv_b may not, because the
+absorbed form multiplies head by head. The indexer may not, because it is small and decides the selection. In bfloat16
+kv_b and the indexer take 1.9 and 1.5 GiB of DeepSeek-V3.2, twice what is stored."""
 
 
 def weight_table(config: MlaConfig, ranks: Ranks = ALONE) -> dict[str, Weight]:
-    """The main model: `embed`, `norm`, `head` (unless tied), and `layers.{i}.*` as in `layer_table`."""
+    """Return the main model's parameters: `embed`, `norm`, `head` (unless tied), `layers.{i}.*` as in `layer_table`."""
     c = config
     table = {
         "embed": Weight(("model.embed_tokens.weight",), (c.vocab_size, c.hidden_size)),
@@ -42,10 +42,10 @@ def weight_table(config: MlaConfig, ranks: Ranks = ALONE) -> dict[str, Weight]:
 
 
 def mtp_table(config: MlaConfig, k: int) -> dict[str, Weight]:
-    """The `k`-th multi-token prediction module, stored as layer `num_layers + k` (arXiv 2412.19437, section 2.2).
+    """Return the parameters of the `k`-th multi-token prediction module (arXiv 2412.19437, section 2.2).
 
-    A whole MoE layer, its indexer included (never shared), two norms and a projection before it, and a norm and
-    head after it. `embed` and `head` are copies of the main model's.
+    Checkpoints store it as layer `num_layers + k`. It has two norms and a projection, a whole MoE layer with its own
+    indexer, a norm and a head. `embed` and `head` are copies of the main model's.
     """
     c = config
     at = f"model.layers.{c.num_layers + k}"
@@ -63,10 +63,10 @@ def mtp_table(config: MlaConfig, k: int) -> dict[str, Weight]:
 def layer_table(
     config: MlaConfig, at: str, *, moe: bool, indexer: bool, ranks: Ranks = ALONE
 ) -> dict[str, Weight]:
-    """One decoder layer, whose published names begin with `at` (`model.layers.3`).
+    """Return the parameters of one decoder layer. Its published names begin with `at` (`model.layers.3`).
 
     Returns:
-        input_norm, post_norm; attn.*; indexer.* where asked for; moe.* or mlp.*
+        input_norm, post_norm; attn.*; indexer.* if `indexer`; moe.* if `moe`, else mlp.*
     """
     c, attn = config, f"{at}.self_attn"
     table = {
@@ -113,7 +113,7 @@ def _indexer_table(config: MlaConfig, at: str) -> dict[str, Weight]:
         "indexer.wk": Weight((f"{at}.wk.weight",), (index.head_dim, config.hidden_size)),
         "indexer.k_norm_weight": Weight((f"{at}.k_norm.weight",), (index.head_dim,)),
         "indexer.k_norm_bias": Weight((f"{at}.k_norm.bias",), (index.head_dim,)),
-        # The published code computes the head weights in float32: a rounded one would change the selection.
+        # The published code computes the head weights in float32, because a rounded one would change the selection.
         "indexer.weights_proj": Weight(
             (f"{at}.weights_proj.weight",), (index.num_heads, config.hidden_size), dtype=torch.float32
         ),
@@ -134,12 +134,12 @@ def _mlp_table(config: MlaConfig, at: str, ranks: Ranks) -> dict[str, Weight]:
 
 
 def _moe_table(config: MlaConfig, at: str, ranks: Ranks) -> dict[str, Weight]:
-    """Experts lie one below the other: [X * 2F, E] (gate rows first, then up) and [X * E, F]."""
+    """Return the parameters of experts, which are stacked as [X * 2F, E] (gate rows first, then up) and [X * E, F]."""
     moe, hidden = config.moe, config.hidden_size
     inner, shared, experts = moe.intermediate_size, at + ".shared_experts", ranks.share(moe.num_experts)
     shared_inner = inner * moe.num_shared_experts
     return {
-        # Routing is a choice, so it too is computed in float32.
+        # Routing is a choice too, so it is computed in float32.
         "moe.gate": Weight((f"{at}.gate.weight",), (moe.num_experts, hidden), dtype=torch.float32),
         "moe.bias": Weight((f"{at}.gate.e_score_correction_bias",), (moe.num_experts,), dtype=torch.float32),
         "moe.experts_gate_up": Weight(

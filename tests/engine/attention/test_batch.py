@@ -1,4 +1,4 @@
-"""A plan's rows as tensors, against the plan itself."""
+"""The batch: its tensors hold the rows of the plan."""
 
 from __future__ import annotations
 

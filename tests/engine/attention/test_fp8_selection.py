@@ -52,7 +52,7 @@ def overlap(query: Tensor, head_weights: Tensor, keys: Tensor) -> float:
 def correlated(
     context: int, rank: int = 32, heads: int = 64, dim: int = 128
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer-normed keys of a decaying spectrum, each 0.9 like its neighbour; 4 queries whose heads are related."""
+    """Layer-normed keys with a decaying spectrum, each correlated by 0.9 with its neighbour; 4 queries of related heads."""
     g = torch.Generator().manual_seed(0)
     spectrum = torch.arange(1, rank + 1).float() ** -0.7
     basis = torch.randn(rank, dim, generator=g)

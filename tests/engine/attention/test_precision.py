@@ -1,4 +1,4 @@
-"""The FP8 cache and indexer in the engine: equal to the formula, whatever the cutting, and near plain precision."""
+"""The FP8 cache and indexer in the engine: equal to the formula, the same however rows are cut, near full precision."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def test_the_fp8_cache_is_the_latent_after_a_round_trip(
 
 @pytest.mark.parametrize("budget", [16, 150])
 def test_fp8_hardly_depends_on_the_cutting(folder: Path, budget: int) -> None:
-    """Another cutting changes float32's last digits, and where e4m3 then rounds to the other side, one number by
-    a sixteenth. Nothing more: what a wrong page or position does is a hundred times as large."""
+    """If rows are cut differently, float32's last digits change. Then e4m3 may round to the other side, which changes a
+    number by a sixteenth. A wrong page or position would change the result a hundred times as much."""
     settings: dict[str, Any] = {"kv_cache_dtype": "fp8", "indexer_dtype": "fp8"}
     one, other = run(folder, **settings), run(folder, budget=budget, **settings)
     assert (hidden(one) - hidden(other)).norm() < 1e-3 * hidden(one).norm()
@@ -82,7 +82,8 @@ def test_fp8_hardly_depends_on_the_cutting(folder: Path, budget: int) -> None:
 
 
 def test_the_fp8_indexer_selects_nearly_the_same(folder: Path) -> None:
-    """In the first layer, where the inputs are the same; 24 of up to 150 tokens of an untrained indexer of 16 dims."""
+    """It compares the first layer, where the inputs are the same. An untrained indexer of 16 dims selects 24 tokens of up
+    to 150."""
     plain, low = run(folder), run(folder, indexer_dtype="fp8")
     shares = []
     for position in range(TOP_K, len(TOKENS)):

@@ -55,7 +55,7 @@ def write_gguf(
     endian: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
     **changed: Any,
 ) -> Path:
-    """Write a tiny llama; `changed` replaces settings, dots written as two underscores, None removes."""
+    """Write a tiny llama. `changed` replaces settings; a dot is written as two underscores, and None removes a setting."""
     writer = gguf.GGUFWriter(path, arch, endianess=endian)
     writer.add_string("tokenizer.ggml.model", "gpt2")
     writer.add_array("tokenizer.ggml.tokens", [f"<{i}>" for i in range(VOCAB)])

@@ -1,4 +1,4 @@
-"""FP8 block checkpoints as DeepSeek publishes them: read exactly, and every fault named."""
+"""FP8 block checkpoints as DeepSeek publishes them: they are read exactly, and the error names every fault."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PLAIN = ("embed", "head", "norm", "gate.weight", "bias", "weights_proj")
 
 
 def quantise_folder(folder: Path, scales: torch.dtype = torch.float32, shards: int = 2) -> dict[str, Tensor]:
-    """Rewrite a folder's weights as published: FP8 blocks in `shards` files; what they stand for, in float64."""
+    """Rewrite a folder's weights as DeepSeek publishes them: FP8 blocks in `shards` files. Return the values in float64."""
     config = json.loads((folder / "config.json").read_text())
     kind = QUANTISATION | ({"scale_fmt": "ue8m0"} if scales == torch.float8_e8m0fnu else {})
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": kind}))

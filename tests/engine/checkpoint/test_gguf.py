@@ -1,4 +1,4 @@
-"""GGUF files: against transformers' reading of the same file, and every way to be refused."""
+"""GGUF files: transformers reads the same from them, and every fault is refused."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_k_quants_are_dequantised_by_the_gguf_package(tmp_path: Path) -> None:
 
 
 def test_query_and_key_rows_are_half_split(tiny: Path) -> None:
-    """Row r of a GGUF head is pair r // 2, member r % 2; Hugging Face has the pairs' first members first."""
+    """Row r of a GGUF head is member r % 2 of pair r // 2. Hugging Face has the first members of all pairs first."""
     stored = tiny_tensors()
     source = open_source(tiny)
     for part, heads in (("q", HEADS), ("k", KV_HEADS)):
@@ -186,7 +186,7 @@ def test_eps_is_the_decimal_that_a_config_would_have(tiny: Path) -> None:
 
 
 def llama3_factors(scaling: Mapping[str, Any], theta: float, dim: int) -> np.ndarray:
-    """What a converter writes as rope_freqs.weight: how much slower each pair turns."""
+    """The content of rope_freqs.weight: by which factor each pair turns more slowly."""
     plain = inverse_frequencies(dim, theta, None)
     return (plain / inverse_frequencies(dim, theta, scaling)).numpy()
 

@@ -1,4 +1,4 @@
-"""GGUF files that are damaged: whatever is wrong, it ends in a CheckpointError that names it."""
+"""Damaged GGUF files: every fault raises a CheckpointError that names it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_truncated_anywhere(whole: tuple[bytes, Path], data: st.DataObject) -> N
 @given(data=st.data())
 @settings(max_examples=120, deadline=None)
 def test_a_changed_byte_is_refused_or_read(whole: tuple[bytes, Path], data: st.DataObject) -> None:
-    """Not every wrong byte can be noticed; but whatever happens is a CheckpointError."""
+    """Some wrong bytes cannot be noticed. If reading fails, it raises CheckpointError and nothing else."""
     content, folder = whole
     at = data.draw(st.integers(0, 3000))
     path = folder / "changed.gguf"

@@ -34,7 +34,7 @@ NORM = "model.norm.weight"
 def save_base(
     folder: Path, *, seed: int = 0, trained: bool = True, dtype: torch.dtype = torch.float32
 ) -> Source:
-    """A tiny llama; `trained` gives its norms something else than ones."""
+    """Save a tiny llama. With `trained` its norms are not ones."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         HfConfig(
@@ -75,7 +75,7 @@ def path(tmp_path: Path, base: Source) -> Path:
 
 
 def rewrite(path: Path, *, tensors: Mapping[str, Tensor | None] = {}, **changed: str | None) -> None:
-    """Change an overlay behind the writer's back; None removes."""
+    """Change the header or tensors of an overlay file; None removes an entry."""
     with safe_open(path, framework="pt") as file:
         metadata = {**file.metadata(), **changed}
     kept = {name: tensor for name, tensor in {**load_file(path), **tensors}.items() if tensor is not None}
@@ -144,7 +144,7 @@ def test_fingerprint_of_untrained_norms_counts_more(tmp_path: Path) -> None:
 
 
 def test_the_default_models_fingerprint_never_changes(default_model: Path) -> None:
-    """Overlays carry it: another way to compute it would orphan them."""
+    """Overlays contain the fingerprint. If it were computed differently, they would fit no base."""
     expected = "b470de17cf8d8ce3f683d0b540da0366627d84fbf6b53d868f8b93c87637e929"
     assert base_fingerprint(open_source(default_model)) == expected
 

@@ -39,7 +39,7 @@ def save_tiny(folder: Path, *, seed: int = 0, shards: bool = False, **changed: A
 
 
 def edit(path: Path, **changed: Any) -> None:
-    """Change fields of a JSON file; None removes."""
+    """Change fields of a JSON file; None removes a field."""
     content = {**json.loads(path.read_text()), **changed}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 

@@ -42,7 +42,7 @@ def tile_shapes(draw: st.DrawFn) -> tuple[int, int, int, int]:
 
 
 class Dims(NamedTuple):
-    """Of heads: what the vectors of a processor divide, and what they do not."""
+    """Sizes of heads that are multiples of a processor's vectors, and sizes that are not."""
 
     index_heads: int
     index_dim: int
@@ -204,7 +204,7 @@ def test_select_is_exact_whatever_the_scores(
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("kind", ["normal", "rising", "falling", "heavy", "one in eight", "negative"])
 def test_select_of_long_rows(backend: str, kind: str) -> None:
-    """Where a sample of the row tells little or nothing of the rest."""
+    """Rows whose sample says little or nothing about the other scores."""
     g = torch.Generator().manual_seed(3)
     scores = torch.randn(7000, generator=g)
     if kind == "rising":
@@ -253,7 +253,7 @@ def test_index_scores_do_not_depend_on_how_many_positions_are_taken_at_once(
 
 @pytest.mark.parametrize("backend", HERE)
 def test_masked_positions_are_never_selected_even_when_every_score_is_negative(backend: str) -> None:
-    """0 would beat them all: the mask has to be -inf."""
+    """A masked score of 0 would be the largest, so it must be -inf."""
     scores = torch.full((1, 1, 64), -5.0)
     scores[..., 10:] = -math.inf
     selected = load_backend(backend).select(scores, torch.tensor([[32]]))

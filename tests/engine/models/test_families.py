@@ -1,4 +1,4 @@
-"""`FAMILIES` is the only table of `model_type`: what is keyed by it elsewhere has no entry more and none less."""
+"""`FAMILIES` is the only table of `model_type`: other tables with these keys have exactly its entries."""
 
 from __future__ import annotations
 

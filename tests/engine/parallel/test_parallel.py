@@ -1,4 +1,4 @@
-"""One model over two processes: the same numbers as over one, half of the weights each, and no death unheard."""
+"""One model over two processes: the numbers are those of one process, each has half of the weights, deaths are seen."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_each_rank_loads_its_half(folder: Path, pair: tuple[Built, Built]) -> No
 
 
 def test_a_killed_worker_ends_the_engine_with_the_reason(pair: tuple[Built, Built]) -> None:
-    """The last test of the pair, which it ends."""
+    """This is the last test of `pair`, because it ends the processes."""
     built = pair[1]
     assert built.team is not None
     sampling = SamplingParams(max_tokens=100, seed=0, temperature=0.0)
@@ -176,7 +176,7 @@ def test_what_is_wrong_with_a_workers_part_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_weights_in_fp8_stay_so_in_parts(tmp_path: Path) -> None:
-    """The shared expert's 128 inner dims make half a block a rank: these, and no others, become plain."""
+    """A rank's part of the shared expert's 128 inner dims is half a block: only these weights become plain."""
     tiny_deepseek(
         "deepseek_v32", tmp_path, hidden_size=256, intermediate_size=256, moe_intermediate_size=128,
         q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=64,

@@ -68,8 +68,8 @@ def test_counts_are_those_of_each_row(start: int, rows: int, index_top_k: int | 
 def test_every_measured_second_has_an_owner() -> None:
     random.seed(1)
     meter, works, busy = Meter(model()), [], 0.0
-    top_k = {f"r{i}": random.choice([None, 16, 64]) for i in range(8)}
-    live = dict.fromkeys(top_k, 0)
+    index_top_k = {f"r{i}": random.choice([None, 16, 64]) for i in range(8)}
+    live = dict.fromkeys(index_top_k, 0)
     for name in live:
         meter.open(name, 100)
     for step in range(60):
@@ -77,7 +77,7 @@ def test_every_measured_second_has_an_owner() -> None:
         requests = []
         for name in chosen:
             rows = random.choice([1, 1, 30])
-            requests.append(scheduled(name, live[name], rows, top_k[name]))
+            requests.append(scheduled(name, live[name], rows, index_top_k[name]))
             live[name] += rows
         seconds = random.random()
         busy += seconds
@@ -127,7 +127,7 @@ class _Instant:
 
 
 def test_what_is_told_of_the_engine_is_what_is_told_of_its_requests() -> None:
-    """After every message, so also after the last before the engine dies."""
+    """They agree after every message, so also after the last one before the engine dies."""
     runner = _Instant()
     scheduler = Scheduler(64, token_budget=64, max_running=8, max_model_len=512, prefix_caching=False)
     core = EngineCore(scheduler, runner, Meter(model()), sparse=True, clock=runner.clock)

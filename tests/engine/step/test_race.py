@@ -1,4 +1,4 @@
-"""Numbers that belong to tokens, and who wins by them."""
+"""The race: each token's random number, and the token that wins with it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_tokens_number_does_not_depend_on_who_else_runs() -> None:
 
 @pytest.mark.parametrize("alone", [5, 3, 1])
 def test_everybody_wins_as_often_as_it_should(alone: int) -> None:
-    """Whether all run for themselves, or those from `alone` on as one."""
+    """Each token wins as often, whether all tokens run alone, or those from `alone` on run as one."""
     weights = np.array([0.4, 0.2, 0.2, 0.15, 0.05], dtype=np.float32)
     rest = float(weights[alone:].sum())
     wins = np.bincount([race(weights, ALL[:alone], rest, 7, index) for index in range(8000)], minlength=5)

@@ -1,4 +1,4 @@
-"""A server of OpenAI's streaming interface that does as it is told: known times, or known faults."""
+"""A fake server with OpenAI's streaming interface, with times or faults that the test chooses."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 
 class Told:
-    """What the server does.
+    """The behaviour that the test chooses.
 
     Attributes:
-        first: seconds from a request to its first token, by prompt: those whose beginning was seen take `cached`.
+        first: seconds from a request to its first token.
+        cached: the same for a prompt whose beginning the server has seen.
         gap: seconds between tokens.
-        fault: nothing, or what it does wrong.
-        bodies: of the requests so far.
+        fault: the name of a fault; empty for none.
+        bodies: the bodies of the requests so far.
     """
 
     def __init__(

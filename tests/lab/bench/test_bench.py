@@ -1,4 +1,4 @@
-"""`dsa bench`: times and statistics made by hand, a server that is told its times and faults, and the real command."""
+"""`dsa bench`: times and statistics made by hand, a fake server with chosen times and faults, and the real command."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_vocabulary_without_words_is_refused() -> None:
 
 @contextmanager
 def told_server(told: Told) -> Iterator[str]:
-    """In a thread of its own, as a server is."""
+    """Run the server in another thread, so that the client does not delay it."""
     ready: list[str] = []
     begun, end = threading.Event(), threading.Event()
 
@@ -173,7 +173,7 @@ async def test_known_times_come_out_as_they_are(words: Words) -> None:
     assert prefix[0]["prompt"][:64] == prefix[1]["prompt"][:64]
     assert prefix[0]["prompt"][64:] != prefix[1]["prompt"][64:]
     heads = [tuple(body["prompt"][:HEAD]) for body in told.bodies]
-    assert len(set(heads)) == len(heads) - 2 - 3  # all but those that shall begin alike
+    assert len(set(heads)) == len(heads) - 2 - 3  # all differ but those of prompts that must begin alike
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ async def test_fields_are_added_and_null_leaves_one_out() -> None:
 
 # ---- servers that are started ---------------------------------------------------------------------
 
-# Stands for a server: it starts a child in a session of its own, as engines are, and says where it is.
+# Stands for a server: it starts a child in a session of its own, as a server starts its engine, and prints its id.
 FAMILY = """
 import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
@@ -270,7 +270,7 @@ def test_while_one_server_is_measured_the_others_stand_still(tmp_path: Path) -> 
         servers[1].pause()
     finally:
         for server in servers:
-            server.stop()  # the paused one, too, before it is killed
+            server.stop()  # a paused server, too, ends before it is killed
     with pytest.raises(BenchError, match="b ended with exit status -15"):
         servers[1].check()
 
@@ -348,6 +348,7 @@ def test_errors_are_one_sentence(
     assert sentence in lines[0]
 
 
+@pytest.mark.process
 def test_the_command_measures_two_servers_in_turn(tmp_path: Path, default_model: Path) -> None:
     fast, slow = Told(), Told(gap=0.03)
     with told_server(fast) as one, told_server(slow) as other:
@@ -367,7 +368,7 @@ def test_the_command_measures_two_servers_in_turn(tmp_path: Path, default_model:
     assert results.ratios[16]["decode_rate"] > 1.5
     assert results.command.startswith("dsa bench decode --contexts 16,32")
     assert results.machine["versions"]["dsa-serve"]
-    # the warm-up, and two turns of two cases: the prompts are the other server's but for the head
+    # The warm-up, and two turns of two cases. The prompts of the two servers differ only in the head.
     assert len(fast.bodies) == len(slow.bodies) == 5
     assert [b["prompt"][HEAD:] for b in fast.bodies[1:]] == [b["prompt"][HEAD:] for b in slow.bodies[1:]]
     assert [b.get("seed") for b in slow.bodies] == [1] * 5

@@ -1,4 +1,4 @@
-"""The engine driven in process: what is counted, what is derived, and the command itself."""
+"""The engine driven in process: what it counts, the figures computed from that, and the command itself."""
 
 from __future__ import annotations
 

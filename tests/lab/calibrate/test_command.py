@@ -1,4 +1,4 @@
-"""`dsa calibrate` finds the model and hands over to the calibration, whose exit status and sentence are its own."""
+"""Wrong flags and models of `dsa calibrate` end in one sentence."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from tests.server.cli.test_main import dsa
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [

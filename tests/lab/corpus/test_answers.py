@@ -1,4 +1,4 @@
-"""The model's own answers: asked of a server once, joined to the training split, and never twice."""
+"""The model's own answers: a server is asked once, and the answers are added to the training split once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROMPTS = [
 
 
 def serve(refuse: int | None = None) -> httpx.MockTransport:
-    """A server that answers by repeating the question, so that an answer tells its prompt."""
+    """A server that repeats the question as its answer, so that each answer shows its prompt."""
 
     def handle(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":

@@ -25,7 +25,7 @@ CONTROL = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
 
 
 class Words:
-    """A tokenizer of words and signs; long words have two tokens, like rare words in a real one."""
+    """A tokenizer of words and signs. Long words have two tokens, like rare words in a real tokenizer."""
 
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
         if parse_special and text in CONTROL:
@@ -42,7 +42,7 @@ SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo za".split
 
 
 def prose(seed: int, paragraphs: int) -> str:
-    """English enough: real function words between invented ones, in sentences, under headings."""
+    """Make text that passes for English: real function words between invented words, in sentences, under headings."""
     rng = random.Random(seed)
 
     def word() -> str:
@@ -160,7 +160,7 @@ def test_training_and_evaluation_share_no_phrasing_and_no_value() -> None:
 
 
 def _runs(form: str) -> set[tuple[str, ...]]:
-    """Runs of four words, placeholders counted as one and the same word."""
+    """Return all runs of four words. All placeholders count as the same word."""
     words = re.sub(r"\{\w\}", "X", form.lower()).replace("'", " ").split()
     runs = {tuple(words[i : i + 4]) for i in range(len(words) - 3)}
     return {run for run in runs if sum(word == "X" for word in run) < 2}
@@ -183,7 +183,7 @@ def test_needles_have_exact_lengths_and_stand_at_their_depth() -> None:
         assert any(list(span[i : i + len(inner)]) == inner for i in range(3))
         text = needle.prompt.split("\n\n")[1]
         place = text.index(needle.statement) / max(1, len(text) - len(needle.statement))
-        # A sentence is the finest place there is: in the shortest context that is coarse.
+        # A needle goes between sentences, so its depth is only approximate in the shortest context.
         assert abs(place - needle.depth) < 60 / needle.context + 0.02
 
 

@@ -1,4 +1,4 @@
-"""`dsa bench curve` hands over to the curve, whose exit status, sentence and files are its own."""
+"""`dsa bench curve` writes its files, and ends in one sentence if a flag is wrong."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tests.server.cli.test_main import dsa
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_it_hands_over_with_all_its_flags(tmp_path: Path) -> None:
     flags = [
         "--quick",

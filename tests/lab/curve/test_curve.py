@@ -48,7 +48,7 @@ def test_a_gain_that_is_lost_again_is_no_crossover() -> None:
 
 
 def test_a_gain_below_top_k_is_noise() -> None:
-    """There, both are the same computation."""
+    """Below top_k, dense and sparse are the same computation."""
     points = curve("prefill", {0: 2, 100: 1, 200: 3}, {0: 1, 100: 2, 200: 2})
     assert crossover(points, "prefill", 200) == 200
 
@@ -78,7 +78,7 @@ def test_random_weights_keep_the_size_of_what_they_multiply() -> None:
 
 
 def test_every_page_holds_numbers_of_its_own() -> None:
-    """Equal keys would have equal scores, and a selection would be all ties."""
+    """With equal keys all scores would be equal, and the selection would be arbitrary."""
     specs = (PlaneSpec("latent", (8,), torch.bfloat16), PlaneSpec("index_key", (4,), torch.bfloat16))
     cache = PagedCache(5, specs, 1, torch.device("cpu"))
     fill(cache, [(0, "latent"), (0, "index_key")], lambda *_: None, at_once=2)

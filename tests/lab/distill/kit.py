@@ -25,7 +25,7 @@ INFO = IndexerInfo(num_heads=3, head_dim=16, rope_dim=8, default_index_top_k=16,
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at this size."""
+    """Use one thread: at this size more threads are slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -37,7 +37,7 @@ def one_thread() -> Iterator[None]:
 def write_corpus(
     folder: Path, *, train: tuple[int, ...] = (200,) * 24, heldout: tuple[int, ...] = (200,), seed: int = 0
 ) -> Path:
-    """A folder as `dsa corpus` leaves it, of random tokens in sequences of these lengths."""
+    """Write a folder like those of `dsa corpus`, with random tokens in sequences of these lengths."""
     folder.mkdir(parents=True, exist_ok=True)
     splits: dict[str, SplitInfo] = {}
     for number, (name, lengths) in enumerate({"train": train, "heldout": heldout}.items()):
@@ -61,7 +61,7 @@ def write_corpus(
 
 
 class Bench:
-    """A tiny random checkpoint as transformers has it, as the trainer has it, and an untrained student."""
+    """A tiny random checkpoint as a transformers model and as the trainer's trunk; makes untrained students."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
         self.folder = folder

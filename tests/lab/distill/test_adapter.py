@@ -1,4 +1,4 @@
-"""The sparse adapter: it leaves dense rows alone, brings sparse ones nearer to dense, and is served as trained."""
+"""The sparse adapter: it does not change dense rows, brings sparse rows nearer to dense, and serves as trained."""
 
 from __future__ import annotations
 

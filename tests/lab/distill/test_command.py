@@ -1,4 +1,4 @@
-"""`dsa distill`: what it has the trainer do, and what it refuses before."""
+"""`dsa distill`: the plan that it makes from flags, and the errors before training."""
 
 from __future__ import annotations
 

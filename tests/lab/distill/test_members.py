@@ -1,4 +1,4 @@
-"""Every member of the llama family is trained for as it is served."""
+"""For every member of the llama family the trainer computes what the server computes."""
 
 from __future__ import annotations
 

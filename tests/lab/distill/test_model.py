@@ -37,7 +37,7 @@ def tokens_of(seed: int, length: int) -> Tensor:
 
 
 def shaken(student: Student) -> Student:
-    """Norms and biases too are random, so that none can be left out unseen."""
+    """Make norms and biases random, too; else a test would not see that one is left out."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in student.parameters.values():
@@ -163,7 +163,7 @@ def test_the_evaluation_is_a_mean_over_tokens_by_kind(bench: Bench, tmp_path: Pa
     folder = write_corpus(tmp_path, heldout=(150, 200, 60, 100))
     split = CorpusSplit.open(folder, "heldout", VOCAB)
     table = held_out(
-        bench.trunk, bench.student(), split, CPU, top_k=(8, 500), per_kind=2, baselines=True, beyond=50
+        bench.trunk, bench.student(), split, CPU, index_top_k=(8, 500), per_kind=2, baselines=True, beyond=50
     )
     prose, chat, short, chat2 = split.sequences
     dense = {s: losses(bench.trunk, split.tokens(s, 999, CPU), None)[49:] for s in (prose, chat, chat2)}

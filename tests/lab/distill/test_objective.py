@@ -27,7 +27,7 @@ shapes = st.fixed_dictionaries(
 
 
 def draw(shape: dict[str, int], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys, and for each row a causal mask up to a position of its own."""
+    """Return queries, keys, and a causal mask; each row's mask ends at another position."""
     n, total = shape["rows"], shape["total"]
     query = torch.randn(n, shape["kv_heads"], shape["group"], shape["dim"], generator=generator)
     keys = torch.randn(total, shape["kv_heads"], shape["dim"], generator=generator)
@@ -116,7 +116,7 @@ def test_a_target_carries_no_gradient() -> None:
 def test_what_is_selected_in_training_is_what_is_selected_in_serving(
     values: list[list[float]], rows: list[int], top_k: int
 ) -> None:
-    """Ties included, which a ReLU makes common."""
+    """This includes ties, which are common after a ReLU."""
     scores = torch.tensor(values)
     positions = torch.tensor(rows[: len(values)])
     allowed = torch.arange(9) <= positions.unsqueeze(-1)

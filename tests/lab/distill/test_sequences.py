@@ -1,4 +1,4 @@
-"""The trainer's data: which rows are drawn, in which order sequences come, and folders that are no corpus."""
+"""The trainer's data: the rows that are drawn, the order of sequences, and folders that are not a corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training runs: they learn, resume to the bit, refuse what is not theirs, and end in an overlay that serves."""
+"""Training runs: they learn, resume bit for bit, refuse other runs' checkpoints, and end in an overlay that serves."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_fifty_steps_lower_the_divergence_and_raise_the_recall_of_every_layer(
 def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(
     bench: Bench, corpus: Path, tmp_path: Path
 ) -> None:
-    """Stopped once in each stage; a later kill after the last checkpoint leaves log lines behind."""
+    """The run is stopped once in each stage. Log lines after the last checkpoint stand for a run that was killed."""
     whole = trainer(bench, corpus, tmp_path / "whole")
     whole.run(save_every=100)
     folder = tmp_path / "parts"

@@ -28,7 +28,7 @@ from tests.server.kit import EOS, MODEL, TEXT, PlainChat, client, ids, make_app
 
 
 def silent(done: int, total: int) -> None:
-    """Nobody watches."""
+    """Ignore progress."""
 
 
 def answer(*tokens: str, finish: str = "stop") -> ModelAnswer:
@@ -63,7 +63,7 @@ def test_loss_weighs_tokens_alike_and_pairs_the_texts() -> None:
     assert rows["256"]["code"].above_dense == pytest.approx(1.0)
     assert rows["256"]["from 2048"].above_dense == pytest.approx(0.3)
     assert "from 4096" not in rows["256"]
-    assert rows["256"]["all"].interval is None  # one text a kind says nothing of others
+    assert rows["256"]["all"].interval is None  # the variation is not known from one text of each kind
     result = loss.LossResult(beyond=1024, texts=texts, rows=rows)
     (verdict,) = loss.verdicts(result, [256])
     assert (verdict.outcome, verdict.bar) == ("missed", 0.05)
@@ -196,7 +196,7 @@ async def test_loss_is_of_every_token_beyond() -> None:
     texts = [HeldOut("prose", 0, tuple(ids("b" * 50))), HeldOut("prose", 50, tuple(ids("c" * 300)))]
     result = await loss.measure(of(FakeEngine()), texts, [16], 2, silent, beyond=20)
     assert [sum(text.tokens) for text in result.texts] == [30, 235]  # the second is cut to the context
-    assert result.rows["16"]["all"].loss == 0.5  # what the engine gives every token
+    assert result.rows["16"]["all"].loss == 0.5  # the loss that the scripted engine gives every token
     assert result.rows["16"]["all"].above_dense == 0
 
 

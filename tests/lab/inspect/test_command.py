@@ -1,4 +1,4 @@
-"""`dsa inspect`, and what it and `dsa serve` say of damaged checkpoints: one sentence, exit code not 0."""
+"""`dsa inspect`. About a damaged checkpoint, it and `dsa serve` print one sentence and exit with another status than 0."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_readmes_table() -> None:
     )
     assert (result.returncode, result.stderr) == (0, "")
     for line in result.stdout.splitlines():
-        # word by word as it stands there; but for the path, which is this machine's
+        # Every line is in the document word for word, except the path, which is this machine's.
         assert line.startswith("model ") or line in (ROOT / "docs" / "models.md").read_text(), line
     assert "671.9 B, 37.5 B active" in result.stdout
 
@@ -118,7 +118,7 @@ FAULTS: dict[Callable[[Path], None], str] = {
 
 @pytest.mark.timeout(300)
 def test_damaged_checkpoints(tmp_path: Path) -> None:
-    """Every fault through both commands, in real processes; inspection reads no weight and so sees no NaN."""
+    """Try every fault with both commands, in real processes. Inspection reads no weights, so it does not see NaN."""
     whole = tmp_path / "whole"
     tiny_checkpoint(whole, eos_token_id=1)
     Tokenizer(BPE(vocab={chr(97 + i): i for i in range(26)}, merges=[])).save(str(whole / "tokenizer.json"))

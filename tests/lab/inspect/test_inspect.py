@@ -1,4 +1,4 @@
-"""What `dsa inspect` counts: the published figures of the published config, and what a loaded model really has."""
+"""The counts of `dsa inspect` equal the published figures for the published config, and those of a loaded model."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_shards_are_checked(tmp_path: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="there is no such file beside it"):
         look(folder)
-    (folder / "model-00001-of-00002.safetensors").unlink()  # an index alone is no config alone
+    (folder / "model-00001-of-00002.safetensors").unlink()  # a folder with an index must have its weights
     with pytest.raises(CheckpointError):
         look(folder)
 

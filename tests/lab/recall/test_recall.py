@@ -1,4 +1,4 @@
-"""Captured attention, against the definition in float64 on a tiny model."""
+"""Captured attention equals its definition in float64, on a tiny model."""
 
 from __future__ import annotations
 

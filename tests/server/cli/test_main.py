@@ -100,6 +100,7 @@ def test_errors_are_json_where_the_log_is() -> None:
     assert last["message"].startswith("there is no model 'nothing'")
 
 
+@pytest.mark.process
 def test_pull_says_where_the_model_is(default_model: Path) -> None:
     result = dsa("pull", "--verify")
     assert result.returncode == 0

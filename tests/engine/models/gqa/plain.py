@@ -28,12 +28,12 @@ class PlainLlama:
     def forward(
         self,
         tokens: Sequence[int],
-        top_k: int,
+        index_top_k: int,
         heads: int,
         rope_dim: int,
         given: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """-> logits [T, vocab], and each layer's mask [T, T] and index scores [T, T]."""
+        """Return logits [T, vocab], and each layer's mask [T, T] and index scores [T, T]."""
         c, w = self.c, self.w
         n, hq, hk, d = len(tokens), c.num_attention_heads, c.num_key_value_heads, c.head_dim
         x = w["model.embed_tokens.weight"][list(tokens)]
@@ -46,10 +46,10 @@ class PlainLlama:
             index = self._index_scores(h, at + "self_attn.indexer.", heads, rope_dim).masked_fill(
                 ~causal, -math.inf
             )
-            mask = self._best(index, top_k) if given is None else given[i]
+            mask = self._best(index, index_top_k) if given is None else given[i]
             masks.append(mask & causal)
             scores.append(index)
-            narrow = n if window is not None and window <= top_k else top_k
+            narrow = n if window is not None and window <= index_top_k else index_top_k
             q, k, v = (self._product(h, f"{at}self_attn.{part}_proj") for part in "qkv")
             fix = self._corrections(at, "qkv", h, narrow).split([hq * d, hk * d, hk * d], -1)
             q, k = (q + fix[0]).view(n, hq, d), (k + fix[1]).view(n, hk, d)
@@ -76,8 +76,8 @@ class PlainLlama:
     def _product(self, x: Tensor, name: str) -> Tensor:
         return x @ self.w[name + ".weight"].T + self.w.get(name + ".bias", 0)
 
-    def _corrections(self, at: str, part: str, x: Tensor, top_k: int) -> Tensor:
-        """What the sparse adapter adds, on the rows that see more than top_k tokens."""
+    def _corrections(self, at: str, part: str, x: Tensor, index_top_k: int) -> Tensor:
+        """What the sparse adapter adds on rows with a selection."""
         name = f"{at}self_attn.sparse_adapter.{part}."
         out = (
             self.w[name + "b"].shape[0]
@@ -90,7 +90,7 @@ class PlainLlama:
         )
         fix = torch.zeros(x.shape[0], out, dtype=torch.float64)
         if name + "a" in self.w:
-            fix[top_k:] = x[top_k:] @ self.w[name + "a"].T @ self.w[name + "b"].T
+            fix[index_top_k:] = x[index_top_k:] @ self.w[name + "a"].T @ self.w[name + "b"].T
         return fix
 
     def _index_scores(self, h: Tensor, at: str, heads: int, rope_dim: int) -> Tensor:
@@ -108,12 +108,12 @@ class PlainLlama:
         return total
 
     @staticmethod
-    def _best(scores: Tensor, top_k: int) -> Tensor:
+    def _best(scores: Tensor, index_top_k: int) -> Tensor:
         """Equal scores are common (a ReLU of all heads can be 0 for many tokens): the later token wins."""
         mask = torch.zeros_like(scores, dtype=torch.bool)
         for t in range(scores.shape[0]):
             row: list[float] = scores[t].tolist()
-            mask[t, sorted(range(t + 1), key=lambda s: (-row[s], -s))[:top_k]] = True
+            mask[t, sorted(range(t + 1), key=lambda s: (-row[s], -s))[:index_top_k]] = True
         return mask
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def test_before_and_after_a_preemption(default: Default) -> None:
 
 
 def test_sparse_equals_masked_attention_over_the_same_sets(default: Default) -> None:
-    """top_k = 64 on the real weights, with an untrained indexer: arithmetic, not quality."""
+    """index_top_k = 64 on the real weights, with an untrained indexer: arithmetic, not quality."""
     run = default.lab.run(budget=100, caching=False)
     run.submit("a", default.text[:130], 3, index_top_k=64)
     run.finish()

@@ -55,7 +55,7 @@ requests = st.lists(
         st.integers(0, 3),  # which stream of random tokens: few, so that prefixes are shared
         st.one_of(st.sampled_from([1, 63, 64, 65, 128, 129]), st.integers(1, 300)),
         st.integers(1, 5),  # max_tokens
-        st.sampled_from([None, 1000, 400]),  # dense, or a top_k beyond every context here
+        st.sampled_from([None, 1000, 400]),  # dense, or an index_top_k beyond every context here
         st.integers(0, 6),  # steps before the next arrives
     ),
     min_size=1,
@@ -69,8 +69,8 @@ def test_dense_logits_equal_transformers_under_any_schedule(
     tiny: Tiny, requests: list[tuple[int, int, int, int | None, int]], budget: int, pages: int, caching: bool
 ) -> None:
     run = tiny.auto.run(pages=pages, budget=budget, running=8, caching=caching)
-    for number, (stream, length, max_tokens, top_k, pause) in enumerate(requests):
-        run.submit(str(number), tokens_of(stream, length), max_tokens, top_k)
+    for number, (stream, length, max_tokens, index_top_k, pause) in enumerate(requests):
+        run.submit(str(number), tokens_of(stream, length), max_tokens, index_top_k)
         for _ in range(pause):
             if run.core.has_work:
                 run.step()
@@ -128,7 +128,7 @@ def test_index_keys_are_written_while_attention_is_still_dense(tiny: Tiny) -> No
     run.finish()
     usage = run.ends["sparse"].usage
     assert usage is not None
-    assert usage.cached_tokens == 64  # only the page that top_k = 64 covers is the same in both
+    assert usage.cached_tokens == 64  # only the page that index_top_k = 64 covers is the same in both
     check_sparse(tiny, run, "sparse", 64)
 
 
@@ -155,26 +155,28 @@ sparse_requests = st.lists(
 def test_sparse_logits_equal_masked_attention_over_the_same_sets_under_any_schedule(
     tiny: Tiny, requests: list[tuple[int, int, int, int, int]], budget: int, pages: int, form: str
 ) -> None:
-    """Rows of different top_k in one batch, each with the best-scored tokens of its own context."""
+    """Rows of different index_top_k in one batch, each with the best-scored tokens of its own context."""
     run: Run = getattr(tiny, form).run(pages=pages, budget=budget, running=8)
-    for number, (stream, length, max_tokens, top_k, pause) in enumerate(requests):
-        run.submit(str(number), tokens_of(stream, length), max_tokens, top_k)
+    for number, (stream, length, max_tokens, index_top_k, pause) in enumerate(requests):
+        run.submit(str(number), tokens_of(stream, length), max_tokens, index_top_k)
         for _ in range(pause):
             if run.core.has_work:
                 run.step()
     run.finish()
-    for number, (_, _, _, top_k, _) in enumerate(requests):
-        check_sparse(tiny, run, str(number), top_k)
+    for number, (_, _, _, index_top_k, _) in enumerate(requests):
+        check_sparse(tiny, run, str(number), index_top_k)
 
 
-def check_sparse(tiny: Tiny, run: Run, name: str, top_k: int) -> None:
+def check_sparse(tiny: Tiny, run: Run, name: str, index_top_k: int) -> None:
     """The sets are the best by the reference's own scores, and the logits are those of attention over them."""
-    given_sets = run.masks(name, top_k, layers=3)
-    reference, masks, scores = tiny.plain.forward(run.tokens[name], top_k, HEADS, ROPE, given=given_sets)
+    given_sets = run.masks(name, index_top_k, layers=3)
+    reference, masks, scores = tiny.plain.forward(
+        run.tokens[name], index_top_k, HEADS, ROPE, given=given_sets
+    )
     for mask, score in zip(masks, scores, strict=True):
         for position in range(len(mask) - 1):
             chosen, passed = score[position, mask[position]], score[position, ~mask[position]]
-            assert len(chosen) == min(top_k, position + 1)
+            assert len(chosen) == min(index_top_k, position + 1)
             assert chosen.min() >= passed.max() - 1e-4  # rounding may swap two that are equal to 4 digits
     for rows in run.rows[name].values():
         del rows[:-1]  # sets are of the last computation; a recomputed row may have swapped such a pair

@@ -72,14 +72,14 @@ def oracle(model: Any, tokens: list[int]) -> torch.Tensor:
     return logits
 
 
-def traffic(lab: Lab, top_k: int | None = None, budget: int = 50) -> Run:
+def traffic(lab: Lab, index_top_k: int | None = None, budget: int = 50) -> Run:
     """Three requests in one batch, the longest in chunks, and a fourth that begins while they decode."""
     run = lab.run(budget=budget)
     for seed, length in enumerate((150, 20, 70)):
-        run.submit(f"{seed}", tokens_of(seed, length), 5, top_k)
+        run.submit(f"{seed}", tokens_of(seed, length), 5, index_top_k)
     for _ in range(4):
         run.step()
-    run.submit("late", tokens_of(0, 100), 5, top_k)
+    run.submit("late", tokens_of(0, 100), 5, index_top_k)
     return run.finish()
 
 
@@ -113,7 +113,7 @@ def test_a_context_that_dynamic_rotation_would_stretch_is_refused(tmp_path: Path
 def test_sparse_logits_are_those_of_attention_over_the_same_sets(
     name: str, form: str, tmp_path: Path
 ) -> None:
-    top_k = 16
+    index_top_k = 16
     model = tiny_checkpoint(tmp_path, **MEMBERS[name])
     overlay = random_overlay(
         tmp_path / "indexer.safetensors", base_of(tmp_path), heads=HEADS, dim=DIM, rope=ROPE
@@ -126,15 +126,16 @@ def test_sparse_logits_are_those_of_attention_over_the_same_sets(
     dense = traffic(lab)
     for request, tokens in dense.tokens.items():
         assert dense.error(request, oracle(model, tokens)) < DENSE
-    run = traffic(lab, top_k)
+    run = traffic(lab, index_top_k)
     for request, tokens in run.tokens.items():
-        masks = run.masks(request, top_k, layers=3)
-        reference, _, scores = plain.forward(tokens, top_k, HEADS, ROPE, given=masks)
+        masks = run.masks(request, index_top_k, layers=3)
+        reference, _, scores = plain.forward(tokens, index_top_k, HEADS, ROPE, given=masks)
         assert run.error(request, reference) < DENSE
         for mask, score in zip(masks, scores, strict=True):
             for position in range(len(tokens) - 1):
                 chosen = score[position, mask[position]]
-                assert len(chosen) == min(top_k, position + 1)  # every window here is longer than top_k
+                # Every window here is longer than index_top_k.
+                assert len(chosen) == min(index_top_k, position + 1)
                 assert chosen.min() >= score[position, ~mask[position]].max() - 1e-4
 
 
@@ -162,7 +163,7 @@ def test_packed_weights_with_biases_are_near_float32s(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["gather", "mask"])
 @pytest.mark.parametrize("layers", [0, 1])
 def test_a_window_within_top_k_is_read_whole(form: str, layers: int, tmp_path: Path) -> None:
-    """All layers have windows, or all but the first: the first is the only one that selects."""
+    """Windows are as long as index_top_k. So only a layer without a window selects: no layer, or only the first."""
     model = tiny_checkpoint(tmp_path, kind="qwen2", **WINDOWS, max_window_layers=layers)
     path = tmp_path / "indexer.safetensors"
     lab = Lab(tmp_path, random_overlay(path, base_of(tmp_path)), sparse_form=form)

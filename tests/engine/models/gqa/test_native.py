@@ -76,7 +76,7 @@ class Form:
         return self.built.runner.hidden(plan).float()
 
     def written(self, requests: list[Rows]) -> Tensor:
-        """The rows' keys and values in the last layer, which all that comes before them shapes."""
+        """The rows' keys and values in the last layer, which depend on all layers before it."""
         plane = self.built.cache.plane(self.model.num_layers - 1, "kv")
         entries = [
             plane[number * PAGES + position // 64, position % 64]
@@ -151,7 +151,7 @@ def test_it_is_as_near_to_float32_as_torch_is(forms: Forms, case: list[Rows]) ->
 
 
 def test_the_comparison_can_fail(forms: Forms) -> None:
-    """Another index_top_k, or another page, is far off."""
+    """With another index_top_k, or another page, the hidden states are far off."""
     exact = forms.exact.hidden([(0, 599, 1, None)])
     if forms.exact.model.indexer is not None:
         assert error(forms.native.hidden([(0, 599, 1, 100)]), exact) > 0.3

@@ -89,7 +89,7 @@ def test_the_published_config() -> None:
 
 
 def test_the_table_counts_the_published_parameters() -> None:
-    """671 billion in DeepSeek-V3 (its report, section 1), and 14 million an indexer a layer more in V3.2."""
+    """DeepSeek-V3 has 671 billion (its report, section 1). V3.2 has 14 million more in each layer, for its indexer."""
 
     def count(config: MlaConfig) -> float:
         total = 0

@@ -1,4 +1,4 @@
-"""One layer of DeepSeek-V3.2's own dimensions (4 of its 256 experts) in bfloat16, held against transformers' layer."""
+"""A layer with the dimensions of DeepSeek-V3.2 (but 4 of its 256 experts) in bfloat16, compared with transformers'."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_layer_of_full_dimensions(tmp_path: Path) -> None:
     shared = []
 
     def compare_and_replace(module: object, args: object, chosen: torch.Tensor) -> torch.Tensor:
-        """What differs in the sets is measured here; the attention over them is then compared over the same."""
+        """Measure how the selected sets differ here. Then compare attention over the same sets."""
         for t in rows:
             mine = mask[t].nonzero().flatten()
             shared.append(len(set(mine.tolist()) & set(chosen[0, t].tolist())))

@@ -65,14 +65,14 @@ class Tiny:
             self._labs[form].sparse = self.sparse
         return self._labs[form]
 
-    def reference(self, tokens: list[int], top_k: int = TOP_K) -> tuple[Tensor, list[Tensor]]:
+    def reference(self, tokens: list[int], index_top_k: int = TOP_K) -> tuple[Tensor, list[Tensor]]:
         """Logits [T, vocab], and the sets of each layer that has an indexer as masks [T, T]."""
         sets: list[Tensor] = []
         hooks = []
         for layer in self.model.model.layers:
             indexer = getattr(layer.self_attn, "indexer", None)
             if indexer is not None:
-                indexer.index_topk = top_k
+                indexer.index_topk = index_top_k
                 hooks.append(indexer.register_forward_hook(lambda m, a, out: sets.append(out[0].long())))
         logits = oracle(self.model, tokens)
         for hook in hooks:
@@ -88,7 +88,7 @@ def tinies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tiny]:
 
 @pytest.fixture
 def tiny(request: pytest.FixtureRequest, tinies: dict[str, Tiny], tmp_path_factory: Any) -> Tiny:
-    """One a variant, kept for the module."""
+    """A `Tiny` for each variant, kept for the module."""
     if request.param not in tinies:
         tinies[request.param] = Tiny(tmp_path_factory.mktemp("deepseek"), request.param)
     return tinies[request.param]
@@ -97,13 +97,13 @@ def tiny(request: pytest.FixtureRequest, tinies: dict[str, Tiny], tmp_path_facto
 every = pytest.mark.parametrize("tiny", VARIANTS, indirect=True)
 
 
-def check(tiny: Tiny, run: Run, name: str, top_k: int | None) -> None:
+def check(tiny: Tiny, run: Run, name: str, index_top_k: int | None) -> None:
     """Every row ever computed has transformers' logits, every sparse row transformers' sets."""
-    logits, sets = tiny.reference(run.tokens[name], top_k or 10_000)
+    logits, sets = tiny.reference(run.tokens[name], index_top_k or 10_000)
     assert run.error(name, logits) < TOLERANCE
-    if tiny.sparse and top_k is not None:
+    if tiny.sparse and index_top_k is not None:
         assert sets
-        for mine, theirs in zip(run.masks(name, top_k, layers=len(sets)), sets, strict=True):
+        for mine, theirs in zip(run.masks(name, index_top_k, layers=len(sets)), sets, strict=True):
             assert torch.equal(mine[:-1], theirs[:-1])
 
 
@@ -128,19 +128,19 @@ def test_every_form_gives_the_same(tiny: Tiny, form: str) -> None:
 
 @every
 def test_a_batch_of_mixed_lengths_and_mixed_top_k(tiny: Tiny) -> None:
-    """The oracle of another top_k is transformers with that `index_topk`."""
+    """Requests with another index_top_k are compared with transformers at that `index_topk`."""
     run = tiny.lab().run(budget=90, running=8)
     asked: dict[str, tuple[int, int | None]] = {
         "a": (150, 24), "b": (70, 40), "c": (200, None), "d": (33, 9), "e": (120, 64), "f": (1, 24),
     }  # fmt: skip
-    for number, (name, (length, top_k)) in enumerate(asked.items()):
-        run.submit(name, tokens_of(20 + number, length), 6, top_k)
+    for number, (name, (length, index_top_k)) in enumerate(asked.items()):
+        run.submit(name, tokens_of(20 + number, length), 6, index_top_k)
     run.finish()
-    for name, (_, top_k) in asked.items():
-        check(tiny, run, name, top_k if tiny.sparse else None)
+    for name, (_, index_top_k) in asked.items():
+        check(tiny, run, name, index_top_k if tiny.sparse else None)
         usage = run.ends[name].usage
         assert usage is not None
-        assert usage.index_top_k == (top_k if tiny.sparse else None)
+        assert usage.index_top_k == (index_top_k if tiny.sparse else None)
 
 
 @pytest.mark.parametrize("tiny", ["v32", "glm, shared selections"], indirect=True)
@@ -164,7 +164,7 @@ def test_a_prefix_hit_gives_the_same_logits_as_a_cold_start(tiny: Tiny) -> None:
 
 
 def test_v32_shares_selections_where_its_config_asks_for_it(tmp_path: Path) -> None:
-    """Held against transformers' GLM-5 with the same weights: its indexer rotates interleaved, as the config says."""
+    """It is compared with transformers' GLM-5, which has the same weights and whose indexer rotates interleaved."""
     shape = {"num_hidden_layers": 4, "index_topk_freq": 2, "index_skip_topk_offset": 1, "seed": 11}
     model = tiny_deepseek("glm_moe_dsa", tmp_path, **shape)
     config = tmp_path / "config.json"
@@ -205,7 +205,7 @@ def test_an_overlay_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_context_of_163840_positions(tmp_path: Path) -> None:
-    """Rotation table and pages reach that far: the last position of all is computed, over a cache of zeros."""
+    """Rotation table and pages are long enough: the last position is computed, over a cache of zeros."""
     tiny_deepseek("deepseek_v32", tmp_path, max_position_embeddings=163840, num_hidden_layers=2)
     lab = Lab(tmp_path, kv_cache_bytes=80 << 20)
     model = lab.built.ready.model
@@ -219,8 +219,8 @@ def test_a_context_of_163840_positions(tmp_path: Path) -> None:
         index_top_k=TOP_K,
         sample=None,
     )
-    for top_k in (TOP_K, None):
-        plan = StepPlan(requests=(msgspec.structs.replace(last, index_top_k=top_k),))
+    for index_top_k in (TOP_K, None):
+        plan = StepPlan(requests=(msgspec.structs.replace(last, index_top_k=index_top_k),))
         assert bool(lab.built.runner.hidden(plan).isfinite().all())
     deepseek = lab.built.runner._model
     assert isinstance(deepseek, MlaModel)

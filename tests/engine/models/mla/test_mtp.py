@@ -1,4 +1,4 @@
-"""The MTP layer: its guesses are its formula's, and the texts are those without it, under any schedule.
+"""The MTP layer: its drafts are those of its formula, and the texts are the same as without it, under any schedule.
 
 transformers has no MTP, but its decoder layer can be given the projected inputs, so only the projection is
 written out here.

@@ -101,7 +101,7 @@ def test_bytes_in_memory(folder: Path) -> None:
 
 
 def test_what_shares_a_block_with_another_is_made_plain(tmp_path: Path) -> None:
-    """Experts of 24 rows: two would lie in one block, which has one scale."""
+    """Two experts of 24 rows would share a block, which has one scale, so they are dequantised."""
     tiny_deepseek("deepseek_v32", tmp_path / "tiny", num_hidden_layers=2)
     quantise_folder(tmp_path / "tiny")
     resident, plain = (run(tmp_path / "tiny", weight_dtype=kind) for kind in ("fp8", "plain"))
