@@ -34,8 +34,9 @@ IndexerDtype = Literal["auto", "bf16", "fp8", "int8"]
 native kernels."""
 
 
-KernelChoice = Literal["auto", "native", "torch", "reference"]
-"""The backend that computes attention. auto: native on a CPU that the compiled kernels are made for, else torch."""
+KernelChoice = Literal["auto", "native", "torch", "triton", "reference"]
+"""The backend that computes attention. auto: native on a CPU that the compiled kernels are made for, triton on CUDA where
+it is installed, else torch."""
 
 
 WeightDtype = Literal["auto", "plain", "fp8"]

@@ -140,7 +140,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = _ENGINE.indexer_dtype
     kernels: Annotated[
         KernelChoice,
-        Flag(MEMORY, "What computes attention: native (compiled, CPU), torch, reference (slow), or auto."),
+        Flag(
+            MEMORY,
+            "What computes attention: native (compiled, CPU), triton (CUDA), torch, reference (slow), or auto.",
+        ),
     ] = _ENGINE.kernels
     token_budget: Annotated[Positive, Flag(MEMORY, "Most tokens computed in one step.")] = (
         _ENGINE.token_budget

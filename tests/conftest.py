@@ -1,8 +1,8 @@
 """Fixtures that every test may use, what each test needs, and how tests share the machine.
 
 What a test needs is told by markers, declared in pyproject.toml and put on here where a fixture, a folder or what the
-test's module works with shows it: `model` for a model, `process` for processes. `alone` is for tests that measure
-seconds.
+test's module works with shows it: `model` for a model, `process` for processes, `interpreted` for Triton's interpreter.
+`alone` is for tests that measure seconds.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from tests.turns import turn
 # No import above loads torch, which reads this once. Tests share the cores with the servers that they
 # start; see engine.supervisor.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Triton reads this when it is first imported, and when a kernel is made: without a GPU its interpreter runs kernels.
+os.environ.setdefault("TRITON_INTERPRET", "0" if any(Path("/dev").glob("nvidia[0-9]*")) else "1")
 
 # No server of a test writes into the user's ledger, unless it is told of one of its own.
 os.environ["DSA_LEDGER"] = "none"
@@ -63,6 +66,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("model")
         if file.startswith("tests/e2e/"):
             item.add_marker("process")
+        if file.startswith("tests/engine/kernels/triton/"):
+            item.add_marker("interpreted")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -5,6 +5,7 @@ A new backend is a folder and a line in `BACKENDS`. The conformance test compare
 
 from __future__ import annotations
 
+import importlib.util
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ BACKENDS: dict[str, str] = {
     "native": "engine.kernels.native.kernels:NativeKernels",
     "reference": "engine.kernels.reference.attention:ReferenceKernels",
     "torch": "engine.kernels.torchops.attention:VectorisedKernels",
+    "triton": "engine.kernels.torchops.beside:BesideTriton",
 }
 
 
@@ -40,12 +42,18 @@ def choose_backend(choice: KernelChoice, device: torch.device) -> Kernels:
     """Make the backend for a model on `device`.
 
     Raises:
-        ConfigError: `choice` asks for native kernels, and this machine has none.
+        ConfigError: `choice` asks for kernels that this machine or this device has not.
     """
     if choice == "native" and device.type != "cpu":
         raise ConfigError(
             f"kernels is native, which is for the CPU, but the device is {device}; set it to auto"
         )
+    here = importlib.util.find_spec("triton") is not None
+    if choice == "triton" and (device.type != "cuda" or not here):
+        why = f"the device is {device}" if here else "Triton is not installed"
+        raise ConfigError(f"kernels is triton, which is for CUDA, but {why}; set it to auto")
+    if choice == "auto" and device.type == "cuda" and here:
+        choice = "triton"
     if choice == "auto":
         choice = "torch" if device.type != "cpu" or native.library() is None else "native"
     return load_backend(choice)

@@ -31,6 +31,21 @@ class Model(Protocol):
     max_positions: int
     indexer: IndexerInfo | None  # the overlay's or the checkpoint's indexer; None: attention is dense
 
+    @property
+    def batch_device(self) -> torch.device:
+        """Where a batch's tensors are to be."""
+        ...
+
+    def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
+        """Do before the first step what would make steps wait.
+
+        Args:
+            cache: that all steps will use
+            max_rows: of a step that has a row of each request
+            progress: told how much is done, of how much
+        """
+        ...
+
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
         """What the layers cache for each token."""
         ...

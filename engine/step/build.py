@@ -31,7 +31,8 @@ from engine.protocol import Capacity, ModelInfo, Ready
 from engine.step.core import EngineCore
 from engine.step.drafting import LayerDrafter
 from engine.step.lead import LeadRunner
-from engine.step.runner import Runner
+from engine.step.runner import Draw, Runner
+from engine.step.sampler import sample
 
 
 @dataclass(frozen=True)
@@ -207,13 +208,15 @@ def _build(
     cache = PagedCache(num_pages, specs, num_layers, device)
     costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
     drafter = None if layer is None else LayerDrafter(layer, config.draft_tokens, cache, costs, device)
+    model.prepare(cache, config.max_running, lambda done, total: progress("capturing graphs", done, total))
+    kernels = choose_backend(config.kernels, device)
+    draw: Draw = _device_draw() if kernels.name == "triton" else sample
     runner = (
-        Runner(model, cache, costs, device, drafter)
+        Runner(model, cache, costs, device, drafter, draw)
         if team is None
-        else LeadRunner(model, cache, costs, device, drafter, team)
+        else LeadRunner(model, cache, costs, device, drafter, draw, team)
     )
     shape, dtype_name = model.shape(), str(dtype).removeprefix("torch.")
-    kernels = choose_backend(config.kernels, device)
     coefficients = assumed_coefficients(shape, device.type, kernels.name)
     if config.cost_calibration is not None:
         calibration = read_calibration(Path(config.cost_calibration))
@@ -263,6 +266,12 @@ def _build(
         kernels=f"{kernels.described(dtype)}; {model.products()}",
         team=team,
     )
+
+
+def _device_draw() -> Draw:
+    from engine.step.device_sampler import sample_on_device  # needs Triton
+
+    return sample_on_device
 
 
 def resolve_device(name: str, rank: int = 0, count: int = 1) -> torch.device:

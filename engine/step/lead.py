@@ -13,7 +13,7 @@ from engine.parallel.team import Team
 from engine.plan.tiles import TileCosts
 from engine.plan.types import StepPlan
 from engine.step.drafting import LayerDrafter
-from engine.step.runner import Runner
+from engine.step.runner import Draw, Runner
 
 
 class LeadRunner(Runner):
@@ -26,9 +26,10 @@ class LeadRunner(Runner):
         costs: TileCosts,
         device: torch.device,
         drafter: LayerDrafter | None,
+        draw: Draw,
         team: Team,
     ) -> None:
-        super().__init__(model, cache, costs, device, drafter)
+        super().__init__(model, cache, costs, device, drafter, draw)
         self._team = team
 
     def forward(self, plan: StepPlan) -> tuple[Batch, Tensor]:

@@ -25,14 +25,19 @@ _SECOND = 1 << 40
 """Added to token ids in the second race, which must not use the numbers of the first."""
 
 
+def stream_key(seed: int, index: int) -> int:
+    """What the numbers of a request's `index`-th token are counted from: 64 bits of a SHA-256 of seed and index."""
+    digest = hashlib.sha256(seed.to_bytes(8, "little") + index.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
 def exponential_noise(seed: int, index: int, token_ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """The Exp(1) numbers of tokens for a request's `index`-th output token: [N], each above 0.
 
-    They are the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over a counter. Its key is a
-    SHA-256 of seed and index.
+    They are the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over a counter, which starts at
+    `stream_key`.
     """
-    digest = hashlib.sha256(seed.to_bytes(8, "little") + index.to_bytes(8, "little")).digest()
-    key = np.uint64(int.from_bytes(digest[:8], "little"))
+    key = np.uint64(stream_key(seed, index))
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64
         bits = key + token_ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

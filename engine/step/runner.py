@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import msgspec
@@ -20,6 +20,9 @@ from engine.step.drafting import LayerDrafter
 from engine.step.sampler import sample, token_logprobs
 from engine.step.speculation import row_specs, verify
 
+Draw = Callable[[Tensor, Sequence[SampleSpec]], list[Drawn]]
+"""Draws a token from each row of logits [N, vocab]: `engine.step.sampler.sample` or the like."""
+
 _LOGIT_ROWS = 64  # rows of prompt logits held at once: 64 x 49152 float32 is 12 MiB
 
 
@@ -33,12 +36,14 @@ class Runner:
         costs: TileCosts,
         device: torch.device,
         drafter: LayerDrafter | None = None,
+        draw: Draw = sample,
     ) -> None:
         self._model = model
         self._cache = cache
         self._costs = costs
         self._device = device
         self._drafter = drafter
+        self._draw = draw
         self.model_seconds = 0.0  # time in the model's forward and logits; with CUDA, time to launch them
 
     @torch.inference_mode()
@@ -50,7 +55,10 @@ class Runner:
         rows = [end - len(own) + i for end, own in zip(ends, specs, strict=True) for i in range(len(own))]
         drawn: Iterator[Drawn] = iter(())
         if rows:
-            drawn = iter(_sample_each(self._logits(hidden[rows]), [spec for own in specs for spec in own]))
+            wanted = hidden if len(rows) == len(hidden) else hidden[rows]  # either ascending
+            drawn = iter(
+                _draw_each(self._draw, self._logits(wanted), [spec for own in specs for spec in own])
+            )
         results: list[Sampled] = []
         for request, end, own in zip(plan.requests, ends, specs, strict=True):
             one = verify(request, [next(drawn) for _ in own])
@@ -75,7 +83,7 @@ class Runner:
         """Compute the plan's rows; return them as tensors, with their hidden states after the last norm [T, hidden]."""
         if plan.wiped_pages:
             self._cache.wipe(plan.wiped_pages)
-        batch = build_batch(plan, self._device)
+        batch = build_batch(plan, self._model.batch_device)
         began = time.perf_counter()
         hidden = self._model.forward(batch, self._cache, self._costs)
         self.model_seconds += time.perf_counter() - began
@@ -96,15 +104,15 @@ class Runner:
         return tuple(scored)
 
 
-def _sample_each(logits: Tensor, specs: list[SampleSpec]) -> list[Drawn]:
+def _draw_each(draw: Draw, logits: Tensor, specs: list[SampleSpec]) -> list[Drawn]:
     """Draw from all rows together. If that fails, draw row by row, so that only the bad request fails."""
     try:
-        return sample(logits, specs)
+        return draw(logits, specs)
     except (RuntimeError, IndexError, ValueError):
         drawn: list[Drawn] = []
         for row, spec in enumerate(specs):
             try:
-                drawn.extend(sample(logits[row : row + 1], [spec]))
+                drawn.extend(draw(logits[row : row + 1], [spec]))
             except (RuntimeError, IndexError, ValueError) as error:
                 drawn.append(Drawn(error=f"sampling failed: {error}"))
         return drawn

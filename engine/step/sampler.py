@@ -44,12 +44,12 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
         own = token_logprobs(logits[rows], [tokens[row] for row in rows], alternatives)
         logprobs.update(zip(rows, own, strict=True))
     return [
-        Drawn(token_id=token, logprob=logprobs.get(row)) if good else _NOT_FINITE
+        Drawn(token_id=token, logprob=logprobs.get(row)) if good else NOT_FINITE
         for row, (token, good) in enumerate(zip(tokens, finite, strict=True))
     ]
 
 
-_NOT_FINITE = Drawn(
+NOT_FINITE = Drawn(
     error="the model's logits are not finite, so no token can be drawn from them", nonfinite=True
 )
 

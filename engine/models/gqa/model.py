@@ -7,8 +7,8 @@ layer's indexer selected. `native` computes the same in C, for the models and st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ from engine.plan.cost import ModelShape
 from engine.plan.sparsity import is_dense
 from engine.plan.tiles import TileCosts
 from engine.protocol import IndexerInfo
+
+if TYPE_CHECKING:
+    from engine.models.gqa.device import DeviceStep
 
 
 class GqaModel:
@@ -88,6 +91,22 @@ class GqaModel:
             )
         )
         self.native = NativeStep.of(self)  # runs the steps that it can; None: torch runs all
+        self.device_step = self._device_step() if kernels.name == "triton" else None  # likewise
+
+    def _device_step(self) -> DeviceStep | None:
+        from engine.models.gqa.device import DeviceStep  # needs Triton
+
+        return DeviceStep(self) if DeviceStep.supports(self) else None
+
+    @property
+    def batch_device(self) -> torch.device:
+        """The CPU where a device step takes the batch from there in one copy."""
+        return torch.device("cpu") if self.device_step is not None else self.norm.device
+
+    def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
+        """Capture the graphs of steps, on CUDA."""
+        if self.device_step is not None and self.norm.device.type == "cuda":
+            self.device_step.capture(cache, max_rows, self.max_positions, progress)
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
         c, dtype = self.config, self._dtype
@@ -107,10 +126,13 @@ class GqaModel:
             token_bytes=self.plane_specs()[0].token_bytes,
             forced=forced,
             few_rows=1 if self.native is None else FEW_ROWS,
-            fused=self._kernels.fused
-            and not any(self.config.windows)  # a window needs a mask, and fused kernels read none
-            and self._dtype is torch.bfloat16
-            and (self.indexer is None or self._integer_keys),
+            fused=self.device_step is not None
+            or (
+                self._kernels.fused
+                and not any(self.config.windows)  # a window needs a mask, and fused kernels read none
+                and self._dtype is torch.bfloat16
+                and (self.indexer is None or self._integer_keys)
+            ),
         )
 
     def shape(self) -> ModelShape:
@@ -138,6 +160,8 @@ class GqaModel:
         )
 
     def products(self) -> str:
+        if self.device_step is not None:
+            return "products: torch, weights fused; steps of few rows as CUDA graphs"
         if not isinstance(self.embed, PackedWeight):
             why = (
                 native.missing()
@@ -153,6 +177,8 @@ class GqaModel:
         whole = self.indexer is None or self._integer_keys or len(batch.token_ids) <= FEW_ROWS
         if self.native is not None and whole:
             return self.native.forward(batch, cache)
+        if self.device_step is not None:
+            return self.device_step.forward(batch, cache, costs.budget_bytes)
         tiling = Tiling(batch, costs)
         x = embedding(batch.token_ids, self.embed, self._dtype)
         rotation = self.rotary.at(batch.positions)

@@ -229,6 +229,14 @@ class MlaModel:
             device=self._embed.device,
         )
 
+    @property
+    def batch_device(self) -> torch.device:
+        """The model's own."""
+        return self._embed.device
+
+    def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
+        """Nothing is to be done."""
+
     def products(self) -> str:
         return "products: torch"
 

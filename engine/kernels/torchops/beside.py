@@ -1,0 +1,17 @@
+"""Tiles beside Triton's rows: what models whose steps run over flat rows (`engine.kernels.triton`) do not compute so."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.kernels.torchops.attention import VectorisedKernels
+
+
+class BesideTriton(VectorisedKernels):
+    """torch's operations; a model that sees this name computes its steps over rows where it can."""
+
+    name = "triton"
+
+    def described(self, dtype: torch.dtype) -> str:
+        """Which models use what, the model's own sentence says."""
+        return "kernels: Triton over the rows of a step, torch where a model has no such step"

@@ -1,0 +1,221 @@
+"""A model's step over flat rows in Triton's kernels: prompt chunks, decodes, dense and sparse rows in the same launches.
+
+The arithmetic is `GqaModel.forward`'s. What differs is order: biases of q, k and v come after the adapter, and index
+queries, index keys and head weights come out of the product that makes q, k and v, so that the head weights are rounded to
+the model's dtype. Products are torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.attention.batch import Batch
+from engine.attention.indexer import KEY_NORM_EPS, LightningIndexer
+from engine.kernels.triton import attention, scores
+from engine.kernels.triton.gate import silu_times
+from engine.kernels.triton.index_key import KeyForm, queries, store_keys
+from engine.kernels.triton.low_rank import add_low_rank
+from engine.kernels.triton.norm import add_rms_norm
+from engine.kernels.triton.rotation import rotate_and_store
+from engine.kernels.triton.rows import Rows, Span, blocks_of
+from engine.kernels.triton.select import select
+from engine.memory.planes import PagedCache
+from engine.models.gqa.graphs import StepGraphs
+from engine.models.gqa.inputs import Piece, RowInputs
+from engine.models.gqa.layer import GqaLayer, plain
+from engine.models.gqa.native import Wired
+
+_CONTEXT_STEP = 1024
+"""Contexts are rounded up to multiples of it: kernels are compiled anew for numbers of another kind."""
+_ALIGNMENT = 8
+"""Columns of the fused product come in multiples of so many, so that its rows begin where wide reads can."""
+MOST_GROUP = 16
+"""Query heads a KV head that attention can have."""
+
+
+class DeviceStep:
+    """The device form of one model."""
+
+    def __init__(self, model: Wired) -> None:
+        """Describe `model`, which `supports` said yes to. Its layers' weights become views of fused ones."""
+        self._model = model
+        c, indexer = model.config, model.indexer
+        self._qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        self._heads, self._dim = (0, 0) if indexer is None else (indexer.num_heads, indexer.head_dim)
+        self._graphs: StepGraphs | None = None
+        self._fused = [self._fuse(i) for i in range(c.num_layers)]
+
+    @staticmethod
+    def supports(model: Wired) -> bool:
+        """Whether the kernels compute what the model is."""
+        c = model.config
+        return isinstance(model.embed, Tensor) and not any(c.windows) and c.group <= MOST_GROUP
+
+    def _fuse(self, i: int) -> Tensor:
+        """Layer i's weight of all that is made of its normalised input: q, k, v, index queries, index key, head weights."""
+        layer = self._model.layers[i]
+        qkv = plain(layer.qkv)
+        if layer.indexer is None:
+            return qkv
+        w = layer.indexer.weights
+        parts = [qkv, plain(w.wq), plain(w.wk), plain(w.weights_proj)]
+        fused = torch.cat(parts)
+        fused = F.pad(fused, (0, 0, 0, -len(fused) % _ALIGNMENT))
+        views = torch.split(fused[: sum(len(part) for part in parts)], [len(part) for part in parts])
+        weights = replace(w, wq=views[1], wk=views[2], weights_proj=views[3])
+        self._model.layers[i] = replace(
+            layer, qkv=views[0], indexer=LightningIndexer(weights, layer.indexer.num_heads)
+        )
+        return fused
+
+    def capture(
+        self, cache: PagedCache, max_rows: int, max_context: int, progress: Callable[[int, int], None]
+    ) -> None:
+        """Capture the graphs of steps; see `engine.models.gqa.graphs`."""
+        indexer, device = self._model.indexer, self._model.norm.device
+        self._graphs = StepGraphs(
+            partial(self.compute, cache=cache),
+            self._model.config.group,
+            self._heads,
+            max_rows,
+            max_context,
+            device,
+        )
+        self._graphs.capture_all(0 if indexer is None else indexer.default_index_top_k, progress)
+
+    def forward(self, batch: Batch, cache: PagedCache, budget_bytes: int) -> Tensor:
+        """As `GqaModel.forward`, of a batch whose tensors are on the CPU."""
+        hidden = None if self._graphs is None else self._graphs.run(batch)
+        if hidden is None:
+            hidden = self.compute(self.inputs(batch, self._model.norm.device, budget_bytes), cache)
+        return hidden
+
+    def inputs(self, batch: Batch, device: torch.device, budget_bytes: int) -> RowInputs:
+        """A batch, whose tensors are on the CPU, as rows on the device, its prompts in blocks.
+
+        Args:
+            batch: of the step
+            device: of the model
+            budget_bytes: that the scores of rows may take together
+        """
+        vectors = (
+            batch.token_ids,
+            batch.pages,
+            batch.offsets,
+            batch.request,
+            batch.positions,
+            batch.index_top_k,
+        )
+        packed = torch.from_numpy(np.stack([one.numpy().astype(np.int32) for one in vectors])).to(device)
+        token_ids, pages, offsets, request, positions, index_top_k = packed.unbind()
+        rows = Rows(request, positions, index_top_k, batch.block_table.to(torch.int32).to(device))
+        longest = max(segment.start + segment.num_rows for segment in batch.segments)
+        context = -(-longest // _CONTEXT_STEP) * _CONTEXT_STEP
+        spans = [Span(s.first_row, s.num_rows, s.start) for s in batch.segments if s.num_rows > 1]
+        top_k = max(
+            (s.index_top_k or 0 for s in batch.segments if s.dense_rows < s.num_rows),
+            default=0,
+        )
+        group = self._model.config.group
+        return RowInputs(
+            token_ids=token_ids,
+            pages=pages,
+            offsets=offsets,
+            rows=rows,
+            max_context=context,
+            top_k=top_k,
+            blocks=blocks_of(spans, len(rows), attention.block_rows(group), device) if spans else None,
+            pieces=self._pieces(rows, spans, max(1, budget_bytes // (4 * context))) if top_k else (),
+        )
+
+    def _pieces(self, rows: Rows, spans: list[Span], most: int) -> tuple[Piece, ...]:
+        """The rows, at most so many at a time."""
+        pieces = []
+        for first in range(0, len(rows), most):
+            end = min(first + most, len(rows))
+            own = Rows(
+                rows.request[first:end], rows.positions[first:end], rows.index_top_k[first:end], rows.block_table
+            )  # fmt: skip
+            inside = []
+            for row, count, position in spans:
+                begin, stop = max(row, first), min(row + count, end)
+                if begin < stop:
+                    inside.append(Span(begin - first, stop - begin, position + begin - row))
+            size = scores.block_rows(self._heads)
+            blocks = blocks_of(inside, end - first, size, rows.request.device) if inside else None
+            pieces.append(Piece(first, own, blocks))
+        return tuple(pieces)
+
+    def compute(self, inputs: RowInputs, cache: PagedCache) -> Tensor:
+        """Write the rows to the cache; hidden states after the last norm, [T, E]; of padding anything finite."""
+        m, eps = self._model, self._model.config.rms_norm_eps
+        x, update = F.embedding(inputs.token_ids, plain(m.embed)).to(m.norm.dtype), None
+        for i, layer in enumerate(m.layers):
+            x, hidden = add_rms_norm(x, update, layer.input_norm, eps)
+            update = self._attention(i, layer, hidden, inputs, cache)
+            x, hidden = add_rms_norm(x, update, layer.post_norm, eps)
+            gated = silu_times(F.linear(hidden, plain(layer.gate_up), layer.gate_up_bias))
+            update = F.linear(gated, plain(layer.down), layer.down_bias)
+        return add_rms_norm(x, update, m.norm, eps)[1]
+
+    def _attention(
+        self, i: int, layer: GqaLayer, hidden: Tensor, inputs: RowInputs, cache: PagedCache
+    ) -> Tensor:
+        m, c, rows = self._model, self._model.config, inputs.rows
+        plane = cache.plane(i, "kv")
+        product = F.linear(hidden, self._fused[i])
+        qkv = product[:, : self._qkv]
+        adapter = layer.adapter if inputs.top_k else None
+        if adapter is not None:
+            add_low_rank(qkv, hidden, adapter[0].a, adapter[0].b, rows.index_top_k)
+        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        query = rotate_and_store(
+            qkv, rows.positions, inputs.pages, inputs.offsets, m.rotary.all(), plane,
+            bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps,
+        )  # fmt: skip
+        selected = None
+        if layer.indexer is not None:
+            selected = self._selected(i, layer.indexer, product, inputs, cache)
+        scale = c.head_dim**-0.5
+        out = attention.attend(query, plane, rows, selected, scale, inputs.max_context, inputs.blocks)
+        out = out.flatten(1)
+        attended = F.linear(out, plain(layer.o), layer.o_bias)
+        if adapter is not None:
+            add_low_rank(attended, out, adapter[1].a, adapter[1].b, rows.index_top_k)
+        return attended
+
+    def _selected(
+        self, i: int, indexer: LightningIndexer, product: Tensor, inputs: RowInputs, cache: PagedCache
+    ) -> Tensor | None:
+        """Store the rows' index keys, and select; None where no row has a selection."""
+        m, w, heads, dim = self._model, indexer.weights, self._heads, self._dim
+        assert m.index_rotary is not None
+        rotation, plane, rows = m.index_rotary.all(), cache.plane(i, "index_key"), inputs.rows
+        key_at = self._qkv + heads * dim
+        form: KeyForm = "int8" if plane.dtype is torch.uint8 else "plain"
+        store_keys(
+            product[:, key_at : key_at + dim], w.k_norm_weight, w.k_norm_bias, KEY_NORM_EPS, rotation, rows.positions,
+            inputs.pages, inputs.offsets, plane, form,
+        )  # fmt: skip
+        if not inputs.top_k:
+            return None
+        head_weights = product[:, key_at + dim : key_at + dim + heads]
+        # Integer queries are made where they are scored.
+        query, weights = queries(
+            product[:, self._qkv : key_at], head_weights, heads**-0.5 * dim**-0.5, rotation, rows.positions, "plain"
+        )  # fmt: skip
+        chosen = []
+        for piece in inputs.pieces:
+            own = slice(piece.first, piece.first + len(piece.rows))
+            rated = scores.index_scores(
+                query[own], weights[own], plane, piece.rows, inputs.max_context, piece.blocks, fill=False
+            )
+            chosen.append(select(rated, piece.rows, inputs.top_k))
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)

@@ -1,0 +1,133 @@
+"""Steps as CUDA graphs: a step of few rows is hundreds of short kernels, and a graph launches them at once.
+
+A graph has a number of rows, a context and a width of selections, each rounded up (`engine.models.gqa.padded`); rows that
+only fill it are padding, which writes nothing. Its inputs lie in one buffer, filled by one copy. All graphs share their
+memory: they run one at a time, and what one returns is copied.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.attention.batch import Batch
+from engine.models.gqa.inputs import RowInputs
+from engine.models.gqa.padded import Padded
+
+_DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Rows of graphs without prompts."""
+_MIXED = (96, 160, 288, 544, 1056, 2080)
+"""Rows of graphs with prompts: a power of two, some decodes, and a row of padding."""
+_LEAST_CONTEXT = 1024
+_LEAST_WIDTH = 64
+_MOST_SCORES = 1 << 28
+"""Bytes of the scores of a graph's rows."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    buffer: Tensor  # [Padded.size] int32, what it reads
+    hidden: Tensor  # [rows, E], what it writes
+
+
+class StepGraphs:
+    """The graphs of one model over one cache."""
+
+    def __init__(
+        self,
+        compute: Callable[[RowInputs], Tensor],
+        group: int,
+        heads: int,
+        max_rows: int,
+        max_context: int,
+        device: torch.device,
+    ) -> None:
+        """Nothing is captured yet.
+
+        Args:
+            compute: a step's hidden states, its cache written
+            group: query heads a KV head
+            heads: of the indexer; 0 without one
+            max_rows: of a step of decodes
+            max_context: that a request may have
+            device: of the model
+        """
+        self._compute, self._device, self._group, self._heads = compute, device, group, heads
+        most = min(max_rows, _DECODES[-1])
+        self._decodes = [*(size for size in _DECODES if size < most), most]
+        self._contexts = [_LEAST_CONTEXT]
+        while self._contexts[-1] < max_context:
+            self._contexts.append(2 * self._contexts[-1])
+        self._captured: dict[Padded, _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._host = torch.empty(0, dtype=torch.int32)
+
+    def capture_all(self, top_k: int, progress: Callable[[int, int], None]) -> None:
+        """Capture what steps with the model's own top_k and without a selection will want (0: without alone)."""
+        widths = [0, _round_up(top_k)] if top_k else [0]
+        shapes = [
+            self._shape(rows, context, width, prompts)
+            for prompts, sizes in ((True, _MIXED), (False, self._decodes))
+            for rows, context, width in itertools.product(
+                reversed(sizes), reversed(self._contexts), reversed(widths)
+            )
+            if 4 * rows * context <= _MOST_SCORES
+        ]
+        for number, shape in enumerate(shapes):
+            progress(number, len(shapes))
+            self._capture(shape)
+        progress(len(shapes), len(shapes))
+
+    def run(self, batch: Batch) -> Tensor | None:
+        """Hidden states [T, E] of a batch whose tensors are on the CPU; None: no graph is so large."""
+        count = len(batch.token_ids)
+        prompts = len(batch.segments) != count
+        sizes = [size for size in (_MIXED if prompts else self._decodes) if size >= count + prompts]
+        if not sizes:
+            return None
+        longest = max(segment.start + segment.num_rows for segment in batch.segments)
+        context = next(one for one in self._contexts if one >= longest)
+        shape = self._shape(sizes[0], context, _round_up(int(batch.index_top_k.max())), prompts)
+        if not shape.holds(batch) or 4 * shape.rows * context > _MOST_SCORES:
+            return None
+        captured = self._captured.get(shape) or self._capture(shape)
+        host = self._staging(shape)
+        shape.fill(host.numpy(), batch)
+        captured.buffer.copy_(host, non_blocking=True)
+        captured.graph.replay()
+        return captured.hidden[:count].clone()
+
+    def _shape(self, rows: int, context: int, top_k: int, prompts: bool) -> Padded:
+        return Padded(rows, context, top_k, prompts, self._group, self._heads)
+
+    def _staging(self, shape: Padded) -> Tensor:
+        """Pinned memory for a shape. Nobody reads it any more: whoever asks has waited for the step before."""
+        if len(self._host) < shape.size:
+            self._host = torch.empty(shape.size, dtype=torch.int32, pin_memory=True)
+        return self._host[: shape.size]
+
+    def _capture(self, shape: Padded) -> _Captured:
+        host = self._staging(shape)
+        shape.fill(host.numpy(), None)
+        buffer = host.to(self._device)
+        inputs = shape.inputs(buffer)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            self._compute(inputs)  # compiles what is not compiled yet
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            hidden = self._compute(inputs)
+        captured = self._captured[shape] = _Captured(graph, buffer, hidden)
+        return captured
+
+
+def _round_up(top_k: int) -> int:
+    """The width of selections that a graph has for this one."""
+    return 0 if top_k == 0 else max(_LEAST_WIDTH, 1 << (top_k - 1).bit_length())

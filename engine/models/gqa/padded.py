@@ -1,0 +1,137 @@
+"""A step's rows in a buffer of one shape, filled anew for each step: what a captured graph reads.
+
+Rows beyond a step's own are padding. Blocks beyond its own have no rows, and singles beyond its own are a row of padding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.attention.batch import Batch
+from engine.config import PAGE_SIZE
+from engine.kernels.triton import attention, scores
+from engine.kernels.triton.rows import Blocks, Rows, Span, cut
+from engine.models.gqa.inputs import Piece, RowInputs
+
+MOST_SPANS = 16
+"""Chunks of prompts in a step with prompts."""
+MOST_SINGLES = 128
+"""Decodes beside them."""
+_COLUMNS = 6
+"""Numbers of a row before its pages."""
+
+
+class Padded(NamedTuple):
+    """One shape: `rows` rows of contexts up to `context`, selections up to `top_k` wide (0: none), prompts or decodes."""
+
+    rows: int
+    context: int
+    top_k: int
+    prompts: bool
+    group: int  # query heads a KV head
+    heads: int  # of the indexer, 0 without one
+
+    @property
+    def size(self) -> int:
+        """Numbers in the buffer."""
+        return sum(count for _, count in self._sections())
+
+    def _sections(self) -> list[tuple[str, int]]:
+        """What lies in the buffer, and how many numbers of each."""
+        found = [("vectors", self.rows * _COLUMNS), ("pages", self._lines * self._pages)]
+        if self.prompts:
+            found += [
+                ("blocks", 2 * self._blocks(attention.block_rows(self.group))),
+                ("singles", MOST_SINGLES),
+            ]
+            if self.top_k:
+                found += [("scored", 2 * self._blocks(scores.block_rows(self.heads)))]
+        return found
+
+    @property
+    def _pages(self) -> int:
+        return self.context // PAGE_SIZE
+
+    @property
+    def _lines(self) -> int:
+        """Requests."""
+        return MOST_SPANS + MOST_SINGLES if self.prompts else self.rows
+
+    def _blocks(self, size: int) -> int:
+        """The most that chunks can be cut into: each has a last one, and one before a boundary of splits."""
+        return self.rows // size + 2 * MOST_SPANS
+
+    def holds(self, batch: Batch) -> bool:
+        """Whether a batch, whose rows and contexts fit, has no more of anything else."""
+        chunks = sum(segment.num_rows > 1 for segment in batch.segments)
+        if not self.prompts:
+            return chunks == 0
+        singles = len(batch.segments) - chunks
+        # The last row is padding, to which singles that are not there point.
+        return chunks <= MOST_SPANS and singles <= MOST_SINGLES and len(batch.token_ids) < self.rows
+
+    def inputs(self, buffer: Tensor) -> RowInputs:
+        """Views of a buffer [size] int32, as the step reads it."""
+        part, start = {}, 0
+        for name, count in self._sections():
+            part[name] = buffer[start : start + count]
+            start += count
+        vectors = part["vectors"].view(_COLUMNS, self.rows)
+        token_ids, page, offset, request, positions, index_top_k = vectors.unbind()
+        rows = Rows(request, positions, index_top_k, part["pages"].view(self._lines, self._pages))
+        blocks = scored = None
+        if self.prompts:
+            blocks = Blocks(part["blocks"].view(-1, 2), part["singles"], attention.block_rows(self.group))
+        if self.prompts and self.top_k:
+            scored = Blocks(part["scored"].view(-1, 2), part["singles"], scores.block_rows(self.heads))
+        return RowInputs(
+            token_ids=token_ids,
+            pages=page,
+            offsets=offset,
+            rows=rows,
+            max_context=self.context,
+            top_k=self.top_k,
+            blocks=blocks,
+            pieces=(Piece(0, rows, scored),) if self.top_k else (),
+        )
+
+    def fill(self, host: NDArray[np.int32], batch: Batch | None) -> None:
+        """Lay a batch out in a buffer on the host; without one all is padding."""
+        part, start = {}, 0
+        for name, count in self._sections():
+            part[name] = host[start : start + count]
+            start += count
+        vectors = part["vectors"].reshape(_COLUMNS, self.rows)
+        count = 0 if batch is None else len(batch.token_ids)
+        vectors[:, count:] = 0
+        vectors[4, count:] = -1  # positions
+        for name in ("blocks", "scored"):
+            if name in part:
+                part[name][:] = 0
+        if self.prompts:
+            part["singles"][:] = self.rows - 1
+        if batch is None:
+            part["pages"][:] = 0
+            return
+        sources = (
+            batch.token_ids, batch.pages, batch.offsets, batch.request, batch.positions, batch.index_top_k,
+        )  # fmt: skip
+        for vector, source in zip(vectors, sources, strict=True):
+            vector[:count] = source.numpy()
+        lines, width = batch.block_table.shape
+        part["pages"].reshape(self._lines, self._pages)[:lines, :width] = batch.block_table.numpy()
+        if not self.prompts:
+            return
+        spans = [Span(s.first_row, s.num_rows, s.start) for s in batch.segments if s.num_rows > 1]
+        alone = [s.first_row for s in batch.segments if s.num_rows == 1]
+        part["singles"][: len(alone)] = alone
+        tables = [("blocks", attention.block_rows(self.group))]
+        if self.top_k:
+            tables.append(("scored", scores.block_rows(self.heads)))
+        for name, size in tables:
+            table = np.array(cut(spans, size), dtype=np.int32).reshape(-1)
+            part[name][: len(table)] = table
