@@ -15,6 +15,9 @@ def triton_missing() -> str | None:
         return "Triton is not installed"
     if not os.environ.get("CC") and shutil.which("gcc") is None and shutil.which("clang") is None:
         return "Triton needs a C compiler: install gcc or clang, or name one in CC"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+    scheme = sysconfig.get_default_scheme()
+    if scheme == "posix_local":  # Debian's, whose folder of headers is empty; Triton looks in the other, too
+        scheme = "posix_prefix"
+    if not Path(sysconfig.get_paths(scheme=scheme)["include"], "Python.h").is_file():
         return "Triton needs Python's headers: install python3-dev"
     return None

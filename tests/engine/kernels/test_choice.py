@@ -32,7 +32,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     assert "C compiler" in str(toolchain.triton_missing())
     monkeypatch.setenv("CC", "cc")
-    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": "/nowhere"})
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": "/nowhere"})
     assert "headers" in str(toolchain.triton_missing())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert toolchain.triton_missing() == "Triton is not installed"
