@@ -7,11 +7,12 @@
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS base
-# Bases without Python (NVIDIA's) get their distribution's, of whatever patch version it has.
+# Bases without Python (NVIDIA's) get their distribution's, of whatever patch version it has, and with it what Triton
+# compiles the launchers of its kernels with.
 # hadolint ignore=DL3008
 RUN if ! command -v python3 > /dev/null; then \
         apt-get update \
-        && apt-get install --yes --no-install-recommends python3 python3-venv \
+        && apt-get install --yes --no-install-recommends gcc libc6-dev python3 python3-dev python3-venv \
         && rm -rf /var/lib/apt/lists/*; \
     fi
 

@@ -5,7 +5,6 @@ A new backend is a folder and a line in `BACKENDS`. The conformance test compare
 
 from __future__ import annotations
 
-import importlib.util
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from engine.config import KernelChoice
 from engine.errors import ConfigError
 from engine.kernels import native
 from engine.kernels.interface.attention import Kernels
+from engine.kernels.toolchain import triton_missing
 
 if TYPE_CHECKING:
     import torch
@@ -48,11 +48,11 @@ def choose_backend(choice: KernelChoice, device: torch.device) -> Kernels:
         raise ConfigError(
             f"kernels is native, which is for the CPU, but the device is {device}; set it to auto"
         )
-    here = importlib.util.find_spec("triton") is not None
-    if choice == "triton" and (device.type != "cuda" or not here):
-        why = f"the device is {device}" if here else "Triton is not installed"
-        raise ConfigError(f"kernels is triton, which is for CUDA, but {why}; set it to auto")
-    if choice == "auto" and device.type == "cuda" and here:
+    if choice == "triton" and device.type != "cuda":
+        raise ConfigError(f"kernels is triton, which is for CUDA, but the device is {device}; set it to auto")
+    if choice == "triton" and (why := triton_missing()) is not None:
+        raise ConfigError(f"kernels is triton, but it cannot be compiled here. {why}; or set kernels to auto")
+    if choice == "auto" and device.type == "cuda" and triton_missing() is None:
         choice = "triton"
     if choice == "auto":
         choice = "torch" if device.type != "cpu" or native.library() is None else "native"

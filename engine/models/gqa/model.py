@@ -20,6 +20,7 @@ from engine.attention.tiling import Tiling
 from engine.kernels import native
 from engine.kernels.interface.attention import Kernels
 from engine.kernels.native.packed import PackedWeight
+from engine.kernels.toolchain import triton_missing
 from engine.layers.linear import Held, embedding, linear, linear_float32
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
@@ -162,6 +163,9 @@ class GqaModel:
     def products(self) -> str:
         if self.device_step is not None:
             return "products: torch, weights fused; steps of few rows as CUDA graphs"
+        if self.norm.device.type == "cuda":
+            why = triton_missing() or "Triton's steps were not chosen, or the model has sliding windows"
+            return f"products: torch ({why})"
         if not isinstance(self.embed, PackedWeight):
             why = (
                 native.missing()
