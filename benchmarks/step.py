@@ -61,6 +61,7 @@ class Nothing:
         self._hidden = torch.zeros(512, 1)
         self._logits = torch.randn(rows, VOCAB, generator=generator) * 2
         self._logits[:, ::5000] += 12
+        self.batch_device = torch.device("cpu")
 
     def forward(self, batch: Batch, cache: object, costs: TileCosts) -> Tensor:
         return self._hidden[: batch.token_ids.shape[0]]

@@ -348,7 +348,7 @@ def warm(only: str, processes: int) -> None:
 
 def conformance(out: Path) -> int:
     """The kernels' tests on this device; what they print goes to a file."""
-    command = [sys.executable, "-m", "pytest", TESTS, "--confcutdir", TESTS]
+    command = [sys.executable, "-P", "-m", "pytest", "-o", "pythonpath=.", TESTS, "--confcutdir", TESTS]
     command += [
         "-q",
         "-p",

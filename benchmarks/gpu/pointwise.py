@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,7 @@ from engine.protocol import SamplingParams
 from engine.step.device_sampler import needs_of, rows_of
 from engine.step.sampler import sample
 
+ROOT = Path(__file__).parents[2]
 EPS = 1e-5
 CALLS = 20  # in a graph
 PAGES = 1024
@@ -302,7 +304,10 @@ def compile_all() -> float:
     begin = time.perf_counter()
     parts = [(i, part) for i in range(len(SHAPES)) for part in "lis"]
     workers = [
-        subprocess.Popen([sys.executable, "-m", "benchmarks.gpu.pointwise", "--compile", f"{i}{part}"])
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "benchmarks.gpu.pointwise", "--compile", f"{i}{part}"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
         for i, part in parts
     ]
     for worker in workers:

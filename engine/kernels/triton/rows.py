@@ -22,8 +22,8 @@ class Rows:
         request: [T] int32, a row's request: its line of `block_table`
         positions: [T] int32, a row's own position, the last that it sees; negative in a row that only fills a bucket,
             which reads nothing and whose output is 0
-        index_top_k: [T] int32, how many positions are selected for a row; 0 is a dense row, which attends to all. Whoever
-            fills this gives 0 to rows with position + 1 <= top_k, which would select everything
+        index_top_k: [T] int32, how many positions are selected for a row; 0 is a dense row, which attends to all;
+            `engine.plan.sparsity.row_index_top_k` says it
         block_table: [R, P] int32, a request's position c lies in page block_table[r, c // 64]; padded with page 0
     """
 
