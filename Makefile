@@ -33,7 +33,7 @@ check: $(VENV)/.installed-lint ## In a minute: style, types, and the tests that 
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest $(WORKERS) --hypothesis-profile=check -m "not (slow or model or process or interpreted)" $(ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) --hypothesis-profile=check --ignore=tests/e2e --ignore=tests/deploy --ignore=tests/engine/kernels/triton -m "not (slow or model or process or interpreted)" $(ARGS)
 
 test: $(VENV)/.installed-test ## Run the tests. ARGS="more flags of pytest".
 	@$(BIN)/python -m pytest $(WORKERS) $(ARGS)

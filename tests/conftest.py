@@ -35,7 +35,7 @@ os.environ["DSA_LEDGER"] = "none"
 UNTIMED = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.register_profile("test", UNTIMED)
 # `make check` says the same of the same code, and is short.
-hypothesis.settings.register_profile("check", UNTIMED, max_examples=25, derandomize=True, database=None)
+hypothesis.settings.register_profile("check", UNTIMED, max_examples=10, derandomize=True, database=None)
 hypothesis.settings.load_profile("test")
 
 MODEL_MAKERS = {
