@@ -55,10 +55,18 @@ class SubprocessEngine:
         config: what to load and how to run.
         on_output: called with the text that the process writes to its standard output and error, a few whole
             lines at a time; None lets the process write to the server's own output.
+        module: the program to run; measurements replace it by one that speaks the same messages.
     """
 
-    def __init__(self, config: EngineConfig, on_output: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_output: Callable[[str], None] | None = None,
+        *,
+        module: str = "engine.step.process",
+    ) -> None:
         self._config = config
+        self._module = module
         self._on_output = on_output
         self._status = EngineStatus(state=EngineState.STARTING, message="the engine has not been started yet")
         self._supervisor: asyncio.Task[None] | None = None
@@ -161,7 +169,7 @@ class SubprocessEngine:
                     sys.executable,
                     "-P",  # the current folder may have an `engine` of its own
                     "-m",
-                    "engine.step.process",
+                    self._module,
                     "--fd",
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),

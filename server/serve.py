@@ -66,7 +66,7 @@ def serve(settings: Settings) -> int:
         engine = SubprocessEngine(
             settings.engine(files), on_output=engine_output if settings.log_format == "json" else None
         )
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(run(config, engine, text, chat, listener))
 
 
@@ -200,7 +200,7 @@ async def _drain(lifecycle: Lifecycle, signals: _Signals, config: ServerConfig) 
         task.cancel()
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """The event loop of uvloop; None if it is not installed, as it is not made for every platform."""
     if importlib.util.find_spec("uvloop") is None:
         return None
