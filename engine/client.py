@@ -69,8 +69,10 @@ class Engine(Protocol):
         ...
 
     def submit(self, request: Submit, hear: Hear, settled: Settled | None = None) -> None:
-        """Run one request. Return at once; `hear` and `settled` are called later, and `settled` exactly once:
-        at the request's end, or when the engine has released a request that was aborted.
+        """Run one request, and return at once.
+
+        `hear` and `settled` are called later. `settled` is called exactly once: at the request's end, or when the engine
+        has released a request that was aborted.
 
         Raises:
             EngineUnavailableError: the engine takes no requests now; `settled` was called.

@@ -230,7 +230,9 @@ class SubprocessEngine:
                     held.usage, held.work = delta.usage, delta.usage.work
                 if delta.finish_reason is not None:
                     del all_held[delta.request_id]
-                if held.hear is not None:  # None: the server has aborted it, and the engine had not read the abort
+                if (
+                    held.hear is not None
+                ):  # None: the server has aborted it, and the engine had not read the abort
                     held.hear(delta)
                 if delta.finish_reason is not None:
                     held.settle()

@@ -89,12 +89,12 @@ class TextDelta(msgspec.Struct, frozen=True):
     @property
     def only_text(self) -> bool:
         """Whether nothing but content is new. Almost every delta is so."""
-        return (
-            self.finish_reason is None
-            and self.logprobs is None
-            and self.prompt_logprobs is None
-            and all([isinstance(part, Content) for part in self.parts])  # noqa: C419 - a list is twice as fast here
-        )
+        if self.finish_reason is not None or self.logprobs is not None or self.prompt_logprobs is not None:
+            return False
+        for part in self.parts:  # noqa: SIM110 - a generator takes four times as long
+            if type(part) is not Content:
+                return False
+        return True
 
 
 def join_texts(deltas: Sequence[TextDelta]) -> list[TextDelta]:
@@ -132,12 +132,19 @@ class Choice:
         self._job = job
         self._staged = False
         self._reader = _Plain(tokenizer, job.stop) if job.answer is None else job.answer()
+        self._endless = job.answer is None and not job.stop and not job.prompt_only
         self._output: list[int] = []  # tokens that the engine and the server wrote so far
         self._submits = 1
         self._known: RequestUsage | None = None  # the newest; a stop string ends before the final one
 
     def read(self, delta: Delta) -> TextDelta:
         """Read a delta of the engine."""
+        if self._endless and delta.finish_reason is None and delta.usage is None:
+            # Almost every delta of plain text. The rest of this method would give the same.
+            token_ids = delta.token_ids
+            self._output += token_ids
+            parts = tuple(self._reader.push(token_ids))
+            return TextDelta(self._job.index, parts, token_ids, delta.logprobs, delta.prompt_logprobs)
         if self._submits == 1:  # the prompt of a later submit contains this choice's own output
             self._known = delta.usage or self._known
         if self._job.prompt_only:
@@ -145,9 +152,6 @@ class Choice:
         token_ids, reader = self._without_stop_token(delta), self._reader
         consumed = reader.tokens_consumed
         parts = reader.push(token_ids)
-        if delta.finish_reason is None and delta.usage is None and not reader.ended and not reader.redirect:
-            self._output += token_ids  # the usual case, for which the rest below would give the same
-            return TextDelta(self._job.index, tuple(parts), token_ids, delta.logprobs, delta.prompt_logprobs)
         token_ids = token_ids[: reader.tokens_consumed - consumed]
         self._output += [*token_ids, *reader.redirect]
         finish: Finish | None = None

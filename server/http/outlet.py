@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import Message, Send
 
@@ -60,8 +60,7 @@ class Outlet:
     def write(self, data: bytes) -> None:
         """Write bytes. The client must be reading: nothing is held back."""
         self.last = time.monotonic()
-        sending = self._send(_body(data))
-        assert isinstance(sending, Coroutine)
+        sending = cast(Coroutine[Any, Any, None], self._send(_body(data)))
         try:
             wait = sending.send(None)
         except StopIteration:

@@ -159,7 +159,7 @@ class _Run:
         del start.headers["content-length"]
         await send({"type": "http.response.start", "status": 200, "headers": start.raw_headers})
         renderer = self._order.renderer
-        outlet = Outlet(send, renderer.events)
+        outlet = Outlet(self._record.send or send, renderer.events)
         try:
             last = await self._body(outlet)
         except Exception as error:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import EngineDiedError, EngineUnavailableError
-from engine.protocol import Submit
-from server.generation.choice import Job, TextDelta
+from engine.protocol import Delta, Submit, TokenLogprob
+from server.generation.choice import Choice, Job, TextDelta
 from server.generation.generate import Generation, GenerationAbortedError, GenerationFailedError, QuietError
 from tests.server.fake_engine import FakeEngine, Script
 from tests.server.kit import EOS, TEXT, ids, say, submit
@@ -138,7 +138,9 @@ async def test_one_failing_choice_ends_all() -> None:
 
 
 async def test_a_refusal_settles_every_choice_and_sends_none_of_the_rest() -> None:
-    engine = FakeEngine(lambda submit: say("a", fault="refuse" if submit.request_id == "1" else None, delay=9.0))
+    engine = FakeEngine(
+        lambda submit: say("a", fault="refuse" if submit.request_id == "1" else None, delay=9.0)
+    )
     settled: list[str] = []
     async with Generation(engine, TEXT, jobs(3), lambda name, usage: settled.append(name)) as generation:
         with pytest.raises(EngineUnavailableError):
@@ -176,3 +178,20 @@ async def test_settling_loses_nothing() -> None:
         generation.listen(seen.append)
         await generation.over()
     assert "".join(delta.text for delta in seen) == "ab"
+
+
+@given(text=st.text('aé中👩\u200d"\n', max_size=20), cut=st.integers(0, 3), group=st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_the_short_way_of_plain_text_gives_what_the_long_way_gives(text: str, cut: int, group: int) -> None:
+    token_ids = tuple(ids(text))[cut:]  # may begin within a character
+    short, long = Choice(TEXT, Job(0, submit())), Choice(TEXT, Job(0, submit()))
+    long._endless = False
+    entries = tuple(TokenLogprob(token_id=i, logprob=-1.0, rank=1, top=()) for i in token_ids)
+    for start in range(0, len(token_ids), group):
+        delta = Delta(
+            request_id="r",
+            token_ids=token_ids[start : start + group],
+            logprobs=entries[start : start + group] if cut else None,
+            finish_reason="length" if start + group >= len(token_ids) else None,
+        )
+        assert short.read(delta) == long.read(delta)
