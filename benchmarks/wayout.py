@@ -20,7 +20,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,8 @@ from rich.table import Table
 from benchmarks.wayout_engine import STEP
 from engine.config import EngineConfig
 from engine.supervisor import SubprocessEngine
-from lab.bench.crowd import Crowd, Report
+from lab.bench.crowd import Crowd, CrowdReport
+from lab.bench.machine import children, cpu_seconds
 from lab.bench.timing import decode_rate_of_all, gap_percentiles
 from server.chat import choose, load_chat_format
 from server.config import ServerConfig
@@ -72,11 +72,6 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     tokens_an_event: float
 
 
-def cpu_seconds(pid: int) -> float:
-    """The CPU seconds that a process has used so far, with all its threads."""
-    return time.clock_gettime((~pid << 3) | 2)  # Linux's clock of another process
-
-
 @contextmanager
 def serving(step: float, most: int) -> Iterator[tuple[str, int, int]]:
     """Run the server and the engine; yields its address and the ids of the two processes."""
@@ -94,8 +89,7 @@ def serving(step: float, most: int) -> Iterator[tuple[str, int, int]]:
             match = re.match(r"ready at (\S+) ", line)
             if match is None:
                 raise RuntimeError(f"the server did not start; it says {line!r}")
-            children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-            yield match[1], server.pid, int(children[0])
+            yield match[1], server.pid, children(server.pid)[0]
         finally:
             server.terminate()
 
@@ -130,13 +124,13 @@ def bodies(streams: int, prompt: int, tokens: int, *, chat: bool) -> tuple[dict[
     return tuple(common | {"prompt": draw.choices(range(1000, 40_000), k=prompt)} for _ in range(streams))
 
 
-def ask(crowd: Crowd) -> Report:
+def ask(crowd: Crowd) -> CrowdReport:
     """Ask from a process of its own."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "lab.bench.crowd"],
         input=msgspec.json.encode(crowd), stdout=subprocess.PIPE, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    return msgspec.json.decode(done.stdout, type=Report)
+    return msgspec.json.decode(done.stdout, type=CrowdReport)
 
 
 def measure(streams: int, rate: float, tokens: int, prompt: int, *, chat: bool, most: int) -> Row:

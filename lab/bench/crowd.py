@@ -1,6 +1,6 @@
 """Many streams of one server from one process, at a few microseconds an event: a raw HTTP client that parses at the end.
 
-`python -P -m lab.bench.crowd` reads a `Crowd` as JSON from its standard input and writes a `Report` as JSON to its
+`python -P -m lab.bench.crowd` reads a `Crowd` as JSON from its standard input and writes a `CrowdReport` as JSON to its
 standard output. So a measurement can start several of them, each on a core of its own. All times are seconds of the
 monotonic clock, which the processes of one machine share.
 """
@@ -54,7 +54,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class CrowdReport(msgspec.Struct, frozen=True, kw_only=True):
     """What came.
 
     Attributes:
@@ -97,17 +97,17 @@ class _Stream(asyncio.Protocol):
             self.over.set_result(None)
 
 
-async def ask(crowd: Crowd) -> Report:
+async def ask(crowd: Crowd) -> CrowdReport:
     """Send every body at once over a connection of its own, and read all answers to their ends."""
     address = urlsplit(crowd.url)
+    host, port = address.hostname or "", address.port or 80
     loop = asyncio.get_running_loop()
     streams: list[_Stream] = []
     for body in crowd.bodies:
         request = _request(address.netloc, crowd.path, body)
-        _, stream = await loop.create_connection(
-            lambda request=request: _Stream(request), address.hostname, address.port
-        )
+        stream = _Stream(request)
         streams.append(stream)
+        await loop.create_connection(lambda stream=stream: stream, host, port)  # type: ignore[misc]
     await asyncio.sleep(max(0.0, crowd.begin - time.perf_counter()))
     began, used = time.perf_counter(), time.process_time()
     for stream in streams:
@@ -115,7 +115,7 @@ async def ask(crowd: Crowd) -> Report:
     await asyncio.gather(*(stream.over for stream in streams))
     used = time.process_time() - used
     last = max((stream.pieces[-1][0] for stream in streams if stream.pieces), default=began)
-    return Report(
+    return CrowdReport(
         endings=tuple(read(stream.sent, stream.pieces) for stream in streams),
         seconds=last - began,
         cpu_seconds=used,
@@ -222,7 +222,7 @@ def _message(data: bytes) -> str:
 
 
 def main() -> None:
-    """Read a `Crowd`, ask, and write the `Report`."""
+    """Read a `Crowd`, ask, and write the `CrowdReport`."""
     import uvloop
 
     crowd = msgspec.json.decode(sys.stdin.buffer.read(), type=Crowd)

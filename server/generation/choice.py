@@ -143,8 +143,8 @@ class Choice:
             # Almost every delta of plain text. The rest of this method would give the same.
             token_ids = delta.token_ids
             self._output += token_ids
-            parts = tuple(self._reader.push(token_ids))
-            return TextDelta(self._job.index, parts, token_ids, delta.logprobs, delta.prompt_logprobs)
+            text = tuple(self._reader.push(token_ids))
+            return TextDelta(self._job.index, text, token_ids, delta.logprobs, delta.prompt_logprobs)
         if self._submits == 1:  # the prompt of a later submit contains this choice's own output
             self._known = delta.usage or self._known
         if self._job.prompt_only:

@@ -106,13 +106,13 @@ class _Begun:
     def __await__(self) -> Generator[Any, Any, None]:
         wait = self._wait
         while True:
+            error: BaseException | None = None
+            sent = None
             try:
                 sent = yield wait
-            except BaseException as error:
-                step = self._begun.throw, error
-            else:
-                step = self._begun.send, sent
+            except BaseException as thrown:
+                error = thrown
             try:
-                wait = step[0](step[1])
+                wait = self._begun.send(sent) if error is None else self._begun.throw(error)
             except StopIteration:
                 return

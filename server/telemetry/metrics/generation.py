@@ -10,7 +10,6 @@ from itertools import accumulate
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from server.generation.choice import Job, TextDelta
 
@@ -93,7 +92,7 @@ class Gaps(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metric of a scrape."""
-        bounds = [*(floatToGoString(bound) for bound in _TOKEN_BUCKETS), "+Inf"]
+        bounds = [*(str(bound) for bound in _TOKEN_BUCKETS), "+Inf"]
         yield HistogramMetricFamily(
             "dsa_inter_token_latency_seconds",
             "Between two deliveries of tokens of one choice.",
