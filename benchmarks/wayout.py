@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks.wayout_engine import STEP
 from engine.config import EngineConfig
 from engine.supervisor import SubprocessEngine
-from lab.bench.crowd import Crowd, CrowdReport
+from lab.bench.crowd import Client, Crowd
 from lab.bench.machine import children, cpu_seconds
 from lab.bench.timing import decode_rate_of_all, gap_percentiles
 from server.chat import choose, load_chat_format
@@ -124,33 +124,21 @@ def bodies(streams: int, prompt: int, tokens: int, *, chat: bool) -> tuple[dict[
     return tuple(common | {"prompt": draw.choices(range(1000, 40_000), k=prompt)} for _ in range(streams))
 
 
-def ask(crowd: Crowd) -> CrowdReport:
-    """Ask from a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "lab.bench.crowd"],
-        input=msgspec.json.encode(crowd), stdout=subprocess.PIPE, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    return msgspec.json.decode(done.stdout, type=CrowdReport)
-
-
 def measure(streams: int, rate: float, tokens: int, prompt: int, *, chat: bool, most: int) -> Row:
     """Run one case.
 
     Raises:
-        RuntimeError: a stream did not end as it should.
+        BenchError: a stream did not end as it should.
     """
     step = max(LEAST_STEP, streams / rate)
     path = "/v1/chat/completions" if chat else "/v1/completions"
     with serving(step, most) as (url, server, engine):
-        ask(Crowd(url=url, path=path, bodies=bodies(2, prompt, 16, chat=chat)))  # warm-up
+        Client(Crowd(url=url, path=path, bodies=bodies(2, prompt, 16, chat=chat))).report()  # warm-up
         before = cpu_seconds(server), cpu_seconds(engine)
         crowd = Crowd(url=url, path=path, bodies=bodies(streams, prompt, tokens, chat=chat))
-        report = ask(crowd)
+        report = Client(crowd).report()
         used = cpu_seconds(server) - before[0], cpu_seconds(engine) - before[1]
-    timings = [ending.timing for ending in report.endings if ending.timing is not None]
-    wrong = [ending for ending in report.endings if ending.terminal != 1 or ending.error]
-    if wrong or len(timings) != streams:
-        raise RuntimeError(f"{len(wrong)} of {streams} streams went wrong; the first: {wrong[:1]}")
+    timings = [ending.answered() for ending in report.endings]
     total = sum(timing.completion_tokens for timing in timings)
     events = sum(len(timing.arrivals) for timing in timings)
     p50, p99 = gap_percentiles(timings) or (0.0, 0.0)

@@ -27,7 +27,6 @@ import random
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,7 +41,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from lab.bench.crowd import Crowd, Ending, CrowdReport, ask
+from lab.bench.crowd import Client, Crowd, ask
 from lab.bench.machine import children, cpu_seconds, describe
 from lab.bench.servers import LocalServer
 from lab.bench.timing import Timing, decode_rate_of_all, gap_percentiles, output_rate
@@ -102,21 +101,22 @@ class Bench:
 
     def alone(self, context: int, tokens: int, mode: str) -> Timing:
         """Send one request from this process."""
-        report = _run(ask(self.crowd([self.body(context, tokens, mode)])))
-        return timing_of(report.endings[0])
+        crowd = self.crowd([self.body(context, tokens, mode)])
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            report = runner.run(ask(crowd))
+        return report.endings[0].answered()
 
     def together(self, streams: int, context: int, tokens: int, mode: str) -> dict[str, Any]:
         """Send many requests at once, from several processes."""
         begin = time.perf_counter() + CLIENT_START
         before = cpu_seconds(self.server.pid), cpu_seconds(self.engine_pid())
-        reports = ask_apart(
-            [
-                self.crowd([self.body(context, tokens, mode) for _ in range(count)], begin)
-                for count in _shares(streams)
-            ]
-        )
+        clients = [
+            Client(self.crowd([self.body(context, tokens, mode) for _ in range(count)], begin))
+            for count in _shares(streams)
+        ]
+        reports = [client.report() for client in clients]
         used = cpu_seconds(self.server.pid) - before[0], cpu_seconds(self.engine_pid()) - before[1]
-        timings = [timing_of(ending) for report in reports for ending in report.endings]
+        timings = [ending.answered() for report in reports for ending in report.endings]
         total = sum(timing.completion_tokens for timing in timings)
         opened = max(timing.first for timing in timings)
         closed = min(timing.ended for timing in timings)
@@ -165,52 +165,9 @@ class Bench:
         raise RuntimeError("the server has no engine process")
 
 
-def _run(work: Any) -> Any:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
-
-
 def _shares(streams: int) -> list[int]:
     clients = -(-streams // STREAMS_A_CLIENT)
     return [streams // clients + (i < streams % clients) for i in range(clients)]
-
-
-def ask_apart(crowds: Sequence[Crowd]) -> list[CrowdReport]:
-    """Let a process of its own ask each crowd."""
-    processes = [begin_apart(crowd) for crowd in crowds]
-    return [end_apart(process) for process in processes]
-
-
-def begin_apart(crowd: Crowd) -> subprocess.Popen[bytes]:
-    """Start a client process."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "lab.bench.crowd"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert process.stdin is not None
-    process.stdin.write(msgspec.json.encode(crowd))
-    process.stdin.close()
-    return process
-
-
-def end_apart(process: subprocess.Popen[bytes]) -> CrowdReport:
-    """Wait for a client process and read its report."""
-    assert process.stdout is not None
-    with process:
-        return msgspec.json.decode(process.stdout.read(), type=CrowdReport)
-
-
-def timing_of(ending: Ending) -> Timing:
-    """Return the times of a stream that must have been answered well.
-
-    Raises:
-        RuntimeError: it was not.
-    """
-    if ending.timing is None or ending.terminal != 1 or ending.error is not None:
-        raise RuntimeError(
-            f"a stream went wrong: status {ending.status}, {ending.terminal} terminal events, {ending.error}"
-        )
-    return ending.timing
 
 
 @contextmanager
@@ -307,8 +264,8 @@ def abort(bench: Bench, count: int, context: int, tokens: int) -> dict[str, Any]
     """Let the clients of `count` streams hang up while one more stream goes on."""
     used = 'dsa_kv_pages{state="used"}'
     own = -(-context // 64)
-    stays = begin_apart(bench.crowd([bench.body(context, tokens, "sparse")]))
-    leaves = begin_apart(bench.crowd([bench.body(context, tokens, "sparse") for _ in range(count)]))
+    stays = Client(bench.crowd([bench.body(context, tokens, "sparse")]))
+    leaves = Client(bench.crowd([bench.body(context, tokens, "sparse") for _ in range(count)]))
     began = time.monotonic()
     while bench.metric("dsa_requests_running") < count + 1 or bench.metric(used) < (count + 1) * own:
         if time.monotonic() - began > RUN_SECONDS:
@@ -325,8 +282,7 @@ def abort(bench: Bench, count: int, context: int, tokens: int) -> dict[str, Any]
     while (now := bench.metric(used)) > most:
         pass
     free = time.perf_counter()
-    leaves.communicate()
-    timing = timing_of(end_apart(stays).endings[0])
+    timing = stays.report().endings[0].answered()
     return {
         "streams": count, "pages_before": held, "pages_after": now, "seconds": free - left, "a_scrape_s": scrape,
         "steps_meanwhile": sum(left < arrival <= free for arrival in timing.arrivals),
@@ -337,7 +293,7 @@ def abort(bench: Bench, count: int, context: int, tokens: int) -> dict[str, Any]
 def kill(bench: Bench, count: int, context: int, tokens: int) -> dict[str, Any]:
     """Kill the engine under `count` streams."""
     crowds = [bench.crowd([bench.body(context, tokens, "sparse") for _ in range(n)]) for n in _shares(count)]
-    clients = [begin_apart(crowd) for crowd in crowds]
+    clients = [Client(crowd) for crowd in crowds]
     began = time.monotonic()
     while bench.metric("dsa_requests_running") < count:
         if time.monotonic() - began > RUN_SECONDS:
@@ -345,7 +301,7 @@ def kill(bench: Bench, count: int, context: int, tokens: int) -> dict[str, Any]:
         time.sleep(0.01)
     killed = time.monotonic()
     os.kill(bench.engine_pid(), signal.SIGKILL)
-    endings = [ending for client in clients for ending in end_apart(client).endings]
+    endings = [ending for client in clients for ending in client.report().endings]
     told = time.monotonic() - killed
     wait_ready(bench, killed)
     back = time.monotonic() - killed
@@ -428,9 +384,11 @@ def main() -> None:
             elif part == "prompts":
                 found[part] = prompts(bench, arguments.prompts, arguments.rounds)
             elif part == "abort":
-                found[part] = abort(bench, max(1, min(8, several - 1)), arguments.contexts[0], 8 * arguments.tokens)
+                found[part] = abort(
+                    bench, max(1, min(8, several - 1)), arguments.contexts[0], 16 * arguments.tokens
+                )
             elif part == "kill":
-                found[part] = kill(bench, several, arguments.contexts[0], 8 * arguments.tokens)
+                found[part] = kill(bench, several, arguments.contexts[0], 16 * arguments.tokens)
             found.setdefault("seconds", {})[part] = time.monotonic() - began
             (out / "http.json").write_text(json.dumps(found, indent=1) + "\n")
     show(found)

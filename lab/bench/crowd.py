@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import msgspec
 
+from lab.bench.errors import BenchError
 from lab.bench.timing import Timing
 
 
@@ -52,6 +56,18 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     terminal: int
     error: str | None = None
     text: str = ""
+
+    def answered(self) -> Timing:
+        """Return the times of a stream that must have been answered well.
+
+        Raises:
+            BenchError: it was not.
+        """
+        if self.timing is None or self.terminal != 1 or self.error is not None:
+            raise BenchError(
+                f"a stream went wrong: status {self.status}, {self.terminal} terminal events, {self.error or 'no error'}"
+            )
+        return self.timing
 
 
 class CrowdReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,6 +137,38 @@ async def ask(crowd: Crowd) -> CrowdReport:
         cpu_seconds=used,
         reads=sum(len(stream.pieces) for stream in streams),
     )
+
+
+class Client:
+    """A process that asks a crowd. It begins at once."""
+
+    def __init__(self, crowd: Crowd) -> None:
+        root = str(Path(__file__).parents[2])
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "lab.bench.crowd"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": root},
+        )  # fmt: skip
+        assert self._process.stdin is not None
+        with self._process.stdin as stdin:
+            stdin.write(msgspec.json.encode(crowd))
+
+    def report(self) -> CrowdReport:
+        """Wait for its end.
+
+        Raises:
+            BenchError: the process failed.
+        """
+        assert self._process.stdout is not None
+        with self._process:
+            data = self._process.stdout.read()
+        if self._process.returncode:
+            raise BenchError(f"a client process ended with exit status {self._process.returncode}")
+        return msgspec.json.decode(data, type=CrowdReport)
+
+    def kill(self) -> None:
+        """End the process now; the system closes its connections."""
+        with self._process:
+            self._process.kill()
 
 
 def _request(host: str, path: str, body: dict[str, Any]) -> bytes:
