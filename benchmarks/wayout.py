@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks.wayout_engine import STEP
 from engine.config import EngineConfig
 from engine.supervisor import SubprocessEngine
-from lab.bench.crowd import Client, Crowd
+from lab.bench.crowd import Crowd, CrowdProcess
 from lab.bench.machine import children, cpu_seconds
 from lab.bench.timing import decode_rate_of_all, gap_percentiles
 from server.chat import choose, load_chat_format
@@ -133,10 +133,10 @@ def measure(streams: int, rate: float, tokens: int, prompt: int, *, chat: bool, 
     step = max(LEAST_STEP, streams / rate)
     path = "/v1/chat/completions" if chat else "/v1/completions"
     with serving(step, most) as (url, server, engine):
-        Client(Crowd(url=url, path=path, bodies=bodies(2, prompt, 16, chat=chat))).report()  # warm-up
+        CrowdProcess(Crowd(url=url, path=path, bodies=bodies(2, prompt, 16, chat=chat))).report()  # warm-up
         before = cpu_seconds(server), cpu_seconds(engine)
         crowd = Crowd(url=url, path=path, bodies=bodies(streams, prompt, tokens, chat=chat))
-        report = Client(crowd).report()
+        report = CrowdProcess(crowd).report()
         used = cpu_seconds(server) - before[0], cpu_seconds(engine) - before[1]
     timings = [ending.answered() for ending in report.endings]
     total = sum(timing.completion_tokens for timing in timings)

@@ -41,7 +41,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from lab.bench.crowd import Client, Crowd, ask
+from lab.bench.crowd import Crowd, CrowdProcess, ask
 from lab.bench.machine import children, cpu_seconds, describe
 from lab.bench.servers import LocalServer
 from lab.bench.timing import Timing, decode_rate_of_all, gap_percentiles, output_rate
@@ -111,7 +111,7 @@ class Bench:
         begin = time.perf_counter() + CLIENT_START
         before = cpu_seconds(self.server.pid), cpu_seconds(self.engine_pid())
         clients = [
-            Client(self.crowd([self.body(context, tokens, mode) for _ in range(count)], begin))
+            CrowdProcess(self.crowd([self.body(context, tokens, mode) for _ in range(count)], begin))
             for count in _shares(streams)
         ]
         reports = [client.report() for client in clients]
@@ -264,8 +264,8 @@ def abort(bench: Bench, count: int, context: int, tokens: int) -> dict[str, Any]
     """Let the clients of `count` streams hang up while one more stream goes on."""
     used = 'dsa_kv_pages{state="used"}'
     own = -(-context // 64)
-    stays = Client(bench.crowd([bench.body(context, tokens, "sparse")]))
-    leaves = Client(bench.crowd([bench.body(context, tokens, "sparse") for _ in range(count)]))
+    stays = CrowdProcess(bench.crowd([bench.body(context, tokens, "sparse")]))
+    leaves = CrowdProcess(bench.crowd([bench.body(context, tokens, "sparse") for _ in range(count)]))
     began = time.monotonic()
     while bench.metric("dsa_requests_running") < count + 1 or bench.metric(used) < (count + 1) * own:
         if time.monotonic() - began > RUN_SECONDS:
@@ -293,7 +293,7 @@ def abort(bench: Bench, count: int, context: int, tokens: int) -> dict[str, Any]
 def kill(bench: Bench, count: int, context: int, tokens: int) -> dict[str, Any]:
     """Kill the engine under `count` streams."""
     crowds = [bench.crowd([bench.body(context, tokens, "sparse") for _ in range(n)]) for n in _shares(count)]
-    clients = [Client(crowd) for crowd in crowds]
+    clients = [CrowdProcess(crowd) for crowd in crowds]
     began = time.monotonic()
     while bench.metric("dsa_requests_running") < count:
         if time.monotonic() - began > RUN_SECONDS:

@@ -139,7 +139,7 @@ async def ask(crowd: Crowd) -> CrowdReport:
     )
 
 
-class Client:
+class CrowdProcess:
     """A process that asks a crowd. It begins at once."""
 
     def __init__(self, crowd: Crowd) -> None:
