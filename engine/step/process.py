@@ -7,6 +7,7 @@ longer compute. It ignores signals: only the server handles Ctrl-C, and decides 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import queue
@@ -53,6 +54,8 @@ def main() -> None:
     if built.weights.fp8_bytes or built.weights.dequantised_bytes:
         _log.info("%s", built.weights)
     _log.info("%s", built.kernels)
+    gc.collect()
+    gc.freeze()  # the model and the libraries live to the end; to search them for garbage would stop every stream
     end.send(built.ready)
     try:
         _loop(end, inbox, built)
