@@ -65,10 +65,13 @@ class Meter:
     def charge(self, plan: StepPlan, seconds: float) -> None:
         """Divide a step that took `seconds` over the requests in it.
 
-        The time that the requests share (`CostModel.shared`) is divided evenly, the rest by modelled seconds.
+        The time that the requests share (`CostModel.shared`) is divided evenly, the rest by modelled seconds. A request
+        that had ended before the step was done pays nothing: the step computed its row ahead, in vain.
         """
-        model, requests = self._model, plan.requests
+        model, requests = self._model, [one for one in plan.requests if one.request_id in self._live]
         count = len(requests)
+        if not count:
+            return
         shared = model.shared(plan) / count
         modelled = [model.modelled(request) for request in requests]
         total = sum(one.actual for one in modelled) + shared * count

@@ -15,6 +15,7 @@ from engine.plan.tiles import TileCosts
 from engine.plan.types import Sampled, SampleSpec, ScheduledRequest, StepPlan, StepResult
 from engine.protocol import EngineStats, SamplingParams, StepOutput, Work, add_counters
 from engine.step.core import EngineCore
+from engine.step.runner import AtOnce
 from tests.engine.plan.kit import make
 
 SHAPE = ModelShape(
@@ -111,7 +112,7 @@ def test_dense_requests_cost_their_own_dense_equivalent() -> None:
     assert work.dense_seconds == pytest.approx(2.0)
 
 
-class _Instant:
+class _Instant(AtOnce):
     """A runner that draws token 5 for whoever wants one, and a clock that goes on 10 ms with every look."""
 
     def __init__(self) -> None:
