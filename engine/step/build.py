@@ -19,7 +19,7 @@ from engine.kernels import native
 from engine.kernels.choice import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import read_model
-from engine.models.family import Family, Model, Placement
+from engine.models.family import Family, Model, Placement, RowStep
 from engine.parallel.link import Progress
 from engine.parallel.ranks import ALONE, Ranks
 from engine.parallel.team import OnLost, Team
@@ -28,7 +28,7 @@ from engine.plan.meter import Meter
 from engine.plan.pace import CostPace
 from engine.plan.scheduler import Scheduler
 from engine.protocol import Capacity, ModelInfo, Ready
-from engine.step.core import EngineCore
+from engine.step.core import EngineCore, StepRunner
 from engine.step.drafting import LayerDrafter
 from engine.step.lead import LeadRunner
 from engine.step.runner import Draw, Runner
@@ -41,6 +41,7 @@ class Built:
 
     core: EngineCore
     runner: Runner
+    ahead: StepRunner | None  # what the core runs in place of `runner`: it takes plans ahead
     cache: PagedCache
     costs: CostModel
     ready: Ready
@@ -216,6 +217,8 @@ def _build(
         if team is None
         else LeadRunner(model, cache, costs, device, drafter, draw, team)
     )
+    step = model.row_step if team is None and not config.draft_tokens else None
+    ahead = None if step is None else _device_runner(model, step, cache, config.score_budget_bytes, device)
     shape, dtype_name = model.shape(), str(dtype).removeprefix("torch.")
     coefficients = assumed_coefficients(shape, device.type, kernels.name)
     if config.cost_calibration is not None:
@@ -253,10 +256,11 @@ def _build(
             max_running=config.max_running,
         ),
     )
-    core = EngineCore(scheduler, runner, Meter(cost_model), sparse=model.indexer is not None)
+    core = EngineCore(scheduler, ahead or runner, Meter(cost_model), sparse=model.indexer is not None)
     return Built(
         core=core,
         runner=runner,
+        ahead=ahead,
         cache=cache,
         costs=cost_model,
         ready=ready,
@@ -272,6 +276,16 @@ def _device_draw() -> Draw:
     from engine.step.device_sampler import sample_on_device  # needs Triton
 
     return sample_on_device
+
+
+def _device_runner(
+    model: Model, step: RowStep, cache: PagedCache, budget_bytes: int, device: torch.device
+) -> StepRunner:
+    from engine.step.device_runner import DeviceRunner  # needs Triton
+
+    runner = DeviceRunner(model, step, cache, budget_bytes, device)
+    runner.prepare()
+    return runner
 
 
 def resolve_device(name: str, rank: int = 0, count: int = 1) -> torch.device:

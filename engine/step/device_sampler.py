@@ -37,14 +37,17 @@ def sample_on_device(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]
     needs = needs_of(specs)
     draws = draw(logits, rows_of(specs, [0] * len(specs), nobody, device), needs)
     tokens: list[int] = draws.tokens.where(draws.finite, -1).tolist()
-    logprobs = _logprobs(draws, tokens, specs) if needs.logprobs else [None] * len(specs)
+    logprobs = logprobs_of(draws, tokens, specs) if needs.logprobs else [None] * len(specs)
     return [
         NOT_FINITE if token < 0 else Drawn(token_id=token, logprob=own)
         for token, own in zip(tokens, logprobs, strict=True)
     ]
 
 
-def _logprobs(draws: Draws, tokens: Sequence[int], specs: Sequence[SampleSpec]) -> list[TokenLogprob | None]:
+def logprobs_of(
+    draws: Draws, tokens: Sequence[int], specs: Sequence[SampleSpec]
+) -> list[TokenLogprob | None]:
+    """What each spec asks to be told about its token; None where it asks nothing."""
     assert draws.logprobs is not None
     assert draws.ranks is not None
     assert draws.top_ids is not None
