@@ -55,15 +55,14 @@ class Holdings:
         pages = self.pages.allocate(missing)
         if pages is None:
             return False
-        request.page_ids.extend(pages)
+        request.take_pages(pages)
         return True
 
     def trim(self, request: Request) -> None:
         """Give back the pages beyond the planned rows: only drafts were computed in them."""
         kept = pages_for(request.num_planned)
         if kept < len(request.page_ids):
-            self.pages.release(request.page_ids[kept:])
-            del request.page_ids[kept:]
+            self.pages.release(request.drop_pages(kept))
 
     def register(self, request: Request) -> None:
         """Register the request's newly full pages in the prefix cache."""

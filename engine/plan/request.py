@@ -12,7 +12,7 @@ from __future__ import annotations
 from engine.plan.lookup import PromptLookup
 from engine.plan.prefix import HashFunction, PageKeys, sha256
 from engine.plan.types import PENDING, Sampled, SampleSpec, ScheduledRequest
-from engine.protocol import Delta, FinishReason, RequestUsage, Submit, TokenLogprob
+from engine.protocol import Delta, FinishReason, RequestUsage, Submit, TokenLogprob, has_penalty
 
 
 class Request:
@@ -54,6 +54,11 @@ class Request:
         self._lookup = PromptLookup(self.token_ids) if lookup else None
         self._proposed: tuple[int, ...] = ()  # drafts of the newest result, to follow the known tokens
         self._stop_token_ids = frozenset(submit.sampling.stop_token_ids)
+        self._most_tokens = self.num_prompt + submit.sampling.max_tokens
+        self._penalised = has_penalty(submit.sampling)
+        self._pages: tuple[
+            int, ...
+        ] = ()  # of the last plan; the next has the same tuple while nothing has changed
         # No token is before the first one, so it has no logprob.
         self._first_scored = max(submit.sampling.prompt_logprobs_start, 1)
         self._prompt_logprobs: list[TokenLogprob] = []  # of prompt positions from `_first_scored` on
@@ -69,8 +74,9 @@ class Request:
     @property
     def num_missing(self) -> int:
         """Tokens that no step has computed or computes; 1 when decoding. The last token that is allowed never is."""
-        last = self.num_pending and self.num_generated >= self.sampling.max_tokens
-        return self.num_tokens - self.num_planned - (1 if last else 0)
+        tokens = len(self.token_ids) + self.num_pending
+        last = self.num_pending > 0 and tokens >= self._most_tokens
+        return tokens - self.num_planned - last
 
     @property
     def num_generated(self) -> int:
@@ -95,7 +101,7 @@ class Request:
 
     def admit(self, page_ids: tuple[int, ...], cached_tokens: int, now: float) -> None:
         """Start, or start again, from `page_ids`, which hold the first `cached_tokens` tokens."""
-        self.page_ids = list(page_ids)
+        self.page_ids, self._pages = list(page_ids), None
         self.num_registered = len(page_ids)
         self.num_computed = self.num_planned = cached_tokens
         if self.cached_tokens is None:
@@ -108,10 +114,22 @@ class Request:
         None of its rows may be in flight.
         """
         page_ids = tuple(self.page_ids)
-        self.page_ids = []
+        self.page_ids, self._pages = [], None
         self.num_computed = self.num_planned = 0
         self.preemptions += 1
         return page_ids
+
+    def take_pages(self, page_ids: tuple[int, ...]) -> None:
+        """Add pages at the end."""
+        self.page_ids.extend(page_ids)
+        self._pages = None
+
+    def drop_pages(self, kept: int) -> list[int]:
+        """Keep the first `kept` pages, and return the others, which the caller must release."""
+        dropped = self.page_ids[kept:]
+        del self.page_ids[kept:]
+        self._pages = None
+        return dropped
 
     def draft(self, count: int) -> tuple[int, ...]:
         """Guess the tokens that follow the known ones: at most `count`, and never the last token that is allowed.
@@ -129,6 +147,8 @@ class Request:
         start, end = self.num_planned, self.num_planned + count
         # Targets begin with the step's first row and end with the prompt, so target i belongs to row i. If rows
         # are recomputed whose logprobs are known, `accept` drops the repeated ones.
+        if self._pages is None:
+            self._pages = tuple(self.page_ids)
         targets: list[int] = []
         if self.sampling.prompt_logprobs is not None:
             known, last = self._last_scored, min(end, self.num_prompt - 1)
@@ -140,7 +160,7 @@ class Request:
             num_drafts=len(drafts),
             next_token_id=self.token_ids[end] if end < len(self.token_ids) else None,
             start=start,
-            page_ids=tuple(self.page_ids),
+            page_ids=self._pages,
             index_top_k=self.index_top_k,
             sample=self._sample_spec() if end == self.num_tokens else None,
             prompt_targets=tuple(targets),
@@ -159,8 +179,9 @@ class Request:
         if sampled.error is not None:
             return self.end("error", now, error=sampled.error)
         self._refuse_mismatch(scheduled, sampled)
-        known = self._last_scored - scheduled.start
-        self._prompt_logprobs.extend(sampled.prompt_logprobs[max(known, 0) :])
+        if sampled.prompt_logprobs:
+            known = self._last_scored - scheduled.start
+            self._prompt_logprobs.extend(sampled.prompt_logprobs[max(known, 0) :])
         self.num_computed = scheduled.start + len(scheduled.token_ids) - scheduled.num_drafts
         self.peak_computed = max(self.peak_computed, self.num_computed)
         if not sampled.token_ids:
@@ -183,7 +204,7 @@ class Request:
             self.token_ids.append(token_id)
             if token_id in self._stop_token_ids:
                 reason = "stop"
-            elif len(self.token_ids) - self.num_prompt >= self.sampling.max_tokens:
+            elif len(self.token_ids) >= self._most_tokens:
                 reason = "length"
         # Every kept token but the last was a draft, so its row is computed. Rows of rejected drafts do not count:
         # the next step begins before them and overwrites them.
@@ -220,20 +241,25 @@ class Request:
         )
 
     def _sample_spec(self) -> SampleSpec:
-        params = self.sampling
-        penalised = bool(
-            params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-        )
         return SampleSpec(
-            params=params,
-            output_index=self.num_generated,
+            params=self.sampling,
+            output_index=len(self.token_ids) + self.num_pending - self.num_prompt,
             prompt_len=self.num_prompt,
-            history=tuple(self.token_ids) if penalised else (),
+            history=tuple(self.token_ids) if self._penalised else (),
         )
 
     def _refuse_mismatch(self, scheduled: ScheduledRequest, sampled: Sampled) -> None:
-        name = f"the result of request {self.request_id!r}"
         tokens = sampled.token_ids
+        if (
+            len(tokens) == 1
+            and scheduled.sample is not None
+            and not scheduled.num_drafts
+            and not scheduled.prompt_targets
+            and not sampled.prompt_logprobs
+            and (self.sampling.logprobs is None or len(sampled.logprobs) == 1)
+        ):
+            return  # nearly all results are one token
+        name = f"the result of request {self.request_id!r}"
         if (not tokens) != (scheduled.sample is None):
             raise ValueError(f"{name} must have tokens exactly where they were asked for")
         if (

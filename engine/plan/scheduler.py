@@ -157,8 +157,7 @@ class Scheduler:
             raise RuntimeError(f"{MAX_IN_FLIGHT} plans are in flight; apply the result of the first one")
         if self._in_flight and self._draft_tokens:
             return None
-        chunks = self._chunk_budget()
-        wanted, chunks = self._grant_tokens(chunks)
+        wanted, chunks = self._grant_tokens()
         preemptions = self._preemptions
         granted = self._take_pages(wanted)
         if granted is None:
@@ -264,35 +263,35 @@ class Scheduler:
         if any(request.page_ids or request.num_planned for request in self._waiting):
             raise RuntimeError("a waiting request must hold no page")
 
-    def _chunk_budget(self) -> int:
+    def _grant_tokens(self) -> tuple[list[tuple[Request, int]], int]:
+        """Return the running requests with the tokens that each may compute, and how many more may go to waiting ones."""
+        wanted = [(request, request.num_missing) for request in self._running]
+        decodes = sum(count == 1 for _, count in wanted)
+        chunks = self._chunk_budget(wanted, decodes)
+        if decodes < len(wanted):
+            for place, (request, count) in enumerate(wanted):
+                if count > 1:
+                    wanted[place] = (request, min(count, chunks))
+                    chunks -= wanted[place][1]
+            wanted = [one for one in wanted if one[1]]  # who has 0 waits, or ends with the step in flight
+        return wanted, chunks
+
+    def _chunk_budget(self, missing: list[tuple[Request, int]], decodes: int) -> int:
         """How many tokens of this step may go to requests that miss more than one, running or waiting."""
-        decodes = [request for request in self._running if request.num_missing == 1]
-        left = self._token_budget - len(decodes)
+        left = self._token_budget - decodes
         if self._pace is None or not decodes or not left:
             return left
-        others = [request for request in self._running if request.num_missing > 1]
+        others = [request for request, count in missing if count > 1]
         others += islice(self._waiting, self._max_running - len(self._running))
         if not others:
             return left
         first = others[0]
         return self._pace(
-            [_place(request) for request in decodes],
+            [_place(request) for request, count in missing if count == 1],
             [Place(request.num_tokens, request.index_top_k) for request in others],
             _place(first),
             left,
         )
-
-    def _grant_tokens(self, chunks: int) -> tuple[list[tuple[Request, int]], int]:
-        """Return the running requests with the tokens that each may compute, and the rest of `chunks`."""
-        wanted = []
-        for request in self._running:
-            count = request.num_missing  # 0: it ends with the step in flight
-            if count > 1:
-                count = min(count, chunks)
-                chunks -= count
-            if count:
-                wanted.append((request, count))
-        return wanted, chunks
 
     def _take_pages(self, wanted: list[tuple[Request, int]]) -> list[tuple[Request, int]] | None:
         """Take pages for the requests in order of arrival. Return those that got pages and were not preempted.
@@ -332,6 +331,8 @@ class Scheduler:
 
     def _draft(self, granted: list[tuple[Request, int]]) -> list[tuple[int, ...]]:
         """Return each granted request's drafts, as far as budget and pages are left."""
+        if not self._draft_tokens:
+            return [()] * len(granted)
         budget = self._token_budget - sum(count for _, count in granted)
         drafts: list[tuple[int, ...]] = []
         for request, count in granted:

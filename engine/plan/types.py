@@ -43,6 +43,11 @@ class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
         """The last `num_drafts` of `token_ids`."""
         return self.token_ids[len(self.token_ids) - self.num_drafts :]
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one row, which is sampled from."""
+        return len(self.token_ids) == 1 and self.sample is not None
+
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The work of one step: at least one request, and each request once."""

@@ -5,7 +5,7 @@ Steps that draw in the usual ways are graphs. Others (penalties, biases, log-pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Protocol
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from engine.errors import EngineError
 from engine.kernels.triton.sampling import DrawRows, Draws, Needs, count_tokens, draw, remember
 from engine.memory.staging import Staging
-from engine.plan.types import Drawn, SampleSpec
-from engine.step.device_sampler import has_penalty, logprobs_of, needs_of, rows_of, table
+from engine.plan.types import Sampled, SampleSpec
+from engine.protocol import TokenLogprob, has_penalty
+from engine.step.device_sampler import logprobs_of, needs_of, rows_of, table
 from engine.step.sampler import NOT_FINITE
 
 _COLUMNS = 10
@@ -54,18 +55,27 @@ class Told:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
-    def drawn(self) -> Iterator[Drawn]:
-        """Wait, and give each row's token."""
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def drawn(self) -> list[Sampled]:
+        """Wait, and give what each row's request gets."""
         if self._done is not None:
             self._done.synchronize()
         tokens: list[int] = self._tokens.tolist()
         if self._draws is None:
-            return (NOT_FINITE if token < 0 else Drawn(token_id=token) for token in tokens)
+            return [_BAD if token < 0 else Sampled(token_ids=(token,)) for token in tokens]
         told = logprobs_of(self._draws, tokens, self._specs)
-        return (
-            NOT_FINITE if token < 0 else Drawn(token_id=token, logprob=one)
-            for token, one in zip(tokens, told, strict=True)
-        )
+        return [_sampled(token, one) for token, one in zip(tokens, told, strict=True)]
+
+
+_BAD = Sampled(error=NOT_FINITE.error, nonfinite=True)
+
+
+def _sampled(token: int, logprob: TokenLogprob | None) -> Sampled:
+    if token < 0:
+        return _BAD
+    return Sampled(token_ids=(token,), logprobs=() if logprob is None else (logprob,))
 
 
 def _to_host(numbers: Tensor) -> Tensor:
@@ -96,6 +106,7 @@ class DeviceDraws:
         self._history = _History(vocab, device)
         self._graphs: dict[tuple[int, Needs], _Graph] = {}
         self._sizes: list[int] = []
+        self._greedy = table((), (), len(head.drawn)).reshape(-1)
 
     def capture(self, hidden: Tensor) -> None:
         """Capture graphs for up to as many rows as `drawn` has; `hidden` [any, E] tells the size and dtype of rows."""
@@ -121,7 +132,7 @@ class DeviceDraws:
         size = next((size for size in self._sizes if size >= len(rows)), 0)
         captured = self._graphs.get((size, needs))
         if captured is not None:
-            return self._replay(captured, size, hidden, rows, specs)
+            return self._replay(captured, size, needs, hidden, rows, specs)
         device = self._device
         index = torch.tensor(rows, device=device)
         logits = self._head.logits(hidden.index_select(0, index))
@@ -135,12 +146,21 @@ class DeviceDraws:
         return Told(specs, told, _all_to_host(draws) if needs.logprobs else None)
 
     def _replay(
-        self, captured: _Graph, size: int, hidden: Tensor, rows: Sequence[int], specs: Sequence[SampleSpec]
+        self,
+        captured: _Graph,
+        size: int,
+        needs: Needs,
+        hidden: Tensor,
+        rows: Sequence[int],
+        specs: Sequence[SampleSpec],
     ) -> Told:
         count = len(rows)
         host = self._staging.take(size * (1 + _COLUMNS)).numpy()
         host[:count] = rows
-        host[size:].reshape(size, _COLUMNS)[:] = table(specs, [0] * count, size)
+        if needs.draws:
+            host[size:].reshape(size, _COLUMNS)[:] = table(specs, [0] * count, size)
+        else:
+            host[size:] = self._greedy[: size * _COLUMNS]
         self._staging.send(captured.asked)
         torch.index_select(hidden, 0, captured.asked[:count], out=captured.wanted[:count])
         captured.graph.replay()
@@ -198,7 +218,9 @@ class _History:
         Raises:
             EngineError: a token is pending that was not counted.
         """
-        penalised = [(name, spec) for name, spec in zip(names, specs, strict=True) if has_penalty(spec)]
+        penalised = [
+            (name, spec) for name, spec in zip(names, specs, strict=True) if has_penalty(spec.params)
+        ]
         here = {name for name, _ in penalised}
         for name, spec in penalised:
             known = len(spec.history) - spec.prompt_len
@@ -213,7 +235,8 @@ class _History:
             self._slots[name] = self._slots.pop(name)  # now the last
             self._said[name] = spec.output_index + 1
         return [
-            self._slots[name] if has_penalty(spec) else -1 for name, spec in zip(names, specs, strict=True)
+            self._slots[name] if has_penalty(spec.params) else -1
+            for name, spec in zip(names, specs, strict=True)
         ]
 
     def _free(self, here: set[str]) -> int:

@@ -15,14 +15,14 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.attention.batch import build_batch
+from engine.attention.batch import PageTables, build_batch
 from engine.errors import EngineError
 from engine.memory.planes import PagedCache
 from engine.models.family import Model, RowStep
 from engine.plan.types import PENDING, Sampled, SampleSpec, ScheduledRequest, StepPlan, StepResult
 from engine.protocol import TokenLogprob
 from engine.step.device_draws import DeviceDraws, Told
-from engine.step.sampler import NOT_FINITE, token_logprobs
+from engine.step.sampler import token_logprobs
 
 _CPU = torch.device("cpu")
 _LOGIT_ROWS = 64  # rows of prompt logits held at once
@@ -49,6 +49,7 @@ class DeviceRunner:
         self._step, self._cache = step, cache
         self._budget_bytes, self._device = budget_bytes, device
         self._draws = DeviceDraws(step, model.vocab_size, device)
+        self._tables = PageTables()
         self._places: dict[str, int] = {}  # of the last step's requests in `drawn`
 
     def prepare(self) -> None:
@@ -69,7 +70,8 @@ class DeviceRunner:
         """
         if plan.wiped_pages:
             self._cache.wipe(plan.wiped_pages)
-        batch = build_batch(plan, _CPU)
+        batch = build_batch(plan, _CPU, self._tables)
+        self._tables.turn()
         rows: list[int] = []
         specs: list[SampleSpec] = []
         places: dict[str, int] = {}
@@ -129,17 +131,13 @@ class DeviceFlight:
             self._done.synchronize()
         sampled: list[Sampled] = []
         drawn = iter(() if self._told is None else self._told.drawn())
+        if not self._scored and len(self._plan.requests) == (0 if self._told is None else len(self._told)):
+            return StepResult(sampled=tuple(drawn))
         for request in self._plan.requests:
             if request.sample is None:
                 sampled.append(_NOTHING)
                 continue
-            one = next(drawn)
-            if one.token_id is None:
-                sampled.append(_BAD)
-            elif one.logprob is None:
-                sampled.append(Sampled(token_ids=(one.token_id,)))
-            else:
-                sampled.append(Sampled(token_ids=(one.token_id,), logprobs=(one.logprob,)))
+            sampled.append(next(drawn))
         for number, hidden in self._scored:
             request = self._plan.requests[number]
             sampled[number] = msgspec.structs.replace(
@@ -158,4 +156,3 @@ class DeviceFlight:
 
 
 _NOTHING = Sampled()
-_BAD = Sampled(error=NOT_FINITE.error, nonfinite=True)
