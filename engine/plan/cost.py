@@ -199,7 +199,7 @@ class Modelled(NamedTuple):
     """Modelled seconds of one request in one step, without the time that all requests of the step share."""
 
     actual: float
-    index: float  # the part of `actual` that scoring and selecting take
+    scoring: float  # the part of `actual` that scoring and selecting take
     dense: float  # what `actual` would be if every row read its whole context
 
 

@@ -56,9 +56,9 @@ class Request:
         self._stop_token_ids = frozenset(submit.sampling.stop_token_ids)
         self._most_tokens = self.num_prompt + submit.sampling.max_tokens
         self._penalised = has_penalty(submit.sampling)
-        self._pages: tuple[
-            int, ...
-        ] = ()  # of the last plan; the next has the same tuple while nothing has changed
+        self._pages: tuple[int, ...] | None = (
+            None  # `page_ids` for plans, which share it while nothing changes
+        )
         # No token is before the first one, so it has no logprob.
         self._first_scored = max(submit.sampling.prompt_logprobs_start, 1)
         self._prompt_logprobs: list[TokenLogprob] = []  # of prompt positions from `_first_scored` on

@@ -19,13 +19,15 @@ from engine.memory.staging import Staging
 from engine.models.gqa.inputs import RowInputs
 from engine.models.gqa.padded import Padded
 
-_DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_DECODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 """Rows of graphs without prompts."""
 _MIXED = (96, 160, 288, 544, 1056, 2080)
 """Rows of graphs with prompts: a power of two, some decodes, and a row of padding."""
-_LEAST_CONTEXT = 1024
+_LEAST_CONTEXT = 2048
+_CONTEXT_FACTOR = 4
+"""From one context of graphs to the next. A graph of a longer context has programs that end at once; they cost little."""
 _LEAST_WIDTH = 64
-_MOST_SCORES = 1 << 28
+_MOST_SCORES = 1 << 29
 """Bytes of the scores of a graph's rows."""
 
 
@@ -63,7 +65,7 @@ class StepGraphs:
         self._decodes = [*(size for size in _DECODES if size < most), most]
         self._contexts = [_LEAST_CONTEXT]
         while self._contexts[-1] < max_context:
-            self._contexts.append(2 * self._contexts[-1])
+            self._contexts.append(_CONTEXT_FACTOR * self._contexts[-1])
         self._captured: dict[Padded, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._staging = Staging(torch.int32, device)
