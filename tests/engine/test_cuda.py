@@ -75,7 +75,7 @@ def generate(
     )
     core = EngineCore(scheduler, runner or built.ahead or built.runner, Meter(built.costs), sparse=True)
     for name, prompt in prompts.items():
-        params = SamplingParams(max_tokens=12, seed=len(prompt), **{"temperature": 0.0, **sampling})  # type: ignore[arg-type]
+        params = SamplingParams(max_tokens=12, seed=len(prompt), **{"temperature": 0.0, **sampling})
         top_k = None if name.startswith("dense") else 32
         core.submit(
             Submit(request_id=name, prompt_token_ids=tuple(prompt), sampling=params, index_top_k=top_k)
