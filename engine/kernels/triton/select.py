@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.candidates import LEAST, MOST_SELECTED, keys_of, select_among, select_slowly
+from engine.kernels.triton.candidates import MOST_SELECTED, select_among, select_slowly
 from engine.kernels.triton.kernel import overlap, turn
+from engine.kernels.triton.order import LEAST, emit, fill, keys_of, tie_cut, words_of
 from engine.kernels.triton.rows import Rows
 
-WHOLE = 32768
+WHOLE = 16384
 """Scores of a row that one program may hold."""
 
 MANY_ROWS = 264
@@ -41,7 +42,6 @@ PIECE = 2048
 """Of a stretch: running counts need registers, and these bound how many programs run at once."""
 
 _LEAST = tl.constexpr(LEAST)
-_INFINITY = tl.constexpr(0x7F800000)
 
 
 def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
@@ -138,8 +138,8 @@ def _whole_kernel(
         if BOUND:
             # Each group has a key at or above the least of the groups' greatest.
             bounds = tl.max(tl.join(~most, most), 0)
-            lowest, high = tl.split(bounds)
-            low = ~lowest
+            inverted, high = tl.split(bounds)
+            low = ~inverted
         else:
             high = tl.max(most, 0)
             low = tl.full((), _LEAST, tl.int32)
@@ -147,36 +147,31 @@ def _whole_kernel(
         while (least > k) & (low < high):
             # Four cuts, a fifth of the range apart; the last numbers one by one.
             fifth = ((high - low).to(tl.uint32, bitcast=True) // 5).to(tl.int32, bitcast=True)
-            first = low + fifth + 1
-            second = first + fifth
-            third = second + fifth
-            fourth = third + fifth
+            lowest = low + fifth + 1
+            second = lowest + fifth
+            upmost = second + fifth
+            fourth = upmost + fifth
             fourth = tl.where(fifth == 0, high, fourth)
-            lower = (grouped >= first).to(tl.int32) + ((grouped >= second).to(tl.int32) << 16)
-            upper = (grouped >= third).to(tl.int32) + ((grouped >= fourth).to(tl.int32) << 16)
+            lower = (grouped >= lowest).to(tl.int32) + ((grouped >= second).to(tl.int32) << 16)
+            upper = (grouped >= upmost).to(tl.int32) + ((grouped >= fourth).to(tl.int32) << 16)
             counts = tl.sum(tl.join(tl.sum(tl.sum(lower, 2), 0), tl.sum(tl.sum(upper, 2), 0)), 0)
             a, b = tl.split(counts)
             one = a & 0xFFFF
             two = (a >> 16) & 0xFFFF
             three = b & 0xFFFF
             four = (b >> 16) & 0xFFFF
-            high = tl.where(four >= k, high, tl.where(three >= k, fourth - 1, tl.where(two >= k, third - 1, tl.where(one >= k, second - 1, first - 1))))  # fmt: skip
-            low = tl.where(four >= k, fourth, tl.where(three >= k, third, tl.where(two >= k, second, tl.where(one >= k, first, low))))  # fmt: skip
+            high = tl.where(four >= k, high, tl.where(three >= k, fourth - 1, tl.where(two >= k, upmost - 1, tl.where(one >= k, second - 1, lowest - 1))))  # fmt: skip
+            low = tl.where(four >= k, fourth, tl.where(three >= k, upmost, tl.where(two >= k, second, tl.where(one >= k, lowest, low))))  # fmt: skip
             least = tl.where(four >= k, four, tl.where(three >= k, three, tl.where(two >= k, two, tl.where(one >= k, one, least))))  # fmt: skip
-        # All keys > low are in the set; of those == low all but the first `spare`, and none if low stands for nothing.
-        over = (keys > low).to(tl.int32)
-        tied = ((keys == low) & (keys != _LEAST)).to(tl.int32)
-        both = (over << 16) + tied  # fewer than k are over
-        running = tl.cumsum(both, 0)
-        total = tl.sum(both, 0)
-        spare = tl.maximum((total >> 16) + (total & 0xFFFF) - k, 0)
-        ties = running & 0xFFFF
-        slot = (running >> 16) + tl.maximum(ties - spare, 0) - 1
-        tl.store(chosen + slot, i, mask=(over != 0) | ((tied != 0) & (ties > spare)))
-        written = (total >> 16) + (total & 0xFFFF) - spare
-    for rest in range(written, width, 4 * GROUPS):
-        j = rest + tl.arange(0, 4 * GROUPS)
-        tl.store(chosen + j, tl.full((4 * GROUPS,), -1, tl.int32), mask=j < width)
+        first = tl.full((), 0, tl.int32)
+        if (least > k) & (low != _LEAST):
+            first = tie_cut(keys, low, i, end, k)
+        at = tl.reshape(i, (BLOCK // (4 * GROUPS), GROUPS, 4))
+        hit = (grouped != _LEAST) & ((grouped > low) | ((grouped == low) & (at >= first)))
+        words, ones, running, both = words_of(hit, BLOCK // (4 * GROUPS), GROUPS)
+        most, written = tl.split(both)
+        emit(chosen, k, words, running - ones, most, 0, chosen, BLOCK // 32, False)
+    fill(chosen, written, width, 4 * GROUPS)
 
 
 @triton.jit
