@@ -107,6 +107,7 @@ def _select_stretches(scores: Tensor, rows: Rows, out: Tensor) -> None:
             scores, winners if places is None else places, rows.positions, rows.index_top_k, winners, best,
             scores.stride(0), winners.stride(0), context, width if last else slots, width,
             BLOCK=block, PIECE=min(block, PIECE) if count * stretches > MANY else block, TAIL=min(block, 1024), FIRST=places is None, LAST=last, num_warps=whole_warps(block),
+            **overlap(),
         )  # fmt: skip
         if last:
             return
@@ -186,12 +187,14 @@ def _select_kernel(
     best: tl.tensor, scores_row: tl.tensor, winners_row: tl.tensor, context: tl.tensor, slots: tl.tensor,
     width: tl.tensor,
     BLOCK: tl.constexpr, PIECE: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """The best of one stretch of one row.
 
     FIRST: scores lie at their positions, and the row's end counts; else at `places` (laid out as the scores), and what is
     absent is -inf. LAST: only positions are written, then -1; else scores too, then -inf.
     """
+    turn(EARLY)
     t = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     chosen = winners + t * winners_row + tl.program_id(1) * slots
