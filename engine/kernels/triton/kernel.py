@@ -6,9 +6,12 @@ Under TRITON_INTERPRET=1 a kernel runs in NumPy on the CPU instead, which is how
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import torch
 import triton
+import triton.language as tl
 
 _COUNTS = ("num_rows", "bias_stride", "chunks", "programs", "num_groups")
 """Arguments that are numbers also where they are 1, and for whose values nothing is compiled anew."""
@@ -27,3 +30,35 @@ def block(size: int) -> int:
 def warps(numbers: int) -> int:
     """How many warps a program over so many numbers takes: 8 numbers a thread, up to 16 warps."""
     return min(max(block(numbers) // 256, 1), 16)
+
+
+OVERLAP = True
+"""Whether launches overlap where the device can; a benchmark turns it off to compare."""
+
+
+def overlap() -> dict[str, bool]:
+    """Options of a launch whose kernel calls `turn(EARLY)` before it reads or writes memory.
+
+    A device of NVIDIA's from Hopper on then makes its programs ready while the kernel before it still computes
+    (programmatic dependent launch).
+    """
+    return {"EARLY": True, "launch_pdl": True} if OVERLAP and _overlaps() else {"EARLY": False}
+
+
+@cache
+def _overlaps() -> bool:
+    interpreted = triton.knobs.runtime.interpret
+    return (
+        not interpreted
+        and torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability() >= (9, 0)
+    )
+
+
+@triton.jit
+def turn(EARLY: tl.constexpr) -> None:
+    """Let the next kernel make itself ready, and wait until those before have ended and their writes are seen."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
