@@ -56,6 +56,14 @@ class Source(RandomSource):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
+        head = settings["head_dim"]
+        for name, heads in (("q", settings["num_attention_heads"]), ("k", 2), ("v", 2)):
+            for layer in range(settings["num_hidden_layers"]):
+                at = f"model.layers.{layer}.self_attn.{name}_proj"
+                self._shapes |= {
+                    f"{at}.weight": (heads * head, settings["hidden_size"]),
+                    f"{at}.bias": (heads * head,),
+                }
         self._shapes |= overlay_shapes(INDEXER, self)
 
 

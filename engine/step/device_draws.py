@@ -5,14 +5,15 @@ Steps that draw in the usual ways are graphs. Others (penalties, biases, log-pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.errors import EngineError
+from engine.kernels.triton.kernel import compiled_together
 from engine.kernels.triton.sampling import DrawRows, Draws, Needs, count_tokens, draw, remember
 from engine.memory.staging import Staging
 from engine.plan.types import Sampled, SampleSpec
@@ -113,9 +114,24 @@ class DeviceDraws:
         most = len(self._head.drawn)
         self._sizes = [*(size for size in _SIZES if size < most), most]
         pool = torch.cuda.graph_pool_handle()
-        for size in reversed(self._sizes):
-            for needs in _USUAL:
-                self._graphs[size, needs] = self._captured(size, needs, hidden, pool)
+        made = {
+            (size, needs): self._made(size, needs, hidden)
+            for size in reversed(self._sizes)
+            for needs in _USUAL
+        }
+        with compiled_together(len(_USUAL) * 4):
+            for compute, *_ in made.values():
+                compute()
+        for key, (compute, asked, wanted, told) in made.items():
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                compute()
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                compute()
+            self._graphs[key] = _Graph(graph, asked, wanted, told)
 
     def draw(
         self, hidden: Tensor, rows: Sequence[int], specs: Sequence[SampleSpec], names: Sequence[str]
@@ -166,7 +182,10 @@ class DeviceDraws:
         captured.graph.replay()
         return Told(specs, _to_host(captured.told[:count]), None)
 
-    def _captured(self, size: int, needs: Needs, hidden: Tensor, pool: Any) -> _Graph:
+    def _made(
+        self, size: int, needs: Needs, hidden: Tensor
+    ) -> tuple[Callable[[], None], Tensor, Tensor, Tensor]:
+        """What draws from up to `size` rows, and what it reads and writes; see `_Graph`."""
         device = self._device
         host = self._staging.take(size * (1 + _COLUMNS)).numpy()
         host[:size] = 0
@@ -188,15 +207,7 @@ class DeviceDraws:
             self._head.drawn[:size].copy_(draws.tokens)
             told.copy_(draws.tokens.where(draws.finite, -1))
 
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            compute()  # compiles what is not compiled yet
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            compute()
-        return _Graph(graph, asked, wanted, told)
+        return compute, asked, wanted, told
 
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)

@@ -8,6 +8,7 @@ memory: they run one at a time, and what one returns lasts until the next one ru
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.batch import Batch
+from engine.kernels.triton.kernel import compiled_together
 from engine.memory.staging import Staging
 from engine.models.gqa.inputs import RowInputs
 from engine.models.gqa.padded import Padded
@@ -29,6 +31,8 @@ _CONTEXT_FACTOR = 4
 _LEAST_WIDTH = 64
 _MOST_SCORES = 1 << 29
 """Bytes of the scores of a graph's rows."""
+_MOST_THREADS = 16
+"""That compile."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ class StepGraphs:
             )
             if 4 * rows * context <= _MOST_SCORES
         ]
+        with compiled_together(min(os.cpu_count() or 1, _MOST_THREADS)):
+            for shape in shapes:
+                self._compute(shape.inputs(self._padding(shape)))
         for number, shape in enumerate(shapes):
             progress(number, len(shapes))
             self._capture(shape)
@@ -110,10 +117,15 @@ class StepGraphs:
     def _shape(self, rows: int, context: int, top_k: int, prompts: bool) -> Padded:
         return Padded(rows, context, top_k, prompts, self._group, self._heads)
 
-    def _capture(self, shape: Padded) -> _Captured:
+    def _padding(self, shape: Padded) -> Tensor:
+        """A buffer of rows that only fill it."""
         shape.fill(self._staging.take(shape.size).numpy(), None)
         buffer = torch.empty(shape.size, dtype=torch.int32, device=self._device)
         self._staging.send(buffer)
+        return buffer
+
+    def _capture(self, shape: Padded) -> _Captured:
+        buffer = self._padding(shape)
         inputs = shape.inputs(buffer)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
