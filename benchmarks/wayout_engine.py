@@ -1,7 +1,7 @@
 """An engine process without a model: the real loop, scheduler and messages, and a runner that makes tokens at a given pace.
 
-`benchmarks.wayout` starts it in the place of `engine.step.process`. A step takes `DSA_WAYOUT_STEP` seconds at least; the
-process sleeps for what is left of them. The tokens are whole words of the model's vocabulary.
+`benchmarks.wayout` starts it in the place of `engine.step.process`. A step takes `DSA_WAYOUT_STEP` seconds, in which the
+loop plans the next one, as it does beside a GPU; then the process sleeps for what is left of them. The tokens are whole words of the model's vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from benchmarks.step import SHAPE, TILES
@@ -36,8 +36,19 @@ _PAGES = 1 << 16
 _MAX_LEN = 8192
 
 
+class _Paced(NamedTuple):
+    drawn: StepResult
+    over: float  # on the monotonic clock
+
+    def result(self) -> StepResult:
+        time.sleep(max(0.0, self.over - time.monotonic()))
+        return self.drawn
+
+
 class PacedRunner:
-    """Draws words, and sleeps until a step's time is over."""
+    """Draws words. A step begins when the one before it is over, as on a device, and takes some seconds."""
+
+    ahead = True
 
     def __init__(self, words: list[int], seconds: float) -> None:
         self._words = random.Random(0).choices(words, k=1 << 16)
@@ -45,7 +56,8 @@ class PacedRunner:
         self._seconds = seconds
         self._over = 0.0
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> _Paced:
+        """Draw a word for each request that wants a token."""
         sampled = []
         for request in plan.requests:
             if request.sample is None:
@@ -53,14 +65,14 @@ class PacedRunner:
                 continue
             self._next = (self._next + 1) % len(self._words)
             sampled.append(Sampled(token_ids=(self._words[self._next],)))
-        now = time.monotonic()
-        self._over = max(self._over + self._seconds, now)
-        time.sleep(self._over - now)
-        return StepResult(sampled=tuple(sampled))
+        self._over = max(self._over, time.monotonic()) + self._seconds
+        return _Paced(StepResult(sampled=tuple(sampled)), self._over)
 
 
 def build(config: EngineConfig, progress: Callable[[str, int, int], None], on_lost: Any = None) -> Built:
     """Build the engine around the runner. Of `config` only the tokenizer's place and the scheduler's limits count."""
+    assert config.token_budget is not None
+    assert config.max_running is not None
     tokenizer = load_tokenizer(Path(config.weights))
     words = [i for i in range(tokenizer.vocab_size) if _WORD.fullmatch(tokenizer.token_text(i))]
     costs = CostModel(SHAPE, assumed_coefficients(SHAPE, "cpu"), TILES)
@@ -83,6 +95,7 @@ def build(config: EngineConfig, progress: Callable[[str, int, int], None], on_lo
     return Built(
         core=EngineCore(scheduler, runner, Meter(costs), sparse=True),
         runner=runner,  # type: ignore[arg-type]
+        ahead=runner,
         cache=None,  # type: ignore[arg-type]
         costs=costs,
         ready=ready,

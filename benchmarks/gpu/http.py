@@ -178,9 +178,7 @@ def started(arguments: argparse.Namespace, out: Path) -> Iterator[tuple[Bench, f
     with tempfile.TemporaryDirectory() as folder:
         flags = [
             arguments.weights, "--port", "{port}", "--device", arguments.device, "--served-model-name", "m",
-            "--max-running", str(max(arguments.streams)), "--max-queue", str(4 * max(arguments.streams)),
-            "--token-budget", str(max(arguments.token_budget, *arguments.streams)),
-            "--kv-cache-memory", arguments.kv_cache_memory, "--ledger", f"{folder}/usage.sqlite",
+            "--max-queue", str(4 * max(arguments.streams)), "--ledger", f"{folder}/usage.sqlite",
         ]  # fmt: skip
         if arguments.overlay is not None:
             flags += ["--overlay", arguments.overlay]
@@ -349,8 +347,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stream-context", type=int, default=1024, help="tokens of each prompt of `streams`")
     parser.add_argument("--tokens", type=int, default=256, help="of each answer")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--token-budget", type=int, default=8192)
-    parser.add_argument("--kv-cache-memory", default="14GiB")
     parser.add_argument("--out", type=Path, default=Path("."))
     parsed = parser.parse_args(shlex.split(own))
     for name in ("streams", "contexts", "prompts"):

@@ -55,7 +55,7 @@ def main() -> None:
         _log.info("%s", built.weights)
     _log.info("%s", built.kernels)
     gc.collect()
-    gc.freeze()  # the model and the libraries live to the end; to search them for garbage would stop every stream
+    gc.freeze()  # what is loaded stays; a collection in the middle of a step then looks at young objects only
     end.send(built.ready)
     try:
         _loop(end, inbox, built)
