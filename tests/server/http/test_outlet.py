@@ -176,7 +176,7 @@ def _spelled(deltas: list[TextDelta]) -> str:
 async def test_a_stream_has_the_bytes_of_its_plain_objects(group: int, stop: tuple[str, ...]) -> None:
     """The reference: every delta as objects, every object as an event."""
     said = 'né\u2028 "quoted"\n\t中文 👩‍👧 end' * 3
-    body = chat_body(stream=True, n=2, max_tokens=100, **({"stop": list(stop)} if stop else {}))
+    body = chat_body(stream=True, n=2, max_tokens=100) | ({"stop": list(stop)} if stop else {})
     async with serving(make_app(speaking(said, group=group))) as url, httpx.AsyncClient() as http:
         got = await (await http.post(f"{url}/v1/chat/completions", json=body)).aread()
     first = json.loads(got.partition(b"\n\n")[0].removeprefix(b"data: "))
