@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import subprocess
@@ -32,7 +31,7 @@ from rich.table import Table
 from benchmarks.wayout_engine import STEP
 from engine.config import EngineConfig
 from engine.supervisor import SubprocessEngine
-from lab.bench.crowd import Crowd, CrowdProcess
+from lab.bench.crowd import Crowd, CrowdProcess, environment
 from lab.bench.machine import children, cpu_seconds
 from lab.bench.timing import decode_rate_of_all, gap_percentiles
 from server.chat import choose, load_chat_format
@@ -41,7 +40,6 @@ from server.hub.models import resolve
 from server.serve import bind, loop_factory, run
 from server.text.loading import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
 LEAST_STEP = 1.4e-3
 MODEL = "none"
 START_SECONDS = 100.0
@@ -75,7 +73,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 @contextmanager
 def serving(step: float, most: int) -> Iterator[tuple[str, int, int]]:
     """Run the server and the engine; yields its address and the ids of the two processes."""
-    environ = os.environ | {STEP: str(step), "PYTHONPATH": str(ROOT)}
+    environ = environment() | {STEP: str(step)}
     command = [sys.executable, "-P", "-m", "benchmarks.wayout", "--serve", str(most)]
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -41,7 +41,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from lab.bench.crowd import Crowd, CrowdProcess, ask
+from lab.bench.crowd import Crowd, CrowdProcess, ask, environment
 from lab.bench.machine import children, cpu_seconds, describe
 from lab.bench.servers import LocalServer
 from lab.bench.timing import Timing, decode_rate_of_all, gap_percentiles, output_rate
@@ -174,7 +174,7 @@ def _shares(streams: int) -> list[int]:
 def started(arguments: argparse.Namespace, out: Path) -> Iterator[tuple[Bench, float]]:
     """Start the server, and wait until it is ready; yields it with the seconds that the start took."""
     tokenizer = load_tokenizer(Path(arguments.weights))
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ.update(environment())
     with tempfile.TemporaryDirectory() as folder:
         flags = [
             arguments.weights, "--port", "{port}", "--device", arguments.device, "--served-model-name", "m",

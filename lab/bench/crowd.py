@@ -139,14 +139,19 @@ async def ask(crowd: Crowd) -> CrowdReport:
     )
 
 
+def environment() -> dict[str, str]:
+    """Return this process's environment, in which Python finds this project's sources before all others."""
+    root, known = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": root if not known else root + os.pathsep + known}
+
+
 class CrowdProcess:
     """A process that asks a crowd. It begins at once."""
 
     def __init__(self, crowd: Crowd) -> None:
-        root = str(Path(__file__).parents[2])
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "lab.bench.crowd"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": root},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(),
         )  # fmt: skip
         assert self._process.stdin is not None
         with self._process.stdin as stdin:
