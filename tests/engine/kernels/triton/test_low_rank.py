@@ -6,18 +6,7 @@ import pytest
 import torch
 
 from engine.kernels.triton.low_rank import add_low_rank
-from engine.layers.low_rank import LowRank
-
-
-def parts(
-    device: torch.device, dtype: torch.dtype, rows: int, inputs: int, rank: int, outputs: int
-) -> tuple[torch.Tensor, torch.Tensor, LowRank]:
-    generator = torch.Generator().manual_seed(rows * inputs + rank)
-    y, x, a, b = (
-        torch.randn(*shape, generator=generator).to(device, dtype)
-        for shape in ((rows, outputs), (rows, inputs), (rank, inputs), (outputs, rank))
-    )
-    return y, x, LowRank(a * inputs**-0.5, b)
+from lab.doctor.pointwise import low_rank_operands
 
 
 @pytest.mark.parametrize(
@@ -34,7 +23,7 @@ def parts(
 def test_flagged_rows_are_corrected(
     device: torch.device, dtype: torch.dtype, rows: int, inputs: int, rank: int, outputs: int
 ) -> None:
-    y, x, fix = parts(device, dtype, rows, inputs, rank, outputs)
+    y, x, fix = low_rank_operands(device, dtype, rows, inputs, rank, outputs)
     flags = torch.arange(rows, device=device) % 3 != 1
     before = y.clone()
     add_low_rank(y, x, fix.a, fix.b, flags)
@@ -44,7 +33,7 @@ def test_flagged_rows_are_corrected(
 
 
 def test_rows_without_the_flag_are_not_even_read(device: torch.device) -> None:
-    y, x, fix = parts(device, torch.float32, 20, 50, 4, 30)
+    y, x, fix = low_rank_operands(device, torch.float32, 20, 50, 4, 30)
     x[5], y[5] = torch.nan, torch.nan
     before = y.clone()
     add_low_rank(y, x, fix.a, fix.b, torch.zeros(20, dtype=torch.int32, device=device))
@@ -56,7 +45,7 @@ def test_rows_without_the_flag_are_not_even_read(device: torch.device) -> None:
 
 
 def test_numbers_beside_the_rows_stay(device: torch.device) -> None:
-    y, x, fix = parts(device, torch.float32, 3, 48, 8, 40)
+    y, x, fix = low_rank_operands(device, torch.float32, 3, 48, 8, 40)
     wide = torch.cat((y, torch.full((3, 9), 7.0, device=device)), dim=1)
     add_low_rank(wide[:, :40], x, fix.a, fix.b, torch.ones(3, dtype=torch.bool, device=device))
     torch.testing.assert_close(
@@ -66,7 +55,7 @@ def test_numbers_beside_the_rows_stay(device: torch.device) -> None:
 
 
 def test_a_row_has_the_same_bits_again_and_in_other_company(device: torch.device, dtype: torch.dtype) -> None:
-    y, x, fix = parts(device, dtype, 40, 576, 32, 200)
+    y, x, fix = low_rank_operands(device, dtype, 40, 576, 32, 200)
     flags = torch.ones(40, dtype=torch.bool, device=device)
     whole, again, alone = y.clone(), y.clone(), y[21:22].clone()
     add_low_rank(whole, x, fix.a, fix.b, flags)
