@@ -12,7 +12,7 @@ from lab.doctor import machine
 from lab.doctor.machine import advice, describe
 
 DEVICE = {"device": "cuda:0", "name": "H200", "capability": "9.0"}
-WELL = {
+WELL: dict[str, Any] = {
     "native": {"level": "x86-64-v3", "missing": None},
     "cpu": {"multiplies_bf16": True},
     "gpu": {

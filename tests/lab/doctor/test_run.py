@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from engine.errors import ConfigError
+from engine.kernels import native
 from lab.doctor import run
 from lab.doctor.__main__ import app
 from lab.doctor.conformance import CheckJob, Finding
@@ -37,13 +38,13 @@ def verdict(backend: str, device: str, *failures: str) -> Finding:
 def test_every_backend_is_checked_on_the_cpu_and_on_a_gpu_of_each_kind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run.native, "missing", lambda: None)
+    monkeypatch.setattr(native, "missing", lambda: None)
     places = list(dict.fromkeys((job.backend, job.device) for job in plan(TWO)))
     assert places == [
         ("reference", "cpu"), ("torch", "cpu"), ("native", "cpu"), ("torch", "cuda:0"), ("triton", "cuda:0"),
         ("torch", "cuda:2"), ("triton", "cuda:2"),
     ]  # fmt: skip
-    monkeypatch.setattr(run.native, "missing", lambda: "they are not made for it")
+    monkeypatch.setattr(native, "missing", lambda: "they are not made for it")
     without = {"gpu": TWO["gpu"] | {"triton_missing": "Triton is not installed"}}
     assert {job.backend for job in plan(without)} == {"reference", "torch"}
 
