@@ -239,6 +239,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = _HTTP.otlp_endpoint
 
+    profile_dir: Annotated[
+        str | None,
+        Flag(
+            LOGS,
+            "Write torch.profiler traces of the engine's steps into this folder: one after --profile-after steps, and "
+            "one whenever a file called start appears there (touch DIR/start).",
+            "no profiling",
+            "DIR",
+        ),
+    ] = _ENGINE.profile_dir
+    profile_after: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)], Flag(LOGS, "Steps before the first trace.")
+    ] = _ENGINE.profile_after
+    profile_steps: Annotated[Positive, Flag(LOGS, "Steps of each trace.")] = _ENGINE.profile_steps
+
     drafter: Annotated[
         Drafter,
         Flag(
