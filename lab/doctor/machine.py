@@ -159,7 +159,7 @@ def advice(found: dict[str, Any]) -> list[str]:
 
 def _gpu_advice(found: dict[str, Any]) -> list[str]:
     if not found["devices"]:
-        return [_why_no_device(found), *_still_missing(found)]
+        return [_why_no_device(found), *missing_software(found)]
     said = (
         [f"{found['triton_missing']}. Without it, GPUs compute with torch."]
         if found["triton_missing"]
@@ -198,7 +198,7 @@ def _why_no_device(found: dict[str, Any]) -> str:
     )
 
 
-def _still_missing(found: dict[str, Any]) -> list[str]:
+def missing_software(found: dict[str, Any]) -> list[str]:
     """What a GPU would need of this installation besides its driver."""
     said = []
     if found["torch_cuda"] is None:
@@ -206,8 +206,7 @@ def _still_missing(found: dict[str, Any]) -> list[str]:
             "A GPU needs a CUDA build of torch: set pip up for an index that has one, then run `make clean` and "
             "`make serve GPU=1`."
         )
-    if found["triton_missing"] is not None:
-        said.append(
-            f"The kernels for GPUs need Triton: {found['triton_missing']}. `make serve GPU=1` installs it."
-        )
+    if (why := found["triton_missing"]) is not None:
+        hint = ". `make serve GPU=1` installs it" if "not installed" in why else ""
+        said.append(f"The kernels for GPUs are compiled by Triton, which cannot be used here: {why}{hint}.")
     return said

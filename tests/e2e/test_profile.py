@@ -16,10 +16,14 @@ def test_steps_are_traced(start: Callable[..., Server], tmp_path: Path) -> None:
     server = start(
         "--profile-dir", str(folder), "--profile-after", "1", "--profile-steps", "3", "--max-model-len", "256"
     ).wait_ready()
-    assert server.post("/v1/completions", prompt="One two three", max_tokens=8, temperature=0).status_code == 200
+    assert (
+        server.post("/v1/completions", prompt="One two three", max_tokens=8, temperature=0).status_code == 200
+    )
     until(lambda: any(folder.glob("*.json.gz")))
     (folder / "start").touch()
-    assert server.post("/v1/completions", prompt="One two three", max_tokens=2, temperature=0).status_code == 200
+    assert (
+        server.post("/v1/completions", prompt="One two three", max_tokens=2, temperature=0).status_code == 200
+    )
     assert server.end(signal.SIGTERM) == 0  # the second trace is not full
     first, second = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
     for trace, count in ((first, 3), (second, 2)):

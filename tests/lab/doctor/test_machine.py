@@ -45,7 +45,7 @@ def test_nothing_is_said_where_nothing_is_missing() -> None:
             [
                 "This machine has no NVIDIA GPU that can be seen",
                 "A GPU needs a CUDA build of torch",
-                "The kernels for GPUs need Triton: Triton is not installed",
+                "The kernels for GPUs are compiled by Triton, which cannot be used here: Triton is not installed. `make",
             ],
         ),
         (
