@@ -19,7 +19,7 @@ from tests.engine.models.mla.kit import tiny_deepseek
 from tests.interpreter import prepare
 
 OPERATIONS = {"index scores", "selection", "attention", "products", "norms and rotation", "steps", "sampling"}
-WHOLE = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
+WHOLE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
 """Sizes that the native step does."""
 compiled = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
