@@ -5,7 +5,8 @@ the same name: `--max-queue`, `DSA_MAX_QUEUE`, `max_queue = 256`.
 
 A setting is one field of `Settings`: its type, its `Flag` and its default. Everything else is made from that field: the
 flag of `dsa serve`, the name in the environment and in the file, and the value under the same name in `ServerConfig`
-(for the HTTP side) or `EngineConfig` (for the engine). These two have the defaults.
+(for the HTTP side) or `EngineConfig` (for the engine). These two have the defaults. The file has more than 400 lines because
+it is one list, with a few lines for each setting.
 """
 
 from __future__ import annotations

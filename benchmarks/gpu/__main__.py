@@ -31,7 +31,7 @@ def stages(weights: Path | None, overlay: Path | None, out: Path) -> list[Stage]
         [] if weights is None else [str(weights), *([] if overlay is None else ["--overlay", str(overlay)])]
     )
     found = [
-        Stage("doctor", ["lab.doctor", "--out", str(out / "doctor.json")], out / "doctor.json", 20, 90),
+        Stage("doctor", ["lab.doctor.run", str(out / "doctor.json")], out / "doctor.json", 20, 90),
         Stage("kernels", ["benchmarks.gpu.kernels", "--no-conformance", "--out", str(out)], out / "kernels.json", 60, 150),
     ]  # fmt: skip
     if model:

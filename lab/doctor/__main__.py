@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,10 +16,6 @@ app = program()
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the JSON into a file, too.", show_default="no file"),
-    ] = None,
     conformance: Annotated[
         bool, typer.Option("--conformance/--no-conformance", help="Check the kernels.")
     ] = True,
@@ -41,8 +36,6 @@ def doctor(
 
     with Stages(quiet_seconds=5.0) as stages:
         found = examination(stages, conformance=conformance, measured=rates)
-    if out is not None:
-        out.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:

@@ -350,7 +350,7 @@ def _index_queries(device: torch.device, dtype: torch.dtype) -> None:
     p = key_operands(case, device, dtype)
     ours, weights = queries(p.query, p.head_weights, 0.1, p.table.all(), p.positions, "plain")
     turned = rotate(p.query.view(-1, case.heads, case.dim), p.table.at(p.positions))
-    _near("queries", ours, turned, 5e-6, 2.0**-6)
+    _near("queries", ours, turned, 1e-5, 2.0**-5)
     _near("queries", weights, p.head_weights * 0.1, 1e-6, 1e-6)
 
 

@@ -68,7 +68,7 @@ def _multiplied_fp8(device: torch.device, size: int) -> float | None:
 
     try:
         return 2.0 * size**3 / _best(product, device)
-    except RuntimeError:  # a build of torch without it
+    except (RuntimeError, TypeError, ValueError):  # a build of torch without it
         return None
 
 

@@ -1,10 +1,16 @@
-"""Examines this machine: what it has, which backends pass, how fast it is, what is missing."""
+"""Examines this machine: what it has, which backends pass, how fast it is, what is missing.
+
+`python -P -m lab.doctor.run FILE` writes it as JSON. It needs no package of the command line, which `dsa doctor` does.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +22,15 @@ from engine.step.build import resolve_device, resolve_dtype
 from lab.doctor.conformance import CheckJob, Finding, examine, jobs_of
 from lab.doctor.machine import advice, describe
 from lab.doctor.rates import rates
-from server.hub.stages import Stages
 
 
-def examination(show: Stages, *, conformance: bool = True, measured: bool = True) -> dict[str, Any]:
+def examination(
+    show: Callable[[str, int, int], None], *, conformance: bool = True, measured: bool = True
+) -> dict[str, Any]:
     """Examine this machine.
 
     Args:
-        show: gets the progress
+        show: gets the progress: a stage, how much of it is done, of how much
         conformance: whether to check kernels
         measured: whether to measure rates
 
@@ -99,3 +106,14 @@ def healthy(chosen: dict[str, str], verdicts: Sequence[Finding]) -> bool:
     if {one.backend for one in own} != needed:
         raise ConfigError(f"the backend {chosen['backend']} was not checked on {chosen['device']}")
     return all(one.passed for one in own)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write an examination into the file that is named; return the exit status of `dsa doctor`."""
+    found = examination(lambda stage, done, total: print(stage, done, "of", total, flush=True))  # noqa: T201
+    Path(arguments[0]).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    return int(found["passed"] is False)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

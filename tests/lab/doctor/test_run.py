@@ -138,3 +138,11 @@ def test_on_this_machine(tmp_path: Path) -> None:
     assert any("GPU" in sentence for sentence in found["advice"])
     assert found["seconds"] < 60
     assert "checking kernels" in result.stderr
+
+
+def test_without_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The program that benchmarks start writes the same, and ends with the same status."""
+    for passed, status in ((True, 0), (False, 1)):
+        monkeypatch.setattr(run, "examination", lambda show, passed=passed: {"passed": passed})
+        assert run.main([str(tmp_path / "doctor.json")]) == status
+        assert json.loads((tmp_path / "doctor.json").read_text()) == {"passed": passed}
