@@ -108,8 +108,10 @@ def test_rows_in_triton(tmp_path: Path) -> None:
         said[name] == "Triton" for name in ("index scores", "selection", "attention", "norms and rotation")
     )
     assert "CUDA graphs" in said["steps"]
-    assert said["sampling"] == "Triton, with penalties torch"
+    assert said["sampling"] == "Triton, the usual ways as CUDA graphs"
     assert built.backend == "triton"
+    drafting = told(built_of(tmp_path, dtype="float32", drafter="ngram"))
+    assert drafting["sampling"] == "Triton, with penalties torch"
 
 
 @with_triton
