@@ -38,10 +38,13 @@ def stages(weights: Path | None, overlay: Path | None, out: Path) -> list[Stage]
         step = ["benchmarks.gpu.step", *model, "--out", str(out), "--only", "decode,prompt,equality"]
         found.append(Stage("step", step, out / "step.json", 60, 150))
         if (ROOT / "benchmarks" / "gpu" / "http.py").exists():
-            http = ["benchmarks.gpu.http", *model, "--json", str(out / "http.json")]
+            parts = ["--only", "start,decode,streams,prompts", "--rounds", "2"]
+            http = ["benchmarks.gpu.http", *model, "--out", str(out), *parts]
             found.append(Stage("http", http, out / "http.json", 60, 180))
     pointwise = ["benchmarks.gpu.pointwise", "--out", str(out / "pointwise.json")]
     found.append(Stage("pointwise", pointwise, out / "pointwise.json", 40, 120))
+    shape = ["benchmarks.gpu.shape", "--out", str(out)]
+    found.append(Stage("shape", shape, out / "shape.json", 90, 150))
     return found
 
 

@@ -39,9 +39,10 @@ def _parts(found: Row) -> Iterator[list[str]]:
             yield table([
                 {"the same tokens": name, "prompts": one["prompts"], "equal": one["equal"]} for name, one in equality.items()
             ])  # fmt: skip
-    if http := results.get("http"):
-        yield ["## Over HTTP"]
-        yield from _any(http)
+    for name, title in (("http", "Over HTTP"), ("shape", "Sparse beside dense at a larger shape")):
+        if result := results.get(name):
+            yield [f"## {title}"]
+            yield from _any(result)
 
 
 def _of_kernels(found: Row) -> list[Row]:

@@ -125,7 +125,7 @@ def test_the_budget_is_never_passed(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_stages_and_what_they_need(tmp_path: Path) -> None:
-    assert [one.name for one in stages(None, None, tmp_path)] == ["doctor", "kernels", "pointwise"]
+    assert [one.name for one in stages(None, None, tmp_path)] == ["doctor", "kernels", "pointwise", "shape"]
     http = (ROOT / "benchmarks" / "gpu" / "http.py").exists()
     chosen = stages(Path("/m.gguf"), Path("/i.safetensors"), tmp_path)
     assert [one.name for one in chosen] == [
@@ -134,6 +134,7 @@ def test_stages_and_what_they_need(tmp_path: Path) -> None:
         "step",
         *(["http"] if http else []),
         "pointwise",
+        "shape",
     ]
     for one in chosen:
         assert one.result.parent == tmp_path
@@ -198,7 +199,7 @@ def test_a_report_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("arguments", "status", "sentence"),
     [
-        (["--only", "doctor,nothing"], 2, "--only has nothing; there are doctor, kernels, pointwise"),
+        (["--only", "doctor,nothing"], 2, "--only has nothing; there are doctor, kernels, pointwise, shape"),
         (["/no/such.gguf"], 2, "/no/such.gguf does not exist"),
         pytest.param(
             [], 1, "error: torch finds no CUDA device here; `dsa doctor` says what is missing",
