@@ -44,7 +44,7 @@ def select_among(scores: Tensor, rows: Rows, out: Tensor) -> None:
     _among_kernel[(count,)](
         scores, rows.positions, rows.index_top_k, places, out, scores.stride(0), width, context, width,
         ROOM=room, SAMPLE=SAMPLE, PIECE=shape.piece, DEVIATIONS=DEVIATIONS, THREADS=32 * shape.warps, STAGES=shape.stages,
-        num_warps=shape.warps, **overlap(),
+        num_warps=shape.warps, **overlap(), **({} if shape.registers is None else {"maxnreg": shape.registers}),
     )  # fmt: skip
 
 
@@ -54,6 +54,7 @@ class Shape(NamedTuple):
     piece: int
     warps: int
     stages: int
+    registers: int | None = None  # a thread, at most
 
 
 def shape_of(count: int) -> Shape:

@@ -2,7 +2,8 @@
 
 The arithmetic is `GqaModel.forward`'s. What differs is order: biases of q, k and v come after the adapter, and index
 queries, index keys and head weights come out of the product that makes q, k and v, so that the head weights are rounded to
-the model's dtype. So do the adapter's short products, of which only the second half is left to do. Products are torch's.
+the model's dtype. So do the adapter's short products, of which only the second half is left to do. Products
+are torch's, but for those of very few rows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from engine.kernels.triton.index_key import queries, store_keys
 from engine.kernels.triton.low_rank import Correction, add_low_rank
 from engine.kernels.triton.norm import add_rms_norm
 from engine.kernels.triton.prepare import IndexPart, prepare
+from engine.kernels.triton.product import fits, gated_linear, linear
 from engine.kernels.triton.rotation import rotate_and_store
 from engine.kernels.triton.rows import Rows, Span, blocks_of
 from engine.kernels.triton.select import select
@@ -41,6 +43,10 @@ MOST_GROUP = 16
 """Query heads a KV head that attention can have."""
 FEW_ROWS = 256
 """Up to so many rows, small operations are part of others: a launch costs more than doing them row by row."""
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(x, weight, bias) if fits(*x.shape) else F.linear(x, weight, bias)
 
 
 class DeviceStep:
@@ -186,8 +192,11 @@ class DeviceStep:
             x, hidden = add_rms_norm(x, update, layer.input_norm, eps)
             update, fix = self._attention(i, layer, hidden, inputs, cache)
             x, hidden = add_rms_norm(x, update, layer.post_norm, eps, fix)
-            gated = silu_times(F.linear(hidden, plain(layer.gate_up), layer.gate_up_bias))
-            update = F.linear(gated, plain(layer.down), layer.down_bias)
+            if fits(*hidden.shape):
+                gated = gated_linear(hidden, plain(layer.gate_up), layer.gate_up_bias)
+            else:
+                gated = silu_times(F.linear(hidden, plain(layer.gate_up), layer.gate_up_bias))
+            update = _product(gated, plain(layer.down), layer.down_bias)
         return add_rms_norm(x, update, m.norm, eps)[1]
 
     def _attention(
@@ -196,7 +205,7 @@ class DeviceStep:
         """What attention adds to the residual stream, and the correction that is still to be added to it."""
         m, c, rows = self._model, self._model.config, inputs.rows
         plane, few = cache.plane(i, "kv"), len(rows) <= FEW_ROWS
-        product = F.linear(hidden, self._fused[i])
+        product = _product(hidden, self._fused[i])
         qkv = product[:, : self._qkv]
         adapter = layer.adapter if inputs.top_k else None
         fix = None
@@ -226,9 +235,9 @@ class DeviceStep:
         out = attention.attend(query, plane, rows, selected, scale, inputs.max_context, inputs.blocks)
         out = out.flatten(1)
         if adapter is None:
-            return F.linear(out, plain(layer.o), layer.o_bias), None
+            return _product(out, plain(layer.o), layer.o_bias), None
         weight, bias = self._output[i]
-        both, size = F.linear(out, weight, bias), len(plain(layer.o))
+        both, size = _product(out, weight, bias), len(plain(layer.o))
         attended = both[:, :size]
         fix = Correction(both[:, size : size + adapter[1].rank], adapter[1].b, rows.index_top_k)
         if few:
