@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.kernel import overlap, turn
-from engine.kernels.triton.order import LEAST, emit, fill, keys_of, narrowed, score_of, third, tie_cut, words_of
+from engine.kernels.triton.order import (
+    LEAST,
+    emit,
+    fill,
+    keys_of,
+    narrowed,
+    score_of,
+    third,
+    tie_cut,
+    words_of,
+)
 from engine.kernels.triton.rows import Rows
 
 MOST_SELECTED = 8192

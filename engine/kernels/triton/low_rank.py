@@ -53,7 +53,9 @@ def add_low_rank(y: Tensor, fix: Correction) -> None:
 
 
 @kernel
-def correction(short: tl.tensor, up: tl.tensor, out: tl.tensor, mask: tl.tensor, RANK: tl.constexpr) -> tl.tensor:
+def correction(
+    short: tl.tensor, up: tl.tensor, out: tl.tensor, mask: tl.tensor, RANK: tl.constexpr
+) -> tl.tensor:
     """s B^T of one row at the outputs `out` [N]: float32 that the numbers' dtype holds."""
     r = tl.arange(0, _RANKS)
     change = tl.zeros(out.shape, tl.float32)

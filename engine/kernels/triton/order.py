@@ -75,7 +75,9 @@ def tie_cut(keys: tl.tensor, low: tl.tensor, at: tl.tensor, end: tl.tensor, k: t
 def _ones(x: tl.tensor) -> tl.tensor:
     """How many bits are set."""
     if _POPC:
-        count = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+        count = tl.inline_asm_elementwise(
+            "popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
     else:
         count = x - ((x >> 1) & 0x55555555)
         count = (count & 0x33333333) + ((count >> 2) & 0x33333333)

@@ -78,7 +78,9 @@ def test_a_correction_of_the_update_comes_first(
     """As `add_low_rank` adds it, but for the order of its sums; the update lies beside the short product."""
     x, update, weight = inputs(device, dtype, 5, size)
     generator = torch.Generator().manual_seed(rank)
-    short, up = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((5, rank), (size, rank)))
+    short, up = (
+        torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((5, rank), (size, rank))
+    )
     both = torch.cat((update, short), dim=1)
     fix = Correction(both[:, size:], up, torch.tensor([1, 0, 256, 1, 0], device=device))
     total, normed = add_rms_norm(x, both[:, :size], weight, EPS, fix)

@@ -20,7 +20,9 @@ CASES = [(9, 3, 64, 8, 64), (4, 1, 24, 3, 16), (12, 2, 128, 5, 36)]  # q and KV 
 class Given:
     """What a call takes."""
 
-    def __init__(self, case: tuple[int, ...], form: KeyForm, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, case: tuple[int, ...], form: KeyForm, device: torch.device, dtype: torch.dtype
+    ) -> None:
         heads, kv_heads, dim, index_heads, index_dim = case
         g = torch.Generator().manual_seed(dim)
 
