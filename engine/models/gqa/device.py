@@ -23,6 +23,7 @@ from engine.kernels.triton import attention, scores
 from engine.kernels.triton.gate import silu_times
 from engine.kernels.triton.index_key import queries, store_keys
 from engine.kernels.triton.low_rank import Correction, add_low_rank
+from engine.kernels.triton.mask import masks
 from engine.kernels.triton.norm import add_rms_norm
 from engine.kernels.triton.prepare import IndexPart, prepare
 from engine.kernels.triton.product import fits, gated_linear, linear
@@ -217,22 +218,22 @@ class DeviceStep:
                 fix = None
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         index = None if layer.indexer is None else self._index_part(i, layer.indexer, product, cache)
-        selected = None
+        selected = mask = None
         if index is not None and few and inputs.top_k:
             query, index_query, weights = prepare(
                 qkv, rows.positions, inputs.pages, inputs.offsets, m.rotary.all(), plane, index,
                 bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps, fix=fix,
             )  # fmt: skip
-            selected = self._selected(index_query, weights, index.plane, inputs)
+            selected, mask = self._selected(index_query, weights, index.plane, inputs)
         else:
             query = rotate_and_store(
                 qkv, rows.positions, inputs.pages, inputs.offsets, m.rotary.all(), plane,
                 bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps, fix=fix,
             )  # fmt: skip
             if index is not None:
-                selected = self._indexed(index, inputs)
+                selected, mask = self._indexed(index, inputs)
         scale = c.head_dim**-0.5
-        out = attention.attend(query, plane, rows, selected, scale, inputs.max_context, inputs.blocks)
+        out = attention.attend(query, plane, rows, selected, scale, inputs.max_context, inputs.blocks, mask)
         out = out.flatten(1)
         if adapter is None:
             return _product(out, plain(layer.o), layer.o_bias), None
@@ -265,27 +266,39 @@ class DeviceStep:
             form="int8" if plane.dtype is torch.uint8 else "plain",
         )
 
-    def _indexed(self, index: IndexPart, inputs: RowInputs) -> Tensor | None:
-        """Store the rows' index keys, and select; None where no row has a selection."""
+    def _indexed(self, index: IndexPart, inputs: RowInputs) -> tuple[Tensor | None, Tensor | None]:
+        """Store the rows' index keys, and select as `_selected`; None where no row has a selection."""
         positions = inputs.rows.positions
         store_keys(
             index.key, index.norm_weight, index.norm_bias, index.eps, index.rotation, positions, inputs.pages,
             inputs.offsets, index.plane, index.form,
         )  # fmt: skip
         if not inputs.top_k:
-            return None
+            return None, None
         query, weights = queries(
             index.query, index.head_weights, index.scale, index.rotation, positions, "plain"
         )
         return self._selected(query, weights, index.plane, inputs)
 
-    def _selected(self, query: Tensor, weights: Tensor, plane: Tensor, inputs: RowInputs) -> Tensor:
-        """Score and select, piece by piece."""
-        chosen = []
+    def _selected(
+        self, query: Tensor, weights: Tensor, plane: Tensor, inputs: RowInputs
+    ) -> tuple[Tensor, Tensor | None]:
+        """Score and select, piece by piece: positions, and where there are prompts their masks."""
+        chosen, masked = [], []
         for piece in inputs.pieces:
-            own = slice(piece.first, piece.first + len(piece.rows))
+            rows, count = piece.rows, len(piece.rows)
+            own = slice(piece.first, piece.first + count)
             rated = scores.index_scores(
-                query[own], weights[own], plane, piece.rows, inputs.max_context, piece.blocks, fill=False
+                query[own], weights[own], plane, rows, inputs.max_context, piece.blocks, fill=False
             )
-            chosen.append(select(rated, piece.rows, inputs.top_k))
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+            if inputs.blocks is None:
+                chosen.append(select(rated, rows, inputs.top_k))
+            else:
+                cuts = torch.empty(count, 2, dtype=torch.int32, device=rated.device)
+                chosen.append(select(rated, rows, inputs.top_k, cuts))
+                masked.append(masks(rated, rows, cuts, inputs.top_k))
+        return _joined(chosen), _joined(masked) if masked else None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
