@@ -31,7 +31,7 @@ from torch import Tensor
 
 from engine.config import PAGE_SIZE
 from engine.errors import EngineError
-from engine.kernels.triton.kernel import overlap, turn
+from engine.kernels.triton.kernel import kernel, overlap, turn
 from engine.kernels.triton.mask import is_masked
 from engine.kernels.triton.rows import Blocks, Rows
 
@@ -273,7 +273,7 @@ def _extent_of(
     return length, split, sparse
 
 
-@triton.jit
+@kernel
 def _row_kernel(
     query: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor,
     index_top_k: tl.tensor, selected: tl.tensor, source: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor,
@@ -364,7 +364,7 @@ def _merged(
     return tl.sum(accs * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
 
 
-@triton.jit
+@kernel
 def _merge_kernel(
     parts: tl.tensor, sums: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, source: tl.tensor, out: tl.tensor,
     splits: tl.tensor, width: tl.tensor, size: tl.tensor,
@@ -426,7 +426,7 @@ def _block_step(
     return highest, total, acc
 
 
-@triton.jit
+@kernel
 def _block_kernel(
     query: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor,
     index_top_k: tl.tensor, table: tl.tensor, bits: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.kernel import overlap, turn
+from engine.kernels.triton.kernel import kernel, overlap, turn
 from engine.kernels.triton.order import (
     LEAST,
     emit,
@@ -171,7 +171,7 @@ def _put(
     return total
 
 
-@triton.jit
+@kernel
 def _slow_kernel(
     scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, out: tl.tensor,
     cuts: tl.tensor, scores_row: tl.tensor, out_row: tl.tensor, context: tl.tensor, width: tl.tensor, PIECE: tl.constexpr, CUTS: tl.constexpr,
@@ -192,7 +192,7 @@ def _slow_kernel(
     fill(out + t * out_row, written, width, PIECE)
 
 
-@triton.jit
+@kernel
 def _among_kernel(
     scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, places: tl.tensor, out: tl.tensor, cuts: tl.tensor,
     scores_row: tl.tensor, out_row: tl.tensor, context: tl.tensor, width: tl.tensor,

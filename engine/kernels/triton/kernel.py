@@ -5,21 +5,42 @@ Under TRITON_INTERPRET=1 a kernel runs in NumPy on the CPU instead, which is how
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime._async_compile import active_mode
+from triton.runtime.jit import JITFunction
 
 _COUNTS = ("num_rows", "bias_stride", "chunks", "programs", "num_groups")
 """Arguments that are numbers also where they are 1, and for whose values nothing is compiled anew."""
 
 
+class _Kernel(JITFunction[Any]):  # type: ignore[misc]
+    """A kernel that `compiled_together` can compile without a launch."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        compile_only = active_mode.get() is not None
+        return lambda *args, **kwargs: self.run(*args, grid=grid, warmup=compile_only, **kwargs)
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """`function` as a kernel, launched as `function[grid](...)`, or called by other kernels."""
-    return triton.jit(function, do_not_specialize=_COUNTS)
+    if triton.knobs.runtime.interpret:
+        return triton.jit(function, do_not_specialize=_COUNTS)
+    return _Kernel(function, do_not_specialize=_COUNTS)
+
+
+@contextmanager
+def compiled_together(threads: int) -> Iterator[None]:
+    """Inside, nothing is launched: what launches would need is compiled by so many threads, and is ready at the end."""
+    with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool):
+        yield
 
 
 def block(size: int) -> int:

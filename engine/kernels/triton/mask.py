@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.kernel import overlap, turn
+from engine.kernels.triton.kernel import kernel, overlap, turn
 from engine.kernels.triton.order import keys_of
 from engine.kernels.triton.rows import Rows
 
@@ -53,7 +53,7 @@ def masks(scores: Tensor, rows: Rows, cuts: Tensor, width: int) -> Tensor:
     return out
 
 
-@triton.jit
+@kernel
 def _mask_kernel(
     scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, cuts: tl.tensor, out: tl.tensor,
     scores_row: tl.tensor, words: tl.tensor, context: tl.tensor, WORDS: tl.constexpr, EARLY: tl.constexpr,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.config import PAGE_SIZE
 from engine.errors import EngineError
-from engine.kernels.triton.kernel import overlap, turn
+from engine.kernels.triton.kernel import kernel, overlap, turn
 from engine.kernels.triton.rows import Blocks, Rows
 
 _PAGE = tl.constexpr(PAGE_SIZE)
@@ -150,7 +150,7 @@ def _numbers(raw: tl.tensor) -> tl.tensor:
     return above - 1152.0
 
 
-@triton.jit
+@kernel
 def _scores_kernel(
     query: tl.tensor, weights: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, table: tl.tensor,
     out: tl.tensor, query_row: tl.tensor, weight_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, out_row: tl.tensor,

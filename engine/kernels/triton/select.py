@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.candidates import MOST_SELECTED, select_among, select_slowly
-from engine.kernels.triton.kernel import overlap, turn
+from engine.kernels.triton.kernel import kernel, overlap, turn
 from engine.kernels.triton.order import LEAST, emit, fill, keys_of, store_cut, tie_cut, words_of
 from engine.kernels.triton.rows import Rows
 
@@ -116,7 +116,7 @@ def _select_stretches(scores: Tensor, rows: Rows, out: Tensor) -> None:
         scores, places, context = best, winners, winners.shape[1]
 
 
-@triton.jit
+@kernel
 def _whole_kernel(
     scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, out: tl.tensor, cuts: tl.tensor,
     scores_row: tl.tensor, out_row: tl.tensor, context: tl.tensor, width: tl.tensor,
@@ -185,7 +185,7 @@ def _read(row: tl.tensor, i: tl.tensor, context: tl.tensor) -> tl.tensor:
     return tl.load(row + i, mask=i < context, other=float("-inf"))
 
 
-@triton.jit
+@kernel
 def _select_kernel(
     scores: tl.tensor, places: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, winners: tl.tensor,
     best: tl.tensor, scores_row: tl.tensor, winners_row: tl.tensor, context: tl.tensor, slots: tl.tensor,

@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.attention.batch import Batch
 from engine.attention.indexer import KEY_NORM_EPS, LightningIndexer
 from engine.kernels.triton import attention, scores
+from engine.kernels.triton.embed import embed
 from engine.kernels.triton.gate import silu_times
 from engine.kernels.triton.index_key import queries, store_keys
 from engine.kernels.triton.low_rank import Correction, add_low_rank
@@ -60,6 +61,7 @@ class DeviceStep:
         self._qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         self._heads, self._dim = (0, 0) if indexer is None else (indexer.num_heads, indexer.head_dim)
         self._graphs: StepGraphs | None = None
+        self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
         self._fused = [self._fuse(i) for i in range(c.num_layers)]
         self._output = [self._fuse_output(i) for i in range(c.num_layers)]
 
@@ -92,6 +94,13 @@ class DeviceStep:
         self._model.layers[i] = layer
         return fused
 
+    def reserve(self, rows: int) -> None:
+        """Make room for what a step of so many requests draws: `drawn` [rows] int64.
+
+        A row whose token id is negative, -1 - i, has the token drawn[i].
+        """
+        self.drawn = torch.zeros(rows, dtype=torch.int64, device=self._model.norm.device)
+
     def _fuse_output(self, i: int) -> tuple[Tensor, Tensor | None]:
         """Layer i's weight and bias of all that is made of what attention gives: o, and the adapter's short product."""
         layer = self._model.layers[i]
@@ -123,7 +132,7 @@ class DeviceStep:
         self._graphs.capture_all(0 if indexer is None else indexer.default_index_top_k, progress)
 
     def forward(self, batch: Batch, cache: PagedCache, budget_bytes: int) -> Tensor:
-        """As `GqaModel.forward`, of a batch whose tensors are on the CPU."""
+        """As `GqaModel.forward`, of a batch whose tensors are on the CPU. The next step may overwrite what it returns."""
         hidden = None if self._graphs is None else self._graphs.run(batch)
         if hidden is None:
             hidden = self.compute(self.inputs(batch, self._model.norm.device, budget_bytes), cache)
@@ -188,7 +197,7 @@ class DeviceStep:
     def compute(self, inputs: RowInputs, cache: PagedCache) -> Tensor:
         """Write the rows to the cache; hidden states after the last norm, [T, E]; of padding anything finite."""
         m, eps = self._model, self._model.config.rms_norm_eps
-        x, update = F.embedding(inputs.token_ids, plain(m.embed)).to(m.norm.dtype), None
+        x, update = embed(inputs.token_ids, self.drawn, plain(m.embed)).to(m.norm.dtype), None
         for i, layer in enumerate(m.layers):
             x, hidden = add_rms_norm(x, update, layer.input_norm, eps)
             update, fix = self._attention(i, layer, hidden, inputs, cache)
@@ -199,6 +208,17 @@ class DeviceStep:
                 gated = silu_times(F.linear(hidden, plain(layer.gate_up), layer.gate_up_bias))
             update = _product(gated, plain(layer.down), layer.down_bias)
         return add_rms_norm(x, update, m.norm, eps)[1]
+
+    def hidden_like(self) -> Tensor:
+        """A tensor [1, E] of the hidden states' size, dtype and device."""
+        return self._model.norm.unsqueeze(0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits: [N, E] -> [N, V] float32. Products of bfloat16 numbers are exact in float32, which adds them up."""
+        head = plain(self._model.head_weight)
+        if hidden.device.type == "cuda" and hidden.dtype == head.dtype == torch.bfloat16:
+            return torch.mm(hidden, head.t(), out_dtype=torch.float32)
+        return F.linear(hidden.float(), head.float())
 
     def _attention(
         self, i: int, layer: GqaLayer, hidden: Tensor, inputs: RowInputs, cache: PagedCache
