@@ -4,7 +4,8 @@
 that follow one another in a graph. The floor is the bytes that must move over the machine's own copy rate. At few rows
 that is far below what any launch takes, so `nothing` is there to compare with: a kernel that writes one number.
 
-Kernels are compiled beforehand by several processes (`--compile PART` is one of those).
+Kernels are compiled beforehand by several processes (`--compile PART` is one of those). More than 400 lines: it is one list
+of cases, and each is a few lines.
 """
 
 from __future__ import annotations

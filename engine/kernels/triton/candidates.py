@@ -59,7 +59,7 @@ def select_among(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) -
     )  # fmt: skip
 
 
-class Shape(NamedTuple):
+class Reading(NamedTuple):
     """Of a program: scores that are read at a time, warps, and pieces whose reads are in flight."""
 
     piece: int
@@ -68,10 +68,10 @@ class Shape(NamedTuple):
     registers: int | None = None  # a thread, at most
 
 
-def shape_of(count: int) -> Shape:
+def shape_of(count: int) -> Reading:
     """Few rows have a multiprocessor to themselves, and so more warps."""
     warps = 4 if count >= 528 else 8 if count >= 264 else 16
-    return Shape(1024 * warps, warps, 1)
+    return Reading(1024 * warps, warps, 1)
 
 
 def select_slowly(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) -> None:
