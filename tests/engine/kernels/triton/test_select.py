@@ -29,7 +29,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     monkeypatch.setattr(candidates, "SAMPLE", 64)
     monkeypatch.setattr(candidates, "LEAST_ROOM", 64)
     if not CHIP:
-        monkeypatch.setattr(candidates, "shape_of", lambda _: candidates.Shape(1024, 4, 1))
+        monkeypatch.setattr(candidates, "shape_of", lambda _: candidates.Reading(1024, 4, 1))
 
 
 @pytest.mark.parametrize("form", FORMS)
