@@ -35,6 +35,14 @@ class LayerInputs:
         causal = at <= own
         return causal if self.window is None else causal & (at > own - self.window)
 
+    def first(self, count: int) -> LayerInputs:
+        """Return the inputs of the first `count` positions, as views."""
+        if count == len(self.hidden):
+            return self
+        return LayerInputs(
+            self.hidden[:count], self.query[:count], self.keys[:count], self.values[:count], self.window
+        )
+
 
 @dataclass(frozen=True)
 class Corrections:
