@@ -218,8 +218,10 @@ def _write(
     made: dict[str, object] = {"recipe": json.loads(msgspec.json.encode(recipe)), "steps": trainer.step}
     if start is not None:
         made["start"] = json.loads(start.recipe)
-    tensors = {name: p.detach().to(torch.float16) for name, p in trainer.parameters().items()}
-    write_overlay(path, tensors, info, json.dumps(made), source)
+    tensors = {
+        name: p.detach() if p.dim() == 2 else p.detach().half() for name, p in trainer.parameters().items()
+    }
+    write_overlay(path, tensors, info, json.dumps(made), source, eight_bit=True)
 
 
 def _lines(table: dict[str, dict[str, float]]) -> list[str]:

@@ -26,9 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bench, Path
     with one_thread():
         folder = tmp_path_factory.mktemp("model")
         bench = Bench(folder)
-        overlay = random_overlay(
-            tmp_path_factory.mktemp("overlay") / "it.safetensors", bench.source, rank=0
-        )
+        overlay = random_overlay(tmp_path_factory.mktemp("overlay") / "it.safetensors", bench.source, rank=0)
         yield bench, overlay, Probe(folder, overlay, device="cpu", dtype="float32", kv_cache_bytes=8 << 20)
 
 

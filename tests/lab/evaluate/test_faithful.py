@@ -126,9 +126,7 @@ def test_a_tiny_model_is_measured_whole(tmp_path: Path) -> None:
         bench = Bench(tmp_path / "model")
         overlay = random_overlay(tmp_path / "it.safetensors", bench.source, rank=0)
         probe = Probe(bench.folder, overlay, device="cpu", dtype="float32", kv_cache_bytes=8 << 20)
-        asked = [
-            (prompt_of("code", n), ids_of(n, n)) for n in (40, 300, 120, 639)
-        ]  # the last leaves no room
+        asked = [(prompt_of("code", n), ids_of(n, n)) for n in (40, 300, 120, 639)]  # the last leaves no room
         result = measure(probe, asked, [32, 512], frozenset(), shown, silent, answer_tokens=10)
         assert (len(result.prompts), result.skipped) == (3, 1)
         for prompt, (_, ids) in zip(result.prompts, asked, strict=False):
