@@ -33,16 +33,16 @@ _CHUNK = {"cuda": 2048, "cpu": 512}
 """Rows of a step with prompts: 512 is a server's default, and on CUDA steps up to 2,079 rows are graphs."""
 _HEAD_ROWS = 512  # rows of logits held at once
 
-Draw = Callable[[Tensor], Tensor]
+TokenDraw = Callable[[Tensor], Tensor]
 """[n, vocab] float32 logits -> [n] int64 tokens."""
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """Draw the likeliest token of each row."""
+    """TokenDraw the likeliest token of each row."""
     return logits.argmax(-1)
 
 
-def sampled(temperature: float, generator: torch.Generator) -> Draw:
+def sampled(temperature: float, generator: torch.Generator) -> TokenDraw:
     """Return a draw at a temperature."""
 
     def draw(logits: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class Probe:
 
     @torch.inference_mode()
     def answer(
-        self, slots: Sequence[Slot], max_tokens: int, ends: frozenset[int], draw: Draw = greedy
+        self, slots: Sequence[Slot], max_tokens: int, ends: frozenset[int], draw: TokenDraw = greedy
     ) -> list[Reply]:
         """Continue the prompts of `slots`, all together."""
         said: list[list[int]] = [[] for _ in slots]

@@ -41,7 +41,7 @@ class Validation:
 
     @torch.no_grad()
     def _predict(self, ids: Tensor, rows: Tensor, select: Selector | None) -> Tensor:
-        return self._trunk.logits(final_rows(self._trunk, ids, select)[rows]).log_softmax(-1)
+        return self._trunk.logits(final_rows(self._trunk, ids, select)[rows], exact=True).log_softmax(-1)
 
     def measure(self, select: Selector) -> Distance:
         """Compare sparse attention under `select` with dense attention."""

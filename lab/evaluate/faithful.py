@@ -3,7 +3,7 @@
 Forced: the sparse model reads dense's own greedy answer. At each token either its likeliest token is dense's or it is not
 (agreement), and its distribution is at some divergence from dense's (KL, nats). One early difference counts once.
 Free: the sparse model answers by itself; compared are how long answers are, how many the model ends within a sentence, and
-how many end in repetitions. Needles: of those that dense finds, how many does sparse still find. Loss: of held-out texts.
+how many end in repetitions.
 Dense's agreement with its own answer, read again in one piece, is the floor: rounding alone changes so much.
 """
 
@@ -18,11 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from lab.corpus.manifest import CorpusPrompt
-from lab.evaluate import loss, needles
 from lab.evaluate.client import PartProgress
-from lab.evaluate.material import AskedNeedle, HeldOut
 from lab.evaluate.statistics import Interval, bootstrap, wilson
-from lab.evaluate.verdict import Verdict, at_least, at_most
+from lab.evaluate.verdict import AGREEMENT_BAR, KL_BAR, LENGTH_BAR, Verdict, at_least, at_most
 from lab.probe import Probe, Reply
 
 ANSWER_TOKENS = 256
@@ -30,8 +28,6 @@ LENGTHS = (0, 1024, 2048, 4096)
 """The first prompt lengths of the groups by length. The last group has no end."""
 _AT_ONCE = {"cuda": 64, "cpu": 12}
 """Prompts whose distributions are held at once: one of 256 tokens takes 50 MB."""
-
-AGREEMENT_BAR, KL_BAR, KEPT_BAR, LENGTH_BAR = 0.945, 0.013, 0.98, 0.15
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
@@ -234,56 +230,6 @@ def _row(prompts: Sequence[Prompted], setting: str) -> FaithfulRow:
         unended=sum(not a.ended for a in own),
         repeats=sum(a.repeats for a in own),
     )
-
-
-def keep_needles(
-    probe: Probe, asked: Sequence[AskedNeedle], index_top_ks: Sequence[int], ends: frozenset[int],
-    decode: Callable[[Sequence[int]], str], progress: PartProgress,
-) -> needles.NeedlesResult:  # fmt: skip
-    """Ask for every needle dense, and at each top_k for those that dense finds; the others count as not found."""
-    fitting = [n for n in asked if len(n.ids) + needles.ANSWER_TOKENS <= probe.max_positions]
-    texts: list[dict[str, str]] = [{} for _ in fitting]
-
-    def ask(which: Sequence[int], setting: str, k: int | None) -> None:
-        for group in probe.groups([len(fitting[i].ids) + needles.ANSWER_TOKENS for i in which]):
-            chosen = [which[i] for i in group]
-            slots = probe.read([fitting[i].ids for i in chosen], needles.ANSWER_TOKENS, k)
-            for i, reply in zip(chosen, probe.answer(slots, needles.ANSWER_TOKENS, ends), strict=True):
-                texts[i][setting] = decode(reply.token_ids)
-
-    progress(0, 1 + len(index_top_ks))
-    ask(range(len(fitting)), "dense", None)
-    kept = [i for i, n in enumerate(fitting) if needles.is_right(texts[i]["dense"], n.row.value)]
-    for done, k in enumerate(index_top_ks, 1):
-        progress(done, 1 + len(index_top_ks))
-        ask(kept, str(k), k)
-    settings = [str(setting) for setting in loss.settings(index_top_ks)]
-    found = [
-        needles.Found(
-            context=n.row.context, depth=n.row.depth, phrasing=n.row.phrasing, value=n.row.value, answers=own,
-            right={s: s in own and needles.is_right(own[s], n.row.value) for s in settings},
-        )
-        for n, own in zip(fitting, texts, strict=True)
-    ]  # fmt: skip
-    return needles.summarise(found, index_top_ks, len(asked) - len(fitting))
-
-
-def lose(
-    probe: Probe, texts: Sequence[HeldOut], index_top_ks: Sequence[int], progress: PartProgress
-) -> loss.LossResult:
-    """Measure the loss of every text dense and at each top_k."""
-    measured = []
-    for done, text in enumerate(texts):
-        progress(done, len(texts))
-        ids = text.ids[: probe.max_positions - 1]
-        nats, tokens = {}, [0]
-        for setting in loss.settings(index_top_ks):
-            own = probe.losses(ids, None if setting == "dense" else setting)
-            tokens, nats[str(setting)] = loss.buckets([None, *(-own).tolist()], loss.BEYOND)
-        measured.append(
-            loss.TextLoss(kind=text.kind, start=text.start, length=len(ids), tokens=tokens, nats=nats)
-        )
-    return loss.LossResult(beyond=loss.BEYOND, texts=measured, rows=loss.summarise(measured, index_top_ks))
 
 
 def verdicts(result: FaithfulResult, index_top_k: int) -> list[Verdict]:
