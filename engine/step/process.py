@@ -7,6 +7,7 @@ longer compute. It ignores signals: only the server handles Ctrl-C, and decides 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import queue
@@ -53,6 +54,8 @@ def main() -> None:
     if built.weights.fp8_bytes or built.weights.dequantised_bytes:
         _log.info("%s", built.weights)
     _log.info("%s", built.kernels)
+    gc.collect()
+    gc.freeze()  # what is loaded stays; a collection in the middle of a step then looks at young objects only
     end.send(built.ready)
     try:
         _loop(end, inbox, built)

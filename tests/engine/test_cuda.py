@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from engine.plan.meter import Meter
 from engine.plan.scheduler import Scheduler
 from engine.protocol import SamplingParams, Submit
 from engine.step.build import Built, build
-from engine.step.core import EngineCore
+from engine.step.core import EngineCore, StepRunner
 from tests.engine.kernels.test_attention import Case
 from tests.engine.kit import VOCAB, Lab, base_of, random_overlay, tiny_checkpoint
 
@@ -57,19 +58,24 @@ def test_logits_equal_those_of_the_cpu(tmp_path: Path, index_top_k: int | None) 
 
 
 def generate(
-    built: Built, prompts: dict[str, list[int]], budget: int, **sampling: float
+    built: Built,
+    prompts: dict[str, list[int]],
+    budget: int,
+    pages: int | None = None,
+    runner: StepRunner | None = None,
+    **sampling: Any,
 ) -> dict[str, list[int]]:
     """What each prompt gets, all in company: sparse ones, and those named "dense" without a selection."""
     scheduler = Scheduler(
-        built.ready.capacity.num_pages,
+        pages or built.ready.capacity.num_pages,
         token_budget=budget,
         max_running=8,
         max_model_len=640,
         prefix_caching=False,
     )
-    core = EngineCore(scheduler, built.runner, Meter(built.costs), sparse=True)
+    core = EngineCore(scheduler, runner or built.ahead or built.runner, Meter(built.costs), sparse=True)
     for name, prompt in prompts.items():
-        params = SamplingParams(max_tokens=12, seed=len(prompt), **{"temperature": 0.0, **sampling})  # type: ignore[arg-type]
+        params = SamplingParams(max_tokens=12, seed=len(prompt), **{"temperature": 0.0, **sampling})
         top_k = None if name.startswith("dense") else 32
         core.submit(
             Submit(request_id=name, prompt_token_ids=tuple(prompt), sampling=params, index_top_k=top_k)
@@ -104,10 +110,17 @@ PROMPTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9}, {"frequency_penalty": 0.5}])
-def test_neither_graphs_nor_company_nor_chunks_change_a_token(
-    built: Built, sampling: dict[str, float]
-) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 0.7},
+        {"frequency_penalty": 0.5},
+        {"logprobs": 2},
+    ],
+)
+def test_neither_graphs_nor_company_nor_chunks_change_a_token(built: Built, sampling: dict[str, Any]) -> None:
     model = built.runner._model
     assert isinstance(model, GqaModel)
     assert model.device_step is not None
@@ -120,6 +133,8 @@ def test_neither_graphs_nor_company_nor_chunks_change_a_token(
     finally:
         model.device_step._graphs = graphs
     assert generate(built, PROMPTS, 16, **sampling) == together
+    assert generate(built, PROMPTS, 512, pages=6, **sampling) == together, "preempted"
+    assert generate(built, PROMPTS, 512, runner=built.runner, **sampling) == together, "step by step"
     for name, prompt in PROMPTS.items():
         assert generate(built, {name: prompt}, 512, **sampling)[name] == together[name]
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from engine.config import PAGE_SIZE
 from engine.errors import EngineError
+from engine.kernels.triton.kernel import overlap, turn
 from engine.kernels.triton.rows import Blocks, Rows
 
 _PAGE = tl.constexpr(PAGE_SIZE)
@@ -146,7 +147,7 @@ class _Call:
             rows.block_table.stride(0), 0 if selected is None else selected.stride(0), self._width, splits, size,
             HEADS=self._kv_heads, GROUP=self._group, D=self._dim, DIM=self._padded, KEYS=shape[0], SOURCE=source,
             SELECTED=selected is not None, KINDS=kinds, DENSE_SPLIT=ROW_SPLIT, CHOSEN_SPLIT=split,
-            num_warps=shape[1], num_stages=shape[2],
+            num_warps=shape[1], num_stages=shape[2], **overlap(),
         )  # fmt: skip
         self._merge(source, listed, count, size, kinds, splits, split, parts, sums)
 
@@ -162,7 +163,7 @@ class _Call:
             rows.block_table.stride(0), splits, size,
             HEADS=self._kv_heads, GROUP=self._group, D=self._dim, DIM=self._padded, HEIGHT=BLOCK_PRODUCTS,
             KEYS=shape[0], PAGE=PAGE_SIZE, SPARSE=self._selected is not None, DENSE_SPLIT=BLOCK_SPLIT,
-            num_warps=shape[1], num_stages=shape[2],
+            num_warps=shape[1], num_stages=shape[2], **overlap(),
         )  # fmt: skip
         self._merge(_TABLE, blocks.table, count, size, _DENSE, splits, BLOCK_SPLIT, parts, sums)
 
@@ -193,7 +194,7 @@ class _Call:
             splits, self._width, size,
             HEADS=self._kv_heads * self._group, D=self._dim, DIM=self._padded, SOURCE=source,
             SELECTED=self._selected is not None, KINDS=kinds, DENSE_SPLIT=split if kinds == _DENSE else ROW_SPLIT,
-            CHOSEN_SPLIT=split, num_warps=2,
+            CHOSEN_SPLIT=split, num_warps=2, **overlap(),
         )  # fmt: skip
 
 
@@ -269,9 +270,10 @@ def _row_kernel(
     selected_row: tl.tensor, width: tl.tensor, splits: tl.tensor, size: tl.tensor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
     SOURCE: tl.constexpr, SELECTED: tl.constexpr, KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr,
-    CHOSEN_SPLIT: tl.constexpr,
+    CHOSEN_SPLIT: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row, one KV head, one split."""
+    turn(EARLY)
     entry = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
@@ -356,9 +358,10 @@ def _merge_kernel(
     parts: tl.tensor, sums: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, source: tl.tensor, out: tl.tensor,
     splits: tl.tensor, width: tl.tensor, size: tl.tensor,
     HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, SOURCE: tl.constexpr, SELECTED: tl.constexpr,
-    KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr, CHOSEN_SPLIT: tl.constexpr,
+    KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr, CHOSEN_SPLIT: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """One query head of one row that has more than one split."""
+    turn(EARLY)
     entry = tl.program_id(0)
     head = tl.program_id(1)
     t = _row_of(entry, source, size, SOURCE)
@@ -411,8 +414,10 @@ def _block_kernel(
     scale: tl.tensor, query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, splits: tl.tensor, size: tl.tensor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, HEIGHT: tl.constexpr,
     KEYS: tl.constexpr, PAGE: tl.constexpr, SPARSE: tl.constexpr, DENSE_SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """The dense rows of one block, one KV head, one split. Line m of a product is row m // GROUP, head m % GROUP."""
+    turn(EARLY)
     # The last blocks of a prompt have most to do: they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.config import PAGE_SIZE
 from engine.errors import EngineError
+from engine.kernels.triton.kernel import overlap, turn
 from engine.kernels.triton.rows import Blocks, Rows
 
 _PAGE = tl.constexpr(PAGE_SIZE)
@@ -82,6 +83,7 @@ def index_scores(
             out.stride(0), pages, heads, dim,
             ROWS=size, HEADS=_head_columns(heads), DIM=max(32, triton.next_power_of_2(dim)), PAGES=each,
             FORM=form, KIND=kind, FILL=fill, num_warps=4 if columns <= 128 else 8, num_stages=STAGES if size == 1 else PROMPT_STAGES,
+            **overlap(),
         )  # fmt: skip
 
     if blocks is None:
@@ -143,12 +145,13 @@ def _scores_kernel(
     query: tl.tensor, weights: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, table: tl.tensor,
     out: tl.tensor, query_row: tl.tensor, weight_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, out_row: tl.tensor,
     pages: tl.tensor, heads: tl.constexpr, dim: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PAGES: tl.constexpr, FORM: tl.constexpr,
-    KIND: tl.constexpr, FILL: tl.constexpr,
+    KIND: tl.constexpr, FILL: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Up to ROWS rows of one request over PAGES pages.
 
     KIND: program i takes row i (0), row table[i] (1), or table[i] = (first row, count) (2).
     """
+    turn(EARLY)
     block = tl.program_id(0)
     first_page = tl.program_id(1) * PAGES
     if KIND == 0:

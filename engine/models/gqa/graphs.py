@@ -2,12 +2,13 @@
 
 A graph has a number of rows, a context and a width of selections, each rounded up (`engine.models.gqa.padded`); rows that
 only fill it are padding, which writes nothing. Its inputs lie in one buffer, filled by one copy. All graphs share their
-memory: they run one at a time, and what one returns is copied.
+memory: they run one at a time, and what one returns lasts until the next one runs.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,17 +16,23 @@ import torch
 from torch import Tensor
 
 from engine.attention.batch import Batch
+from engine.kernels.triton.kernel import compiled_together
+from engine.memory.staging import Staging
 from engine.models.gqa.inputs import RowInputs
 from engine.models.gqa.padded import Padded
 
-_DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_DECODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 """Rows of graphs without prompts."""
 _MIXED = (96, 160, 288, 544, 1056, 2080)
 """Rows of graphs with prompts: a power of two, some decodes, and a row of padding."""
-_LEAST_CONTEXT = 1024
+_LEAST_CONTEXT = 2048
+_CONTEXT_FACTOR = 4
+"""From one context of graphs to the next. A graph of a longer context has programs that end at once; they cost little."""
 _LEAST_WIDTH = 64
-_MOST_SCORES = 1 << 28
+_MOST_SCORES = 1 << 29
 """Bytes of the scores of a graph's rows."""
+_MOST_THREADS = 16
+"""That compile."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,10 @@ class StepGraphs:
         self._decodes = [*(size for size in _DECODES if size < most), most]
         self._contexts = [_LEAST_CONTEXT]
         while self._contexts[-1] < max_context:
-            self._contexts.append(2 * self._contexts[-1])
+            self._contexts.append(_CONTEXT_FACTOR * self._contexts[-1])
         self._captured: dict[Padded, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._host = torch.empty(0, dtype=torch.int32)
+        self._staging = Staging(torch.int32, device)
 
     def capture_all(self, top_k: int, progress: Callable[[int, int], None]) -> None:
         """Capture what steps with the model's own top_k and without a selection will want (0: without alone)."""
@@ -78,13 +85,19 @@ class StepGraphs:
             )
             if 4 * rows * context <= _MOST_SCORES
         ]
+        with compiled_together(min(os.cpu_count() or 1, _MOST_THREADS)):
+            for shape in shapes:
+                self._compute(shape.inputs(self._padding(shape)))
         for number, shape in enumerate(shapes):
             progress(number, len(shapes))
             self._capture(shape)
         progress(len(shapes), len(shapes))
 
     def run(self, batch: Batch) -> Tensor | None:
-        """Hidden states [T, E] of a batch whose tensors are on the CPU; None: no graph is so large."""
+        """Hidden states [T, E] of a batch whose tensors are on the CPU; None: no graph is so large.
+
+        The next graph may overwrite them.
+        """
         count = len(batch.token_ids)
         prompts = len(batch.segments) != count
         sizes = [size for size in (_MIXED if prompts else self._decodes) if size >= count + prompts]
@@ -96,25 +109,23 @@ class StepGraphs:
         if not shape.holds(batch) or 4 * shape.rows * context > _MOST_SCORES:
             return None
         captured = self._captured.get(shape) or self._capture(shape)
-        host = self._staging(shape)
-        shape.fill(host.numpy(), batch)
-        captured.buffer.copy_(host, non_blocking=True)
+        shape.fill(self._staging.take(shape.size).numpy(), batch)
+        self._staging.send(captured.buffer)
         captured.graph.replay()
-        return captured.hidden[:count].clone()
+        return captured.hidden[:count]
 
     def _shape(self, rows: int, context: int, top_k: int, prompts: bool) -> Padded:
         return Padded(rows, context, top_k, prompts, self._group, self._heads)
 
-    def _staging(self, shape: Padded) -> Tensor:
-        """Pinned memory for a shape. Nobody reads it any more: whoever asks has waited for the step before."""
-        if len(self._host) < shape.size:
-            self._host = torch.empty(shape.size, dtype=torch.int32, pin_memory=True)
-        return self._host[: shape.size]
+    def _padding(self, shape: Padded) -> Tensor:
+        """A buffer of rows that only fill it."""
+        shape.fill(self._staging.take(shape.size).numpy(), None)
+        buffer = torch.empty(shape.size, dtype=torch.int32, device=self._device)
+        self._staging.send(buffer)
+        return buffer
 
     def _capture(self, shape: Padded) -> _Captured:
-        host = self._staging(shape)
-        shape.fill(host.numpy(), None)
-        buffer = host.to(self._device)
+        buffer = self._padding(shape)
         inputs = shape.inputs(buffer)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))

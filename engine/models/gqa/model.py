@@ -76,9 +76,7 @@ class GqaModel:
         self.embed = weights["embed"]
         self.norm = plain(weights["norm"])
         self._dtype = self.norm.dtype
-        # Small differences of logits decide which token is drawn, so the head computes in float32.
-        head = weights["embed" if config.tied else "head"]
-        self._head = head.float() if isinstance(head, Tensor) else head
+        self.head_weight = head = weights["embed" if config.tied else "head"]
         self.layers = [GqaLayer.of(weights, i, indexer, window) for i, window in enumerate(config.windows)]
         device = self.norm.device
         self.rotary = RotaryTable(
@@ -93,6 +91,8 @@ class GqaModel:
         )
         self.native = NativeStep.of(self)  # runs the steps that it can; None: torch runs all
         self.device_step = self._device_step() if kernels.name == "triton" else None  # likewise
+        # Small differences of logits decide which token is drawn, so the head computes in float32.
+        self._head = head.float() if isinstance(head, Tensor) and self.device_step is None else head
 
     def _device_step(self) -> DeviceStep | None:
         from engine.models.gqa.device import DeviceStep  # needs Triton
@@ -104,9 +104,17 @@ class GqaModel:
         """The CPU where a device step takes the batch from there in one copy."""
         return torch.device("cpu") if self.device_step is not None else self.norm.device
 
+    @property
+    def row_step(self) -> DeviceStep | None:
+        """The device step."""
+        return self.device_step
+
     def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
-        """Capture the graphs of steps, on CUDA."""
-        if self.device_step is not None and self.norm.device.type == "cuda":
+        """Make room for the steps' tokens, and capture graphs, on CUDA."""
+        if self.device_step is None:
+            return
+        self.device_step.reserve(max_rows)
+        if self.norm.device.type == "cuda":
             self.device_step.capture(cache, max_rows, self.max_positions, progress)
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
@@ -182,7 +190,7 @@ class GqaModel:
         if self.native is not None and whole:
             return self.native.forward(batch, cache)
         if self.device_step is not None:
-            return self.device_step.forward(batch, cache, costs.budget_bytes)
+            return self.device_step.forward(batch, cache, costs.budget_bytes).clone()
         tiling = Tiling(batch, costs)
         x = embedding(batch.token_ids, self.embed, self._dtype)
         rotation = self.rotary.at(batch.positions)
@@ -248,6 +256,8 @@ class GqaModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
+        if self.device_step is not None:
+            return self.device_step.logits(hidden)
         return linear_float32(hidden, self._head)
 
 

@@ -234,6 +234,10 @@ class MlaModel:
         """The model's own."""
         return self._embed.device
 
+    @property
+    def row_step(self) -> None:
+        """None."""
+
     def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
         """Nothing is to be done."""
 

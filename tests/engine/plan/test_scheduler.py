@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.plan.pace import Place
 from engine.plan.prefix import sha256
 from engine.plan.scheduler import Scheduler
-from engine.plan.types import Sampled, StepResult
+from engine.plan.types import PENDING, Sampled, StepResult
 from engine.protocol import Submit
-from tests.engine.plan.kit import FAULTY_SEED, Driver, FakeModel, make
+from tests.engine.plan.kit import FAULTY_SEED, Driver, FakeModel, make, reference
 
 
 def usage_of(driver: Driver, name: str) -> tuple[int, int]:
@@ -250,13 +250,17 @@ def test_plans_and_results_must_match() -> None:
     scheduler.add(make("a", 3), 0.0)
     plan = scheduler.schedule(0.0)
     assert plan is not None
-    with pytest.raises(RuntimeError, match="cannot schedule while a plan is in flight"):
+    ahead = scheduler.schedule(0.0)
+    assert ahead is not None
+    with pytest.raises(RuntimeError, match="2 plans are in flight"):
         scheduler.schedule(0.0)
+    with pytest.raises(RuntimeError, match="only the first plan in flight"):
+        scheduler.apply(ahead, StepResult(sampled=(Sampled(token_ids=(1,)),)), 0.0)
     with pytest.raises(ValueError, match="0 entries for 1 requests"):
         scheduler.apply(plan, StepResult(sampled=()), 0.0)
     result = StepResult(sampled=(Sampled(token_ids=(1,)),))
     scheduler.apply(plan, result, 0.0)
-    with pytest.raises(RuntimeError, match="only the plan that"):
+    with pytest.raises(RuntimeError, match="only the first plan in flight"):
         scheduler.apply(plan, result, 0.0)
 
 
@@ -271,6 +275,7 @@ def test_under_heavy_load_nothing_is_lost_however_often_it_is_preempted() -> Non
             draft_tokens=seed % 3 * 2,
             pace=(None, 1, 30)[seed % 4 % 3],
         )
+        driver.ahead = seed % 2 == 1
         for number in range(10):
             stride, length = rng.randint(1, 4), rng.randint(1, 150)
             prompt = tuple(i * stride % 7 for i in range(length))
@@ -318,9 +323,11 @@ class Histories(RuleBasedStateMachine):
         draft_tokens=st.sampled_from([0, 1, 4]),
         lookup=st.sampled_from([False, False, True]),
         pace=st.sampled_from([None, None, 1, 40]),
+        ahead=st.booleans(),
     )
-    def start(self, hash_bytes: int, **options: Any) -> None:
+    def start(self, hash_bytes: int, ahead: bool, **options: Any) -> None:
         self.driver = Driver(hash_function=lambda data: sha256(data)[:hash_bytes], **options)
+        self.driver.ahead = ahead
         self.added = 0
 
     @rule(burst=st.lists(submits, min_size=1, max_size=4))
@@ -356,3 +363,52 @@ TestHistories = Histories.TestCase
 TestHistories.settings = settings(
     max_examples=40, stateful_step_count=12, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+def test_a_step_planned_ahead_has_pending_tokens_and_skips_who_is_about_to_end() -> None:
+    driver = Driver()
+    driver.add(make("a", 3, 3), make("b", 2, 2), make("c", 1, 1))
+    scheduler, model = driver.scheduler, driver.model
+    first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+    assert first is not None
+    assert second is not None
+    assert [(s.request_id, s.token_ids, s.start) for s in second.requests] == [
+        ("a", (PENDING,), 3), ("b", (PENDING,), 2),
+    ]  # fmt: skip
+    assert [s.sample.output_index for s in second.requests if s.sample is not None] == [1, 1]
+    scheduler.apply(first, model.run(first), 0.0)
+    third = scheduler.schedule(0.0)
+    assert third is not None
+    assert [s.request_id for s in third.requests] == ["a"]
+    scheduler.apply(second, model.run(second), 0.0)
+    assert scheduler.schedule(0.0) is None  # "a" draws its last token in the third
+    scheduler.apply(third, model.run(third), 0.0)
+    assert not scheduler.has_work
+
+
+def test_a_request_that_ends_or_is_aborted_in_flight_frees_its_pages_at_once() -> None:
+    stopping = next(
+        submit for seed in range(99) if reference(submit := make("a", 3, 9, seed=seed, stop_token_ids=(3,)))[1] == "stop"
+    )  # fmt: skip
+    driver = Driver()
+    driver.ahead = True
+    driver.add(stopping)
+    while not driver.last:
+        driver.step()
+    assert driver.in_flight, "its next row is in flight"
+    assert driver.scheduler.stats().pages_used == 0
+    driver.add(make("b", 70, 5))
+    driver.step()
+    driver.abort("b")
+    assert driver.in_flight
+    assert driver.scheduler.stats().pages_used == 0
+    driver.add(make("c", 130, 3))
+    driver.drain()
+
+
+def test_no_step_is_planned_ahead_that_needs_a_preemption() -> None:
+    driver = Driver(3, max_model_len=192)
+    driver.add(make("a", 60, 60), make("b", 60, 60))
+    driver.ahead = True
+    driver.drain()
+    assert driver.scheduler.stats().preemptions_total > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.kernels.triton.low_rank import Correction, add_low_rank
 from engine.kernels.triton.norm import add_rms_norm
 from engine.layers.norm import rms_norm
 
@@ -68,3 +69,24 @@ def test_a_row_has_the_same_bits_again_and_in_other_company(device: torch.device
         again = add_rms_norm(x[rows], update[rows], weight, EPS)
         assert torch.equal(again[0], total[rows])
         assert torch.equal(again[1], normed[rows])
+
+
+@pytest.mark.parametrize(("size", "rank"), [(576, 32), (77, 5), (1536, 64)])
+def test_a_correction_of_the_update_comes_first(
+    device: torch.device, dtype: torch.dtype, size: int, rank: int
+) -> None:
+    """As `add_low_rank` adds it, but for the order of its sums; the update lies beside the short product."""
+    x, update, weight = inputs(device, dtype, 5, size)
+    generator = torch.Generator().manual_seed(rank)
+    short, up = (
+        torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((5, rank), (size, rank))
+    )
+    both = torch.cat((update, short), dim=1)
+    fix = Correction(both[:, size:], up, torch.tensor([1, 0, 256, 1, 0], device=device))
+    total, normed = add_rms_norm(x, both[:, :size], weight, EPS, fix)
+    add_low_rank(update, fix)
+    wanted = add_rms_norm(x, update, weight, EPS)
+    tolerance = 2e-5 if dtype is torch.float32 else 3e-2
+    for ours, theirs in zip((total, normed), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+        assert torch.equal(ours[[1, 4]], theirs[[1, 4]])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from engine.errors import EngineError
+from engine.kernels.triton import candidates
 from engine.kernels.triton import select as module
 from engine.kernels.triton.rows import Rows
 from engine.kernels.triton.select import select
@@ -56,14 +56,33 @@ def kinds(context: int, g: torch.Generator) -> Tensor:
     return noise
 
 
+FORMS = ["whole", "among", "stretches", "slow"]
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Let every batch be selected in one form, with samples and rooms as small as rows are here."""
+    monkeypatch.setattr(module, "MANY_ROWS", 1 if form == "among" else 1 << 20)
+    monkeypatch.setattr(module, "WHOLE", 1 << 20 if form == "whole" else 0)
+    if form == "stretches":
+        monkeypatch.setattr(module, "LONGEST", 0)
+    if form == "slow":
+        monkeypatch.setattr(module, "MOST_SELECTED", 0)
+    monkeypatch.setattr(candidates, "SAMPLE", 64)
+    monkeypatch.setattr(candidates, "LEAST_ROOM", 64)
+    if not CHIP:
+        monkeypatch.setattr(candidates, "shape_of", lambda _: candidates.Shape(1024, 4, 1))
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("context", "stretch"),
-    [(64, 8192), (192, 8192), (600, 256), (5000, 8192), *([(9999, 1024)] if CHIP else [])],
+    [(64, 8192), (192, 8192), (600, 256), (2100, 8192), *([(9999, 1024)] if CHIP else [])],
 )
 def test_kinds_of_rows(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, context: int, stretch: int
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, context: int, stretch: int, form: str
 ) -> None:
     """Also in several rounds: stretches are made short."""
+    choose(monkeypatch, form)
     monkeypatch.setattr(module, "STRETCH", stretch)
     g = torch.Generator().manual_seed(context)
     scores = kinds(context, g)
@@ -73,8 +92,22 @@ def test_kinds_of_rows(
     check(scores, last, torch.randint(1, width + 1, (12,), generator=g), width, device)
 
 
-def test_edges(device: torch.device) -> None:
+@pytest.mark.parametrize("deviations", [-9.0, -1.0, 0.0, 99.0])
+def test_a_sample_that_misleads(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, deviations: float
+) -> None:
+    """Too few candidates, or more than there is room for: the whole row is searched."""
+    choose(monkeypatch, "among")
+    monkeypatch.setattr(candidates, "DEVIATIONS", deviations)
+    g = torch.Generator().manual_seed(7)
+    scores = kinds(900, g)[[0, 1, 3, 6, 7, 9]]
+    check(scores, torch.full((6,), 899), torch.full((6,), 60), 60, device)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_edges(device: torch.device, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """One token, pages' ends, k above the context, dense rows, padding, widths that no page divides."""
+    choose(monkeypatch, form)
     g = torch.Generator().manual_seed(0)
     positions = torch.tensor([0, 0, 62, 63, 64, 65, 127, 128, -1, 100, 5])
     top_k = torch.tensor([1, 9, 63, 64, 64, 3, 200, 77, 5, 0, 6])
@@ -82,14 +115,20 @@ def test_edges(device: torch.device) -> None:
         check(torch.randn(11, 192, generator=g), positions, top_k, width, device)
 
 
-def test_what_lies_beyond_the_end_is_not_selected(device: torch.device) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_what_lies_beyond_the_end_is_not_selected(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    choose(monkeypatch, form)
     scores = torch.zeros(3, 128)
     scores[:, 50:] = math.inf
     scores[1, 50:] = math.nan
     check(scores, torch.tensor([49, 49, 10]), torch.tensor([7, 7, 20]), 20, device)
 
 
-def test_the_same_in_any_company(device: torch.device) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_in_any_company(device: torch.device, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    choose(monkeypatch, form)
     g = torch.Generator().manual_seed(1)
     scores = kinds(700, g).to(device)
     positions, top_k = torch.randint(300, 700, (12,), generator=g), torch.randint(1, 90, (12,), generator=g)
@@ -110,15 +149,24 @@ def test_long_rows(device: torch.device, context: int) -> None:
     ends[-1] = context - 3
     check(rows, ends, torch.full((count,), 2048), 2048, device)
     if CHIP:
-        check(
-            rows,
-            ends,
-            torch.tensor([8192, 1, 100, 8191, 8192, 8192, 8192, 64, 8192, 5000, 8192, 2049]),
-            8192,
-            device,
-        )
+        top_k = [8192, 1, 100, 8191, 8192, 8192, 8192, 64, 8192, 5000, 8192, 2049]
+        check(rows, ends, torch.tensor(top_k), 8192, device)
 
 
-def test_more_than_can_be_selected(device: torch.device) -> None:
-    with pytest.raises(EngineError, match="8192"):
-        check(torch.zeros(1, 64), torch.tensor([3]), torch.tensor([9000]), 9000, device)
+@pytest.mark.skipif(not CHIP, reason="long in the interpreter")
+@pytest.mark.parametrize(("context", "top_k"), [(7168, 256), (30_720, 2048)])
+def test_many_rows(device: torch.device, context: int, top_k: int) -> None:
+    g = torch.Generator().manual_seed(3)
+    rows = torch.cat([kinds(context, g) for _ in range(50)])
+    ends = torch.randint(0, context, (600,), generator=g)
+    check(rows, ends, torch.randint(1, top_k + 1, (600,), generator=g), top_k, device)
+    check(rows, torch.full((600,), context - 1), torch.full((600,), top_k), top_k, device)
+
+
+def test_more_than_candidates_are_kept_for(device: torch.device) -> None:
+    g = torch.Generator().manual_seed(4)
+    context = 20_000 if CHIP else 9_000
+    scores = kinds(context, g)[[0, 1, 3, 5]]
+    width = 9_500 if CHIP else 8_200
+    ends = torch.tensor([context - 1, context - 1, width + 7, context - 1])
+    check(scores, ends, torch.tensor([width, width, width - 1, width]), width, device)
