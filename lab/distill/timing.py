@@ -28,6 +28,8 @@ def fitted(recipe: Recipe, seconds: float, trainer: Callable[[Recipe, Path], Tra
     """
     times = {"dense": 0.0, "sparse": 0.0}
     for stage in times:
+        if not (recipe.warmup_steps if stage == "dense" else recipe.sparse_steps):
+            continue
         trial = msgspec.structs.replace(
             recipe,
             warmup_steps=TRIAL_STEPS if stage == "dense" else 0,
@@ -42,6 +44,11 @@ def fitted(recipe: Recipe, seconds: float, trainer: Callable[[Recipe, Path], Tra
     scale = seconds / whole
     return msgspec.structs.replace(
         recipe,
-        warmup_steps=round(recipe.warmup_steps * scale),
-        sparse_steps=round(recipe.sparse_steps * scale),
+        warmup_steps=_scaled(recipe.warmup_steps, scale),
+        sparse_steps=_scaled(recipe.sparse_steps, scale),
     )
+
+
+def _scaled(steps: int, scale: float) -> int:
+    """Scale a number of steps; a stage that there is keeps one step."""
+    return max(1, round(steps * scale)) if steps else 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lab.distill.recipe import Recipe
+from engine.errors import ConfigError
+from lab.distill.recipe import Recipe, read_recipe
+from lab.distill.run import DistillPlan, run
 from lab.distill.sequences import CorpusSplit
 from lab.distill.sparse_forward import by_student, by_window, final_rows
 from lab.distill.timing import TRIAL_STEPS, fitted
@@ -74,3 +77,34 @@ def test_the_distance_is_kl_and_agreement_over_the_rows(tmp_path: Path) -> None:
         same = validation.measure(except_in(layers, by_window(5)))
         assert same.kl == pytest.approx(0, abs=1e-5)
         assert validation.measure(except_in(frozenset({0}), by_window(5))).kl > 0.01
+
+
+def test_a_run_that_continues_keeps_the_steps_that_it_began_with(tmp_path: Path) -> None:
+    with one_thread():
+        bench = Bench(tmp_path / "model")
+        corpus = write_corpus(tmp_path / "corpus")
+        recipe = {
+            "max_length": 200, "min_length": 100, "rows": 8, "first_row": 8, "sequences_per_step": 1,
+            "warmup_steps": 3, "sparse_steps": 1, "sparse_top_k": [16], "report_top_k": 16,
+        }  # fmt: skip
+        plan = DistillPlan(
+            weights=bench.folder, corpus=corpus, out=tmp_path / "out", heads=3, dim=16, rope=8, device="cpu",
+            evaluate_kind=0, recipe=json.dumps(recipe), minutes=1e-4,
+        )  # fmt: skip
+        assert run(plan) == 0
+        kept = (tmp_path / "out" / "recipe.json").read_text()
+        steps = read_recipe(kept).total_steps
+        assert len((tmp_path / "out" / "log.jsonl").read_bytes().splitlines()) == steps
+        assert run(plan) == 0
+    assert (tmp_path / "out" / "recipe.json").read_text() == kept
+    assert len((tmp_path / "out" / "log.jsonl").read_bytes().splitlines()) == steps
+
+
+def test_an_adapters_steps_are_not_timed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "model")
+    plan = DistillPlan(
+        weights=bench.folder, corpus=write_corpus(tmp_path / "corpus"), out=tmp_path / "out", device="cpu",
+        recipe='{"adapt_steps": 3, "max_length": 600}', minutes=1,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="leave it out, or adapt_steps"):
+        run(plan)
