@@ -5,7 +5,8 @@ the same name: `--max-queue`, `DSA_MAX_QUEUE`, `max_queue = 256`.
 
 A setting is one field of `Settings`: its type, its `Flag` and its default. Everything else is made from that field: the
 flag of `dsa serve`, the name in the environment and in the file, and the value under the same name in `ServerConfig`
-(for the HTTP side) or `EngineConfig` (for the engine). These two have the defaults.
+(for the HTTP side) or `EngineConfig` (for the engine). These two have the defaults. The file has more than 400 lines because
+it is one list, with a few lines for each setting.
 """
 
 from __future__ import annotations
@@ -238,6 +239,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "URL",
         ),
     ] = _HTTP.otlp_endpoint
+
+    profile_dir: Annotated[
+        str | None,
+        Flag(
+            LOGS,
+            "Write torch.profiler traces of the engine's steps into this folder: one after --profile-after steps, and "
+            "one whenever a file called start appears there (touch DIR/start).",
+            "no profiling",
+            "DIR",
+        ),
+    ] = _ENGINE.profile_dir
+    profile_after: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)], Flag(LOGS, "Steps before the first trace.")
+    ] = _ENGINE.profile_after
+    profile_steps: Annotated[Positive, Flag(LOGS, "Steps of each trace.")] = _ENGINE.profile_steps
 
     drafter: Annotated[
         Drafter,

@@ -68,8 +68,17 @@ class Model(Protocol):
         """The model's arithmetic and memory traffic, for the cost model."""
         ...
 
-    def products(self) -> str:
-        """Describe, for the engine's log, which code multiplies with weights."""
+    @property
+    def backend(self) -> str:
+        """The name of the backend that computes the model's steps, as a calibration file has it."""
+        ...
+
+    def computed_by(self) -> dict[str, str]:
+        """Say, for the engine's log, what computes each operation of a step, except sampling.
+
+        The operations are index scores, selection, attention, products (with weights), norms and rotation, and steps:
+        how what a step computes is launched. A model without an indexer has the first two not.
+        """
         ...
 
     def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:

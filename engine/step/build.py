@@ -48,8 +48,8 @@ class Built:
     ready: Ready
     unused_tensors: tuple[str, ...]
     weights: LoadReport  # the main model's
-    backend: str  # name of the attention backend
-    kernels: str  # a sentence about the kernels for the log
+    backend: str  # name of the backend that computes the model's steps
+    kernels: str  # for the log: what computes each operation
     team: Team | None = None  # the other ranks
 
     def close(self) -> None:
@@ -222,10 +222,10 @@ def _build(
     step = model.row_step if team is None and not config.draft_tokens else None
     ahead = None if step is None else _device_runner(model, step, cache, config.score_budget_bytes, device)
     shape, dtype_name = model.shape(), str(dtype).removeprefix("torch.")
-    coefficients = assumed_coefficients(shape, device.type, kernels.name)
+    coefficients = assumed_coefficients(shape, device.type, model.backend)
     if config.cost_calibration is not None:
         calibration = read_calibration(Path(config.cost_calibration))
-        calibration.check(shape, device.type, dtype_name, kernels.name)
+        calibration.check(shape, device.type, dtype_name, model.backend)
         coefficients = calibration.coefficients
     cost_model = CostModel(shape, coefficients, costs)
     scheduler = Scheduler(
@@ -268,10 +268,25 @@ def _build(
         ready=ready,
         unused_tensors=tuple(unused),
         weights=report,
-        backend=kernels.name,
-        kernels=f"{kernels.described(dtype)}; {model.products()}",
+        backend=model.backend,
+        kernels=_described(model, _sampling(draw, ahead)),
         team=team,
     )
+
+
+def _described(model: Model, sampling: str) -> str:
+    """Name every operation of a step, those together that the same code computes."""
+    together: dict[str, list[str]] = {}
+    for operation, what in (model.computed_by() | {"sampling": sampling}).items():
+        together.setdefault(what, []).append(operation)
+    return "kernels: " + "; ".join(f"{', '.join(names)}: {what}" for what, names in together.items())
+
+
+def _sampling(draw: Draw, ahead: StepRunner | None) -> str:
+    """What draws tokens. Without a runner ahead of the host, penalties are counted on the host."""
+    if ahead is not None:
+        return "Triton, the usual ways as CUDA graphs"
+    return "torch" if draw is sample else "Triton, with penalties torch"
 
 
 def _device_draw() -> Draw:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.kernels.reference.attention import ReferenceKernels
 from engine.kernels.torchops.attention import VectorisedKernels
 from engine.models.gqa.model import GqaModel
 from engine.plan.meter import Meter
@@ -17,25 +16,26 @@ from engine.plan.scheduler import Scheduler
 from engine.protocol import SamplingParams, Submit
 from engine.step.build import Built, build
 from engine.step.core import EngineCore, StepRunner
-from tests.engine.kernels.test_attention import Case
+from lab.doctor.tiles import (
+    CASES,
+    TOLERANCE,
+    HeadDims,
+    TileCase,
+    TileShape,
+    check_fp8,
+    check_latents,
+    check_tile,
+)
 from tests.engine.kit import VOCAB, Lab, base_of, random_overlay, tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 3, 0), (4, 1, 2, 1)])
-def test_kernels(shape: tuple[int, int, int, int]) -> None:
-    case, kernels, reference = Case(shape, torch.float32), VectorisedKernels(), ReferenceKernels()
-    cpu = (case.index_query, case.head_weights, case.keys, case.block_table, case.positions)
-    scores = kernels.index_scores(*(tensor.cuda() for tensor in cpu)).cpu()
-    torch.testing.assert_close(scores, reference.index_scores(*cpu), rtol=1e-4, atol=1e-4)
-    wanted = reference.select(case.scores, case.index_top_k)
-    selected = kernels.select(case.scores.cuda(), case.index_top_k.cuda()).cpu()
-    assert torch.equal(selected.sort(-1).values, wanted.sort(-1).values)
-    args = (case.query, case.kv, case.block_table, wanted)
-    query, kv, block_table, chosen = (tensor.cuda() for tensor in args)
-    out = kernels.attend_selected(query, kv, block_table, chosen, 0.3).cpu()
-    torch.testing.assert_close(out, reference.attend_selected(*args, 0.3), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("shape", "dims"), CASES)
+def test_kernels(dtype: torch.dtype, shape: TileShape, dims: HeadDims) -> None:
+    for check in (check_tile, check_latents, check_fp8):
+        check(VectorisedKernels(), TileCase(shape, dtype, dims), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("index_top_k", [None, 32])

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.kernel import overlap, turn
+from engine.kernels.triton.kernel import kernel, overlap, turn
 from engine.kernels.triton.order import (
     LEAST,
     emit,
@@ -23,6 +23,7 @@ from engine.kernels.triton.order import (
     keys_of,
     narrowed,
     score_of,
+    store_cut,
     third,
     tie_cut,
     words_of,
@@ -45,38 +46,39 @@ _LEAST = tl.constexpr(LEAST)
 _INFINITY = tl.constexpr(0x7F800000)
 
 
-def select_among(scores: Tensor, rows: Rows, out: Tensor) -> None:
+def select_among(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) -> None:
     """`engine.kernels.triton.select.select` into `out` [T, K] int32, K at most `MOST_SELECTED`."""
     (count, context), width = scores.shape, out.shape[1]
     room = max(LEAST_ROOM, SAMPLE, 2 * int(triton.next_power_of_2(width)))
     places = torch.empty(count, room, dtype=torch.int32, device=scores.device)
     shape = shape_of(count)
     _among_kernel[(count,)](
-        scores, rows.positions, rows.index_top_k, places, out, scores.stride(0), width, context, width,
-        ROOM=room, SAMPLE=SAMPLE, PIECE=shape.piece, DEVIATIONS=DEVIATIONS, THREADS=32 * shape.warps, STAGES=shape.stages,
-        num_warps=shape.warps, **overlap(),
+        scores, rows.positions, rows.index_top_k, places, out, out if cuts is None else cuts, scores.stride(0), width, context, width,
+        ROOM=room, SAMPLE=SAMPLE, PIECE=shape.piece, DEVIATIONS=DEVIATIONS, THREADS=32 * shape.warps, STAGES=shape.stages, CUTS=cuts is not None,
+        num_warps=shape.warps, **overlap(), **({} if shape.registers is None else {"maxnreg": shape.registers}),
     )  # fmt: skip
 
 
-class Shape(NamedTuple):
+class Reading(NamedTuple):
     """Of a program: scores that are read at a time, warps, and pieces whose reads are in flight."""
 
     piece: int
     warps: int
     stages: int
+    registers: int | None = None  # a thread, at most
 
 
-def shape_of(count: int) -> Shape:
+def shape_of(count: int) -> Reading:
     """Few rows have a multiprocessor to themselves, and so more warps."""
     warps = 4 if count >= 528 else 8 if count >= 264 else 16
-    return Shape(1024 * warps, warps, 1)
+    return Reading(1024 * warps, warps, 1)
 
 
-def select_slowly(scores: Tensor, rows: Rows, out: Tensor) -> None:
+def select_slowly(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) -> None:
     """The same for K of any size."""
     (count, context), width = scores.shape, out.shape[1]
     _slow_kernel[(count,)](
-        scores, rows.positions, rows.index_top_k, out, scores.stride(0), width, context, width, PIECE=4096, num_warps=8,
+        scores, rows.positions, rows.index_top_k, out, out if cuts is None else cuts, scores.stride(0), width, context, width, PIECE=4096, CUTS=cuts is not None, num_warps=8,
         **overlap(),
     )  # fmt: skip
 
@@ -129,8 +131,8 @@ def _count_through(
 @triton.jit
 def _search_through(
     row: tl.tensor, chosen: tl.tensor, end: tl.tensor, k: tl.tensor, PIECE: tl.constexpr, GROUPS: tl.constexpr
-) -> tl.tensor:
-    """Select from the whole row, which is read for each round; how many there are."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Select from the whole row, which is read for each round; how many there are, and the cut: key and position."""
     low = tl.full((), _LEAST, tl.int32)
     high = tl.full((), _INFINITY, tl.int32)
     least = end
@@ -152,7 +154,7 @@ def _search_through(
         keys = keys_of(tl.load(row + i, mask=i < end, other=float("-inf")), i, end)
         hit = (keys != _LEAST) & ((keys > low) | ((keys == low) & (i >= before)))
         written += _put(chosen, hit, written, k, start, row, PIECE, GROUPS, False)
-    return written
+    return written, low, before
 
 
 @triton.jit
@@ -169,10 +171,11 @@ def _put(
     return total
 
 
-@triton.jit
+@kernel
 def _slow_kernel(
-    scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, out: tl.tensor, scores_row: tl.tensor,
-    out_row: tl.tensor, context: tl.tensor, width: tl.tensor, PIECE: tl.constexpr, EARLY: tl.constexpr,
+    scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, out: tl.tensor,
+    cuts: tl.tensor, scores_row: tl.tensor, out_row: tl.tensor, context: tl.tensor, width: tl.tensor, PIECE: tl.constexpr, CUTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """The best of one row."""
     turn(EARLY)
@@ -181,16 +184,20 @@ def _slow_kernel(
     k = tl.minimum(tl.load(index_top_k + t), width)
     written = 0
     if (end > 0) & (k > 0):
-        written = _search_through(scores + t * scores_row, out + t * out_row, end, k, PIECE, PIECE // 16)
+        written, low, place = _search_through(
+            scores + t * scores_row, out + t * out_row, end, k, PIECE, PIECE // 16
+        )
+        if CUTS:
+            store_cut(cuts + 2 * t, low, place)
     fill(out + t * out_row, written, width, PIECE)
 
 
-@triton.jit
+@kernel
 def _among_kernel(
-    scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, places: tl.tensor, out: tl.tensor,
+    scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, places: tl.tensor, out: tl.tensor, cuts: tl.tensor,
     scores_row: tl.tensor, out_row: tl.tensor, context: tl.tensor, width: tl.tensor,
     ROOM: tl.constexpr, SAMPLE: tl.constexpr, PIECE: tl.constexpr, DEVIATIONS: tl.constexpr, THREADS: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, CUTS: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """The best of one row."""
     turn(EARLY)
@@ -219,7 +226,9 @@ def _among_kernel(
             hit = ((values > threshold) | ((values == threshold) & (i >= place))) & (i < end)
             count += _put(own, hit, count, ROOM, start, row, PIECE, PIECE_GROUPS, False)
         if (count > ROOM) | ((count < k) & (cut != _LEAST)):
-            written = _search_through(row, chosen, end, k, PIECE, PIECE_GROUPS)
+            written, low, place = _search_through(row, chosen, end, k, PIECE, PIECE_GROUPS)
+            if CUTS:
+                store_cut(cuts + 2 * t, low, place)
         else:
             tl.debug_barrier()  # what other threads of the program stored is read
             j = tl.arange(0, ROOM)
@@ -237,4 +246,8 @@ def _among_kernel(
                 first = tie_cut(keys, low, j, count, k)
             hit = (keys != _LEAST) & ((keys > low) | ((keys == low) & (j >= first)))
             written = _put(chosen, hit, written, k, 0, own, ROOM, ROOM_GROUPS, True)
+            if CUTS:
+                # Of those equal to the sample's cut, the earlier ones are not even candidates.
+                from_here = tl.load(own + first)
+                store_cut(cuts + 2 * t, low, tl.where(low == cut, tl.maximum(from_here, place), from_here))
     fill(chosen, written, width, 4 * ROOM_GROUPS)

@@ -126,6 +126,7 @@ def queries(
 
 
 def check_form(dim: int, form: KeyForm) -> None:
+    """Raise an `EngineError` if vectors of `dim` numbers have no such form."""
     if form == "fp8" and (dim > BLOCK or dim < 4 or dim & (dim - 1)):
         raise EngineError(
             f"index vectors of {dim} numbers cannot be in FP8; a power of two from 4 to {BLOCK} can"

@@ -117,6 +117,13 @@ def emit(
 
 
 @triton.jit
+def store_cut(cut: tl.tensor, low: tl.tensor, place: tl.tensor) -> None:
+    """(key, position): what is above it, or equal to it from that position on, is selected."""
+    tl.store(cut, low)
+    tl.store(cut + 1, tl.where(low == _LEAST, 0x7FFFFFFF, place))
+
+
+@triton.jit
 def fill(chosen: tl.tensor, written: tl.tensor, width: tl.tensor, SIZE: tl.constexpr) -> None:
     """-1 after what is written."""
     for rest in range(written, width, SIZE):

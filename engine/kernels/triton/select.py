@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.candidates import MOST_SELECTED, select_among, select_slowly
-from engine.kernels.triton.kernel import overlap, turn
-from engine.kernels.triton.order import LEAST, emit, fill, keys_of, tie_cut, words_of
+from engine.kernels.triton.kernel import kernel, overlap, turn
+from engine.kernels.triton.order import LEAST, emit, fill, keys_of, store_cut, tie_cut, words_of
 from engine.kernels.triton.rows import Rows
 
 WHOLE = 16384
@@ -44,13 +44,15 @@ PIECE = 2048
 _LEAST = tl.constexpr(LEAST)
 
 
-def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
+def select(scores: Tensor, rows: Rows, width: int, cuts: Tensor | None = None) -> Tensor:
     """Positions of the `index_top_k` best scores of each row; what lies beyond a row's end does not count.
 
     Args:
         scores: [T, C] float32; -inf is never selected
         rows: the batch; dense rows and padding select nothing
         width: no row's index_top_k is above it; above `MOST_SELECTED` it is right, and slow
+        cuts: [T, 2] int32, filled where given: the cut of each row that selects, an integer in the order of the scores and
+            a position (`engine.kernels.triton.mask` reads it)
 
     Returns:
         [T, K = width] int32, ascending, -1 after a row's last
@@ -60,25 +62,25 @@ def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
     if not count or not width:
         return out
     if width > MOST_SELECTED:
-        select_slowly(scores, rows, out)
+        select_slowly(scores, rows, out, cuts)
     elif count < MANY_ROWS and context <= WHOLE:
-        _select_whole(scores, rows, out)
-    elif context <= LONGEST or count >= MANY_ROWS:
-        select_among(scores, rows, out)
+        _select_whole(scores, rows, out, cuts)
+    elif context <= LONGEST or count >= MANY_ROWS or cuts is not None:
+        select_among(scores, rows, out, cuts)
     else:
         _select_stretches(scores, rows, out)
     return out
 
 
-def _select_whole(scores: Tensor, rows: Rows, out: Tensor) -> None:
+def _select_whole(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) -> None:
     """A program a row."""
     (count, context), width = scores.shape, out.shape[1]
     block = max(int(triton.next_power_of_2(context)), 128)
     warps = whole_warps(block)
     threads = 32 * warps
     _whole_kernel[(count,)](
-        scores, rows.positions, rows.index_top_k, out, scores.stride(0), width, context, width,
-        BLOCK=block, GROUPS=min(threads, block // 4), BOUND=width <= min(threads, block // 4), num_warps=warps, **overlap(),
+        scores, rows.positions, rows.index_top_k, out, out if cuts is None else cuts, scores.stride(0), width, context, width,
+        BLOCK=block, CUTS=cuts is not None, GROUPS=min(threads, block // 4), BOUND=width <= min(threads, block // 4), num_warps=warps, **overlap(),
     )  # fmt: skip
 
 
@@ -114,11 +116,11 @@ def _select_stretches(scores: Tensor, rows: Rows, out: Tensor) -> None:
         scores, places, context = best, winners, winners.shape[1]
 
 
-@triton.jit
+@kernel
 def _whole_kernel(
-    scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, out: tl.tensor, scores_row: tl.tensor,
-    out_row: tl.tensor, context: tl.tensor, width: tl.tensor,
-    BLOCK: tl.constexpr, GROUPS: tl.constexpr, BOUND: tl.constexpr, EARLY: tl.constexpr,
+    scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, out: tl.tensor, cuts: tl.tensor,
+    scores_row: tl.tensor, out_row: tl.tensor, context: tl.tensor, width: tl.tensor,
+    BLOCK: tl.constexpr, CUTS: tl.constexpr, GROUPS: tl.constexpr, BOUND: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """The best of one row. BOUND: no row selects more than there are GROUPS."""
     turn(EARLY)
@@ -172,6 +174,8 @@ def _whole_kernel(
         words, ones, running, both = words_of(hit, BLOCK // (4 * GROUPS), GROUPS)
         most, written = tl.split(both)
         emit(chosen, k, words, running - ones, most, 0, chosen, BLOCK // 32, False)
+        if CUTS:
+            store_cut(cuts + 2 * t, low, first)
     fill(chosen, written, width, 4 * GROUPS)
 
 
@@ -181,7 +185,7 @@ def _read(row: tl.tensor, i: tl.tensor, context: tl.tensor) -> tl.tensor:
     return tl.load(row + i, mask=i < context, other=float("-inf"))
 
 
-@triton.jit
+@kernel
 def _select_kernel(
     scores: tl.tensor, places: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, winners: tl.tensor,
     best: tl.tensor, scores_row: tl.tensor, winners_row: tl.tensor, context: tl.tensor, slots: tl.tensor,

@@ -2,7 +2,8 @@
 
 The arithmetic is `GqaModel.forward`'s. What differs is order: biases of q, k and v come after the adapter, and index
 queries, index keys and head weights come out of the product that makes q, k and v, so that the head weights are rounded to
-the model's dtype. So do the adapter's short products, of which only the second half is left to do. Products are torch's.
+the model's dtype. So do the adapter's short products, of which only the second half is left to do. Products
+are torch's, but for those of very few rows.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from engine.kernels.triton.embed import embed
 from engine.kernels.triton.gate import silu_times
 from engine.kernels.triton.index_key import queries, store_keys
 from engine.kernels.triton.low_rank import Correction, add_low_rank
+from engine.kernels.triton.mask import masks
 from engine.kernels.triton.norm import add_rms_norm
 from engine.kernels.triton.prepare import IndexPart, prepare
+from engine.kernels.triton.product import fits, gated_linear, linear
 from engine.kernels.triton.rotation import rotate_and_store
 from engine.kernels.triton.rows import Rows, Span, blocks_of
 from engine.kernels.triton.select import select
@@ -42,6 +45,10 @@ MOST_GROUP = 16
 """Query heads a KV head that attention can have."""
 FEW_ROWS = 256
 """Up to so many rows, small operations are part of others: a launch costs more than doing them row by row."""
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(x, weight, bias) if fits(*x.shape) else F.linear(x, weight, bias)
 
 
 class DeviceStep:
@@ -195,8 +202,11 @@ class DeviceStep:
             x, hidden = add_rms_norm(x, update, layer.input_norm, eps)
             update, fix = self._attention(i, layer, hidden, inputs, cache)
             x, hidden = add_rms_norm(x, update, layer.post_norm, eps, fix)
-            gated = silu_times(F.linear(hidden, plain(layer.gate_up), layer.gate_up_bias))
-            update = F.linear(gated, plain(layer.down), layer.down_bias)
+            if fits(*hidden.shape):
+                gated = gated_linear(hidden, plain(layer.gate_up), layer.gate_up_bias)
+            else:
+                gated = silu_times(F.linear(hidden, plain(layer.gate_up), layer.gate_up_bias))
+            update = _product(gated, plain(layer.down), layer.down_bias)
         return add_rms_norm(x, update, m.norm, eps)[1]
 
     def hidden_like(self) -> Tensor:
@@ -216,7 +226,7 @@ class DeviceStep:
         """What attention adds to the residual stream, and the correction that is still to be added to it."""
         m, c, rows = self._model, self._model.config, inputs.rows
         plane, few = cache.plane(i, "kv"), len(rows) <= FEW_ROWS
-        product = F.linear(hidden, self._fused[i])
+        product = _product(hidden, self._fused[i])
         qkv = product[:, : self._qkv]
         adapter = layer.adapter if inputs.top_k else None
         fix = None
@@ -228,27 +238,27 @@ class DeviceStep:
                 fix = None
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         index = None if layer.indexer is None else self._index_part(i, layer.indexer, product, cache)
-        selected = None
+        selected = mask = None
         if index is not None and few and inputs.top_k:
             query, index_query, weights = prepare(
                 qkv, rows.positions, inputs.pages, inputs.offsets, m.rotary.all(), plane, index,
                 bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps, fix=fix,
             )  # fmt: skip
-            selected = self._selected(index_query, weights, index.plane, inputs)
+            selected, mask = self._selected(index_query, weights, index.plane, inputs)
         else:
             query = rotate_and_store(
                 qkv, rows.positions, inputs.pages, inputs.offsets, m.rotary.all(), plane,
                 bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps, fix=fix,
             )  # fmt: skip
             if index is not None:
-                selected = self._indexed(index, inputs)
+                selected, mask = self._indexed(index, inputs)
         scale = c.head_dim**-0.5
-        out = attention.attend(query, plane, rows, selected, scale, inputs.max_context, inputs.blocks)
+        out = attention.attend(query, plane, rows, selected, scale, inputs.max_context, inputs.blocks, mask)
         out = out.flatten(1)
         if adapter is None:
-            return F.linear(out, plain(layer.o), layer.o_bias), None
+            return _product(out, plain(layer.o), layer.o_bias), None
         weight, bias = self._output[i]
-        both, size = F.linear(out, weight, bias), len(plain(layer.o))
+        both, size = _product(out, weight, bias), len(plain(layer.o))
         attended = both[:, :size]
         fix = Correction(both[:, size : size + adapter[1].rank], adapter[1].b, rows.index_top_k)
         if few:
@@ -276,27 +286,39 @@ class DeviceStep:
             form="int8" if plane.dtype is torch.uint8 else "plain",
         )
 
-    def _indexed(self, index: IndexPart, inputs: RowInputs) -> Tensor | None:
-        """Store the rows' index keys, and select; None where no row has a selection."""
+    def _indexed(self, index: IndexPart, inputs: RowInputs) -> tuple[Tensor | None, Tensor | None]:
+        """Store the rows' index keys, and select as `_selected`; None where no row has a selection."""
         positions = inputs.rows.positions
         store_keys(
             index.key, index.norm_weight, index.norm_bias, index.eps, index.rotation, positions, inputs.pages,
             inputs.offsets, index.plane, index.form,
         )  # fmt: skip
         if not inputs.top_k:
-            return None
+            return None, None
         query, weights = queries(
             index.query, index.head_weights, index.scale, index.rotation, positions, "plain"
         )
         return self._selected(query, weights, index.plane, inputs)
 
-    def _selected(self, query: Tensor, weights: Tensor, plane: Tensor, inputs: RowInputs) -> Tensor:
-        """Score and select, piece by piece."""
-        chosen = []
+    def _selected(
+        self, query: Tensor, weights: Tensor, plane: Tensor, inputs: RowInputs
+    ) -> tuple[Tensor, Tensor | None]:
+        """Score and select, piece by piece: positions, and where there are prompts their masks."""
+        chosen, masked = [], []
         for piece in inputs.pieces:
-            own = slice(piece.first, piece.first + len(piece.rows))
+            rows, count = piece.rows, len(piece.rows)
+            own = slice(piece.first, piece.first + count)
             rated = scores.index_scores(
-                query[own], weights[own], plane, piece.rows, inputs.max_context, piece.blocks, fill=False
+                query[own], weights[own], plane, rows, inputs.max_context, piece.blocks, fill=False
             )
-            chosen.append(select(rated, piece.rows, inputs.top_k))
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+            if inputs.blocks is None:
+                chosen.append(select(rated, rows, inputs.top_k))
+            else:
+                cuts = torch.empty(count, 2, dtype=torch.int32, device=rated.device)
+                chosen.append(select(rated, rows, inputs.top_k, cuts))
+                masked.append(masks(rated, rows, cuts, inputs.top_k))
+        return _joined(chosen), _joined(masked) if masked else None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from engine.errors import EngineError
 from engine.kernels.triton import attention
 from engine.kernels.triton.attention import attend, block_rows
+from engine.kernels.triton.mask import TIMES
 from engine.kernels.triton.rows import Blocks, Span, blocks_of
 from tests.engine.kernels.triton.batches import EDGES, REFERENCE, Batch, Line, labelled
 from tests.engine.kernels.triton.conftest import CHIP
@@ -45,11 +46,12 @@ def run(
     selected: Tensor | None,
     blocks: Blocks | None = None,
     context: int = 0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     to = batch.device
     return attend(
         query.to(to), plane.to(to), batch.rows, None if selected is None else selected.to(to), SCALE,
-        context or batch.context, blocks,
+        context or batch.context, blocks, None if mask is None else mask.to(to),
     )  # fmt: skip
 
 
@@ -98,6 +100,39 @@ def test_a_prompt_in_blocks_beside_decodes(
         blocks = blocks_of([Span(1, 18, 118)], len(batch.lines), block_rows(dims[1]), device)
         check(batch, run(batch, *given, blocks), *given)
         check(batch, run(batch, *given[:2], None, blocks), *given[:2], None)
+
+
+def bits_of(batch: Batch, selected: Tensor) -> Tensor:
+    """The rows' masks, made here; nothing of rows that have none."""
+    bits = torch.zeros(len(batch.lines), batch.context, dtype=torch.int64)
+    for row, line in enumerate(batch.lines):
+        if line.top_k > 0 and line.position < TIMES * line.top_k:
+            bits[row, selected[row][selected[row] >= 0].long()] = 1
+    return (bits.view(len(batch.lines), -1, 32) << torch.arange(32)).sum(-1).int()
+
+
+@pytest.mark.parametrize("dims", [(1, 3, 64), (2, 1, 24)])
+def test_rows_of_prompts_through_a_mask(
+    device: torch.device,
+    dtypes: list[torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
+    dims: tuple[int, int, int],
+) -> None:
+    """Dense, masked and gathering rows side by side: of 20 selected, the last contexts are 7 times as long and longer."""
+    monkeypatch.setattr(attention, "BLOCK_SPLIT", 64)
+    prompt = [Line(1, position, 0 if position < 124 else 20) for position in range(118, 146)]
+    for dtype in dtypes:
+        batch = Batch([Line(0, 130, 9), *prompt, Line(2, 150, 0), Line(-1, -1, 0)], 3, device)
+        query, plane, selected = operands(batch, dims, dtype, 20)
+        mask = bits_of(batch, selected)
+        blocks = blocks_of([Span(1, 28, 118)], len(batch.lines), block_rows(dims[1]), device)
+        masked = run(batch, query, plane, selected, blocks, mask=mask)
+        check(batch, masked, query, plane, selected)
+        cut = blocks_of([Span(1, 3, 118), Span(4, 25, 121)], len(batch.lines), block_rows(dims[1]), device)
+        assert torch.equal(run(batch, query, plane, selected, cut, mask=mask), masked)
+        gathered = run(batch, query, plane, selected, blocks)
+        assert torch.equal(masked[1:7], gathered[1:7])  # dense
+        assert torch.equal(masked[-8:], gathered[-8:])  # beyond 7 times
 
 
 def test_long_rows(device: torch.device, dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
