@@ -214,7 +214,7 @@ def decode(bench: Bench, contexts: Sequence[int], tokens: int, rounds: int) -> l
             gaps = [gap_percentiles([timing]) or (0.0, 0.0) for timing in own]
             rates = [timing.decode_rate or 0.0 for timing in own]
             row = {
-                "context": context, "mode": mode, "decode_tok_s": statistics.median(rates), "of_rounds": rates,
+                "context": context, "mode": mode, "decode_tok_s": statistics.median(rates), "least": min(rates), "most": max(rates),
                 "gap_p50_s": statistics.median(p50 for p50, _ in gaps),
                 "gap_p99_s": statistics.median(p99 for _, p99 in gaps),
                 "first_token_s": statistics.median(timing.first_token_seconds for timing in own),
@@ -253,7 +253,7 @@ def prompts(bench: Bench, lengths: Sequence[int], rounds: int) -> list[dict[str,
         for mode, own in found.items():
             seconds = statistics.median(own)
             rows.append(
-                {"prompt": length, "mode": mode, "first_token_s": seconds, "tok_s": length / seconds, "of_rounds": own}
+                {"prompt": length, "mode": mode, "first_token_s": seconds, "least_s": min(own), "most_s": max(own), "tok_s": length / seconds}
             )  # fmt: skip
     return rows
 
@@ -320,10 +320,9 @@ def show(found: dict[str, Any]) -> None:
     console = Console(width=200)
     for name, rows in found.items():
         if isinstance(rows, list) and rows:
-            columns = [column for column in rows[0] if column != "of_rounds"]
-            table = Table(*columns, title=name)
+            table = Table(*rows[0], title=name)
             for row in rows:
-                table.add_row(*(_cell(row[column]) for column in columns))
+                table.add_row(*map(_cell, row.values()))
             console.print(table)
         elif name != "machine":
             console.print(f"{name}: {rows}")
