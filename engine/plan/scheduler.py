@@ -214,10 +214,6 @@ class Scheduler:
                         self._holdings.taint(request)
         return tuple(deltas)
 
-    def num_in_flight(self) -> int:
-        """How many plans are in flight."""
-        return len(self._in_flight)
-
     def stats(self) -> EngineStats:
         """The gauges of this moment, and counters since construction.
 

@@ -27,7 +27,7 @@ Draw = Callable[[Tensor, Sequence[SampleSpec]], list[Drawn]]
 _LOGIT_ROWS = 64  # rows of prompt logits held at once: 64 x 49152 float32 is 12 MiB
 
 
-class Done:
+class Computed:
     """A plan whose result is there."""
 
     def __init__(self, result: StepResult) -> None:
@@ -47,9 +47,9 @@ class AtOnce(ABC):
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan, and return the drawn tokens."""
 
-    def launch(self, plan: StepPlan) -> Done:
+    def launch(self, plan: StepPlan) -> Computed:
         """Compute the plan."""
-        return Done(self.run(plan))
+        return Computed(self.run(plan))
 
 
 class Runner(AtOnce):

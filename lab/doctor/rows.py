@@ -127,12 +127,13 @@ def attend_rows(
     selected: Tensor | None,
     blocks: Blocks | None = None,
     context: int = 0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Run the kernel on the batch's device; the other tensors are on the CPU."""
     to = batch.device
     return attend(
         query.to(to), plane.to(to), batch.rows, None if selected is None else selected.to(to), SCALE,
-        context or batch.context, blocks,
+        context or batch.context, blocks, None if mask is None else mask.to(to),
     )  # fmt: skip
 
 

@@ -164,7 +164,7 @@ def test_few_rows_cost_what_lone_rows_cost() -> None:
     for index_top_k in (None, 64):
         alone = [own.modelled_rows(1, position, index_top_k) for position in range(100, 104)]
         together = own.modelled_rows(4, 100, index_top_k)
-        for part in ("actual", "index", "dense"):
+        for part in ("actual", "scoring", "dense"):
             assert getattr(together, part) == pytest.approx(sum(getattr(one, part) for one in alone))
         assert own.modelled_rows(5, 100, index_top_k).actual > 1
 
