@@ -83,3 +83,23 @@ def turn(EARLY: tl.constexpr) -> None:
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+UNFUSED = {"enable_fp_fusion": False}
+"""Option of a launch whose bits another kernel must have, too: no product is fused with an addition."""
+
+
+@triton.constexpr_function
+def _halvings(size: int) -> int:
+    return size.bit_length() - 1
+
+
+@triton.jit
+def row_sums(x: tl.tensor) -> tl.tensor:
+    """[R, N] -> [R, 1], N a power of two: neighbours, then pairs of neighbours, and so on, however x is laid out."""
+    ROWS: tl.constexpr = x.shape[0]
+    SIZE: tl.constexpr = x.shape[1]
+    LEVELS: tl.constexpr = _halvings(SIZE)
+    for level in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, (ROWS, SIZE >> (level + 1), 2)), 2)
+    return tl.reshape(x, (ROWS, 1))

@@ -3,7 +3,7 @@
 The arithmetic is `GqaModel.forward`'s. What differs is order: biases of q, k and v come after the adapter, and index
 queries, index keys and head weights come out of the product that makes q, k and v, so that the head weights are rounded to
 the model's dtype. So do the adapter's short products, of which only the second half is left to do. Products
-are torch's, but for those of very few rows.
+are torch's, but for those of very few rows where the device gives them the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.kernels.triton.low_rank import Correction, add_low_rank
 from engine.kernels.triton.mask import masks
 from engine.kernels.triton.norm import add_rms_norm
 from engine.kernels.triton.prepare import IndexPart, prepare
-from engine.kernels.triton.product import fits, gated_linear, linear
+from engine.kernels.triton.product import OUTPUTS, agrees, fits, gated_linear, linear
 from engine.kernels.triton.rotation import rotate_and_store
 from engine.kernels.triton.rows import Rows, Span, blocks_of
 from engine.kernels.triton.select import select
@@ -47,10 +47,6 @@ FEW_ROWS = 256
 """Up to so many rows, small operations are part of others: a launch costs more than doing them row by row."""
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear(x, weight, bias) if fits(*x.shape) else F.linear(x, weight, bias)
-
-
 class DeviceStep:
     """The device form of one model."""
 
@@ -64,6 +60,28 @@ class DeviceStep:
         self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
         self._fused = [self._fuse(i) for i in range(c.num_layers)]
         self._output = [self._fuse_output(i) for i in range(c.num_layers)]
+        self._own_products = self._agreeing() if model.norm.device.type == "cuda" else 0
+
+    def _agreeing(self) -> int:
+        """The form of our own products of few rows that has the library's bits, asked of one layer's weights; 0: none."""
+        layer = self._model.layers[0]
+        asked = [
+            (self._fused[0], None, False),
+            (plain(layer.o), layer.o_bias, False),
+            (plain(layer.gate_up), layer.gate_up_bias, True),
+            (plain(layer.down), layer.down_bias, False),
+        ]
+        fitting = [one for one in asked if fits(1, one[0].shape[1])]
+        for each in OUTPUTS:
+            if all(agrees(weight, bias, each, gated=gated) for weight, bias, gated in fitting):
+                return each
+        return 0
+
+    def _fits(self, x: Tensor) -> bool:
+        return self._own_products > 0 and fits(*x.shape)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, weight, bias, self._own_products) if self._fits(x) else F.linear(x, weight, bias)
 
     @staticmethod
     def supports(model: Wired) -> bool:
@@ -200,13 +218,13 @@ class DeviceStep:
         x, update = embed(inputs.token_ids, self.drawn, plain(m.embed)).to(m.norm.dtype), None
         for i, layer in enumerate(m.layers):
             x, hidden = add_rms_norm(x, update, layer.input_norm, eps)
-            update, fix = self._attention(i, layer, hidden, inputs, cache)
-            x, hidden = add_rms_norm(x, update, layer.post_norm, eps, fix)
-            if fits(*hidden.shape):
-                gated = gated_linear(hidden, plain(layer.gate_up), layer.gate_up_bias)
+            update = self._attention(i, layer, hidden, inputs, cache)
+            x, hidden = add_rms_norm(x, update, layer.post_norm, eps)
+            if self._fits(hidden):
+                gated = gated_linear(hidden, plain(layer.gate_up), layer.gate_up_bias, self._own_products)
             else:
                 gated = silu_times(F.linear(hidden, plain(layer.gate_up), layer.gate_up_bias))
-            update = _product(gated, plain(layer.down), layer.down_bias)
+            update = self._product(gated, plain(layer.down), layer.down_bias)
         return add_rms_norm(x, update, m.norm, eps)[1]
 
     def hidden_like(self) -> Tensor:
@@ -222,33 +240,31 @@ class DeviceStep:
 
     def _attention(
         self, i: int, layer: GqaLayer, hidden: Tensor, inputs: RowInputs, cache: PagedCache
-    ) -> tuple[Tensor, Correction | None]:
-        """What attention adds to the residual stream, and the correction that is still to be added to it."""
+    ) -> Tensor:
+        """What attention adds to the residual stream."""
         m, c, rows = self._model, self._model.config, inputs.rows
         plane, few = cache.plane(i, "kv"), len(rows) <= FEW_ROWS
-        product = _product(hidden, self._fused[i])
+        product = self._product(hidden, self._fused[i])
         qkv = product[:, : self._qkv]
         adapter = layer.adapter if inputs.top_k else None
-        fix = None
         if adapter is not None:
             at = self._qkv + self._heads * self._dim + self._dim + self._heads
-            fix = Correction(product[:, at : at + adapter[0].rank], adapter[0].b, rows.index_top_k)
-            if not few:
-                add_low_rank(qkv, fix)
-                fix = None
+            add_low_rank(
+                qkv, Correction(product[:, at : at + adapter[0].rank], adapter[0].b, rows.index_top_k)
+            )
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         index = None if layer.indexer is None else self._index_part(i, layer.indexer, product, cache)
         selected = mask = None
         if index is not None and few and inputs.top_k:
             query, index_query, weights = prepare(
                 qkv, rows.positions, inputs.pages, inputs.offsets, m.rotary.all(), plane, index,
-                bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps, fix=fix,
+                bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps,
             )  # fmt: skip
             selected, mask = self._selected(index_query, weights, index.plane, inputs)
         else:
             query = rotate_and_store(
                 qkv, rows.positions, inputs.pages, inputs.offsets, m.rotary.all(), plane,
-                bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps, fix=fix,
+                bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps,
             )  # fmt: skip
             if index is not None:
                 selected, mask = self._indexed(index, inputs)
@@ -256,15 +272,13 @@ class DeviceStep:
         out = attention.attend(query, plane, rows, selected, scale, inputs.max_context, inputs.blocks, mask)
         out = out.flatten(1)
         if adapter is None:
-            return _product(out, plain(layer.o), layer.o_bias), None
+            return self._product(out, plain(layer.o), layer.o_bias)
         weight, bias = self._output[i]
-        both, size = _product(out, weight, bias), len(plain(layer.o))
+        both, size = self._product(out, weight, bias), len(plain(layer.o))
         attended = both[:, :size]
-        fix = Correction(both[:, size : size + adapter[1].rank], adapter[1].b, rows.index_top_k)
-        if few:
-            return attended, fix
-        add_low_rank(attended, fix)
-        return attended, None
+        short = both[:, size : size + adapter[1].rank]
+        add_low_rank(attended, Correction(short, adapter[1].b, rows.index_top_k))
+        return attended
 
     def _index_part(self, i: int, indexer: LightningIndexer, product: Tensor, cache: PagedCache) -> IndexPart:
         """Layer i's part of the fused product, and where its index keys go."""

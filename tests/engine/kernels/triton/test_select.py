@@ -21,15 +21,14 @@ FORMS = ["whole", "among", "stretches", "slow"]
 def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Let every batch be selected in one form, with samples and rooms as small as rows are here."""
     monkeypatch.setattr(module, "MANY_ROWS", 1 if form == "among" else 1 << 20)
-    monkeypatch.setattr(module, "WHOLE", 1 << 20 if form == "whole" else 0)
-    if form == "stretches":
-        monkeypatch.setattr(module, "LONGEST", 0)
+    for name in ("WHOLE", "WHOLE_SELECTED", "WHOLE_CUT"):
+        monkeypatch.setattr(module, name, 1 << 20 if form == "whole" else 0)
     if form == "slow":
         monkeypatch.setattr(module, "MOST_SELECTED", 0)
     monkeypatch.setattr(candidates, "SAMPLE", 64)
     monkeypatch.setattr(candidates, "LEAST_ROOM", 64)
     if not CHIP:
-        monkeypatch.setattr(candidates, "shape_of", lambda _: candidates.Reading(1024, 4, 1))
+        monkeypatch.setattr(candidates, "shape_of", lambda *_: candidates.Reading(1024, 4, 1))
 
 
 @pytest.mark.parametrize("form", FORMS)
