@@ -116,7 +116,6 @@ def _begin() -> None:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    importlib.import_module("engine.kernels.triton.kernel")
 
 
 def _nothing() -> None:
