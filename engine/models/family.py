@@ -47,7 +47,7 @@ class Model(Protocol):
         cache: PagedCache,
         max_rows: int,
         progress: Callable[[int, int], None],
-        compilers: Compilers | None = None,
+        compilers: KernelCompilers | None = None,
     ) -> None:
         """Do before the first step what would make steps wait.
 
@@ -104,7 +104,7 @@ class Model(Protocol):
         ...
 
 
-class Compilers(Protocol):
+class KernelCompilers(Protocol):
     """What compiles kernels in processes of its own: `engine.kernels.triton.compiling`."""
 
     def together(self) -> AbstractContextManager[None]:

@@ -19,7 +19,7 @@ from engine.kernels import native
 from engine.kernels.choice import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import read_model
-from engine.models.family import Compilers, Family, Model, Placement, RowStep
+from engine.models.family import Family, KernelCompilers, Model, Placement, RowStep
 from engine.parallel.link import Progress
 from engine.parallel.ranks import ALONE, Ranks
 from engine.parallel.team import OnLost, Team
@@ -302,7 +302,7 @@ def _device_draw() -> Draw:
     return sample_on_device
 
 
-def _compilers() -> Compilers:
+def _compilers() -> KernelCompilers:
     from engine.kernels.triton.compiling import Compilers  # needs Triton
 
     return Compilers()
@@ -314,7 +314,7 @@ def _device_runner(
     cache: PagedCache,
     budget_bytes: int,
     device: torch.device,
-    compilers: Compilers | None,
+    compilers: KernelCompilers | None,
 ) -> StepRunner:
     from engine.step.device_runner import DeviceRunner  # needs Triton
 

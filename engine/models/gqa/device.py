@@ -32,7 +32,7 @@ from engine.kernels.triton.rotation import rotate_and_store
 from engine.kernels.triton.rows import Rows, Span, blocks_of
 from engine.kernels.triton.select import select
 from engine.memory.planes import PagedCache
-from engine.models.family import Compilers
+from engine.models.family import KernelCompilers
 from engine.models.gqa.graphs import StepGraphs
 from engine.models.gqa.inputs import Piece, RowInputs
 from engine.models.gqa.layer import GqaLayer, plain
@@ -123,7 +123,7 @@ class DeviceStep:
         max_rows: int,
         max_context: int,
         progress: Callable[[int, int], None],
-        compilers: Compilers | None,
+        compilers: KernelCompilers | None,
     ) -> None:
         """Capture the graphs of steps; see `engine.models.gqa.graphs`."""
         indexer, device = self._model.indexer, self._model.norm.device

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.attention.batch import Batch
 from engine.memory.staging import Staging
-from engine.models.family import Compilers
+from engine.models.family import KernelCompilers
 from engine.models.gqa.inputs import RowInputs
 from engine.models.gqa.padded import Padded
 
@@ -76,7 +76,7 @@ class StepGraphs:
         self._staging = Staging(torch.int32, device)
 
     def capture_all(
-        self, top_k: int, progress: Callable[[int, int], None], compilers: Compilers | None
+        self, top_k: int, progress: Callable[[int, int], None], compilers: KernelCompilers | None
     ) -> None:
         """Capture what steps with the model's own top_k and without a selection will want (0: without alone)."""
         self._width = _round_up(top_k)

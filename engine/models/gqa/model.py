@@ -26,7 +26,7 @@ from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
 from engine.memory.layouts import Int8KeyLayout
 from engine.memory.planes import PagedCache, PlaneSpec
-from engine.models.family import Compilers
+from engine.models.family import KernelCompilers
 from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.layer import GqaLayer, plain
 from engine.models.gqa.native import FEW_ROWS, NativeStep
@@ -115,7 +115,7 @@ class GqaModel:
         cache: PagedCache,
         max_rows: int,
         progress: Callable[[int, int], None],
-        compilers: Compilers | None = None,
+        compilers: KernelCompilers | None = None,
     ) -> None:
         """Make room for the steps' tokens, and capture graphs, on CUDA."""
         if self.device_step is None:
