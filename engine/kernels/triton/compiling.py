@@ -32,7 +32,7 @@ _MOST = 12
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class Order(NamedTuple):
+class KernelOrder(NamedTuple):
     """A kernel to compile, and for what."""
 
     module: str
@@ -81,7 +81,7 @@ class Compilers:
         self._known.add(key)
         return False
 
-    def order(self, order: Order) -> None:
+    def order(self, order: KernelOrder) -> None:
         """Have a kernel compiled."""
         try:
             self._orders.append(self._pool.submit(build, pickle.dumps(order)))
@@ -102,8 +102,8 @@ def compilers_at_work() -> Compilers | None:
 
 
 def build(pickled: bytes) -> None:
-    """Compile what a pickled `Order` says, into Triton's cache."""
-    order: Order = pickle.loads(pickled)  # noqa: S301 - this program's own
+    """Compile what a pickled `KernelOrder` says, into Triton's cache."""
+    order: KernelOrder = pickle.loads(pickled)  # noqa: S301 - this program's own
     function = getattr(importlib.import_module(order.module), order.name)
     assert isinstance(function, JITFunction)
     source = ASTSource(function, order.signature, order.constexprs, order.attrs)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from engine.kernels.triton.compiling import Order, compilers_at_work
+from engine.kernels.triton.compiling import KernelOrder, compilers_at_work
 
 _COUNTS = ("num_rows", "bias_stride", "chunks", "programs", "num_groups")
 """Arguments that are numbers also where they are 1, and for whose values nothing is compiled anew."""
@@ -36,7 +36,7 @@ class _Kernel(JITFunction[Any]):  # type: ignore[misc]
         if not compilers.knows((self.__module__, self.__name__, key)):
             target = self.device_caches[device][2]
             compilers.order(
-                Order(
+                KernelOrder(
                     self.__module__, self.__name__, signature, constexprs, attrs, dict(vars(options)), target
                 )
             )

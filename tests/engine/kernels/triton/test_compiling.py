@@ -16,7 +16,7 @@ from tests.kit import ROOT
 PROGRAM = """
 from triton.backends.compiler import GPUTarget
 from engine.kernels.triton import embed
-from engine.kernels.triton.compiling import Compilers, Order, compilers_at_work
+from engine.kernels.triton.compiling import Compilers, KernelOrder, compilers_at_work
 
 if __name__ == "__main__":
     compilers = Compilers(1)
@@ -28,9 +28,9 @@ if __name__ == "__main__":
             constexprs = {(4,): size, (5,): 2048}
             if not compilers.knows(size):
                 compilers.order(
-                    Order("engine.kernels.triton.embed", "_embed", signature, constexprs, {}, {}, GPUTarget("cuda", 90, 32))
+                    KernelOrder("engine.kernels.triton.embed", "_embed", signature, constexprs, {}, {}, GPUTarget("cuda", 90, 32))
                 )
-        compilers.order(Order("engine.kernels.triton.embed", "nobody", {}, {}, {}, {}, GPUTarget("cuda", 90, 32)))
+        compilers.order(KernelOrder("engine.kernels.triton.embed", "nobody", {}, {}, {}, {}, GPUTarget("cuda", 90, 32)))
     compilers.close()
 """
 
