@@ -151,7 +151,7 @@ class Failed(Message, frozen=True, kw_only=True):
     message: str
 
 
-class TokenLogprob(Value, frozen=True, kw_only=True):
+class TokenLogprob(Value, frozen=True, kw_only=True, gc=False):
     """Log-probability (nats, before temperature and penalties) of one token and its alternatives."""
 
     token_id: int
@@ -209,7 +209,7 @@ class RequestUsage(Value, frozen=True, kw_only=True):
     work: Work = Work()
 
 
-class Delta(Value, frozen=True, kw_only=True, array_like=True):
+class Delta(Value, frozen=True, kw_only=True, array_like=True, gc=False):
     """New tokens of one request. Only the last delta of a request has a finish reason.
 
     A step has one for each of its requests, so it is written without the names of its fields.

@@ -32,6 +32,7 @@ from engine.kernels.triton.rotation import rotate_and_store
 from engine.kernels.triton.rows import Rows, Span, blocks_of
 from engine.kernels.triton.select import select
 from engine.memory.planes import PagedCache
+from engine.models.family import KernelCompilers
 from engine.models.gqa.graphs import StepGraphs
 from engine.models.gqa.inputs import Piece, RowInputs
 from engine.models.gqa.layer import GqaLayer, plain
@@ -135,7 +136,12 @@ class DeviceStep:
         return fused, None if bias is None else F.pad(bias, (0, len(fused) - size))
 
     def capture(
-        self, cache: PagedCache, max_rows: int, max_context: int, progress: Callable[[int, int], None]
+        self,
+        cache: PagedCache,
+        max_rows: int,
+        max_context: int,
+        progress: Callable[[int, int], None],
+        compilers: KernelCompilers | None,
     ) -> None:
         """Capture the graphs of steps; see `engine.models.gqa.graphs`."""
         indexer, device = self._model.indexer, self._model.norm.device
@@ -147,7 +153,7 @@ class DeviceStep:
             max_context,
             device,
         )
-        self._graphs.capture_all(0 if indexer is None else indexer.default_index_top_k, progress)
+        self._graphs.capture_all(0 if indexer is None else indexer.default_index_top_k, progress, compilers)
 
     def forward(self, batch: Batch, cache: PagedCache, budget_bytes: int) -> Tensor:
         """As `GqaModel.forward`, of a batch whose tensors are on the CPU. The next step may overwrite what it returns."""
