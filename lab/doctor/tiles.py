@@ -176,7 +176,7 @@ def check_tile(kernels: Kernels, case: TileCase, device: torch.device = CPU) -> 
     compare("attend_masked", (*attended, case.allowed(), SCALE))
     compare("attend_causal", (*attended, case.positions, SCALE))
     # Scores that differ by rounding may select differently at the edge: the row's own set is what counts.
-    whole = dense_mask(case.positions + 1, case.index_top_k)
+    whole = dense_mask(case.positions + 1 - case.index_top_k, 0)
     tops = case.index_top_k.where(whole, 1)
     for plane in (case.keys, case.keys8):
         compare("attend_sparse", (case.query, *index, case.kv, plane, *at, tops, SCALE))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 
 from engine.kernels.triton.kernel import block, kernel, overlap
 
@@ -32,25 +33,33 @@ def fits(rows: int, inputs: int) -> bool:
     return 0 < rows <= MOST_ROWS and inputs <= MOST_INPUTS and inputs % 8 == 0
 
 
-def agrees(weight: Tensor, bias: Tensor | None, each: int, *, gated: bool = False) -> bool:
-    """Whether `linear` has the bits that the library's product has in every company; of float32 it has not.
+def holds(weight: Tensor, each: int, *, gated: bool = False) -> bool:
+    """Whether the device has room for programs of `each` outputs; of float32 none of these kernels is used.
 
     Args:
         weight: [out, in] contiguous, on a GPU
-        bias: [out]
         each: one of `OUTPUTS`
         gated: whether it is for `gated_linear`
     """
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    room: int = driver.active.utils.get_device_properties(weight.device.index or 0)["max_shared_mem"]
+    return _shared_bytes(weight.shape[1], each, gated) <= room
+
+
+def agrees(weight: Tensor, bias: Tensor | None, each: int) -> bool:
+    """Whether `linear` has the bits that the library's product has in every company, in some rows of random numbers.
+
+    Args:
+        weight: [out, in] contiguous, on a GPU; it `fits` and `holds`
+        bias: [out]
+        each: one of `OUTPUTS`
+    """
     inputs = weight.shape[1]
-    if not fits(1, inputs) or weight.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    room = torch.cuda.get_device_properties(weight.device).shared_memory_per_block_optin
-    if _shared_bytes(inputs, each, gated) > room:
-        return False
     generator = torch.Generator(weight.device).manual_seed(0)
     drawn = torch.randn(max(_COMPANY), inputs, generator=generator, device=weight.device)
     x = drawn.to(weight.dtype)
-    ours = torch.cat([linear(part, weight, bias, each) for part in x[:_ASKED].split(MOST_ROWS)])
+    ours = torch.cat([linear(part, weight, bias, each) for part in torch.split(x[:_ASKED], MOST_ROWS)])
     for rows in _COMPANY:
         theirs = F.linear(x[:rows], weight, bias)[:_ASKED]
         if not torch.equal(ours[: len(theirs)], theirs):

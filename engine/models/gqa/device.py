@@ -8,6 +8,7 @@ are torch's, but for those of very few rows where the device gives them the same
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,7 +28,7 @@ from engine.kernels.triton.low_rank import Correction, add_low_rank
 from engine.kernels.triton.mask import masks
 from engine.kernels.triton.norm import add_rms_norm
 from engine.kernels.triton.prepare import IndexPart, prepare
-from engine.kernels.triton.product import OUTPUTS, agrees, fits, gated_linear, linear
+from engine.kernels.triton.product import OUTPUTS, agrees, fits, gated_linear, holds, linear
 from engine.kernels.triton.rotation import rotate_and_store
 from engine.kernels.triton.rows import Rows, Span, blocks_of
 from engine.kernels.triton.select import select
@@ -61,10 +62,10 @@ class DeviceStep:
         self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
         self._fused = [self._fuse(i) for i in range(c.num_layers)]
         self._output = [self._fuse_output(i) for i in range(c.num_layers)]
-        self._own_products = self._agreeing() if model.norm.device.type == "cuda" else 0
+        self._own_products = 0
 
-    def _agreeing(self) -> int:
-        """The form of our own products of few rows that has the library's bits, asked of one layer's weights; 0: none."""
+    def _choose_products(self, compilers: KernelCompilers | None) -> None:
+        """Find the form of our own products of few rows that has the library's bits, by one layer's weights; 0: none."""
         layer = self._model.layers[0]
         asked = [
             (self._fused[0], None, False),
@@ -73,10 +74,13 @@ class DeviceStep:
             (plain(layer.down), layer.down_bias, False),
         ]
         fitting = [one for one in asked if fits(1, one[0].shape[1])]
-        for each in OUTPUTS:
-            if all(agrees(weight, bias, each, gated=gated) for weight, bias, gated in fitting):
-                return each
-        return 0
+        forms = [each for each in OUTPUTS if all(holds(one[0], each, gated=one[2]) for one in fitting)]
+        if compilers is not None:
+            with compilers.together():
+                for each, (weight, bias, _) in itertools.product(forms, fitting):
+                    agrees(weight, bias, each)
+        agreeing = (each for each in forms if all(agrees(*one[:2], each) for one in fitting))
+        self._own_products = next(agreeing, 0) if fitting else 0
 
     def _fits(self, x: Tensor) -> bool:
         return self._own_products > 0 and fits(*x.shape)
@@ -145,6 +149,7 @@ class DeviceStep:
     ) -> None:
         """Capture the graphs of steps; see `engine.models.gqa.graphs`."""
         indexer, device = self._model.indexer, self._model.norm.device
+        self._choose_products(compilers)
         self._graphs = StepGraphs(
             partial(self.compute, cache=cache),
             self._model.config.group,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels.triton.gate import silu_times
-from engine.kernels.triton.product import OUTPUTS, agrees, fits, gated_linear, linear
+from engine.kernels.triton.product import OUTPUTS, agrees, fits, gated_linear, holds, linear
 from tests.engine.kernels.triton.conftest import CHIP
 
 
@@ -18,7 +18,7 @@ def test_products(
     device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int, bias: bool, each: int
 ) -> None:
     if CHIP and dtype is torch.float32 and each > OUTPUTS[0]:
-        pytest.skip("a program has no room for it, and `agrees` says no")
+        pytest.skip("a program has no room for it, and `holds` says no")
     generator = torch.Generator().manual_seed(inputs)
     made = [torch.randn(*s, generator=generator) for s in ((rows, inputs + 8), (outputs, inputs), (outputs,))]
     wide, weight, more = (one.to(device, dtype) for one in made)
@@ -44,7 +44,7 @@ def test_what_fits() -> None:
 
 
 def test_float32_is_the_librarys() -> None:
-    assert not agrees(torch.ones(8, 64), None, OUTPUTS[0])
+    assert not holds(torch.ones(8, 64), OUTPUTS[0])
 
 
 @pytest.mark.skipif(not CHIP, reason="the library's products are a GPU's")
@@ -55,4 +55,4 @@ def test_bits_are_the_librarys(device: torch.device, inputs: int, outputs: int) 
         pytest.skip("known of Hopper only")
     generator = torch.Generator().manual_seed(inputs)
     weight = torch.randn(outputs, inputs, generator=generator).to(device, torch.bfloat16)
-    assert any(agrees(weight, None, each) for each in OUTPUTS)
+    assert any(holds(weight, each) and agrees(weight, None, each) for each in OUTPUTS)
