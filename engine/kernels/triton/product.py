@@ -58,7 +58,9 @@ def agrees(weight: Tensor, bias: Tensor | None, each: int) -> bool:
     inputs = weight.shape[1]
     generator = torch.Generator(weight.device).manual_seed(0)
     drawn = torch.randn(max(_COMPANY), inputs, generator=generator, device=weight.device)
-    x = drawn.to(weight.dtype)
+    spread = torch.randn(drawn.shape, generator=generator, device=weight.device).mul(2).exp()
+    spread[::2] = 1  # every second row has numbers of many sizes, as a model's may
+    x = (drawn * spread).to(weight.dtype)
     ours = torch.cat([linear(part, weight, bias, each) for part in torch.split(x[:_ASKED], MOST_ROWS)])
     for rows in _COMPANY:
         theirs = F.linear(x[:rows], weight, bias)[:_ASKED]
