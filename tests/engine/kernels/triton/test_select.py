@@ -130,3 +130,15 @@ def test_more_than_candidates_are_kept_for(device: torch.device) -> None:
     width = 9_500 if CHIP else 8_200
     ends = torch.tensor([context - 1, context - 1, width + 7, context - 1])
     check_selection(scores, ends, torch.tensor([width, width, width - 1, width]), width, device)
+
+
+@pytest.mark.parametrize(("width", "context"), [(256, 7168), (256, 32768), (2048, 30720), (2048, 131072)])
+def test_the_room_is_hardly_ever_too_small(width: int, context: int) -> None:
+    """How many scores lie above the so-manieth best of a sample is about a gamma distribution."""
+    sample, room = candidates.sample_of(width, context)
+    rank = sample * width / context
+    enough = (rank + candidates.DEVIATIONS * math.sqrt(rank) + 2) * 17 / 16
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = torch.distributions.Gamma(enough, 1.0).sample(torch.Size([20_000])) * context / sample
+    assert float((found > room).float().mean()) < 1e-3
