@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor
 from engine.checkpoint.loader import LoadReport, Weight, check, load, unused
 from engine.checkpoint.source import HoldsQuantised, Source
 from engine.errors import CheckpointError
-from engine.kernels.native.packed import PackedWeight, packed_bytes
+from engine.kernels.native.packed import PackedWeight, can_chain, packed_bytes
 from engine.memory.arena import Arena
 from engine.memory.quantised import GROUP, Kind, Quantised, quantise_4bit
+from engine.memory.superblocks import Superblocks
 
 
 def can_pack(model_table: Mapping[str, Weight]) -> bool:
@@ -35,13 +38,17 @@ def load_packed(
     check(model_table, source)
     packed = {name: weight for name, weight in model_table.items() if weight.may_be_packed}
     plain = {name: weight for name, weight in model_table.items() if name not in packed}
-    fewest: Kind = "q4" if any(_kind(weight, source) == "q4" for weight in packed.values()) else "bf16"
+    stored = {name: _stored_kinds(weight, source) for name, weight in packed.items()}
+    short = any({"q4", "q4_k"} & {kind for kind, _, _ in kinds} for kinds in stored.values())
 
-    def kind(weight: Weight) -> Kind:
-        return _kind(weight, source) or (fewest if weight.may_lose_bits else "bf16")
+    def kinds_of(name: str) -> list[_Part]:
+        weight = packed[name]
+        made: Kind = "q4" if short and weight.may_lose_bits else "bf16"
+        return stored[name] or [_Part(made, weight.names, weight.shape[0])]
 
     sizes = {
-        name: packed_bytes(kind(weight), weight.shape[0], weight.shape[1]) for name, weight in packed.items()
+        name: sum(packed_bytes(part.kind, part.outputs, weight.shape[1]) for part in kinds_of(name))
+        for name, weight in packed.items()
     }
     later = sum(sizes.values())
     tensors, report = load(
@@ -55,7 +62,12 @@ def load_packed(
     done = report.num_bytes
     arena = Arena(list(sizes.values()))
     for name, weight in packed.items():
-        weights[name] = _assemble(weight, source, kind(weight), arena.take(sizes[name]))
+        memory = arena.take(sizes[name])
+        if stored[name] and isinstance(source, HoldsQuantised):
+            parts = [_read(part, source, source.description) for part in stored[name]]
+            weights[name] = PackedWeight.of(parts, memory)
+        else:
+            weights[name] = PackedWeight.of(_made(weight, source, kinds_of(name)[0].kind), memory)
         done += sizes[name]
         progress(done, report.num_bytes + later)
     return weights, replace(
@@ -67,36 +79,53 @@ def load_packed(
     )
 
 
-def _kind(weight: Weight, source: Source) -> Kind | None:
-    """How the tensors of a parameter are quantised; None if they are not, or if they differ."""
+class _Part(NamedTuple):
+    """Neighbouring tensors of a parameter that are quantised alike."""
+
+    kind: Kind
+    names: tuple[str, ...]
+    outputs: int
+
+
+def _stored_kinds(weight: Weight, source: Source) -> list[_Part]:
+    """How the tensors of a parameter are quantised; empty if not all are, or if they cannot be one packed weight."""
     if not isinstance(source, HoldsQuantised):
-        return None
-    kinds = {source.quantised_kind(name) for name in weight.names}
-    return kinds.pop() if len(kinds) == 1 else None
-
-
-def _assemble(weight: Weight, source: Source, kind: Kind, memory: Tensor) -> PackedWeight:
-    if _kind(weight, source) is None or not isinstance(source, HoldsQuantised):
-        dtype = torch.float32 if kind == "q4" else torch.bfloat16
-        whole, _ = load({"it": weight}, source, dtype=dtype, device=torch.device("cpu"))
-        return PackedWeight.of(quantise_4bit(whole["it"]) if kind == "q4" else whole["it"], memory)
+        return []
+    found = [(name, source.quantised_kind(name)) for name in weight.names]
     parts = []
-    for name in weight.names:
-        part = source.read_quantised(name)
-        assert part is not None
-        numbers = [part.scales] if part.offsets is None else [part.scales, part.offsets]
-        if not all(np.isfinite(some).all() for some in numbers):
+    for kind, group in itertools.groupby(found, key=lambda pair: pair[1]):
+        if kind is None:
+            return []
+        names = tuple(name for name, _ in group)
+        parts.append(_Part(kind, names, sum(source.shape(name)[0] for name in names)))
+    return parts if can_chain([part.outputs for part in parts]) else []
+
+
+def _made(weight: Weight, source: Source, kind: Kind) -> Quantised | Tensor:
+    """Read a parameter that is not stored quantised, or not in one way, and quantise it if it may lose bits."""
+    dtype = torch.float32 if kind == "q4" else torch.bfloat16
+    whole, _ = load({"it": weight}, source, dtype=dtype, device=torch.device("cpu"))
+    return quantise_4bit(whole["it"]) if kind == "q4" else whole["it"]
+
+
+def _read(part: _Part, source: HoldsQuantised, where: str) -> Quantised | Superblocks:
+    """Read neighbouring tensors that are quantised alike as one matrix."""
+    found = []
+    for name in part.names:
+        one = source.read_quantised(name)
+        assert one is not None
+        # The only floats among the arrays are scales and offsets.
+        floats = [array for array in one.arrays() if array is not None and array.dtype.kind == "f"]
+        if not all(np.isfinite(some).all() for some in floats):
             raise CheckpointError(
-                f"{source.description} has NaN or infinite values in the scales of tensor {name}; "
+                f"{where} has NaN or infinite values in the scales of tensor {name}; "
                 "the file is damaged, download it again"
             )
-        parts.append(part)
-    offsets = [part.offsets for part in parts if part.offsets is not None]
-    return PackedWeight.of(
-        Quantised(
-            np.concatenate([part.numbers for part in parts]),
-            np.concatenate([part.scales for part in parts]),
-            np.concatenate(offsets) if offsets else None,
-        ),
-        memory,
+        found.append(one)
+    if len(found) == 1:
+        return found[0]
+    together = zip(*(one.arrays() for one in found), strict=True)
+    return found[0].with_arrays(
+        None if some[0] is None else np.concatenate([array for array in some if array is not None])
+        for some in together
     )

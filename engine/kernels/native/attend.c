@@ -180,7 +180,7 @@ static void attend_known(int G, int parts, const bf16 *query, const bf16 *const 
 #endif
 
 void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, const int64_t *block_table,
-                    const int32_t *selected, int count, int first, int last, int Hkv, int G, int D, float scale,
+                    const int32_t *selected, int begin, int count, int first, int last, int Hkv, int G, int D, float scale,
                     bf16 *out, void *scratch) {
     const int n = padded(count);
     const bf16 **tokens = scratch;
@@ -195,8 +195,9 @@ void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, c
         }
     } else {
         for (int s = 0; s < count; s++) {
-            const char *page = (const char *)plane + block_table[s / PAGE] * page_stride;
-            tokens[s] = (const bf16 *)page + (int64_t)(s % PAGE) * size;
+            const int position = begin + s;
+            const char *page = (const char *)plane + block_table[position / PAGE] * page_stride;
+            tokens[s] = (const bf16 *)page + (int64_t)(position % PAGE) * size;
         }
     }
     for (int s = count; s < n; s++) tokens[s] = tokens[count - 1];

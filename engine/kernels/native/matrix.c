@@ -3,6 +3,7 @@
 #include "matrix.h"
 
 #include "pool.h"
+#include "superblock.h"
 
 // NIBBLES and SCALES: the bytes of each part of a tile for a group of 32 inputs x 16 outputs. ROWS: the most rows that
 // are multiplied with a tile at once, so that their sums and a group's weights fit the registers.
@@ -39,10 +40,22 @@ static float group_sum(const bf16 *x) {
 #endif
 }
 
-void dsa_sum_row(struct dsa_rows *rows, int at) {
+int dsa_needs_integers(const struct dsa_matrix *w) {
+    for (; w; w = w->next)
+        if (dsa_is_super(w->kind)) return 1;
+    return 0;
+}
+
+void dsa_finish_row(struct dsa_rows *rows, int at) {
     const int groups = rows->inputs / DSA_GROUP;
     const bf16 *x = rows->values + (size_t)at * rows->inputs;
-    for (int g = 0; g < groups; g++) rows->sums[(size_t)at * groups + g] = group_sum(x + g * DSA_GROUP);
+    for (int g = 0; g < groups; g++, x += DSA_GROUP) {
+        rows->sums[(size_t)at * groups + g] = group_sum(x);
+        if (!rows->integers) continue;
+        float values[DSA_GROUP];
+        for (int i = 0; i < DSA_GROUP; i++) values[i] = wide(x[i]);
+        dsa_super_set_group(rows, at, g, values);
+    }
 }
 
 void dsa_set_group(struct dsa_rows *rows, int at, int group, const float *x) {
@@ -54,6 +67,7 @@ void dsa_set_group(struct dsa_rows *rows, int at, int group, const float *x) {
     for (int i = 0; i < DSA_GROUP; i++) out[i] = narrow(x[i]);
 #endif
     rows->sums[(size_t)at * groups + group] = group_sum(out);
+    if (rows->integers) dsa_super_set_group(rows, at, group, x);
 }
 
 void dsa_set_row(struct dsa_rows *rows, int at, const float *x) {
@@ -314,9 +328,13 @@ __attribute__((noinline)) static void multiply_plain(struct run run, int count, 
     }
 }
 
-// Multiply tile t with all rows. `out` is the place of the tile's first output in the first row.
+// Multiply tile t of one part with all rows. `out` is the place of the tile's first output in the first row.
 static void product_tile(const struct dsa_matrix *w, const struct dsa_rows *x, float *out, size_t stride, int t) {
     const int groups = w->inputs / DSA_GROUP;
+    if (dsa_is_super(w->kind)) {
+        dsa_super_tile(w->kind, w->data + t * dsa_super_bytes(w->kind, w->inputs), x, out, stride);
+        return;
+    }
     const uint8_t *at = w->data + t * tile_bytes(w->kind, groups);
     struct run run = {
         .numbers = at + head_bytes(w->kind, groups),
@@ -336,8 +354,22 @@ static void product_tile(const struct dsa_matrix *w, const struct dsa_rows *x, f
     else multiply_rows(run, x->count, DSA_Q8, 0, 0);
 }
 
+// The part that has tile *t or output *t, by `size` of a tile or 1. *t becomes its number in the part.
+static const struct dsa_matrix *part_of(const struct dsa_matrix *w, int *t, int size) {
+    for (; w->next; w = w->next) {
+        const int count = w->outputs / size;
+        if (*t < count) break;
+        *t -= count;
+    }
+    return w;
+}
+
 void dsa_product(const struct dsa_matrix *w, const struct dsa_rows *x, float *out, size_t stride, int first, int last) {
-    for (int t = first; t < last; t++) product_tile(w, x, out + (size_t)t * DSA_LANES, stride, t);
+    for (int t = first; t < last; t++) {
+        int within = t;
+        const struct dsa_matrix *part = part_of(w, &within, DSA_LANES);
+        product_tile(part, x, out + (size_t)t * DSA_LANES, stride, within);
+    }
 }
 
 static float half(const uint8_t *at) {
@@ -347,7 +379,13 @@ static float half(const uint8_t *at) {
 }
 
 void dsa_weights(const struct dsa_matrix *w, int output, float *out) {
+    w = part_of(w, &output, 1);
     const int groups = w->inputs / DSA_GROUP, lane = output % DSA_LANES;
+    if (dsa_is_super(w->kind)) {
+        const uint8_t *tile = w->data + output / DSA_LANES * dsa_super_bytes(w->kind, w->inputs);
+        dsa_super_weights(w->kind, tile, lane, w->inputs, out);
+        return;
+    }
     const uint8_t *at = w->data + output / DSA_LANES * tile_bytes(w->kind, groups);
     const uint8_t *scales = at + 2 * lane, *offsets = scales + SCALES * groups;
     at += head_bytes(w->kind, groups);
@@ -387,7 +425,7 @@ struct linear_job {
 };
 
 static void store(const struct linear_job *job, int row, int output, const float *from) {
-    const int outputs = job->weight->outputs, count = outputs - output < DSA_LANES ? outputs - output : DSA_LANES;
+    const int outputs = dsa_outputs(job->weight), count = outputs - output < DSA_LANES ? outputs - output : DSA_LANES;
     const size_t at = (size_t)row * outputs + output;
     if (job->wide) {
         memcpy(job->wide + at, from, count * sizeof(float));
@@ -408,7 +446,7 @@ static void linear_part(void *arg, int thread, int threads) {
     const int inputs = all->inputs, groups = inputs / DSA_GROUP;
     int first, last;
     dsa_share(all->count, 1, thread, threads, &first, &last);
-    for (int r = first; r < last; r++) dsa_sum_row(&job->rows, r);
+    for (int r = first; r < last; r++) dsa_finish_row(&job->rows, r);
     dsa_barrier();
     dsa_share(dsa_tiles(job->weight), 1, thread, threads, &first, &last);
     int step = CACHED / inputs / ROWS * ROWS;
@@ -416,18 +454,44 @@ static void linear_part(void *arg, int thread, int threads) {
     _Alignas(64) float out[MOST_ROWS * DSA_LANES];
     for (int row = 0; row < all->count; row += step) {
         const int count = all->count - row < step ? all->count - row : step;
-        struct dsa_rows some = {all->values + (size_t)row * inputs, all->sums + (size_t)row * groups, count, inputs};
+        struct dsa_rows some = {
+            .values = all->values + (size_t)row * inputs,
+            .sums = all->sums + (size_t)row * groups,
+            .count = count,
+            .inputs = inputs,
+        };
+        if (all->integers) {
+            some.integers = all->integers + (size_t)row * inputs;
+            some.scales = all->scales + (size_t)row * groups;
+            some.integer_sums = all->integer_sums + (size_t)row * groups;
+            some.begins = all->begins + (size_t)row * 2 * groups;
+        }
         for (int t = first; t < last; t++) {
-            product_tile(job->weight, &some, out, DSA_LANES, t);
+            int within = t;
+            const struct dsa_matrix *part = part_of(job->weight, &within, DSA_LANES);
+            product_tile(part, &some, out, DSA_LANES, within);
             for (int r = 0; r < count; r++) store(job, row + r, t * DSA_LANES, out + r * DSA_LANES);
         }
     }
 }
 
+// Bytes of scratch that `dsa_linear` needs.
+int64_t dsa_linear_scratch(const struct dsa_matrix *weight, int count) {
+    const int64_t groups = (int64_t)count * (weight->inputs / DSA_GROUP);
+    return groups * (dsa_needs_integers(weight) ? 4 + DSA_GROUP + 4 + 4 + 8 : 4);
+}
+
 // x [count, inputs] bfloat16 -> [count, outputs]: to `wide` in float32, or if that is NULL to `narrow` in bfloat16.
-// `sums` has room for [count, inputs / 32].
-void dsa_linear(const struct dsa_matrix *weight, bf16 *x, int count, float *sums, bf16 *narrow, float *wide) {
-    struct linear_job job = {weight, {x, sums, count, weight->inputs}, narrow, wide};
+void dsa_linear(const struct dsa_matrix *weight, bf16 *x, int count, uint8_t *scratch, bf16 *narrow, float *wide) {
+    struct linear_job job = {weight, {.values = x, .count = count, .inputs = weight->inputs}, narrow, wide};
+    const size_t groups = (size_t)count * (size_t)(weight->inputs / DSA_GROUP);
+    job.rows.sums = (float *)(void *)scratch;
+    if (dsa_needs_integers(weight)) {
+        job.rows.scales = job.rows.sums + groups;
+        job.rows.integer_sums = job.rows.scales + groups;
+        job.rows.begins = (int32_t *)(void *)(job.rows.integer_sums + groups);
+        job.rows.integers = (int8_t *)(void *)(job.rows.begins + 2 * groups);
+    }
     dsa_parallel(linear_part, &job);
 }
 

@@ -7,7 +7,8 @@ before their numbers, so a tile is read from front to back.
 A word has 64 bytes: a 32-bit lane for each output. With 4 bits the numbers of a group are four words. A lane of word w
 holds inputs 8 w to 8 w + 7. Input 8 w + 2 j + h is nibble j of the 16-bit half h, because the processor multiplies pairs
 of bfloat16. With 8 bits they are twice four words. A signed byte is two such nibbles; all upper nibbles come first.
-With bfloat16 a tile has only numbers, and a word holds a pair of inputs.
+With bfloat16 a tile has only numbers, and a word holds a pair of inputs. The layout of super-blocks is in
+`superblock.h`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.memory.quantised import GROUP
+from engine.memory.superblocks import SUPER, Superblocks
 
 LANES = 16
 
@@ -59,6 +61,45 @@ def pack_bfloat16(numbers: npt.NDArray[np.uint16]) -> Bytes:
     tiles, _, groups, _ = tiled.shape
     pairs = tiled.reshape(tiles, LANES, groups, GROUP // 2, 2).transpose(0, 2, 3, 1, 4)
     return np.ascontiguousarray(pairs).view(np.uint8).reshape(tiles, -1)
+
+
+def pack_superblocks(stored: Superblocks) -> Bytes:
+    """Lay out a weight in super-blocks: [tiles, bytes of one]."""
+    heads = [_lanes(stored.scales)]
+    heads.append(np.zeros_like(heads[0]) if stored.offsets is None else _lanes(stored.offsets))
+    tiles, blocks = heads[0].shape[:2]
+    small = [_small(stored.small_scales, blocks)]
+    if stored.small_offsets is not None:
+        small.append(_small(stored.small_offsets, blocks))
+    # With offsets the scales of a group of 32 come before its offsets; without them those of its halves follow each
+    # other anyway.
+    both = np.stack(small, axis=3).reshape(tiles, blocks, -1)
+    tiled: Bytes = _tiled(stored.numbers, SUPER)  # [tiles, 16, blocks, 256]
+    quads = tiled.reshape(tiles, LANES, blocks, 8, 8, 4).transpose(0, 2, 3, 4, 1, 5)
+    quads = quads.reshape(tiles, blocks, 8, 8, 4 * LANES)  # tile, block, group, four inputs, bytes
+    low = np.bitwise_and(quads, np.uint8(15))
+    groups = [np.bitwise_or(low[..., 0::2, :], np.left_shift(low[..., 1::2, :], np.uint8(4)))]
+    high = np.right_shift(quads, np.uint8(4))
+    if stored.kind == "q5_k":
+        groups.append(_or_shifted(high[:, :, :, None], 1))
+    elif stored.kind == "q6_k":
+        groups.append(_or_shifted(high.reshape(tiles, blocks, 8, 2, 4, -1), 2))
+    numbers = np.concatenate(groups, axis=3).reshape(tiles, blocks, -1)
+    return np.concatenate([*heads, both, numbers], axis=-1).reshape(tiles, -1)
+
+
+def _small(numbers: npt.NDArray[Any], blocks: int) -> Bytes:
+    """Lay out small scales as bytes: [out, n] -> [tiles, blocks, n / blocks, 16]."""
+    tiled = _tiled(numbers.view(np.uint8), 1)[..., 0]
+    tiles = len(tiled)
+    return np.ascontiguousarray(tiled.transpose(0, 2, 1)).reshape(tiles, blocks, -1, LANES)
+
+
+def _or_shifted(bits: Bytes, width: int) -> Bytes:
+    """Join words, each shifted by its place times `width`: [..., n words, bytes] -> [..., bytes]."""
+    places = np.arange(0, width * bits.shape[-2], width, dtype=np.uint8)
+    joined: Bytes = np.bitwise_or.reduce(np.left_shift(bits, places[:, None]), axis=-2)
+    return joined
 
 
 def _tiles(scales: list[Bytes], numbers: Bytes) -> Bytes:
