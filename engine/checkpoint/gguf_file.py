@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from engine.errors import CheckpointError
 from engine.memory.quantised import Kind, Quantised
-from engine.memory.superblocks import Superblocks, read_superblocks
+from engine.memory.superblocks import Superblocks
 
 _SCALARS: Mapping[gguf.GGUFValueType, str] = {
     gguf.GGUFValueType.UINT8: "B",
@@ -136,7 +136,7 @@ class GGUFFile:
             return None
         kind = _QUANTISED[place.kind]
         if kind in ("q4_k", "q5_k", "q6_k"):
-            return read_superblocks(kind, self._rows(place))
+            return Superblocks(kind, self._rows(place))
         blocks = self._rows(place).reshape(place.shape[0], -1, gguf.GGML_QUANT_SIZES[place.kind][1])
         head = blocks[..., : 4 if place.kind is gguf.GGMLQuantizationType.Q4_1 else 2].view(np.float16)
         body = blocks[..., head.shape[-1] * 2 :]

@@ -114,9 +114,7 @@ def _read(part: _Part, source: HoldsQuantised, where: str) -> Quantised | Superb
     for name in part.names:
         one = source.read_quantised(name)
         assert one is not None
-        # The only floats among the arrays are scales and offsets.
-        floats = [array for array in one.arrays() if array is not None and array.dtype.kind == "f"]
-        if not all(np.isfinite(some).all() for some in floats):
+        if not one.are_finite():
             raise CheckpointError(
                 f"{where} has NaN or infinite values in the scales of tensor {name}; "
                 "the file is damaged, download it again"

@@ -42,6 +42,17 @@ class Quantised:
         assert scales is not None
         return Quantised(numbers, scales, offsets)
 
+    def are_finite(self) -> bool:
+        """Whether no scale and no offset is NaN or infinite."""
+        return bool(
+            np.isfinite(self.scales).all() and (self.offsets is None or np.isfinite(self.offsets).all())
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in]."""
+        return self.numbers.shape
+
     @property
     def kind(self) -> Kind:
         """The kind of weight that these numbers are."""

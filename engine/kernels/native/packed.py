@@ -80,6 +80,13 @@ class PackedWeight:
     def _part(cls, stored: Stored, flat: Tensor, rest: PackedWeight | None) -> PackedWeight:
         kind, shape = _form(stored)
         data = flat.view(-(-shape[0] // packing.LANES), -1)
+        if isinstance(stored, Superblocks):
+            blocks = np.ascontiguousarray(stored.blocks)
+            _library().dsa_super_pack(
+                _CODES[kind], ctypes.c_void_p(blocks.ctypes.data), ctypes.c_int64(blocks.shape[1]),
+                shape[0], shape[1], _pointer(data),
+            )  # fmt: skip
+            return cls(data, kind, shape[0], shape[1], rest)
         # Pack rows by rows, because packing needs several times their memory.
         for first in range(0, shape[0], _AT_ONCE):
             rows = slice(first, first + _AT_ONCE)
@@ -162,7 +169,7 @@ class PackedWeight:
 def _form(stored: Stored) -> tuple[Kind, torch.Size]:
     if isinstance(stored, Tensor):
         return "bf16", stored.shape
-    return stored.kind, torch.Size(stored.numbers.shape)
+    return stored.kind, torch.Size(stored.shape)
 
 
 def packed_bytes(kind: Kind, outputs: int, inputs: int) -> int:
@@ -179,13 +186,9 @@ def can_chain(outputs: Sequence[int]) -> bool:
     return not any(count % packing.LANES for count in outputs[:-1])
 
 
-def _packed_rows(stored: Stored, part: slice) -> npt.NDArray[np.uint8]:
+def _packed_rows(stored: Quantised | Tensor, part: slice) -> npt.NDArray[np.uint8]:
     if isinstance(stored, Tensor):
         return packing.pack_bfloat16(stored[part].bfloat16().contiguous().view(torch.uint16).numpy())
-    if isinstance(stored, Superblocks):
-        return packing.pack_superblocks(
-            stored.with_arrays(None if array is None else array[part] for array in stored.arrays())
-        )
     numbers, scales = stored.numbers[part], stored.scales[part]
     if stored.offsets is None:
         return packing.pack_8bit(numbers.astype(np.int8, copy=False), scales)

@@ -26,4 +26,8 @@ void dsa_super_tile(int kind, const uint8_t *weights, const struct dsa_rows *x, 
 // Unpack one output (`lane`) of a tile, exactly, to out [inputs].
 void dsa_super_weights(int kind, const uint8_t *weights, int lane, int inputs, float *out);
 
+// Lay out a matrix of GGUF's blocks: `rows` [outputs], `row_bytes` each -> tiles. It is the same as pack_superblocks of
+// packing.py, which is slower.
+void dsa_super_pack(int kind, const uint8_t *rows, int64_t row_bytes, int outputs, int inputs, uint8_t *out);
+
 #endif

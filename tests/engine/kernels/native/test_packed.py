@@ -21,9 +21,10 @@ from engine.checkpoint.packed import can_pack, load_packed
 from engine.checkpoint.source import LaidSource, open_source
 from engine.errors import EngineError
 from engine.kernels import native
+from engine.kernels.native import packing
 from engine.kernels.native.packed import PackedWeight, Stored, can_chain, packed_bytes
 from engine.memory.quantised import Kind, Quantised, quantise_4bit
-from engine.memory.superblocks import read_superblocks
+from engine.memory.superblocks import Superblocks
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
 
@@ -47,7 +48,7 @@ def super_rows(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> npt.NDAr
 def super_weight(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> tuple[PackedWeight, Tensor]:
     rows = super_rows(kind, outputs, inputs, seed)
     values = gguf.dequantize(rows, gguf.GGMLQuantizationType[SUPER[kind]])
-    return PackedWeight.of(read_superblocks(kind, rows)), torch.from_numpy(np.array(values)).double()
+    return PackedWeight.of(Superblocks(kind, rows)), torch.from_numpy(np.array(values)).double()
 
 
 def as_integers(x: Tensor) -> Tensor:
@@ -142,10 +143,10 @@ def test_parts_of_several_kinds_are_one_weight(kind: Kind) -> None:
         super_weight("q4_k", 7, 512, seed=2),
     ]
     stored: list[Stored] = [
-        read_superblocks(kind, super_rows(kind, 32, 512)),
-        read_superblocks("q6_k", super_rows("q6_k", 48, 512, seed=1)),
+        Superblocks(kind, super_rows(kind, 32, 512)),
+        Superblocks("q6_k", super_rows("q6_k", 48, 512, seed=1)),
         quantise_4bit(torch.randn(16, 512)),
-        read_superblocks("q4_k", super_rows("q4_k", 7, 512, seed=2)),
+        Superblocks("q4_k", super_rows("q4_k", 7, 512, seed=2)),
     ]
     middle = PackedWeight.of(stored[2]).dequantise(torch.float32).double()
     weight = PackedWeight.of(stored)
@@ -185,6 +186,16 @@ def test_shapes_in_front_and_no_rows() -> None:
     assert weight.multiply(x[:0], dtype=torch.bfloat16).shape == (0, 3, 20)
     with pytest.raises(EngineError, match="multiplies bfloat16, not torch.float32"):
         weight.multiply(x.float(), dtype=torch.float32)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("outputs", [16, 43])
+@pytest.mark.parametrize("kind", SUPER)
+def test_the_packing_in_c_is_that_in_numpy(kind: Kind, outputs: int) -> None:
+    stored = Superblocks(kind, super_rows(kind, outputs, 768))
+    found = PackedWeight.of(stored).data
+    assert found.shape == (-(-outputs // 16), packed_bytes(kind, 16, 768))
+    assert np.array_equal(found.numpy(), packing.pack_superblocks(stored))
 
 
 def test_activations_of_zero() -> None:
