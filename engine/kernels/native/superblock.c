@@ -126,24 +126,21 @@ __attribute__((always_inline)) static inline void unpack(int kind, const uint8_t
 __attribute__((always_inline)) static inline void add_group(int kind, const word w[8], __m512 one, __m512 two,
                                                             const struct run *run, int g, int rows, __m512 *total) {
     const size_t groups = (size_t)run->all_groups;
+#pragma clang loop unroll(full)
     for (int r = 0; r < rows; r++) {
         const int8_t *x = run->x + (r * groups + g) * DSA_GROUP;
         const size_t at = r * groups + g;
         __m512i a = kind == DSA_Q6_K ? _mm512_set1_epi32(run->begins[2 * at]) : _mm512_setzero_si512();
         __m512i b = kind == DSA_Q6_K ? _mm512_set1_epi32(run->begins[2 * at + 1]) : _mm512_setzero_si512();
         for (int j = 0; j < 4; j++) a = _mm512_dpbusd_epi32(a, w[j], four(x + 4 * j));
-        if (kind == DSA_Q6_K || rows == 1)
-            for (int j = 4; j < 8; j++) b = _mm512_dpbusd_epi32(b, w[j], four(x + 4 * j));
-        else
-            for (int j = 4; j < 8; j++) a = _mm512_dpbusd_epi32(a, w[j], four(x + 4 * j));
+        for (int j = 4; j < 8; j++) b = _mm512_dpbusd_epi32(b, w[j], four(x + 4 * j));
         const __m512 scale = _mm512_set1_ps(run->scales[at]);
         if (kind == DSA_Q6_K) {
             __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(a), one);
             sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b), two, sum);
             total[r] = _mm512_fmadd_ps(sum, scale, total[r]);
         } else {
-            if (rows == 1) a = _mm512_add_epi32(a, b);
-            __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(a), scale);
+            __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(a, b)), scale);
             total[r] = _mm512_fmadd_ps(sum, one, total[r]);
             total[r] = _mm512_fnmadd_ps(two, _mm512_set1_ps(run->sums[at]), total[r]);
         }
