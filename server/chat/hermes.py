@@ -5,10 +5,16 @@ Definition: the chat template of Qwen/Qwen2.5-Coder-1.5B-Instruct. A call is
 {"name": "weather", "arguments": {"city": "Rio"}}
 </tool_call>
 The tags are ordinary text to the guard and to the parser, though most vocabularies have a token for each.
+
+The module has over 400 lines because calls with tags and calls without them are one state machine.
+
+Small models of the family leave the tags out and write the JSON alone, or in a fence. At the begin of an answer, or after
+a call, such JSON with the name of a tool is a call, too, and is reported as malformed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,6 +31,7 @@ TOOLS, TOOLS_END = "<tools>", "</tools>"
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 _LONGEST_HEAD = 1024
+_FENCE = "```"
 _STRUCTURE = re.compile(r'["\\{}\[\]]')
 
 
@@ -108,6 +115,10 @@ class _Parser:
         self._calls = Calls(tools)
         self._single = single
         self._state = "think" if thinking else "content"
+        self._bare = _bare_heads(tools or ())
+        self._fenced = False  # the call is in a fence and without tags
+        self._tagged = True  # the call is between tags
+        self._fresh = True  # no content yet since the begin or the last call; blank text waits
         self._after = False  # a call came before: blank text after it is dropped
         self._raw: list[str] = []
         self._length = 0  # of the head
@@ -143,17 +154,18 @@ class _Parser:
         match self._state:
             case "think":
                 yield Reasoning(text)
-            case "content" if self._after:
+            case "content" if self._fresh:
                 self._raw.append(text)
-                if text.strip():
-                    self._after = False
-                    yield Content(self._take())
+                yield from self._read_fresh()
             case "content":
                 yield Content(text)
             case "head":
                 yield from self._read_head(text)
             case "arguments":
                 yield from self._read_arguments(text)
+            case "tail" if not self._tagged:
+                self._raw.append(text)
+                yield from self._read_bare_tail()
             case _:
                 self._raw.append(text)
 
@@ -163,6 +175,7 @@ class _Parser:
         elif token == THOUGHT and self._state == "think":
             self._state = "content"
         elif token == THINK and token in self.markers and self._state == "content":
+            yield from self._settle()
             self._state = "think"
         else:
             yield stray(token)
@@ -175,11 +188,15 @@ class _Parser:
             case "think":
                 yield Reasoning(tag)  # the model only writes about the format
             case "content" if not begins:
+                yield from self._settle()
                 yield stray(tag)
             case "content":
+                yield from self._settle()
                 self._begin(tag)
             case "arguments" if self._object.in_string:
                 yield from self._read_arguments(tag)  # a part of a text among the arguments
+            case "tail" if not begins and not self._tagged:
+                yield from self._end_call()
             case "skip":
                 self._raw.append(tag)
                 if not begins:
@@ -192,9 +209,56 @@ class _Parser:
                     if not self.ended:
                         self._begin(tag)
 
+    def _settle(self) -> Iterator[Part]:
+        """Give out what waited at the begin of content, which is no call. Blank text beside calls is dropped."""
+        if (raw := self._take()).strip():
+            self._fresh = self._after = False
+            yield Content(raw)
+
+    def _read_fresh(self) -> Iterator[Part]:
+        """Wait for content that is not blank, and see whether it is a call without tags."""
+        raw = "".join(self._raw)
+        compact = "".join(raw.split())
+        if not compact or any(head.startswith(compact) for head in self._bare):
+            return
+        found = next(((head, name) for head, name in self._bare.items() if compact.startswith(head)), None)
+        if found is None:
+            yield from self._settle()
+            return
+        head, name = found
+        # The arguments begin with the last letter of the head.
+        letters = (place for place, letter in enumerate(raw) if not letter.isspace())
+        begin = next(itertools.islice(letters, len(head) - 1, None))
+        self._take()
+        self._fenced, self._tagged = head.startswith(_FENCE), False
+        self._object = _Object()
+        self._state = "arguments"
+        yield _malformed(f"the model called a tool without {CALL}")
+        yield from self._calls.start(name)
+        yield from self._read_arguments(raw[begin:])
+
+    def _read_bare_tail(self) -> Iterator[Part]:
+        """End a call without tags at its last brace, or at the end of its fence."""
+        raw, end, matched = "".join(self._raw), "}" + (_FENCE if self._fenced else ""), 0
+        for place, letter in enumerate(raw):
+            if letter.isspace():
+                continue
+            if letter != end[matched]:
+                break
+            matched += 1
+            if matched == len(end):
+                place += 1
+                break
+        else:
+            return
+        self._raw = [end[:matched]]
+        yield from self._end_call()
+        yield from self._text(raw[place:])
+
     def _begin(self, tag: str) -> None:
         self._take()
         self._after = False
+        self._tagged = True
         if self._calls.tools is None:
             self._state = "skip"
             self._raw = [tag.strip()]
@@ -228,7 +292,8 @@ class _Parser:
         yield from self._calls.add(text if end < 0 else text[:end])
         if end >= 0:
             self._state = "tail"
-            self._raw = [text[end:]]
+            self._raw = []
+            yield from self._text(text[end:])
 
     def _end_call(self) -> Iterator[Part]:
         """End a call at a tag, or at the end of the answer."""
@@ -239,10 +304,11 @@ class _Parser:
                 yield from self._calls.cut("the model ended this call inside its arguments")
             case "tail":
                 tail = self._take().strip()
+                if not self._tagged:
+                    tail = tail.rstrip("`")
                 if tail != "}":
-                    yield self._calls.warn(
-                        "malformed_tool_call", f"the model wrote {tail!r:.60} after the call's arguments"
-                    )
+                    said = f"wrote {tail!r:.60} after" if tail else "did not close the call after"
+                    yield self._calls.warn("malformed_tool_call", f"the model {said} its arguments")
                 yield from self._calls.end()
                 self.ended = self._single
         self._leave()
@@ -263,7 +329,7 @@ class _Parser:
 
     def _leave(self) -> None:
         self._state = "content"
-        self._after = True
+        self._fresh = self._after = True
         self._raw = []
 
     def _finish(self) -> Iterator[Part]:
@@ -277,6 +343,12 @@ class _Parser:
                     yield Warn("truncated_tool_call", f"the answer ended without {CALL_END}")
             case "arguments":
                 yield from self._calls.cut("the answer ended inside this call")
+            case "content" if self._fresh and not self._after:
+                yield from (Content(raw) for raw in (self._take(),) if raw)
+            case "content":
+                yield from self._settle()
+            case "tail" if not self._tagged:
+                yield from self._end_call()
             case "tail":
                 yield from self._end_call()
                 yield Warn("truncated_tool_call", f"the answer ended without {CALL_END}")
@@ -286,6 +358,12 @@ class _Parser:
     def _take(self) -> str:
         raw, self._raw = "".join(self._raw), []
         return raw
+
+
+def _bare_heads(tools: Collection[str]) -> dict[str, str]:
+    """How calls without tags begin, without blanks, up to the brace of the arguments: text -> name of the tool."""
+    before = ("", _FENCE, f"{_FENCE}json")
+    return {f'{some}{{"name":{json.dumps(name)},"arguments":{{': name for name in tools for some in before}
 
 
 def _name_of(text: str) -> str | None:
@@ -327,7 +405,7 @@ def _decoded(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**message, "tool_calls": decoded}
 
 
-def _malformed(message: str, raw: str) -> Warn:
+def _malformed(message: str, raw: str | None = None) -> Warn:
     return Warn("malformed_tool_call", message, raw=raw)
 
 

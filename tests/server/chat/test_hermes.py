@@ -151,6 +151,61 @@ def test_a_broken_call_is_reported(answer: str, codes: list[str]) -> None:
     assert [part.code for part in parts_of(answer) if isinstance(part, Warn)] == codes
 
 
+BARE = Warn("malformed_tool_call", "the model called a tool without <tool_call>")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", ""),
+        ("```json\n", "\n```"),
+        ("```\n", "\n```"),
+        ("\n ```json", "```\n\n"),
+        ("```json\n", ""),
+    ],
+)
+def test_a_call_without_tags_is_one(before: str, after: str) -> None:
+    """As Qwen2.5-Coder writes them."""
+    text = '{\n  "name": "weather",\n  "arguments": {\n    "city": "Rio ``` }"\n  }\n}'
+    arguments = '{\n    "city": "Rio ``` }"\n  }'
+    assert parts_of(before + text + after) == [BARE, *call(0, "weather", arguments)]
+    both = parts_of(f"{before}{text}{after}\n{CALL}")
+    if after != "" or not before:
+        assert both == [BARE, *call(0, "weather", arguments), *call(1, "weather", '{"city": "Rio"}')]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '```json\n{"name": "sing", "arguments": {}}\n```',  # no such tool
+        '```json\n{"name": "weather"}\n```',
+        "```python\nprint(1)\n```",
+        'Use ```json\n{"name": "weather", "arguments": {}}\n```',  # not at the begin
+        '{"name": "weather", "arguments": [1]}',
+        '```json\n{"name": "wea',
+        "  \n",
+        "{",
+    ],
+)
+def test_other_text_is_content(answer: str) -> None:
+    assert parts_of(answer) == [Content(answer)]
+
+
+def test_without_tools_no_text_is_a_call() -> None:
+    answer = '{"name": "weather", "arguments": {}}'
+    assert parts_of(answer, tools=None) == [Content(answer)]
+
+
+def test_a_call_without_tags_that_is_cut_is_reported() -> None:
+    found = parts_of('```json\n{"name": "add", "arguments": {"a": 1')
+    assert [part.code for part in found if isinstance(part, Warn)] == [
+        "malformed_tool_call",
+        "truncated_tool_call",
+    ]
+    found = parts_of('{"name": "add", "arguments": {"a": 1}, "b": 2}')
+    assert [part.code for part in found if isinstance(part, Warn)] == ["malformed_tool_call"] * 2
+
+
 def test_calls_that_are_not_wanted_are_left_out() -> None:
     found = parts_of(f"Well.\n{CALL}\nBye.", tools=None)
     assert found == [
