@@ -1,8 +1,7 @@
 // Products of a few rows of activations with a weight that is not unpacked: packed in 4 to 8 bits, or bfloat16.
 //
 // A weight is stored in tiles of 16 outputs, one output in each lane of a vector, so that sums over the inputs need no
-// shuffles. Inputs form groups of 32, as in GGUF. Each group has a scale (and an offset) for each output. `packing.py`
-// makes this layout.
+// shuffles. Inputs form groups of 32, as in GGUF. `packing.py` makes this layout.
 #ifndef DSA_MATRIX_H
 #define DSA_MATRIX_H
 
@@ -14,7 +13,7 @@
 enum { DSA_LANES = 16, DSA_GROUP = 32 };
 
 // value = scale * number + offset. DSA_Q4 is GGUF's Q4_1, and Q4_0 with offset -8 * scale. DSA_Q8 is GGUF's Q8_0, which
-// has no offset. The others are GGUF's formats of these names (superblock.h).
+// has no offset. The others are GGUF's formats of these names. integers.h says how all but DSA_BF16 lie.
 enum dsa_kind { DSA_BF16 = 0, DSA_Q4 = 1, DSA_Q8 = 2, DSA_Q4_K = 3, DSA_Q5_K = 4, DSA_Q6_K = 5 };
 
 // A weight, or one of several parts of a weight that have different kinds.
@@ -24,12 +23,12 @@ struct dsa_matrix {
     const struct dsa_matrix *next; // the outputs after these; NULL: none. All parts but the last are whole tiles
 };
 
-// Rows of activations, rounded to bfloat16, and for weights in super-blocks to 8 bits, too.
+// Rows of activations, rounded to bfloat16, and for integer weights to 16 bits, too.
 struct dsa_rows {
     bf16 *values; // [count, inputs]
-    float *sums;  // [count, inputs / 32]: the sum of each group of rounded values; an offset is multiplied with it
     int32_t count, inputs;
-    int8_t *integers;    // [count, inputs]: value = scale * integer; NULL if no weight needs them, as all that follows
+    // [count, inputs / 32, 2, 32]: value = scale * (256 * upper + lower); NULL if no weight needs them, as all that follows
+    int8_t *integers;
     float *scales;       // [count, inputs / 32]
     float *integer_sums; // [count, inputs / 32]: scale * the group's sum of integers
     int32_t *begins;     // [count, inputs / 16]: -32 * the sum of integers of half a group

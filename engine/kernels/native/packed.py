@@ -1,8 +1,8 @@
 """A weight in the layout of the native kernels: packed in 4 to 8 bits, or bfloat16. `packing` does the layout.
 
-The values are exactly those of the checkpoint, or those that `engine.memory.quantised` made. Products take bfloat16
-activations, multiply without rounding, and sum in float32 (`engine/kernels/native/matrix.c`). Only weights in
-super-blocks round activations, to 8 bits: 32 neighbours are scaled by their largest absolute value.
+The values are exactly those of the checkpoint, or those that `engine.memory.quantised` made. With weights of bfloat16,
+products take bfloat16 activations, multiply without rounding, and sum in float32. With weights of 4 to 8 bits, activations
+are rounded to 16 bits, too: 32 neighbours are scaled by their largest absolute value (`engine/kernels/native/integers.c`).
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class PackedWeight:
 
     @property
     def needs_integers(self) -> bool:
-        """Whether a part is in super-blocks, so that activations are rounded to 8 bits."""
-        return self.kind in _SUPER_BYTES or (self.rest is not None and self.rest.needs_integers)
+        """Whether a part has 4 to 8 bits, so that activations are rounded to 16 bits."""
+        return self.kind != "bf16" or (self.rest is not None and self.rest.needs_integers)
 
     def numel(self) -> int:
         """How many numbers the weight has, without scales and padding."""

@@ -35,9 +35,8 @@ static size_t lay_out(struct work *w, const struct dsa_model *m, int rows, int l
         (place).count = rows; \
         (place).inputs = (width); \
         TAKE((place).values, bf16, (size_t)rows * (width)); \
-        TAKE((place).sums, float, (size_t)rows * ((width) / DSA_GROUP)); \
         if (m->integers) { \
-            TAKE((place).integers, int8_t, (size_t)rows * (width)); \
+            TAKE((place).integers, int8_t, (size_t)rows * 2 * (width)); \
             TAKE((place).scales, float, (size_t)rows * ((width) / DSA_GROUP)); \
             TAKE((place).integer_sums, float, (size_t)rows * ((width) / DSA_GROUP)); \
             TAKE((place).begins, int32_t, (size_t)rows * 2 * ((width) / DSA_GROUP)); \

@@ -30,7 +30,7 @@ struct dsa_model {
     int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
     int32_t index_heads, index_dim, index_rope; // index_heads 0: no indexer
     int32_t adapter_rank;                       // 0: no adapter; else a multiple of 32
-    int32_t integers;                           // whether a matrix is in super-blocks, so that rows need integers
+    int32_t integers;                           // whether a matrix has integers, so that rows need them
     int32_t integer_keys;                       // whether index keys are 8-bit integers; else they are bfloat16
     float eps, key_norm_eps;
 };

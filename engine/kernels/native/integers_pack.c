@@ -1,6 +1,6 @@
-// Lays out GGUF's super-blocks as tiles; see superblock.h. The layouts of GGUF's blocks are those of ggml-common.h.
+// Lays out GGUF's super-blocks as tiles; see integers.h. The layouts of GGUF's blocks are those of ggml-common.h.
 #include "pool.h"
-#include "superblock.h"
+#include "integers.h"
 
 enum { SUPER = 256, GROUPS = 8 };
 
@@ -79,7 +79,7 @@ struct packing {
 static void pack_part(void *arg, int thread, int threads) {
     const struct packing *p = arg;
     const int blocks = p->inputs / SUPER, tiles = (p->outputs + DSA_LANES - 1) / DSA_LANES;
-    const size_t tile_bytes = dsa_super_bytes(p->kind, p->inputs);
+    const size_t tile_bytes = dsa_tile_bytes(p->kind, p->inputs);
     int first, last;
     dsa_share(tiles, 1, thread, threads, &first, &last);
     for (int t = first; t < last; t++) {
