@@ -7,7 +7,7 @@
 
 // SUPER: inputs of a super-block; GROUPS of it; ROWS: rows that are multiplied with a tile at once; FEW: with more rows a
 // panel of PANEL groups is unpacked once for all of them (measured); AHEAD: how many bytes ahead weights are prefetched.
-enum { SUPER = 256, GROUPS = 8, HEAD = 64, SMALL = 256, SCALES = 32, NIBBLES = 256, ROWS = 8, FEW = 16, PANEL = 32, AHEAD = 4096 };
+enum { SUPER = 256, GROUPS = 8, HEAD = 64, SMALL = 256, SCALES = 32, NIBBLES = 256, ROWS = 8, FEW = 16, PANEL = 32, AHEAD = 8192 };
 
 // UNPACKED: bytes of a group after unpacking: a byte for each number, then two rows of 16 float32 (scale and offset, or
 // the scales of both halves).
@@ -222,7 +222,10 @@ __attribute__((always_inline)) static inline void add_packed(int kind, const uin
     const uint8_t *w = numbers_of(kind, tile, groups, g);
     word words[8];
     __m512 one, two;
-    for (size_t line = 0; line < group_bytes(kind); line += 64) __builtin_prefetch(w + AHEAD + line, 0, 1);
+    // Every byte ahead once, the scales among them: the hardware's prefetcher stops at each page.
+    const size_t share = is_super(kind) ? group_bytes(kind) : head_bytes(kind, 2) / 2 + group_bytes(kind);
+    const uint8_t *ahead = (is_super(kind) ? w : tile + g * share) + AHEAD;
+    for (size_t line = 0; line < share; line += 64) __builtin_prefetch(ahead + line, 0, 1);
     unpack(kind, w, words);
     scales_of(kind, tile, groups, g, &one, &two);
     add_group(kind, words, one, two, run, at, rows, total);
