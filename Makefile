@@ -6,6 +6,17 @@ PORT ?= 8000
 MODEL ?=
 ARGS ?=
 
+# 1 installs what an NVIDIA GPU needs beside torch, 0 does not. Without a word it is 1 on a machine that has such a GPU.
+HAS_GPU = $(shell if [ -e /proc/driver/nvidia/version ] || nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then echo 1; else echo 0; fi)
+ifeq ($(origin GPU),undefined)
+GPU := $(HAS_GPU)
+else
+GPU_CHECK := --strict
+endif
+ifeq ($(filter 0 1,$(GPU)),)
+$(error GPU is "$(GPU)"; set it to 1 or 0, or leave it out)
+endif
+
 # The tests of one file, which share what they set up, stay on one worker.
 WORKERS := --numprocesses=2 --dist=loadfile
 
@@ -15,19 +26,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # setuptools warns on every editable install; the rest of what pip has to say is let through.
 INSTALL := PYTHONWARNINGS=ignore $(PIP) install --quiet --constraint constraints.txt
 
+READY := $(VENV)/.installed$(if $(filter 1,$(GPU)),-gpu)
+
 .DEFAULT_GOAL := help
 .PHONY: help serve chat install check test test-slow test-all lint clean
 
 help: ## Show what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
-serve: $(VENV)/.installed ## Serve a model. PORT=8000, MODEL=name or path, ARGS="more flags of dsa serve".
+serve: $(READY) ## Serve a model. PORT=8000, MODEL=name or path, GPU=0 or 1, ARGS="more flags of dsa serve".
 	@exec $(BIN)/dsa serve $(MODEL) --port $(PORT) $(ARGS)
 
 chat: $(VENV)/.installed ## Talk to the server that runs on PORT.
 	@exec $(BIN)/dsa chat --url http://127.0.0.1:$(PORT) $(ARGS)
 
-install: $(VENV)/.installed ## Install what `make serve` needs, and start nothing.
+install: $(READY) ## Install what `make serve` needs, and start nothing.
 
 check: $(VENV)/.installed-lint ## In a minute: style, types, and the tests that need no model and no process.
 	@$(BIN)/ruff check .
@@ -70,6 +83,14 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py $(wildcard engine/k
 	@echo "installing what dsa needs, once; torch is large"
 	@$(INSTALL) torch
 	@$(INSTALL) --no-build-isolation --editable '.[otel]'
+	@touch $@
+
+# A CUDA build of torch has brought Triton. Which build it is, is up to pip's index: one without CUDA is told here, and is an
+# error if GPU=1 was asked for.
+$(VENV)/.installed-gpu: $(VENV)/.installed
+	@echo "installing what an NVIDIA GPU needs, once; GPU=0 leaves it out"
+	@$(BIN)/python -P -c 'import triton' 2>/dev/null || $(INSTALL) --no-build-isolation --editable '.[gpu]'
+	@$(BIN)/python -P -m lab.doctor.software $(GPU_CHECK)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -55,9 +55,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: PlainDtype = "auto"
     max_model_len: int | None = None  # positions of one request; None: what the checkpoint was trained for
-    kv_cache_bytes: int = 1 << 30
-    token_budget: int = 512  # tokens computed in one step, prefill and decode together
-    max_running: int = 64  # requests in one step
+    kv_cache_bytes: int | None = (
+        None  # None, here and in the next two: `engine.step.sizes` chooses by the device
+    )
+    token_budget: int | None = None  # tokens computed in one step, prefill and decode together
+    max_running: int | None = None  # requests in one step
     prefix_caching: bool = True
     score_budget_bytes: int = 64 << 20  # the most bytes of arrays of one tile of attention work
     threads: int | None = None  # CPU threads of each rank; None: the ranks share torch's number
@@ -69,19 +71,25 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     speculative_tokens: int | None = None  # drafts for each request in a step; None: DEFAULT_DRAFT_TOKENS
     cost_calibration: str | None = None  # a file of `dsa calibrate`; None: costs are assumed
 
+    profile_dir: str | None = None  # the folder for traces of steps; None: no step is traced
+    profile_after: int = 20  # steps before the first trace
+    profile_steps: int = 20  # steps of each trace
+
     weight_dtype: WeightDtype = "auto"
     kv_cache_dtype: CacheDtype = "auto"
     indexer_dtype: IndexerDtype = "auto"
     kernels: KernelChoice = "auto"
 
     def __post_init__(self) -> None:
-        if self.token_budget < self.max_running:
+        if self.token_budget is not None and self.token_budget < (self.max_running or 1):
             raise ValueError(
                 f"token_budget ({self.token_budget}) must be at least max_running ({self.max_running}), "
                 "so that every running request can decode one token a step"
             )
-        for name in ("max_running", "kv_cache_bytes", "score_budget_bytes", "tensor_parallel", "nodes"):
-            if getattr(self, name) < 1:
+        positive = "max_running kv_cache_bytes score_budget_bytes tensor_parallel nodes profile_steps".split()
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.tensor_parallel % self.nodes:
             raise ValueError(
@@ -95,6 +103,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if self.leader is not None:
             host_and_port(self.leader)
+        if self.profile_after < 0:
+            raise ValueError(f"profile_after must be at least 0, not {self.profile_after}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
         if self.speculative_tokens is not None and self.drafter == "off":

@@ -59,6 +59,11 @@ class SamplingParams(Value, frozen=True, kw_only=True):
     prompt_logprobs_start: int = 0  # >= 0; the first prompt token that gets a log-probability
 
 
+def has_penalty(params: SamplingParams) -> bool:
+    """Whether a draw looks at the tokens before it."""
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+
+
 class Submit(Message, frozen=True, kw_only=True):
     """Start a request."""
 

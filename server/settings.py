@@ -5,7 +5,8 @@ the same name: `--max-queue`, `DSA_MAX_QUEUE`, `max_queue = 256`.
 
 A setting is one field of `Settings`: its type, its `Flag` and its default. Everything else is made from that field: the
 flag of `dsa serve`, the name in the environment and in the file, and the value under the same name in `ServerConfig`
-(for the HTTP side) or `EngineConfig` (for the engine). These two have the defaults.
+(for the HTTP side) or `EngineConfig` (for the engine). These two have the defaults. The file has more than 400 lines because
+it is one list, with a few lines for each setting.
 """
 
 from __future__ import annotations
@@ -107,15 +108,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
 
     kv_cache_memory: Annotated[
-        str,
+        str | None,
         Flag(
             MEMORY,
             "Memory for the context of all running requests, as 512MiB or 4GiB.",
-            None,
+            "1GiB; on one GPU most of what is free",
             "SIZE",
             "kv_cache_bytes",
         ),
-    ] = size_text(_ENGINE.kv_cache_bytes)
+    ] = None
     weight_dtype: Annotated[
         WeightDtype,
         Flag(
@@ -145,12 +146,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "What computes attention: native (compiled, CPU), triton (CUDA), torch, reference (slow), or auto.",
         ),
     ] = _ENGINE.kernels
-    token_budget: Annotated[Positive, Flag(MEMORY, "Most tokens computed in one step.")] = (
-        _ENGINE.token_budget
-    )
-    max_running: Annotated[Positive, Flag(MEMORY, "Most requests computed in one step.")] = (
-        _ENGINE.max_running
-    )
+    token_budget: Annotated[
+        Positive | None, Flag(MEMORY, "Most tokens computed in one step.", "512; on a GPU 2048")
+    ] = _ENGINE.token_budget
+    max_running: Annotated[
+        Positive | None, Flag(MEMORY, "Most requests computed in one step.", "64; on a GPU 256")
+    ] = _ENGINE.max_running
     threads: Annotated[Positive | None, Flag(MEMORY, "CPU threads.", "one per core")] = _ENGINE.threads
     tensor_parallel: Annotated[
         Positive, Flag(MEMORY, "Split the model over so many devices (DeepSeek family).")
@@ -239,6 +240,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = _HTTP.otlp_endpoint
 
+    profile_dir: Annotated[
+        str | None,
+        Flag(
+            LOGS,
+            "Write torch.profiler traces of the engine's steps into this folder: one after --profile-after steps, and "
+            "one whenever a file called start appears there (touch DIR/start).",
+            "no profiling",
+            "DIR",
+        ),
+    ] = _ENGINE.profile_dir
+    profile_after: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)], Flag(LOGS, "Steps before the first trace.")
+    ] = _ENGINE.profile_after
+    profile_steps: Annotated[Positive, Flag(LOGS, "Steps of each trace.")] = _ENGINE.profile_steps
+
     drafter: Annotated[
         Drafter,
         Flag(
@@ -306,7 +322,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name, flag in FLAGS.items():
             value = getattr(self, name)
             if flag.bytes_of is not None:
-                name, value = flag.bytes_of, parse_size(value, name)
+                name, value = flag.bytes_of, None if value is None else parse_size(value, name)
             if name in part.__struct_fields__:
                 given[name] = value
         return given

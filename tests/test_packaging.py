@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -109,7 +110,7 @@ def test_make_and_docker_install_torch_before_everything_else() -> None:
         "$(INSTALL) --no-build-isolation --editable '.[otel]'"
     )
     dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
-    assert dockerfile.index("constraints.txt torch") < dockerfile.index('--no-build-isolation ".[otel]"')
+    assert dockerfile.index("constraints.txt torch") < dockerfile.index('--no-build-isolation ".[${extras}]"')
     assert "--constraint constraints.txt" in makefile
 
 
@@ -136,6 +137,65 @@ def test_make_says_what_is_wrong_with_python(tmp_path: Path) -> None:
         )
         assert result.returncode == 2
         assert sentence in result.stdout
+
+
+def dry_run(tmp_path: Path, *given: str, nvidia_smi: str | None = None) -> str:
+    """What `make serve` would do in a tree where nothing is installed, with such an nvidia-smi first on the path."""
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    path = os.environ["PATH"]
+    if nvidia_smi is not None:
+        program = tmp_path / "bin" / "nvidia-smi"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{nvidia_smi}\n")
+        program.chmod(0o755)
+        path = f"{program.parent}{os.pathsep}{path}"
+    environ = {name: value for name, value in os.environ.items() if name != "GPU"} | {"PATH": path}
+    run = subprocess.run(
+        ["make", "--dry-run", "serve", *given],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=environ,
+    )  # fmt: skip
+    return run.stdout + run.stderr
+
+
+GPU_HERE = Path("/proc/driver/nvidia/version").exists()
+
+
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_installs_for_a_gpu_where_one_is_or_where_it_is_told_to(tmp_path: Path) -> None:
+    lists_one = "echo 'GPU 0: NVIDIA H200 (UUID: GPU-0)'"
+    plain = dry_run(tmp_path, "GPU=0")
+    assert "--editable '.[otel]'" in plain
+    assert "gpu" not in plain.lower()
+    for given, nvidia_smi in ((["GPU=1"], None), ([], lists_one)):
+        said = dry_run(tmp_path, *given, nvidia_smi=nvidia_smi)
+        assert "--editable '.[gpu]'" in said
+        assert said.index("'.[otel]'") < said.index("'.[gpu]'") < said.index("bin/dsa serve")
+        # A GPU that was asked for must be usable; one that was found need not be.
+        assert ("lab.doctor.software --strict" in said) == bool(given)
+    assert dry_run(tmp_path, "GPU=0", nvidia_smi=lists_one) == plain
+    assert 'GPU is "yes"; set it to 1 or 0' in dry_run(tmp_path, "GPU=yes")
+    if not GPU_HERE:
+        for silent in ("exit 9", "echo 'No devices were found'"):
+            assert dry_run(tmp_path, nvidia_smi=silent) == plain
+
+
+def test_docker_installs_for_a_gpu_on_nvidias_bases() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
+    condition = 'if [ "${GPU}" = 1 ] || { [ "${GPU}" = auto ] && [ -n "${CUDA_VERSION:-}" ]; }; then'
+    assert [line.split(condition)[1].strip() for line in dockerfile.splitlines() if condition in line] == [
+        'set -- "$@" gcc libc6-dev; fi \\',
+        "extras=otel,gpu; fi \\",
+    ]
+    assert dockerfile.count("\nARG GPU") == 3  # before the first stage, and in the two that read it
+
+
+def test_every_package_of_the_cuda_build_is_pinned() -> None:
+    """What torch 2.13's CUDA build asks for; none of it is asked for by this project."""
+    cuda = [name for name in pins() if name.startswith(("nvidia-", "cuda-"))]
+    assert len(cuda) == 18
+    assert pins()["triton"] == "3.7.1"
 
 
 @pytest.mark.process

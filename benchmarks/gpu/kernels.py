@@ -378,10 +378,17 @@ def main() -> None:
     parser.add_argument("--no-conformance", action="store_true")
     options = parser.parse_args()
     start = time.monotonic()
-    failed = 0 if options.no_conformance else conformance(options.out)
-    print(f"conformance: {'failed' if failed else 'passed'}, {time.monotonic() - start:.0f} s", flush=True)
+    verdict = "not asked"
+    if not options.no_conformance:
+        verdict = "failed" if conformance(options.out) else "passed"
+    print(f"conformance: {verdict}, {time.monotonic() - start:.0f} s", flush=True)
     warm(options.only, min(14, os.cpu_count() or 1))
     print(f"compiled, {time.monotonic() - start:.0f} s\n{HEAD}", flush=True)
+    about = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "cuda": torch.version.cuda, "python": platform.python_version(), "conformance": verdict,
+        "read_ceiling": READ, "product_ceiling": PRODUCTS,
+    }  # fmt: skip
     figures = []
     for case in cases():
         if options.only not in case.name:
@@ -391,13 +398,9 @@ def main() -> None:
             print(figures[-1].line(), flush=True)
         except Exception as error:
             print(f"{case.name:62} failed: {error}", flush=True)
-    about = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "cuda": torch.version.cuda, "python": platform.python_version(), "conformance": "failed" if failed else "passed",
-        "read_ceiling": READ, "product_ceiling": PRODUCTS,
-    }  # fmt: skip
-    result = {"about": about, "figures": [asdict(one) for one in figures]}
-    (options.out / "kernels.json").write_text(json.dumps(result, indent=1))
+        # After each case, so that a run which is stopped has what it measured.
+        result = {"about": about, "figures": [asdict(one) for one in figures]}
+        (options.out / "kernels.json").write_text(json.dumps(result, indent=1))
     print(f"done, {time.monotonic() - start:.0f} s")
 
 

@@ -4,7 +4,8 @@
 that follow one another in a graph. The floor is the bytes that must move over the machine's own copy rate. At few rows
 that is far below what any launch takes, so `nothing` is there to compare with: a kernel that writes one number.
 
-Kernels are compiled beforehand by several processes (`--compile PART` is one of those).
+Kernels are compiled beforehand by several processes (`--compile PART` is one of those). More than 400 lines: it is one list
+of cases, and each is a few lines.
 """
 
 from __future__ import annotations
@@ -28,13 +29,12 @@ from torch import Tensor
 from engine.attention.indexer import KEY_NORM_EPS, IndexQueries
 from engine.attention.precision import IndexFormat
 from engine.kernels.torchops.attention import VectorisedKernels
-from engine.kernels.triton import index_key
+from engine.kernels.triton import index_key, product
 from engine.kernels.triton.gate import silu_times
-from engine.kernels.triton.low_rank import add_low_rank
+from engine.kernels.triton.low_rank import Correction, add_low_rank
 from engine.kernels.triton.norm import add_rms_norm
 from engine.kernels.triton.rotation import rotate_and_store
 from engine.kernels.triton.sampling import DrawRows, Draws, Needs, draw
-from engine.layers.low_rank import LowRank
 from engine.layers.norm import layer_norm, rms_norm
 from engine.layers.rope import RotaryTable, rotate
 from engine.plan.types import SampleSpec
@@ -111,15 +111,15 @@ def layer_cases(shape: Shape, rows: int) -> Iterator[Case]:
     yield Case("norm", lambda: add_rms_norm(x, update, weight, EPS), plain_norm, 8 * rows * s.hidden)
 
     width = (s.heads + 2 * s.kv_heads) * s.head_dim
-    product, bias = made(rows, width), made(width)
+    sums, bias = made(rows, width), made(width)
     rotary = RotaryTable(s.head_dim, 1e4, 8192, device=torch.device("cuda"))
     plane = torch.zeros(PAGES, 64, s.kv_heads, 2, s.head_dim, dtype=DTYPE, device="cuda")
 
     def rotation() -> Tensor:
-        return rotate_and_store(product, at.positions, at.pages, at.offsets, rotary.all(), plane, bias=bias)
+        return rotate_and_store(sums, at.positions, at.pages, at.offsets, rotary.all(), plane, bias=bias)
 
     def plain_rotation() -> Tensor:
-        heads = (product + bias).view(rows, -1, s.head_dim)
+        heads = (sums + bias).view(rows, -1, s.head_dim)
         query, key, value = heads.split([s.heads, s.kv_heads, s.kv_heads], dim=1)
         turns = rotary.at(at.positions)
         query, key = rotate(query, turns), rotate(key, turns)
@@ -136,14 +136,52 @@ def layer_cases(shape: Shape, rows: int) -> Iterator[Case]:
 
     yield Case("gate", lambda: silu_times(gated), plain_gate, 6 * rows * s.intermediate)
 
-    fix = LowRank(made(s.rank, s.hidden), made(width, s.rank))
-    flags = torch.ones(rows, 1, dtype=torch.bool, device="cuda")
-    num_bytes = 2 * (rows * (s.hidden + 2 * width) + s.rank * (s.hidden + width))
+    short, up = made(rows, s.rank), made(width, s.rank)
+    fix = Correction(short, up, torch.ones(rows, dtype=torch.bool, device="cuda"))
+    num_bytes = 2 * (rows * (s.rank + 2 * width) + s.rank * width)
+    yield Case("low rank", lambda: add_low_rank(sums, fix), lambda: sums + F.linear(short, up), num_bytes)
+
+    up = made(s.hidden, s.rank)
+    own = Correction(short, up, fix.rows)
+    num_bytes = 2 * (rows * (4 * s.hidden + s.rank) + s.rank * s.hidden)
+
+    def plain_norm_of_sum() -> Tensor:
+        return rms_norm(x + (update + F.linear(short, up)), weight, EPS)
+
     yield Case(
-        "low rank",
-        lambda: add_low_rank(product, x, fix.a, fix.b, flags),
-        lambda: product + fix(x, flags),
+        "low rank and norm",
+        lambda: add_rms_norm(x, update, weight, EPS, own),
+        plain_norm_of_sum,
         num_bytes,
+    )
+    yield from product_cases(shape, rows)
+
+
+def product_cases(shape: Shape, rows: int) -> Iterator[Case]:
+    """Products of few rows, as a layer has them; torch's beside them."""
+    s = shape
+    if not product.fits(rows, s.hidden):
+        return
+    width = (s.heads + 2 * s.kv_heads) * s.head_dim + s.index_heads * (s.index_dim + 1) + s.index_dim + s.rank
+    for name, inputs, outputs in (
+        ("q, k, v and index", s.hidden, width),
+        ("o", s.heads * s.head_dim, s.hidden + s.rank),
+        ("down", s.intermediate, s.hidden),
+    ):
+        if product.fits(rows, inputs):
+            x, weight = made(rows, inputs), made(outputs, inputs)
+            yield Case(
+                f"product {name}",
+                lambda x=x, weight=weight: product.linear(x, weight),  # type: ignore[misc]
+                lambda x=x, weight=weight: F.linear(x, weight),  # type: ignore[misc]
+                2 * outputs * inputs,
+            )
+    x, weight = made(rows, s.hidden), made(2 * s.intermediate, s.hidden)
+    yield Case(
+        "product gate and up",
+        lambda: product.gated_linear(x, weight),
+        lambda: silu_times(F.linear(x, weight)),
+        2 * len(weight) * s.hidden,
     )
 
 

@@ -13,20 +13,21 @@ import json
 import random
 import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.config import EngineConfig
+from engine.config import PAGE_SIZE, EngineConfig
 from engine.models.gqa.model import GqaModel
 from engine.plan.meter import Meter
 from engine.plan.pace import CostPace
 from engine.plan.scheduler import Scheduler
 from engine.protocol import IndexTopK, SamplingParams, Submit
 from engine.step.build import Built, build
-from engine.step.core import EngineCore
+from engine.step.core import EngineCore, StepRunner
 from server.text.loading import load_tokenizer
 from server.text.tokenizer import Tokenizer
 
@@ -36,7 +37,7 @@ SHAPES = ((1, 128), (1, 2048), (1, 7168), (8, 1024), (64, 1024), (256, 1024))
 """(streams, context) of decodes."""
 PROMPTS = (512, 2048, 7168)
 STEPS = 60
-BUDGET = 8192
+BUDGET = 2048
 EQUAL_PROMPTS, EQUAL_TOKENS = 50, 24
 
 
@@ -54,42 +55,56 @@ class Bench:
         model = self.built.runner._model
         assert isinstance(model, GqaModel)
         self.model = model
-        self.last_graph: torch.cuda.CUDAGraph | None = None
+        self.graphs_run: deque[torch.cuda.CUDAGraph] = deque(maxlen=2)
+        """A step's two graphs: its rows, and the drawing of its tokens."""
+        self.runner: StepRunner = self.built.ahead or self.built.runner
         replay = torch.cuda.CUDAGraph.replay
 
         def noted(graph: torch.cuda.CUDAGraph) -> None:
-            self.last_graph = graph
+            self.graphs_run.append(graph)
             replay(graph)
 
         torch.cuda.CUDAGraph.replay = noted  # type: ignore[method-assign, assignment]
         print(f"{self.built.kernels}: built in {self.seconds:.1f} s", flush=True)
 
-    def core(self, budget: int = BUDGET) -> EngineCore:
-        """A fresh loop over the same cache."""
+    def core(self, budget: int = BUDGET, pages: int | None = None, *, hits: bool = False) -> EngineCore:
+        """A fresh loop over the same cache, or over its first `pages`; `hits`: with a prefix cache."""
         ready = self.built.ready
         scheduler = Scheduler(
-            ready.capacity.num_pages, token_budget=budget, max_running=min(256, budget),
-            max_model_len=ready.model.max_model_len, prefix_caching=False, pace=CostPace(self.built.costs),
+            pages or ready.capacity.num_pages, token_budget=budget, max_running=min(256, budget),
+            max_model_len=ready.model.max_model_len, prefix_caching=hits, pace=CostPace(self.built.costs),
         )  # fmt: skip
         return EngineCore(
-            scheduler, self.built.runner, Meter(self.built.costs), sparse=ready.model.indexer is not None
+            scheduler, self.runner, Meter(self.built.costs), sparse=ready.model.indexer is not None
         )
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], top_k: IndexTopK, tokens: int, *, budget: int = BUDGET
+        self,
+        prompts: Sequence[Sequence[int]],
+        top_k: IndexTopK,
+        tokens: int,
+        *,
+        budget: int = BUDGET,
+        pages: int | None = None,
+        hits: bool = False,
     ) -> list[list[int]]:
-        """What greedy decoding says to each prompt, all in company."""
-        core = self.core(budget)
+        """What greedy decoding says to each prompt, all in company; with `hits` one after the other."""
+        core = self.core(budget, pages, hits=hits)
         told: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
         for name, prompt in zip(told, prompts, strict=True):
             core.submit(_request(name, prompt, tokens, top_k))
+            if hits:
+                self._finish(core, told)
+        self._finish(core, told)
+        return list(told.values())
+
+    def _finish(self, core: EngineCore, told: dict[str, list[int]]) -> None:
         while core.has_work:
             output = core.step()
             assert output is not None
             for delta in output.deltas:
                 assert delta.error is None, delta.error
                 told[delta.request_id].extend(delta.token_ids)
-        return list(told.values())
 
     def decoding(self, prompts: Sequence[Sequence[int]], top_k: IndexTopK) -> EngineCore:
         """A loop whose every request decodes."""
@@ -153,6 +168,18 @@ def equality(bench: Bench, windows: Windows) -> dict[str, Any]:
     bench.graphs(False)
     found["graphs off"] = alone()
     bench.graphs(True)
+    bench.runner = bench.built.runner
+    found["step by step"] = alone()
+    bench.runner = bench.built.ahead or bench.built.runner
+    tight = []
+    for start in range(0, len(prompts), 8):
+        own = prompts[start : start + 8]
+        pages = -(-max(len(one) + EQUAL_TOKENS for one in own) // PAGE_SIZE) + 2  # far too few for eight
+        tight += bench.generate(own, TOP_K, EQUAL_TOKENS, pages=pages)
+    found["after preemption"] = tight
+    found["on a prefix hit"] = [
+        bench.generate([prompt, prompt], TOP_K, EQUAL_TOKENS, hits=True)[1] for prompt in prompts
+    ]
     return {
         name: {
             "prompts": len(prompts),
@@ -224,26 +251,23 @@ def prompt(bench: Bench, windows: Windows) -> list[dict[str, Any]]:
     return rows
 
 
-def _last_graph(bench: Bench) -> tuple[float, float]:
-    """Microseconds of the graph that ran last, replayed back to back, and of the host to launch it."""
-    graph = bench.last_graph
-    assert graph is not None
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    graph.replay()
-    launch = time.perf_counter() - began
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(20):
-        graph.replay()
-    torch.cuda.synchronize()
-    return 1e6 * (time.perf_counter() - began) / 20, 1e6 * launch
+def _last_graphs(bench: Bench) -> list[float]:
+    """Microseconds of the graphs of the last step, each replayed back to back."""
+    found = []
+    for graph in tuple(bench.graphs_run):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        found.append(1e6 * (time.perf_counter() - began) / 20)
+    return found
 
 
 def profiled(bench: Bench, windows: Windows) -> list[dict[str, Any]]:
     """The kernels of a decode step, added by name, and what the host adds."""
     tables = []
-    for streams, context, top_k in ((1, 7168, TOP_K), (1, 1024, None), (64, 1024, TOP_K)):
+    for streams, context, top_k in ((1, 7168, TOP_K), (1, 128, TOP_K), (64, 1024, TOP_K), (256, 1024, TOP_K)):
         core = bench.decoding([windows.take(context) for _ in range(streams)], top_k)
         for _ in range(8):
             core.step()
@@ -251,7 +275,7 @@ def profiled(bench: Bench, windows: Windows) -> list[dict[str, Any]]:
         for _ in range(10):
             core.step()
         wall = (time.perf_counter() - began) / 10
-        graph_us, launch_us = _last_graph(bench)
+        graphs_us = _last_graphs(bench)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
             for _ in range(10):
                 core.step()
@@ -267,7 +291,7 @@ def profiled(bench: Bench, windows: Windows) -> list[dict[str, Any]]:
         )
         tables.append(
             {"streams": streams, "context": context, "top_k": top_k, "step_us": 1e6 * wall,
-             "graph_us": graph_us, "launch_us": launch_us, "kernels_us": sum(us for us, _, _ in kernels),
+             "graphs_us": graphs_us, "kernels_us": sum(us for us, _, _ in kernels),
              "kernels": [{"us": round(us, 1), "calls": round(count, 1), "name": name[:90]} for us, count, name in kernels[:24]]}
         )  # fmt: skip
         print(json.dumps(tables[-1], indent=0), flush=True)

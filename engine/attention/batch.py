@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.config import PAGE_SIZE
+from engine.plan.sparsity import row_index_top_k
 from engine.plan.tiles import Segment
 from engine.plan.types import StepPlan
 
@@ -42,8 +43,33 @@ class Batch:
         return (self.index_top_k > 0).unsqueeze(1)
 
 
-def build_batch(plan: StepPlan, device: torch.device) -> Batch:
+class PageTables:
+    """The pages of requests as arrays, kept from step to step: most steps of a request have the tuple of the last one."""
+
+    def __init__(self) -> None:
+        self._old: dict[int, tuple[tuple[int, ...], NDArray[np.int64]]] = {}
+        self._new: dict[int, tuple[tuple[int, ...], NDArray[np.int64]]] = {}
+
+    def of(self, page_ids: tuple[int, ...]) -> NDArray[np.int64]:
+        """[P]. A tuple that is kept here is alive, so no other tuple has its identity."""
+        known = self._new.get(id(page_ids)) or self._old.get(id(page_ids))
+        if known is None:
+            known = page_ids, np.array(page_ids, dtype=np.int64)
+        self._new[id(page_ids)] = known
+        return known[1]
+
+    def turn(self) -> None:
+        """End a step: what it did not ask for is forgotten."""
+        self._old, self._new = self._new, {}
+
+
+def build_batch(plan: StepPlan, device: torch.device, tables: PageTables | None = None) -> Batch:
     """Make the batch of `plan`, in the order of its requests.
+
+    Args:
+        plan: the step
+        device: of the batch's tensors
+        tables: keeps page tables from step to step
 
     Raises:
         IndexError: a request's page table does not cover its rows.
@@ -51,39 +77,40 @@ def build_batch(plan: StepPlan, device: torch.device) -> Batch:
     segments: list[Segment] = []
     first = width = 0
     for request in plan.requests:
-        count = len(request.token_ids)
-        segments.append(
-            Segment(
-                first_row=first,
-                num_rows=count,
-                start=request.start,
-                page_ids=request.page_ids,
-                index_top_k=request.index_top_k,
-            )
-        )
+        count, pages = len(request.token_ids), request.page_ids
+        segments.append(Segment(first, count, request.start, pages, request.index_top_k))
         first += count
-        width = max(width, len(request.page_ids))
-    token_ids, positions, pages = (np.empty(first, dtype=np.int64) for _ in range(3))
-    request_of, index_top_k = np.empty(first, dtype=np.int32), np.zeros(first, dtype=np.int64)
+        width = max(width, len(pages))
     block_table = np.zeros((len(segments), width), dtype=np.int64)
-    for number, (request, segment) in enumerate(zip(plan.requests, segments, strict=True)):
-        at, end = segment.first_row, segment.first_row + segment.num_rows
-        token_ids[at:end] = request.token_ids
-        request_of[at:end] = number
-        index_top_k[at + segment.dense_rows : end] = segment.index_top_k or 0
-        table = block_table[number, : len(request.page_ids)]
-        table[:] = request.page_ids
-        if segment.num_rows == 1:
-            positions[at] = segment.start
-            pages[at] = request.page_ids[segment.start // PAGE_SIZE]
+    for line, segment in zip(block_table, segments, strict=True):
+        if tables is None:
+            line[: len(segment.page_ids)] = segment.page_ids
         else:
+            own = tables.of(segment.page_ids)
+            line[: len(own)] = own
+    if first == len(segments):  # decodes alone
+        token_ids = np.array([request.token_ids[0] for request in plan.requests], dtype=np.int64)
+        positions = np.array([segment.start for segment in segments], dtype=np.int64)
+        request_of = np.arange(first, dtype=np.int32)
+        page_of = block_table[request_of, positions // PAGE_SIZE]
+        index_top_k = np.array(
+            [row_index_top_k(s.start + 1, s.index_top_k) for s in segments], dtype=np.int64
+        )
+    else:
+        token_ids, positions, page_of = (np.empty(first, dtype=np.int64) for _ in range(3))
+        request_of, index_top_k = np.empty(first, dtype=np.int32), np.zeros(first, dtype=np.int64)
+        for number, (request, segment) in enumerate(zip(plan.requests, segments, strict=True)):
+            at, end = segment.first_row, segment.first_row + segment.num_rows
+            token_ids[at:end] = request.token_ids
+            request_of[at:end] = number
+            index_top_k[at + segment.dense_rows : end] = segment.index_top_k or 0
             own = np.arange(segment.start, segment.start + segment.num_rows)
             positions[at:end] = own
-            pages[at:end] = table[own // PAGE_SIZE]
+            page_of[at:end] = block_table[number][own // PAGE_SIZE]
     return Batch(
         token_ids=to_device(token_ids, device),
         positions=to_device(positions, device),
-        pages=to_device(pages, device),
+        pages=to_device(page_of, device),
         offsets=to_device(positions % PAGE_SIZE, device),
         request=to_device(request_of, device),
         index_top_k=to_device(index_top_k, device),

@@ -16,7 +16,7 @@ with a selection add to attention's projections (`engine.layers.low_rank`):
     model.layers.{i}.self_attn.sparse_adapter.o.a           [r, Hq * D]
     model.layers.{i}.self_attn.sparse_adapter.o.b           [E, r]
 
-Any other tensor replaces the base's tensor of that name. The header's metadata, all strings: `format`,
+Matrices may be in 8 bits (`engine.checkpoint.eight_bit`). Any other tensor replaces the base's tensor of that name. The header's metadata, all strings: `format`,
 `base_model`, `num_heads`, `head_dim`, `rope_dim`, `default_top_k`, `recipe` (how it was trained), and
 optionally `adapter_rank` and `base_sha256`, the `base_fingerprint` of the checkpoint that it was trained on.
 """
@@ -35,6 +35,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.checkpoint.eight_bit import EightBitFile, shorten
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.source import LaidSource, Source, Tensors
 from engine.errors import CheckpointError
@@ -96,12 +97,19 @@ def read_overlay(path: Path, base: Source) -> Overlay:
             f"{path} was trained on {base_model}, whose weights are not those of {base.description}; "
             "serve that checkpoint, or train an overlay for this one"
         )
-    replaced = _check_tensors(file, info, base, str(path))
-    return Overlay(info, base_model, meta.get("recipe", ""), replaced, file)
+    tensors = EightBitFile(file)
+    replaced = _check_tensors(tensors, info, base, str(path))
+    return Overlay(info, base_model, meta.get("recipe", ""), replaced, tensors)
 
 
 def write_overlay(
-    path: Path, tensors: Mapping[str, Tensor], info: IndexerInfo, recipe: str, base: Source
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    info: IndexerInfo,
+    recipe: str,
+    base: Source,
+    *,
+    eight_bit: bool = False,
 ) -> None:
     """Write an overlay that `read_overlay` accepts for `base`. An existing file is replaced in one step.
 
@@ -111,12 +119,16 @@ def write_overlay(
         info: the indexer's numbers; its `source` is not written
         recipe: how it was trained, in free text
         base: the checkpoint that it was trained on
+        eight_bit: whether to store the matrices of indexers and adapters in 8 bits
 
     Raises:
         CheckpointError: the tensors or numbers are not what an overlay of `base` needs.
     """
     _check_info(info, str(path))
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    if eight_bit:
+        own = {name: tensor for name, tensor in stored.items() if _OWN_NAME.fullmatch(name)}
+        stored |= shorten(own)
     metadata = {
         "format": FORMAT,
         "base_model": base.description,
@@ -132,7 +144,7 @@ def write_overlay(
     part = path.with_name(path.name + ".part")
     try:
         save_file(stored, part, metadata)
-        _check_tensors(SafetensorsFile(part), info, base, str(path))
+        _check_tensors(EightBitFile(SafetensorsFile(part)), info, base, str(path))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

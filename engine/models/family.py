@@ -36,6 +36,11 @@ class Model(Protocol):
         """Where a batch's tensors are to be."""
         ...
 
+    @property
+    def row_step(self) -> RowStep | None:
+        """The model's step over rows, if it has one here: then tokens can stay on the device."""
+        ...
+
     def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
         """Do before the first step what would make steps wait.
 
@@ -63,8 +68,17 @@ class Model(Protocol):
         """The model's arithmetic and memory traffic, for the cost model."""
         ...
 
-    def products(self) -> str:
-        """Describe, for the engine's log, which code multiplies with weights."""
+    @property
+    def backend(self) -> str:
+        """The name of the backend that computes the model's steps, as a calibration file has it."""
+        ...
+
+    def computed_by(self) -> dict[str, str]:
+        """Say, for the engine's log, what computes each operation of a step, except sampling.
+
+        The operations are index scores, selection, attention, products (with weights), norms and rotation, and steps:
+        how what a step computes is launched. A model without an indexer has the first two not.
+        """
         ...
 
     def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
@@ -79,6 +93,25 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits: [N, E] -> [N, vocab_size] float32."""
+        ...
+
+
+class RowStep(Protocol):
+    """A model's step over rows, whose tokens may be known to the device alone."""
+
+    drawn: Tensor
+    """[R] int64: the tokens that the last step drew. A row whose token id is -1 - i has the token drawn[i]."""
+
+    def forward(self, batch: Batch, cache: PagedCache, budget_bytes: int) -> Tensor:
+        """Hidden states [T, E] of a batch whose tensors are on the CPU. The next step may overwrite them."""
+        ...
+
+    def hidden_like(self) -> Tensor:
+        """A tensor [1, E] of the hidden states' size, dtype and device."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits: [N, E] -> [N, V] float32."""
         ...
 
 

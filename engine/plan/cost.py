@@ -15,7 +15,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -183,8 +183,7 @@ def assumed_coefficients(shape: ModelShape, device: str, kernels: str = "torch")
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(NamedTuple):
     """The exact work of one request in one step: counts of tokens, the same in every layer."""
 
     rows: int  # tokens computed
@@ -196,12 +195,11 @@ class Counts:
     sparse_rows: int  # rows that read less than their whole context
 
 
-@dataclass(frozen=True, slots=True)
-class Modelled:
+class Modelled(NamedTuple):
     """Modelled seconds of one request in one step, without the time that all requests of the step share."""
 
     actual: float
-    index: float  # the part of `actual` that scoring and selecting take
+    scoring: float  # the part of `actual` that scoring and selecting take
     dense: float  # what `actual` would be if every row read its whole context
 
 
@@ -218,6 +216,7 @@ class CostModel:
         self.shape = shape
         self.coefficients = coefficients
         self._own = msgspec.structs.astuple(coefficients)[2:]
+        self._lone = self._own[:5]
         self._tiles = tiles
 
     def replace(self, coefficients: Coefficients) -> CostModel:
@@ -245,6 +244,23 @@ class CostModel:
             indexed += context
             read += count * width if form == "gather" else context
         return Counts(rows, attended, scored, read, indexed, logits, rows - dense)
+
+    def decode(self, start: int, index_top_k: IndexTopK) -> tuple[Counts, Modelled]:
+        """`counts` and `modelled` of one row that is sampled from, at position `start`: nearly all rows that are served."""
+        end = start + 1
+        context = (start // PAGE_SIZE + 1) * PAGE_SIZE
+        lone, pair, sparse, gathered, index_pair = self._lone
+        dense = lone + pair * (end if self._tiles.fused else context)
+        selected = row_index_top_k(end, index_top_k)
+        if not selected:
+            return Counts(1, end, 0, end, 0, 1, 0), Modelled(dense, 0.0, dense)
+        masked = self._tiles.forced == "mask"
+        scored = index_pair * (end if self._tiles.fused and not masked else context)
+        read = pair * context if masked else gathered * selected
+        return (
+            Counts(1, selected, end, context if masked else selected, context, 1, 1),
+            Modelled(lone + sparse + read + scored, sparse + scored, dense),
+        )
 
     def features(self, request: ScheduledRequest) -> tuple[int, ...]:
         """Count a request's work in the units of `Coefficients` from `lone` on, the padding of tiles included."""

@@ -49,21 +49,20 @@ class Holdings:
 
     def extend(self, request: Request, count: int) -> bool:
         """Take pages for `count` more tokens. Return False and change nothing if too few pages are available."""
-        missing = pages_for(request.num_computed + count) - len(request.page_ids)
+        missing = pages_for(request.num_planned + count) - len(request.page_ids)
         if not missing:  # most steps of a decode need no new page
             return True
         pages = self.pages.allocate(missing)
         if pages is None:
             return False
-        request.page_ids.extend(pages)
+        request.take_pages(pages)
         return True
 
     def trim(self, request: Request) -> None:
-        """Give back the pages that only drafts were computed in."""
-        kept = pages_for(request.num_computed)
+        """Give back the pages beyond the planned rows: only drafts were computed in them."""
+        kept = pages_for(request.num_planned)
         if kept < len(request.page_ids):
-            self.pages.release(request.page_ids[kept:])
-            del request.page_ids[kept:]
+            self.pages.release(request.drop_pages(kept))
 
     def register(self, request: Request) -> None:
         """Register the request's newly full pages in the prefix cache."""
@@ -85,8 +84,9 @@ class Holdings:
             self.pages.unkeep(page_id)
 
     def taint(self, request: Request) -> None:
-        """Mark a faulty request's pages for wiping, except pages that other requests also hold."""
-        free = (page_id for page_id in request.page_ids if not self.pages.references(page_id))
+        """Mark a faulty request's pages for wiping, except pages that other requests hold or may find by content."""
+        known = self._prefix.page_ids
+        free = (page for page in request.page_ids if not self.pages.references(page) and page not in known)
         self._tainted.extend(page_id for page_id in free if page_id not in self._tainted)
 
     def take_tainted(self) -> tuple[int, ...]:

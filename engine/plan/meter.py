@@ -51,7 +51,7 @@ class Meter:
     def __init__(self, model: CostModel) -> None:
         self._model = model
         self._live: dict[str, _Tally] = {}
-        self._all = _Tally(0)
+        self._closed = _Tally(0)  # the sums of requests that have ended
         self._busy = 0.0
         self._index = 0.0
         self._dense = 0.0
@@ -65,22 +65,27 @@ class Meter:
     def charge(self, plan: StepPlan, seconds: float) -> None:
         """Divide a step that took `seconds` over the requests in it.
 
-        The time that the requests share (`CostModel.shared`) is divided evenly, the rest by modelled seconds.
+        The time that the requests share (`CostModel.shared`) is divided evenly, the rest by modelled seconds. A request
+        that had ended before the step was done pays nothing: the step computed its row ahead, in vain.
         """
-        model, requests = self._model, plan.requests
+        model, requests = self._model, [one for one in plan.requests if one.request_id in self._live]
         count = len(requests)
+        if not count:
+            return
         shared = model.shared(plan) / count
-        modelled = [model.modelled(request) for request in requests]
-        total = sum(one.actual for one in modelled) + shared * count
-        scale = seconds / total
+        work = [
+            model.decode(one.start, one.index_top_k)
+            if one.is_decode
+            else (model.counts(one), model.modelled(one))
+            for one in requests
+        ]
+        scale = seconds / (sum(modelled.actual for _, modelled in work) + shared * count)
         index = dense = 0.0
-        for request, one in zip(requests, modelled, strict=True):
+        for request, (counts, (actual, scoring, instead)) in zip(requests, work, strict=True):
             tally = self._live[request.request_id]
-            counts = model.counts(request)
             tally.add(counts)
-            self._all.add(counts)
-            own, full = scale * (one.actual + shared), scale * (one.dense + shared)
-            index += one.index
+            own, full = scale * (actual + shared), scale * (instead + shared)
+            index += scoring
             dense += full
             if request.start < tally.num_prompt:
                 tally.prefill += own
@@ -105,11 +110,17 @@ class Meter:
     def close(self, request_id: str) -> Work:
         """End the account of a request, and return what it used: nothing, if the account was never opened."""
         tally = self._live.pop(request_id, None)
-        return Work() if tally is None else self._work(tally)
+        if tally is None:
+            return Work()
+        self._closed.add(tally.counts())
+        return self._work(tally)
 
     def counters(self) -> dict[str, Any]:
         """The engine's account, as fields of `EngineStats`."""
-        counts = self._all.counts()
+        everyone = _Tally(0)
+        for tally in (self._closed, *self._live.values()):
+            everyone.add(tally.counts())
+        counts = everyone.counts()
         return {
             "busy_seconds_total": self._busy,
             "index_seconds_total": self._index,

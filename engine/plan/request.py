@@ -1,15 +1,18 @@
 """The scheduler's record of one request: its tokens, how many are computed, and where.
 
-There are no phases: `num_computed` tokens have their keys and values in `page_ids`, `num_tokens` are known, and the
+There are no phases: `num_computed` tokens have their keys and values in `page_ids`, `num_tokens` are there, and the
 scheduler closes the gap. A request applies results to itself. Queues, pages and budgets are the scheduler's.
+
+A step may be planned while the one before it still computes. So `num_planned` runs ahead of `num_computed` by the rows in
+flight, and tokens may be pending: steps in flight draw them, and nobody here knows them yet.
 """
 
 from __future__ import annotations
 
 from engine.plan.lookup import PromptLookup
 from engine.plan.prefix import HashFunction, PageKeys, sha256
-from engine.plan.types import Sampled, SampleSpec, ScheduledRequest
-from engine.protocol import Delta, FinishReason, RequestUsage, Submit, TokenLogprob
+from engine.plan.types import PENDING, Sampled, SampleSpec, ScheduledRequest
+from engine.protocol import Delta, FinishReason, RequestUsage, Submit, TokenLogprob, has_penalty
 
 
 class Request:
@@ -38,7 +41,10 @@ class Request:
         self.arrival = arrival
         self.num_prompt = len(submit.prompt_token_ids)
         self.token_ids = list(submit.prompt_token_ids)  # prompt, then output
-        self.num_computed = 0
+        self.num_computed = 0  # rows whose results are applied
+        self.num_planned = 0  # these and the rows in flight
+        self.num_pending = 0  # tokens that steps in flight draw
+        self.ended = False  # rows that are still in flight then are of no use
         self.peak_computed = 0  # the largest `num_computed` ever: rows below it are recomputed
         self.page_ids: list[int] = []
         self.num_registered = 0  # leading pages that are registered in the prefix cache
@@ -48,6 +54,11 @@ class Request:
         self._lookup = PromptLookup(self.token_ids) if lookup else None
         self._proposed: tuple[int, ...] = ()  # drafts of the newest result, to follow the known tokens
         self._stop_token_ids = frozenset(submit.sampling.stop_token_ids)
+        self._most_tokens = self.num_prompt + submit.sampling.max_tokens
+        self._penalised = has_penalty(submit.sampling)
+        self._pages: tuple[int, ...] | None = (
+            None  # `page_ids` for plans, which share it while nothing changes
+        )
         # No token is before the first one, so it has no logprob.
         self._first_scored = max(submit.sampling.prompt_logprobs_start, 1)
         self._prompt_logprobs: list[TokenLogprob] = []  # of prompt positions from `_first_scored` on
@@ -57,18 +68,20 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known: prompt and output so far."""
-        return len(self.token_ids)
+        """Prompt and output so far, pending tokens included."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_missing(self) -> int:
-        """Tokens known but not computed; 1 when decoding."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens that no step has computed or computes; 1 when decoding. The last token that is allowed never is."""
+        tokens = len(self.token_ids) + self.num_pending
+        last = self.num_pending > 0 and tokens >= self._most_tokens
+        return tokens - self.num_planned - last
 
     @property
     def num_generated(self) -> int:
-        """Output tokens so far."""
-        return len(self.token_ids) - self.num_prompt
+        """Output tokens so far, pending tokens included."""
+        return self.num_tokens - self.num_prompt
 
     @property
     def num_reusable(self) -> int:
@@ -88,20 +101,35 @@ class Request:
 
     def admit(self, page_ids: tuple[int, ...], cached_tokens: int, now: float) -> None:
         """Start, or start again, from `page_ids`, which hold the first `cached_tokens` tokens."""
-        self.page_ids = list(page_ids)
+        self.page_ids, self._pages = list(page_ids), None
         self.num_registered = len(page_ids)
-        self.num_computed = cached_tokens
+        self.num_computed = self.num_planned = cached_tokens
         if self.cached_tokens is None:
             self.cached_tokens = cached_tokens
             self._first_scheduled = now
 
     def preempt(self) -> tuple[int, ...]:
-        """Forget the computed rows, keep all tokens, and return the pages, which the caller must release."""
+        """Forget the computed rows, keep all tokens, and return the pages, which the caller must release.
+
+        None of its rows may be in flight.
+        """
         page_ids = tuple(self.page_ids)
-        self.page_ids = []
-        self.num_computed = 0
+        self.page_ids, self._pages = [], None
+        self.num_computed = self.num_planned = 0
         self.preemptions += 1
         return page_ids
+
+    def take_pages(self, page_ids: tuple[int, ...]) -> None:
+        """Add pages at the end."""
+        self.page_ids.extend(page_ids)
+        self._pages = None
+
+    def drop_pages(self, kept: int) -> list[int]:
+        """Keep the first `kept` pages, and return the others, which the caller must release."""
+        dropped = self.page_ids[kept:]
+        del self.page_ids[kept:]
+        self._pages = None
+        return dropped
 
     def draft(self, count: int) -> tuple[int, ...]:
         """Guess the tokens that follow the known ones: at most `count`, and never the last token that is allowed.
@@ -112,29 +140,35 @@ class Request:
         return self._proposed[:count] if self._lookup is None else self._lookup.propose(count)
 
     def plan(self, count: int, drafts: tuple[int, ...] = ()) -> ScheduledRequest:
-        """Schedule the next `count` tokens. If they are the last known tokens, the step samples from them.
+        """Put the next `count` tokens in flight. If they are the last tokens, the step samples from them.
 
-        `drafts` may follow only the last known tokens.
+        `drafts` may follow only the last tokens, and only if nothing is in flight.
         """
-        start, end = self.num_computed, self.num_computed + count
+        start, end = self.num_planned, self.num_planned + count
         # Targets begin with the step's first row and end with the prompt, so target i belongs to row i. If rows
         # are recomputed whose logprobs are known, `accept` drops the repeated ones.
+        if self._pages is None:
+            self._pages = tuple(self.page_ids)
         targets: list[int] = []
         if self.sampling.prompt_logprobs is not None:
             known, last = self._last_scored, min(end, self.num_prompt - 1)
             targets = self.token_ids[start + 1 : last + 1] if known < last else []
-        return ScheduledRequest(
+        tokens = (*self.token_ids[start:end], *drafts)
+        scheduled = ScheduledRequest(
             request_id=self.request_id,
-            token_ids=(*self.token_ids[start:end], *drafts),
+            token_ids=(*tokens, PENDING) if end > len(self.token_ids) else tokens,
             num_drafts=len(drafts),
-            next_token_id=self.token_ids[end] if end < self.num_tokens else None,
+            next_token_id=self.token_ids[end] if end < len(self.token_ids) else None,
             start=start,
-            page_ids=tuple(self.page_ids),
+            page_ids=self._pages,
             index_top_k=self.index_top_k,
             sample=self._sample_spec() if end == self.num_tokens else None,
             prompt_targets=tuple(targets),
             prompt_alternatives=(self.sampling.prompt_logprobs or 0) if targets else 0,
         )
+        self.num_planned = end
+        self.num_pending += scheduled.sample is not None
+        return scheduled
 
     def accept(self, scheduled: ScheduledRequest, sampled: Sampled, now: float) -> Delta | None:
         """Apply one step's result. Return the delta for the client, or None if there is none.
@@ -145,12 +179,15 @@ class Request:
         if sampled.error is not None:
             return self.end("error", now, error=sampled.error)
         self._refuse_mismatch(scheduled, sampled)
-        known = self._last_scored - scheduled.start
-        self._prompt_logprobs.extend(sampled.prompt_logprobs[max(known, 0) :])
+        if sampled.prompt_logprobs:
+            known = self._last_scored - scheduled.start
+            self._prompt_logprobs.extend(sampled.prompt_logprobs[max(known, 0) :])
         self.num_computed = scheduled.start + len(scheduled.token_ids) - scheduled.num_drafts
         self.peak_computed = max(self.peak_computed, self.num_computed)
         if not sampled.token_ids:
             return None
+        self.num_pending -= 1
+        ahead = self.num_planned - self.num_computed  # rows of the next step, if it is in flight
 
         prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         first = self._first_token is None
@@ -167,11 +204,12 @@ class Request:
             self.token_ids.append(token_id)
             if token_id in self._stop_token_ids:
                 reason = "stop"
-            elif self.num_generated >= self.sampling.max_tokens:
+            elif len(self.token_ids) >= self._most_tokens:
                 reason = "length"
         # Every kept token but the last was a draft, so its row is computed. Rows of rejected drafts do not count:
         # the next step begins before them and overwrites them.
         self.num_computed += kept - 1
+        self.num_planned = self.num_computed + ahead
         self.peak_computed = max(self.peak_computed, self.num_computed)
         self._proposed = sampled.draft_token_ids
         return Delta(
@@ -194,7 +232,7 @@ class Request:
         return RequestUsage(
             prompt_tokens=self.num_prompt,
             cached_tokens=self.cached_tokens or 0,
-            completion_tokens=self.num_generated,
+            completion_tokens=len(self.token_ids) - self.num_prompt,
             preemptions=self.preemptions,
             index_top_k=self.index_top_k,
             queue_seconds=first_scheduled - self._submitted,
@@ -203,20 +241,25 @@ class Request:
         )
 
     def _sample_spec(self) -> SampleSpec:
-        params = self.sampling
-        penalised = bool(
-            params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-        )
         return SampleSpec(
-            params=params,
-            output_index=self.num_generated,
+            params=self.sampling,
+            output_index=len(self.token_ids) + self.num_pending - self.num_prompt,
             prompt_len=self.num_prompt,
-            history=tuple(self.token_ids) if penalised else (),
+            history=tuple(self.token_ids) if self._penalised else (),
         )
 
     def _refuse_mismatch(self, scheduled: ScheduledRequest, sampled: Sampled) -> None:
-        name = f"the result of request {self.request_id!r}"
         tokens = sampled.token_ids
+        if (
+            len(tokens) == 1
+            and scheduled.sample is not None
+            and not scheduled.num_drafts
+            and not scheduled.prompt_targets
+            and not sampled.prompt_logprobs
+            and (self.sampling.logprobs is None or len(sampled.logprobs) == 1)
+        ):
+            return  # nearly all results are one token
+        name = f"the result of request {self.request_id!r}"
         if (not tokens) != (scheduled.sample is None):
             raise ValueError(f"{name} must have tokens exactly where they were asked for")
         if (

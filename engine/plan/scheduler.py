@@ -17,6 +17,16 @@ pages hold what is `engine.plan.holdings`'s. The rules, in order:
    preempts a request. `apply` gives back the pages of rejected drafts.
 
 As a consequence every running request arrived before every waiting one. Integers only: no tensors here.
+
+Up to `MAX_IN_FLIGHT` plans may be in flight, for a runner that computes plans one after another while the next is made
+(so do NanoFlow, arXiv 2408.12757, and others). Then a plan is made before the tokens of the one before it are known.
+Their ids are `PENDING` in it, and three rules keep it right:
+
+- A plan made ahead never preempts: if pages run out, there is no such plan, and the next one is made after `apply`.
+- The number of tokens that are allowed is known ahead, stop tokens are not. A request that turns out to have ended has
+  rows in the next plan. Nobody reads their results.
+- The pages of a request that has ended are free at once. Who gets them writes in a later plan, and plans are computed
+  in order.
 """
 
 from __future__ import annotations
@@ -33,13 +43,15 @@ from engine.plan.request import Request
 from engine.plan.types import ScheduledRequest, StepPlan, StepResult
 from engine.protocol import Delta, EngineStats, Submit
 
+MAX_IN_FLIGHT = 2
+"""With two plans the device never waits for the host, if the host needs less time for a plan than the device."""
+
 
 class Scheduler:
     """Owns every request and every page. Use: `plan = schedule(now)`, run it, `apply(plan, result, now)`.
 
-    `add`, `has_work` and `stats` may be used at any time. While a plan is in flight (between `schedule` and `apply`)
-    its step may still write to its pages, so no request may end: `abort` and `abort_all` raise. All times are seconds
-    on one clock.
+    A plan is in flight between `schedule` and `apply`. Plans are computed and applied in the order in which they were
+    made. All other methods may be used at any time. All times are seconds on one clock.
 
     Args:
         num_pages: pages that the cache holds.
@@ -86,7 +98,7 @@ class Scheduler:
         self._running: list[Request] = []  # both in order of arrival
         self._waiting: deque[Request] = deque()
         self._arrivals = 0
-        self._in_flight: StepPlan | None = None
+        self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
         self._steps = 0
         self._prefill_tokens = 0
         self._decode_tokens = 0
@@ -120,12 +132,7 @@ class Scheduler:
         self._waiting.append(request)
 
     def abort(self, request_id: str, now: float) -> Delta | None:
-        """End a request now and free its pages. Return its terminal delta, or None if the id is unknown.
-
-        Raises:
-            RuntimeError: a plan is in flight, so its pages may still be written.
-        """
-        self._refuse_in_flight("abort")
+        """End a request now and free its pages. Return its terminal delta, or None if the id is unknown."""
         request = self._requests.get(request_id)
         if request is None:
             return None
@@ -133,56 +140,63 @@ class Scheduler:
         return request.end("abort", now)
 
     def abort_all(self, now: float) -> tuple[Delta, ...]:
-        """End every request now, in order of arrival, and return their terminal deltas.
-
-        Raises:
-            RuntimeError: a plan is in flight.
-        """
+        """End every request now, in order of arrival, and return their terminal deltas."""
         deltas = (self.abort(request_id, now) for request_id in tuple(self._requests))
         return tuple(delta for delta in deltas if delta is not None)
 
     def schedule(self, now: float) -> StepPlan | None:
-        """Decide the next step and take its pages. Return None exactly if there is no work.
+        """Decide the next step and take its pages.
+
+        Return None if there is no work. While a plan is in flight, also return None if the next step depends on its
+        result: it needs a preemption, or drafts, or every request is about to end.
 
         Raises:
-            RuntimeError: the last plan was not applied.
+            RuntimeError: `MAX_IN_FLIGHT` plans are in flight.
         """
-        self._refuse_in_flight("schedule")
-        chunks = self._chunk_budget()
-        wanted, chunks = self._grant_tokens(chunks)
+        if len(self._in_flight) == MAX_IN_FLIGHT:
+            raise RuntimeError(f"{MAX_IN_FLIGHT} plans are in flight; apply the result of the first one")
+        if self._in_flight and self._draft_tokens:
+            return None
+        wanted, chunks = self._grant_tokens()
         preemptions = self._preemptions
         granted = self._take_pages(wanted)
+        if granted is None:
+            return None
         if self._preemptions == preemptions:
             self._admit(granted, chunks, now)
         if not granted:
             return None
         drafts = self._draft(granted)
-        self._in_flight = StepPlan(
+        plan = StepPlan(
             requests=tuple(
                 request.plan(count, guess) for (request, count), guess in zip(granted, drafts, strict=True)
             ),
             wiped_pages=self._holdings.take_tainted(),
         )
-        return self._in_flight
+        self._in_flight.append((plan, [request for request, _ in granted]))
+        return plan
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> tuple[Delta, ...]:
-        """Apply the result of the plan in flight, and return the deltas for the clients, in the plan's order.
+        """Apply the result of the first plan in flight, and return the deltas for the clients, in the plan's order.
 
         Raises:
-            RuntimeError: `plan` is not the plan in flight.
+            RuntimeError: `plan` is not the first plan in flight.
             ValueError: the result does not answer the plan.
         """
-        if plan is not self._in_flight:
-            raise RuntimeError("only the plan that schedule() returned last can be applied, and only once")
+        if not self._in_flight or plan is not self._in_flight[0][0]:
+            raise RuntimeError("only the first plan in flight can be applied, and only once")
         if len(result.sampled) != len(plan.requests):
             raise ValueError(
                 f"the result has {len(result.sampled)} entries for {len(plan.requests)} requests"
             )
-        self._in_flight = None
+        _, requests = self._in_flight.popleft()
         self._steps += 1
         deltas = []
-        for scheduled, sampled in zip(plan.requests, result.sampled, strict=True):
-            request = self._requests[scheduled.request_id]
+        for request, scheduled, sampled in zip(requests, plan.requests, result.sampled, strict=True):
+            if request.ended:  # after this plan was made
+                if sampled.error is not None:
+                    self._holdings.taint(request)
+                continue
             first_new = max(scheduled.start, request.num_prompt, request.peak_computed)
             delta = request.accept(scheduled, sampled, now)
             held = max(0, len(delta.token_ids) - 1) if delta is not None else 0
@@ -237,45 +251,50 @@ class Scheduler:
         if len(self._running) > self._max_running:
             raise RuntimeError(f"{len(self._running)} requests run, but max_running is {self._max_running}")
         for request in self._running:
-            held, computed = len(request.page_ids), pages_for(request.num_computed)
-            if held < computed or (held > computed and self._in_flight is None) or request.num_missing < 1:
-                raise RuntimeError(f"request {request.request_id!r} holds {held} pages and needs {computed}")
-        if any(request.page_ids or request.num_computed for request in self._waiting):
+            held, needed = len(request.page_ids), pages_for(request.num_planned)
+            if held < needed or (held > needed and not self._in_flight):
+                raise RuntimeError(f"request {request.request_id!r} holds {held} pages and needs {needed}")
+            if request.num_missing < 1 and not self._in_flight:
+                raise RuntimeError(f"request {request.request_id!r} runs, and misses nothing")
+        if any(request.page_ids or request.num_planned for request in self._waiting):
             raise RuntimeError("a waiting request must hold no page")
 
-    def _chunk_budget(self) -> int:
+    def _grant_tokens(self) -> tuple[list[tuple[Request, int]], int]:
+        """Return the running requests with the tokens that each may compute, and how many more may go to waiting ones."""
+        wanted = [(request, request.num_missing) for request in self._running]
+        decodes = sum(count == 1 for _, count in wanted)
+        chunks = self._chunk_budget(wanted, decodes)
+        if decodes < len(wanted):
+            for place, (request, count) in enumerate(wanted):
+                if count > 1:
+                    wanted[place] = (request, min(count, chunks))
+                    chunks -= wanted[place][1]
+            wanted = [one for one in wanted if one[1]]  # who has 0 waits, or ends with the step in flight
+        return wanted, chunks
+
+    def _chunk_budget(self, missing: list[tuple[Request, int]], decodes: int) -> int:
         """How many tokens of this step may go to requests that miss more than one, running or waiting."""
-        decodes = [request for request in self._running if request.num_missing == 1]
-        left = self._token_budget - len(decodes)
+        left = self._token_budget - decodes
         if self._pace is None or not decodes or not left:
             return left
-        others = [request for request in self._running if request.num_missing > 1]
+        others = [request for request, count in missing if count > 1]
         others += islice(self._waiting, self._max_running - len(self._running))
         if not others:
             return left
         first = others[0]
         return self._pace(
-            [_place(request) for request in decodes],
+            [_place(request) for request, count in missing if count == 1],
             [Place(request.num_tokens, request.index_top_k) for request in others],
             _place(first),
             left,
         )
 
-    def _grant_tokens(self, chunks: int) -> tuple[list[tuple[Request, int]], int]:
-        """Return the running requests with the tokens that each may compute, and the rest of `chunks`."""
-        wanted = []
-        for request in self._running:
-            count = 1
-            if request.num_missing > 1:
-                count = min(request.num_missing, chunks)
-                chunks -= count
-            if count:
-                wanted.append((request, count))
-        return wanted, chunks
+    def _take_pages(self, wanted: list[tuple[Request, int]]) -> list[tuple[Request, int]] | None:
+        """Take pages for the requests in order of arrival. Return those that got pages and were not preempted.
 
-    def _take_pages(self, wanted: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
-        """Take pages for the requests in order of arrival. Return those that got pages and were not preempted."""
-        granted = []
+        While a plan is in flight, take none and return None if there are too few: its rows may not be preempted.
+        """
+        granted: list[tuple[Request, int]] = []
         for request, count in wanted:
             # A preempted request arrived last, so nothing was granted to it yet. Its share of the token budget is
             # not used: to give it to others would need more pages, and this step has none.
@@ -283,6 +302,10 @@ class Scheduler:
                 if self._holdings.extend(request, count):
                     granted.append((request, count))
                     break
+                if self._in_flight:
+                    for one, _ in granted:
+                        self._holdings.trim(one)
+                    return None
                 self._preempt(self._running[-1])
         return granted
 
@@ -304,6 +327,8 @@ class Scheduler:
 
     def _draft(self, granted: list[tuple[Request, int]]) -> list[tuple[int, ...]]:
         """Return each granted request's drafts, as far as budget and pages are left."""
+        if not self._draft_tokens:
+            return [()] * len(granted)
         budget = self._token_budget - sum(count for _, count in granted)
         drafts: list[tuple[int, ...]] = []
         for request, count in granted:
@@ -311,7 +336,7 @@ class Scheduler:
             if count == request.num_missing:
                 guess = request.draft(min(self._draft_tokens, budget))
                 if not self._holdings.extend(request, count + len(guess)):
-                    guess = guess[: len(request.page_ids) * PAGE_SIZE - request.num_computed - count]
+                    guess = guess[: len(request.page_ids) * PAGE_SIZE - request.num_planned - count]
             drafts.append(guess)
             budget -= len(guess)
         return drafts
@@ -335,6 +360,7 @@ class Scheduler:
 
     def _remove(self, request: Request) -> None:
         """Take a request off its queue and release its pages. Every request ends here."""
+        request.ended = True
         del self._requests[request.request_id]
         if request.page_ids:
             self._running.remove(request)
@@ -366,10 +392,6 @@ class Scheduler:
                 f"but the cache has {self._holdings.pages.num_pages}"
             )
 
-    def _refuse_in_flight(self, action: str) -> None:
-        if self._in_flight is not None:
-            raise RuntimeError(f"cannot {action} while a plan is in flight; apply its result first")
-
 
 def _place(request: Request) -> Place:
-    return Place(request.num_computed, request.index_top_k)
+    return Place(request.num_planned, request.index_top_k)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from engine.config import PAGE_SIZE
 from engine.plan.sparsity import dense_rows
@@ -25,8 +25,7 @@ from engine.protocol import IndexTopK
 Form = Literal["dense", "gather", "mask"]
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Consecutive rows of one request in the batch."""
 
     first_row: int  # index into the batch

@@ -11,6 +11,9 @@ import msgspec
 
 from engine.protocol import IndexTopK, SamplingParams, TokenLogprob
 
+PENDING = -1
+"""In place of a token id: the token that the step before draws for this request. The runner knows it, the plan does not."""
+
 
 class SampleSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How to draw a token from the logits of a row, which is a request's last known token or a draft."""
@@ -18,14 +21,14 @@ class SampleSpec(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     output_index: int  # how many tokens the request has generated; it is the position in the random stream
     prompt_len: int
-    history: tuple[int, ...]  # prompt and output so far; empty unless a penalty needs it
+    history: tuple[int, ...]  # prompt and output as far as they are known; empty unless a penalty needs it
 
 
 class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The rows of one request in one step: positions `start` to `start + len(token_ids) - 1`."""
 
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]  # the last may be `PENDING`, if the step before is in flight
     start: int
     page_ids: tuple[int, ...]  # page i holds positions [64 i, 64 i + 64); they cover every row of this step
     index_top_k: IndexTopK
@@ -39,6 +42,11 @@ class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
     def drafts(self) -> tuple[int, ...]:
         """The last `num_drafts` of `token_ids`."""
         return self.token_ids[len(self.token_ids) - self.num_drafts :]
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one row, which is sampled from."""
+        return len(self.token_ids) == 1 and self.sample is not None
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from engine.kernels import native
 from engine.kernels.choice import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import read_model
-from engine.models.family import Family, Model, Placement
+from engine.models.family import Family, Model, Placement, RowStep
 from engine.parallel.link import Progress
 from engine.parallel.ranks import ALONE, Ranks
 from engine.parallel.team import OnLost, Team
@@ -28,11 +28,12 @@ from engine.plan.meter import Meter
 from engine.plan.pace import CostPace
 from engine.plan.scheduler import Scheduler
 from engine.protocol import Capacity, ModelInfo, Ready
-from engine.step.core import EngineCore
+from engine.step.core import EngineCore, StepRunner
 from engine.step.drafting import LayerDrafter
 from engine.step.lead import LeadRunner
 from engine.step.runner import Draw, Runner
 from engine.step.sampler import sample
+from engine.step.sizes import num_pages, sizes_of
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,14 @@ class Built:
 
     core: EngineCore
     runner: Runner
+    ahead: StepRunner | None  # what the core runs in place of `runner`: it takes plans ahead
     cache: PagedCache
     costs: CostModel
     ready: Ready
     unused_tensors: tuple[str, ...]
     weights: LoadReport  # the main model's
-    backend: str  # name of the attention backend
-    kernels: str  # a sentence about the kernels for the log
+    backend: str  # name of the backend that computes the model's steps
+    kernels: str  # for the log: what computes each operation
     team: Team | None = None  # the other ranks
 
     def close(self) -> None:
@@ -125,8 +127,14 @@ def load_part(config: EngineConfig, rank: int, join: Callable[[torch.device], Ra
     model, report = _load(config, opened, lambda stage, done, total: None, join(opened.device))
     specs = model.plane_specs()
     # At least as many pages as rank 0, whose pages hold the same or also a draft layer.
-    num_pages = config.kv_cache_bytes // page_bytes(specs, model.num_layers)
-    cache = PagedCache(num_pages, specs, model.num_layers, opened.device)
+    pages = num_pages(
+        config,
+        opened.device,
+        page_bytes(specs, model.num_layers),
+        opened.max_model_len,
+        sizes_of(config, opened.device).max_running,
+    )
+    cache = PagedCache(pages, specs, model.num_layers, opened.device)
     costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
     return RankPart(Runner(model, cache, costs, opened.device), report)
 
@@ -198,17 +206,12 @@ def _build(
         specs, num_layers = layer.plane_specs(specs), num_layers + 1
         unused = tuple(name for name in unused if name not in names)
     size = page_bytes(specs, num_layers)
-    num_pages = config.kv_cache_bytes // size
-    needed = -(-max_model_len // PAGE_SIZE)
-    if num_pages < needed:
-        raise ConfigError(
-            f"the KV cache of {config.kv_cache_bytes} bytes holds {num_pages * PAGE_SIZE} tokens, but one request "
-            f"may use {max_model_len}; give it at least {needed * size} bytes or lower max_model_len"
-        )
-    cache = PagedCache(num_pages, specs, num_layers, device)
+    sizes = sizes_of(config, device)
+    pages = num_pages(config, device, size, max_model_len, sizes.max_running)
+    cache = PagedCache(pages, specs, num_layers, device)
     costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
     drafter = None if layer is None else LayerDrafter(layer, config.draft_tokens, cache, costs, device)
-    model.prepare(cache, config.max_running, lambda done, total: progress("capturing graphs", done, total))
+    model.prepare(cache, sizes.max_running, lambda done, total: progress("capturing graphs", done, total))
     kernels = choose_backend(config.kernels, device)
     draw: Draw = _device_draw() if kernels.name == "triton" else sample
     runner = (
@@ -216,17 +219,19 @@ def _build(
         if team is None
         else LeadRunner(model, cache, costs, device, drafter, draw, team)
     )
+    step = model.row_step if team is None and not config.draft_tokens else None
+    ahead = None if step is None else _device_runner(model, step, cache, config.score_budget_bytes, device)
     shape, dtype_name = model.shape(), str(dtype).removeprefix("torch.")
-    coefficients = assumed_coefficients(shape, device.type, kernels.name)
+    coefficients = assumed_coefficients(shape, device.type, model.backend)
     if config.cost_calibration is not None:
         calibration = read_calibration(Path(config.cost_calibration))
-        calibration.check(shape, device.type, dtype_name, kernels.name)
+        calibration.check(shape, device.type, dtype_name, model.backend)
         coefficients = calibration.coefficients
     cost_model = CostModel(shape, coefficients, costs)
     scheduler = Scheduler(
-        num_pages,
-        token_budget=config.token_budget,
-        max_running=config.max_running,
+        pages,
+        token_budget=sizes.token_budget,
+        max_running=sizes.max_running,
         max_model_len=max_model_len,
         prefix_caching=config.prefix_caching,
         draft_tokens=config.draft_tokens,
@@ -246,32 +251,58 @@ def _build(
             cost_model="assumed" if config.cost_calibration is None else "measured",
         ),
         capacity=Capacity(
-            num_pages=num_pages,
+            num_pages=pages,
             page_size=PAGE_SIZE,
             page_bytes=size,
-            token_budget=config.token_budget,
-            max_running=config.max_running,
+            token_budget=sizes.token_budget,
+            max_running=sizes.max_running,
         ),
     )
-    core = EngineCore(scheduler, runner, Meter(cost_model), sparse=model.indexer is not None)
+    core = EngineCore(scheduler, ahead or runner, Meter(cost_model), sparse=model.indexer is not None)
     return Built(
         core=core,
         runner=runner,
+        ahead=ahead,
         cache=cache,
         costs=cost_model,
         ready=ready,
         unused_tensors=tuple(unused),
         weights=report,
-        backend=kernels.name,
-        kernels=f"{kernels.described(dtype)}; {model.products()}",
+        backend=model.backend,
+        kernels=_described(model, _sampling(draw, ahead)),
         team=team,
     )
+
+
+def _described(model: Model, sampling: str) -> str:
+    """Name every operation of a step, those together that the same code computes."""
+    together: dict[str, list[str]] = {}
+    for operation, what in (model.computed_by() | {"sampling": sampling}).items():
+        together.setdefault(what, []).append(operation)
+    return "kernels: " + "; ".join(f"{', '.join(names)}: {what}" for what, names in together.items())
+
+
+def _sampling(draw: Draw, ahead: StepRunner | None) -> str:
+    """What draws tokens. Without a runner ahead of the host, penalties are counted on the host."""
+    if ahead is not None:
+        return "Triton, the usual ways as CUDA graphs"
+    return "torch" if draw is sample else "Triton, with penalties torch"
 
 
 def _device_draw() -> Draw:
     from engine.step.device_sampler import sample_on_device  # needs Triton
 
     return sample_on_device
+
+
+def _device_runner(
+    model: Model, step: RowStep, cache: PagedCache, budget_bytes: int, device: torch.device
+) -> StepRunner:
+    from engine.step.device_runner import DeviceRunner  # needs Triton
+
+    runner = DeviceRunner(model, step, cache, budget_bytes, device)
+    runner.prepare()
+    return runner
 
 
 def resolve_device(name: str, rank: int = 0, count: int = 1) -> torch.device:

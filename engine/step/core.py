@@ -1,17 +1,23 @@
-"""The engine's loop body: schedule a step, run it, apply its result. `engine.step.process` is the loop around it."""
+"""The engine's loop body: schedule a step, run it, apply its result. `engine.step.process` is the loop around it.
+
+If the runner takes plans ahead, the next step is scheduled and launched before the result of this one is awaited. So the
+device computes while the host applies results, tells the server, and plans.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from engine.errors import RankError
 from engine.plan.meter import Meter
-from engine.plan.scheduler import Scheduler
+from engine.plan.scheduler import MAX_IN_FLIGHT, Scheduler
 from engine.plan.types import Sampled, StepPlan, StepResult
 from engine.protocol import Delta, EngineStats, RequestUsage, StepOutput, Submit, Work
 
@@ -25,12 +31,31 @@ PROGRESS_SECONDS = 0.2
 """The time between two reports of what running requests have used. If the engine dies, at most so much is lost."""
 
 
-class StepRunner(Protocol):
-    """Computes a plan: `engine.step.runner.Runner`, or a substitute in tests of the loop."""
+class Flight(Protocol):
+    """A plan that was launched."""
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Compute the plan, and return the drawn tokens."""
+    def result(self) -> StepResult:
+        """Wait for the drawn tokens, and return them."""
         ...
+
+
+class StepRunner(Protocol):
+    """Computes plans, in the order in which they are launched: `engine.step.runner.Runner` and others."""
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a plan may be launched while the one before it is in flight, with `PENDING` in place of its tokens."""
+        ...
+
+    def launch(self, plan: StepPlan) -> Flight:
+        """Begin to compute the plan."""
+        ...
+
+
+class _Launched(NamedTuple):
+    plan: StepPlan
+    flight: Flight
+    began: float  # on the core's clock
 
 
 class EngineCore:
@@ -53,14 +78,16 @@ class EngineCore:
         self._clock = clock
         self._failed_steps = 0
         self._failed_steps_total = 0
+        self._flights: deque[_Launched] = deque()
+        self._done = -math.inf  # when the last step was done, on the clock
         self._nonfinite = 0
         self._told_at = 0.0
         self._told = meter.counters()
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is waiting or running."""
-        return self._scheduler.has_work
+        """Whether a request is waiting or running, or a step is in flight."""
+        return self._scheduler.has_work or bool(self._flights)
 
     @property
     def broken(self) -> bool:
@@ -114,32 +141,52 @@ class EngineCore:
         return self._metered(self._scheduler.abort_all(self._clock()))
 
     def step(self) -> StepOutput | None:
-        """Run one step and return its output; None if there is nothing to do."""
-        plan = self._scheduler.schedule(self._clock())
-        if plan is None:
+        """Launch what can be launched, wait for the oldest step in flight, and return its output.
+
+        None if there is nothing to do.
+        """
+        for _ in range(MAX_IN_FLIGHT if self._runner.ahead else 1):
+            if len(self._flights) == MAX_IN_FLIGHT or (self._flights and not self._runner.ahead):
+                break
+            plan = self._scheduler.schedule(self._clock())
+            if plan is None:
+                break
+            self._flights.append(self._launch(plan))
+        if not self._flights:
             return None
-        began = self._clock()
-        result = self._run(plan)
+        plan, flight, began = self._flights.popleft()
+        result = self._result(plan, flight)
         now = self._clock()
-        self._meter.charge(plan, now - began)
+        # Steps that overlap share no time: the device computes one after another.
+        self._meter.charge(plan, now - max(began, self._done))
+        self._done = now
         self._nonfinite += sum(sampled.nonfinite for sampled in result.sampled)
         deltas = self._metered(self._scheduler.apply(plan, result, now))
         return self.tell(deltas)
 
-    def _run(self, plan: StepPlan) -> StepResult:
-        """Run the plan. An error ends the requests in the plan, with the reason, and no other requests.
+    def _launch(self, plan: StepPlan) -> _Launched:
+        """Launch the plan. An error becomes the result of its requests.
 
         Raises:
             RankError: the ranks may no longer be at the same step, so no more steps are possible.
         """
+        began = self._clock()
         try:
-            result = self._runner.run(plan)
+            flight = self._runner.launch(plan)
         except RankError:
             raise
         except Exception as error:
+            flight = _Failed(error)
+        return _Launched(plan, flight, began)
+
+    def _result(self, plan: StepPlan, flight: Flight) -> StepResult:
+        """The result of a plan. An error ends the requests in the plan, with the reason, and no other requests."""
+        try:
+            result = flight.result()
+        except Exception as error:
             self._failed_steps += 1
             self._failed_steps_total += 1
-            _log.exception("a step failed")
+            _log.error("a step failed", exc_info=error)
             reason = f"the engine failed to compute this request's step: {type(error).__name__}: {error}"
             return StepResult(sampled=tuple(Sampled(error=reason) for _ in plan.requests))
         self._failed_steps = 0
@@ -155,6 +202,16 @@ class EngineCore:
         name = delta.request_id
         work = self._meter.work(name) if delta.finish_reason is None else self._meter.close(name)
         return msgspec.structs.replace(delta, usage=msgspec.structs.replace(usage, work=work))
+
+
+class _Failed:
+    """A plan that could not be launched."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def result(self) -> StepResult:
+        raise self._error
 
 
 def _refusal(request: Submit, reason: str) -> Delta:

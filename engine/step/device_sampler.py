@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.kernels.triton.sampling import DrawRows, Draws, Needs, draw
 from engine.plan.types import Drawn, SampleSpec
-from engine.protocol import TokenLogprob
+from engine.protocol import TokenLogprob, has_penalty
 from engine.step.race import stream_key
 from engine.step.sampler import NOT_FINITE, sample
 
@@ -25,9 +25,9 @@ _PADDING = _ROW.pack(0, 0, -1, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 def sample_on_device(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
     """As `engine.step.sampler.sample`, and through it the rows with penalties, whose histories are on the host."""
-    hosted = [row for row, spec in enumerate(specs) if has_penalty(spec)]
+    hosted = [row for row, spec in enumerate(specs) if has_penalty(spec.params)]
     if hosted:
-        own = [row for row, spec in enumerate(specs) if not has_penalty(spec)]
+        own = [row for row, spec in enumerate(specs) if not has_penalty(spec.params)]
         drawn = dict(zip(hosted, sample(logits[hosted], [specs[row] for row in hosted]), strict=True))
         if own:
             drawn |= zip(own, sample_on_device(logits[own], [specs[row] for row in own]), strict=True)
@@ -37,14 +37,17 @@ def sample_on_device(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]
     needs = needs_of(specs)
     draws = draw(logits, rows_of(specs, [0] * len(specs), nobody, device), needs)
     tokens: list[int] = draws.tokens.where(draws.finite, -1).tolist()
-    logprobs = _logprobs(draws, tokens, specs) if needs.logprobs else [None] * len(specs)
+    logprobs = logprobs_of(draws, tokens, specs) if needs.logprobs else [None] * len(specs)
     return [
         NOT_FINITE if token < 0 else Drawn(token_id=token, logprob=own)
         for token, own in zip(tokens, logprobs, strict=True)
     ]
 
 
-def _logprobs(draws: Draws, tokens: Sequence[int], specs: Sequence[SampleSpec]) -> list[TokenLogprob | None]:
+def logprobs_of(
+    draws: Draws, tokens: Sequence[int], specs: Sequence[SampleSpec]
+) -> list[TokenLogprob | None]:
+    """What each spec asks to be told about its token; None where it asks nothing."""
     assert draws.logprobs is not None
     assert draws.ranks is not None
     assert draws.top_ids is not None
@@ -67,20 +70,17 @@ def _logprobs(draws: Draws, tokens: Sequence[int], specs: Sequence[SampleSpec]) 
 
 def needs_of(specs: Sequence[SampleSpec]) -> Needs:
     """The least that does for these."""
-    params = [spec.params for spec in specs]
-    return Needs(
-        draws=any(p.temperature > 0 for p in params),
-        filters=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params),
-        changes=any(bool(p.logit_bias) or has_penalty(spec) for p, spec in zip(params, specs, strict=True)),
-        logprobs=any(p.logprobs is not None for p in params),
-        alternatives=max((p.logprobs or 0 for p in params), default=0),
-    )
-
-
-def has_penalty(spec: SampleSpec) -> bool:
-    """Whether a history is looked at."""
-    p = spec.params
-    return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
+    draws = filters = changes = False
+    shown = -1
+    for spec in specs:
+        p = spec.params
+        if p.temperature > 0:
+            draws = True
+            filters = filters or p.top_k > 0 or p.top_p < 1 or p.min_p > 0
+        changes = changes or bool(p.logit_bias) or has_penalty(p)
+        if p.logprobs is not None and p.logprobs > shown:
+            shown = p.logprobs
+    return Needs(draws, filters, changes, shown >= 0, max(shown, 0))
 
 
 def rows_of(
@@ -117,7 +117,7 @@ def table(specs: Sequence[SampleSpec], slots: Sequence[int], count: int | None =
         packed += _ROW.pack(
             stream_key(p.seed, spec.output_index) if p.temperature > 0 else 0,
             p.top_k,
-            slot if has_penalty(spec) else -1,
+            slot if has_penalty(spec.params) else -1,
             len(p.logit_bias),
             p.temperature,
             p.top_p,

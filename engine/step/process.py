@@ -7,6 +7,7 @@ longer compute. It ignores signals: only the server handles Ctrl-C, and decides 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import queue
@@ -21,6 +22,7 @@ from engine.channel import EngineEnd
 from engine.errors import EngineError, ProtocolError, RankError
 from engine.protocol import Abort, Delta, Failed, Loading, Start, Stop, Submit, ToEngine
 from engine.step.build import Built, build
+from engine.step.profiler import StepProfiler
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ def main() -> None:
     inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(end, inbox), daemon=True).start()
     try:
+        profiler = StepProfiler.of(first.config)
         built = build(first.config, _Progress(end), lambda reason: _give_up(end, reason))
     except EngineError as error:
         end.send(Failed(message=str(error)))
@@ -53,14 +56,18 @@ def main() -> None:
     if built.weights.fp8_bytes or built.weights.dequantised_bytes:
         _log.info("%s", built.weights)
     _log.info("%s", built.kernels)
+    gc.collect()
+    gc.freeze()  # what is loaded stays; a collection in the middle of a step then looks at young objects only
     end.send(built.ready)
     try:
-        _loop(end, inbox, built)
+        _loop(end, inbox, built, profiler)
     except RankError as error:
         _log.error("%s", error)
         end.send(Failed(message=str(error)))
         built.close()
         os._exit(1)  # a normal exit would wait for the device, which may wait for a rank that is gone
+    if profiler is not None:
+        profiler.close()
     built.close()
     if built.team is not None:
         os._exit(0)  # in a normal exit NCCL would wait for ranks that have ended
@@ -100,8 +107,11 @@ def _read(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine]) -> None:
         inbox.put(message)
 
 
-def _loop(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine], built: Built) -> None:
+def _loop(
+    end: EngineEnd, inbox: queue.SimpleQueue[ToEngine], built: Built, profiler: StepProfiler | None
+) -> None:
     core = built.core
+    step = core.step if profiler is None else profiler.around(core.step)
     while True:
         deltas: list[Delta] = []
         changed = False
@@ -122,7 +132,7 @@ def _loop(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine], built: Built) -> N
                 raise ProtocolError(f"{type(message).__name__} came while the engine was running")
         if changed:
             end.send(core.tell(tuple(deltas)))
-        output = core.step()
+        output = step()
         if output is not None:
             end.send(output)
         if core.broken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
@@ -26,7 +27,32 @@ Draw = Callable[[Tensor, Sequence[SampleSpec]], list[Drawn]]
 _LOGIT_ROWS = 64  # rows of prompt logits held at once: 64 x 49152 float32 is 12 MiB
 
 
-class Runner:
+class Computed:
+    """A plan whose result is there."""
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def result(self) -> StepResult:
+        """The drawn tokens."""
+        return self._result
+
+
+class AtOnce(ABC):
+    """A runner that has computed a plan when `launch` returns, so no plan is made ahead."""
+
+    ahead = False
+
+    @abstractmethod
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute the plan, and return the drawn tokens."""
+
+    def launch(self, plan: StepPlan) -> Computed:
+        """Compute the plan."""
+        return Computed(self.run(plan))
+
+
+class Runner(AtOnce):
     """One model and its cache on one device."""
 
     def __init__(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.plan.types import Drawn, SampleSpec
-from engine.protocol import SamplingParams, TokenLogprob
+from engine.protocol import SamplingParams, TokenLogprob, has_penalty
 from engine.step.filters import runners
 from engine.step.race import race
 
@@ -108,11 +108,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], alternatives: int) -> 
 
 
 def _is_plain_greedy(params: SamplingParams) -> bool:
-    return params.temperature == 0 and not _has_penalty(params) and not params.logit_bias
-
-
-def _has_penalty(params: SamplingParams) -> bool:
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+    return params.temperature == 0 and not has_penalty(params) and not params.logit_bias
 
 
 def _draw(logits: LogitRow, spec: SampleSpec) -> int:
@@ -134,7 +130,7 @@ def penalised(logits: LogitRow, spec: SampleSpec) -> LogitRow:
     arXiv 1909.05858). The presence and frequency penalties are subtracted (OpenAI's API reference).
     """
     params = spec.params
-    if not params.logit_bias and not _has_penalty(params):
+    if not params.logit_bias and not has_penalty(params):
         return logits
     logits = logits.copy()
     for token, bias in params.logit_bias:

@@ -1,8 +1,9 @@
-"""The model's own answers as training text: `python -m lab.corpus.answers --corpus DIR --url URL`.
+"""The model's own answers as training text: `python -m lab.corpus.answers --corpus DIR --model MODEL [--url URL]`.
 
-An indexer serves what the model writes, so it also learns from that: a running server answers the
-corpus's training prompts, and the conversations join the training split as sequences of kind `answers`.
-The answers are kept in `answers.train.json`: where that file is, nobody is asked again.
+An indexer serves what the model writes, so it also learns from that. The model answers the corpus's training prompts
+dense, and the conversations join the training split as sequences of kind `answers`. Without `--url` it is loaded into
+this process and answers long prompts, half of them greedily: a conversation is then a sequence of its own. With `--url`
+a running server is asked; its answers are kept in `answers.train.json`: where that file is, nobody is asked again.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import argparse
 import asyncio
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from engine.errors import EngineError
 from lab.corpus.chatml import ChatML, ChatTurn, Rendered
 from lab.corpus.manifest import (
     FILE_NAME,
@@ -32,12 +35,16 @@ from lab.corpus.manifest import (
     sha256,
 )
 from lab.corpus.packing import SHORTEST, Packed, draw_length
+from lab.probe import Probe, greedy, sampled
 from lab.tool import ToolError
 from server.hub.models import ModelError, resolve
 from server.text.loading import load_tokenizer
 from server.text.tokenizer import TokenizerError
 
 KIND = "answers"
+LONG = 600
+"""Tokens of a prompt from which on it is asked without a server: a shorter one is nearly dense."""
+_TEMPERATURE = 0.7
 _TIMEOUT = httpx.Timeout(connect=5, read=600, write=60, pool=None)
 
 
@@ -70,7 +77,7 @@ async def ask(
                 body: dict[str, Any] = {
                     "model": model,
                     "messages": msgspec.to_builtins(prompts[index].messages),
-                    "temperature": 0.7,
+                    "temperature": _TEMPERATURE,
                     "seed": seed + index,
                     "max_tokens": max_tokens,
                 }
@@ -125,6 +132,43 @@ def converse(
         sources |= {prompt.source} if prompt.source else set()
     if len(ids) >= SHORTEST:
         yield packed()
+
+
+def answer_here(
+    probe: Probe, prompts: Sequence[CorpusPrompt], chat: ChatML, ends: Sequence[int], *, max_tokens: int, seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Packed]:  # fmt: skip
+    """Answer prompts dense, every other one greedily and the rest at temperature 0.7; make a sequence of each.
+
+    The sequence is prompt, answer and the token that ended it, as the model read and wrote them; its focus is the
+    answer.
+
+    Args:
+        probe: the model
+        prompts: those that are too long for the model with an answer are left out
+        chat: renders prompts
+        ends: tokens that end an answer
+        max_tokens: of an answer
+        seed: of the draws
+        progress: told how many prompts are done
+    """
+    generator = torch.Generator(probe.device).manual_seed(seed)
+    rendered = [(p, chat.render(p.messages, generation_prompt=True).ids) for p in prompts]
+    asked = [(p, ids) for p, ids in rendered if len(ids) + max_tokens < probe.max_positions]
+    made: dict[int, Packed] = {}
+    for odd in (0, 1):
+        draw = sampled(_TEMPERATURE, generator) if odd else greedy
+        which = list(range(odd, len(asked), 2))
+        for group in probe.groups([len(asked[i][1]) + max_tokens for i in which]):
+            chosen = [which[i] for i in group]
+            slots = probe.read([asked[i][1] for i in chosen], max_tokens, None)
+            for i, reply in zip(chosen, probe.answer(slots, max_tokens, frozenset(ends), draw), strict=True):
+                prompt, ids = asked[i]
+                whole = [*ids, *reply.token_ids, *(() if reply.end is None else (reply.end,))]
+                sources = (prompt.source,) if prompt.source else ()
+                made[i] = Packed(np.array(whole, np.uint16), KIND, sources, ((len(ids), len(whole)),))
+            progress(len(made), len(asked))
+    return [made[i] for i in sorted(made) if made[i].focus[0][1] > made[i].focus[0][0] + 1]
 
 
 def extend(folder: Path, made: Sequence[Packed]) -> None:
@@ -198,20 +242,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", required=True, help="the checkpoint whose tokenizer to use: a name or a path"
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="a server of that model (%(default)s)")
+    parser.add_argument("--url", help="a server of that model to ask")
+    parser.add_argument(
+        "--device", default="auto", help="without --url: auto, cpu, cuda or cuda:N (%(default)s)"
+    )
     parser.add_argument("--count", type=int, default=1200, help="prompts to answer (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=256, help="of one answer (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and packing (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=32, help="requests at once (%(default)s)")
     options = parser.parse_args(arguments)
     try:
-        chat = ChatML(load_tokenizer(resolve(options.model).weights))
+        weights = resolve(options.model).weights
+        text = load_tokenizer(weights)
+        chat = ChatML(text)
         listed = (options.corpus / "prompts.train.json").read_bytes()
-        prompts = msgspec.json.decode(listed, type=list[CorpusPrompt])[: options.count]
-        answers = _answers(options, prompts)
-        made = list(converse(prompts, answers, chat, random.Random(f"{options.seed}:answers")))
+        prompts = msgspec.json.decode(listed, type=list[CorpusPrompt])
+        if options.url is None:
+            prompts = [prompt for prompt in prompts if prompt.tokens >= LONG][: options.count]
+            probe = Probe(weights, None, device=options.device)
+            made = answer_here(
+                probe, prompts, chat, text.eos_token_ids, max_tokens=options.max_tokens, seed=options.seed
+            )
+        else:
+            prompts = prompts[: options.count]
+            answers = _answers(options, prompts)
+            made = list(converse(prompts, answers, chat, random.Random(f"{options.seed}:answers")))
         extend(options.corpus, made)
-    except (AnswersError, ModelError, TokenizerError, OSError, ValueError) as error:
+    except (AnswersError, EngineError, ModelError, TokenizerError, OSError, ValueError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
     total = sum(len(packed.ids) for packed in made)

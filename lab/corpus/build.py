@@ -14,8 +14,10 @@ from lab.corpus.chatml import ChatML, Encoder
 from lab.corpus.dedupe import dedupe
 from lab.corpus.dialogues import make_dialogues
 from lab.corpus.documents import Document, gather
+from lab.corpus.longprompts import make_long_prompts
 from lab.corpus.manifest import (
     FILE_NAME,
+    LONG_PROMPTS,
     VERSION,
     Manifest,
     NeedleRow,
@@ -52,6 +54,7 @@ def build_corpus(
     *,
     heldout_tokens: int = 400_000,
     prompts: tuple[int, int] = (2400, 200),
+    long_prompts: int = 120,
     needle_repeats: int = 3,
     sources: Sequence[CorpusSource] = SOURCES,
     cache: Path | None = None,
@@ -66,6 +69,7 @@ def build_corpus(
         target_tokens: size of the training split; it is smaller if the sources have too little text.
         heldout_tokens: size of the held-out split.
         prompts: how many prompts to make, for training and held out.
+        long_prompts: how many long held-out prompts to make (`lab.corpus.longprompts`).
         needle_repeats: needles in each cell of the grid of depth and context; 0 makes no needles.
         sources: packages to read.
         cache: folder where packages are kept and unpacked; the default is `out / "cache"`.
@@ -104,6 +108,9 @@ def build_corpus(
         _write_prompts(out, documents, chat, seed, split, n)
         for split, n in zip(_SPLITS, prompts, strict=True)
     ]
+    files.append(out / LONG_PROMPTS)
+    made_long = make_long_prompts(documents, chat, seed, long_prompts)
+    files[-1].write_bytes(msgspec.json.format(msgspec.json.encode(made_long), indent=1))
     if needle_repeats:
         files += _write_needles(out, documents, chat, seed, needle_repeats, report)
     manifest = Manifest(

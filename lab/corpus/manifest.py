@@ -14,6 +14,7 @@ from lab.corpus.chatml import ChatTurn
 
 VERSION = 1
 FILE_NAME = "manifest.json"
+LONG_PROMPTS = "prompts.long.json"
 
 
 class SourceInfo(msgspec.Struct, frozen=True, kw_only=True):

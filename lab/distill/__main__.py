@@ -49,10 +49,27 @@ def distill(
             help="An indexer of this model to start from.",
         ),
     ] = None,
+    drop_adapter: Annotated[
+        bool,
+        typer.Option(
+            "--drop-adapter",
+            rich_help_panel=_RUN,
+            help="Start from the indexers of --start-from alone, without the adapter in that file.",
+        ),
+    ] = False,
     until: Annotated[
         int | None,
         typer.Option(
             rich_help_panel=_RUN, help="Stop after this many steps; the same command without it goes on."
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_RUN,
+            min=0.1,
+            show_default="the recipe's steps",
+            help="Scale the dense and sparse steps so that they take so long; a few of them are timed first.",
         ),
     ] = None,
     device: Annotated[
@@ -115,7 +132,8 @@ def distill(
     from lab.distill.run import DistillPlan, run
 
     plan = DistillPlan(
-        weights=weights, corpus=corpus, out=out, recipe=recipe, start_from=start_from, until=until, device=device,
+        weights=weights, corpus=corpus, out=out, recipe=recipe, start_from=start_from, until=until, minutes=minutes, drop_adapter=drop_adapter,
+        device=device,
         dtype=dtype, evaluate_every=evaluate_every, evaluate_kind=evaluate_kind, heads=heads, dim=dim, rope=rope,
         default_top_k=default_top_k,
     )  # fmt: skip

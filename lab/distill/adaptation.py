@@ -10,7 +10,6 @@ attention that the adapter produces.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from engine.models.gqa.trunk import LayerInputs, Trunk
 from lab.distill.adapter import Adapter
-from lab.distill.objective import attention_target, captured_mass, divergence, top_mask
-from lab.distill.sparse_forward import ROWS_AT_ONCE, by_student, corrections, final_rows
+from lab.distill.objective import captured_mass, divergence, top_mask
+from lab.distill.recipe import Combine
+from lab.distill.sparse_forward import ROWS_AT_ONCE, by_student, corrections, final_rows, target_of
 from lab.distill.student import Student
 
 
@@ -42,7 +42,7 @@ def adapt(
     index_top_k: int,
     weight: float,
     answers: Tensor,
-    combine: Literal["sum", "max"] = "sum",
+    combine: Combine = "sum",
 ) -> Adapted:
     """Run one sequence forward twice, dense and adapted, and the indexers' losses backward.
 
@@ -71,7 +71,7 @@ def adapt(
             select(layer, inputs, part)
             for part in torch.split(torch.arange(total, device=x.device), ROWS_AT_ONCE)
         ]
-        target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale, combine)
+        target = target_of(trunk, layer, inputs, rows, allowed, combine).detach()
         scores = student.scores(layer, inputs, rows)
         chosen = top_mask(scores.detach(), allowed, index_top_k)
         loss = divergence(target, scores, chosen).mean()

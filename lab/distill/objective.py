@@ -6,14 +6,20 @@ Letters: n sampled query rows, T positions, Hq attention heads.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lab.distill.recipe import Combine
+
 
 def attention_target(
-    query: Tensor, keys: Tensor, allowed: Tensor, scale: float, combine: Literal["sum", "max"] = "sum"
+    query: Tensor,
+    keys: Tensor,
+    allowed: Tensor,
+    scale: float,
+    combine: Combine = "sum",
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Combine the attention of a layer's heads into one distribution: p[t, s] in arXiv 2512.02556, eq. (3).
 
@@ -21,6 +27,8 @@ def attention_target(
     Every head's probabilities sum to 1 over the same positions, so the result is the mean over heads.
     `max` takes the largest of the heads' probabilities at each position, and L1-normalises too. With `max`, a
     head that looks at one token only is not outvoted by heads that look at many.
+    `output` weighs each probability by the length of what that token's value adds to the layer's output, sums over
+    heads and L1-normalises: leaving out a token that is looked at but adds nothing loses nothing.
 
     Args:
         query: [n, Hkv, G, D], rotated; Hq = Hkv * G
@@ -28,6 +36,7 @@ def attention_target(
         allowed: [n, T] bool, at least one True a row
         scale: softmax scale
         combine: how the heads are combined
+        lengths: [T, Hkv, G] of `output_lengths`; needed for `output`
 
     Returns:
         [n, T] float32, without gradient; each row sums to 1 and is 0 where not allowed
@@ -38,8 +47,30 @@ def attention_target(
         each = logits.softmax(-1)
         if combine == "sum":
             return each.mean((0, 1))
-        largest = each.amax((0, 1))
-        return largest / largest.sum(-1, keepdim=True)
+        if combine == "max":
+            joined = each.amax((0, 1))
+        else:
+            assert lengths is not None
+            joined = each.mul_(lengths.permute(1, 2, 0).unsqueeze(2)).sum((0, 1))
+        return joined / joined.sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def output_lengths(values: Tensor, output: Tensor) -> Tensor:
+    """Compute how long the vector is that each token adds to a layer's output, for each query head, if it is all it sees.
+
+    Args:
+        values: [T, Hkv, D]
+        output: [E, Hq * D], the output projection; Hq = Hkv * G
+
+    Returns:
+        [T, Hkv, G] float32
+    """
+    heads, dim = values.shape[1:]
+    parts = output.float().view(output.shape[0], heads, -1, dim)  # [E, Hkv, G, D]
+    gram = torch.einsum("ehgc,ehgd->hgcd", parts, parts)
+    square = torch.einsum("thc,hgcd,thd->thg", values.float(), gram, values.float())
+    return square.clamp_min(0).sqrt()
 
 
 def index_logits(query: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ Count = Annotated[int, Meta(ge=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]
 Rate = Annotated[float, Meta(gt=0)]
 Stage = Literal["dense", "sparse", "adapt"]
+Combine = Literal["sum", "max", "output"]
+"""How the heads' attention becomes one distribution; see `lab.distill.objective.attention_target`."""
 
 EXAMPLE = '{"warmup_steps": 50}'
 
@@ -31,8 +33,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     focus_before: Count = 0  # so many tokens before an answer, the question, count as the answer's
     # kind of text -> its share of the sequences; if empty, each kind has the share that the corpus has
     shares: dict[str, Annotated[float, Meta(gt=0)]] = {}
-    # how the heads' attention is combined: the paper's sum, or the largest head's (see `attention_target`)
-    target: Literal["sum", "max"] = "sum"
+    # how the heads' attention is combined: the paper's sum, the largest head's, or by what they add to the output
+    # (see `attention_target`)
+    target: Combine = "sum"
     sequences_per_step: PositiveCount = 4
     warmup_steps: Count = 600  # dense stage
     sparse_steps: Count = 200

@@ -31,6 +31,7 @@ from lab.distill.recipe import Recipe, read_recipe
 from lab.distill.report import TrainingReport
 from lab.distill.sequences import CorpusSplit
 from lab.distill.student import Student
+from lab.distill.timing import fitted
 from lab.distill.train import StepLog, Trainer
 
 _SIZES = (8, 64, 32)
@@ -50,6 +51,8 @@ class DistillPlan:
     recipe: str = "{}"
     start_from: Path | None = None
     until: int | None = None
+    minutes: float | None = None
+    drop_adapter: bool = False
     device: str = "auto"
     dtype: str = "auto"
     evaluate_every: int = 0
@@ -91,7 +94,7 @@ def _run(plan: DistillPlan) -> int:
     splits = {name: CorpusSplit.open(plan.corpus, name, config.vocab_size) for name in ("train", "heldout")}
     start = None if plan.start_from is None else read_overlay(plan.start_from, source)
     info = _indexer(plan) if start is None else _same_sizes(start.info, plan)
-    adapter = _adapter(recipe, config, device, start)
+    adapter = _adapter(recipe, config, device, start, drop=plan.drop_adapter)
     info = msgspec.structs.replace(info, adapter_rank=0 if adapter is None else adapter.rank)
     student = Student(config, info, config.max_positions, device, recipe.seed)
     if start is not None:
@@ -101,6 +104,15 @@ def _run(plan: DistillPlan) -> int:
     began = "random weights"
     if plan.start_from is not None:
         began = hashlib.sha256(plan.start_from.read_bytes()).hexdigest()
+    if plan.minutes is not None:
+        base = base_fingerprint(source)
+
+        def trial(own: Recipe, folder: Path) -> Trainer:
+            copy = Student(config, info, config.max_positions, device, recipe.seed)
+            copy.load({name: p.detach() for name, p in student.parameters.items()})
+            return Trainer(trunk, copy, splits["train"], own, folder, base, began)
+
+        recipe = _fitted(recipe, plan.minutes, out / "recipe.json", trial)
     trainer = Trainer(trunk, student, splits["train"], recipe, out, base_fingerprint(source), began, adapter)
     console = Console()
     if trainer.resume():
@@ -134,8 +146,23 @@ def _run(plan: DistillPlan) -> int:
     return 0
 
 
+def _fitted(recipe: Recipe, minutes: float, path: Path, trial: Callable[[Recipe, Path], Trainer]) -> Recipe:
+    """Return the recipe with as many steps as fit into the time; a run that continues keeps what it began with.
+
+    Raises:
+        ConfigError: the recipe trains an adapter, whose steps are not timed.
+    """
+    if recipe.adapt_steps:
+        raise ConfigError("--minutes fits dense and sparse steps only; leave it out, or adapt_steps")
+    if path.is_file():
+        return read_recipe(path.read_text())
+    made = fitted(recipe, 60 * minutes, trial)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=1))
+    return made
+
+
 def _adapter(
-    recipe: Recipe, config: GqaConfig, device: torch.device, start: Overlay | None
+    recipe: Recipe, config: GqaConfig, device: torch.device, start: Overlay | None, *, drop: bool
 ) -> Adapter | None:
     """Return the adapter that the last stage trains: a new one, or that of the overlay `start`; None without that stage.
 
@@ -143,11 +170,12 @@ def _adapter(
         ConfigError: the overlay's adapter has another rank, or the recipe would train the indexers but not the
             adapter that suits them.
     """
-    before = 0 if start is None else start.info.adapter_rank
+    before = 0 if start is None or drop else start.info.adapter_rank
     if not recipe.adapt_steps:
         if before:
             raise ConfigError(
-                "the overlay to start from has an adapter, which suits its indexers only; add adapt_steps to the recipe"
+                "the overlay to start from has an adapter, which suits its indexers only; add adapt_steps to the recipe, "
+                "or train the indexers without it: --drop-adapter"
             )
         return None
     if before not in (0, recipe.adapter_rank):
@@ -218,8 +246,10 @@ def _write(
     made: dict[str, object] = {"recipe": json.loads(msgspec.json.encode(recipe)), "steps": trainer.step}
     if start is not None:
         made["start"] = json.loads(start.recipe)
-    tensors = {name: p.detach().to(torch.float16) for name, p in trainer.parameters().items()}
-    write_overlay(path, tensors, info, json.dumps(made), source)
+    tensors = {
+        name: p.detach() if p.dim() == 2 else p.detach().half() for name, p in trainer.parameters().items()
+    }
+    write_overlay(path, tensors, info, json.dumps(made), source, eight_bit=True)
 
 
 def _lines(table: dict[str, dict[str, float]]) -> list[str]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from engine.models.gqa.trunk import Corrections, LayerInputs, Trunk
 from engine.plan.sparsity import dense_mask
 from lab.distill.adapter import Adapter
-from lab.distill.objective import attention_target, top_mask
+from lab.distill.objective import attention_target, output_lengths, top_mask
+from lab.distill.recipe import Combine
 from lab.distill.student import Student
 
 Selector = Callable[[int, LayerInputs, Tensor], Tensor]
@@ -27,8 +28,10 @@ def attend_selected(
     total = inputs.hidden.shape[0]
     parts = []
     for start in range(0, total, rows_at_once):
-        rows = torch.arange(start, min(start + rows_at_once, total), device=inputs.hidden.device)
-        parts.append(trunk.attend(inputs, slice(start, start + len(rows)), select(layer, inputs, rows)))
+        end = min(start + rows_at_once, total)
+        rows = torch.arange(start, end, device=inputs.hidden.device)
+        seen = inputs.first(end)  # no row sees what comes after it: half of the work
+        parts.append(trunk.attend(seen, slice(start, end), select(layer, seen, rows)))
     return torch.cat(parts)
 
 
@@ -88,7 +91,7 @@ def by_student(student: Student, index_top_k: int) -> Selector:
     cached: dict[int, tuple[LayerInputs, Tensor]] = {}
 
     def select(layer: int, inputs: LayerInputs, rows: Tensor) -> Tensor:
-        # All chunks of a layer's rows use the same keys.
+        # Chunks of rows with the same inputs use the same keys.
         if layer not in cached or cached[layer][0] is not inputs:
             cached.clear()
             with torch.no_grad():
@@ -98,16 +101,24 @@ def by_student(student: Student, index_top_k: int) -> Selector:
     return select
 
 
-def by_oracle(trunk: Trunk, index_top_k: int) -> Selector:
+def by_oracle(trunk: Trunk, index_top_k: int, combine: Combine = "sum") -> Selector:
     """Return the best possible selector: it selects the positions that dense attention weighs most."""
 
     def select(layer: int, inputs: LayerInputs, rows: Tensor) -> Tensor:
         allowed = inputs.visible(rows)
-        return top_mask(
-            attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale), allowed, index_top_k
-        )
+        return top_mask(target_of(trunk, layer, inputs, rows, allowed, combine), allowed, index_top_k)
 
     return select
+
+
+def target_of(
+    trunk: Trunk, layer: int, inputs: LayerInputs, rows: Tensor, allowed: Tensor, combine: Combine
+) -> Tensor:
+    """Compute `attention_target` of the rows [n] of a layer: [n, T]."""
+    lengths = None
+    if combine == "output":
+        lengths = output_lengths(inputs.values, trunk.weights[f"layers.{layer}.o"])
+    return attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale, combine, lengths)
 
 
 def by_window(index_top_k: int, sinks: int = 4) -> Selector:

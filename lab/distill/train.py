@@ -19,10 +19,10 @@ from engine.models.gqa.trunk import Trunk
 from lab.corpus.manifest import SequenceInfo
 from lab.distill.adaptation import adapt
 from lab.distill.adapter import Adapter
-from lab.distill.objective import attention_target, divergence, top_mask
+from lab.distill.objective import divergence, top_mask
 from lab.distill.recipe import Recipe, Stage
 from lab.distill.sequences import CorpusSplit, answer_rows, sample_rows
-from lab.distill.sparse_forward import attend_selected, by_student
+from lab.distill.sparse_forward import attend_selected, by_student, target_of
 from lab.distill.student import Student
 
 RECALL_ROWS = 64
@@ -158,6 +158,8 @@ class Trainer:
         for _ in range(recipe.sequences_per_step):
             sequence = next(data)
             ids = self._split.tokens(sequence, self._length, self._device)
+            if stage != "dense":
+                ids = ids[: len(ids) // 8 * 8]  # attention on a mask has fast kernels for such lengths only
             rows = sample_rows(
                 sequence, len(ids), recipe.rows, recipe.first_row, self._generator,
                 share=recipe.focus_share, before=recipe.focus_before,
@@ -194,7 +196,8 @@ class Trainer:
             with torch.no_grad():
                 inputs = trunk.open(layer, x)
             allowed = inputs.visible(rows)
-            target = attention_target(inputs.query[rows], inputs.keys, allowed, trunk.scale, recipe.target)
+            with torch.no_grad():
+                target = target_of(trunk, layer, inputs, rows, allowed, recipe.target)
             scores = self.student.scores(layer, inputs, rows)
             support = allowed
             if stage == "sparse" and recipe.sparse_support == "selected":
@@ -229,8 +232,6 @@ class Trainer:
         recipe, adapter = self._recipe, self.adapter
         assert adapter is not None
         share = 1 / recipe.sequences_per_step
-        ids = ids[: len(ids) // 8 * 8]  # attention on a mask has fast kernels for such lengths only
-        rows, answers = rows[rows < len(ids)], answers[answers < len(ids) - 1]
         made = adapt(
             self._trunk, self.student, adapter, ids, rows, self._index_top_k(), share, answers, recipe.target
         )

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from lab.evaluate.results import PARTS
-from lab.tool import CorpusFlag, ModelFlag, fail, find, numbers, one_of, program, start
+from lab.tool import CorpusFlag, ModelFlag, ThreadsFlag, fail, find, numbers, one_of, program, start
 from server.hub.models import DEFAULT_MODEL
 
 app = program()
@@ -38,7 +38,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="N,N",
-            help="Values for needles and agreement, which take longest.",
+            help="Values for answers and needles, which take longest.",
             show_default="the values of --top-k",
             rich_help_panel=_WHAT,
         ),
@@ -47,7 +47,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="PART,PART",
-            help="Measure only these, even if done: loss, needles, agreement, equality, recall.",
+            help=f"Measure only these, even if done: {', '.join(PARTS)}.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -65,18 +65,17 @@ def evaluate(
     url: Annotated[
         str | None,
         typer.Option(
-            help="A running server of MODEL to ask, instead of one that is started.", rich_help_panel=_HOW
+            help="A running server of MODEL for equality, instead of one that is started.",
+            rich_help_panel=_HOW,
         ),
     ] = None,
-    concurrency: Annotated[
-        int, typer.Option(help="Requests at a time.", min=1, max=256, rich_help_panel=_HOW)
-    ] = 16,
     device: Annotated[
         str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.", rich_help_panel=_HOW)
     ] = "auto",
     dtype: Annotated[
         str, typer.Option(help="Number format: auto, float32 or bfloat16.", rich_help_panel=_HOW)
     ] = "auto",
+    threads: ThreadsFlag = None,
     overlay: Annotated[
         Path | None,
         typer.Option(
@@ -95,11 +94,15 @@ def evaluate(
         ),
     ] = "",
 ) -> None:
-    """Compare sparse with dense attention, side by side on one server.
+    """Say how faithful sparse attention is to dense attention.
 
-    It measures held-out loss, needles in haystacks, greedy answers, exactness
-    of short contexts, and how much of dense attention the indexer captures.
-    A table says which bars are missed; the exit status is 0 even then.
+    First come greedy answers to long prompts: how often sparse predicts what
+    dense predicts, and how its own answers differ. Then needles in haystacks
+    that dense finds, held-out loss, exactness of short contexts, and how much
+    of dense attention the indexer captures. A table says which bars are
+    missed; the exit status is 0 even then.
+
+    With a GPU it takes minutes. Without one use --limit, such as --limit 12.
     """
     top_ks = numbers("--top-k", top_k, _TOKENS)
     answer_top_ks = top_ks if answer_top_k is None else numbers("--answer-top-k", answer_top_k, _TOKENS)
@@ -119,7 +122,7 @@ def evaluate(
 
     plan = EvalPlan(
         files=files, corpus=corpus, out=out, url=url, index_top_k=top_ks, answer_top_k=answer_top_ks, only=chosen,
-        per_kind=per_kind or None, limit=limit, concurrency=concurrency, device=device, dtype=dtype,
+        per_kind=per_kind or None, limit=limit, device=device, dtype=dtype, threads=threads,
         server_flags=tuple(shlex.split(server_flags)),
     )  # fmt: skip
     try:

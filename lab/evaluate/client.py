@@ -1,4 +1,4 @@
-"""Asks a server over HTTP for scores, completions and chats, each dense or at a given top_k."""
+"""Asks a server over HTTP for log-probabilities and continuations, dense or at a given top_k."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 
@@ -28,23 +28,6 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 class EvaluationError(ToolError):
     """The measurement is not possible; the message is one sentence that says why and what to do."""
-
-
-class Scores(NamedTuple):
-    """Log-probabilities of a text's tokens, nats; None for the first token."""
-
-    own: list[float | None]
-    best: list[float | None]  # of the likeliest token at each place
-    finish: str  # the finish reason of the tokens generated after the text
-
-
-class ModelAnswer(NamedTuple):
-    """An answer of the model."""
-
-    text: str
-    tokens: tuple[bytes, ...]  # empty for a completion
-    finish: str
-    prompt_tokens: int
 
 
 class Client:
@@ -74,64 +57,6 @@ class Client:
         self.max_model_len = max_model_len
         self.info = info or {}
         self.repeated = 0
-
-    async def score(
-        self,
-        ids: Sequence[int],
-        index_top_k: TopKSetting,
-        *,
-        alternatives: int = 0,
-        more: int = 0,
-        start: int = 0,
-    ) -> Scores:
-        """Return the log-probabilities of a prompt's tokens.
-
-        Args:
-            ids: the prompt.
-            index_top_k: "dense", or how many tokens each token attends to.
-            alternatives: 1 also asks for the likeliest tokens; with 0, `best` equals `own`.
-            more: how many tokens to generate after the prompt.
-            start: the first token to score.
-        """
-        choice = await self._choice(
-            "/v1/completions",
-            index_top_k,
-            {
-                "prompt": list(ids),
-                "echo": True,
-                "logprobs": alternatives,
-                "logprob_start_len": start,
-                "max_tokens": more,
-                "temperature": 0,
-            },
-        )
-        logprobs = choice["logprobs"]
-        own = logprobs["token_logprobs"]
-        best = [None if top is None else max(top.values()) for top in logprobs["top_logprobs"]]
-        if len(own) < len(ids):
-            raise EvaluationError(f"the server scored {len(own)} of {len(ids)} tokens")
-        return Scores(own, best, choice["finish_reason"])
-
-    async def complete(self, ids: Sequence[int], index_top_k: TopKSetting, max_tokens: int) -> ModelAnswer:
-        """Return the greedy continuation of a prompt, up to the end of the turn."""
-        body = {"prompt": list(ids), "max_tokens": max_tokens, "temperature": 0}
-        choice = await self._choice("/v1/completions", index_top_k, body)
-        return ModelAnswer(choice["text"], (), choice["finish_reason"], len(ids))
-
-    async def chat(
-        self, messages: Sequence[dict[str, str]], index_top_k: TopKSetting, max_tokens: int
-    ) -> ModelAnswer:
-        """Return the greedy answer in a conversation, with its tokens."""
-        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "logprobs": True}
-        answer = await self._post("/v1/chat/completions", index_top_k, body)
-        choice = answer["choices"][0]
-        logprobs = choice["logprobs"] or {"content": []}
-        return ModelAnswer(
-            choice["message"]["content"] or "",
-            tuple(bytes(token["bytes"]) for token in logprobs["content"]),
-            choice["finish_reason"],
-            answer["usage"]["prompt_tokens"],
-        )
 
     async def raw(self, ids: Sequence[int], index_top_k: TopKSetting, max_tokens: int) -> dict[str, Any]:
         """Return a whole choice, with log-probabilities of prompt and answer. It does not stop at the end of the turn."""

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from lab.evaluate.client import Client, PartProgress, TopKSetting, each
+from lab.evaluate.client import PartProgress, TopKSetting
 from lab.evaluate.material import HeldOut
 from lab.evaluate.statistics import Interval, bootstrap
 from lab.evaluate.verdict import LOSS_BARS, Verdict, at_most
+from lab.probe import Probe
 
 BEYOND = 1024
 """Positions before this one leave out few tokens at any useful top_k, so they would dilute the difference."""
@@ -45,26 +46,24 @@ class LossResult(msgspec.Struct, frozen=True, kw_only=True):
     rows: dict[str, dict[str, LossRow]]
 
 
-async def measure(
-    client: Client,
+def measure(
+    probe: Probe,
     texts: Sequence[HeldOut],
     index_top_ks: Sequence[int],
-    concurrency: int,
     progress: PartProgress,
     *,
     beyond: int = BEYOND,
 ) -> LossResult:
-    """Score every text dense and at each top_k, one setting right after the other."""
-
-    async def one(text: HeldOut) -> TextLoss:
-        ids = text.ids[: client.max_model_len - 1]  # the server needs room for one more token
+    """Measure the loss of every text dense and at each top_k."""
+    measured = []
+    for done, text in enumerate(texts):
+        progress(done, len(texts))
+        ids = text.ids[: probe.max_positions - 1]
         nats, tokens = {}, [0]
         for setting in settings(index_top_ks):
-            scores = await client.score(ids, setting)
-            tokens, nats[str(setting)] = buckets(scores.own[: len(ids)], beyond)
-        return TextLoss(kind=text.kind, start=text.start, length=len(ids), tokens=tokens, nats=nats)
-
-    measured = await each(texts, one, concurrency, progress)
+            own = probe.losses(ids, None if setting == "dense" else setting)
+            tokens, nats[str(setting)] = buckets([None, *(-own).tolist()], beyond)
+        measured.append(TextLoss(kind=text.kind, start=text.start, length=len(ids), tokens=tokens, nats=nats))
     return LossResult(beyond=beyond, texts=measured, rows=summarise(measured, index_top_ks))
 
 

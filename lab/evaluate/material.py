@@ -13,7 +13,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lab.corpus.manifest import FILE_NAME, CorpusPrompt, NeedleRow, load_manifest, load_tokens, sha256
+from lab.corpus.manifest import (
+    FILE_NAME,
+    LONG_PROMPTS,
+    CorpusPrompt,
+    NeedleRow,
+    load_manifest,
+    load_tokens,
+    sha256,
+)
 from lab.tool import ToolError
 
 T = TypeVar("T")
@@ -99,6 +107,10 @@ class Material:
     def prompts(self, limit: int | None) -> list[CorpusPrompt]:
         """Return the held-out prompts, or `limit` of them."""
         return list(spread(self._rows("prompts.heldout.json", tuple[CorpusPrompt, ...]), limit))
+
+    def long_prompts(self, limit: int | None) -> list[CorpusPrompt]:
+        """Return the long held-out prompts (`lab.corpus.longprompts`), or `limit` of them, spread over kinds and lengths."""
+        return list(spread(self._rows(LONG_PROMPTS, tuple[CorpusPrompt, ...]), limit))
 
     def _rows(self, name: str, kind: type[T]) -> T:
         try:

@@ -1,6 +1,6 @@
 """Needles in haystacks: how many of the needles that dense attention finds does sparse attention find too?
 
-`lab.corpus.needles` makes the needles; this module asks for them and counts.
+`lab.corpus.needles` makes the needles; this module asks for them in this process (`lab.probe`) and counts.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from lab.evaluate.client import Client, PartProgress, each
+from lab.evaluate.client import PartProgress
 from lab.evaluate.loss import settings
 from lab.evaluate.material import AskedNeedle
 from lab.evaluate.statistics import Interval, wilson
-from lab.evaluate.verdict import RETENTION_BARS, Verdict, at_least
+from lab.evaluate.verdict import KEPT_BAR, Verdict, at_least
+from lab.probe import Probe
 
 ANSWER_TOKENS = 32
 
@@ -47,43 +48,46 @@ class NeedlesResult(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         skipped: number of needles that are too long for the model's context.
-        accuracy: setting -> context or "all" -> share of needles found.
+        accuracy: setting -> context or "all" -> share of needles found; sparse is asked for those that dense finds.
         retention: top_k -> share that sparse finds of the needles that dense finds.
-        gained: top_k -> share that sparse finds of the needles that dense does not find.
     """
 
     needles: list[Found]
     skipped: int
     accuracy: dict[str, dict[str, Share]]
     retention: dict[str, Share]
-    gained: dict[str, Share]
 
 
-async def measure(
-    client: Client,
-    needles: Sequence[AskedNeedle],
-    index_top_ks: Sequence[int],
-    concurrency: int,
-    progress: PartProgress,
-) -> NeedlesResult:
-    """Ask for every needle dense and at each top_k, greedily."""
-    asked = [needle for needle in needles if len(needle.ids) + ANSWER_TOKENS <= client.max_model_len]
+def measure(
+    probe: Probe, asked: Sequence[AskedNeedle], index_top_ks: Sequence[int], ends: frozenset[int],
+    decode: Callable[[Sequence[int]], str], progress: PartProgress,
+) -> NeedlesResult:  # fmt: skip
+    """Ask for every needle dense, and at each top_k for those that dense finds; the others count as not found."""
+    fitting = [n for n in asked if len(n.ids) + ANSWER_TOKENS <= probe.max_positions]
+    texts: list[dict[str, str]] = [{} for _ in fitting]
 
-    async def one(needle: AskedNeedle) -> Found:
-        answers = {}
-        for setting in settings(index_top_ks):
-            answers[str(setting)] = (await client.complete(needle.ids, setting, ANSWER_TOKENS)).text
-        row = needle.row
-        return Found(
-            context=row.context,
-            depth=row.depth,
-            phrasing=row.phrasing,
-            value=row.value,
-            answers=answers,
-            right={setting: is_right(text, row.value) for setting, text in answers.items()},
+    def ask(which: Sequence[int], setting: str, k: int | None) -> None:
+        for group in probe.groups([len(fitting[i].ids) + ANSWER_TOKENS for i in which]):
+            chosen = [which[i] for i in group]
+            slots = probe.read([fitting[i].ids for i in chosen], ANSWER_TOKENS, k)
+            for i, reply in zip(chosen, probe.answer(slots, ANSWER_TOKENS, ends), strict=True):
+                texts[i][setting] = decode(reply.token_ids)
+
+    progress(0, 1 + len(index_top_ks))
+    ask(range(len(fitting)), "dense", None)
+    kept = [i for i, n in enumerate(fitting) if is_right(texts[i]["dense"], n.row.value)]
+    for done, k in enumerate(index_top_ks, 1):
+        progress(done, 1 + len(index_top_ks))
+        ask(kept, str(k), k)
+    names = [str(setting) for setting in settings(index_top_ks)]
+    found = [
+        Found(
+            context=n.row.context, depth=n.row.depth, phrasing=n.row.phrasing, value=n.row.value, answers=own,
+            right={s: s in own and is_right(own[s], n.row.value) for s in names},
         )
-
-    return summarise(await each(asked, one, concurrency, progress), index_top_ks, len(needles) - len(asked))
+        for n, own in zip(fitting, texts, strict=True)
+    ]  # fmt: skip
+    return summarise(found, index_top_ks, len(asked) - len(fitting))
 
 
 def is_right(answer: str, value: str) -> bool:
@@ -105,9 +109,6 @@ def summarise(found: list[Found], index_top_ks: Sequence[int], skipped: int = 0)
         skipped=skipped,
         accuracy=accuracy,
         retention={str(k): _share(found, str(k), lambda needle: needle.right["dense"]) for k in index_top_ks},
-        gained={
-            str(k): _share(found, str(k), lambda needle: not needle.right["dense"]) for k in index_top_ks
-        },
     )
 
 
@@ -127,10 +128,9 @@ def grid(found: Sequence[Found], setting: str) -> dict[tuple[float, int], Share]
     }  # fmt: skip
 
 
-def verdicts(result: NeedlesResult) -> list[Verdict]:
-    """Judge each top_k that has a bar."""
-    return [
-        at_least(f"needles kept of dense's, top_k {k}", share.value, RETENTION_BARS[int(k)])
-        for k, share in result.retention.items()
-        if int(k) in RETENTION_BARS
-    ]
+def verdicts(result: NeedlesResult, index_top_k: int) -> list[Verdict]:
+    """Judge the setting that serving uses by default."""
+    share = result.retention.get(str(index_top_k))
+    if share is None:
+        return []
+    return [at_least(f"needles kept of dense's, top_k {index_top_k}", share.value, KEPT_BAR)]

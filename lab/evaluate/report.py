@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from lab.evaluate.agreement import AgreementResult, Group
 from lab.evaluate.equality import EqualityResult
+from lab.evaluate.faithful import FaithfulResult, FaithfulRow
 from lab.evaluate.loss import LossResult, LossRow
 from lab.evaluate.needles import NeedlesResult, Share, grid
 from lab.evaluate.results import EvalResults, RecallResult
+from lab.evaluate.statistics import Interval
 from lab.evaluate.verdict import Verdict
 
 _COLOURS = {
@@ -31,12 +32,12 @@ def show(console: Console, results: EvalResults, index_top_ks: Sequence[int]) ->
 
 def tables(results: EvalResults, index_top_ks: Sequence[int]) -> Iterator[RenderableType]:
     """Make the tables of all parts that are done."""
-    if results.loss is not None:
-        yield loss_table(results.loss, index_top_ks)
+    if results.faithful is not None:
+        yield from faithful_tables(results.faithful)
     if results.needles is not None:
         yield from needle_tables(results.needles)
-    if results.agreement is not None:
-        yield agreement_table(results.agreement)
+    if results.loss is not None:
+        yield loss_table(results.loss, index_top_ks)
     if results.equality is not None:
         yield equality_table(results.equality, index_top_ks)
     if results.recall is not None:
@@ -104,7 +105,7 @@ def needle_tables(result: NeedlesResult) -> Iterator[Table]:
     kept = _table(
         "needles, dense against sparse",
         "top_k",
-        ["dense finds", "sparse finds", "kept of dense's", "found beyond"],
+        ["dense finds", "kept of dense's"],
     )
     for k in result.retention:
         retention, interval = result.retention[k], result.retention[k].interval
@@ -112,9 +113,7 @@ def needle_tables(result: NeedlesResult) -> Iterator[Table]:
         kept.add_row(
             k,
             _both(result.accuracy["dense"]["all"]),
-            _both(result.accuracy[k]["all"]),
             _both(retention) + between,
-            _both(result.gained[k]),
         )
     yield kept
 
@@ -131,29 +130,50 @@ def _both(share: Share) -> str:
     return f"{share.right} of {share.of}" + ("" if share.value is None else f" = {share.value:.1%}")
 
 
-def agreement_table(result: AgreementResult) -> Table:
-    """Make the table of free and forced agreement with dense. Its first row is the agreement of dense with itself."""
-    table = _table(
-        f"greedy answers of up to {result.answer_tokens} tokens, compared with dense",
-        "attention",
-        ["prompts", "same answer", "parts at token (median)", "same best token, forced"],
-    )
-    table.add_row("dense again (the floor)", *_agreement(result.groups["dense"]["all"]))
-    for k in (name for name in result.groups if name != "dense"):
-        for name, text in (("longer", f"longer than {k}"), ("within", f"within {k}")):
-            table.add_row(f"sparse {k}, {text}", *_agreement(result.groups[k][name]))
-    notes = ["longer: prompt and answer together; what is within top_k agrees but for rounding"]
+def faithful_tables(result: FaithfulResult) -> Iterator[Table]:
+    """Make two tables: forced agreement and KL by kind and length, and what free answers are like."""
+    settings = [name for name in result.rows if name != "dense"]
+    columns = ["prompts", "tokens", "dense again", *(f"sparse {k}" for k in settings)]
+    table = _table(f"dense's greedy answers read again ({result.device}, {result.dtype})", "prompts", columns)
+    for name, dense in result.rows["dense"].items():
+        style = "bold" if name == "all" else None
+        cells = [_forced(result.rows[k][name]) for k in settings]
+        table.add_row(
+            name, f"{dense.prompts}", f"{dense.tokens:,}", f"{dense.agreement:.1%}", *cells, style=style
+        )
+    notes = ["same likeliest token as dense [95 % of resampled prompts], KL in nats a token"]
     if result.skipped:
         notes.append(f"{result.skipped} prompts leave no room for an answer and were not asked")
     table.caption = "; ".join(notes)
-    return table
+    yield table
+    free = _table(
+        f"free greedy answers of up to {result.answer_tokens} tokens",
+        "attention",
+        ["mean tokens", "to dense's", "clipped", "not ended", "repeat at the end"],
+    )
+    for name, rows in result.rows.items():
+        row = rows["all"]
+        ratio = f"{row.length_ratio:.3f}{_between(row.length_interval)}"
+        free.add_row(
+            name,
+            f"{row.length:.1f}",
+            ratio,
+            *(_both(Share(right=n, of=row.prompts)) for n in (row.clipped, row.unended, row.repeats)),
+        )
+    free.caption = "clipped: the model ended the answer within a sentence; not ended: it reached the limit"
+    yield free
 
 
-def _agreement(group: Group) -> tuple[str, str, str, str]:
-    same = Share(right=group.same, of=group.prompts)
-    forced = Share(right=group.forced, of=group.tokens)
-    parted = "-" if group.median_parted is None else f"{group.median_parted:g}"
-    return f"{group.prompts}", _both(same), parted, _both(forced)
+def _forced(row: FaithfulRow) -> str:
+    return f"{row.agreement:.1%}{_between(row.agreement_interval, percent=True)}, {row.kl:.4f}"
+
+
+def _between(interval: Interval | None, *, percent: bool = False) -> str:
+    if interval is None:
+        return ""
+    kind = ".1%" if percent else ".3f"
+    # Square brackets are markup to rich.
+    return f" \\[{interval.low:{kind}}, {interval.high:{kind}}]"
 
 
 def equality_table(result: EqualityResult, index_top_ks: Sequence[int]) -> Table:

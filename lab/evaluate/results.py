@@ -10,14 +10,16 @@ from typing import Any
 import msgspec
 
 from lab.corpus.manifest import sha256
-from lab.evaluate.agreement import AgreementResult
 from lab.evaluate.equality import EqualityResult
+from lab.evaluate.faithful import FaithfulResult
 from lab.evaluate.loss import LossResult
 from lab.evaluate.needles import NeedlesResult
 from lab.evaluate.verdict import Verdict
 
 FILE_NAME = "eval.json"
-PARTS = ("loss", "needles", "agreement", "equality", "recall")
+PARTS = ("faithful", "needles", "loss", "equality", "recall")
+IN_PROCESS = ("faithful", "needles", "loss")
+"""Parts that ask the model in this process; equality asks a server."""
 _BEGINNING = 1 << 20
 
 
@@ -64,10 +66,11 @@ class EvalResults(msgspec.Struct, kw_only=True):
     settings: dict[str, Any]
     environment: dict[str, Any]
     seconds: dict[str, float] = {}
+    default_top_k: int | None = None  # the overlay's: most bars are for it
     verdicts: list[Verdict] = []
-    loss: LossResult | None = None
+    faithful: FaithfulResult | None = None
     needles: NeedlesResult | None = None
-    agreement: AgreementResult | None = None
+    loss: LossResult | None = None
     equality: EqualityResult | None = None
     recall: RecallResult | None = None
 

@@ -14,18 +14,22 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
+from engine.step.build import resolve_device
 from lab.corpus.manifest import sha256
-from lab.evaluate import agreement, equality, loss, needles
-from lab.evaluate.client import Client, EvaluationError, PartProgress, connect
+from lab.evaluate import equality, faithful, loss, needles
+from lab.evaluate.client import EvaluationError, PartProgress, connect
 from lab.evaluate.local_server import serving
 from lab.evaluate.material import Material
 from lab.evaluate.report import show
-from lab.evaluate.results import PARTS, EvalResults, RecallResult, fingerprint, load
-from server.chat import load_chat_format
+from lab.evaluate.results import IN_PROCESS, PARTS, EvalResults, RecallResult, fingerprint, load
+from lab.probe import Probe
+from server.chat import encode_chat, load_chat_format
 from server.hub.models import ModelFiles
 from server.hub.stages import Stages
 from server.text.loading import load_tokenizer
 
+CACHE_BYTES = {"cuda": 8 << 30, "cpu": 1 << 30}
+"""The cache of the model in this process: how many prompts are read side by side."""
 QUIET_SECONDS = 30.0
 """The time between two lines of progress, if the output is not a terminal."""
 
@@ -37,14 +41,14 @@ class EvalPlan(msgspec.Struct, frozen=True, kw_only=True):
         files: the model's files.
         corpus: the folder of questions.
         out: the folder of results.
-        url: a running server; None starts one.
+        url: a running server for equality; None starts one.
         index_top_k: the values to compare with dense.
-        answer_top_k: the values of `index_top_k` to use for needles and agreement, which take longest.
+        answer_top_k: the values of `index_top_k` to use for answers and needles, which take longest.
         only: parts to measure, even if they are done; None measures the parts that are not done.
         per_kind: held-out texts of each kind; None is all.
         limit: at most so many texts of each kind, needles and prompts; for a quick look.
-        concurrency: requests at a time.
-        device, dtype: for the server and for recall.
+        device, dtype: for all parts.
+        threads: CPU threads; None: torch's number.
         server_flags: more flags of `dsa serve`.
     """
 
@@ -57,9 +61,9 @@ class EvalPlan(msgspec.Struct, frozen=True, kw_only=True):
     only: tuple[str, ...] | None
     per_kind: int | None
     limit: int | None
-    concurrency: int
     device: str
     dtype: str
+    threads: int | None
     server_flags: tuple[str, ...]
 
     @property
@@ -83,7 +87,7 @@ def evaluate(plan: EvalPlan, console: Console) -> EvalResults:
         raise EvaluationError(
             "matplotlib is not installed; the pictures need it: pip install 'dsa-serve[train]'"
         ) from None
-    if plan.files.overlay is None and plan.url is None:
+    if plan.files.overlay is None:
         raise EvaluationError(
             f"{plan.files.name} has no indexer, so there is nothing to compare with dense; give one with --overlay"
         )
@@ -95,10 +99,12 @@ def evaluate(plan: EvalPlan, console: Console) -> EvalResults:
     if not todo:
         console.print(f"{plan.out} has every part of these settings already; another folder measures anew")
     results.environment |= _environment()
-    asked = [part for part in PARTS if part in todo and part != "recall"]
-    if asked:
+    here = [part for part in IN_PROCESS if part in todo]
+    if here:
+        _measure_here(plan, material, here, results)
+    if "equality" in todo:
         with _server(plan) as url:
-            asyncio.run(_ask(plan, url, material, asked, results))
+            asyncio.run(_ask(plan, url, material, results))
     if "recall" in todo:
         _timed(results, "recall", lambda: _recall(plan, results))
         results.save(plan.out)
@@ -113,62 +119,84 @@ def _server(plan: EvalPlan) -> AbstractContextManager[str]:
     if plan.url is not None:
         return nullcontext(plan.url)
     flags = [str(plan.files.weights), "--overlay", str(plan.files.overlay)]
+    if plan.threads is not None:
+        flags += ["--threads", str(plan.threads)]
     return serving([*flags, "--device", plan.device, "--dtype", plan.dtype, *plan.server_flags])
 
 
-async def _ask(
-    plan: EvalPlan, url: str, material: Material, parts: Sequence[str], results: EvalResults
-) -> None:
-    index_top_ks, many = plan.index_top_k, plan.concurrency
-    async with connect(url, many) as client:
-        _check(client, plan)
-        results.environment["server"] = client.info
+def _measure_here(plan: EvalPlan, material: Material, parts: Sequence[str], results: EvalResults) -> None:
+    """Measure the parts that ask the model in this process; save each."""
+    with Stages(quiet_seconds=QUIET_SECONDS) as stages:
+        stages("loading the model", 0, 1)
+        memory = CACHE_BYTES["cuda" if resolve_device(plan.device).type == "cuda" else "cpu"]
+        probe = Probe(
+            plan.files.weights, plan.files.overlay, device=plan.device, dtype=plan.dtype, kv_cache_bytes=memory,
+            threads=plan.threads,
+        )  # fmt: skip
+        _check(probe.max_positions, plan)
+        text = load_tokenizer(plan.files.weights)
+        ends = frozenset(text.eos_token_ids)
+
+        def decode(ids: Sequence[int]) -> str:
+            return text.decode(list(ids))
+
         for part in parts:
-            began = time.monotonic()
-            with Stages(quiet_seconds=QUIET_SECONDS) as stages:
-                progress = _progress(stages, part)
-                if part == "loss":
-                    texts = material.held_out(2 * loss.BEYOND, plan.texts_per_kind)
-                    if not texts or client.max_model_len <= 2 * loss.BEYOND:
-                        raise EvaluationError(
-                            f"loss takes held-out texts, and a context, of {2 * loss.BEYOND} tokens and more; "
-                            "leave it out with --only"
-                        )
-                    results.loss = await loss.measure(client, texts, index_top_ks, many, progress)
-                elif part == "needles":
-                    asked = material.needles(plan.limit)
-                    results.needles = await needles.measure(client, asked, plan.answer_top_k, many, progress)
-                elif part == "agreement":
-                    text, chat = load_tokenizer(plan.files.weights), load_chat_format(plan.files.weights)
-                    prompts = material.prompts(plan.limit)
-                    results.agreement = await agreement.measure(
-                        client, prompts, text, chat, plan.answer_top_k, many, progress
+            began, progress = time.monotonic(), _progress(stages, part)
+            if part == "faithful":
+                chat = load_chat_format(plan.files.weights)
+                asked = [
+                    (prompt, encode_chat(chat, text, [msgspec.to_builtins(m) for m in prompt.messages]))
+                    for prompt in material.long_prompts(plan.limit)
+                ]
+                results.faithful = faithful.measure(probe, asked, plan.answer_top_k, ends, decode, progress)
+            elif part == "needles":
+                rows = material.needles(plan.limit)
+                results.needles = needles.measure(probe, rows, plan.answer_top_k, ends, decode, progress)
+            else:
+                texts = material.held_out(2 * loss.BEYOND, plan.texts_per_kind)
+                if not texts or probe.max_positions <= 2 * loss.BEYOND:
+                    raise EvaluationError(
+                        f"loss takes held-out texts, and a context, of {2 * loss.BEYOND} tokens and more; "
+                        "leave it out with --only"
                     )
-                else:
-                    texts = material.held_out(1, 4)
-                    cases = min(equality.CASES, plan.limit or equality.CASES)
-                    results.equality = await equality.measure(
-                        client, texts, index_top_ks, progress, cases=cases
-                    )
+                results.loss = loss.measure(probe, texts, plan.index_top_k, progress)
             results.seconds[part] = time.monotonic() - began
-            results.environment["requests_sent_again"] = client.repeated
-            _judge(results, index_top_ks)
+            results.default_top_k = None if probe.indexer is None else probe.indexer.default_index_top_k
+            _judge(results, plan.index_top_k)
             results.save(plan.out)
 
 
-def _check(client: Client, plan: EvalPlan) -> None:
-    """Check that the server can do what the plan asks for.
+async def _ask(plan: EvalPlan, url: str, material: Material, results: EvalResults) -> None:
+    """Measure equality: ask the server."""
+    async with connect(url, 1) as client:
+        _check(client.max_model_len, plan)
+        if client.info.get("indexer") == "none":
+            raise EvaluationError(
+                "the server's model has no trained indexer, so all its answers are dense; serve one with --overlay"
+            )
+        results.environment["server"] = client.info
+        began = time.monotonic()
+        with Stages(quiet_seconds=QUIET_SECONDS) as stages:
+            texts = material.held_out(1, 4)
+            cases = min(equality.CASES, plan.limit or equality.CASES)
+            results.equality = await equality.measure(
+                client, texts, plan.index_top_k, _progress(stages, "equality"), cases=cases
+            )
+        results.seconds["equality"] = time.monotonic() - began
+        results.environment["requests_sent_again"] = client.repeated
+        _judge(results, plan.index_top_k)
+        results.save(plan.out)
+
+
+def _check(max_positions: int, plan: EvalPlan) -> None:
+    """Check that the model has room for what the plan asks for.
 
     Raises:
-        EvaluationError: it cannot.
+        EvaluationError: it has not.
     """
-    if max(plan.index_top_k) > client.max_model_len:
+    if max(plan.index_top_k) > max_positions:
         raise EvaluationError(
-            f"--top-k asks for {max(plan.index_top_k)}, but the model's context is {client.max_model_len} tokens"
-        )
-    if client.info.get("indexer") == "none":
-        raise EvaluationError(
-            "the server's model has no trained indexer, so all its answers are dense; serve one with --overlay"
+            f"--top-k asks for {max(plan.index_top_k)}, but the model's context is {max_positions} tokens"
         )
 
 
@@ -196,11 +224,13 @@ def _timed(results: EvalResults, part: str, work: Callable[[], None]) -> None:
 
 
 def _judge(results: EvalResults, index_top_ks: Sequence[int]) -> None:
-    made = []
+    made, default = [], results.default_top_k or 0
+    if results.faithful is not None:
+        made += faithful.verdicts(results.faithful, default)
+    if results.needles is not None:
+        made += needles.verdicts(results.needles, default)
     if results.loss is not None:
         made += loss.verdicts(results.loss, index_top_ks)
-    if results.needles is not None:
-        made += needles.verdicts(results.needles)
     if results.equality is not None:
         made += equality.verdicts(results.equality, index_top_ks)
     results.verdicts = made
@@ -222,7 +252,7 @@ def _settings(plan: EvalPlan, material: Material) -> dict[str, Any]:
         "device": plan.device,
         "dtype": plan.dtype,
         "server_flags": list(plan.server_flags),
-        "concurrency": plan.concurrency,
+        "threads": plan.threads,
         "version": importlib.metadata.version("dsa-serve"),
     }
 

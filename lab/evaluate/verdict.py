@@ -10,8 +10,10 @@ Outcome = Literal["met", "met, and the aim", "missed", "nothing to measure"]
 
 LOSS_BARS: dict[int, tuple[float, float]] = {256: (0.05, 0.03), 512: (0.02, 0.01)}
 """top_k -> the largest loss above dense that passes, and the aim, both in nats a token."""
-RETENTION_BARS: dict[int, float] = {256: 0.98}
-"""top_k -> the share of the needles found by dense that sparse must find too."""
+AGREEMENT_BAR, KL_BAR, LENGTH_BAR, KEPT_BAR = 0.945, 0.013, 0.15, 0.98
+"""At the default top_k: the least share of dense's tokens that are also sparse's likeliest, the largest divergence from
+dense in nats a token, the largest relative difference of the mean answer length, and the least share of the needles found
+by dense that sparse must find too."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 from server.cli.options import become
 
 TOOLS = {
+    "doctor": ("lab.doctor", "Say what this machine has, which kernels pass here, how fast it is, and what is missing."),
     "inspect": ("lab.inspect", "Say what a model is and needs, without loading it."),
     "bench": ("lab.bench", "Measure speed, of this server or of several side by side."),
     "calibrate": ("lab.calibrate", "Measure what steps cost on this machine, for dsa serve --cost-calibration."),

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lab.corpus.chatml import ChatML
-from lab.corpus.manifest import FILE_NAME, Manifest, SequenceInfo, SplitInfo, sha256
+from lab.corpus.manifest import FILE_NAME, LONG_PROMPTS, Manifest, SequenceInfo, SplitInfo, sha256
 from lab.corpus.needles import make_needles
 from lab.evaluate.__main__ import app
 from server.text.tokenizer import Tokenizer
@@ -48,14 +48,14 @@ def corpus(folder: Path, tokenizer: Tokenizer) -> Path:
     np.save(folder / "needles.npy", np.concatenate([np.array(needle.ids, np.uint16) for needle in needles]))
     (folder / "needles.json").write_bytes(msgspec.json.encode(rows))
     prompts = [
-        {"kind": "chat", "source": "here", "tokens": 20, "messages": [{"role": "user", "content": question}]}
-        for question in ("What is the capital of France?", "Name three colours.")
+        {"kind": "code", "source": "here", "tokens": 500, "messages": [{"role": "user", "content": content}]}
+        for content in (inspect.getsource(json)[:2000], inspect.getsource(inspect)[:2500])
     ]
-    (folder / "prompts.heldout.json").write_bytes(msgspec.json.encode(prompts))
+    (folder / LONG_PROMPTS).write_bytes(msgspec.json.encode(prompts))
     manifest = Manifest(
         version=1, seed=0, target_tokens=0, separator=chat.separator, removed={}, sources=(),
         splits={"heldout": split},
-        files={name: sha256(folder / name) for name in ("needles.npy", "needles.json", "prompts.heldout.json")},
+        files={name: sha256(folder / name) for name in ("needles.npy", "needles.json", LONG_PROMPTS)},
     )  # fmt: skip
     (folder / FILE_NAME).write_bytes(msgspec.json.encode(manifest))
     return folder
@@ -89,8 +89,10 @@ def test_the_whole_evaluation(server: Server, tokenizer: Tokenizer, tmp_path: Pa
     assert abs(rows["256"]["code"]["above_dense"]) < 0.3
     assert rows["256"]["code"]["above_dense"] != 0  # the two runs used different settings
     assert [needle["context"] for needle in found["needles"]["needles"]] == [600, 600]
-    assert all(set(needle["answers"]) == {"dense", "256"} for needle in found["needles"]["needles"])
-    assert len(found["agreement"]["prompts"]) == 2
+    assert all("dense" in needle["answers"] for needle in found["needles"]["needles"])
+    assert len(found["faithful"]["prompts"]) == 2
+    assert 0.5 < found["faithful"]["rows"]["256"]["all"]["agreement"] <= 1
+    assert found["faithful"]["rows"]["dense"]["all"]["agreement"] > 0.95
     assert all(v["outcome"] == "met" for v in found["verdicts"] if "short" in v["what"].lower())
     recall = found["recall"]["top_k"]["256"]
     assert 0 < recall["window"]["all"] < recall["indexer"]["all"] <= recall["oracle"]["all"] <= 1

@@ -26,7 +26,7 @@ from engine.plan.types import StepPlan, StepResult
 from engine.protocol import Delta, IndexerInfo, SamplingParams, Submit
 from engine.step.build import build
 from engine.step.core import EngineCore
-from engine.step.runner import Runner
+from engine.step.runner import AtOnce, Runner
 
 VOCAB = 97
 
@@ -179,7 +179,7 @@ class Lab:
         return Run(self, scheduler)
 
 
-class Run:
+class Run(AtOnce):
     """Requests through one scheduler, with the hidden state of every row ever computed."""
 
     def __init__(self, lab: Lab, scheduler: Scheduler) -> None:

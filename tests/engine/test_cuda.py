@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.kernels.reference.attention import ReferenceKernels
 from engine.kernels.torchops.attention import VectorisedKernels
 from engine.models.gqa.model import GqaModel
 from engine.plan.meter import Meter
 from engine.plan.scheduler import Scheduler
 from engine.protocol import SamplingParams, Submit
 from engine.step.build import Built, build
-from engine.step.core import EngineCore
-from tests.engine.kernels.test_attention import Case
+from engine.step.core import EngineCore, StepRunner
+from lab.doctor.tiles import (
+    CASES,
+    TOLERANCE,
+    HeadDims,
+    TileCase,
+    TileShape,
+    check_fp8,
+    check_latents,
+    check_tile,
+)
 from tests.engine.kit import VOCAB, Lab, base_of, random_overlay, tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 3, 0), (4, 1, 2, 1)])
-def test_kernels(shape: tuple[int, int, int, int]) -> None:
-    case, kernels, reference = Case(shape, torch.float32), VectorisedKernels(), ReferenceKernels()
-    cpu = (case.index_query, case.head_weights, case.keys, case.block_table, case.positions)
-    scores = kernels.index_scores(*(tensor.cuda() for tensor in cpu)).cpu()
-    torch.testing.assert_close(scores, reference.index_scores(*cpu), rtol=1e-4, atol=1e-4)
-    wanted = reference.select(case.scores, case.index_top_k)
-    selected = kernels.select(case.scores.cuda(), case.index_top_k.cuda()).cpu()
-    assert torch.equal(selected.sort(-1).values, wanted.sort(-1).values)
-    args = (case.query, case.kv, case.block_table, wanted)
-    query, kv, block_table, chosen = (tensor.cuda() for tensor in args)
-    out = kernels.attend_selected(query, kv, block_table, chosen, 0.3).cpu()
-    torch.testing.assert_close(out, reference.attend_selected(*args, 0.3), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("shape", "dims"), CASES)
+def test_kernels(dtype: torch.dtype, shape: TileShape, dims: HeadDims) -> None:
+    for check in (check_tile, check_latents, check_fp8):
+        check(VectorisedKernels(), TileCase(shape, dtype, dims), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("index_top_k", [None, 32])
@@ -57,19 +58,24 @@ def test_logits_equal_those_of_the_cpu(tmp_path: Path, index_top_k: int | None) 
 
 
 def generate(
-    built: Built, prompts: dict[str, list[int]], budget: int, **sampling: float
+    built: Built,
+    prompts: dict[str, list[int]],
+    budget: int,
+    pages: int | None = None,
+    runner: StepRunner | None = None,
+    **sampling: Any,
 ) -> dict[str, list[int]]:
     """What each prompt gets, all in company: sparse ones, and those named "dense" without a selection."""
     scheduler = Scheduler(
-        built.ready.capacity.num_pages,
+        pages or built.ready.capacity.num_pages,
         token_budget=budget,
         max_running=8,
         max_model_len=640,
         prefix_caching=False,
     )
-    core = EngineCore(scheduler, built.runner, Meter(built.costs), sparse=True)
+    core = EngineCore(scheduler, runner or built.ahead or built.runner, Meter(built.costs), sparse=True)
     for name, prompt in prompts.items():
-        params = SamplingParams(max_tokens=12, seed=len(prompt), **{"temperature": 0.0, **sampling})  # type: ignore[arg-type]
+        params = SamplingParams(max_tokens=12, seed=len(prompt), **{"temperature": 0.0, **sampling})
         top_k = None if name.startswith("dense") else 32
         core.submit(
             Submit(request_id=name, prompt_token_ids=tuple(prompt), sampling=params, index_top_k=top_k)
@@ -104,10 +110,17 @@ PROMPTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9}, {"frequency_penalty": 0.5}])
-def test_neither_graphs_nor_company_nor_chunks_change_a_token(
-    built: Built, sampling: dict[str, float]
-) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 0.7},
+        {"frequency_penalty": 0.5},
+        {"logprobs": 2},
+    ],
+)
+def test_neither_graphs_nor_company_nor_chunks_change_a_token(built: Built, sampling: dict[str, Any]) -> None:
     model = built.runner._model
     assert isinstance(model, GqaModel)
     assert model.device_step is not None
@@ -120,6 +133,8 @@ def test_neither_graphs_nor_company_nor_chunks_change_a_token(
     finally:
         model.device_step._graphs = graphs
     assert generate(built, PROMPTS, 16, **sampling) == together
+    assert generate(built, PROMPTS, 512, pages=6, **sampling) == together, "preempted"
+    assert generate(built, PROMPTS, 512, runner=built.runner, **sampling) == together, "step by step"
     for name, prompt in PROMPTS.items():
         assert generate(built, {name: prompt}, 512, **sampling)[name] == together[name]
 

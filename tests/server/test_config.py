@@ -82,7 +82,11 @@ def test_sizes_that_are_none(text: str) -> None:
         ({"top_k": "0"}, {}, r"^--top-k is '0'; expected"),
         ({"drain_seconds": -1}, {}, r"^--drain-seconds is -1; expected float >= 0"),
         ({"kv_cache_memory": "lots"}, {}, r"^kv_cache_memory is 'lots'; expected a size"),
-        ({"token_budget": 8}, {}, r"token_budget \(8\) must be at least max_running \(64\)"),
+        (
+            {"token_budget": 8, "max_running": 64},
+            {},
+            r"token_budget \(8\) must be at least max_running \(64\)",
+        ),
     ],
 )
 def test_a_bad_value_is_a_sentence(flags: dict[str, Any], environ: dict[str, str], sentence: str) -> None:

@@ -34,8 +34,13 @@ class Kernels(Fp8Kernels, Int8Kernels, LatentKernels, Protocol):
     integer_keys: bool
     fused: bool
 
-    def described(self, dtype: torch.dtype) -> str:
-        """Describe, for the engine's log, which code computes which operation of a model in `dtype`."""
+    def computed_by(self, operation: str, dtype: torch.dtype) -> str:
+        """Say, for the engine's log, which code computes an operation.
+
+        Args:
+            operation: its name in this interface, `index_scores` for example
+            dtype: of its operands
+        """
         ...
 
     def streams_latents(self, latent: torch.dtype, index: torch.dtype) -> bool:

@@ -6,7 +6,6 @@ import torch
 
 from engine.errors import ConfigError
 from engine.kernels import native
-from engine.kernels.interface.attention import Kernels
 from engine.kernels.native.attention import NativeAttention
 from engine.kernels.native.latent import NativeLatent
 
@@ -27,14 +26,12 @@ class NativeKernels(NativeAttention, NativeLatent):
             raise ConfigError(f"there are no native kernels here: {reason}; use the backend torch")
         native.set_threads(torch.get_num_threads())
 
-    def described(self, dtype: torch.dtype) -> str:
-        """Say which operations are compiled, and that torch computes the others."""
-        compiled = sorted(
-            name
-            for part in (NativeAttention, NativeLatent)
-            for name in vars(part)
-            if hasattr(Kernels, name) and not name.startswith("_")
-        )
+    def computed_by(self, operation: str, dtype: torch.dtype) -> str:
+        part = next((one for one in (NativeAttention, NativeLatent) if operation in vars(one)), None)
+        if part is None:
+            return "torch"
         if dtype is not torch.bfloat16:
-            return f"kernels: torch for attention, for the compiled ones are for bfloat16 and this model is {dtype}"
-        return f"kernels: compiled for {native.level()}: {', '.join(compiled)}; torch for the others"
+            return "torch (the compiled kernels are for bfloat16)"
+        if part is NativeLatent and not self.streams_latents(dtype, dtype):
+            return "torch (this processor does not multiply bfloat16)"
+        return f"compiled for {native.level()}"

@@ -20,8 +20,8 @@ class ReferenceKernels(ReferenceFp8, ReferenceInt8, ReferenceLatent, Composed):
     integer_keys = False
     fused = False
 
-    def described(self, dtype: torch.dtype) -> str:
-        return "kernels: plain torch, row by row, for every operation of attention"
+    def computed_by(self, operation: str, dtype: torch.dtype) -> str:
+        return "the reference"
 
     def streams_latents(self, latent: torch.dtype, index: torch.dtype) -> bool:
         return False

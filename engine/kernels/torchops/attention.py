@@ -24,8 +24,8 @@ class VectorisedKernels(VectorisedFp8, VectorisedInt8, VectorisedLatent, Compose
     integer_keys = False
     fused = False
 
-    def described(self, dtype: torch.dtype) -> str:
-        return "kernels: torch for every operation of attention"
+    def computed_by(self, operation: str, dtype: torch.dtype) -> str:
+        return "torch"
 
     def streams_latents(self, latent: torch.dtype, index: torch.dtype) -> bool:
         return False

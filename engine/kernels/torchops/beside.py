@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from engine.kernels.torchops.attention import VectorisedKernels
 
 
@@ -11,7 +9,3 @@ class BesideTriton(VectorisedKernels):
     """torch's operations; a model that sees this name computes its steps over rows where it can."""
 
     name = "triton"
-
-    def described(self, dtype: torch.dtype) -> str:
-        """Which models use what, the model's own sentence says."""
-        return "kernels: Triton over the rows of a step, torch where a model has no such step"

@@ -12,7 +12,8 @@ Three forms:
 - *decodes*, row by row, dense and sparse: a program is one row, one KV head and one split;
 - *dense rows of prompts*, block by block, as `Blocks` says: a program is up to `block_rows(G)` rows of one request at
   consecutive positions, which share what they read, one KV head and one split;
-- *sparse rows of prompts*, row by row, with longer splits, since there are many rows.
+- *sparse rows of prompts*: while their contexts are short, block by block like dense ones, through a mask
+  (`engine.kernels.triton.mask`); beyond, row by row, with longer splits, since there are many rows.
 
 What orders a row's sums is its own length and its form, and nothing else: its bits do not depend on what else is in the
 batch, on where a prompt's chunks and blocks begin, or on the widths of the batch's tensors. Forms may differ in the last
@@ -30,6 +31,8 @@ from torch import Tensor
 
 from engine.config import PAGE_SIZE
 from engine.errors import EngineError
+from engine.kernels.triton.kernel import kernel, overlap, turn
+from engine.kernels.triton.mask import is_masked
 from engine.kernels.triton.rows import Blocks, Rows
 
 _PAGE = tl.constexpr(PAGE_SIZE)
@@ -66,7 +69,7 @@ def block_rows(group: int) -> int:
 
 def attend(
     query: Tensor, kv_plane: Tensor, rows: Rows, selected: Tensor | None, scale: float, max_context: int,
-    blocks: Blocks | None = None,
+    blocks: Blocks | None = None, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of every row; 0 for padding.
 
@@ -79,6 +82,8 @@ def attend(
         scale: of the products
         max_context: no row's position reaches it
         blocks: of at most `block_rows(G)` rows, for prompts; none is right for decodes
+        mask: [T, words] int32, the selections of rows in blocks as `engine.kernels.triton.mask.masks` gives them; without
+            it all of these gather
 
     Returns:
         [T, Hkv, G, D] in the query's dtype
@@ -100,7 +105,7 @@ def attend(
     dense = min(MOST_SPLITS, triton.cdiv(max_context, ROW_SPLIT))
     width = 0 if selected is None else selected.shape[1]
     splits = max(dense, min(MOST_SPARSE_SPLITS, triton.cdiv(width, SPARSE_SPLIT)))
-    call = _Call(query, kv_plane, rows, selected, scale, out)
+    call = _Call(query, kv_plane, rows, selected, scale, out, None if selected is None else mask)
     if blocks is None:
         call.by_row(_ALL, None, count, splits)
         return out
@@ -122,9 +127,10 @@ class _Call:
     """One call's tensors, and its launches."""
 
     def __init__(
-        self, query: Tensor, kv_plane: Tensor, rows: Rows, selected: Tensor | None, scale: float, out: Tensor
-    ) -> None:
-        self._rows, self._selected, self._out = rows, selected, out
+        self, query: Tensor, kv_plane: Tensor, rows: Rows, selected: Tensor | None, scale: float, out: Tensor,
+        mask: Tensor | None,
+    ) -> None:  # fmt: skip
+        self._rows, self._selected, self._out, self._mask = rows, selected, out, mask
         self._scale = scale * _LOG2_E
         self._query, self._plane = query, kv_plane
         _, self._kv_heads, self._group, self._dim = query.shape
@@ -146,7 +152,8 @@ class _Call:
             rows.block_table.stride(0), 0 if selected is None else selected.stride(0), self._width, splits, size,
             HEADS=self._kv_heads, GROUP=self._group, D=self._dim, DIM=self._padded, KEYS=shape[0], SOURCE=source,
             SELECTED=selected is not None, KINDS=kinds, DENSE_SPLIT=ROW_SPLIT, CHOSEN_SPLIT=split,
-            num_warps=shape[1], num_stages=shape[2],
+            MASK=self._mask is not None,
+            num_warps=shape[1], num_stages=shape[2], **overlap(),
         )  # fmt: skip
         self._merge(source, listed, count, size, kinds, splits, split, parts, sums)
 
@@ -158,11 +165,12 @@ class _Call:
         shape = _block_shape(self._query.dtype, self._padded)
         _block_kernel[(count, self._kv_heads, splits)](
             self._query, self._plane, rows.block_table, rows.request, rows.positions, rows.index_top_k, blocks.table,
-            self._out, parts, sums, self._scale, self._query.stride(0), self._plane.stride(0), self._plane.stride(1),
-            rows.block_table.stride(0), splits, size,
+            blocks.table if self._mask is None else self._mask, self._out, parts, sums, self._scale, self._query.stride(0),
+            self._plane.stride(0), self._plane.stride(1), rows.block_table.stride(0),
+            0 if self._mask is None else self._mask.stride(0), splits, size,
             HEADS=self._kv_heads, GROUP=self._group, D=self._dim, DIM=self._padded, HEIGHT=BLOCK_PRODUCTS,
-            KEYS=shape[0], PAGE=PAGE_SIZE, SPARSE=self._selected is not None, DENSE_SPLIT=BLOCK_SPLIT,
-            num_warps=shape[1], num_stages=shape[2],
+            KEYS=shape[0], PAGE=PAGE_SIZE, SPARSE=self._selected is not None, MASK=self._mask is not None, DENSE_SPLIT=BLOCK_SPLIT,
+            num_warps=shape[1], num_stages=shape[2], **overlap(),
         )  # fmt: skip
         self._merge(_TABLE, blocks.table, count, size, _DENSE, splits, BLOCK_SPLIT, parts, sums)
 
@@ -193,7 +201,7 @@ class _Call:
             splits, self._width, size,
             HEADS=self._kv_heads * self._group, D=self._dim, DIM=self._padded, SOURCE=source,
             SELECTED=self._selected is not None, KINDS=kinds, DENSE_SPLIT=split if kinds == _DENSE else ROW_SPLIT,
-            CHOSEN_SPLIT=split, num_warps=2,
+            CHOSEN_SPLIT=split, MASK=self._mask is not None, num_warps=2, **overlap(),
         )  # fmt: skip
 
 
@@ -239,7 +247,7 @@ def _row_of(entry: tl.tensor, source: tl.tensor, size: tl.tensor, SOURCE: tl.con
 @triton.jit
 def _extent_of(
     t: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, width: tl.tensor, SELECTED: tl.constexpr,
-    KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr, CHOSEN_SPLIT: tl.constexpr,
+    KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr, CHOSEN_SPLIT: tl.constexpr, MASK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """How many positions a row attends to (0 for padding, -1 if it is not of these KINDS), its split, if it is sparse.
 
@@ -251,6 +259,8 @@ def _extent_of(
     if SELECTED:
         chosen = tl.load(index_top_k + t)
         sparse = chosen > 0
+        if MASK and KINDS == 1:
+            sparse = sparse & (is_masked(length - 1, chosen) == 0)  # a masked row is split as a dense one
         few = tl.minimum(tl.minimum(chosen, width), length)
         split = tl.where(sparse, _split_of(few, CHOSEN_SPLIT, _FEW), split)
         length = tl.where(sparse, few, length)
@@ -258,10 +268,12 @@ def _extent_of(
         length = tl.where(sparse & (length > 0), -1, length)
     if KINDS == 2:
         length = tl.where((sparse == 0) & (length > 0), -1, length)
+        if MASK:
+            length = tl.where(is_masked(tl.load(positions + t), tl.load(index_top_k + t)), -1, length)
     return length, split, sparse
 
 
-@triton.jit
+@kernel
 def _row_kernel(
     query: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor,
     index_top_k: tl.tensor, selected: tl.tensor, source: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor,
@@ -269,9 +281,10 @@ def _row_kernel(
     selected_row: tl.tensor, width: tl.tensor, splits: tl.tensor, size: tl.tensor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
     SOURCE: tl.constexpr, SELECTED: tl.constexpr, KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr,
-    CHOSEN_SPLIT: tl.constexpr,
+    CHOSEN_SPLIT: tl.constexpr, MASK: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row, one KV head, one split."""
+    turn(EARLY)
     entry = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
@@ -279,7 +292,7 @@ def _row_kernel(
     if t < 0:
         return
     length, split, sparse = _extent_of(
-        t, positions, index_top_k, width, SELECTED, KINDS, DENSE_SPLIT, CHOSEN_SPLIT
+        t, positions, index_top_k, width, SELECTED, KINDS, DENSE_SPLIT, CHOSEN_SPLIT, MASK
     )
     if length < 0:
         return
@@ -351,21 +364,22 @@ def _merged(
     return tl.sum(accs * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
 
 
-@triton.jit
+@kernel
 def _merge_kernel(
     parts: tl.tensor, sums: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, source: tl.tensor, out: tl.tensor,
     splits: tl.tensor, width: tl.tensor, size: tl.tensor,
     HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, SOURCE: tl.constexpr, SELECTED: tl.constexpr,
-    KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr, CHOSEN_SPLIT: tl.constexpr,
+    KINDS: tl.constexpr, DENSE_SPLIT: tl.constexpr, CHOSEN_SPLIT: tl.constexpr, MASK: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """One query head of one row that has more than one split."""
+    turn(EARLY)
     entry = tl.program_id(0)
     head = tl.program_id(1)
     t = _row_of(entry, source, size, SOURCE)
     if t < 0:
         return
     length, split, _ = _extent_of(
-        t, positions, index_top_k, width, SELECTED, KINDS, DENSE_SPLIT, CHOSEN_SPLIT
+        t, positions, index_top_k, width, SELECTED, KINDS, DENSE_SPLIT, CHOSEN_SPLIT, MASK
     )
     if length <= split:
         return
@@ -381,10 +395,12 @@ def _merge_kernel(
 
 @triton.jit
 def _block_step(
-    q: tl.tensor, plane: tl.tensor, pages: tl.tensor, start: tl.tensor, ends: tl.tensor, scale: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, top: tl.tensor,
+    q: tl.tensor, plane: tl.tensor, pages: tl.tensor, start: tl.tensor, ends: tl.tensor, bits: tl.tensor, sparse: tl.tensor, scale: tl.tensor, page_stride: tl.tensor,
+    token_stride: tl.tensor, top: tl.tensor,
     total: tl.tensor, acc: tl.tensor, D: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
+    MASK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """The keys from `start` on; MASKED where a row may end before their last."""
+    """The keys from `start` on; MASKED where a row may end before their last. MASK: of these what a row's bits say."""
     i = tl.arange(0, KEYS)
     d = tl.arange(0, DIM)
     page = tl.load(pages + start // PAGE).to(tl.int64)
@@ -395,8 +411,14 @@ def _block_step(
     # Before the scale, so that the rest is the same to the bit, fused operations too, whether masked or not.
     if MASKED:
         products = tl.where((start + i)[None, :] <= ends[:, None], products, float("-inf"))
+    if MASK:
+        word = bits + start // 32
+        own = tl.load(word, mask=sparse, other=-1)[:, None]
+        if KEYS > 32:
+            own = tl.where(i[None, :] < 32, own, tl.load(word + 1, mask=sparse, other=-1)[:, None])
+        products = tl.where(((own >> (i % 32)[None, :]) & 1) != 0, products, float("-inf"))
     highest = tl.maximum(top, tl.max(products, 1) * scale)
-    base = tl.where(highest == float("-inf"), 0.0, highest) if MASKED else highest
+    base = tl.where(highest == float("-inf"), 0.0, highest) if MASKED or MASK else highest
     weights = tl.exp2(products * scale - base[:, None])
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(weights, 1)
@@ -404,15 +426,17 @@ def _block_step(
     return highest, total, acc
 
 
-@triton.jit
+@kernel
 def _block_kernel(
     query: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor,
-    index_top_k: tl.tensor, table: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor,
-    scale: tl.tensor, query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, splits: tl.tensor, size: tl.tensor,
+    index_top_k: tl.tensor, table: tl.tensor, bits: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor,
+    scale: tl.tensor, query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, bits_row: tl.tensor, splits: tl.tensor, size: tl.tensor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, HEIGHT: tl.constexpr,
-    KEYS: tl.constexpr, PAGE: tl.constexpr, SPARSE: tl.constexpr, DENSE_SPLIT: tl.constexpr,
+    KEYS: tl.constexpr, PAGE: tl.constexpr, SPARSE: tl.constexpr, MASK: tl.constexpr, DENSE_SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The dense rows of one block, one KV head, one split. Line m of a product is row m // GROUP, head m % GROUP."""
+    """The dense rows of one block, and its masked ones, one KV head, one split. Line m of a product is row m // GROUP, head m % GROUP."""
+    turn(EARLY)
     # The last blocks of a prompt have most to do: they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
@@ -424,8 +448,14 @@ def _block_kernel(
     there = m < count * GROUP
     t = first + m // GROUP
     ends = tl.load(positions + t, mask=there, other=-1)
+    sparse = there
     if SPARSE:
-        there = there & ((tl.load(index_top_k + t, mask=there, other=0) <= 0) | (ends < 0))
+        chosen = tl.load(index_top_k + t, mask=there, other=0)
+        if MASK:
+            there = there & ((chosen <= 0) | (ends < 0) | is_masked(ends, chosen))
+            sparse = there & (chosen > 0)
+        else:
+            there = there & ((chosen <= 0) | (ends < 0))
         ends = tl.where(there, ends, -1)
     last = tl.max(ends, 0)
     split = _split_of(last + 1, DENSE_SPLIT, _MOST_BLOCK)
@@ -452,13 +482,13 @@ def _block_kernel(
         whole = begin + tl.maximum(tl.minimum(common, end) - begin, 0) // KEYS * KEYS
         for start in tl.range(begin, whole, KEYS):
             top, total, acc = _block_step(
-                q, mine, pages, start, ends, scale, page_stride, token_stride, top, total, acc, D, DIM, KEYS,
-                PAGE, False,
+                q, mine, pages, start, ends, bits + row * bits_row, sparse, scale, page_stride, token_stride, top, total, acc, D, DIM, KEYS,
+                PAGE, False, MASK,
             )  # fmt: skip
         for start in tl.range(whole, end, KEYS):
             top, total, acc = _block_step(
-                q, mine, pages, start, ends, scale, page_stride, token_stride, top, total, acc, D, DIM, KEYS,
-                PAGE, True,
+                q, mine, pages, start, ends, bits + row * bits_row, sparse, scale, page_stride, token_stride, top, total, acc, D, DIM, KEYS,
+                PAGE, True, MASK,
             )  # fmt: skip
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     single = there & (ends < split) & (part == 0)

@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.kernel import kernel
+from engine.kernels.triton.kernel import kernel, overlap, turn
 
 _BLOCK = 1024
 
@@ -24,15 +24,21 @@ def silu_times(product: Tensor) -> Tensor:
     out = torch.empty(rows, size, dtype=product.dtype, device=product.device)
     if rows:
         grid = (rows, -(-size // _BLOCK))
-        _silu_times[grid](product, out, product.stride(0), SIZE=size, BLOCK=_BLOCK, num_warps=4)
+        _silu_times[grid](product, out, product.stride(0), SIZE=size, BLOCK=_BLOCK, num_warps=4, **overlap())
     return out
 
 
 @kernel
 def _silu_times(
-    product: tl.tensor, out: tl.tensor, stride: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    product: tl.tensor,
+    out: tl.tensor,
+    stride: tl.tensor,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """A program a block of a row."""
+    turn(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.errors import EngineError
 from engine.kernels.interface.fp8 import ACTIVATION_FLOOR
-from engine.kernels.triton.kernel import block, kernel
+from engine.kernels.triton.kernel import block, kernel, overlap, turn
 from engine.memory.blocks import BLOCK, E4M3
 from engine.memory.layouts import Int8KeyLayout
 
@@ -31,7 +31,7 @@ _QUERIES = 8
 _PLAIN = tl.constexpr(0)
 _INT8 = tl.constexpr(1)
 _FP8 = tl.constexpr(2)
-_CODES: dict[KeyForm, int] = {"plain": 0, "int8": 1, "fp8": 2}
+CODES: dict[KeyForm, int] = {"plain": 0, "int8": 1, "fp8": 2}
 
 
 def store_keys(
@@ -67,16 +67,16 @@ def store_keys(
         EngineError: vectors of d numbers have no such form.
     """
     rows, dim = key.shape
-    _check(dim, form)
+    check_form(dim, form)
     if not rows:
         return
     cos, sin = rotation
     width = block(dim)
     _store_keys[(-(-rows // _KEYS),)](
-        key, weight, bias, cos, sin, positions, pages, offsets, plane, *_scale_part(plane, form),
+        key, weight, bias, cos, sin, positions, pages, offsets, plane, *scale_part(plane, form),
         rows, key.stride(0), plane.stride(0), plane.stride(1), eps, dim**-0.5, ACTIVATION_FLOOR,
-        DIM=dim, DIM_BLOCK=width, LOG_DIM=width.bit_length() - 1, HALF=cos.shape[1], INTERLEAVED=interleaved, FORM=_CODES[form], ROWS=_KEYS,
-        num_warps=4,
+        DIM=dim, DIM_BLOCK=width, LOG_DIM=width.bit_length() - 1, HALF=cos.shape[1], INTERLEAVED=interleaved, FORM=CODES[form], ROWS=_KEYS,
+        num_warps=4, **overlap(),
     )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def queries(
     """
     rows, heads = head_weights.shape
     dim = query.shape[1] // heads
-    _check(dim, form)
+    check_form(dim, form)
     dtype = {"plain": query.dtype, "int8": torch.int8, "fp8": torch.uint8}[form]
     out = torch.empty(rows, heads, dim, dtype=dtype, device=query.device)
     weights = torch.empty(rows, heads, dtype=torch.float32, device=query.device)
@@ -119,13 +119,14 @@ def queries(
         _queries[(-(-rows * heads // _QUERIES),)](
             query, head_weights, cos, sin, positions, out, weights,
             rows, query.stride(0), head_weights.stride(0), scale, dim**-0.5, ACTIVATION_FLOOR,
-            HEADS=heads, DIM=dim, DIM_BLOCK=width, LOG_DIM=width.bit_length() - 1, HALF=cos.shape[1], INTERLEAVED=interleaved, FORM=_CODES[form],
-            ROWS=_QUERIES, num_warps=4,
+            HEADS=heads, DIM=dim, DIM_BLOCK=width, LOG_DIM=width.bit_length() - 1, HALF=cos.shape[1], INTERLEAVED=interleaved, FORM=CODES[form],
+            ROWS=_QUERIES, num_warps=4, **overlap(),
         )  # fmt: skip
     return (out.view(E4M3) if form == "fp8" else out), weights
 
 
-def _check(dim: int, form: KeyForm) -> None:
+def check_form(dim: int, form: KeyForm) -> None:
+    """Raise an `EngineError` if vectors of `dim` numbers have no such form."""
     if form == "fp8" and (dim > BLOCK or dim < 4 or dim & (dim - 1)):
         raise EngineError(
             f"index vectors of {dim} numbers cannot be in FP8; a power of two from 4 to {BLOCK} can"
@@ -136,7 +137,7 @@ def _check(dim: int, form: KeyForm) -> None:
         )
 
 
-def _scale_part(plane: Tensor, form: KeyForm) -> tuple[Tensor, int]:
+def scale_part(plane: Tensor, form: KeyForm) -> tuple[Tensor, int]:
     """The plane as float32 numbers, where its scales are, and its page stride in those."""
     if form == "plain":
         return plane, 0
@@ -243,9 +244,46 @@ def _store_keys(
     INTERLEAVED: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """A program some rows."""
+    turn(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    store_some(
+        key, weight, bias, cos, sin, positions, pages, offsets, plane, scales, scale_page_stride, num_rows, row_stride, page_stride, slot_stride, eps, hadamard_scale, floor, DIM, DIM_BLOCK, LOG_DIM, HALF, INTERLEAVED, FORM, ROWS, row,
+    )  # fmt: skip
+
+
+@kernel
+def store_some(
+    key: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    positions: tl.tensor,
+    pages: tl.tensor,
+    offsets: tl.tensor,
+    plane: tl.tensor,
+    scales: tl.tensor,
+    scale_page_stride: tl.tensor,
+    num_rows: tl.tensor,
+    row_stride: tl.tensor,
+    page_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    eps: tl.tensor,
+    hadamard_scale: tl.tensor,
+    floor: tl.tensor,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    LOG_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    row: tl.tensor,
+) -> None:
+    """The keys of rows [ROWS, 1]."""
     dim = tl.arange(0, DIM_BLOCK)[None, :]
     position = tl.load(positions + row, mask=row < num_rows, other=-1).to(tl.int64)
     there = position >= 0
@@ -299,13 +337,46 @@ def _queries(
     INTERLEAVED: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """A program some vectors."""
+    turn(EARLY)
     vector = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    row = vector // HEADS
-    head = vector % HEADS
+    query_some(
+        query, head_weights, cos, sin, positions, out, weights, num_rows, row_stride, weight_stride, weight_scale, hadamard_scale, floor, HEADS, DIM, DIM_BLOCK, LOG_DIM, HALF, INTERLEAVED, FORM, ROWS, vector // HEADS, vector % HEADS,
+    )  # fmt: skip
+
+
+@kernel
+def query_some(
+    query: tl.tensor,
+    head_weights: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    positions: tl.tensor,
+    out: tl.tensor,
+    weights: tl.tensor,
+    num_rows: tl.tensor,
+    row_stride: tl.tensor,
+    weight_stride: tl.tensor,
+    weight_scale: tl.tensor,
+    hadamard_scale: tl.tensor,
+    floor: tl.tensor,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    LOG_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    row: tl.tensor,
+    head: tl.tensor,
+) -> None:
+    """The vectors of these rows and heads, [ROWS, 1]; a head beyond the last is none."""
+    vector = row * HEADS + head
     dim = tl.arange(0, DIM_BLOCK)[None, :]
-    position = tl.load(positions + row, mask=row < num_rows, other=-1).to(tl.int64)
+    position = tl.load(positions + row, mask=(row < num_rows) & (head < HEADS), other=-1).to(tl.int64)
     there = position >= 0
     mask = there & (dim < DIM)
     dtype = query.dtype.element_ty

@@ -1,88 +1,108 @@
 """The sparse adapter (`engine.layers.low_rank`): x A^T B^T, added to the rows that read a selection.
 
-One launch: each program makes the short product of its rows again, which costs less than a second launch and the way
-through memory. Rows come in blocks of 16 whatever their number, so a row's result does not depend on its company.
+A's rows stand below those of the weight that x is multiplied with anyway, so the short product s = x A^T is there already.
+What is left is s B^T. Of many rows it is a launch of its own; of few it is part of the kernel that reads the sum next.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.kernel import block, kernel
+from engine.kernels.triton.kernel import block, kernel, overlap, turn
 
 _ROWS = 16
 _OUTPUTS = 128
+_RANKS = tl.constexpr(8)  # at a time, row by row: what one read takes
 
 
-def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> None:
-    """y_t += (x_t A^T) B^T where rows[t], in place; other rows keep their bits.
+class Correction(NamedTuple):
+    """s B^T of the rows that it applies to.
 
-    Sums in float32 (of float32 numbers without TF32), rounded where torch's operations round: the short product, the
-    correction and y.
+    Attributes:
+        short: [T, r], a row's numbers contiguous
+        up: [out, r] contiguous, B
+        rows: [T] bool, or any integers, 0 where it does not apply
+    """
+
+    short: Tensor
+    up: Tensor
+    rows: Tensor
+
+
+def add_low_rank(y: Tensor, fix: Correction) -> None:
+    """y_t += s_t B^T where rows[t], in place; other rows keep their bits.
+
+    Sums in float32 (of float32 numbers without TF32), rounded where torch's operations round: the correction and y. Rows
+    come in blocks of 16 whatever their number, so a row's result does not depend on its company.
 
     Args:
         y: [T, out], a row's numbers contiguous
-        x: [T, in], likewise, of the same dtype
-        a: [r, in], r up to 256
-        b: [out, r]
-        rows: [T] bool, or any integers, 0 where it does not apply
+        fix: of the same dtype, r up to 256
     """
     if not len(y):
         return
-    outputs, inputs = y.shape[1], x.shape[1]
+    outputs, rank = fix.up.shape
     grid = (-(-len(y) // _ROWS), -(-outputs // _OUTPUTS))
     _add_low_rank[grid](
-        y, x, a, b, rows, len(y), y.stride(0), x.stride(0),
-        INPUTS=inputs, OUTPUTS=outputs, RANK=len(a), RANK_BLOCK=max(block(len(a)), 16),
-        ROW_BLOCK=_ROWS, OUT_BLOCK=_OUTPUTS, IN_BLOCK=min(max(block(inputs), 16), 128 if x.dtype.itemsize < 4 else 32), num_warps=4, num_stages=3,
+        y, fix.short, fix.up, fix.rows, len(y), y.stride(0), fix.short.stride(0),
+        OUTPUTS=outputs, RANK=rank, RANK_BLOCK=max(block(rank), 16), ROW_BLOCK=_ROWS, OUT_BLOCK=_OUTPUTS, num_warps=4, **overlap(),
     )  # fmt: skip
+
+
+@kernel
+def correction(
+    short: tl.tensor, up: tl.tensor, out: tl.tensor, mask: tl.tensor, RANK: tl.constexpr
+) -> tl.tensor:
+    """s B^T of one row at the outputs `out` [N]: float32 that the numbers' dtype holds."""
+    r = tl.arange(0, _RANKS)
+    change = tl.zeros(out.shape, tl.float32)
+    for start in tl.static_range(0, RANK, _RANKS):
+        there = start + r < RANK
+        own = tl.load(short + start + r, mask=there, other=0.0).to(tl.float32)
+        wide = tl.load(
+            up + out[:, None] * RANK + (start + r)[None, :], mask=mask[:, None] & there[None, :], other=0.0
+        )
+        change += tl.sum(wide.to(tl.float32) * own[None, :], 1)
+    return change.to(up.dtype.element_ty).to(tl.float32)
 
 
 @kernel
 def _add_low_rank(
     y: tl.tensor,
-    x: tl.tensor,
-    a: tl.tensor,
-    b: tl.tensor,
+    short: tl.tensor,
+    up: tl.tensor,
     flags: tl.tensor,
     num_rows: tl.tensor,
     y_stride: tl.tensor,
-    x_stride: tl.tensor,
-    INPUTS: tl.constexpr,
+    short_stride: tl.tensor,
     OUTPUTS: tl.constexpr,
     RANK: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     OUT_BLOCK: tl.constexpr,
-    IN_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """A program a block of rows and a block of outputs."""
+    turn(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     applies = tl.load(flags + row, mask=row < num_rows, other=0) != 0
     if tl.max(applies.to(tl.int32), 0) != 0:
         out = tl.program_id(1) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
         rank = tl.arange(0, RANK_BLOCK)
-        short = tl.zeros([ROW_BLOCK, RANK_BLOCK], dtype=tl.float32)
-        for start in range(0, INPUTS, IN_BLOCK):
-            into = start + tl.arange(0, IN_BLOCK)
-            own = tl.load(
-                x + row[:, None] * x_stride + into[None, :],
-                mask=applies[:, None] & (into < INPUTS)[None, :],
-                other=0.0,
-            )
-            down = tl.load(
-                a + rank[None, :] * INPUTS + into[:, None],
-                mask=(rank < RANK)[None, :] & (into < INPUTS)[:, None],
-                other=0.0,
-            )
-            short = tl.dot(own, down, short, input_precision="ieee")
-        up = tl.load(
-            b + out[None, :] * RANK + rank[:, None],
+        own = tl.load(
+            short + row[:, None] * short_stride + rank[None, :],
+            mask=applies[:, None] & (rank < RANK)[None, :],
+            other=0.0,
+        )
+        wide = tl.load(
+            up + out[None, :] * RANK + rank[:, None],
             mask=(rank < RANK)[:, None] & (out < OUTPUTS)[None, :],
             other=0.0,
         )
-        change = tl.dot(short.to(up.dtype), up, input_precision="ieee").to(up.dtype)
+        change = tl.dot(own, wide, input_precision="ieee").to(wide.dtype)
         place = y + row[:, None] * y_stride + out[None, :]
         mask = applies[:, None] & (out < OUTPUTS)[None, :]
         before = tl.load(place, mask=mask, other=0.0)

@@ -6,7 +6,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.kernel import block, kernel, warps
+from engine.kernels.triton.kernel import block, kernel, overlap, turn, warps
+from engine.kernels.triton.low_rank import Correction, correction
 
 
 def rotate_and_store(
@@ -20,6 +21,7 @@ def rotate_and_store(
     bias: Tensor | None = None,
     head_norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
+    fix: Correction | None = None,
 ) -> Tensor:
     """Queries of T rows, and their keys and values stored in the paged cache.
 
@@ -34,10 +36,11 @@ def rotate_and_store(
         offsets: [T] integers, likewise
         rotation: cos and sin [positions, n / 2] float32 of every position, n up to D (`RotaryTable.all`)
         plane: [pages, S, Hkv, 2, D], as `PagedCache.plane` gives it
-        bias: [(Hq + 2 Hkv) D], added first
+        bias: [(Hq + 2 Hkv) D], added next
         head_norms: weights [D] of an RMS norm of each query head and of each key head, before the rotation (Qwen3's,
             arXiv 2505.09388)
         eps: of those norms
+        fix: what is added to the product first, and rounded
 
     Returns:
         [T, Hkv, G = Hq / Hkv, D] in the dtype of product
@@ -53,12 +56,17 @@ def rotate_and_store(
     heads, width = block(group + 2), block(dim)
     _rotate_and_store[(len(product), kv_heads)](
         product, product if bias is None else bias, query_norm, key_norm, cos, sin, positions, pages, offsets,
-        plane, query, product.stride(0), plane.stride(0), plane.stride(1), eps,
+        plane, query, *correction_parts(fix, product), product.stride(0), plane.stride(0), plane.stride(1), eps,
         QUERY_HEADS=query_heads, KV_HEADS=kv_heads, DIM=dim, HALF=cos.shape[1],
         HEAD_BLOCK=heads, DIM_BLOCK=width, BIAS=bias is not None, NORMS=head_norms is not None,
-        num_warps=warps(heads * width),
+        RANK=0 if fix is None else fix.up.shape[1], num_warps=warps(heads * width) if fix is None else 4, **overlap(),
     )  # fmt: skip
     return query
+
+
+def correction_parts(fix: Correction | None, product: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """A correction's tensors and the distance of its rows; anything without one."""
+    return (product, product, product, 0) if fix is None else (*fix, fix.short.stride(0))
 
 
 @kernel
@@ -72,10 +80,15 @@ def _head(
     part: tl.tensor,
     mask: tl.tensor,
     eps: tl.tensor,
+    short: tl.tensor,
+    up: tl.tensor,
+    column: tl.tensor,
+    applies: tl.tensor,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BIAS: tl.constexpr,
     NORMS: tl.constexpr,
+    RANK: tl.constexpr,
 ) -> tl.tensor:
     """Numbers at `at` [heads, dims], with bias and norm, float32 that the product's dtype holds.
 
@@ -83,6 +96,12 @@ def _head(
     """
     dtype = product.dtype.element_ty
     own = tl.load(product + at, mask=mask, other=0.0).to(tl.float32)
+    if RANK:
+        if applies:
+            size: tl.constexpr = own.shape[0] * own.shape[1]
+            places = tl.reshape(column, (size,))
+            more = correction(short, up, places, tl.reshape(mask, (size,)), RANK)
+            own = (own + tl.reshape(more, own.shape)).to(dtype).to(tl.float32)
     if BIAS:
         own = (own + bias).to(dtype).to(tl.float32)
     if NORMS:
@@ -107,6 +126,10 @@ def _rotate_and_store(
     offsets: tl.tensor,
     plane: tl.tensor,
     query: tl.tensor,
+    short: tl.tensor,
+    up: tl.tensor,
+    flags: tl.tensor,
+    short_stride: tl.tensor,
     row_stride: tl.tensor,
     page_stride: tl.tensor,
     slot_stride: tl.tensor,
@@ -119,12 +142,57 @@ def _rotate_and_store(
     DIM_BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
     NORMS: tl.constexpr,
+    RANK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """A program a row and KV head: the query heads that share it, its key, its value."""
+    turn(EARLY)
+    rotate_one(
+        product, bias, query_norm, key_norm, cos, sin, positions, pages, offsets, plane, query, short, up, flags,
+        short_stride, row_stride, page_stride, slot_stride, eps, tl.program_id(0).to(tl.int64), tl.program_id(1),
+        QUERY_HEADS, KV_HEADS, DIM, HALF, HEAD_BLOCK, DIM_BLOCK, BIAS, NORMS, RANK,
+    )  # fmt: skip
+
+
+@kernel
+def rotate_one(
+    product: tl.tensor,
+    bias: tl.tensor,
+    query_norm: tl.tensor,
+    key_norm: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    positions: tl.tensor,
+    pages: tl.tensor,
+    offsets: tl.tensor,
+    plane: tl.tensor,
+    query: tl.tensor,
+    short: tl.tensor,
+    up: tl.tensor,
+    flags: tl.tensor,
+    short_stride: tl.tensor,
+    row_stride: tl.tensor,
+    page_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    eps: tl.tensor,
+    row: tl.tensor,
+    kv: tl.tensor,
+    QUERY_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORMS: tl.constexpr,
+    RANK: tl.constexpr,
+) -> None:
+    """One row and KV head."""
     GROUP: tl.constexpr = QUERY_HEADS // KV_HEADS
-    row = tl.program_id(0).to(tl.int64)
-    kv = tl.program_id(1)
     position = tl.load(positions + row).to(tl.int64)
+    applies = False
+    if RANK:
+        applies = tl.load(flags + row) != 0
     if position >= 0:
         part = tl.arange(0, HEAD_BLOCK)[:, None]
         dim = tl.arange(0, DIM_BLOCK)[None, :]
@@ -137,11 +205,14 @@ def _rotate_and_store(
             own_bias = tl.load(bias + head * DIM + dim, mask=mask, other=0.0).to(tl.float32)
             other_bias = tl.load(bias + head * DIM + partner, mask=mask, other=0.0).to(tl.float32)
         at = row * row_stride + head * DIM
+        own_short = short + row * short_stride
         own = _head(
-            product, own_bias, query_norm, key_norm, at + dim, dim, part, mask, eps, GROUP, DIM, BIAS, NORMS
-        )
+            product, own_bias, query_norm, key_norm, at + dim, dim, part, mask, eps, own_short, up, head * DIM + dim,
+            applies, GROUP, DIM, BIAS, NORMS, RANK,
+        )  # fmt: skip
         other = _head(
-            product, other_bias, query_norm, key_norm, at + partner, partner, part, mask, eps, GROUP, DIM, BIAS, NORMS
+            product, other_bias, query_norm, key_norm, at + partner, partner, part, mask, eps, own_short, up,
+            head * DIM + partner, applies, GROUP, DIM, BIAS, NORMS, RANK,
         )  # fmt: skip
         pair = tl.where(dim < HALF, dim, dim - HALF)
         turns = dim < 2 * HALF

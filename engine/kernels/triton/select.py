@@ -1,10 +1,15 @@
 """The exact top-k of each row in a total order: the higher score first, and of equal scores the later position.
 
-A score becomes an integer of 32 bits in the same order (-0 as +0), and the k-th largest of a stretch of a row is found by
-cutting the range of those integers in three and counting; what ties with it is decided by position. A longer row is cut
-into stretches whose winners meet in the next round, in the order of their positions, until one stretch is left. So the
-selected set is a function of the row alone, and comes in ascending order of position, so that whatever sums over it is
-one, too; and no row takes longer than another of its length by much, since nothing is guessed.
+A score becomes an integer of 32 bits in the same order (-0 as +0), and the k-th largest of what a program holds is found
+by cutting the range of those integers and counting; what ties with it is decided by position. The selected set is a
+function of the row alone, and comes in ascending order of position, so that whatever sums over it is one, too.
+
+Three forms:
+
+- *few rows*: a program holds a whole row of up to `WHOLE` scores;
+- *many rows, or long ones*: `engine.kernels.triton.candidates` reads a row once and decides among few;
+- *few rows longer still*: a row is cut into stretches whose winners meet in the next round, in the order of their
+  positions, until one stretch is left.
 """
 
 from __future__ import annotations
@@ -14,8 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.errors import EngineError
+from engine.kernels.triton.candidates import MOST_SELECTED, select_among, select_slowly
+from engine.kernels.triton.kernel import kernel, overlap, turn
+from engine.kernels.triton.order import LEAST, emit, fill, keys_of, store_cut, tie_cut, words_of
 from engine.kernels.triton.rows import Rows
+
+WHOLE = 16384
+"""Scores of a row that one program may hold."""
+
+MANY_ROWS = 264
+"""So many rows fill the device by themselves: two a multiprocessor."""
+
+LONGEST = 262144
+"""Scores of a row that one program may read piece by piece."""
 
 STRETCH = 8192
 """How many scores one program holds at least, if a row has so many."""
@@ -25,32 +41,58 @@ MANY = 256
 PIECE = 2048
 """Of a stretch: running counts need registers, and these bound how many programs run at once."""
 
-MOST_SELECTED = 8192
-"""The largest top_k."""
-
-_LEAST = tl.constexpr(-(2**31))
+_LEAST = tl.constexpr(LEAST)
 
 
-def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
+def select(scores: Tensor, rows: Rows, width: int, cuts: Tensor | None = None) -> Tensor:
     """Positions of the `index_top_k` best scores of each row; what lies beyond a row's end does not count.
 
     Args:
         scores: [T, C] float32; -inf is never selected
         rows: the batch; dense rows and padding select nothing
-        width: no row's index_top_k is above it
+        width: no row's index_top_k is above it; above `MOST_SELECTED` it is right, and slow
+        cuts: [T, 2] int32, filled where given: the cut of each row that selects, an integer in the order of the scores and
+            a position (`engine.kernels.triton.mask` reads it)
 
     Returns:
         [T, K = width] int32, ascending, -1 after a row's last
-
-    Raises:
-        EngineError: `width` is above `MOST_SELECTED`.
     """
-    if width > MOST_SELECTED:
-        raise EngineError(f"top_k is {width}; at most {MOST_SELECTED} can be selected on the GPU")
     count, context = scores.shape
     out = torch.empty(count, width, dtype=torch.int32, device=scores.device)
     if not count or not width:
         return out
+    if width > MOST_SELECTED:
+        select_slowly(scores, rows, out, cuts)
+    elif count < MANY_ROWS and context <= WHOLE:
+        _select_whole(scores, rows, out, cuts)
+    elif context <= LONGEST or count >= MANY_ROWS or cuts is not None:
+        select_among(scores, rows, out, cuts)
+    else:
+        _select_stretches(scores, rows, out)
+    return out
+
+
+def _select_whole(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) -> None:
+    """A program a row."""
+    (count, context), width = scores.shape, out.shape[1]
+    block = max(int(triton.next_power_of_2(context)), 128)
+    warps = whole_warps(block)
+    threads = 32 * warps
+    _whole_kernel[(count,)](
+        scores, rows.positions, rows.index_top_k, out, out if cuts is None else cuts, scores.stride(0), width, context, width,
+        BLOCK=block, CUTS=cuts is not None, GROUPS=min(threads, block // 4), BOUND=width <= min(threads, block // 4), num_warps=warps, **overlap(),
+    )  # fmt: skip
+
+
+def whole_warps(block: int) -> int:
+    """32 numbers a thread."""
+    return min(max(block // 1024, 1), 32)
+
+
+def _select_stretches(scores: Tensor, rows: Rows, out: Tensor) -> None:
+    """Rounds of stretches."""
+    count, context = scores.shape
+    width = out.shape[1]
     # A round leaves this many of each stretch, a multiple of what one read takes; twice as many come in.
     slots = -(-width // 64) * 64
     longest = max(STRETCH, int(triton.next_power_of_2(2 * slots)))
@@ -66,23 +108,75 @@ def select(scores: Tensor, rows: Rows, width: int) -> Tensor:
         _select_kernel[(count, stretches)](
             scores, winners if places is None else places, rows.positions, rows.index_top_k, winners, best,
             scores.stride(0), winners.stride(0), context, width if last else slots, width,
-            BLOCK=block, PIECE=min(block, PIECE) if count * stretches > MANY else block, TAIL=min(block, 1024), FIRST=places is None, LAST=last, num_warps=_warps(block),
+            BLOCK=block, PIECE=min(block, PIECE) if count * stretches > MANY else block, TAIL=min(block, 1024), FIRST=places is None, LAST=last, num_warps=whole_warps(block),
+            **overlap(),
         )  # fmt: skip
         if last:
-            return out
+            return
         scores, places, context = best, winners, winners.shape[1]
 
 
-def _warps(block: int) -> int:
-    """32 numbers a thread."""
-    return min(max(block // 1024, 1), 32)
-
-
-@triton.jit
-def _ordered(scores: tl.tensor) -> tl.tensor:
-    """float32 -> int32 in the same order; the lowest int32 of all is left over."""
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+@kernel
+def _whole_kernel(
+    scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, out: tl.tensor, cuts: tl.tensor,
+    scores_row: tl.tensor, out_row: tl.tensor, context: tl.tensor, width: tl.tensor,
+    BLOCK: tl.constexpr, CUTS: tl.constexpr, GROUPS: tl.constexpr, BOUND: tl.constexpr, EARLY: tl.constexpr,
+) -> None:  # fmt: skip
+    """The best of one row. BOUND: no row selects more than there are GROUPS."""
+    turn(EARLY)
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    # Not bounded by the row's end, which is still on its way.
+    values = tl.load(scores + t * scores_row + i, mask=i < context, other=float("-inf"))
+    k = tl.minimum(tl.load(index_top_k + t), width)
+    end = tl.minimum(tl.load(positions + t) + 1, context)
+    chosen = out + t * out_row
+    written = 0
+    if (end > 0) & (k > 0):
+        keys = keys_of(values, i, end)
+        # A group is what a thread holds, if the compiler lays it out so.
+        grouped = tl.reshape(keys, (BLOCK // (4 * GROUPS), GROUPS, 4))
+        most = tl.max(tl.max(grouped, 2), 0)
+        # Invariant: at least k keys are >= low, or all; fewer than k are > high. `least`, at most so many are >= low.
+        if BOUND:
+            # Each group has a key at or above the least of the groups' greatest.
+            bounds = tl.max(tl.join(~most, most), 0)
+            inverted, high = tl.split(bounds)
+            low = ~inverted
+        else:
+            high = tl.max(most, 0)
+            low = tl.full((), _LEAST, tl.int32)
+        least = end
+        while (least > k) & (low < high):
+            # Four cuts, a fifth of the range apart; the last numbers one by one.
+            fifth = ((high - low).to(tl.uint32, bitcast=True) // 5).to(tl.int32, bitcast=True)
+            lowest = low + fifth + 1
+            second = lowest + fifth
+            upmost = second + fifth
+            fourth = upmost + fifth
+            fourth = tl.where(fifth == 0, high, fourth)
+            lower = (grouped >= lowest).to(tl.int32) + ((grouped >= second).to(tl.int32) << 16)
+            upper = (grouped >= upmost).to(tl.int32) + ((grouped >= fourth).to(tl.int32) << 16)
+            counts = tl.sum(tl.join(tl.sum(tl.sum(lower, 2), 0), tl.sum(tl.sum(upper, 2), 0)), 0)
+            a, b = tl.split(counts)
+            one = a & 0xFFFF
+            two = (a >> 16) & 0xFFFF
+            three = b & 0xFFFF
+            four = (b >> 16) & 0xFFFF
+            high = tl.where(four >= k, high, tl.where(three >= k, fourth - 1, tl.where(two >= k, upmost - 1, tl.where(one >= k, second - 1, lowest - 1))))  # fmt: skip
+            low = tl.where(four >= k, fourth, tl.where(three >= k, upmost, tl.where(two >= k, second, tl.where(one >= k, lowest, low))))  # fmt: skip
+            least = tl.where(four >= k, four, tl.where(three >= k, three, tl.where(two >= k, two, tl.where(one >= k, one, least))))  # fmt: skip
+        first = tl.full((), 0, tl.int32)
+        if (least > k) & (low != _LEAST):
+            first = tie_cut(keys, low, i, end, k)
+        at = tl.reshape(i, (BLOCK // (4 * GROUPS), GROUPS, 4))
+        hit = (grouped != _LEAST) & ((grouped > low) | ((grouped == low) & (at >= first)))
+        words, ones, running, both = words_of(hit, BLOCK // (4 * GROUPS), GROUPS)
+        most, written = tl.split(both)
+        emit(chosen, k, words, running - ones, most, 0, chosen, BLOCK // 32, False)
+        if CUTS:
+            store_cut(cuts + 2 * t, low, first)
+    fill(chosen, written, width, 4 * GROUPS)
 
 
 @triton.jit
@@ -91,24 +185,20 @@ def _read(row: tl.tensor, i: tl.tensor, context: tl.tensor) -> tl.tensor:
     return tl.load(row + i, mask=i < context, other=float("-inf"))
 
 
-@triton.jit
-def _keys(scores: tl.tensor, i: tl.tensor, end: tl.tensor) -> tl.tensor:
-    """Integers in the order of the scores; the lowest of all for -inf and for what lies beyond the end."""
-    return tl.where((i < end) & (scores != float("-inf")), _ordered(scores), _LEAST)
-
-
-@triton.jit
+@kernel
 def _select_kernel(
     scores: tl.tensor, places: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, winners: tl.tensor,
     best: tl.tensor, scores_row: tl.tensor, winners_row: tl.tensor, context: tl.tensor, slots: tl.tensor,
     width: tl.tensor,
     BLOCK: tl.constexpr, PIECE: tl.constexpr, TAIL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """The best of one stretch of one row.
 
     FIRST: scores lie at their positions, and the row's end counts; else at `places` (laid out as the scores), and what is
     absent is -inf. LAST: only positions are written, then -1; else scores too, then -inf.
     """
+    turn(EARLY)
     t = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     chosen = winners + t * winners_row + tl.program_id(1) * slots
@@ -122,7 +212,7 @@ def _select_kernel(
     written = 0
     if (start < end) & (k > 0):
         i = start + tl.arange(0, BLOCK)
-        keys = _keys(_read(scores + t * scores_row, i, context), i, end)
+        keys = keys_of(_read(scores + t * scores_row, i, context), i, end)
         # Invariant: `least` keys are >= low, at least k of them or all; fewer than k are > high.
         low = tl.full((), _LEAST, tl.int32)
         high = tl.full((), 0x7FFFFFFF, tl.int32)
@@ -142,7 +232,7 @@ def _select_kernel(
         for piece in range(start, tl.minimum(start + BLOCK, end), PIECE):
             at = piece + tl.arange(0, PIECE)
             values = _read(scores + t * scores_row, at, context)
-            some = _keys(values, at, end)
+            some = keys_of(values, at, end)
             over = (some > low).to(tl.int32)
             tied = ((some == low) & (some != _LEAST)).to(tl.int32)
             both = (over << 16) + tied  # neither count exceeds 2^15

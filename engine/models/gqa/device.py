@@ -2,7 +2,8 @@
 
 The arithmetic is `GqaModel.forward`'s. What differs is order: biases of q, k and v come after the adapter, and index
 queries, index keys and head weights come out of the product that makes q, k and v, so that the head weights are rounded to
-the model's dtype. Products are torch's.
+the model's dtype. So do the adapter's short products, of which only the second half is left to do. Products
+are torch's, but for those of very few rows.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from torch import Tensor
 from engine.attention.batch import Batch
 from engine.attention.indexer import KEY_NORM_EPS, LightningIndexer
 from engine.kernels.triton import attention, scores
+from engine.kernels.triton.embed import embed
 from engine.kernels.triton.gate import silu_times
-from engine.kernels.triton.index_key import KeyForm, queries, store_keys
-from engine.kernels.triton.low_rank import add_low_rank
+from engine.kernels.triton.index_key import queries, store_keys
+from engine.kernels.triton.low_rank import Correction, add_low_rank
+from engine.kernels.triton.mask import masks
 from engine.kernels.triton.norm import add_rms_norm
+from engine.kernels.triton.prepare import IndexPart, prepare
+from engine.kernels.triton.product import fits, gated_linear, linear
 from engine.kernels.triton.rotation import rotate_and_store
 from engine.kernels.triton.rows import Rows, Span, blocks_of
 from engine.kernels.triton.select import select
@@ -38,6 +43,12 @@ _ALIGNMENT = 8
 """Columns of the fused product come in multiples of so many, so that its rows begin where wide reads can."""
 MOST_GROUP = 16
 """Query heads a KV head that attention can have."""
+FEW_ROWS = 256
+"""Up to so many rows, small operations are part of others: a launch costs more than doing them row by row."""
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(x, weight, bias) if fits(*x.shape) else F.linear(x, weight, bias)
 
 
 class DeviceStep:
@@ -50,7 +61,9 @@ class DeviceStep:
         self._qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         self._heads, self._dim = (0, 0) if indexer is None else (indexer.num_heads, indexer.head_dim)
         self._graphs: StepGraphs | None = None
+        self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
         self._fused = [self._fuse(i) for i in range(c.num_layers)]
+        self._output = [self._fuse_output(i) for i in range(c.num_layers)]
 
     @staticmethod
     def supports(model: Wired) -> bool:
@@ -59,21 +72,49 @@ class DeviceStep:
         return isinstance(model.embed, Tensor) and not any(c.windows) and c.group <= MOST_GROUP
 
     def _fuse(self, i: int) -> Tensor:
-        """Layer i's weight of all that is made of its normalised input: q, k, v, index queries, index key, head weights."""
+        """Layer i's weight of all that is made of its normalised input.
+
+        q, k, v, index queries, index key, head weights, and the adapter's short product.
+        """
         layer = self._model.layers[i]
         qkv = plain(layer.qkv)
         if layer.indexer is None:
             return qkv
         w = layer.indexer.weights
         parts = [qkv, plain(w.wq), plain(w.wk), plain(w.weights_proj)]
+        if layer.adapter is not None:
+            parts.append(layer.adapter[0].a)
         fused = torch.cat(parts)
         fused = F.pad(fused, (0, 0, 0, -len(fused) % _ALIGNMENT))
         views = torch.split(fused[: sum(len(part) for part in parts)], [len(part) for part in parts])
         weights = replace(w, wq=views[1], wk=views[2], weights_proj=views[3])
-        self._model.layers[i] = replace(
-            layer, qkv=views[0], indexer=LightningIndexer(weights, layer.indexer.num_heads)
-        )
+        layer = replace(layer, qkv=views[0], indexer=LightningIndexer(weights, layer.indexer.num_heads))
+        if layer.adapter is not None:
+            layer = replace(layer, adapter=(replace(layer.adapter[0], a=views[4]), layer.adapter[1]))
+        self._model.layers[i] = layer
         return fused
+
+    def reserve(self, rows: int) -> None:
+        """Make room for what a step of so many requests draws: `drawn` [rows] int64.
+
+        A row whose token id is negative, -1 - i, has the token drawn[i].
+        """
+        self.drawn = torch.zeros(rows, dtype=torch.int64, device=self._model.norm.device)
+
+    def _fuse_output(self, i: int) -> tuple[Tensor, Tensor | None]:
+        """Layer i's weight and bias of all that is made of what attention gives: o, and the adapter's short product."""
+        layer = self._model.layers[i]
+        if layer.adapter is None:
+            return plain(layer.o), layer.o_bias
+        attn, out = layer.adapter
+        fused = torch.cat((plain(layer.o), out.a))
+        fused = F.pad(fused, (0, 0, 0, -len(fused) % _ALIGNMENT))
+        size = len(plain(layer.o))
+        self._model.layers[i] = replace(
+            layer, o=fused[:size], adapter=(attn, replace(out, a=fused[size : size + out.rank]))
+        )
+        bias = layer.o_bias
+        return fused, None if bias is None else F.pad(bias, (0, len(fused) - size))
 
     def capture(
         self, cache: PagedCache, max_rows: int, max_context: int, progress: Callable[[int, int], None]
@@ -91,7 +132,7 @@ class DeviceStep:
         self._graphs.capture_all(0 if indexer is None else indexer.default_index_top_k, progress)
 
     def forward(self, batch: Batch, cache: PagedCache, budget_bytes: int) -> Tensor:
-        """As `GqaModel.forward`, of a batch whose tensors are on the CPU."""
+        """As `GqaModel.forward`, of a batch whose tensors are on the CPU. The next step may overwrite what it returns."""
         hidden = None if self._graphs is None else self._graphs.run(batch)
         if hidden is None:
             hidden = self.compute(self.inputs(batch, self._model.norm.device, budget_bytes), cache)
@@ -156,66 +197,128 @@ class DeviceStep:
     def compute(self, inputs: RowInputs, cache: PagedCache) -> Tensor:
         """Write the rows to the cache; hidden states after the last norm, [T, E]; of padding anything finite."""
         m, eps = self._model, self._model.config.rms_norm_eps
-        x, update = F.embedding(inputs.token_ids, plain(m.embed)).to(m.norm.dtype), None
+        x, update = embed(inputs.token_ids, self.drawn, plain(m.embed)).to(m.norm.dtype), None
         for i, layer in enumerate(m.layers):
             x, hidden = add_rms_norm(x, update, layer.input_norm, eps)
-            update = self._attention(i, layer, hidden, inputs, cache)
-            x, hidden = add_rms_norm(x, update, layer.post_norm, eps)
-            gated = silu_times(F.linear(hidden, plain(layer.gate_up), layer.gate_up_bias))
-            update = F.linear(gated, plain(layer.down), layer.down_bias)
+            update, fix = self._attention(i, layer, hidden, inputs, cache)
+            x, hidden = add_rms_norm(x, update, layer.post_norm, eps, fix)
+            if fits(*hidden.shape):
+                gated = gated_linear(hidden, plain(layer.gate_up), layer.gate_up_bias)
+            else:
+                gated = silu_times(F.linear(hidden, plain(layer.gate_up), layer.gate_up_bias))
+            update = _product(gated, plain(layer.down), layer.down_bias)
         return add_rms_norm(x, update, m.norm, eps)[1]
+
+    def hidden_like(self) -> Tensor:
+        """A tensor [1, E] of the hidden states' size, dtype and device."""
+        return self._model.norm.unsqueeze(0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits: [N, E] -> [N, V] float32. Products of bfloat16 numbers are exact in float32, which adds them up."""
+        head = plain(self._model.head_weight)
+        if hidden.device.type == "cuda" and hidden.dtype == head.dtype == torch.bfloat16:
+            return torch.mm(hidden, head.t(), out_dtype=torch.float32)
+        return F.linear(hidden.float(), head.float())
 
     def _attention(
         self, i: int, layer: GqaLayer, hidden: Tensor, inputs: RowInputs, cache: PagedCache
-    ) -> Tensor:
+    ) -> tuple[Tensor, Correction | None]:
+        """What attention adds to the residual stream, and the correction that is still to be added to it."""
         m, c, rows = self._model, self._model.config, inputs.rows
-        plane = cache.plane(i, "kv")
-        product = F.linear(hidden, self._fused[i])
+        plane, few = cache.plane(i, "kv"), len(rows) <= FEW_ROWS
+        product = _product(hidden, self._fused[i])
         qkv = product[:, : self._qkv]
         adapter = layer.adapter if inputs.top_k else None
+        fix = None
         if adapter is not None:
-            add_low_rank(qkv, hidden, adapter[0].a, adapter[0].b, rows.index_top_k)
+            at = self._qkv + self._heads * self._dim + self._dim + self._heads
+            fix = Correction(product[:, at : at + adapter[0].rank], adapter[0].b, rows.index_top_k)
+            if not few:
+                add_low_rank(qkv, fix)
+                fix = None
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
-        query = rotate_and_store(
-            qkv, rows.positions, inputs.pages, inputs.offsets, m.rotary.all(), plane,
-            bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps,
-        )  # fmt: skip
-        selected = None
-        if layer.indexer is not None:
-            selected = self._selected(i, layer.indexer, product, inputs, cache)
+        index = None if layer.indexer is None else self._index_part(i, layer.indexer, product, cache)
+        selected = mask = None
+        if index is not None and few and inputs.top_k:
+            query, index_query, weights = prepare(
+                qkv, rows.positions, inputs.pages, inputs.offsets, m.rotary.all(), plane, index,
+                bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps, fix=fix,
+            )  # fmt: skip
+            selected, mask = self._selected(index_query, weights, index.plane, inputs)
+        else:
+            query = rotate_and_store(
+                qkv, rows.positions, inputs.pages, inputs.offsets, m.rotary.all(), plane,
+                bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps, fix=fix,
+            )  # fmt: skip
+            if index is not None:
+                selected, mask = self._indexed(index, inputs)
         scale = c.head_dim**-0.5
-        out = attention.attend(query, plane, rows, selected, scale, inputs.max_context, inputs.blocks)
+        out = attention.attend(query, plane, rows, selected, scale, inputs.max_context, inputs.blocks, mask)
         out = out.flatten(1)
-        attended = F.linear(out, plain(layer.o), layer.o_bias)
-        if adapter is not None:
-            add_low_rank(attended, out, adapter[1].a, adapter[1].b, rows.index_top_k)
-        return attended
+        if adapter is None:
+            return _product(out, plain(layer.o), layer.o_bias), None
+        weight, bias = self._output[i]
+        both, size = _product(out, weight, bias), len(plain(layer.o))
+        attended = both[:, :size]
+        fix = Correction(both[:, size : size + adapter[1].rank], adapter[1].b, rows.index_top_k)
+        if few:
+            return attended, fix
+        add_low_rank(attended, fix)
+        return attended, None
 
-    def _selected(
-        self, i: int, indexer: LightningIndexer, product: Tensor, inputs: RowInputs, cache: PagedCache
-    ) -> Tensor | None:
-        """Store the rows' index keys, and select; None where no row has a selection."""
+    def _index_part(self, i: int, indexer: LightningIndexer, product: Tensor, cache: PagedCache) -> IndexPart:
+        """Layer i's part of the fused product, and where its index keys go."""
         m, w, heads, dim = self._model, indexer.weights, self._heads, self._dim
         assert m.index_rotary is not None
-        rotation, plane, rows = m.index_rotary.all(), cache.plane(i, "index_key"), inputs.rows
+        plane = cache.plane(i, "index_key")
         key_at = self._qkv + heads * dim
-        form: KeyForm = "int8" if plane.dtype is torch.uint8 else "plain"
+        return IndexPart(
+            # Integer queries are made where they are scored.
+            query=product[:, self._qkv : key_at],
+            key=product[:, key_at : key_at + dim],
+            head_weights=product[:, key_at + dim : key_at + dim + heads],
+            norm_weight=w.k_norm_weight,
+            norm_bias=w.k_norm_bias,
+            eps=KEY_NORM_EPS,
+            scale=heads**-0.5 * dim**-0.5,
+            rotation=m.index_rotary.all(),
+            plane=plane,
+            form="int8" if plane.dtype is torch.uint8 else "plain",
+        )
+
+    def _indexed(self, index: IndexPart, inputs: RowInputs) -> tuple[Tensor | None, Tensor | None]:
+        """Store the rows' index keys, and select as `_selected`; None where no row has a selection."""
+        positions = inputs.rows.positions
         store_keys(
-            product[:, key_at : key_at + dim], w.k_norm_weight, w.k_norm_bias, KEY_NORM_EPS, rotation, rows.positions,
-            inputs.pages, inputs.offsets, plane, form,
+            index.key, index.norm_weight, index.norm_bias, index.eps, index.rotation, positions, inputs.pages,
+            inputs.offsets, index.plane, index.form,
         )  # fmt: skip
         if not inputs.top_k:
-            return None
-        head_weights = product[:, key_at + dim : key_at + dim + heads]
-        # Integer queries are made where they are scored.
+            return None, None
         query, weights = queries(
-            product[:, self._qkv : key_at], head_weights, heads**-0.5 * dim**-0.5, rotation, rows.positions, "plain"
-        )  # fmt: skip
-        chosen = []
+            index.query, index.head_weights, index.scale, index.rotation, positions, "plain"
+        )
+        return self._selected(query, weights, index.plane, inputs)
+
+    def _selected(
+        self, query: Tensor, weights: Tensor, plane: Tensor, inputs: RowInputs
+    ) -> tuple[Tensor, Tensor | None]:
+        """Score and select, piece by piece: positions, and where there are prompts their masks."""
+        chosen, masked = [], []
         for piece in inputs.pieces:
-            own = slice(piece.first, piece.first + len(piece.rows))
+            rows, count = piece.rows, len(piece.rows)
+            own = slice(piece.first, piece.first + count)
             rated = scores.index_scores(
-                query[own], weights[own], plane, piece.rows, inputs.max_context, piece.blocks, fill=False
+                query[own], weights[own], plane, rows, inputs.max_context, piece.blocks, fill=False
             )
-            chosen.append(select(rated, piece.rows, inputs.top_k))
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+            if inputs.blocks is None:
+                chosen.append(select(rated, rows, inputs.top_k))
+            else:
+                cuts = torch.empty(count, 2, dtype=torch.int32, device=rated.device)
+                chosen.append(select(rated, rows, inputs.top_k, cuts))
+                masked.append(masks(rated, rows, cuts, inputs.top_k))
+        return _joined(chosen), _joined(masked) if masked else None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

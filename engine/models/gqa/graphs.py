@@ -2,12 +2,13 @@
 
 A graph has a number of rows, a context and a width of selections, each rounded up (`engine.models.gqa.padded`); rows that
 only fill it are padding, which writes nothing. Its inputs lie in one buffer, filled by one copy. All graphs share their
-memory: they run one at a time, and what one returns is copied.
+memory: they run one at a time, and what one returns lasts until the next one runs.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,17 +16,25 @@ import torch
 from torch import Tensor
 
 from engine.attention.batch import Batch
+from engine.kernels.triton.kernel import compiled_together
+from engine.memory.staging import Staging
 from engine.models.gqa.inputs import RowInputs
 from engine.models.gqa.padded import Padded
 
-_DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_DECODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 """Rows of graphs without prompts."""
 _MIXED = (96, 160, 288, 544, 1056, 2080)
 """Rows of graphs with prompts: a power of two, some decodes, and a row of padding."""
-_LEAST_CONTEXT = 1024
+_SINGLES = (32, 256)
+"""Decodes beside prompts: most steps with prompts have few, and programs for more cost time."""
+_LEAST_CONTEXT = 2048
+_CONTEXT_FACTOR = 4
+"""From one context of graphs to the next. A graph of a longer context has programs that end at once; they cost little."""
 _LEAST_WIDTH = 64
-_MOST_SCORES = 1 << 28
+_MOST_SCORES = 1 << 29
 """Bytes of the scores of a graph's rows."""
+_MOST_THREADS = 16
+"""That compile."""
 
 
 @dataclass(frozen=True)
@@ -60,61 +69,83 @@ class StepGraphs:
         self._compute, self._device, self._group, self._heads = compute, device, group, heads
         most = min(max_rows, _DECODES[-1])
         self._decodes = [*(size for size in _DECODES if size < most), most]
+        self._singles = [*(size for size in _SINGLES if size < most), most]
+        self._width = 0
         self._contexts = [_LEAST_CONTEXT]
         while self._contexts[-1] < max_context:
-            self._contexts.append(2 * self._contexts[-1])
+            self._contexts.append(_CONTEXT_FACTOR * self._contexts[-1])
         self._captured: dict[Padded, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._host = torch.empty(0, dtype=torch.int32)
+        self._staging = Staging(torch.int32, device)
 
     def capture_all(self, top_k: int, progress: Callable[[int, int], None]) -> None:
         """Capture what steps with the model's own top_k and without a selection will want (0: without alone)."""
-        widths = [0, _round_up(top_k)] if top_k else [0]
+        self._width = _round_up(top_k)
+        widths = [0, self._width] if top_k else [0]
         shapes = [
-            self._shape(rows, context, width, prompts)
-            for prompts, sizes in ((True, _MIXED), (False, self._decodes))
+            self._shape(rows, context, width, singles)
+            for sizes, all_singles in ((_MIXED, self._singles), (self._decodes, [0]))
+            for singles in all_singles
             for rows, context, width in itertools.product(
                 reversed(sizes), reversed(self._contexts), reversed(widths)
             )
-            if 4 * rows * context <= _MOST_SCORES
+            if rows > singles and 4 * rows * context <= _MOST_SCORES
         ]
+        with compiled_together(min(os.cpu_count() or 1, _MOST_THREADS)):
+            for shape in shapes:
+                self._compute(shape.inputs(self._padding(shape)))
         for number, shape in enumerate(shapes):
             progress(number, len(shapes))
             self._capture(shape)
         progress(len(shapes), len(shapes))
 
     def run(self, batch: Batch) -> Tensor | None:
-        """Hidden states [T, E] of a batch whose tensors are on the CPU; None: no graph is so large."""
-        count = len(batch.token_ids)
-        prompts = len(batch.segments) != count
-        sizes = [size for size in (_MIXED if prompts else self._decodes) if size >= count + prompts]
-        if not sizes:
-            return None
-        longest = max(segment.start + segment.num_rows for segment in batch.segments)
-        context = next(one for one in self._contexts if one >= longest)
-        shape = self._shape(sizes[0], context, _round_up(int(batch.index_top_k.max())), prompts)
-        if not shape.holds(batch) or 4 * shape.rows * context > _MOST_SCORES:
+        """Hidden states [T, E] of a batch whose tensors are on the CPU; None: no graph is so large.
+
+        The next graph may overwrite them.
+        """
+        shape = self._shape_of(batch)
+        if shape is None:
             return None
         captured = self._captured.get(shape) or self._capture(shape)
-        host = self._staging(shape)
-        shape.fill(host.numpy(), batch)
-        captured.buffer.copy_(host, non_blocking=True)
+        shape.fill(self._staging.take(shape.size).numpy(), batch)
+        self._staging.send(captured.buffer)
         captured.graph.replay()
-        return captured.hidden[:count].clone()
+        return captured.hidden[: len(batch.token_ids)]
 
-    def _shape(self, rows: int, context: int, top_k: int, prompts: bool) -> Padded:
-        return Padded(rows, context, top_k, prompts, self._group, self._heads)
+    def _shape_of(self, batch: Batch) -> Padded | None:
+        """The smallest shape that holds a batch."""
+        count, singles = len(batch.token_ids), 0
+        sizes = self._decodes
+        if len(batch.segments) != count:
+            sizes, decodes = list(_MIXED), sum(segment.num_rows == 1 for segment in batch.segments)
+            singles = next((size for size in self._singles if size >= decodes), 0)
+            if not singles:
+                return None
+        longest = max(segment.start + segment.num_rows for segment in batch.segments)
+        context = next(one for one in self._contexts if one >= longest)
+        width = _round_up(int(batch.index_top_k.max()))
+        if 0 < width < self._width:
+            width = self._width  # its graphs are there, and hold smaller selections too
+        # The last row of a step with prompts is padding.
+        rows = next((size for size in sizes if size >= count + (singles > 0) and size > singles), 0)
+        if not rows or 4 * rows * context > _MOST_SCORES:
+            return None
+        shape = self._shape(rows, context, width, singles)
+        return shape if shape.holds(batch) else None
 
-    def _staging(self, shape: Padded) -> Tensor:
-        """Pinned memory for a shape. Nobody reads it any more: whoever asks has waited for the step before."""
-        if len(self._host) < shape.size:
-            self._host = torch.empty(shape.size, dtype=torch.int32, pin_memory=True)
-        return self._host[: shape.size]
+    def _shape(self, rows: int, context: int, top_k: int, singles: int) -> Padded:
+        return Padded(rows, context, top_k, singles > 0, singles, self._group, self._heads)
+
+    def _padding(self, shape: Padded) -> Tensor:
+        """A buffer of rows that only fill it."""
+        shape.fill(self._staging.take(shape.size).numpy(), None)
+        buffer = torch.empty(shape.size, dtype=torch.int32, device=self._device)
+        self._staging.send(buffer)
+        return buffer
 
     def _capture(self, shape: Padded) -> _Captured:
-        host = self._staging(shape)
-        shape.fill(host.numpy(), None)
-        buffer = host.to(self._device)
+        buffer = self._padding(shape)
         inputs = shape.inputs(buffer)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -76,9 +76,7 @@ class GqaModel:
         self.embed = weights["embed"]
         self.norm = plain(weights["norm"])
         self._dtype = self.norm.dtype
-        # Small differences of logits decide which token is drawn, so the head computes in float32.
-        head = weights["embed" if config.tied else "head"]
-        self._head = head.float() if isinstance(head, Tensor) else head
+        self.head_weight = head = weights["embed" if config.tied else "head"]
         self.layers = [GqaLayer.of(weights, i, indexer, window) for i, window in enumerate(config.windows)]
         device = self.norm.device
         self.rotary = RotaryTable(
@@ -93,6 +91,8 @@ class GqaModel:
         )
         self.native = NativeStep.of(self)  # runs the steps that it can; None: torch runs all
         self.device_step = self._device_step() if kernels.name == "triton" else None  # likewise
+        # Small differences of logits decide which token is drawn, so the head computes in float32.
+        self._head = head.float() if isinstance(head, Tensor) and self.device_step is None else head
 
     def _device_step(self) -> DeviceStep | None:
         from engine.models.gqa.device import DeviceStep  # needs Triton
@@ -104,9 +104,17 @@ class GqaModel:
         """The CPU where a device step takes the batch from there in one copy."""
         return torch.device("cpu") if self.device_step is not None else self.norm.device
 
+    @property
+    def row_step(self) -> DeviceStep | None:
+        """The device step."""
+        return self.device_step
+
     def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
-        """Capture the graphs of steps, on CUDA."""
-        if self.device_step is not None and self.norm.device.type == "cuda":
+        """Make room for the steps' tokens, and capture graphs, on CUDA."""
+        if self.device_step is None:
+            return
+        self.device_step.reserve(max_rows)
+        if self.norm.device.type == "cuda":
             self.device_step.capture(cache, max_rows, self.max_positions, progress)
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
@@ -160,20 +168,59 @@ class GqaModel:
             index_token_bytes=n * sum(spec.token_bytes for spec in specs[1:]),
         )
 
-    def products(self) -> str:
+    @property
+    def backend(self) -> str:
+        """`triton` only if its rows compute the steps; beside it torch computes them."""
+        if self._kernels.name == "triton" and self.device_step is None:
+            return "torch"
+        return self._kernels.name
+
+    def computed_by(self) -> dict[str, str]:
         if self.device_step is not None:
-            return "products: torch, weights fused; steps of few rows as CUDA graphs"
+            own = dict.fromkeys(("index scores", "selection", "attention", "norms and rotation"), "Triton")
+            said = own | {
+                "products": "torch, weights fused",
+                "steps": "CUDA graphs where rows are few, else kernel by kernel",
+            }
+        elif self.native is not None:
+            level = f"compiled for {native.level()}"
+            own = dict.fromkeys(("index scores", "selection", "attention", "norms and rotation"), level)
+            most = (
+                ""
+                if self.indexer is None or self._integer_keys
+                else f", with up to {FEW_ROWS} rows, else torch's"
+            )
+            said = own | {
+                "products": f"{level}, weights packed as stored or in bfloat16",
+                "steps": f"one call each{most}",
+            }
+        else:
+            by, sparse = self._kernels.computed_by, self.indexer is not None
+            said = {
+                "index scores": by(
+                    "index_scores_int8" if self._integer_keys else "index_scores", self._dtype
+                ),
+                "selection": by("select", torch.bfloat16),  # of scores, which have one dtype
+                "attention": by("attend_selected" if sparse else "attend_causal", self._dtype),
+                "norms and rotation": "torch",
+                "products": self._products(),
+                "steps": "operation by operation",
+            }
+        skipped = () if self.indexer is not None else ("index scores", "selection")
+        return {name: what for name, what in said.items() if name not in skipped}
+
+    def _products(self) -> str:
+        """What multiplies with weights in a step that runs operation by operation, and why it is not better."""
         if self.norm.device.type == "cuda":
             why = triton_missing() or "Triton's steps were not chosen, or the model has sliding windows"
-            return f"products: torch ({why})"
+            return f"torch ({why})"
         if not isinstance(self.embed, PackedWeight):
             why = (
                 native.missing()
                 or "packed weights are for the native kernels, bfloat16 and rows of whole groups of 32"
             )
-            return f"products: torch ({why})"
-        steps = "" if self.native is None else ", a step in one call"
-        return f"products: compiled for {native.level()}, weights packed as stored or in bfloat16{steps}"
+            return f"torch ({why})"
+        return f"compiled for {native.level()}, weights packed as stored or in bfloat16"
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
@@ -182,7 +229,7 @@ class GqaModel:
         if self.native is not None and whole:
             return self.native.forward(batch, cache)
         if self.device_step is not None:
-            return self.device_step.forward(batch, cache, costs.budget_bytes)
+            return self.device_step.forward(batch, cache, costs.budget_bytes).clone()
         tiling = Tiling(batch, costs)
         x = embedding(batch.token_ids, self.embed, self._dtype)
         rotation = self.rotary.at(batch.positions)
@@ -248,6 +295,8 @@ class GqaModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
+        if self.device_step is not None:
+            return self.device_step.logits(hidden)
         return linear_float32(hidden, self._head)
 
 

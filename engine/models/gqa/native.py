@@ -86,6 +86,7 @@ class Wired(Protocol):
     config: GqaConfig
     indexer: IndexerInfo | None
     embed: Held
+    head_weight: Held
     norm: Tensor
     layers: list[GqaLayer]
     rotary: RotaryTable

@@ -17,10 +17,8 @@ from engine.kernels.triton import attention, scores
 from engine.kernels.triton.rows import Blocks, Rows, Span, cut
 from engine.models.gqa.inputs import Piece, RowInputs
 
-MOST_SPANS = 16
+MOST_SPANS = 64
 """Chunks of prompts in a step with prompts."""
-MOST_SINGLES = 128
-"""Decodes beside them."""
 _COLUMNS = 6
 """Numbers of a row before its pages."""
 
@@ -32,6 +30,7 @@ class Padded(NamedTuple):
     context: int
     top_k: int
     prompts: bool
+    singles: int  # the most decodes beside prompts
     group: int  # query heads a KV head
     heads: int  # of the indexer, 0 without one
 
@@ -46,7 +45,7 @@ class Padded(NamedTuple):
         if self.prompts:
             found += [
                 ("blocks", 2 * self._blocks(attention.block_rows(self.group))),
-                ("singles", MOST_SINGLES),
+                ("singles", self.singles),
             ]
             if self.top_k:
                 found += [("scored", 2 * self._blocks(scores.block_rows(self.heads)))]
@@ -59,7 +58,7 @@ class Padded(NamedTuple):
     @property
     def _lines(self) -> int:
         """Requests."""
-        return MOST_SPANS + MOST_SINGLES if self.prompts else self.rows
+        return MOST_SPANS + self.singles if self.prompts else self.rows
 
     def _blocks(self, size: int) -> int:
         """The most that chunks can be cut into: each has a last one, and one before a boundary of splits."""
@@ -72,7 +71,7 @@ class Padded(NamedTuple):
             return chunks == 0
         singles = len(batch.segments) - chunks
         # The last row is padding, to which singles that are not there point.
-        return chunks <= MOST_SPANS and singles <= MOST_SINGLES and len(batch.token_ids) < self.rows
+        return chunks <= MOST_SPANS and singles <= self.singles and len(batch.token_ids) < self.rows
 
     def inputs(self, buffer: Tensor) -> RowInputs:
         """Views of a buffer [size] int32, as the step reads it."""

@@ -35,6 +35,14 @@ class LayerInputs:
         causal = at <= own
         return causal if self.window is None else causal & (at > own - self.window)
 
+    def first(self, count: int) -> LayerInputs:
+        """Return the inputs of the first `count` positions, as views."""
+        if count == len(self.hidden):
+            return self
+        return LayerInputs(
+            self.hidden[:count], self.query[:count], self.keys[:count], self.values[:count], self.window
+        )
+
 
 @dataclass(frozen=True)
 class Corrections:
@@ -125,10 +133,14 @@ class Trunk:
         at = f"layers.{layer}.{name}"
         return F.linear(x, self.weights[at], self.weights.get(f"{at}_bias"))
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Compute logits from the last layer's x of some rows: [n, E] -> [n, vocab] float32."""
+    def logits(self, x: Tensor, *, exact: bool = False) -> Tensor:
+        """Compute logits from the last layer's x of some rows: [n, E] -> [n, vocab] float32.
+
+        `exact` multiplies in float32, as serving does; otherwise the logits are rounded to the model's dtype.
+        """
         x = rms_norm(x, self.weights["norm"], self.config.rms_norm_eps)
-        return F.linear(x, self.weights["embed" if self.config.tied else "head"]).float()
+        head = self.weights["embed" if self.config.tied else "head"]
+        return F.linear(x.float(), head.float()) if exact else F.linear(x, head).float()
 
     def losses(self, x: Tensor, tokens: Tensor, rows_at_once: int = 2048) -> Tensor:
         """Compute the cross-entropy of each next token in nats: x [T, E], tokens [T] -> [T - 1] float32."""

@@ -234,11 +234,33 @@ class MlaModel:
         """The model's own."""
         return self._embed.device
 
+    @property
+    def row_step(self) -> None:
+        """None."""
+
     def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
         """Nothing is to be done."""
 
-    def products(self) -> str:
-        return "products: torch"
+    @property
+    def backend(self) -> str:
+        """Torch's beside Triton: no step of this family runs over flat rows."""
+        return "torch" if self._kernels.name == "triton" else self._kernels.name
+
+    def computed_by(self) -> dict[str, str]:
+        by, dtype, index = self._kernels.computed_by, self._embed.dtype, self._index_format
+        latents = self._latent_format.spec.dtype
+        streams = self._kernels.streams_latents(latents, latents if index is None else index.spec_dtype)
+        said = {
+            "attention": by("latent_selected", dtype) if streams or self.backend == "reference" else "torch",
+            "products": "torch",
+            "norms and rotation": "torch",
+            "experts": "torch",
+            "steps": "operation by operation",
+        }
+        if index is None:
+            return said
+        scores = "index_scores_fp8" if index.spec_dtype is torch.uint8 else "index_scores"
+        return {"index scores": by(scores, dtype), "selection": by("select", torch.bfloat16)} | said
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
         """The latent with the rotated shared key, and the index key in the layers that have an indexer."""

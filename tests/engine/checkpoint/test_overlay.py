@@ -113,6 +113,42 @@ def test_main_weights_may_be_replaced(tmp_path: Path, base: Source) -> None:
     assert (weights["norm"] == 7).all()
 
 
+def test_matrices_in_eight_bits_are_close_and_half_as_large(tmp_path: Path, base: Source) -> None:
+    wide = {name: tensor - 0.5 if tensor.dim() == 2 else tensor for name, tensor in indexer().items()}
+    wide[WQ][3] = 0
+    half, eight = tmp_path / "half.safetensors", tmp_path / "eight.safetensors"
+    own = {**wide, NORM: torch.full((HIDDEN,), 7.0)}
+    write_overlay(half, {name: tensor.half() for name, tensor in own.items()}, INFO, "", base)
+    write_overlay(eight, own, INFO, "", base, eight_bit=True)
+    overlay = read_overlay(eight, base)
+    assert overlay.replaced == (NORM,)
+    assert overlay.tensors.names() == own.keys()
+    with safe_open(eight, framework="pt") as file:
+        assert file.get_slice(WQ).get_dtype() == "I8"
+    for name, tensor in own.items():
+        read = overlay.tensors.read(name, torch.float32)
+        if tensor.dim() == 1:
+            assert torch.equal(read, tensor)
+        else:
+            # Half of a step; a step is the largest of a group / 127, and the scale is rounded.
+            assert float((read - tensor).abs().max()) <= 0.5 / 127 * 0.51
+    assert not overlay.tensors.read(WQ, torch.float32)[3].any()
+
+
+def test_scales_that_do_not_fit_or_are_missing_are_refused(tmp_path: Path, base: Source) -> None:
+    path = tmp_path / "eight.safetensors"
+    for scales, message in ((torch.ones(2, 1), "do not fit"), (None, "stores tensor"), (torch.tensor(math.nan), "do not fit")):  # fmt: skip
+        write_overlay(path, indexer(), INFO, "", base, eight_bit=True)
+        rewrite(path, tensors={f"{WQ}.scale": scales})
+        with pytest.raises(CheckpointError, match=message):
+            read_overlay(path, base)
+    write_overlay(path, indexer(), INFO, "", base, eight_bit=True)
+    good = load_file(path)[f"{WQ}.scale"]
+    rewrite(path, tensors={f"{WQ}.scale": torch.full_like(good, math.inf)})
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        read_overlay(path, base)
+
+
 def test_header(path: Path, base: Source) -> None:
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Literal
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.plan.cost import CostModel, ModelShape, assumed_coefficients
 from engine.plan.meter import Meter
@@ -15,6 +18,7 @@ from engine.plan.tiles import TileCosts
 from engine.plan.types import Sampled, SampleSpec, ScheduledRequest, StepPlan, StepResult
 from engine.protocol import EngineStats, SamplingParams, StepOutput, Work, add_counters
 from engine.step.core import EngineCore
+from engine.step.runner import AtOnce
 from tests.engine.plan.kit import make
 
 SHAPE = ModelShape(
@@ -111,7 +115,7 @@ def test_dense_requests_cost_their_own_dense_equivalent() -> None:
     assert work.dense_seconds == pytest.approx(2.0)
 
 
-class _Instant:
+class _Instant(AtOnce):
     """A runner that draws token 5 for whoever wants one, and a clock that goes on 10 ms with every look."""
 
     def __init__(self) -> None:
@@ -160,6 +164,30 @@ def test_few_rows_cost_what_lone_rows_cost() -> None:
     for index_top_k in (None, 64):
         alone = [own.modelled_rows(1, position, index_top_k) for position in range(100, 104)]
         together = own.modelled_rows(4, 100, index_top_k)
-        for part in ("actual", "index", "dense"):
+        for part in ("actual", "scoring", "dense"):
             assert getattr(together, part) == pytest.approx(sum(getattr(one, part) for one in alone))
         assert own.modelled_rows(5, 100, index_top_k).actual > 1
+
+
+@given(
+    start=st.integers(0, 3000),
+    index_top_k=st.one_of(st.none(), st.integers(1, 900)),
+    fused=st.booleans(),
+    forced=st.sampled_from(["auto", "gather", "mask"]),
+)
+def test_a_decode_is_counted_as_any_chunk_of_one_row(
+    start: int, index_top_k: int | None, fused: bool, forced: Literal["auto", "gather", "mask"]
+) -> None:
+    shape = model().shape
+    tiles = TileCosts(
+        budget_bytes=1 << 20, index_row_bytes=32, attention_row_bytes=36, token_bytes=1536, forced=forced, fused=fused
+    )  # fmt: skip
+    whole = CostModel(shape, assumed_coefficients(shape, "cpu"), tiles)
+    sample = SampleSpec(params=SamplingParams(max_tokens=1, seed=0), output_index=0, prompt_len=1, history=())
+    row = ScheduledRequest(
+        request_id="r", token_ids=(5,), start=start, page_ids=(), index_top_k=index_top_k, sample=sample
+    )
+    assert row.is_decode
+    counts, modelled = whole.decode(start, index_top_k)
+    assert counts == whole.counts(row)
+    assert modelled == pytest.approx(whole.modelled(row))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 
 from engine.plan.request import Request
-from engine.plan.types import Sampled
+from engine.plan.types import Sampled, ScheduledRequest
 from engine.protocol import Delta, SamplingParams, Submit, TokenLogprob
 
 
@@ -25,6 +26,11 @@ def logprob(token_id: int, value: float = -1.0) -> TokenLogprob:
     return TokenLogprob(token_id=token_id, logprob=value, rank=1, top=())
 
 
+def look(request: Request, count: int) -> ScheduledRequest:
+    """What the next step of `count` tokens would be, without one in flight."""
+    return copy.deepcopy(request).plan(count)
+
+
 def step(request: Request, count: int, token_id: int | None = None, now: float = 0.0) -> Delta | None:
     """Run `count` tokens; each prompt target's logprob is its row's position, negated."""
     scheduled = request.plan(count)
@@ -39,7 +45,7 @@ def step(request: Request, count: int, token_id: int | None = None, now: float =
 
 def test_only_the_last_known_token_is_sampled_from() -> None:
     request = make(5, index_top_k=3)
-    chunk = request.plan(4)
+    chunk = look(request, 4)
     assert (chunk.start, chunk.token_ids, chunk.index_top_k, chunk.sample) == (
         0,
         (100, 101, 102, 103),
@@ -47,12 +53,12 @@ def test_only_the_last_known_token_is_sampled_from() -> None:
         None,
     )
     assert step(request, 4) is None
-    last = request.plan(1)
+    last = look(request, 1)
     assert (last.start, last.token_ids) == (4, (104,))
     assert last.sample is not None
     assert (last.sample.output_index, last.sample.prompt_len) == (0, 5)
     step(request, 1, 7)
-    decode = request.plan(1)
+    decode = look(request, 1)
     assert (decode.start, decode.token_ids) == (5, (7,))
     assert decode.sample is not None
     assert decode.sample.output_index == 1
@@ -71,7 +77,7 @@ def test_only_the_last_known_token_is_sampled_from() -> None:
 def test_history_is_carried_only_where_a_penalty_needs_it(params: dict[str, Any], carried: bool) -> None:
     request = make(2, **params)
     step(request, 2, 7)
-    sample = request.plan(1).sample
+    sample = look(request, 1).sample
     assert sample is not None
     assert sample.history == ((100, 101, 7) if carried else ())
 
@@ -138,15 +144,15 @@ def test_stages_that_were_not_reached_take_no_time() -> None:
 
 def test_prompt_logprobs_come_whole_and_once_with_the_first_token() -> None:
     request = make(6, prompt_logprobs=2)
-    first = request.plan(3)
+    first = look(request, 3)
     assert (first.prompt_targets, first.prompt_alternatives) == ((101, 102, 103), 2)
     assert step(request, 3) is None
-    last = request.plan(3)
+    last = look(request, 3)
     assert (last.prompt_targets, last.prompt_alternatives) == ((104, 105), 2)  # the last row has no target
     delta = step(request, 3, 7)
     assert delta is not None
     assert delta.prompt_logprobs == (None, *(logprob(101 + row, -float(row)) for row in range(5)))
-    decode = request.plan(1)
+    decode = look(request, 1)
     assert (decode.prompt_targets, decode.prompt_alternatives) == ((), 0)
     delta = step(request, 1, 8)
     assert delta is not None
@@ -156,14 +162,14 @@ def test_prompt_logprobs_come_whole_and_once_with_the_first_token() -> None:
 def test_prompt_logprobs_can_begin_late() -> None:
     request = make(6, prompt_logprobs=0, prompt_logprobs_start=4)
     assert request.num_reusable == 3  # row 3 gives what token 4 is scored with
-    assert request.plan(3).prompt_targets == ()
+    assert look(request, 3).prompt_targets == ()
     step(request, 3)
-    assert request.plan(3).prompt_targets == (104, 105)
+    assert look(request, 3).prompt_targets == (104, 105)
     delta = step(request, 3, 7)
     assert delta is not None
     assert delta.prompt_logprobs == (None,) * 4 + (logprob(104, -3.0), logprob(105, -4.0))
     request = make(6, prompt_logprobs=0, prompt_logprobs_start=4)
-    assert request.plan(6).prompt_targets == (
+    assert look(request, 6).prompt_targets == (
         101,
         102,
         103,
@@ -188,15 +194,15 @@ def test_recomputed_rows_are_not_reported_twice() -> None:
     request = make(6, prompt_logprobs=0)
     step(request, 3)
     request.preempt()
-    assert request.plan(2).prompt_targets == ()  # both rows are known
+    assert look(request, 2).prompt_targets == ()  # both rows are known
     step(request, 2)
-    assert request.plan(3).prompt_targets == (103, 104, 105)  # row 2 again, then new ones
+    assert look(request, 3).prompt_targets == (103, 104, 105)  # row 2 again, then new ones
     step(request, 3)
     delta = step(request, 1, 7)
     assert delta is not None
     assert delta.prompt_logprobs == (None, *(logprob(101 + row, -float(row)) for row in range(5)))
     request.preempt()
-    assert request.plan(7).prompt_targets == ()
+    assert look(request, 7).prompt_targets == ()
     delta = step(request, 7, 8)
     assert delta == Delta(request_id="r", token_ids=(8,))
 

@@ -250,13 +250,17 @@ def test_plans_and_results_must_match() -> None:
     scheduler.add(make("a", 3), 0.0)
     plan = scheduler.schedule(0.0)
     assert plan is not None
-    with pytest.raises(RuntimeError, match="cannot schedule while a plan is in flight"):
+    ahead = scheduler.schedule(0.0)
+    assert ahead is not None
+    with pytest.raises(RuntimeError, match="2 plans are in flight"):
         scheduler.schedule(0.0)
+    with pytest.raises(RuntimeError, match="only the first plan in flight"):
+        scheduler.apply(ahead, StepResult(sampled=(Sampled(token_ids=(1,)),)), 0.0)
     with pytest.raises(ValueError, match="0 entries for 1 requests"):
         scheduler.apply(plan, StepResult(sampled=()), 0.0)
     result = StepResult(sampled=(Sampled(token_ids=(1,)),))
     scheduler.apply(plan, result, 0.0)
-    with pytest.raises(RuntimeError, match="only the plan that"):
+    with pytest.raises(RuntimeError, match="only the first plan in flight"):
         scheduler.apply(plan, result, 0.0)
 
 
@@ -271,6 +275,7 @@ def test_under_heavy_load_nothing_is_lost_however_often_it_is_preempted() -> Non
             draft_tokens=seed % 3 * 2,
             pace=(None, 1, 30)[seed % 4 % 3],
         )
+        driver.ahead = seed % 2 == 1
         for number in range(10):
             stride, length = rng.randint(1, 4), rng.randint(1, 150)
             prompt = tuple(i * stride % 7 for i in range(length))
@@ -318,9 +323,11 @@ class Histories(RuleBasedStateMachine):
         draft_tokens=st.sampled_from([0, 1, 4]),
         lookup=st.sampled_from([False, False, True]),
         pace=st.sampled_from([None, None, 1, 40]),
+        ahead=st.booleans(),
     )
-    def start(self, hash_bytes: int, **options: Any) -> None:
+    def start(self, hash_bytes: int, ahead: bool, **options: Any) -> None:
         self.driver = Driver(hash_function=lambda data: sha256(data)[:hash_bytes], **options)
+        self.driver.ahead = ahead
         self.added = 0
 
     @rule(burst=st.lists(submits, min_size=1, max_size=4))

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.plan.types import StepPlan, StepResult
+from engine.step.runner import AtOnce
 from tests.engine.kit import VOCAB, Lab, Run, base_of, random_overlay, tiny_checkpoint
 
 Requests = list[tuple[int, int, int | None, float, int]]
@@ -50,7 +51,7 @@ def play(run: Run, requests: Requests) -> Run:
     return run.finish()
 
 
-class Oracle:
+class Oracle(AtOnce):
     """A runner whose results propose what `texts` say comes next, wrong from a random place on."""
 
     def __init__(self, run: Run, texts: dict[str, list[int]], count: int) -> None:

@@ -181,6 +181,8 @@ def test_the_command_trains_one_and_goes_on_only_with_it(
     capsys.readouterr()
     assert run("c", {"warmup_steps": 1, "sparse_steps": 0}, *begun) == 1
     assert "has an adapter, which suits its indexers only" in capsys.readouterr().err
+    assert run("e", {"warmup_steps": 1, "sparse_steps": 0}, *begun, "--drop-adapter") == 0
+    assert read_overlay(tmp_path / "e" / "indexer.safetensors", bench.source).info.adapter_rank == 0
     assert run("d", {"warmup_steps": 0, "sparse_steps": 0, "adapt_steps": 1, "adapter_rank": 8}, *begun) == 1
     assert "has an adapter of rank 4" in capsys.readouterr().err
 

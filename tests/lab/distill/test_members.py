@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.checkpoint.eight_bit import EightBitFile
 from engine.checkpoint.safetensors import SafetensorsFile
 from engine.checkpoint.source import open_source
 from engine.errors import ConfigError
@@ -45,7 +46,7 @@ def test_losses_are_those_of_transformers_and_of_attention_over_the_same_sets(
         return chosen
 
     actual = losses(bench.trunk, tokens, watched, 64)
-    given = [torch.cat(parts) for parts in seen]
+    given = [torch.cat([F.pad(part, (0, len(tokens) - part.shape[1])) for part in parts]) for parts in seen]
     logits, masks, _ = plain.forward(tokens.tolist(), 16, INFO.num_heads, INFO.rope_dim, given=given)
     for mine, theirs in zip(given, masks, strict=True):
         assert torch.equal(mine, theirs)  # nothing outside a window was selected
@@ -67,7 +68,7 @@ def test_what_two_steps_and_one_of_the_adapter_leave_is_served(name: str, tmp_pa
             recipe=json.dumps(recipe),
         )  # fmt: skip
         assert run(plan) == 0
-    file = SafetensorsFile(out / "indexer.safetensors")
+    file = EightBitFile(SafetensorsFile(out / "indexer.safetensors"))
     served = Lab(bench.folder, out / "indexer.safetensors").run(budget=50)
     served.submit("a", tokens_of(0, 120), 3, index_top_k=16)
     served.finish()

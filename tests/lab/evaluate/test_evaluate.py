@@ -9,14 +9,11 @@ import pytest
 import typer
 
 from engine.protocol import Submit
-from lab.corpus.chatml import ChatTurn
-from lab.corpus.manifest import CorpusPrompt, NeedleRow
-from lab.evaluate import agreement, equality, loss, needles
-from lab.evaluate.agreement import ids_of, parting
-from lab.evaluate.client import Client, EvaluationError, ModelAnswer, Scores
+from lab.evaluate import equality, loss, needles
+from lab.evaluate.client import Client, EvaluationError
 from lab.evaluate.local_server import serve_arguments
 from lab.evaluate.loss import TextLoss, buckets
-from lab.evaluate.material import AskedNeedle, HeldOut, spread
+from lab.evaluate.material import HeldOut, spread
 from lab.evaluate.needles import Found, grid, is_right
 from lab.evaluate.results import EvalResults, RecallResult, load
 from lab.evaluate.statistics import bootstrap, wilson
@@ -24,15 +21,11 @@ from lab.evaluate.verdict import at_least, at_most
 from server.cli.main import app
 from server.settings import load_settings
 from tests.server.fake_engine import FakeEngine, Script
-from tests.server.kit import EOS, MODEL, TEXT, PlainChat, client, ids, make_app
+from tests.server.kit import EOS, MODEL, client, ids, make_app
 
 
 def silent(done: int, total: int) -> None:
     """Ignore progress."""
-
-
-def answer(*tokens: str, finish: str = "stop") -> ModelAnswer:
-    return ModelAnswer("".join(tokens), tuple(token.encode() for token in tokens), finish, 3)
 
 
 def test_a_server_of_its_own_writes_no_ledger() -> None:
@@ -106,51 +99,17 @@ def found(context: int, depth: float, dense: bool, sparse: bool) -> Found:
 def test_needles_retention_is_of_what_dense_finds_and_nothing_is_left_out() -> None:
     rows = [found(512, 0.0, True, True), found(512, 0.5, True, False), found(1024, 0.0, False, True), found(1024, 0.0, False, False)]  # fmt: skip
     result = needles.summarise(rows, [256])
-    kept, gained = result.retention["256"], result.gained["256"]
-    assert ((kept.right, kept.of), (gained.right, gained.of)) == ((1, 2), (1, 2))
+    kept = result.retention["256"]
+    assert (kept.right, kept.of) == (1, 2)
     assert [result.accuracy[s]["all"].right for s in ("dense", "256")] == [2, 2]
     assert result.accuracy["dense"]["1024"].value == 0
     cells = grid(rows, "256")
     assert (cells[0.0, 1024].right, cells[0.0, 1024].of) == (1, 2)
-    (verdict,) = needles.verdicts(result)
+    (verdict,) = needles.verdicts(result, 256)
+    assert needles.verdicts(result, 512) == []
     assert verdict.outcome == "missed"
     assert is_right("It is the PENGUIN.", "penguin")
     assert not is_right("It is the pen.", "penguin")
-
-
-def test_answers_part_at_the_first_other_token_or_end() -> None:
-    assert parting(answer("a", "b"), answer("a", "b")) is None
-    assert parting(answer("a", "b"), answer("a", "c")) == 1
-    assert parting(answer("a", "b"), answer("a")) == 1
-    assert parting(answer("a", "b"), answer("a", "b", finish="length")) == 2
-
-
-def test_forced_agreement_counts_the_likeliest_tokens() -> None:
-    scores = Scores([None, -1.0, -2.0, -0.5, -9.0], [None, -1.0, -0.1, -0.5, -1.0], "length")
-    assert agreement.best(scores, 1, 3) == 2
-
-
-def test_a_token_of_another_vocabulary_is_said() -> None:
-    assert ids_of([b"a", b"b"], {b"a": 4, b"b": 7}) == [4, 7]
-    with pytest.raises(EvaluationError, match="serves another model"):
-        ids_of([b"z"], {b"a": 4})
-
-
-def test_prompts_within_top_k_are_reported_apart() -> None:
-    def compared(tokens: int, parted: int | None, forced: int) -> agreement.Compared:
-        return agreement.Compared(
-            kind="text", prompt_tokens=tokens, answer_tokens=10, answers={},
-            parted={"dense": None, "256": parted}, forced={"dense": 10, "256": forced},
-        )  # fmt: skip
-
-    groups = agreement.summarise(
-        [compared(246, None, 10), compared(247, 4, 9), compared(900, None, 8)], [256]
-    )
-    assert (groups["256"]["within"].prompts, groups["256"]["within"].same) == (1, 1)
-    longer = groups["256"]["longer"]
-    assert (longer.prompts, longer.same, longer.median_parted) == (2, 1, 4)
-    assert (longer.forced, longer.tokens) == (17, 20)
-    assert groups["dense"]["all"].same == 3
 
 
 def test_equality_finds_the_largest_difference() -> None:
@@ -172,44 +131,10 @@ def of(engine: FakeEngine) -> Client:
     return Client(client(make_app(engine)), MODEL, 256, wait_seconds=0.0)
 
 
-def needle(context: int) -> AskedNeedle:
-    row = NeedleRow(
-        start=0, length=context, context=context, depth=0.5, phrasing=0, statement="", question="", value="yes",
-        needle=(0, 1),
-    )  # fmt: skip
-    return AskedNeedle(row, tuple(ids("a" * context)))
-
-
-async def test_needles_are_asked_dense_and_sparse_of_one_server() -> None:
-    def script(submit: Submit) -> Script:
-        return Script([*ids("Oh Yes." if submit.index_top_k != 16 else "no"), EOS])
-
-    engine = FakeEngine(script)
-    result = await needles.measure(of(engine), [needle(40), needle(240)], [16, 32], 2, silent)
-    assert [submit.index_top_k for submit in engine.submitted] == [None, 16, 32]
-    assert all(EOS in submit.sampling.stop_token_ids for submit in engine.submitted)
-    assert result.skipped == 1  # 240 + 32 tokens are more than the context
-    assert result.needles[0].right == {"dense": True, "16": False, "32": True}
-
-
-async def test_loss_is_of_every_token_beyond() -> None:
-    texts = [HeldOut("prose", 0, tuple(ids("b" * 50))), HeldOut("prose", 50, tuple(ids("c" * 300)))]
-    result = await loss.measure(of(FakeEngine()), texts, [16], 2, silent, beyond=20)
-    assert [sum(text.tokens) for text in result.texts] == [30, 235]  # the second is cut to the context
-    assert result.rows["16"]["all"].loss == 0.5  # the loss that the scripted engine gives every token
-    assert result.rows["16"]["all"].above_dense == 0
-
-
-async def test_agreement_and_equality_over_the_wire() -> None:
+async def test_equality_over_the_wire() -> None:
     def script(submit: Submit) -> Script:
         return Script([*ids("same" if submit.index_top_k != 16 else "sane"), EOS])
 
-    prompts = [CorpusPrompt(kind="text", source="", tokens=3, messages=(ChatTurn("user", "hello"),))]
-    result = await agreement.measure(
-        of(FakeEngine(script)), prompts, TEXT, PlainChat(), [16, 64], 2, silent, answer_tokens=8
-    )
-    assert result.prompts[0].parted == {"dense": None, "16": 2, "64": None}
-    assert result.prompts[0].forced == {"dense": 4, "16": 4, "64": 4}
     texts = [HeldOut("prose", 0, tuple(ids("b" * 50)))]
     equal = await equality.measure(of(FakeEngine(script)), texts, [64], silent, cases=3, answer_tokens=4)
     assert [(case.prompt_tokens, case.equal) for case in equal.cases] == [(20, True), (40, True)]
@@ -219,13 +144,13 @@ async def test_agreement_and_equality_over_the_wire() -> None:
 
 async def test_a_server_without_an_indexer_is_found_out() -> None:
     with pytest.raises(EvaluationError, match="no trained indexer"):
-        await needles.measure(of(FakeEngine(default_top_k=None)), [needle(40)], [16], 1, silent)
+        await of(FakeEngine(default_top_k=None)).raw([1, 2], 16, 4)
 
 
 async def test_a_refusal_is_tried_again_and_then_said() -> None:
     asked = of(FakeEngine(lambda submit: Script(fault="refuse")))
     with pytest.raises(EvaluationError, match="4 tries were made"):
-        await asked.complete([1, 2], "dense", 4)
+        await asked.raw([1, 2], "dense", 4)
     assert asked.repeated == 3
 
 

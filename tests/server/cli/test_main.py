@@ -51,7 +51,12 @@ def test_help_is_there_for_every_command(command: list[str]) -> None:
         (["serve", "--port", "70000"], {}, 2, "error: --port is 70000; expected int <= 65535"),
         (["serve"], {"DSA_MAX_QUEUE": "many"}, 2, "error: DSA_MAX_QUEUE is 'many'; expected int"),
         (["serve", "--config", "none.toml"], {}, 2, "error: the settings file none.toml cannot be read"),
-        (["serve", "--token-budget", "1"], {}, 2, "error: token_budget (1) must be at least max_running"),
+        (
+            ["serve", "--token-budget", "1", "--max-running", "2"],
+            {},
+            2,
+            "error: token_budget (1) must be at least max_running",
+        ),
         (["serve", "nothing", "--port", "0"], {}, 1, "error: there is no model 'nothing'"),
         (
             ["serve", "--host", "203.0.113.1", "--port", "0"],

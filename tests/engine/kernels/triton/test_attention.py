@@ -13,74 +13,24 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from engine.errors import EngineError
 from engine.kernels.triton import attention
-from engine.kernels.triton.attention import attend, block_rows
-from engine.kernels.triton.rows import Blocks, Span, blocks_of
-from tests.engine.kernels.triton.batches import EDGES, REFERENCE, Batch, Line, labelled
+from engine.kernels.triton.attention import block_rows
+from engine.kernels.triton.mask import TIMES
+from engine.kernels.triton.rows import Span, blocks_of
+from lab.doctor.rows import attend_rows, attention_operands, check_attention, mixed
+from lab.doctor.tiles import TOLERANCE
+from tests.engine.kernels.triton.batches import EDGES, Batch, Line
 from tests.engine.kernels.triton.conftest import CHIP
 
 DIMS = [(3, 3, 64), (2, 6, 128), (1, 8, 64), (2, 1, 24)]  # KV heads, query heads of each, numbers a head
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-SCALE = 0.2
-
-
-def operands(
-    batch: Batch, dims: tuple[int, int, int], dtype: torch.dtype, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(query, plane, selected), on the CPU."""
-    kv_heads, group, dim = dims
-    query = batch.random(len(batch.lines), kv_heads, group, dim, dtype=dtype)
-    plane = batch.plane(kv_heads, 2, dim, dtype=dtype)
-    selected = torch.full((len(batch.lines), width), -1, dtype=torch.int32)
-    for row, line in enumerate(batch.lines):
-        if line.request >= 0 and line.top_k:
-            chosen = torch.randperm(line.position + 1, generator=batch.generator)[: line.top_k].sort().values
-            selected[row, : len(chosen)] = chosen.int()
-    return query, plane, selected
-
-
-def run(
-    batch: Batch,
-    query: Tensor,
-    plane: Tensor,
-    selected: Tensor | None,
-    blocks: Blocks | None = None,
-    context: int = 0,
-) -> Tensor:
-    to = batch.device
-    return attend(
-        query.to(to), plane.to(to), batch.rows, None if selected is None else selected.to(to), SCALE,
-        context or batch.context, blocks,
-    )  # fmt: skip
-
-
-def check(batch: Batch, out: Tensor, query: Tensor, plane: Tensor, selected: Tensor | None) -> None:
-    tolerance = TOLERANCE[query.dtype]
-    for row, line in enumerate(batch.lines):
-        got, own = out[row].cpu(), query[None, row : row + 1]
-        if line.request < 0:
-            assert not got.any()
-            continue
-        if line.top_k and selected is not None:
-            chosen = selected[None, row : row + 1].long()
-            wanted = REFERENCE.attend_selected(own, plane, batch.table_of(row), chosen, SCALE)
-        else:
-            wanted = REFERENCE.attend_causal(own, plane, batch.table_of(row), batch.position_of(row), SCALE)
-        torch.testing.assert_close(got, wanted[0, 0], rtol=tolerance, atol=tolerance, msg=labelled(line))
 
 
 @pytest.mark.parametrize("dims", DIMS)
 def test_edges(device: torch.device, dtypes: list[torch.dtype], dims: tuple[int, int, int]) -> None:
     for dtype in dtypes:
         batch = Batch(EDGES, 3, device, spare=2)
-        given = operands(batch, dims, dtype, 110)
-        check(batch, run(batch, *given), *given)
-        check(batch, run(batch, *given[:2], None), *given[:2], None)
-
-
-def mixed(first: int, last: int, top_k: int) -> list[Line]:
-    """A prompt's chunk, dense up to position top_k, between decodes of other requests."""
-    prompt = [Line(1, position, 0 if position < top_k else top_k) for position in range(first, last)]
-    return [Line(0, 130, 9), *prompt, Line(2, 150, 0), Line(-1, -1, 0)]
+        given = attention_operands(batch, dims, dtype, 110)
+        check_attention(batch, attend_rows(batch, *given), *given)
+        check_attention(batch, attend_rows(batch, *given[:2], None), *given[:2], None)
 
 
 @pytest.mark.parametrize("dims", [(1, 3, 64), (2, 1, 24)])
@@ -94,10 +44,43 @@ def test_a_prompt_in_blocks_beside_decodes(
     monkeypatch.setattr(attention, "PROMPT_SPARSE_SPLIT", 64)
     for dtype in dtypes:
         batch = Batch(mixed(118, 136, 132), 3, device)
-        given = operands(batch, dims, dtype, 132)
+        given = attention_operands(batch, dims, dtype, 132)
         blocks = blocks_of([Span(1, 18, 118)], len(batch.lines), block_rows(dims[1]), device)
-        check(batch, run(batch, *given, blocks), *given)
-        check(batch, run(batch, *given[:2], None, blocks), *given[:2], None)
+        check_attention(batch, attend_rows(batch, *given, blocks), *given)
+        check_attention(batch, attend_rows(batch, *given[:2], None, blocks), *given[:2], None)
+
+
+def bits_of(batch: Batch, selected: Tensor) -> Tensor:
+    """The rows' masks, made here; nothing of rows that have none."""
+    bits = torch.zeros(len(batch.lines), batch.context, dtype=torch.int64)
+    for row, line in enumerate(batch.lines):
+        if line.top_k > 0 and line.position < TIMES * line.top_k:
+            bits[row, selected[row][selected[row] >= 0].long()] = 1
+    return (bits.view(len(batch.lines), -1, 32) << torch.arange(32)).sum(-1).int()
+
+
+@pytest.mark.parametrize("dims", [(1, 3, 64), (2, 1, 24)])
+def test_rows_of_prompts_through_a_mask(
+    device: torch.device,
+    dtypes: list[torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
+    dims: tuple[int, int, int],
+) -> None:
+    """Dense, masked and gathering rows side by side: of 20 selected, the last contexts are 7 times as long and longer."""
+    monkeypatch.setattr(attention, "BLOCK_SPLIT", 64)
+    prompt = [Line(1, position, 0 if position < 124 else 20) for position in range(118, 146)]
+    for dtype in dtypes:
+        batch = Batch([Line(0, 130, 9), *prompt, Line(2, 150, 0), Line(-1, -1, 0)], 3, device)
+        query, plane, selected = attention_operands(batch, dims, dtype, 20)
+        mask = bits_of(batch, selected)
+        blocks = blocks_of([Span(1, 28, 118)], len(batch.lines), block_rows(dims[1]), device)
+        masked = attend_rows(batch, query, plane, selected, blocks, mask=mask)
+        check_attention(batch, masked, query, plane, selected)
+        cut = blocks_of([Span(1, 3, 118), Span(4, 25, 121)], len(batch.lines), block_rows(dims[1]), device)
+        assert torch.equal(attend_rows(batch, query, plane, selected, cut, mask=mask), masked)
+        gathered = attend_rows(batch, query, plane, selected, blocks)
+        assert torch.equal(masked[1:7], gathered[1:7])  # dense
+        assert torch.equal(masked[-8:], gathered[-8:])  # beyond 7 times
 
 
 def test_long_rows(device: torch.device, dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,8 +89,8 @@ def test_long_rows(device: torch.device, dtypes: list[torch.dtype], monkeypatch:
     monkeypatch.setattr(attention, "SPARSE_SPLIT", 32)
     for dtype in dtypes:
         batch = Batch([Line(0, 1150, 700), Line(0, 1149, 0)], 18, device)
-        given = operands(batch, (1, 4, 64), dtype, 700)
-        check(batch, run(batch, *given), *given)
+        given = attention_operands(batch, (1, 4, 64), dtype, 700)
+        check_attention(batch, attend_rows(batch, *given), *given)
 
 
 @pytest.mark.skipif(not CHIP, reason="long in the interpreter")
@@ -124,24 +107,24 @@ def test_long_rows_as_they_are_split(device: torch.device, dims: tuple[int, int,
     batch = Batch(lines, 142, device)
     blocks = blocks_of([Span(2, 600, 6000)], len(lines), block_rows(dims[1]), device)
     for dtype in TOLERANCE:
-        given = operands(batch, dims, dtype, 2048)
-        check(batch, run(batch, *given, blocks), *given)
-        check(batch, run(batch, *given), *given)
+        given = attention_operands(batch, dims, dtype, 2048)
+        check_attention(batch, attend_rows(batch, *given, blocks), *given)
+        check_attention(batch, attend_rows(batch, *given), *given)
 
 
 def test_the_same_bits_again_and_in_other_company(device: torch.device, dtypes: list[torch.dtype]) -> None:
     """Row by row: with other neighbours, wider tables and a longer longest context."""
     for dtype in dtypes:
         batch = Batch(EDGES, 3, device)
-        query, plane, selected = operands(batch, DIMS[0], dtype, 110)
-        first = run(batch, query, plane, selected)
-        assert torch.equal(run(batch, query, plane, selected), first)
+        query, plane, selected = attention_operands(batch, DIMS[0], dtype, 110)
+        first = attend_rows(batch, query, plane, selected)
+        assert torch.equal(attend_rows(batch, query, plane, selected), first)
         for row in (0, 4, 6):
             alone = Batch([batch.lines[row]], 3, device, spare=4)
             alone.rows.request.zero_()
             alone.rows.block_table[:1, :3] = batch.block_table[batch.lines[row].request]
             wide = torch.nn.functional.pad(selected[row : row + 1], (0, 290), value=-1)
-            own = run(alone, query[row : row + 1], plane, wide, context=7 * 64)
+            own = attend_rows(alone, query[row : row + 1], plane, wide, context=7 * 64)
             assert torch.equal(own[0], first[row])
 
 
@@ -153,12 +136,12 @@ def test_where_a_prompt_is_cut_changes_no_bit(
     monkeypatch.setattr(attention, "BLOCK_SPLIT", 64)
     for dtype in dtypes:
         batch = Batch([Line(0, position, 0) for position in range(100, 130)], 3, device)
-        query, plane, _ = operands(batch, (1, 3, 64), dtype, 1)
+        query, plane, _ = attention_operands(batch, (1, 3, 64), dtype, 1)
         size = block_rows(3)
-        whole = run(batch, query, plane, None, blocks_of([Span(0, 30, 100)], 30, size, device))
+        whole = attend_rows(batch, query, plane, None, blocks_of([Span(0, 30, 100)], 30, size, device))
         edges = [0, *cuts, 30]
         spans = [Span(a, b - a, 100 + a) for a, b in itertools.pairwise(edges)]
-        cut = run(batch, query, plane, None, blocks_of(spans, 30, size, device))
+        cut = attend_rows(batch, query, plane, None, blocks_of(spans, 30, size, device))
         assert torch.equal(cut, whole)
 
 
@@ -175,6 +158,6 @@ def test_operands_that_do_not_fit_are_refused(device: torch.device) -> None:
     batch = Batch([Line(0, 5, 0)], 1, device)
     query, plane = batch.random(1, 2, 3, 16), batch.plane(2, 2, 16)
     with pytest.raises(EngineError, match="bfloat16"):
-        run(batch, query, plane.bfloat16(), None)
+        attend_rows(batch, query, plane.bfloat16(), None)
     with pytest.raises(EngineError, match="contiguous"):
-        run(batch, query.transpose(1, 2).contiguous().transpose(1, 2), plane, None)
+        attend_rows(batch, query.transpose(1, 2).contiguous().transpose(1, 2), plane, None)

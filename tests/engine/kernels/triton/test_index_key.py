@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 
@@ -11,116 +9,12 @@ from engine.attention.indexer import IndexQueries
 from engine.attention.precision import IndexFormat
 from engine.errors import EngineError
 from engine.kernels.reference.attention import ReferenceKernels
-from engine.kernels.triton.index_key import KeyForm, queries, store_keys
-from engine.layers.norm import layer_norm
+from engine.kernels.triton.index_key import queries
 from engine.layers.rope import RotaryTable, rotate
-from engine.memory.layouts import IndexKeyLayout, Int8KeyLayout
-from engine.memory.planes import PagedCache, PlaneSpec
-
-EPS = 1e-6
-SLOTS = [0, 63, 64, 79, 128, 127, 255, 17, 200]
+from lab.doctor.pointwise import KEYS, KeyCase, key_operands, key_plane, key_values, store_case, store_plainly
 
 
-class Case(NamedTuple):
-    """The indexer's shapes."""
-
-    form: KeyForm
-    heads: int
-    dim: int
-    rope: int
-    interleaved: bool = False
-
-
-CASES = [
-    Case("plain", 4, 64, 32),
-    Case("plain", 3, 48, 48, interleaved=True),
-    Case("int8", 4, 64, 32),
-    Case("int8", 2, 100, 20, interleaved=True),
-    Case("fp8", 4, 128, 64),
-    Case("fp8", 64, 128, 64, interleaved=True),
-    Case("fp8", 5, 16, 16),
-]
-
-
-class Parts(NamedTuple):
-    """What the calls take."""
-
-    key: torch.Tensor
-    query: torch.Tensor
-    head_weights: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    table: RotaryTable
-    positions: torch.Tensor
-    pages: torch.Tensor
-    offsets: torch.Tensor
-
-
-def parts(case: Case, device: torch.device, dtype: torch.dtype) -> Parts:
-    generator = torch.Generator().manual_seed(case.dim + case.heads)
-    order = [3, 1, 0, 2]
-
-    def made(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    key, query = made(len(SLOTS), case.dim), made(len(SLOTS), case.heads * case.dim)
-    key[3], query[3] = 0.0, 0.0  # scales of nothing
-    return Parts(
-        key=key,
-        query=query,
-        head_weights=made(len(SLOTS), case.heads).float(),
-        weight=made(case.dim),
-        bias=made(case.dim) * 0.1,
-        table=RotaryTable(case.rope, 1e4, 300, device=device),
-        positions=torch.tensor(SLOTS, device=device),
-        pages=torch.tensor([order[slot // 64] for slot in SLOTS], device=device),
-        offsets=torch.tensor([slot % 64 for slot in SLOTS], device=device),
-    )
-
-
-def plane_of(case: Case, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A poisoned plane."""
-    if case.form == "plain":
-        spec = PlaneSpec("index_key", (case.dim,), dtype)
-    else:
-        spec = PlaneSpec("index_key", (case.dim + 4,), torch.uint8)
-    plane = PagedCache(4, [spec], 1, device).plane(0, "index_key")
-    return plane.fill_(77 if plane.dtype is torch.uint8 else torch.nan)
-
-
-def store(case: Case, p: Parts, plane: torch.Tensor, rows: slice = slice(None)) -> None:
-    store_keys(
-        p.key[rows], p.weight, p.bias, EPS, p.table.all(), p.positions[rows], p.pages[rows], p.offsets[rows],
-        plane, case.form, interleaved=case.interleaved,
-    )  # fmt: skip
-
-
-def plain_store(case: Case, p: Parts, plane: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> None:
-    key = layer_norm(p.key, p.weight, p.bias, EPS)
-    rotation = p.table.at(p.positions.clamp(min=0))
-    key = rotate(key.unsqueeze(1), rotation, interleaved=case.interleaved).squeeze(1)[rows]
-    kernels = ReferenceKernels()
-    if case.form == "int8":
-        kernels.store_index_keys(plane, p.pages[rows], p.offsets[rows], key)
-    else:
-        IndexFormat(case.dim, "fp8" if case.form == "fp8" else key.dtype).write(
-            plane, p.pages[rows], p.offsets[rows], key, kernels
-        )
-
-
-def values(case: Case, plane: torch.Tensor) -> torch.Tensor:
-    """What a plane stands for: [pages, 64, d] float32."""
-    pages = torch.arange(len(plane), device=plane.device)
-    if case.form == "int8":
-        numbers, scales = Int8KeyLayout(case.dim).read(plane, pages)
-    elif case.form == "fp8":
-        numbers, scales = IndexKeyLayout(case.dim).read(plane, pages)
-    else:
-        return plane.float()
-    return numbers.float() * scales.unsqueeze(-1)
-
-
-def same(case: Case, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
+def same(case: KeyCase, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
     """Equal, but for the last digits before rounding: few numbers may fall on the other side of a step."""
     step = {"plain": 0.0, "int8": 1 / 120, "fp8": 1 / 15}[case.form]
     exact = 5e-6 if dtype is torch.float32 else 2.0**-6
@@ -129,23 +23,23 @@ def same(case: Case, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtyp
         assert (ours - theirs).abs().nan_to_num().gt(1e-5).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_keys(case: Case, device: torch.device, dtype: torch.dtype) -> None:
-    p = parts(case, device, dtype)
-    ours, theirs = plane_of(case, device, dtype), plane_of(case, device, dtype)
-    store(case, p, ours)
-    plain_store(case, p, theirs)
+@pytest.mark.parametrize("case", KEYS, ids=str)
+def test_keys(case: KeyCase, device: torch.device, dtype: torch.dtype) -> None:
+    p = key_operands(case, device, dtype)
+    ours, theirs = key_plane(case, device, dtype), key_plane(case, device, dtype)
+    store_case(case, p, ours)
+    store_plainly(case, p, theirs)
     at = p.pages, p.offsets
-    same(case, values(case, ours)[at], values(case, theirs)[at], dtype)
+    same(case, key_values(case, ours)[at], key_values(case, theirs)[at], dtype)
     kept = torch.ones(4, 64, dtype=torch.bool, device=device)  # what nobody wrote is as it was
     kept[at] = False
-    poison = values(case, ours)[kept].nan_to_num(nan=77.0)
-    assert torch.equal(poison, values(case, plane_of(case, device, dtype))[kept].nan_to_num(nan=77.0))
+    poison = key_values(case, ours)[kept].nan_to_num(nan=77.0)
+    assert torch.equal(poison, key_values(case, key_plane(case, device, dtype))[kept].nan_to_num(nan=77.0))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_queries(case: Case, device: torch.device, dtype: torch.dtype) -> None:
-    p = parts(case, device, dtype)
+@pytest.mark.parametrize("case", KEYS, ids=str)
+def test_queries(case: KeyCase, device: torch.device, dtype: torch.dtype) -> None:
+    p = key_operands(case, device, dtype)
     scale = case.heads**-0.5 * case.dim**-0.5
     ours, weights = queries(
         p.query, p.head_weights, scale, p.table.all(), p.positions, case.form, interleaved=case.interleaved
@@ -207,31 +101,31 @@ def test_every_number_becomes_the_e4m3_that_torch_makes_of_it(device: torch.devi
     assert torch.equal(ours.view(torch.uint8).cpu().squeeze(1)[exact], expected.view(torch.uint8)[exact])
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[4]], ids=str)
-def test_padding_rows_write_nothing(case: Case, device: torch.device) -> None:
-    p = parts(case, device, torch.float32)
+@pytest.mark.parametrize("case", [KEYS[0], KEYS[2], KEYS[4]], ids=str)
+def test_padding_rows_write_nothing(case: KeyCase, device: torch.device) -> None:
+    p = key_operands(case, device, torch.float32)
     p.positions[[1, 4, 8]] = -1
     p.pages[[1, 4, 8]] = -(10**9)
-    ours, theirs = (plane_of(case, device, torch.float32) for _ in range(2))
-    store(case, p, ours)
+    ours, theirs = (key_plane(case, device, torch.float32) for _ in range(2))
+    store_case(case, p, ours)
     kept = p.positions >= 0
-    plain_store(case, p, theirs, kept)
-    same(case, values(case, ours), values(case, theirs), torch.float32)
+    store_plainly(case, p, theirs, kept)
+    same(case, key_values(case, ours), key_values(case, theirs), torch.float32)
     query, weights = queries(p.query, p.head_weights, 1.0, p.table.all(), p.positions, case.form)
     assert weights[kept].isfinite().all()
     assert query.float()[kept].isfinite().all()
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[5]], ids=str)
+@pytest.mark.parametrize("case", [KEYS[1], KEYS[3], KEYS[5]], ids=str)
 def test_a_row_has_the_same_bits_again_and_in_other_company(
-    case: Case, device: torch.device, dtype: torch.dtype
+    case: KeyCase, device: torch.device, dtype: torch.dtype
 ) -> None:
-    p = parts(case, device, dtype)
-    planes = [plane_of(case, device, dtype) for _ in range(3)]
-    store(case, p, planes[0])
-    store(case, p, planes[1])
+    p = key_operands(case, device, dtype)
+    planes = [key_plane(case, device, dtype) for _ in range(3)]
+    store_case(case, p, planes[0])
+    store_case(case, p, planes[1])
     for row in (5, 0, 7, 8, 3, 2, 1, 6, 4):
-        store(case, p, planes[2], slice(row, row + 1))
+        store_case(case, p, planes[2], slice(row, row + 1))
     assert torch.equal(planes[1].view(torch.uint8), planes[0].view(torch.uint8))
     assert torch.equal(planes[2].view(torch.uint8), planes[0].view(torch.uint8))
     whole, weights = queries(p.query, p.head_weights, 1.0, p.table.all(), p.positions, case.form)
@@ -241,15 +135,15 @@ def test_a_row_has_the_same_bits_again_and_in_other_company(
 
 
 def test_one_row_no_row_and_rows_apart(device: torch.device) -> None:
-    case = CASES[2]
-    p = parts(case, device, torch.float32)
-    planes = [plane_of(case, device, torch.float32) for _ in range(2)]
+    case = KEYS[2]
+    p = key_operands(case, device, torch.float32)
+    planes = [key_plane(case, device, torch.float32) for _ in range(2)]
     wide = torch.cat((p.query, p.key, p.head_weights), dim=1)  # as one product of all three
     inner = case.heads * case.dim
     apart = p._replace(key=wide[:, inner : inner + case.dim])
-    store(case, p, planes[0])
-    store(case, apart, planes[1])
-    store(case, p, planes[1], slice(0, 0))
+    store_case(case, p, planes[0])
+    store_case(case, apart, planes[1])
+    store_case(case, p, planes[1], slice(0, 0))
     assert torch.equal(planes[0], planes[1])
     ours = queries(wide[:, :inner], wide[:, inner + case.dim :], 1.0, p.table.all(), p.positions, "int8")
     theirs = queries(p.query, p.head_weights, 1.0, p.table.all(), p.positions, "int8")
@@ -257,7 +151,7 @@ def test_one_row_no_row_and_rows_apart(device: torch.device) -> None:
 
 
 def test_sizes_without_such_a_form_are_refused(device: torch.device) -> None:
-    for case in (Case("fp8", 1, 96, 32), Case("fp8", 1, 256, 32), Case("int8", 1, 30, 10)):
-        p = parts(case._replace(form="plain"), device, torch.float32)
+    for case in (KeyCase("fp8", 1, 96, 32), KeyCase("fp8", 1, 256, 32), KeyCase("int8", 1, 30, 10)):
+        p = key_operands(case._replace(form="plain"), device, torch.float32)
         with pytest.raises(EngineError, match=f"vectors of {case.dim} numbers"):
-            store(case, p, torch.zeros(4, 64, case.dim + 4, dtype=torch.uint8))
+            store_case(case, p, torch.zeros(4, 64, case.dim + 4, dtype=torch.uint8))

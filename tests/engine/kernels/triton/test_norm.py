@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.kernels.triton.low_rank import Correction, add_low_rank
 from engine.kernels.triton.norm import add_rms_norm
 from engine.layers.norm import rms_norm
+from lab.doctor.pointwise import norm_operands
 
 EPS = 1e-5
 
@@ -17,21 +19,11 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * 0.1)
 
 
-def inputs(
-    device: torch.device, dtype: torch.dtype, rows: int, size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(rows + size)
-    x, update, weight = (
-        torch.randn(*shape, generator=generator) for shape in ((rows, size), (rows, size), (size,))
-    )
-    return x.to(device, dtype), update.to(device, dtype), weight.to(device, dtype)
-
-
 @pytest.mark.parametrize(
     ("rows", "size"), [(1, 576), (3, 1536), (2, 2048), (2, 4096), (2, 7168), (5, 1), (4, 77), (1, 64)]
 )
 def test_sum_and_norm(device: torch.device, dtype: torch.dtype, rows: int, size: int) -> None:
-    x, update, weight = inputs(device, dtype, rows, size)
+    x, update, weight = norm_operands(device, dtype, rows, size)
     before = x.clone()
     total, normed = add_rms_norm(x, update, weight, EPS)
     assert torch.equal(total, x + update)
@@ -40,14 +32,14 @@ def test_sum_and_norm(device: torch.device, dtype: torch.dtype, rows: int, size:
 
 
 def test_without_an_update_the_stream_is_as_it_was(device: torch.device, dtype: torch.dtype) -> None:
-    x, _, weight = inputs(device, dtype, 3, 200)
+    x, _, weight = norm_operands(device, dtype, 3, 200)
     total, normed = add_rms_norm(x, None, weight, EPS)
     assert total is x
     close(normed, rms_norm(x, weight, EPS))
 
 
 def test_a_wide_stream_beside_narrow_weights(device: torch.device) -> None:
-    x, update, weight = inputs(device, torch.float32, 3, 96)
+    x, update, weight = norm_operands(device, torch.float32, 3, 96)
     update, weight = update.half(), weight.half()
     total, normed = add_rms_norm(x, update, weight, EPS)
     assert torch.equal(total, x + update)
@@ -62,9 +54,30 @@ def test_rows_of_zeros_and_no_rows(device: torch.device) -> None:
 
 
 def test_a_row_has_the_same_bits_again_and_in_other_company(device: torch.device, dtype: torch.dtype) -> None:
-    x, update, weight = inputs(device, dtype, 7, 576)
+    x, update, weight = norm_operands(device, dtype, 7, 576)
     total, normed = add_rms_norm(x, update, weight, EPS)
     for rows in (slice(0, 7), slice(3, 4), slice(2, 6)):
         again = add_rms_norm(x[rows], update[rows], weight, EPS)
         assert torch.equal(again[0], total[rows])
         assert torch.equal(again[1], normed[rows])
+
+
+@pytest.mark.parametrize(("size", "rank"), [(576, 32), (77, 5), (1536, 64)])
+def test_a_correction_of_the_update_comes_first(
+    device: torch.device, dtype: torch.dtype, size: int, rank: int
+) -> None:
+    """As `add_low_rank` adds it, but for the order of its sums; the update lies beside the short product."""
+    x, update, weight = norm_operands(device, dtype, 5, size)
+    generator = torch.Generator().manual_seed(rank)
+    short, up = (
+        torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((5, rank), (size, rank))
+    )
+    both = torch.cat((update, short), dim=1)
+    fix = Correction(both[:, size:], up, torch.tensor([1, 0, 256, 1, 0], device=device))
+    total, normed = add_rms_norm(x, both[:, :size], weight, EPS, fix)
+    add_low_rank(update, fix)
+    wanted = add_rms_norm(x, update, weight, EPS)
+    tolerance = 2e-5 if dtype is torch.float32 else 3e-2
+    for ours, theirs in zip((total, normed), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+        assert torch.equal(ours[[1, 4]], theirs[[1, 4]])

@@ -12,55 +12,11 @@ import triton.language as tl
 
 from engine.kernels.triton import race
 from engine.kernels.triton.kernel import kernel
-from engine.kernels.triton.sampling import DrawRows, Draws, Needs, count_tokens, draw, remember
-from engine.plan.types import SampleSpec
-from engine.protocol import SamplingParams
-from engine.step.device_sampler import needs_of, rows_of, table
+from engine.kernels.triton.sampling import DrawRows, Needs, count_tokens, draw
+from engine.step.device_sampler import needs_of, table
 from engine.step.race import exponential_noise, stream_key
 from engine.step.sampler import sample
-
-
-def spec(
-    history: tuple[int, ...] = (), prompt_len: int = 0, output_index: int = 0, **params: object
-) -> SampleSpec:
-    return SampleSpec(
-        params=SamplingParams(**{"max_tokens": 1, "seed": 0, **params}),  # type: ignore[arg-type]
-        output_index=output_index,
-        prompt_len=prompt_len,
-        history=history,
-    )
-
-
-def rows_with(specs: list[SampleSpec], vocab: int, device: torch.device) -> DrawRows:
-    history = torch.full((len(specs), vocab), -7, dtype=torch.int32, device=device)
-    for slot, one in enumerate(specs):
-        remember(history, slot, one.history[: one.prompt_len], one.history[one.prompt_len :])
-    return rows_of(specs, range(len(specs)), history, device)
-
-
-def drawn(logits: torch.Tensor, specs: list[SampleSpec], device: torch.device) -> Draws:
-    rows = rows_with(specs, logits.shape[1], device)
-    return draw(logits.to(device), rows, needs_of(specs))
-
-
-def check(logits: torch.Tensor, specs: list[SampleSpec], device: torch.device) -> None:
-    """The same tokens and reports as the CPU's."""
-    ours = drawn(logits, specs, device)
-    for row, theirs in enumerate(sample(logits.float(), specs)):
-        assert bool(ours.finite[row]) == (theirs.token_id is not None)
-        if theirs.token_id is not None:
-            assert int(ours.tokens[row]) == theirs.token_id, (row, specs[row])
-        if theirs.logprob is not None:
-            assert ours.logprobs is not None
-            assert ours.ranks is not None
-            assert ours.top_ids is not None
-            assert ours.top_logprobs is not None
-            own = theirs.logprob
-            assert float(ours.logprobs[row]) == pytest.approx(own.logprob, abs=1e-5)
-            assert int(ours.ranks[row]) == own.rank
-            assert ours.top_ids[row, : len(own.top)].tolist() == [token for token, _ in own.top]
-            values = ours.top_logprobs[row, : len(own.top)].tolist()
-            assert values == pytest.approx([value for _, value in own.top], abs=1e-5)
+from lab.doctor.pointwise import check_draws, draw_on, draw_rows, sample_spec
 
 
 def normal(rows: int, vocab: int, spread: float, seed: int = 0) -> torch.Tensor:
@@ -126,15 +82,15 @@ FILTERS: list[dict[str, Any]] = [
 def test_every_filter_draws_as_the_cpu(spread: float, device: torch.device) -> None:
     """From all equal, over a crowd of noticeable tokens, to few."""
     specs = [
-        spec(seed=11, output_index=i, temperature=(1.0, 0.3, 2.5)[(i + round(spread)) % 3], **filters)
+        sample_spec(seed=11, output_index=i, temperature=(1.0, 0.3, 2.5)[(i + round(spread)) % 3], **filters)
         for i, filters in enumerate(FILTERS)
     ]
-    check(normal(len(specs), 5000, spread), specs, device)
+    check_draws(normal(len(specs), 5000, spread), specs, device)
 
 
 def test_more_candidates_than_are_kept(device: torch.device) -> None:
-    specs = [spec(seed=i, **FILTERS[i]) for i in (0, 2, 4, 6, 9, 10)]
-    check(normal(len(specs), 10_000, 0.5), specs, device)
+    specs = [sample_spec(seed=i, **FILTERS[i]) for i in (0, 2, 4, 6, 9, 10)]
+    check_draws(normal(len(specs), 10_000, 0.5), specs, device)
 
 
 def test_a_crowd_without_filters(device: torch.device) -> None:
@@ -142,44 +98,57 @@ def test_a_crowd_without_filters(device: torch.device) -> None:
     logits = torch.full((12, 17_000), -8.9)  # 2^-12.8 of the best
     logits[:, 9000:] = -9.2  # 2^-13.3
     logits[:, 100] = 0.0
-    specs = [spec(seed=21, output_index=i) for i in range(11)] + [spec(seed=1, temperature=0)]
-    check(logits, specs, device)
-    tokens = drawn(logits, specs, device).tokens
+    specs = [sample_spec(seed=21, output_index=i) for i in range(11)] + [sample_spec(seed=1, temperature=0)]
+    check_draws(logits, specs, device)
+    tokens = draw_on(logits, specs, device).tokens
     assert 0 < int((tokens >= 9000).sum()) < 11
 
 
 def test_a_whole_vocabulary(device: torch.device) -> None:
     specs = [
-        spec(seed=5, temperature=0.8, logprobs=3),
-        spec(seed=5, temperature=0),
-        spec(seed=6, top_p=0.95, top_k=64, logprobs=0),
+        sample_spec(seed=5, temperature=0.8, logprobs=3),
+        sample_spec(seed=5, temperature=0),
+        sample_spec(seed=6, top_p=0.95, top_k=64, logprobs=0),
     ]
-    check(normal(3, 151_936, 3.0), specs, device)
+    check_draws(normal(3, 151_936, 3.0), specs, device)
 
 
 def test_temperature_zero_is_the_first_of_the_best(device: torch.device) -> None:
     logits = normal(3, 9000, 1.0)
     logits[0, [8999, 4096, 5000]] = 30.0
     logits[2] = 1.5
-    check(logits, [spec(temperature=0, top_k=5), spec(temperature=0, top_p=0.1), spec(temperature=0)], device)
-    assert drawn(logits, [spec(temperature=0)] * 3, device).tokens.tolist()[::2] == [4096, 0]
+    check_draws(
+        logits,
+        [
+            sample_spec(temperature=0, top_k=5),
+            sample_spec(temperature=0, top_p=0.1),
+            sample_spec(temperature=0),
+        ],
+        device,
+    )
+    assert draw_on(logits, [sample_spec(temperature=0)] * 3, device).tokens.tolist()[::2] == [4096, 0]
 
 
 def test_a_temperature_near_zero_and_logits_far_apart(device: torch.device) -> None:
     logits = normal(4, 700, 10.0)
     logits[1, :350] = -3e38
     logits[2] = -3e38
-    specs = [spec(temperature=1e-6), spec(temperature=0.5), spec(top_k=3), spec(temperature=1e-6, top_p=0.5)]
-    check(logits, specs, device)
+    specs = [
+        sample_spec(temperature=1e-6),
+        sample_spec(temperature=0.5),
+        sample_spec(top_k=3),
+        sample_spec(temperature=1e-6, top_p=0.5),
+    ]
+    check_draws(logits, specs, device)
 
 
 def test_the_rest_wins_as_often_as_on_the_cpu(device: torch.device) -> None:
     """Many tokens that are hardly likely each: their second race comes out the same."""
     logits = torch.full((24, 6000), -9.5)  # 2^-13.7 of the best
     logits[:, 100] = 0.0
-    specs = [spec(seed=3, output_index=i) for i in range(24)]
-    check(logits, specs, device)
-    tokens = drawn(logits, specs, device).tokens
+    specs = [sample_spec(seed=3, output_index=i) for i in range(24)]
+    check_draws(logits, specs, device)
+    tokens = draw_on(logits, specs, device).tokens
     assert 3 < int((tokens != 100).sum()) < 20
 
 
@@ -196,7 +165,7 @@ def test_penalties_and_bias(device: torch.device) -> None:
         ][i % 4]
         bias = ((3, 1.5), (4200, -4.0), (3, 0.25)) if i % 3 == 0 else ()
         specs.append(
-            spec(
+            sample_spec(
                 history,
                 prompt_len=i * 8,
                 output_index=i,
@@ -208,17 +177,17 @@ def test_penalties_and_bias(device: torch.device) -> None:
         )
     logits = normal(12, 4300, 2.0)
     before = logits.clone()
-    check(logits, specs, device)
+    check_draws(logits, specs, device)
     assert torch.equal(logits, before)
 
 
 def test_a_drawn_token_is_counted_for_the_next_draw(device: torch.device) -> None:
     first = [
-        spec((1, 2, 2), prompt_len=1, frequency_penalty=1.0),
-        spec(),
-        spec((4,), 1, presence_penalty=0.5),
+        sample_spec((1, 2, 2), prompt_len=1, frequency_penalty=1.0),
+        sample_spec(),
+        sample_spec((4,), 1, presence_penalty=0.5),
     ]
-    rows = rows_with(first, 10, device)
+    rows = draw_rows(first, 10, device)
     count_tokens(rows, torch.tensor([2, 5, 4], device=device))
     assert rows.history.tolist() == [[0, 1, 6, 0, 0, 0, 0, 0, 0, 0], [0] * 10, [0, 0, 0, 0, 3, 0, 0, 0, 0, 0]]
 
@@ -228,24 +197,29 @@ def test_rows_that_are_not_finite_are_marked_and_harm_no_other(device: torch.dev
     logits[0, 4500], logits[1, 0], logits[2, 4999] = math.nan, math.inf, -math.inf
     logits[4] = math.nan
     specs = [
-        spec(),
-        spec(top_k=3),
-        spec(temperature=0, logprobs=1),
-        spec(logprobs=1),
-        spec(top_p=0.5),
-        spec(top_p=0.5),
+        sample_spec(),
+        sample_spec(top_k=3),
+        sample_spec(temperature=0, logprobs=1),
+        sample_spec(logprobs=1),
+        sample_spec(top_p=0.5),
+        sample_spec(top_p=0.5),
     ]
-    check(logits, specs, device)
+    check_draws(logits, specs, device)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 4096, 4097])
 def test_odd_sizes(vocab: int, device: torch.device) -> None:
-    specs = [spec(logprobs=5), spec(top_k=2, logprobs=5), spec(temperature=0, logprobs=1), spec(top_p=0.6)]
-    check(normal(4, vocab, 1.0), specs, device)
+    specs = [
+        sample_spec(logprobs=5),
+        sample_spec(top_k=2, logprobs=5),
+        sample_spec(temperature=0, logprobs=1),
+        sample_spec(top_p=0.6),
+    ]
+    check_draws(normal(4, vocab, 1.0), specs, device)
 
 
 def test_padding_rows_are_greedy_and_count_nothing(device: torch.device) -> None:
-    own = spec((1, 1), 1, seed=3, frequency_penalty=0.5)
+    own = sample_spec((1, 1), 1, seed=3, frequency_penalty=0.5)
     history = torch.zeros(1, 300, dtype=torch.int32, device=device)
     rows = DrawRows(
         table=torch.from_numpy(table([own], [0], 4)).to(device),
@@ -261,37 +235,41 @@ def test_padding_rows_are_greedy_and_count_nothing(device: torch.device) -> None
 
 
 def test_no_rows(device: torch.device) -> None:
-    assert drawn(torch.zeros(0, 50), [], device).tokens.shape == (0,)
+    assert draw_on(torch.zeros(0, 50), [], device).tokens.shape == (0,)
 
 
 def test_logits_in_bfloat16_and_rows_apart(device: torch.device) -> None:
     logits = normal(3, 900, 2.0).bfloat16()
     wide = torch.cat((logits, torch.full((3, 3), math.nan, dtype=torch.bfloat16)), dim=1).to(device)
-    specs = [spec(seed=1), spec(seed=2, top_p=0.8, presence_penalty=0.5), spec(temperature=0)]
-    ours = draw(wide[:, :900], rows_with(specs, 900, device), needs_of(specs))
+    specs = [
+        sample_spec(seed=1),
+        sample_spec(seed=2, top_p=0.8, presence_penalty=0.5),
+        sample_spec(temperature=0),
+    ]
+    ours = draw(wide[:, :900], draw_rows(specs, 900, device), needs_of(specs))
     assert ours.tokens.tolist() == [one.token_id for one in sample(logits.float(), specs)]
 
 
 def test_a_row_draws_the_same_again_in_other_company_and_with_more_launches(device: torch.device) -> None:
     logits = normal(5, 5000, 1.0)
     specs = [
-        spec(seed=1, logprobs=2),
-        spec(seed=2, top_p=0.7),
-        spec(temperature=0),
-        spec(seed=4, top_k=30, logprobs=2),
-        spec((3, 3), seed=5, frequency_penalty=0.5),
+        sample_spec(seed=1, logprobs=2),
+        sample_spec(seed=2, top_p=0.7),
+        sample_spec(temperature=0),
+        sample_spec(seed=4, top_k=30, logprobs=2),
+        sample_spec((3, 3), seed=5, frequency_penalty=0.5),
     ]
-    whole = drawn(logits, specs, device)
+    whole = draw_on(logits, specs, device)
     everything = Needs(alternatives=2)
     assert whole.logprobs is not None
     for row, one in enumerate(specs):
-        alone = drawn(logits[row : row + 1], [one], device)
+        alone = draw_on(logits[row : row + 1], [one], device)
         assert alone.tokens[0] == whole.tokens[row]
         if alone.logprobs is not None:
             assert alone.logprobs[0] == whole.logprobs[row]
-        more = draw(logits[row : row + 1].to(device), rows_with([one], 5000, device), everything)
+        more = draw(logits[row : row + 1].to(device), draw_rows([one], 5000, device), everything)
         assert more.tokens[0] == whole.tokens[row]
-    again = drawn(logits, specs, device)
+    again = draw_on(logits, specs, device)
     assert torch.equal(again.tokens, whole.tokens)
     assert again.logprobs is not None
     assert torch.equal(again.logprobs, whole.logprobs)

@@ -89,7 +89,9 @@ class Twin:
         batch = build_batch(plan_of(asked, self.tokens), CPU)
         top_k = 128 if int(batch.index_top_k.max()) else 0
         heads = self.step._heads
-        shape = Padded(16, PAGES * 64, top_k, prompts, self.step._model.config.group, heads)
+        shape = Padded(
+            16, PAGES * 64, top_k, prompts, 4 if prompts else 0, self.step._model.config.group, heads
+        )
         assert shape.holds(batch)
         buffer = torch.full((shape.size,), 7, dtype=torch.int32)  # what the step before left
         shape.fill(buffer.numpy(), batch)
@@ -108,7 +110,6 @@ def test_hidden_states_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.Mo
     # Each program that has nothing to do takes the interpreter long enough.
     monkeypatch.setattr(device, "_CONTEXT_STEP", 64)
     monkeypatch.setattr(padded, "MOST_SPANS", 3)
-    monkeypatch.setattr(padded, "MOST_SINGLES", 4)
     twin = Twin(tmp_path, FORMS[form], 4 * PAGES * 64 * 8)
     sparse = twin.torch.ready.model.indexer is not None
     twin.torch.runner.hidden(plan_of(BEFORE, twin.tokens))

@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.plan.types import StepPlan, StepResult
 from engine.step.build import build
+from engine.step.runner import AtOnce
 from tests.engine.kit import Lab, Run, tiny_checkpoint
 from tests.engine.models.mla.kit import VOCAB, tiny_deepseek
 
@@ -79,7 +80,7 @@ def tokens_of(seed: int, length: int) -> list[int]:
     return torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-class Listener:
+class Listener(AtOnce):
     """A runner that compares each proposal with the formula."""
 
     def __init__(self, run: Run, tiny: Tiny, count: int) -> None:

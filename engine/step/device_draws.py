@@ -1,0 +1,269 @@
+"""Draws a step's tokens on the device, and keeps there what the next step needs: the tokens, and what penalties count.
+
+Steps that draw in the usual ways are graphs. Others (penalties, biases, log-probabilities) are launched kernel by kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.errors import EngineError
+from engine.kernels.triton.kernel import compiled_together
+from engine.kernels.triton.sampling import DrawRows, Draws, Needs, count_tokens, draw, remember
+from engine.memory.staging import Staging
+from engine.plan.types import Sampled, SampleSpec
+from engine.protocol import TokenLogprob, has_penalty
+from engine.step.device_sampler import logprobs_of, needs_of, rows_of, table
+from engine.step.sampler import NOT_FINITE
+
+_COLUMNS = 10
+_USUAL = tuple(
+    Needs(draws=draws, filters=filters, changes=False, logprobs=False)
+    for draws, filters in ((False, False), (True, False), (True, True))
+)
+_LEAST_SLOTS = 8
+
+
+class Head(Protocol):
+    """What is needed of the step: see `engine.step.device_runner.RowStep`."""
+
+    drawn: Tensor
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits: [N, E] -> [N, V] float32."""
+        ...
+
+
+class Told:
+    """What a step drew, on its way to the host."""
+
+    def __init__(self, specs: Sequence[SampleSpec], tokens: Tensor, draws: Draws | None) -> None:
+        """Copies to the host are under way.
+
+        Args:
+            specs: of the rows
+            tokens: [N] int64 on the host, -1 where the logits are not finite; filled when the device gets there
+            draws: what else is told, likewise; None: nothing
+        """
+        self._specs, self._tokens, self._draws = specs, tokens, draws
+        self._done: torch.cuda.Event | None = None
+        if tokens.is_pinned():
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def drawn(self) -> list[Sampled]:
+        """Wait, and give what each row's request gets."""
+        if self._done is not None:
+            self._done.synchronize()
+        tokens: list[int] = self._tokens.tolist()
+        if self._draws is None:
+            return [_BAD if token < 0 else Sampled(token_ids=(token,)) for token in tokens]
+        told = logprobs_of(self._draws, tokens, self._specs)
+        return [_sampled(token, one) for token, one in zip(tokens, told, strict=True)]
+
+
+_BAD = Sampled(error=NOT_FINITE.error, nonfinite=True)
+
+
+def _sampled(token: int, logprob: TokenLogprob | None) -> Sampled:
+    if token < 0:
+        return _BAD
+    return Sampled(token_ids=(token,), logprobs=() if logprob is None else (logprob,))
+
+
+def _to_host(numbers: Tensor) -> Tensor:
+    """A copy on the host, filled when the device gets there."""
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
+    return host.copy_(numbers, non_blocking=True)
+
+
+def _all_to_host(draws: Draws) -> Draws:
+    parts = (getattr(draws, field.name) for field in fields(draws))
+    return Draws(*(None if part is None else _to_host(part) for part in parts))  # type: ignore[arg-type]
+
+
+class _Graph:
+    """The drawing of up to so many rows, in one way."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, asked: Tensor, wanted: Tensor, told: Tensor) -> None:
+        self.graph, self.asked, self.wanted, self.told = graph, asked, wanted, told
+
+
+class DeviceDraws:
+    """The drawing of one model's tokens on one device."""
+
+    def __init__(self, head: Head, vocab: int, device: torch.device) -> None:
+        """`head.drawn` gets the tokens of each step's rows."""
+        self._head, self._vocab, self._device = head, vocab, device
+        self._staging = Staging(torch.int64, device)
+        self._history = _History(vocab, device)
+        self._graphs: dict[tuple[int, Needs], _Graph] = {}
+        self._sizes: list[int] = []
+        self._greedy = table((), (), len(head.drawn)).reshape(-1)
+
+    def capture(self, hidden: Tensor) -> None:
+        """Capture graphs for up to as many rows as `drawn` has; `hidden` [any, E] tells the size and dtype of rows."""
+        most = len(self._head.drawn)
+        self._sizes = [*(size for size in _SIZES if size < most), most]
+        pool = torch.cuda.graph_pool_handle()
+        made = {
+            (size, needs): self._made(size, needs, hidden)
+            for size in reversed(self._sizes)
+            for needs in _USUAL
+        }
+        with compiled_together(len(_USUAL) * 4):
+            for compute, *_ in made.values():
+                compute()
+        for key, (compute, asked, wanted, told) in made.items():
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                compute()
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                compute()
+            self._graphs[key] = _Graph(graph, asked, wanted, told)
+
+    def draw(
+        self, hidden: Tensor, rows: Sequence[int], specs: Sequence[SampleSpec], names: Sequence[str]
+    ) -> Told:
+        """Launch the drawing of a token from each of the `rows` of `hidden` [T, E].
+
+        Args:
+            hidden: of the step
+            rows: N of them
+            specs: how to draw
+            names: of the requests that the rows are of
+        """
+        needs = needs_of(specs)
+        size = next((size for size in self._sizes if size >= len(rows)), 0)
+        captured = self._graphs.get((size, needs))
+        if captured is not None:
+            return self._replay(captured, size, needs, hidden, rows, specs)
+        device = self._device
+        index = torch.tensor(rows, device=device)
+        logits = self._head.logits(hidden.index_select(0, index))
+        slots = self._history.slots(names, specs)
+        asked = rows_of(specs, slots, self._history.counts, device)
+        draws = draw(logits, asked, needs)
+        if any(slot >= 0 for slot in slots):
+            count_tokens(asked, draws.tokens)
+        self._head.drawn[: len(rows)].copy_(draws.tokens)
+        told = _to_host(draws.tokens.where(draws.finite, -1))
+        return Told(specs, told, _all_to_host(draws) if needs.logprobs else None)
+
+    def _replay(
+        self,
+        captured: _Graph,
+        size: int,
+        needs: Needs,
+        hidden: Tensor,
+        rows: Sequence[int],
+        specs: Sequence[SampleSpec],
+    ) -> Told:
+        count = len(rows)
+        host = self._staging.take(size * (1 + _COLUMNS)).numpy()
+        host[:count] = rows
+        if needs.draws:
+            host[size:].reshape(size, _COLUMNS)[:] = table(specs, [0] * count, size)
+        else:
+            host[size:] = self._greedy[: size * _COLUMNS]
+        self._staging.send(captured.asked)
+        torch.index_select(hidden, 0, captured.asked[:count], out=captured.wanted[:count])
+        captured.graph.replay()
+        return Told(specs, _to_host(captured.told[:count]), None)
+
+    def _made(
+        self, size: int, needs: Needs, hidden: Tensor
+    ) -> tuple[Callable[[], None], Tensor, Tensor, Tensor]:
+        """What draws from up to `size` rows, and what it reads and writes; see `_Graph`."""
+        device = self._device
+        host = self._staging.take(size * (1 + _COLUMNS)).numpy()
+        host[:size] = 0
+        host[size:].reshape(size, _COLUMNS)[:] = table((), (), size)
+        asked = torch.empty(size * (1 + _COLUMNS), dtype=torch.int64, device=device)
+        self._staging.send(asked)
+        wanted = hidden.new_zeros(size, hidden.shape[1])
+        told = torch.zeros(size, dtype=torch.int64, device=device)
+        nothing = torch.zeros(size, 1, device=device)
+        rows = DrawRows(
+            table=asked[size:].view(size, _COLUMNS),
+            bias_ids=nothing.int(),
+            bias_values=nothing,
+            history=nothing.int(),
+        )
+
+        def compute() -> None:
+            draws = draw(self._head.logits(wanted), rows, needs)
+            self._head.drawn[:size].copy_(draws.tokens)
+            told.copy_(draws.tokens.where(draws.finite, -1))
+
+        return compute, asked, wanted, told
+
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+class _History:
+    """What the requests with penalties have said: a row of counts each, which the device goes on counting."""
+
+    def __init__(self, vocab: int, device: torch.device) -> None:
+        self.counts = torch.zeros(1, vocab, dtype=torch.int32, device=device)
+        self._slots: dict[str, int] = {}  # least recently used first
+        self._said: dict[
+            str, int
+        ] = {}  # output tokens that a slot has counted or will have when the device gets there
+
+    def slots(self, names: Sequence[str], specs: Sequence[SampleSpec]) -> list[int]:
+        """Each row's slot, filled; -1: it has no penalty.
+
+        Raises:
+            EngineError: a token is pending that was not counted.
+        """
+        penalised = [
+            (name, spec) for name, spec in zip(names, specs, strict=True) if has_penalty(spec.params)
+        ]
+        here = {name for name, _ in penalised}
+        for name, spec in penalised:
+            known = len(spec.history) - spec.prompt_len
+            if self._said.get(name) != spec.output_index:
+                if known != spec.output_index:
+                    raise EngineError(f"request {name!r} has pending tokens that no step has counted")
+                slot = self._slots.get(name)
+                if slot is None:
+                    slot = self._free(here)
+                remember(self.counts, slot, spec.history[: spec.prompt_len], spec.history[spec.prompt_len :])
+                self._slots[name] = slot
+            self._slots[name] = self._slots.pop(name)  # now the last
+            self._said[name] = spec.output_index + 1
+        return [
+            self._slots[name] if has_penalty(spec.params) else -1
+            for name, spec in zip(names, specs, strict=True)
+        ]
+
+    def _free(self, here: set[str]) -> int:
+        """A slot of nobody, or of a request that is not `here`, or a new one."""
+        if len(self._slots) < len(self.counts):
+            return len(self._slots)
+        for name in self._slots:
+            if name not in here:
+                del self._said[name]
+                return self._slots.pop(name)
+        grown = torch.zeros(
+            max(_LEAST_SLOTS, 2 * len(self.counts)),
+            self.counts.shape[1],
+            dtype=self.counts.dtype,
+            device=self.counts.device,
+        )
+        grown[: len(self.counts)] = self.counts
+        self.counts = grown
+        return len(self._slots)

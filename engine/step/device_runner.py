@@ -1,0 +1,158 @@
+"""Runs plans on a device ahead of the host: a step's tokens stay there, so the next step can be launched at once.
+
+A plan that is made before the tokens of the step before it are known has `PENDING` in their place. The runner knows in
+which row of `drawn` the device keeps each of them. What the host does with a step is one copy of its rows, one graph, one
+copy of how its tokens are drawn, one graph, and one copy back, which it waits for only in `result`.
+
+Every stage is launched on one stream, so plans are computed in the order in which they are launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import torch
+from torch import Tensor
+
+from engine.attention.batch import PageTables, build_batch
+from engine.errors import EngineError
+from engine.memory.planes import PagedCache
+from engine.models.family import Model, RowStep
+from engine.plan.types import PENDING, Sampled, SampleSpec, ScheduledRequest, StepPlan, StepResult
+from engine.protocol import TokenLogprob
+from engine.step.device_draws import DeviceDraws, Told
+from engine.step.sampler import token_logprobs
+
+_CPU = torch.device("cpu")
+_LOGIT_ROWS = 64  # rows of prompt logits held at once
+
+
+class DeviceRunner:
+    """One model and its cache on one device."""
+
+    ahead = True
+
+    def __init__(
+        self, model: Model, step: RowStep, cache: PagedCache, budget_bytes: int, device: torch.device
+    ) -> None:
+        """Nothing is in flight.
+
+        Args:
+            model: the model
+            step: its step over rows; `drawn` has a place for every request of a step
+            cache: the model's
+            budget_bytes: that the scores of a step's rows may take
+            device: the model's
+        """
+        self.model = model
+        self._step, self._cache = step, cache
+        self._budget_bytes, self._device = budget_bytes, device
+        self._draws = DeviceDraws(step, model.vocab_size, device)
+        self._tables = PageTables()
+        self._places: dict[str, int] = {}  # of the last step's requests in `drawn`
+
+    def prepare(self) -> None:
+        """Capture the graphs that draw, on CUDA."""
+        if self._device.type == "cuda":
+            self._draws.capture(self._step.hidden_like())
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute a plan and wait for its tokens."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> DeviceFlight:
+        """Begin to compute a plan.
+
+        Raises:
+            EngineError: it has drafts, or a pending token that the last plan did not draw.
+        """
+        if plan.wiped_pages:
+            self._cache.wipe(plan.wiped_pages)
+        batch = build_batch(plan, _CPU, self._tables)
+        self._tables.turn()
+        rows: list[int] = []
+        specs: list[SampleSpec] = []
+        places: dict[str, int] = {}
+        scored: list[tuple[int, Tensor]] = []
+        tokens = batch.token_ids.numpy()
+        end = 0
+        for request in plan.requests:
+            end += len(request.token_ids)
+            if request.token_ids[-1] == PENDING:
+                tokens[end - 1] = -1 - self._place(request)
+            if request.sample is not None:
+                if request.num_drafts:
+                    raise EngineError("a device runner takes no drafts")
+                places[request.request_id] = len(rows)
+                rows.append(end - 1)
+                specs.append(request.sample)
+        hidden = self._step.forward(batch, self._cache, self._budget_bytes)
+        end = 0
+        for number, request in enumerate(plan.requests):
+            first, end = end, end + len(request.token_ids)
+            if request.prompt_targets:  # later steps may overwrite the hidden states
+                scored.append((number, hidden[first : first + len(request.prompt_targets)].clone()))
+        told = self._draws.draw(hidden, rows, specs, list(places)) if rows else None
+        self._places = places
+        done = None
+        if told is None and self._device.type == "cuda":
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        return DeviceFlight(self.model, plan, told, scored, done)
+
+    def _place(self, request: ScheduledRequest) -> int:
+        try:
+            return self._places[request.request_id]
+        except KeyError:
+            raise EngineError(
+                f"request {request.request_id!r} has a pending token that no step drew"
+            ) from None
+
+
+class DeviceFlight:
+    """A plan that a device computes."""
+
+    def __init__(
+        self,
+        model: Model,
+        plan: StepPlan,
+        told: Told | None,
+        scored: Sequence[tuple[int, Tensor]],
+        done: torch.cuda.Event | None,
+    ) -> None:
+        self._model, self._plan, self._told, self._scored, self._done = model, plan, told, scored, done
+
+    @torch.inference_mode()
+    def result(self) -> StepResult:
+        """Wait for the tokens."""
+        if self._done is not None:
+            self._done.synchronize()
+        sampled: list[Sampled] = []
+        drawn = iter(() if self._told is None else self._told.drawn())
+        if not self._scored and len(self._plan.requests) == (0 if self._told is None else len(self._told)):
+            return StepResult(sampled=tuple(drawn))
+        for request in self._plan.requests:
+            if request.sample is None:
+                sampled.append(_NOTHING)
+                continue
+            sampled.append(next(drawn))
+        for number, hidden in self._scored:
+            request = self._plan.requests[number]
+            sampled[number] = msgspec.structs.replace(
+                sampled[number],
+                prompt_logprobs=self._score(hidden, request.prompt_targets, request.prompt_alternatives),
+            )
+        return StepResult(sampled=tuple(sampled))
+
+    def _score(self, rows: Tensor, targets: tuple[int, ...], alternatives: int) -> tuple[TokenLogprob, ...]:
+        """The log-probability of the known next token (`targets`) of each row."""
+        scored: list[TokenLogprob] = []
+        for start in range(0, len(targets), _LOGIT_ROWS):
+            logits = self._model.logits(rows[start : start + _LOGIT_ROWS])
+            scored.extend(token_logprobs(logits, targets[start : start + _LOGIT_ROWS], alternatives))
+        return tuple(scored)
+
+
+_NOTHING = Sampled()

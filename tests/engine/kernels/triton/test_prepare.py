@@ -1,0 +1,86 @@
+"""One launch against the three that it stands for, and against the product corrected beforehand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels.triton.index_key import KeyForm, queries, store_keys
+from engine.kernels.triton.low_rank import Correction, add_low_rank
+from engine.kernels.triton.prepare import IndexPart, prepare
+from engine.kernels.triton.rotation import rotate_and_store
+from engine.layers.rope import RotaryTable
+from engine.memory.planes import PagedCache, PlaneSpec
+
+ROWS, RANK, EPS = 5, 12, 1e-6
+CASES = [(9, 3, 64, 8, 64), (4, 1, 24, 3, 16), (12, 2, 128, 5, 36)]  # q and KV heads of D; index heads of d
+
+
+class Given:
+    """What a call takes."""
+
+    def __init__(
+        self, case: tuple[int, ...], form: KeyForm, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        heads, kv_heads, dim, index_heads, index_dim = case
+        g = torch.Generator().manual_seed(dim)
+
+        def made(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g).to(device, dtype)
+
+        width = (heads + 2 * kv_heads) * dim
+        sizes = [width, index_heads * index_dim, index_dim, index_heads, RANK]
+        product = made(ROWS, sum(sizes) + 3)
+        self.qkv, query, key, weights, short, _ = product.split([*sizes, 3], dim=1)
+        self.at = (
+            torch.tensor([3, 0, -1, 200, 64], dtype=torch.int32, device=device),
+            torch.tensor([2, 1, 0, 3, 0], dtype=torch.int32, device=device),
+            torch.tensor([3, 0, 0, 63, 17], dtype=torch.int32, device=device),
+        )
+        self.rotation = RotaryTable(dim, 1e4, 300, device=device).all()
+        keys = PlaneSpec("key", (index_dim,), dtype)
+        if form == "int8":
+            keys = PlaneSpec("key", (index_dim + 4,), torch.uint8)
+        self.cache = PagedCache(4, [PlaneSpec("kv", (kv_heads, 2, dim), dtype), keys], 1, device)
+        self.plane = self.cache.plane(0, "kv")
+        rotation = RotaryTable(index_dim // 4 * 2, 1e4, 300, device=device).all()
+        self.index = IndexPart(
+            query, key, weights, made(index_dim), made(index_dim), EPS, 0.25, rotation, self.cache.plane(0, "key"), form
+        )  # fmt: skip
+        self.bias = made(width)
+        self.fix = Correction(short, made(width, RANK), torch.tensor([1, 0, 7, 1, 0], device=device))
+
+    def stored(self) -> list[Tensor]:
+        return [self.plane.clone(), self.index.plane.clone()]
+
+    def together(self, fix: Correction | None) -> list[Tensor]:
+        made = prepare(self.qkv, *self.at, self.rotation, self.plane, self.index, bias=self.bias, fix=fix)
+        return [*(one[self.at[0] >= 0] for one in made), *self.stored()]
+
+    def apart(self, fix: Correction | None) -> list[Tensor]:
+        i = self.index
+        query = rotate_and_store(self.qkv, *self.at, self.rotation, self.plane, bias=self.bias, fix=fix)
+        store_keys(i.key, i.norm_weight, i.norm_bias, i.eps, i.rotation, *self.at, i.plane, i.form)
+        made = queries(i.query, i.head_weights, i.scale, i.rotation, self.at[0], "plain")
+        return [*(one[self.at[0] >= 0] for one in (query, *made)), *self.stored()]
+
+
+@pytest.mark.parametrize("form", ["plain", "int8"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_bits_as_three_launches(
+    device: torch.device, dtype: torch.dtype, case: tuple[int, ...], form: KeyForm
+) -> None:
+    given, other = (Given(case, form, device, dtype) for _ in range(2))
+    for fix, fix_ in ((None, None), (given.fix, other.fix)):
+        for ours, theirs in zip(given.together(fix), other.apart(fix_), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_correction_is_that_of_the_product(device: torch.device, dtype: torch.dtype) -> None:
+    given, other = (Given(CASES[0], "plain", device, dtype) for _ in range(2))
+    ours = given.together(given.fix)
+    add_low_rank(other.qkv, other.fix)
+    tolerance = 2e-5 if dtype is torch.float32 else 3e-2
+    for one, wanted in zip(ours, other.together(None), strict=True):
+        torch.testing.assert_close(one, wanted, rtol=tolerance, atol=tolerance)
