@@ -119,6 +119,7 @@ static float soften(float *x, int count, int n, bf16 *out, float *largest) {
 }
 
 // out[g] = out[g] * shrink[g] + sum_s weights[g][s] value[s], D = 32 * parts, in the order of dims that `finish` reads.
+// `shrink` is NULL for the first tokens, before which `out` has nothing.
 static inline __attribute__((always_inline)) void combine(int G, int parts, const bf16 *const *tokens, int64_t at, int n,
                                                           const bf16 *weights, const float *shrink, float *out) {
     const int D = 32 * parts;
@@ -127,7 +128,8 @@ static inline __attribute__((always_inline)) void combine(int G, int parts, cons
         __m512 sums[TOGETHER][4];
         for (int g = 0; g < G; g++)
             for (int i = 0; i < 2 * wide_parts; i++)
-                sums[g][i] = _mm512_mul_ps(_mm512_loadu_ps(out + g * D + 32 * part + 16 * i), _mm512_set1_ps(shrink[g]));
+                sums[g][i] = shrink ? _mm512_mul_ps(_mm512_loadu_ps(out + g * D + 32 * part + 16 * i), _mm512_set1_ps(shrink[g]))
+                                    : _mm512_setzero_ps();
         for (int s = 0; s < n; s += 2) {
             __m512bh pairs[4];
             for (int p = 0; p < wide_parts; p++) {
@@ -172,7 +174,6 @@ static inline __attribute__((always_inline)) void attend_queries(int G, int part
                                                                  float scale, bf16 *out, float *weights, bf16 *soft,
                                                                  float *totals) {
     float sums[TOGETHER * 128], most[TOGETHER], shrink[TOGETHER];
-    memset(sums, 0, sizeof(float) * (size_t)(32 * parts * G));
     for (int g = 0; g < G; g++) {
         most[g] = -INFINITY;
         totals[g] = 0.0f;
@@ -187,7 +188,7 @@ static inline __attribute__((always_inline)) void attend_queries(int G, int part
             shrink[g] = first == 0 || !(before < most[g]) ? 1.0f : exp_negative(before - most[g]);
             totals[g] = totals[g] * shrink[g] + total;
         }
-        combine(G, parts, tokens + first, at, some, soft, shrink, sums);
+        combine(G, parts, tokens + first, at, some, soft, first ? shrink : 0, sums);
     }
     finish(G, 32 * parts, sums, totals, out);
 }
