@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint.loader import LoadReport, Weight, check, load, unused
+from engine.checkpoint.loader import LoadReport, Weight, check, load, num_bytes, unused
 from engine.checkpoint.source import HoldsQuantised, Source
 from engine.errors import CheckpointError
 from engine.kernels.native.packed import PackedWeight, can_chain, packed_bytes
@@ -38,18 +38,8 @@ def load_packed(
     check(model_table, source)
     packed = {name: weight for name, weight in model_table.items() if weight.may_be_packed}
     plain = {name: weight for name, weight in model_table.items() if name not in packed}
-    stored = {name: _stored_kinds(weight, source) for name, weight in packed.items()}
-    short = any({"q4", "q4_k"} & {kind for kind, _, _ in kinds} for kinds in stored.values())
-
-    def kinds_of(name: str) -> list[_Part]:
-        weight = packed[name]
-        made: Kind = "q4" if short and weight.may_lose_bits else "bf16"
-        return stored[name] or [_Part(made, weight.names, weight.shape[0])]
-
-    sizes = {
-        name: sum(packed_bytes(part.kind, part.outputs, weight.shape[1]) for part in kinds_of(name))
-        for name, weight in packed.items()
-    }
+    parts = _parts(packed, source)
+    sizes = {name: _size(packed[name], some) for name, some in parts.items()}
     later = sum(sizes.values())
     tensors, report = load(
         plain,
@@ -63,11 +53,11 @@ def load_packed(
     arena = Arena(list(sizes.values()))
     for name, weight in packed.items():
         memory = arena.take(sizes[name])
-        if stored[name] and isinstance(source, HoldsQuantised):
-            parts = [_read(part, source, source.description) for part in stored[name]]
-            weights[name] = PackedWeight.of(parts, memory)
+        if parts[name][0].stored and isinstance(source, HoldsQuantised):
+            found = [_read(part, source, source.description) for part in parts[name]]
+            weights[name] = PackedWeight.of(found, memory)
         else:
-            weights[name] = PackedWeight.of(_made(weight, source, kinds_of(name)[0].kind), memory)
+            weights[name] = PackedWeight.of(_made(weight, source, parts[name][0].kind), memory)
         done += sizes[name]
         progress(done, report.num_bytes + later)
     return weights, replace(
@@ -79,12 +69,42 @@ def load_packed(
     )
 
 
+def loaded_packed_bytes(model_table: Mapping[str, Weight], source: Source) -> int | None:
+    """How many bytes `load_packed` would load; None if the source has nothing quantised that stays so. Reads no weight."""
+    packed = {name: weight for name, weight in model_table.items() if weight.may_be_packed}
+    if not can_pack(packed):
+        return None
+    parts = _parts(packed, source)
+    if not any(part.stored for some in parts.values() for part in some):
+        return None
+    plain = (weight for name, weight in model_table.items() if name not in packed)
+    return sum(num_bytes(weight, torch.bfloat16, fp8=False) for weight in plain) + sum(
+        _size(packed[name], some) for name, some in parts.items()
+    )
+
+
 class _Part(NamedTuple):
-    """Neighbouring tensors of a parameter that are quantised alike."""
+    """Neighbouring tensors of a parameter that are packed alike."""
 
     kind: Kind
     names: tuple[str, ...]
     outputs: int
+    stored: bool  # whether the checkpoint has them in this kind
+
+
+def _parts(packed: Mapping[str, Weight], source: Source) -> dict[str, list[_Part]]:
+    """How each parameter will be packed."""
+    stored = {name: _stored_kinds(weight, source) for name, weight in packed.items()}
+    short = any(part.kind in ("q4", "q4_k") for some in stored.values() for part in some)
+    return {
+        name: stored[name]
+        or [_Part("q4" if short and weight.may_lose_bits else "bf16", weight.names, weight.shape[0], False)]
+        for name, weight in packed.items()
+    }
+
+
+def _size(weight: Weight, parts: list[_Part]) -> int:
+    return sum(packed_bytes(part.kind, part.outputs, weight.shape[1]) for part in parts)
 
 
 def _stored_kinds(weight: Weight, source: Source) -> list[_Part]:
@@ -97,7 +117,7 @@ def _stored_kinds(weight: Weight, source: Source) -> list[_Part]:
         if kind is None:
             return []
         names = tuple(name for name, _ in group)
-        parts.append(_Part(kind, names, sum(source.shape(name)[0] for name in names)))
+        parts.append(_Part(kind, names, sum(source.shape(name)[0] for name in names), True))
     return parts if can_chain([part.outputs for part in parts]) else []
 
 
