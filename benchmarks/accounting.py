@@ -30,7 +30,7 @@ from engine.protocol import EngineStats, RequestUsage, SamplingParams, Submit, W
 from engine.step.build import Built, build
 from engine.step.core import PROGRESS_SECONDS
 from lab.calibrate.steps import Bench, StepCase
-from server.generation.generate import ChoiceUsage, Job
+from server.generation.choice import ChoiceUsage, Job
 from server.hub.models import resolve
 from server.money.accounting import Account, Books
 from server.money.ledger import Ledger

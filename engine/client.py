@@ -1,4 +1,4 @@
-"""The engine's interface for the server: start it, watch it, generate with it.
+"""The engine's interface for the server: start it, watch it, run requests.
 
 `Engine` is the interface; `SubprocessEngine` in `engine.supervisor` is the engine that serves.
 Imports no torch.
@@ -7,12 +7,19 @@ Imports no torch.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
 from engine.protocol import Capacity, Delta, EngineStats, Loading, ModelInfo, RequestUsage, Submit
+
+Hear = Callable[[Delta | Exception], None]
+"""A callback for what comes of a request, called on the event loop while the engine's message is read.
+
+It gets each delta, the last of which has a finish reason; or an exception (`EngineDiedError`) instead of that last one.
+It must be quick, because all streams wait meanwhile, and must not raise.
+"""
 
 Settled = Callable[[str, RequestUsage | None], None]
 """A callback, called exactly once for each request, when the engine has released it: (request id, known usage).
@@ -61,15 +68,20 @@ class Engine(Protocol):
         """End the engine. Requests that still run get an `abort` delta. Idempotent."""
         ...
 
-    def generate(self, request: Submit, settled: Settled | None = None) -> AsyncGenerator[Delta, None]:
-        """Run one request. Only the last delta has a finish reason.
+    def submit(self, request: Submit, hear: Hear, settled: Settled | None = None) -> None:
+        """Run one request, and return at once.
 
-        Closing the generator early, or cancelling the task that reads it, aborts the request: its
-        pages are free within one step. If the generator was asked for a delta, `settled` is called once:
-        at the request's end, or when the engine has released a request that was aborted or refused.
+        `hear` and `settled` are called later. `settled` is called exactly once: at the request's end, or when the engine
+        has released a request that was aborted.
 
         Raises:
-            EngineUnavailableError: the engine takes no requests now.
-            EngineDiedError: the engine ended while this request ran.
+            EngineUnavailableError: the engine takes no requests now; `settled` was called.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request: `hear` is not called any more, and its pages are free within one step.
+
+        Nothing happens if the request has ended.
         """
         ...

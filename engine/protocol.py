@@ -151,7 +151,7 @@ class Failed(Message, frozen=True, kw_only=True):
     message: str
 
 
-class TokenLogprob(Value, frozen=True, kw_only=True):
+class TokenLogprob(Value, frozen=True, kw_only=True, gc=False):
     """Log-probability (nats, before temperature and penalties) of one token and its alternatives."""
 
     token_id: int
@@ -209,8 +209,11 @@ class RequestUsage(Value, frozen=True, kw_only=True):
     work: Work = Work()
 
 
-class Delta(Value, frozen=True, kw_only=True):
-    """New tokens of one request. Only the last delta of a request has a finish reason."""
+class Delta(Value, frozen=True, kw_only=True, array_like=True, gc=False):
+    """New tokens of one request. Only the last delta of a request has a finish reason.
+
+    A step has one for each of its requests, so it is written without the names of its fields.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
@@ -265,10 +268,10 @@ def add_counters(one: EngineStats, other: EngineStats) -> EngineStats:
 
 
 class StepOutput(Message, frozen=True, kw_only=True):
-    """The deltas that one step produced, and the engine's state after it."""
+    """The deltas that one step produced, and now and then the engine's state after it."""
 
     deltas: tuple[Delta, ...]
-    stats: EngineStats
+    stats: EngineStats | None = None  # None: the newest that were told still serve
     progress: tuple[tuple[str, Work], ...] = ()  # now and then: what live requests have used so far
 
 

@@ -11,18 +11,17 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
 
 from engine.channel import ServerEnd
-from engine.client import EngineState, EngineStatus, Settled
+from engine.client import EngineState, EngineStatus, Hear, Settled
 from engine.config import EngineConfig
 from engine.errors import EngineDiedError, EngineUnavailableError, ProtocolError
 from engine.protocol import (
     Abort,
-    Delta,
     EngineStats,
     Failed,
     Loading,
@@ -55,17 +54,24 @@ class SubprocessEngine:
         config: what to load and how to run.
         on_output: called with the text that the process writes to its standard output and error, a few whole
             lines at a time; None lets the process write to the server's own output.
+        module: the program to run; measurements replace it by one that speaks the same messages.
     """
 
-    def __init__(self, config: EngineConfig, on_output: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_output: Callable[[str], None] | None = None,
+        *,
+        module: str = "engine.step.process",
+    ) -> None:
         self._config = config
+        self._module = module
         self._on_output = on_output
         self._status = EngineStatus(state=EngineState.STARTING, message="the engine has not been started yet")
         self._supervisor: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._end: ServerEnd | None = None
         self._was_ready = False  # whether the current process was ready at some time
-        self._streams: dict[str, asyncio.Queue[Delta | None]] = {}
         self._held: dict[str, _Held] = {}  # requests that the engine has not released
 
     @property
@@ -99,31 +105,23 @@ class SubprocessEngine:
                 await asyncio.wait_for(self._supervisor, _STOP_SECONDS)
         self._fail_streams()
 
-    async def generate(self, request: Submit, settled: Settled | None = None) -> AsyncGenerator[Delta, None]:
-        """Run one request, as `engine.client.Engine.generate` describes."""
+    def submit(self, request: Submit, hear: Hear, settled: Settled | None = None) -> None:
+        """Run one request, as `engine.client.Engine.submit` describes."""
         if self._status.state is not EngineState.READY or self._end is None:
             if settled is not None:
                 settled(request.request_id, None)
             raise EngineUnavailableError(self._status.message or "the engine is not ready")
-        end = self._end
-        stream: asyncio.Queue[Delta | None] = asyncio.Queue()
-        self._streams[request.request_id] = stream
-        self._held[request.request_id] = _Held(request, settled)
-        finished = False
-        try:
-            end.send(request)
-            while not finished:
-                delta = await stream.get()
-                if delta is None:
-                    finished = True
-                    after = "the server is stopping" if self._over else "a new one is starting, so try again"
-                    raise EngineDiedError(f"the engine process ended while this request was running; {after}")
-                finished = delta.finish_reason is not None
-                yield delta
-        finally:
-            self._streams.pop(request.request_id, None)
-            if not finished:
-                end.send(Abort(request_id=request.request_id))
+        self._held[request.request_id] = _Held(request, hear, settled)
+        self._end.send(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request, as `engine.client.Engine.abort` describes."""
+        held = self._held.get(request_id)
+        if held is None or held.hear is None:
+            return
+        held.hear = None
+        if self._end is not None:
+            self._end.send(Abort(request_id=request_id))
 
     async def _supervise(self) -> None:
         """Start the process, watch it until its end, and start it again."""
@@ -161,7 +159,7 @@ class SubprocessEngine:
                     sys.executable,
                     "-P",  # the current folder may have an `engine` of its own
                     "-m",
-                    "engine.step.process",
+                    self._module,
                     "--fd",
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),
@@ -218,19 +216,26 @@ class SubprocessEngine:
 
     def _hear(self, message: Loading | Ready | Failed | StepOutput) -> None:
         if isinstance(message, StepOutput):
-            self._status = msgspec.structs.replace(self._status, stats=message.stats)
+            if message.stats is not None:
+                self._status = msgspec.structs.replace(self._status, stats=message.stats)
             for request_id, work in message.progress:
                 if (held := self._held.get(request_id)) is not None:
                     held.work = work
-            for delta in message.deltas:
-                if (held := self._held.get(delta.request_id)) is not None:
+            all_held = self._held
+            for delta in message.deltas:  # this loop sees every token of every stream
+                if (held := all_held.get(delta.request_id)) is None:
+                    continue
+                held.tokens += len(delta.token_ids)
+                if delta.usage is not None:
+                    held.usage, held.work = delta.usage, delta.usage.work
+                if delta.finish_reason is not None:
+                    del all_held[delta.request_id]
+                if (
+                    held.hear is not None
+                ):  # None: the server has aborted it, and the engine had not read the abort
                     held.hear(delta)
-                    if delta.finish_reason is not None:
-                        self._held.pop(delta.request_id).settle()
-                # An unknown id is a request that the server aborted, before the engine read the abort.
-                stream = self._streams.get(delta.request_id)
-                if stream is not None:
-                    stream.put_nowait(delta)
+                if delta.finish_reason is not None:
+                    held.settle()
         elif isinstance(message, Loading):
             if self._status.state is not EngineState.STOPPED:
                 self._status = msgspec.structs.replace(
@@ -253,10 +258,14 @@ class SubprocessEngine:
         self._status = msgspec.structs.replace(self._status, state=state, message=message, **changes)
 
     def _fail_streams(self) -> None:
-        for stream in self._streams.values():
-            stream.put_nowait(None)
+        after = "the server is stopping" if self._over else "a new one is starting, so try again"
         while self._held:
-            self._held.popitem()[1].settle()
+            held = self._held.popitem()[1]
+            if held.hear is not None:
+                held.hear(
+                    EngineDiedError(f"the engine process ended while this request was running; {after}")
+                )
+            held.settle()
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -267,22 +276,20 @@ class SubprocessEngine:
 class _Held:
     """A request that the engine has not released, and its known usage."""
 
-    def __init__(self, request: Submit, settled: Settled | None) -> None:
+    __slots__ = ("_request", "_settled", "hear", "tokens", "usage", "work")
+
+    def __init__(self, request: Submit, hear: Hear, settled: Settled | None) -> None:
         self._request = request
         self._settled = settled
-        self._usage: RequestUsage | None = None
-        self._tokens = 0
+        self.hear: Hear | None = hear  # None: the server wants to hear no more
+        self.usage: RequestUsage | None = None
+        self.tokens = 0
         self.work = Work()
-
-    def hear(self, delta: Delta) -> None:
-        self._tokens += len(delta.token_ids)
-        if delta.usage is not None:
-            self._usage, self.work = delta.usage, delta.usage.work
 
     def settle(self) -> None:
         if self._settled is None:
             return
-        usage = self._usage or RequestUsage(
+        usage = self.usage or RequestUsage(
             prompt_tokens=len(self._request.prompt_token_ids),
             cached_tokens=0,
             completion_tokens=0,
@@ -292,5 +299,5 @@ class _Held:
             prefill_seconds=0.0,
             decode_seconds=0.0,
         )
-        usage = msgspec.structs.replace(usage, completion_tokens=self._tokens, work=self.work)
+        usage = msgspec.structs.replace(usage, completion_tokens=self.tokens, work=self.work)
         self._settled(self._request.request_id, usage)

@@ -18,7 +18,7 @@ import pytest
 from server.hub.models import resolve
 from server.text.loading import load_tokenizer
 from server.text.tokenizer import Tokenizer
-from tests.kit import ROOT
+from tests.kit import ROOT, gpus
 from tests.turns import turn
 
 # No import above loads torch, which reads this once. Tests share the cores with the servers that they
@@ -26,7 +26,7 @@ from tests.turns import turn
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Triton reads this when it is first imported, and when a kernel is made: without a GPU its interpreter runs kernels.
-os.environ.setdefault("TRITON_INTERPRET", "0" if any(Path("/dev").glob("nvidia[0-9]*")) else "1")
+os.environ.setdefault("TRITON_INTERPRET", "0" if gpus() else "1")
 
 # No server of a test writes into the user's ledger, unless it is told of one of its own.
 os.environ["DSA_LEDGER"] = "none"
@@ -93,8 +93,14 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def _note_start(event: str, args: tuple[object, ...]) -> None:
     # OpenAI's client and `platform` ask once what system this is.
     asked = any(name in str(args) for name in ("lsb_release", "uname"))
-    if event in ("subprocess.Popen", "os.fork", "os.system") and not asked:
+    if event in ("subprocess.Popen", "os.fork", "os.system") and not asked and not _compiles(args):
         _started.append(f"{event} {args[:2]}")
+
+
+def _compiles(args: tuple[object, ...]) -> bool:
+    """Whether it is Triton's assembler, compiler of launchers or search for libraries: on a GPU any kernel's first call."""
+    tools = {"ptxas", "ptxas-blackwell", "cc", "gcc", "clang", "ldconfig", "cuobjdump", "nvdisasm"}
+    return os.environ["TRITON_INTERPRET"] == "0" and Path(str(args[0])).name in tools
 
 
 @pytest.fixture(scope="session")

@@ -141,19 +141,6 @@ def layer_cases(shape: Shape, rows: int) -> Iterator[Case]:
     num_bytes = 2 * (rows * (s.rank + 2 * width) + s.rank * width)
     yield Case("low rank", lambda: add_low_rank(sums, fix), lambda: sums + F.linear(short, up), num_bytes)
 
-    up = made(s.hidden, s.rank)
-    own = Correction(short, up, fix.rows)
-    num_bytes = 2 * (rows * (4 * s.hidden + s.rank) + s.rank * s.hidden)
-
-    def plain_norm_of_sum() -> Tensor:
-        return rms_norm(x + (update + F.linear(short, up)), weight, EPS)
-
-    yield Case(
-        "low rank and norm",
-        lambda: add_rms_norm(x, update, weight, EPS, own),
-        plain_norm_of_sum,
-        num_bytes,
-    )
     yield from product_cases(shape, rows)
 
 

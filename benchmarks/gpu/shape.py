@@ -24,6 +24,7 @@ from torch import Tensor
 from engine.checkpoint.overlay import overlay_shapes
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.kernels.choice import choose_backend
+from engine.kernels.triton.compiling import Compilers
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import read_model
 from engine.models.family import Model, Placement
@@ -95,12 +96,14 @@ class Shape:
                 else:
                     plane.random_(0, 256)
                     _mend_scales(plane)
-        model.prepare(self.cache, 32, lambda done, total: None)
+        compilers = Compilers()
+        model.prepare(self.cache, 32, lambda done, total: None, compilers)
         assert model.row_step is not None
         self.runner = DeviceRunner(
             model, model.row_step, self.cache, defaults.score_budget_bytes, self.device
         )
-        self.runner.prepare()
+        self.runner.prepare(compilers)
+        compilers.close()
         self.model = model
         self.seconds = time.perf_counter() - began
         print(f"ready in {self.seconds:.1f} s", flush=True)

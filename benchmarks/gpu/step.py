@@ -32,7 +32,8 @@ from server.text.loading import load_tokenizer
 from server.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
-TOP_K = 256
+TOP_K = 512
+"""What the default model's overlay says."""
 SHAPES = ((1, 128), (1, 2048), (1, 7168), (8, 1024), (64, 1024), (256, 1024))
 """(streams, context) of decodes."""
 PROMPTS = (512, 2048, 7168)

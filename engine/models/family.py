@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -41,13 +42,20 @@ class Model(Protocol):
         """The model's step over rows, if it has one here: then tokens can stay on the device."""
         ...
 
-    def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
+    def prepare(
+        self,
+        cache: PagedCache,
+        max_rows: int,
+        progress: Callable[[int, int], None],
+        compilers: KernelCompilers | None = None,
+    ) -> None:
         """Do before the first step what would make steps wait.
 
         Args:
             cache: that all steps will use
             max_rows: of a step that has a row of each request
             progress: told how much is done, of how much
+            compilers: compile kernels together; None: kernels are compiled one by one
         """
         ...
 
@@ -93,6 +101,18 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits: [N, E] -> [N, vocab_size] float32."""
+        ...
+
+
+class KernelCompilers(Protocol):
+    """What compiles kernels in processes of its own: `engine.kernels.triton.compiling`."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """Inside, nothing is launched: what launches would need is compiled."""
+        ...
+
+    def close(self) -> None:
+        """End the processes."""
         ...
 
 

@@ -151,10 +151,10 @@ _SPEEDS = {
         launch=2e-3, weights=5e9, chunk_step=0.0, lone=1e11, linear=1.7e11, pair=5.5e10, gathered=3.8e9,
         index=2.2e10, lone_index=5e9, lone_queries=1e11, cache=1.3e9, scattered=8.5e8, together=1e9,
     ),
-    # `cuda`: guessed.
+    # `cuda`: between what two models reach on an H200 (benchmarks/gpu/log.md), 0.1B and 1.5B parameters.
     "cuda": _Speeds(
-        launch=2e-3, weights=2e12, chunk_step=0.0, lone=3e14, linear=3e14, pair=1e14, gathered=5e13, index=1e14,
-        lone_index=1e14, lone_queries=3e14, cache=2e12, scattered=1e12, together=2e12,
+        launch=4e-4, weights=2e12, chunk_step=0.0, lone=3e14, linear=4e14, pair=2.5e14, gathered=4e13, index=4e13,
+        lone_index=4e13, lone_queries=3e14, cache=3e12, scattered=1e12, together=2e12,
     ),
 }  # fmt: skip
 

@@ -202,8 +202,10 @@ class Scheduler:
             held = max(0, len(delta.token_ids) - 1) if delta is not None else 0
             self._count(scheduled, first_new, held)
             if sampled.error is None:
-                self._holdings.register(request)
-                self._holdings.trim(request)
+                if request.num_computed // PAGE_SIZE > request.num_registered:
+                    self._holdings.register(request)
+                if scheduled.num_drafts:
+                    self._holdings.trim(request)
             else:
                 self._holdings.distrust(request)
             if delta is not None:

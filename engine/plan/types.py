@@ -1,5 +1,7 @@
 """One step's work, as integers. The scheduler decides a plan, the runner computes it, the scheduler applies the result.
 
+The garbage collector need not look at these structs (`gc=False`): none of them can be part of a circle.
+
 There are no phases: a request has computed `start` tokens and gets `token_ids` more, which are a chunk of its prompt
 or the token that it sampled last. Drafts may follow the last known token: guesses of the next tokens, which the step
 verifies (`engine.step.speculation`).
@@ -15,7 +17,7 @@ PENDING = -1
 """In place of a token id: the token that the step before draws for this request. The runner knows it, the plan does not."""
 
 
-class SampleSpec(msgspec.Struct, frozen=True, kw_only=True):
+class SampleSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How to draw a token from the logits of a row, which is a request's last known token or a draft."""
 
     params: SamplingParams
@@ -24,7 +26,7 @@ class SampleSpec(msgspec.Struct, frozen=True, kw_only=True):
     history: tuple[int, ...]  # prompt and output as far as they are known; empty unless a penalty needs it
 
 
-class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
+class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The rows of one request in one step: positions `start` to `start + len(token_ids) - 1`."""
 
     request_id: str
@@ -49,7 +51,7 @@ class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.token_ids) == 1 and self.sample is not None
 
 
-class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The work of one step: at least one request, and each request once."""
 
     requests: tuple[ScheduledRequest, ...]
@@ -63,7 +65,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
         return sum(len(request.token_ids) for request in self.requests)
 
 
-class Drawn(msgspec.Struct, frozen=True, kw_only=True):
+class Drawn(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What the sampler drew from one row: a token, or an error."""
 
     token_id: int | None = None
@@ -72,7 +74,7 @@ class Drawn(msgspec.Struct, frozen=True, kw_only=True):
     nonfinite: bool = False  # with an error: the logits were not finite
 
 
-class Sampled(msgspec.Struct, frozen=True, kw_only=True):
+class Sampled(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The result of one scheduled request in a step."""
 
     token_ids: tuple[int, ...] = ()  # with a `sample`: the accepted drafts and one more token; else empty
@@ -83,7 +85,7 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     nonfinite: bool = False  # with an error: the logits were not finite
 
 
-class StepResult(msgspec.Struct, frozen=True, kw_only=True):
+class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One `Sampled` for each scheduled request, in the plan's order."""
 
     sampled: tuple[Sampled, ...]

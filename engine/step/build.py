@@ -19,7 +19,7 @@ from engine.kernels import native
 from engine.kernels.choice import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import read_model
-from engine.models.family import Family, Model, Placement, RowStep
+from engine.models.family import Family, KernelCompilers, Model, Placement, RowStep
 from engine.parallel.link import Progress
 from engine.parallel.ranks import ALONE, Ranks
 from engine.parallel.team import OnLost, Team
@@ -194,6 +194,8 @@ def _build(
     config: EngineConfig, opened: _Opened, progress: Progress, ranks: Ranks, team: Team | None
 ) -> Built:
     device, dtype, max_model_len = opened.device, opened.dtype, opened.max_model_len
+    kernels = choose_backend(config.kernels, device)
+    compilers = _compilers() if kernels.name == "triton" and device.type == "cuda" else None
     model, report = _load(config, opened, progress, ranks)
     specs, num_layers, unused = model.plane_specs(), model.num_layers, report.unused
     layer = None
@@ -211,8 +213,9 @@ def _build(
     cache = PagedCache(pages, specs, num_layers, device)
     costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
     drafter = None if layer is None else LayerDrafter(layer, config.draft_tokens, cache, costs, device)
-    model.prepare(cache, sizes.max_running, lambda done, total: progress("capturing graphs", done, total))
-    kernels = choose_backend(config.kernels, device)
+    model.prepare(
+        cache, sizes.max_running, lambda done, total: progress("capturing graphs", done, total), compilers
+    )
     draw: Draw = _device_draw() if kernels.name == "triton" else sample
     runner = (
         Runner(model, cache, costs, device, drafter, draw)
@@ -220,7 +223,11 @@ def _build(
         else LeadRunner(model, cache, costs, device, drafter, draw, team)
     )
     step = model.row_step if team is None and not config.draft_tokens else None
-    ahead = None if step is None else _device_runner(model, step, cache, config.score_budget_bytes, device)
+    ahead = None
+    if step is not None:
+        ahead = _device_runner(model, step, cache, config.score_budget_bytes, device, compilers)
+    if compilers is not None:
+        compilers.close()
     shape, dtype_name = model.shape(), str(dtype).removeprefix("torch.")
     coefficients = assumed_coefficients(shape, device.type, model.backend)
     if config.cost_calibration is not None:
@@ -295,13 +302,24 @@ def _device_draw() -> Draw:
     return sample_on_device
 
 
+def _compilers() -> KernelCompilers:
+    from engine.kernels.triton.compiling import Compilers  # needs Triton
+
+    return Compilers()
+
+
 def _device_runner(
-    model: Model, step: RowStep, cache: PagedCache, budget_bytes: int, device: torch.device
+    model: Model,
+    step: RowStep,
+    cache: PagedCache,
+    budget_bytes: int,
+    device: torch.device,
+    compilers: KernelCompilers | None,
 ) -> StepRunner:
     from engine.step.device_runner import DeviceRunner  # needs Triton
 
     runner = DeviceRunner(model, step, cache, budget_bytes, device)
-    runner.prepare()
+    runner.prepare(compilers)
     return runner
 
 

@@ -105,16 +105,20 @@ class EngineCore:
             failed_steps_total=self._failed_steps_total,
         )
 
-    def tell(self, deltas: tuple[Delta, ...]) -> StepOutput:
+    def tell(self, deltas: tuple[Delta, ...], *, gauges: bool = True) -> StepOutput:
         """Make the message to the server about a step, or about events between two steps.
 
         The engine's counters and the usage of running requests are reported together: a few times a second, and
         whenever a delta has usage. So the two agree at every report. If the engine dies, its work since the last
-        report is in neither of them.
+        report is in neither of them. Between two reports a message has stats only if `gauges` asks for them: most
+        steps change nothing that anybody would miss for so short a time.
         """
         now = self._clock()
         progress: tuple[tuple[str, Work], ...] = ()
-        if now - self._told_at >= PROGRESS_SECONDS or any(delta.usage is not None for delta in deltas):
+        due = now - self._told_at >= PROGRESS_SECONDS or any(delta.usage is not None for delta in deltas)
+        if not due and not gauges:
+            return StepOutput(deltas=deltas)
+        if due:
             self._told_at, self._told = now, self._meter.counters()
             progress = self._meter.progress()
         stats = msgspec.structs.replace(self._scheduled(), **self._told)
@@ -162,7 +166,7 @@ class EngineCore:
         self._done = now
         self._nonfinite += sum(sampled.nonfinite for sampled in result.sampled)
         deltas = self._metered(self._scheduler.apply(plan, result, now))
-        return self.tell(deltas)
+        return self.tell(deltas, gauges=False)
 
     def _launch(self, plan: StepPlan) -> _Launched:
         """Launch the plan. An error becomes the result of its requests.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import EngineError
-from engine.kernels.triton.kernel import compiled_together
 from engine.kernels.triton.sampling import DrawRows, Draws, Needs, count_tokens, draw, remember
 from engine.memory.staging import Staging
+from engine.models.family import KernelCompilers
 from engine.plan.types import Sampled, SampleSpec
 from engine.protocol import TokenLogprob, has_penalty
 from engine.step.device_sampler import logprobs_of, needs_of, rows_of, table
@@ -109,7 +109,7 @@ class DeviceDraws:
         self._sizes: list[int] = []
         self._greedy = table((), (), len(head.drawn)).reshape(-1)
 
-    def capture(self, hidden: Tensor) -> None:
+    def capture(self, hidden: Tensor, compilers: KernelCompilers | None) -> None:
         """Capture graphs for up to as many rows as `drawn` has; `hidden` [any, E] tells the size and dtype of rows."""
         most = len(self._head.drawn)
         self._sizes = [*(size for size in _SIZES if size < most), most]
@@ -119,9 +119,10 @@ class DeviceDraws:
             for size in reversed(self._sizes)
             for needs in _USUAL
         }
-        with compiled_together(len(_USUAL) * 4):
-            for compute, *_ in made.values():
-                compute()
+        if compilers is not None:
+            with compilers.together():
+                for compute, *_ in made.values():
+                    compute()
         for key, (compute, asked, wanted, told) in made.items():
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.attention.batch import PageTables, build_batch
 from engine.errors import EngineError
 from engine.memory.planes import PagedCache
-from engine.models.family import Model, RowStep
+from engine.models.family import KernelCompilers, Model, RowStep
 from engine.plan.types import PENDING, Sampled, SampleSpec, ScheduledRequest, StepPlan, StepResult
 from engine.protocol import TokenLogprob
 from engine.step.device_draws import DeviceDraws, Told
@@ -52,10 +52,10 @@ class DeviceRunner:
         self._tables = PageTables()
         self._places: dict[str, int] = {}  # of the last step's requests in `drawn`
 
-    def prepare(self) -> None:
+    def prepare(self, compilers: KernelCompilers | None = None) -> None:
         """Capture the graphs that draw, on CUDA."""
         if self._device.type == "cuda":
-            self._draws.capture(self._step.hidden_like())
+            self._draws.capture(self._step.hidden_like(), compilers)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan and wait for its tokens."""

@@ -62,6 +62,11 @@ class LocalServer:
         except (OSError, ValueError) as error:
             raise BenchError(f"{name} cannot be started: {error}") from None
 
+    @property
+    def pid(self) -> int:
+        """The id of the process that was started."""
+        return self._process.pid
+
     def check(self) -> None:
         """Check that the server is still running.
 

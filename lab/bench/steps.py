@@ -113,7 +113,7 @@ def drive(
         for delta in output.deltas:
             if delta.finish_reason == "error":
                 raise EngineError(str(delta.error))
-        rows = _rows(output.stats)
+        rows = _rows(core.stats())
         tokens = tuple((delta.request_id, len(delta.token_ids)) for delta in output.deltas if delta.token_ids)
         steps.append(Step(end - first, end - began, model - known, rows - rows_before, tokens))
         began, known, rows_before = clock(), model, rows

@@ -19,6 +19,7 @@ from engine.kernels.triton.rows import Blocks, Rows, Span, blocks_of
 from engine.kernels.triton.scores import index_scores
 from engine.kernels.triton.select import select
 from engine.memory.layouts import IndexKeyLayout
+from engine.plan.sparsity import row_index_top_k
 from lab.doctor.tiles import PAGE, TOLERANCE, must_be_close, must_be_equal
 
 REFERENCE = ReferenceKernels()
@@ -44,7 +45,7 @@ EDGES = [
 
 def mixed(first: int, last: int, top_k: int) -> list[RowLine]:
     """A prompt's chunk, dense up to position top_k, between decodes of other requests."""
-    prompt = [RowLine(1, position, 0 if position < top_k else top_k) for position in range(first, last)]
+    prompt = [RowLine(1, position, row_index_top_k(position + 1, top_k)) for position in range(first, last)]
     return [RowLine(0, 130, 9), *prompt, RowLine(2, 150, 0), RowLine(-1, -1, 0)]
 
 

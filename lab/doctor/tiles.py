@@ -16,6 +16,7 @@ from engine.kernels.interface.attention import Kernels
 from engine.kernels.interface.fp8 import ScaleFormat
 from engine.kernels.reference.attention import ReferenceKernels
 from engine.memory.layouts import IndexKeyLayout, Int8KeyLayout
+from engine.plan.sparsity import dense_mask
 
 PAGE = 64
 CPU = torch.device("cpu")
@@ -175,7 +176,8 @@ def check_tile(kernels: Kernels, case: TileCase, device: torch.device = CPU) -> 
     compare("attend_masked", (*attended, case.allowed(), SCALE))
     compare("attend_causal", (*attended, case.positions, SCALE))
     # Scores that differ by rounding may select differently at the edge: the row's own set is what counts.
-    tops = case.index_top_k.where(case.index_top_k > case.positions, 1)
+    whole = dense_mask(case.positions + 1 - case.index_top_k, 0)
+    tops = case.index_top_k.where(whole, 1)
     for plane in (case.keys, case.keys8):
         compare("attend_sparse", (case.query, *index, case.kv, plane, *at, tops, SCALE))
 

@@ -19,8 +19,8 @@ from server.chat import ChatFormat, PromptError, encode_chat
 from server.chat.answer import Answer
 from server.chat.parsing import THINK, THOUGHT
 from server.config import ServerConfig
+from server.generation.choice import Job
 from server.generation.conversation import Conversation, read_conversation
-from server.generation.generate import Job
 from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.completions import CompletionBody
 from server.http.protocol.errors import ENGINE, ApiError, bad_request, unavailable

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from engine.protocol import TokenLogprob
 from server.chat.parts import CallArguments, CallStart, Content, Reasoning, Warn, merge
-from server.generation.generate import ChoiceUsage, TextDelta
+from server.generation.choice import ChoiceUsage, TextDelta
 from server.http.protocol import sse
 from server.http.protocol.chat import (
     AssistantMessage,
@@ -108,26 +108,18 @@ class _Streamed:
     def events(self, delta: TextDelta) -> bytes:
         """Return the chunks as bytes, as in `Renderer`. A delta with only text is written without objects."""
         index = delta.index
-        if index not in self._opened or not _only_text(delta):
+        if not delta.only_text or index not in self._opened:
             return b"".join(map(sse.chunk, self.chunks(delta)))
         if not (text := delta.text):
             return b""
-        if index not in self._text_events:
-            self._text_events[index] = sse.TextEvent(lambda text: self._text_chunk(index, text))
-        return self._text_events[index](text)
+        event = self._text_events.get(index)
+        if event is None:
+            event = self._text_events[index] = sse.TextEvent(lambda text: self._text_chunk(index, text))
+        return event(text)
 
     def _text_chunk(self, index: int, text: str) -> BaseModel:
         (chunk,) = self.chunks(TextDelta(index=index, parts=(Content(text),), token_ids=()))
         return chunk
-
-
-def _only_text(delta: TextDelta) -> bool:
-    return (
-        delta.finish_reason is None
-        and delta.logprobs is None
-        and delta.prompt_logprobs is None
-        and all(isinstance(part, Content) for part in delta.parts)
-    )
 
 
 class ChatRenderer(_Streamed):

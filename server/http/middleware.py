@@ -34,6 +34,8 @@ class Record:
         started_ns: the same moment in nanoseconds since 1970.
         outcome: how the request ended, if the status alone does not say it.
         generation: what is generated; None until generation begins.
+        send: takes the body's messages once the response has started. No middleware looks at these, so a stream
+            need not pass each event through all of them.
     """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -41,6 +43,7 @@ class Record:
     started_ns: int = field(default_factory=time.time_ns)
     outcome: str | None = None
     generation: GenerationRecord | None = None
+    send: Send | None = None
 
 
 def record_of(scope: Scope) -> Record:
@@ -65,7 +68,7 @@ class RecordMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = scope[_RECORD] = Record()
+        record = scope[_RECORD] = Record(send=send)
         status: int | None = None
 
         async def send_with_id(message: Message) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,18 +23,13 @@ from starlette.types import Receive, Scope, Send
 
 from engine.errors import EngineDiedError, EngineUnavailableError
 from server.generation.admission import QueueFullError, TooLargeError
-from server.generation.generate import (
-    ChoiceUsage,
-    Generation,
-    GenerationAbortedError,
-    GenerationFailedError,
-    QuietError,
-    TextDelta,
-)
+from server.generation.choice import ChoiceUsage, TextDelta
+from server.generation.generate import Generation, GenerationAbortedError, GenerationFailedError, QuietError
 from server.generation.intake import Admitted
 from server.generation.render import Renderer, total_usage
 from server.http.disconnect import ClientGoneError, unless_disconnected
 from server.http.middleware import Record, outcome_of, record_of
+from server.http.outlet import Outlet
 from server.http.protocol import sse
 from server.http.protocol.errors import ENGINE, RATE_LIMIT, ApiError, bad_request, internal_error, unavailable
 from server.http.protocol.usage import CostUsage, Usage
@@ -140,12 +136,14 @@ class _Run:
 
     async def whole(self) -> Response:
         choices: list[list[TextDelta]] = [[] for _ in self._order.work.jobs]
+
+        def take(delta: TextDelta) -> None:
+            self._note(delta)
+            choices[delta.index].append(delta)
+
         try:
-            while (delta := await self._next(None)) is not None:
-                choices[delta.index].append(delta)
-        except Exception as error:
-            raise self._explain(error) from error
-        try:
+            self._generation.listen(take)
+            await self._generation.over()
             usage = await self._finish()
         except Exception as error:
             raise self._explain(error) from error
@@ -160,56 +158,57 @@ class _Run:
         start = Response(headers=sse.HEADERS, media_type=sse.MEDIA_TYPE)
         del start.headers["content-length"]
         await send({"type": "http.response.start", "status": 200, "headers": start.raw_headers})
+        renderer = self._order.renderer
+        outlet = Outlet(self._record.send or send, renderer.events)
         try:
-            await self._send_chunks(send)
-            last = sse.DONE
+            last = await self._body(outlet)
         except Exception as error:
             explained = self._explain(error)
             self._record.outcome = outcome_of(explained.status)
             last = sse.event(explained.to_json())
+        finally:
+            await outlet.close()
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _send_chunks(self, send: Send) -> None:
-        async def put(data: bytes) -> None:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+    async def _body(self, outlet: Outlet) -> bytes:
+        """Write all events but the last ones, and return those."""
 
-        renderer = self._order.renderer
-        waiting: list[bytes] = []  # events to send together, if deltas come faster than they are sent
+        def take(delta: TextDelta) -> None:
+            self._note(delta)
+            outlet.put(delta)
 
-        async def flush() -> None:
-            if data := b"".join(waiting):
-                waiting.clear()
-                await put(data)
-
-        while True:
-            if not self._generation.ready:
-                await flush()
-            try:
-                delta = await self._next(KEEP_ALIVE_SECONDS)
-            except QuietError:
-                await put(sse.KEEP_ALIVE)
-                continue
-            except Exception:
-                await flush()
-                raise
-            if delta is None:
-                break
-            waiting.append(renderer.events(delta))
-        await flush()
+        try:
+            self._generation.listen(take)
+            await self._end(outlet)
+        except Exception:
+            await outlet.drain()
+            raise
+        await outlet.drain()
         usage = await self._finish()
-        if self._order.include_usage:
-            await put(sse.chunk(renderer.usage_chunk(usage)))
+        if not self._order.include_usage:
+            return sse.DONE
+        return sse.chunk(self._order.renderer.usage_chunk(usage)) + sse.DONE
 
-    async def _next(self, seconds: float | None) -> TextDelta | None:
-        delta = await self._generation.next(seconds)
-        if delta is not None:
-            self._meter.delta(delta)
-            if self._record.generation is not None:
-                self._record.generation.take(delta)
-            if delta.usage is not None:
-                self._usages[delta.index] = delta.usage
-                self._length |= delta.finish_reason == "length"
-        return delta
+    async def _end(self, outlet: Outlet) -> None:
+        """Return when the generation is over. Meanwhile write a comment whenever nothing was written for long."""
+        seconds = KEEP_ALIVE_SECONDS
+        while True:
+            try:
+                return await self._generation.over(seconds)
+            except QuietError:
+                if not outlet.slow and time.monotonic() - outlet.last >= KEEP_ALIVE_SECONDS:
+                    outlet.write(sse.KEEP_ALIVE)
+                quiet = 0.0 if outlet.slow else time.monotonic() - outlet.last
+                seconds = max(KEEP_ALIVE_SECONDS - quiet, 0.001)
+
+    def _note(self, delta: TextDelta) -> None:
+        now = time.monotonic()
+        self._meter.delta(delta, now)
+        if self._record.generation is not None:
+            self._record.generation.take(delta, now)
+        if delta.usage is not None:
+            self._usages[delta.index] = delta.usage
+            self._length |= delta.finish_reason == "length"
 
     async def _finish(self) -> Usage:
         """Close the account and return the usage with its cost.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from engine.protocol import RequestUsage, Work, add_work
-from server.generation.generate import ChoiceUsage, Job
+from server.generation.choice import ChoiceUsage, Job
 from server.money.ledger import Ledger, LedgerRow
 from server.money.pricing import NANO, Bill, PriceBook, Tokens, price
 

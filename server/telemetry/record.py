@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from server.generation.generate import Finish, Job, TextDelta
+from server.generation.choice import Finish, Job, TextDelta
 
 
 @dataclass(slots=True)
@@ -53,12 +53,11 @@ class GenerationRecord:
     def __post_init__(self) -> None:
         self.choices = {job.index: ChoiceRecord(len(job.submit.prompt_token_ids)) for job in self.jobs}
 
-    def take(self, delta: TextDelta) -> None:
-        """Record a delta of one choice. Call it when the delta arrives."""
-        now = time.monotonic()
+    def take(self, delta: TextDelta, now: float) -> None:
+        """Record a delta of one choice, which arrived at `now`."""
         choice = self.choices[delta.index]
         choice.tokens += len(delta.token_ids)
-        if delta.token_ids and self.first_token is None:
+        if self.first_token is None and delta.token_ids:
             self.first_token = now
         if delta.stages is not None:
             choice.queue_seconds, choice.prefill_seconds = delta.stages

@@ -84,6 +84,7 @@ class Detokenizer:
     ) -> None:
         self._stream = text_stream(tokenizer, skip_special=skip_special)
         self._scanner = StopScanner(stop, include_stop=include_stop)
+        self._stops = len(stop) > 0
         self.tokens_consumed = 0
 
     @property
@@ -93,6 +94,9 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add tokens; return the text that is now certain."""
+        if not self._stops:
+            self.tokens_consumed += len(token_ids)
+            return "".join(map(self._stream.push, token_ids))
         out: list[str] = []
         for token_id in token_ids:
             if self.stopped is not None:

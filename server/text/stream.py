@@ -33,16 +33,27 @@ def text_stream(tokenizer: Tokenizer, *, skip_special: bool) -> TextStream:
 
 
 class ByteStream:
-    """Decodes byte-level vocabularies. Their tokens are bytes, so this is Python's own incremental decoder."""
+    """Decodes byte-level vocabularies. Their tokens are bytes, so this is Python's own incremental decoder.
+
+    Most tokens are whole characters. Between whole characters their texts need no decoder.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
         self._raw = tokenizer.raw
+        self._whole = tokenizer.whole
         self._skip = tokenizer.special_ids if skip_special else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._within = False  # the bytes so far end within a character
 
     def push(self, token_id: int) -> str:
         """Add a token; return the characters that are now complete."""
-        return "" if token_id in self._skip else self._utf8.decode(self._raw(token_id))
+        if token_id in self._skip:
+            return ""
+        if not self._within and (text := self._whole(token_id)) is not None:
+            return text
+        text = self._utf8.decode(self._raw(token_id))
+        self._within = bool(self._utf8.getstate()[0])
+        return text
 
     def finish(self) -> str:
         """Return U+FFFD for bytes that never became a character."""

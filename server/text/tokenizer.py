@@ -56,6 +56,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._backend = backend
         self._bytes: dict[int, bytes] = {}
+        self._wholes: dict[int, str | None] = {}
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         self.bos_token_id = bos_token_id
@@ -122,6 +123,18 @@ class Tokenizer:
         if known is None:
             known = self._bytes[token_id] = self._compute_raw(token_id)
         return known
+
+    def whole(self, token_id: int) -> str | None:
+        """Return one token's text; None if its bytes are not whole characters."""
+        try:
+            return self._wholes[token_id]
+        except KeyError:
+            try:
+                text = self.raw(token_id).decode()
+            except UnicodeDecodeError:
+                text = None
+            self._wholes[token_id] = text
+            return text
 
     def is_byte(self, token_id: int) -> bool:
         """Whether the token stands for one byte in a vocabulary that is not byte-level ("<0x0A>")."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from engine.client import EngineState, EngineStatus, Settled
+from engine.client import EngineState, EngineStatus, Hear, Settled
 from engine.errors import EngineDiedError, EngineUnavailableError
 from engine.protocol import (
     Capacity,
@@ -66,6 +66,7 @@ class FakeEngine:
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self.finished: list[str] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self.started = self.stopped = False
         indexer = None
         if self.default_top_k is not None:
@@ -111,24 +112,37 @@ class FakeEngine:
     async def stop(self) -> None:
         self.stopped = True
 
-    async def generate(self, request: Submit, settled: Settled | None = None) -> AsyncGenerator[Delta, None]:
+    def submit(self, request: Submit, hear: Hear, settled: Settled | None = None) -> None:
         script = self.script(request)
         if script.fault == "refuse":
             if settled is not None:
                 settled(request.request_id, None)
             raise EngineUnavailableError("the engine takes no requests now; try again later")
         self.submitted.append(request)
-        done = False
-        usage: RequestUsage | None = None
+        usages: list[RequestUsage | None] = [None]
+        task = self._tasks[request.request_id] = asyncio.create_task(self._run(request, script, hear, usages))
+        if settled is not None:  # also if the task was cancelled before it ran
+            task.add_done_callback(lambda task: settled(request.request_id, usages[-1]))
+
+    def abort(self, request_id: str) -> None:
+        if (task := self._tasks.pop(request_id, None)) is not None:
+            self.aborted.append(request_id)
+            task.cancel()
+
+    async def _run(
+        self, request: Submit, script: Script, hear: Hear, usages: list[RequestUsage | None]
+    ) -> None:
         try:
             async for delta in self._deltas(request, script):
-                usage = delta.usage or usage
-                done = delta.finish_reason is not None
-                yield delta
-        finally:
-            (self.finished if done else self.aborted).append(request.request_id)
-            if settled is not None:
-                settled(request.request_id, usage)
+                usages.append(delta.usage or usages[-1])
+                if delta.finish_reason is not None:
+                    self.finished.append(request.request_id)
+                    del self._tasks[request.request_id]
+                hear(delta)
+        except Exception as error:
+            del self._tasks[request.request_id]
+            self.aborted.append(request.request_id)
+            hear(error)
 
     async def _deltas(self, request: Submit, script: Script) -> AsyncGenerator[Delta, None]:
         token_ids, reason = _cut(request, script)

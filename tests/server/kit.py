@@ -96,9 +96,11 @@ def completion_body(prompt: Any = "hi", **fields: Any) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: FastAPI) -> AsyncGenerator[str, None]:
-    """Run the app on a real server; yields its address."""
+async def serving(app: FastAPI, *, buffer: int | None = None) -> AsyncGenerator[str, None]:
+    """Run the app on a real server; yields its address. The system keeps about `buffer` bytes for slow readers."""
     listener = socket.create_server(("127.0.0.1", 0))
+    if buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)  # the connections inherit it
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:

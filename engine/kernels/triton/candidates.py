@@ -34,13 +34,16 @@ MOST_SELECTED = 8192
 """The largest top_k that candidates are kept for."""
 
 SAMPLE = 1024
-"""Scores of a sample, if a row has more than there is room for candidates."""
+"""Scores of a sample, at least, if a row has more than there is room for candidates."""
 
 LEAST_ROOM = 1024
-"""Candidates that there is room for, at least; else twice as many as are selected."""
+"""Candidates that there is room for, at least; else at least twice as many as are selected."""
 
 DEVIATIONS = 5.0
 """The sample is cut so many standard deviations below the rank that is wanted."""
+
+_SPARE = 4.0
+"""So many standard deviations the room lies above the candidates that a sample makes one expect: 1 row of 30,000."""
 
 _LEAST = tl.constexpr(LEAST)
 _INFINITY = tl.constexpr(0x7F800000)
@@ -49,12 +52,12 @@ _INFINITY = tl.constexpr(0x7F800000)
 def select_among(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) -> None:
     """`engine.kernels.triton.select.select` into `out` [T, K] int32, K at most `MOST_SELECTED`."""
     (count, context), width = scores.shape, out.shape[1]
-    room = max(LEAST_ROOM, SAMPLE, 2 * int(triton.next_power_of_2(width)))
+    sample, room = sample_of(width, context)
     places = torch.empty(count, room, dtype=torch.int32, device=scores.device)
-    shape = shape_of(count)
+    shape = shape_of(count, width)
     _among_kernel[(count,)](
         scores, rows.positions, rows.index_top_k, places, out, out if cuts is None else cuts, scores.stride(0), width, context, width,
-        ROOM=room, SAMPLE=SAMPLE, PIECE=shape.piece, DEVIATIONS=DEVIATIONS, THREADS=32 * shape.warps, STAGES=shape.stages, CUTS=cuts is not None,
+        ROOM=room, SAMPLE=sample, PIECE=shape.piece, DEVIATIONS=DEVIATIONS, THREADS=32 * shape.warps, STAGES=shape.stages, CUTS=cuts is not None,
         num_warps=shape.warps, **overlap(), **({} if shape.registers is None else {"maxnreg": shape.registers}),
     )  # fmt: skip
 
@@ -68,10 +71,30 @@ class Reading(NamedTuple):
     registers: int | None = None  # a thread, at most
 
 
-def shape_of(count: int) -> Reading:
-    """Few rows have a multiprocessor to themselves, and so more warps."""
-    warps = 4 if count >= 528 else 8 if count >= 264 else 16
-    return Reading(1024 * warps, warps, 1)
+def shape_of(count: int, width: int) -> Reading:
+    """What was fastest on an H200. Few rows have a multiprocessor to themselves, and so more warps."""
+    if count >= 1024 and width <= 512:
+        return Reading(2048, 2, 1)
+    if count >= 384:
+        return Reading(4096, 4, 1) if count >= 1024 else Reading(2048, 4, 3)
+    return Reading(4096, 4, 1) if count >= 132 else Reading(16384, 16, 1)
+
+
+def sample_of(width: int, context: int) -> tuple[int, int]:
+    """(scores of a sample, room for candidates): the least with which the room is hardly ever too small.
+
+    Args:
+        width: positions that a row selects
+        context: scores of the longest row; a shorter one has fewer candidates of each score in its sample
+    """
+    least = max(LEAST_ROOM, SAMPLE, 2 * int(triton.next_power_of_2(width)))
+    sample, room = SAMPLE, least
+    for sample, room in ((SAMPLE << i, max(least, SAMPLE << i) << j) for j in range(3) for i in range(3)):
+        rank = sample * width / context
+        taken = 17 / 16 * (rank + 5.0 * rank**0.5 + 2)
+        if context <= room or (taken + _SPARE * taken**0.5) * context / sample <= room:
+            break
+    return sample, room
 
 
 def select_slowly(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.errors import EngineError
 from engine.kernels.interface.fp8 import ACTIVATION_FLOOR
-from engine.kernels.triton.kernel import block, kernel, overlap, turn
+from engine.kernels.triton.kernel import UNFUSED, block, kernel, overlap, row_sums, turn
 from engine.memory.blocks import BLOCK, E4M3
 from engine.memory.layouts import Int8KeyLayout
 
@@ -76,7 +76,7 @@ def store_keys(
         key, weight, bias, cos, sin, positions, pages, offsets, plane, *scale_part(plane, form),
         rows, key.stride(0), plane.stride(0), plane.stride(1), eps, dim**-0.5, ACTIVATION_FLOOR,
         DIM=dim, DIM_BLOCK=width, LOG_DIM=width.bit_length() - 1, HALF=cos.shape[1], INTERLEAVED=interleaved, FORM=CODES[form], ROWS=_KEYS,
-        num_warps=4, **overlap(),
+        num_warps=4, **overlap(), **UNFUSED,
     )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def queries(
             query, head_weights, cos, sin, positions, out, weights,
             rows, query.stride(0), head_weights.stride(0), scale, dim**-0.5, ACTIVATION_FLOOR,
             HEADS=heads, DIM=dim, DIM_BLOCK=width, LOG_DIM=width.bit_length() - 1, HALF=cos.shape[1], INTERLEAVED=interleaved, FORM=CODES[form],
-            ROWS=_QUERIES, num_warps=4, **overlap(),
+            ROWS=_QUERIES, num_warps=4, **overlap(), **UNFUSED,
         )  # fmt: skip
     return (out.view(E4M3) if form == "fp8" else out), weights
 
@@ -290,9 +290,9 @@ def store_some(
     mask = there & (dim < DIM)
     dtype = key.dtype.element_ty
     x = tl.load(key + row * row_stride + dim, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1, keep_dims=True) / DIM
+    mean = row_sums(x) / DIM
     apart = tl.where(dim < DIM, x - mean, 0.0)
-    root = tl.rsqrt(tl.sum(apart * apart, 1, keep_dims=True) / DIM + eps)
+    root = tl.rsqrt(row_sums(apart * apart) / DIM + eps)
     gain = tl.load(weight + dim, mask=dim < DIM, other=0.0).to(tl.float32)
     shift = tl.load(bias + dim, mask=dim < DIM, other=0.0).to(tl.float32)
     x = (apart * root * gain + shift).to(dtype).to(tl.float32)

@@ -5,28 +5,42 @@ Under TRITON_INTERPRET=1 a kernel runs in NumPy on the CPU instead, which is how
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.runtime._async_compile import active_mode
 from triton.runtime.jit import JITFunction
+
+from engine.kernels.triton.compiling import KernelOrder, compilers_at_work
 
 _COUNTS = ("num_rows", "bias_stride", "chunks", "programs", "num_groups")
 """Arguments that are numbers also where they are 1, and for whose values nothing is compiled anew."""
 
 
 class _Kernel(JITFunction[Any]):  # type: ignore[misc]
-    """A kernel that `compiled_together` can compile without a launch."""
+    """A kernel that `engine.kernels.triton.compiling` can compile without a launch."""
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        compile_only = active_mode.get() is not None
+        compile_only = compilers_at_work() is not None
         return lambda *args, **kwargs: self.run(*args, grid=grid, warmup=compile_only, **kwargs)
+
+    def _do_compile(
+        self, key: Any, signature: Any, device: Any, constexprs: Any, options: Any, attrs: Any, warmup: bool
+    ) -> Any:
+        compilers = compilers_at_work()
+        if compilers is None:
+            return super()._do_compile(key, signature, device, constexprs, options, attrs, warmup)
+        if not compilers.knows((self.__module__, self.__name__, key)):
+            target = self.device_caches[device][2]
+            compilers.order(
+                KernelOrder(
+                    self.__module__, self.__name__, signature, constexprs, attrs, dict(vars(options)), target
+                )
+            )
+        return None  # nothing is kept, so that the first launch takes it from the cache on disk
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -34,13 +48,6 @@ def kernel(function: Callable[..., Any]) -> Any:
     if triton.knobs.runtime.interpret:
         return triton.jit(function, do_not_specialize=_COUNTS)
     return _Kernel(function, do_not_specialize=_COUNTS)
-
-
-@contextmanager
-def compiled_together(threads: int) -> Iterator[None]:
-    """Inside, nothing is launched: what launches would need is compiled by so many threads, and is ready at the end."""
-    with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool):
-        yield
 
 
 def block(size: int) -> int:
@@ -83,3 +90,23 @@ def turn(EARLY: tl.constexpr) -> None:
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+UNFUSED = {"enable_fp_fusion": False}
+"""Option of a launch whose bits another kernel must have, too: no product is fused with an addition."""
+
+
+@triton.constexpr_function
+def _halvings(size: int) -> int:
+    return size.bit_length() - 1
+
+
+@triton.jit
+def row_sums(x: tl.tensor) -> tl.tensor:
+    """[R, N] -> [R, 1], N a power of two: neighbours, then pairs of neighbours, and so on, however x is laid out."""
+    ROWS: tl.constexpr = x.shape[0]
+    SIZE: tl.constexpr = x.shape[1]
+    LEVELS: tl.constexpr = _halvings(SIZE)
+    for level in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, (ROWS, SIZE >> (level + 1), 2)), 2)
+    return tl.reshape(x, (ROWS, 1))

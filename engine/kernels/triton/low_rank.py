@@ -1,7 +1,8 @@
 """The sparse adapter (`engine.layers.low_rank`): x A^T B^T, added to the rows that read a selection.
 
 A's rows stand below those of the weight that x is multiplied with anyway, so the short product s = x A^T is there already.
-What is left is s B^T. Of many rows it is a launch of its own; of few it is part of the kernel that reads the sum next.
+What is left is s B^T: a launch of its own, as the matrix unit's bits are not those of sums that another kernel could do
+row by row.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from engine.kernels.triton.kernel import block, kernel, overlap, turn
 
 _ROWS = 16
 _OUTPUTS = 128
-_RANKS = tl.constexpr(8)  # at a time, row by row: what one read takes
 
 
 class Correction(NamedTuple):
@@ -50,23 +50,6 @@ def add_low_rank(y: Tensor, fix: Correction) -> None:
         y, fix.short, fix.up, fix.rows, len(y), y.stride(0), fix.short.stride(0),
         OUTPUTS=outputs, RANK=rank, RANK_BLOCK=max(block(rank), 16), ROW_BLOCK=_ROWS, OUT_BLOCK=_OUTPUTS, num_warps=4, **overlap(),
     )  # fmt: skip
-
-
-@kernel
-def correction(
-    short: tl.tensor, up: tl.tensor, out: tl.tensor, mask: tl.tensor, RANK: tl.constexpr
-) -> tl.tensor:
-    """s B^T of one row at the outputs `out` [N]: float32 that the numbers' dtype holds."""
-    r = tl.arange(0, _RANKS)
-    change = tl.zeros(out.shape, tl.float32)
-    for start in tl.static_range(0, RANK, _RANKS):
-        there = start + r < RANK
-        own = tl.load(short + start + r, mask=there, other=0.0).to(tl.float32)
-        wide = tl.load(
-            up + out[:, None] * RANK + (start + r)[None, :], mask=mask[:, None] & there[None, :], other=0.0
-        )
-        change += tl.sum(wide.to(tl.float32) * own[None, :], 1)
-    return change.to(up.dtype.element_ty).to(tl.float32)
 
 
 @kernel

@@ -15,18 +15,34 @@ from engine.kernels.triton.kernel import kernel, overlap, turn
 from engine.kernels.triton.order import keys_of
 from engine.kernels.triton.rows import Rows
 
-TIMES = 7
-"""A row of a prompt is masked while its context is at most so many times its index_top_k; beyond, it gathers."""
-
-_TIMES = tl.constexpr(TIMES)
+_MOST_TIMES, _BASE, _TIMES = (
+    10,
+    1536,
+    4,
+)  # of `reach`: measured on an H200 for 256 and 2,048 selected positions
+_MOST_TIMES_, _BASE_, _TIMES_ = tl.constexpr(_MOST_TIMES), tl.constexpr(_BASE), tl.constexpr(_TIMES)
 _WORDS = 32  # a program
 _BESIDE = 128  # rows of a block, at most
+
+
+def reach(index_top_k: int) -> int:
+    """Up to how many positions a row that selects so many attends through a mask; a longer one gathers.
+
+    Gathering costs a row what it selects; a mask, what it could select.
+    """
+    return min(_MOST_TIMES * index_top_k, _BASE + _TIMES * index_top_k)
+
+
+@triton.jit
+def _reach(index_top_k: tl.tensor) -> tl.tensor:
+    """`reach` on the device."""
+    return tl.minimum(_MOST_TIMES_ * index_top_k, _BASE_ + _TIMES_ * index_top_k)
 
 
 @triton.jit
 def is_masked(position: tl.tensor, index_top_k: tl.tensor) -> tl.tensor:
     """Whether a sparse row of a prompt attends through a mask: a function of the row alone."""
-    return (index_top_k > 0) & (position < _TIMES * index_top_k)
+    return (position < _reach(index_top_k)) & (index_top_k > 0)
 
 
 def masks(scores: Tensor, rows: Rows, cuts: Tensor, width: int) -> Tensor:
@@ -43,7 +59,7 @@ def masks(scores: Tensor, rows: Rows, cuts: Tensor, width: int) -> Tensor:
         Words beyond a row's own, and other rows', are not written
     """
     count, context = scores.shape
-    words = min(context // 32, triton.cdiv(TIMES * width + _BESIDE, 32 * _WORDS) * _WORDS)
+    words = min(context // 32, triton.cdiv(reach(width) + _BESIDE, 32 * _WORDS) * _WORDS)
     out = torch.empty(count, words, dtype=torch.int32, device=scores.device)
     if count:
         _mask_kernel[(count, triton.cdiv(words, _WORDS))](

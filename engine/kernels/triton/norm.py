@@ -7,12 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.kernel import block, kernel, overlap, turn, warps
-from engine.kernels.triton.low_rank import Correction, correction
 
 
-def add_rms_norm(
-    x: Tensor, update: Tensor | None, weight: Tensor, eps: float, fix: Correction | None = None
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """s = x + update;  n = s / sqrt(mean(s^2) + eps) * weight over the last dim (Zhang and Sennrich, arXiv 1910.07467).
 
     In float32, rounded where torch's operations round: s, s over its root mean square, and n.
@@ -22,7 +19,6 @@ def add_rms_norm(
         update: [T, E] likewise, or None: s is x; its rows may be further apart
         weight: [E]
         eps: of the norm
-        fix: what is added to the update first, and rounded
 
     Returns:
         s [T, E] in the dtype of x (x itself without an update), n [T, E] in the dtype of weight
@@ -32,12 +28,10 @@ def add_rms_norm(
     normed = torch.empty(rows, size, dtype=weight.dtype, device=x.device)
     if rows:
         width = block(size)
-        given, short, up = (0, x, weight) if fix is None else (fix.short.stride(0), fix.short, fix.up)
         _add_rms_norm[(rows,)](
-            x, x if update is None else update, weight, total, normed, short, up, x if fix is None else fix.rows,
-            0 if update is None else update.stride(0), given, eps,
-            SIZE=size, BLOCK=width, UPDATE=update is not None, RANK=0 if fix is None else short.shape[1],
-            num_warps=warps(width) if fix is None else 8, **overlap(),
+            x, x if update is None else update, weight, total, normed,
+            0 if update is None else update.stride(0), eps,
+            SIZE=size, BLOCK=width, UPDATE=update is not None, num_warps=warps(width), **overlap(),
         )  # fmt: skip
     return total, normed
 
@@ -49,16 +43,11 @@ def _add_rms_norm(
     weight: tl.tensor,
     total: tl.tensor,
     normed: tl.tensor,
-    short: tl.tensor,
-    up: tl.tensor,
-    flags: tl.tensor,
     update_stride: tl.tensor,
-    short_stride: tl.tensor,
     eps: tl.tensor,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     UPDATE: tl.constexpr,
-    RANK: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
     """A program a row."""
@@ -71,10 +60,6 @@ def _add_rms_norm(
     if UPDATE:
         row = tl.program_id(0).to(tl.int64)
         change = tl.load(update + row * update_stride + at, mask=inside, other=0.0)
-        if RANK:
-            if tl.load(flags + row) != 0:
-                more = correction(short + row * short_stride, up, at, inside, RANK)
-                change = (change.to(tl.float32) + more).to(own.dtype)
         own = (own.to(tl.float32) + change.to(tl.float32)).to(own.dtype)
         tl.store(total + first + at, own, mask=inside)
     wide = own.to(tl.float32)

@@ -1,7 +1,8 @@
 """All that lies between a layer's fused product and its scores, of few rows, in one launch.
 
 It is what `engine.kernels.triton.rotation` and `engine.kernels.triton.index_key` do in three, to the bit: a launch costs
-more than so few rows do.
+more than so few rows do. Their sums have one order, and no product is fused with an addition (`UNFUSED`), so that the
+bits do not depend on how a compiler lays a kernel out.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from torch import Tensor
 
 from engine.kernels.interface.fp8 import ACTIVATION_FLOOR
 from engine.kernels.triton.index_key import CODES, KeyForm, check_form, query_some, scale_part, store_some
-from engine.kernels.triton.kernel import block, kernel, overlap, turn
-from engine.kernels.triton.low_rank import Correction
-from engine.kernels.triton.rotation import correction_parts, rotate_one
+from engine.kernels.triton.kernel import UNFUSED, block, kernel, overlap, turn
+from engine.kernels.triton.rotation import rotate_one
 
 _PLAIN = tl.constexpr(0)
 
@@ -61,7 +61,6 @@ def prepare(
     bias: Tensor | None = None,
     head_norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
-    fix: Correction | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rotate_and_store`, `store_keys` and `queries` (in the plain form).
 
@@ -76,7 +75,6 @@ def prepare(
         bias: of the product
         head_norms: of queries and keys
         eps: of those norms
-        fix: what is added to the product first
 
     Returns:
         queries [T, Hkv, G, D]; index queries [T, H, d] in their product's dtype; head weights [T, H] float32
@@ -98,15 +96,15 @@ def prepare(
     width = block(index_dim)
     _prepare[(rows, kv_heads + 2)](
         product, product if bias is None else bias, query_norm, key_norm, cos, sin, positions, pages, offsets, plane, query,
-        *correction_parts(fix, product), product.stride(0), plane.stride(0), plane.stride(1), eps,
+        product.stride(0), plane.stride(0), plane.stride(1), eps,
         index.query, index.key, index.head_weights, index.norm_weight, index.norm_bias, index_cos, index_sin,
         index.plane, *scale_part(index.plane, index.form), index_query, weights, rows,
         index.query.stride(0), index.key.stride(0), index.head_weights.stride(0), index.plane.stride(0),
         index.plane.stride(1), index.eps, index.scale, ACTIVATION_FLOOR,
         QUERY_HEADS=query_heads, KV_HEADS=kv_heads, DIM=dim, HALF=cos.shape[1], HEAD_BLOCK=block(group + 2),
-        DIM_BLOCK=block(dim), BIAS=bias is not None, NORMS=head_norms is not None, RANK=0 if fix is None else fix.up.shape[1],
+        DIM_BLOCK=block(dim), BIAS=bias is not None, NORMS=head_norms is not None,
         INDEX_HEADS=heads, INDEX_DIM=index_dim, INDEX_BLOCK=width, LOG_DIM=width.bit_length() - 1,
-        INDEX_HALF=index_cos.shape[1], FORM=CODES[index.form], HEADS_BLOCK=block(heads), num_warps=4, **overlap(),
+        INDEX_HALF=index_cos.shape[1], FORM=CODES[index.form], HEADS_BLOCK=block(heads), num_warps=4, **overlap(), **UNFUSED,
     )  # fmt: skip
     return query, index_query, weights
 
@@ -114,8 +112,8 @@ def prepare(
 @kernel
 def _prepare(
     product: tl.tensor, bias: tl.tensor, query_norm: tl.tensor, key_norm: tl.tensor, cos: tl.tensor, sin: tl.tensor,
-    positions: tl.tensor, pages: tl.tensor, offsets: tl.tensor, plane: tl.tensor, query: tl.tensor, short: tl.tensor,
-    up: tl.tensor, flags: tl.tensor, short_stride: tl.tensor, row_stride: tl.tensor, page_stride: tl.tensor,
+    positions: tl.tensor, pages: tl.tensor, offsets: tl.tensor, plane: tl.tensor, query: tl.tensor,
+    row_stride: tl.tensor, page_stride: tl.tensor,
     slot_stride: tl.tensor, eps: tl.tensor,
     index_query: tl.tensor, index_key: tl.tensor, head_weights: tl.tensor, norm_weight: tl.tensor, norm_bias: tl.tensor,
     index_cos: tl.tensor, index_sin: tl.tensor, index_plane: tl.tensor, scales: tl.tensor, scale_page_stride: tl.tensor,
@@ -123,7 +121,7 @@ def _prepare(
     index_key_stride: tl.tensor, head_weight_stride: tl.tensor, index_page_stride: tl.tensor,
     index_slot_stride: tl.tensor, index_eps: tl.tensor, weight_scale: tl.tensor, floor: tl.tensor,
     QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HEAD_BLOCK: tl.constexpr,
-    DIM_BLOCK: tl.constexpr, BIAS: tl.constexpr, NORMS: tl.constexpr, RANK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, BIAS: tl.constexpr, NORMS: tl.constexpr,
     INDEX_HEADS: tl.constexpr, INDEX_DIM: tl.constexpr, INDEX_BLOCK: tl.constexpr, LOG_DIM: tl.constexpr,
     INDEX_HALF: tl.constexpr, FORM: tl.constexpr, HEADS_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -133,9 +131,9 @@ def _prepare(
     part = tl.program_id(1)
     if part < KV_HEADS:
         rotate_one(
-            product, bias, query_norm, key_norm, cos, sin, positions, pages, offsets, plane, query, short, up, flags,
-            short_stride, row_stride, page_stride, slot_stride, eps, row, part,
-            QUERY_HEADS, KV_HEADS, DIM, HALF, HEAD_BLOCK, DIM_BLOCK, BIAS, NORMS, RANK,
+            product, bias, query_norm, key_norm, cos, sin, positions, pages, offsets, plane, query,
+            row_stride, page_stride, slot_stride, eps, row, part,
+            QUERY_HEADS, KV_HEADS, DIM, HALF, HEAD_BLOCK, DIM_BLOCK, BIAS, NORMS,
         )  # fmt: skip
     elif part == KV_HEADS:
         store_some(

@@ -6,8 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.kernel import block, kernel, overlap, turn, warps
-from engine.kernels.triton.low_rank import Correction, correction
+from engine.kernels.triton.kernel import UNFUSED, block, kernel, overlap, row_sums, turn, warps
 
 
 def rotate_and_store(
@@ -21,7 +20,6 @@ def rotate_and_store(
     bias: Tensor | None = None,
     head_norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
-    fix: Correction | None = None,
 ) -> Tensor:
     """Queries of T rows, and their keys and values stored in the paged cache.
 
@@ -40,7 +38,6 @@ def rotate_and_store(
         head_norms: weights [D] of an RMS norm of each query head and of each key head, before the rotation (Qwen3's,
             arXiv 2505.09388)
         eps: of those norms
-        fix: what is added to the product first, and rounded
 
     Returns:
         [T, Hkv, G = Hq / Hkv, D] in the dtype of product
@@ -56,17 +53,12 @@ def rotate_and_store(
     heads, width = block(group + 2), block(dim)
     _rotate_and_store[(len(product), kv_heads)](
         product, product if bias is None else bias, query_norm, key_norm, cos, sin, positions, pages, offsets,
-        plane, query, *correction_parts(fix, product), product.stride(0), plane.stride(0), plane.stride(1), eps,
+        plane, query, product.stride(0), plane.stride(0), plane.stride(1), eps,
         QUERY_HEADS=query_heads, KV_HEADS=kv_heads, DIM=dim, HALF=cos.shape[1],
         HEAD_BLOCK=heads, DIM_BLOCK=width, BIAS=bias is not None, NORMS=head_norms is not None,
-        RANK=0 if fix is None else fix.up.shape[1], num_warps=warps(heads * width) if fix is None else 4, **overlap(),
+        num_warps=warps(heads * width), **overlap(), **UNFUSED,
     )  # fmt: skip
     return query
-
-
-def correction_parts(fix: Correction | None, product: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """A correction's tensors and the distance of its rows; anything without one."""
-    return (product, product, product, 0) if fix is None else (*fix, fix.short.stride(0))
 
 
 @kernel
@@ -80,15 +72,10 @@ def _head(
     part: tl.tensor,
     mask: tl.tensor,
     eps: tl.tensor,
-    short: tl.tensor,
-    up: tl.tensor,
-    column: tl.tensor,
-    applies: tl.tensor,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BIAS: tl.constexpr,
     NORMS: tl.constexpr,
-    RANK: tl.constexpr,
 ) -> tl.tensor:
     """Numbers at `at` [heads, dims], with bias and norm, float32 that the product's dtype holds.
 
@@ -96,16 +83,10 @@ def _head(
     """
     dtype = product.dtype.element_ty
     own = tl.load(product + at, mask=mask, other=0.0).to(tl.float32)
-    if RANK:
-        if applies:
-            size: tl.constexpr = own.shape[0] * own.shape[1]
-            places = tl.reshape(column, (size,))
-            more = correction(short, up, places, tl.reshape(mask, (size,)), RANK)
-            own = (own + tl.reshape(more, own.shape)).to(dtype).to(tl.float32)
     if BIAS:
         own = (own + bias).to(dtype).to(tl.float32)
     if NORMS:
-        root = tl.rsqrt(tl.sum(own * own, 1, keep_dims=True) / DIM + eps)
+        root = tl.rsqrt(row_sums(own * own) / DIM + eps)
         gain = tl.load(query_norm + dim + part * 0, mask=mask & (part < GROUP), other=0.0).to(tl.float32)
         gain += tl.load(key_norm + dim + part * 0, mask=mask & (part == GROUP), other=0.0).to(tl.float32)
         normed = ((own * root).to(dtype).to(tl.float32) * gain).to(dtype).to(tl.float32)
@@ -126,10 +107,6 @@ def _rotate_and_store(
     offsets: tl.tensor,
     plane: tl.tensor,
     query: tl.tensor,
-    short: tl.tensor,
-    up: tl.tensor,
-    flags: tl.tensor,
-    short_stride: tl.tensor,
     row_stride: tl.tensor,
     page_stride: tl.tensor,
     slot_stride: tl.tensor,
@@ -142,15 +119,14 @@ def _rotate_and_store(
     DIM_BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
     NORMS: tl.constexpr,
-    RANK: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
     """A program a row and KV head: the query heads that share it, its key, its value."""
     turn(EARLY)
     rotate_one(
-        product, bias, query_norm, key_norm, cos, sin, positions, pages, offsets, plane, query, short, up, flags,
-        short_stride, row_stride, page_stride, slot_stride, eps, tl.program_id(0).to(tl.int64), tl.program_id(1),
-        QUERY_HEADS, KV_HEADS, DIM, HALF, HEAD_BLOCK, DIM_BLOCK, BIAS, NORMS, RANK,
+        product, bias, query_norm, key_norm, cos, sin, positions, pages, offsets, plane, query,
+        row_stride, page_stride, slot_stride, eps, tl.program_id(0).to(tl.int64), tl.program_id(1),
+        QUERY_HEADS, KV_HEADS, DIM, HALF, HEAD_BLOCK, DIM_BLOCK, BIAS, NORMS,
     )  # fmt: skip
 
 
@@ -167,10 +143,6 @@ def rotate_one(
     offsets: tl.tensor,
     plane: tl.tensor,
     query: tl.tensor,
-    short: tl.tensor,
-    up: tl.tensor,
-    flags: tl.tensor,
-    short_stride: tl.tensor,
     row_stride: tl.tensor,
     page_stride: tl.tensor,
     slot_stride: tl.tensor,
@@ -185,14 +157,10 @@ def rotate_one(
     DIM_BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
     NORMS: tl.constexpr,
-    RANK: tl.constexpr,
 ) -> None:
     """One row and KV head."""
     GROUP: tl.constexpr = QUERY_HEADS // KV_HEADS
     position = tl.load(positions + row).to(tl.int64)
-    applies = False
-    if RANK:
-        applies = tl.load(flags + row) != 0
     if position >= 0:
         part = tl.arange(0, HEAD_BLOCK)[:, None]
         dim = tl.arange(0, DIM_BLOCK)[None, :]
@@ -205,14 +173,13 @@ def rotate_one(
             own_bias = tl.load(bias + head * DIM + dim, mask=mask, other=0.0).to(tl.float32)
             other_bias = tl.load(bias + head * DIM + partner, mask=mask, other=0.0).to(tl.float32)
         at = row * row_stride + head * DIM
-        own_short = short + row * short_stride
         own = _head(
-            product, own_bias, query_norm, key_norm, at + dim, dim, part, mask, eps, own_short, up, head * DIM + dim,
-            applies, GROUP, DIM, BIAS, NORMS, RANK,
+            product, own_bias, query_norm, key_norm, at + dim, dim, part, mask, eps,
+            GROUP, DIM, BIAS, NORMS,
         )  # fmt: skip
         other = _head(
-            product, other_bias, query_norm, key_norm, at + partner, partner, part, mask, eps, own_short, up,
-            head * DIM + partner, applies, GROUP, DIM, BIAS, NORMS, RANK,
+            product, other_bias, query_norm, key_norm, at + partner, partner, part, mask, eps,
+            GROUP, DIM, BIAS, NORMS,
         )  # fmt: skip
         pair = tl.where(dim < HALF, dim, dim - HALF)
         turns = dim < 2 * HALF

@@ -6,10 +6,13 @@ function of the row alone, and comes in ascending order of position, so that wha
 
 Three forms:
 
-- *few rows*: a program holds a whole row of up to `WHOLE` scores;
-- *many rows, or long ones*: `engine.kernels.triton.candidates` reads a row once and decides among few;
-- *few rows longer still*: a row is cut into stretches whose winners meet in the next round, in the order of their
-  positions, until one stretch is left.
+- *few short rows of which little is selected*: a program holds a whole row;
+- *many rows*: `engine.kernels.triton.candidates` reads a row once and decides among few;
+- *few rows else*: a row is cut into stretches whose winners meet in the next round, in the order of their positions,
+  until one stretch is left.
+
+Which is fastest where was measured on an H200 (benchmarks/gpu/log.md). Stretches know no cuts: with these, few rows are
+held whole up to `WHOLE_CUT`, and longer ones decided among candidates.
 """
 
 from __future__ import annotations
@@ -24,14 +27,15 @@ from engine.kernels.triton.kernel import kernel, overlap, turn
 from engine.kernels.triton.order import LEAST, emit, fill, keys_of, store_cut, tie_cut, words_of
 from engine.kernels.triton.rows import Rows
 
-WHOLE = 16384
+WHOLE = 8192
+"""Scores of a row that one program holds where it is the fastest, and ..."""
+WHOLE_SELECTED = 512
+"""... positions that it then selects, at most."""
+WHOLE_CUT = 16384
 """Scores of a row that one program may hold."""
 
 MANY_ROWS = 264
 """So many rows fill the device by themselves: two a multiprocessor."""
-
-LONGEST = 262144
-"""Scores of a row that one program may read piece by piece."""
 
 STRETCH = 8192
 """How many scores one program holds at least, if a row has so many."""
@@ -63,12 +67,16 @@ def select(scores: Tensor, rows: Rows, width: int, cuts: Tensor | None = None) -
         return out
     if width > MOST_SELECTED:
         select_slowly(scores, rows, out, cuts)
-    elif count < MANY_ROWS and context <= WHOLE:
-        _select_whole(scores, rows, out, cuts)
-    elif context <= LONGEST or count >= MANY_ROWS or cuts is not None:
+    elif count >= MANY_ROWS:
         select_among(scores, rows, out, cuts)
-    else:
+    elif context <= WHOLE and width <= WHOLE_SELECTED:
+        _select_whole(scores, rows, out, cuts)
+    elif cuts is None:
         _select_stretches(scores, rows, out)
+    elif context <= WHOLE_CUT:
+        _select_whole(scores, rows, out, cuts)
+    else:
+        select_among(scores, rows, out, cuts)
     return out
 
 
@@ -85,8 +93,8 @@ def _select_whole(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) 
 
 
 def whole_warps(block: int) -> int:
-    """32 numbers a thread."""
-    return min(max(block // 1024, 1), 32)
+    """32 numbers a thread, and of few numbers fewer."""
+    return min(max(block // 1024, 2), 32)
 
 
 def _select_stretches(scores: Tensor, rows: Rows, out: Tensor) -> None:
@@ -108,7 +116,7 @@ def _select_stretches(scores: Tensor, rows: Rows, out: Tensor) -> None:
         _select_kernel[(count, stretches)](
             scores, winners if places is None else places, rows.positions, rows.index_top_k, winners, best,
             scores.stride(0), winners.stride(0), context, width if last else slots, width,
-            BLOCK=block, PIECE=min(block, PIECE) if count * stretches > MANY else block, TAIL=min(block, 1024), FIRST=places is None, LAST=last, num_warps=whole_warps(block),
+            BLOCK=block, PIECE=min(block, PIECE) if count * stretches > MANY else block, TAIL=min(block, 1024), FIRST=places is None, LAST=last, num_warps=min(max(block // 1024, 1), 32),
             **overlap(),
         )  # fmt: skip
         if last:

@@ -3,11 +3,12 @@
 The arithmetic is `GqaModel.forward`'s. What differs is order: biases of q, k and v come after the adapter, and index
 queries, index keys and head weights come out of the product that makes q, k and v, so that the head weights are rounded to
 the model's dtype. So do the adapter's short products, of which only the second half is left to do. Products
-are torch's, but for those of very few rows.
+are torch's, but for those of very few rows where the device gives them the same bits.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,11 +28,12 @@ from engine.kernels.triton.low_rank import Correction, add_low_rank
 from engine.kernels.triton.mask import masks
 from engine.kernels.triton.norm import add_rms_norm
 from engine.kernels.triton.prepare import IndexPart, prepare
-from engine.kernels.triton.product import fits, gated_linear, linear
+from engine.kernels.triton.product import OUTPUTS, agrees, fits, gated_linear, holds, linear
 from engine.kernels.triton.rotation import rotate_and_store
 from engine.kernels.triton.rows import Rows, Span, blocks_of
 from engine.kernels.triton.select import select
 from engine.memory.planes import PagedCache
+from engine.models.family import KernelCompilers
 from engine.models.gqa.graphs import StepGraphs
 from engine.models.gqa.inputs import Piece, RowInputs
 from engine.models.gqa.layer import GqaLayer, plain
@@ -47,10 +49,6 @@ FEW_ROWS = 256
 """Up to so many rows, small operations are part of others: a launch costs more than doing them row by row."""
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear(x, weight, bias) if fits(*x.shape) else F.linear(x, weight, bias)
-
-
 class DeviceStep:
     """The device form of one model."""
 
@@ -64,6 +62,31 @@ class DeviceStep:
         self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
         self._fused = [self._fuse(i) for i in range(c.num_layers)]
         self._output = [self._fuse_output(i) for i in range(c.num_layers)]
+        self._own_products = 0
+
+    def _choose_products(self, compilers: KernelCompilers | None) -> None:
+        """Find the form of our own products of few rows that has the library's bits, by one layer's weights; 0: none."""
+        layer = self._model.layers[0]
+        asked = [
+            (self._fused[0], None, False),
+            (plain(layer.o), layer.o_bias, False),
+            (plain(layer.gate_up), layer.gate_up_bias, True),
+            (plain(layer.down), layer.down_bias, False),
+        ]
+        fitting = [one for one in asked if fits(1, one[0].shape[1])]
+        forms = [each for each in OUTPUTS if all(holds(one[0], each, gated=one[2]) for one in fitting)]
+        if compilers is not None:
+            with compilers.together():
+                for each, (weight, bias, _) in itertools.product(forms, fitting):
+                    agrees(weight, bias, each)
+        agreeing = (each for each in forms if all(agrees(*one[:2], each) for one in fitting))
+        self._own_products = next(agreeing, 0) if fitting else 0
+
+    def _fits(self, x: Tensor) -> bool:
+        return self._own_products > 0 and fits(*x.shape)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, weight, bias, self._own_products) if self._fits(x) else F.linear(x, weight, bias)
 
     @staticmethod
     def supports(model: Wired) -> bool:
@@ -117,10 +140,16 @@ class DeviceStep:
         return fused, None if bias is None else F.pad(bias, (0, len(fused) - size))
 
     def capture(
-        self, cache: PagedCache, max_rows: int, max_context: int, progress: Callable[[int, int], None]
+        self,
+        cache: PagedCache,
+        max_rows: int,
+        max_context: int,
+        progress: Callable[[int, int], None],
+        compilers: KernelCompilers | None,
     ) -> None:
         """Capture the graphs of steps; see `engine.models.gqa.graphs`."""
         indexer, device = self._model.indexer, self._model.norm.device
+        self._choose_products(compilers)
         self._graphs = StepGraphs(
             partial(self.compute, cache=cache),
             self._model.config.group,
@@ -129,7 +158,7 @@ class DeviceStep:
             max_context,
             device,
         )
-        self._graphs.capture_all(0 if indexer is None else indexer.default_index_top_k, progress)
+        self._graphs.capture_all(0 if indexer is None else indexer.default_index_top_k, progress, compilers)
 
     def forward(self, batch: Batch, cache: PagedCache, budget_bytes: int) -> Tensor:
         """As `GqaModel.forward`, of a batch whose tensors are on the CPU. The next step may overwrite what it returns."""
@@ -200,13 +229,13 @@ class DeviceStep:
         x, update = embed(inputs.token_ids, self.drawn, plain(m.embed)).to(m.norm.dtype), None
         for i, layer in enumerate(m.layers):
             x, hidden = add_rms_norm(x, update, layer.input_norm, eps)
-            update, fix = self._attention(i, layer, hidden, inputs, cache)
-            x, hidden = add_rms_norm(x, update, layer.post_norm, eps, fix)
-            if fits(*hidden.shape):
-                gated = gated_linear(hidden, plain(layer.gate_up), layer.gate_up_bias)
+            update = self._attention(i, layer, hidden, inputs, cache)
+            x, hidden = add_rms_norm(x, update, layer.post_norm, eps)
+            if self._fits(hidden):
+                gated = gated_linear(hidden, plain(layer.gate_up), layer.gate_up_bias, self._own_products)
             else:
                 gated = silu_times(F.linear(hidden, plain(layer.gate_up), layer.gate_up_bias))
-            update = _product(gated, plain(layer.down), layer.down_bias)
+            update = self._product(gated, plain(layer.down), layer.down_bias)
         return add_rms_norm(x, update, m.norm, eps)[1]
 
     def hidden_like(self) -> Tensor:
@@ -222,33 +251,31 @@ class DeviceStep:
 
     def _attention(
         self, i: int, layer: GqaLayer, hidden: Tensor, inputs: RowInputs, cache: PagedCache
-    ) -> tuple[Tensor, Correction | None]:
-        """What attention adds to the residual stream, and the correction that is still to be added to it."""
+    ) -> Tensor:
+        """What attention adds to the residual stream."""
         m, c, rows = self._model, self._model.config, inputs.rows
         plane, few = cache.plane(i, "kv"), len(rows) <= FEW_ROWS
-        product = _product(hidden, self._fused[i])
+        product = self._product(hidden, self._fused[i])
         qkv = product[:, : self._qkv]
         adapter = layer.adapter if inputs.top_k else None
-        fix = None
         if adapter is not None:
             at = self._qkv + self._heads * self._dim + self._dim + self._heads
-            fix = Correction(product[:, at : at + adapter[0].rank], adapter[0].b, rows.index_top_k)
-            if not few:
-                add_low_rank(qkv, fix)
-                fix = None
+            add_low_rank(
+                qkv, Correction(product[:, at : at + adapter[0].rank], adapter[0].b, rows.index_top_k)
+            )
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         index = None if layer.indexer is None else self._index_part(i, layer.indexer, product, cache)
         selected = mask = None
         if index is not None and few and inputs.top_k:
             query, index_query, weights = prepare(
                 qkv, rows.positions, inputs.pages, inputs.offsets, m.rotary.all(), plane, index,
-                bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps, fix=fix,
+                bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps,
             )  # fmt: skip
             selected, mask = self._selected(index_query, weights, index.plane, inputs)
         else:
             query = rotate_and_store(
                 qkv, rows.positions, inputs.pages, inputs.offsets, m.rotary.all(), plane,
-                bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps, fix=fix,
+                bias=layer.qkv_bias, head_norms=norms, eps=c.rms_norm_eps,
             )  # fmt: skip
             if index is not None:
                 selected, mask = self._indexed(index, inputs)
@@ -256,15 +283,13 @@ class DeviceStep:
         out = attention.attend(query, plane, rows, selected, scale, inputs.max_context, inputs.blocks, mask)
         out = out.flatten(1)
         if adapter is None:
-            return _product(out, plain(layer.o), layer.o_bias), None
+            return self._product(out, plain(layer.o), layer.o_bias)
         weight, bias = self._output[i]
-        both, size = _product(out, weight, bias), len(plain(layer.o))
+        both, size = self._product(out, weight, bias), len(plain(layer.o))
         attended = both[:, :size]
-        fix = Correction(both[:, size : size + adapter[1].rank], adapter[1].b, rows.index_top_k)
-        if few:
-            return attended, fix
-        add_low_rank(attended, fix)
-        return attended, None
+        short = both[:, size : size + adapter[1].rank]
+        add_low_rank(attended, Correction(short, adapter[1].b, rows.index_top_k))
+        return attended
 
     def _index_part(self, i: int, indexer: LightningIndexer, product: Tensor, cache: PagedCache) -> IndexPart:
         """Layer i's part of the fused product, and where its index keys go."""

@@ -8,7 +8,6 @@ memory: they run one at a time, and what one returns lasts until the next one ru
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.attention.batch import Batch
-from engine.kernels.triton.kernel import compiled_together
 from engine.memory.staging import Staging
+from engine.models.family import KernelCompilers
 from engine.models.gqa.inputs import RowInputs
 from engine.models.gqa.padded import Padded
 
@@ -33,8 +32,6 @@ _CONTEXT_FACTOR = 4
 _LEAST_WIDTH = 64
 _MOST_SCORES = 1 << 29
 """Bytes of the scores of a graph's rows."""
-_MOST_THREADS = 16
-"""That compile."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,9 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._staging = Staging(torch.int32, device)
 
-    def capture_all(self, top_k: int, progress: Callable[[int, int], None]) -> None:
+    def capture_all(
+        self, top_k: int, progress: Callable[[int, int], None], compilers: KernelCompilers | None
+    ) -> None:
         """Capture what steps with the model's own top_k and without a selection will want (0: without alone)."""
         self._width = _round_up(top_k)
         widths = [0, self._width] if top_k else [0]
@@ -91,9 +90,10 @@ class StepGraphs:
             )
             if rows > singles and 4 * rows * context <= _MOST_SCORES
         ]
-        with compiled_together(min(os.cpu_count() or 1, _MOST_THREADS)):
-            for shape in shapes:
-                self._compute(shape.inputs(self._padding(shape)))
+        if compilers is not None:
+            with compilers.together():
+                for shape in shapes:
+                    self._compute(shape.inputs(self._padding(shape)))
         for number, shape in enumerate(shapes):
             progress(number, len(shapes))
             self._capture(shape)

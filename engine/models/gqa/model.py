@@ -26,6 +26,7 @@ from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
 from engine.memory.layouts import Int8KeyLayout
 from engine.memory.planes import PagedCache, PlaneSpec
+from engine.models.family import KernelCompilers
 from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.layer import GqaLayer, plain
 from engine.models.gqa.native import FEW_ROWS, NativeStep
@@ -109,13 +110,19 @@ class GqaModel:
         """The device step."""
         return self.device_step
 
-    def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
+    def prepare(
+        self,
+        cache: PagedCache,
+        max_rows: int,
+        progress: Callable[[int, int], None],
+        compilers: KernelCompilers | None = None,
+    ) -> None:
         """Make room for the steps' tokens, and capture graphs, on CUDA."""
         if self.device_step is None:
             return
         self.device_step.reserve(max_rows)
         if self.norm.device.type == "cuda":
-            self.device_step.capture(cache, max_rows, self.max_positions, progress)
+            self.device_step.capture(cache, max_rows, self.max_positions, progress, compilers)
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
         c, dtype = self.config, self._dtype

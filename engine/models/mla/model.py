@@ -28,6 +28,7 @@ from engine.layers.moe import MoEConfig, route, run_experts
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, softmax_correction
 from engine.memory.planes import PagedCache, PlaneSpec
+from engine.models.family import KernelCompilers
 from engine.models.mla.config import MlaConfig
 from engine.models.mla.weights import weight_table
 from engine.parallel.ranks import ALONE, Ranks
@@ -238,7 +239,13 @@ class MlaModel:
     def row_step(self) -> None:
         """None."""
 
-    def prepare(self, cache: PagedCache, max_rows: int, progress: Callable[[int, int], None]) -> None:
+    def prepare(
+        self,
+        cache: PagedCache,
+        max_rows: int,
+        progress: Callable[[int, int], None],
+        compilers: KernelCompilers | None = None,
+    ) -> None:
         """Nothing is to be done."""
 
     @property

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from server.generation.generate import Job, TextDelta
+from server.generation.choice import Job, TextDelta
 
 _TOKEN_BUCKETS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3),
@@ -38,7 +42,6 @@ class GenerationMetrics:
         # The labels are looked up once, because a look-up takes a lock and every delta counts its tokens.
         self.prompt_computed = tokens.labels("prompt_computed")
         self.prompt_cached = tokens.labels("prompt_cached")
-        self.completion = tokens.labels("completion")
         self.first_token = histogram(
             "dsa_time_to_first_token_seconds",
             "From a request's arrival to its first token.",
@@ -61,10 +64,40 @@ class GenerationMetrics:
         self.decode = histogram(
             "dsa_request_decode_seconds", "From the first token to the last.", _REQUEST_BUCKETS
         )
-        self.between = histogram(
+        self.between = Gaps()
+        registry.register(self.between)
+        self._completion = tokens.labels("completion")
+        self.completion_tokens = 0  # since the last scrape
+
+    def gather(self) -> None:
+        """Bring the counters up to date, before a scrape."""
+        self._completion.inc(self.completion_tokens)
+        self.completion_tokens = 0
+
+
+class Gaps(Collector):
+    """The histogram of the times between deliveries. Only the event loop's thread may use it.
+
+    Every token of every stream comes here. The library's histogram takes a lock and looks through all buckets.
+    """
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_TOKEN_BUCKETS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one time."""
+        self._counts[bisect_left(_TOKEN_BUCKETS, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric of a scrape."""
+        bounds = [*(str(bound) for bound in _TOKEN_BUCKETS), "+Inf"]
+        yield HistogramMetricFamily(
             "dsa_inter_token_latency_seconds",
             "Between two deliveries of tokens of one choice.",
-            _TOKEN_BUCKETS,
+            buckets=list(zip(bounds, accumulate(self._counts), strict=True)),
+            sum_value=self._sum,
         )
 
 
@@ -79,24 +112,24 @@ class GenerationMeter:
         self._last: dict[int, float] = {}
         self._tokens = dict.fromkeys(self._prompts, 0)
 
-    def delta(self, delta: TextDelta) -> None:
-        """Measure a delta of one choice. Call it when the delta arrives."""
-        now = time.monotonic()
-        metrics = self._metrics
-        if delta.token_ids:
-            if not self._first:
-                metrics.first_token.observe(now - self._started)
-            self._first.setdefault(delta.index, now)
-            if (last := self._last.get(delta.index)) is not None:
+    def delta(self, delta: TextDelta, now: float) -> None:
+        """Measure a delta of one choice, which arrived at `now`."""
+        metrics, index = self._metrics, delta.index
+        if count := len(delta.token_ids):
+            if (last := self._last.get(index)) is not None:
                 metrics.between.observe(now - last)
-            self._last[delta.index] = now
-            self._tokens[delta.index] += len(delta.token_ids)
-            metrics.completion.inc(len(delta.token_ids))
+            else:
+                if not self._first:
+                    metrics.first_token.observe(now - self._started)
+                self._first[index] = now
+            self._last[index] = now
+            self._tokens[index] += count
+            metrics.completion_tokens += count
         if (usage := delta.usage) is None:
             return
         # The usage counts a stop token, but no delta contains it.
         rest = max(usage.completion_tokens - self._tokens[delta.index], 0)
-        metrics.completion.inc(rest)
+        metrics.completion_tokens += rest
         metrics.prompt_cached.inc(usage.cached_tokens)
         metrics.prompt_computed.inc(self._prompts.pop(delta.index) - usage.cached_tokens)
         if usage.queue_seconds is not None:

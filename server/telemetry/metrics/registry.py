@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.exposition import choose_encoder
 
 from engine.client import EngineStatus
-from server.generation.generate import Job
+from server.generation.choice import Job
 from server.money.accounting import Settlement
 from server.money.pricing import PriceBook
 from server.telemetry.metrics.cost import CostCollector
@@ -65,6 +65,7 @@ class Metrics:
 
     def expose(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics in the format that the Accept header asks for, and the content type."""
+        self._generation.gather()
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 

@@ -123,7 +123,7 @@ class Talk:
             assert output is not None
             for delta in output.deltas:
                 self.deltas[delta.request_id].append(delta)
-            self.preemptions = output.stats.preemptions_total
+            self.preemptions = self.core.stats().preemptions_total
             each()
         return self
 

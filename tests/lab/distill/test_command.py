@@ -88,13 +88,14 @@ def test_the_help_says_what_a_newcomer_needs() -> None:
 def test_the_model_cards_command_is_the_one_that_the_overlays_header_tells_of(
     planned: list[DistillPlan], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = ROOT / "engine" / "overlays"
-    card = (folder / "README.md").read_text()
-    with safe_open(folder / "smollm2-135m-instruct.safetensors", "pt") as file:
+    overlays = ROOT / "engine" / "overlays"
+    card = (overlays / "README.md").read_text()
+    with safe_open(overlays / "smollm2-135m-instruct.safetensors", "pt") as file:
         header = file.metadata()
     written = re.findall(r"dsa distill smollm2-135m-instruct (.*?)\n\n", card, re.DOTALL)
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "manifest.json").touch()
+    for folder in re.findall(r"dsa corpus --out (\w+)", card):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "manifest.json").touch()
     monkeypatch.chdir(tmp_path)
     for one in written:
         assert start(app, "distill", [str(model), *shlex.split(one.replace("\\\n", " "))]) == 0
@@ -110,7 +111,7 @@ def test_the_model_cards_command_is_the_one_that_the_overlays_header_tells_of(
     assert sizes == [int(header[name]) for name in ("num_heads", "head_dim", "rope_dim", "default_top_k")]
     assert f"| `default_top_k` | {header['default_top_k']} |" in card
     evaluation = json.loads((ROOT / "docs" / "overlays" / "smollm2-135m-instruct.eval.json").read_text())
-    digest = hashlib.sha256((folder / "smollm2-135m-instruct.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256((overlays / "smollm2-135m-instruct.safetensors").read_bytes()).hexdigest()
     assert evaluation["settings"]["overlay_sha256"] == digest
     for top_k, retention in evaluation["needles"]["retention"].items():
         assert f"| top_k {top_k} | " in card
@@ -121,5 +122,18 @@ def test_the_model_cards_command_is_the_one_that_the_overlays_header_tells_of(
             in card
         )
         assert f"+{evaluation['loss']['rows'][top_k]['all']['above_dense']:.4f}" in card
+    for top_k in evaluation["needles"]["retention"]:
+        row = evaluation["faithful"]["rows"][top_k]["all"]
+        low, high = row["agreement_interval"]
+        assert (
+            f"| top_k {top_k} | {row['agreement']:.1%} [{low:.1%}, {high:.1%}] | {row['kl']:.4f} |".replace(
+                "%,", ","
+            )
+            .replace("%]", "]")
+            .replace("%", " %")
+            in card
+        )
+        low, high = row["length_interval"]
+        assert f"| {row['length']:.1f} | {row['length_ratio']:.3f} [{low:.3f}, {high:.3f}] |" in card
     for picture in re.findall(r"!\[.*\]\((.*)\)", card):
-        assert (folder / picture).is_file()
+        assert (overlays / picture).is_file()

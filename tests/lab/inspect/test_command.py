@@ -42,7 +42,7 @@ def test_json_and_the_default_model(default_model: Path) -> None:
     result = dsa("inspect", "smollm2-135m-instruct", "--json", "--context", "4096", "--dtype", "float32")
     report = json.loads(result.stdout)
     assert report["architecture"] == "llama"
-    assert report["index_top_k"] == 256  # the overlay that comes with it
+    assert report["index_top_k"] == 512  # the overlay that comes with it
     assert report["cache"]["kv_bytes_per_token_per_layer"] == 2 * 3 * 64 * 4
     assert report["fit"]["devices"] >= 1
 

@@ -9,23 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import EngineDiedError
-from engine.protocol import Submit
-from server.generation.generate import (
-    Generation,
-    GenerationAbortedError,
-    GenerationFailedError,
-    Job,
-    QuietError,
-    TextDelta,
-    generate_text,
-)
+from engine.errors import EngineDiedError, EngineUnavailableError
+from engine.protocol import Delta, Submit, TokenLogprob
+from server.generation.choice import Choice, Job, TextDelta
+from server.generation.generate import Generation, GenerationAbortedError, GenerationFailedError, QuietError
 from tests.server.fake_engine import FakeEngine, Script
 from tests.server.kit import EOS, TEXT, ids, say, submit
 
 
 async def run(engine: FakeEngine, job: Job) -> list[TextDelta]:
-    return [delta async for delta in generate_text(engine, TEXT, job)]
+    deltas: list[TextDelta] = []
+    async with Generation(engine, TEXT, [job]) as generation:
+        generation.listen(deltas.append)
+        await generation.over()
+    return deltas
 
 
 @given(
@@ -111,9 +108,9 @@ async def test_choices_run_side_by_side() -> None:
     engine = FakeEngine(lambda submit: say("abc", delay=0.01))
     seen: list[TextDelta] = []
     async with Generation(engine, TEXT, jobs(3)) as generation:
-        while (delta := await generation.next()) is not None:
-            seen.append(delta)
-        assert await generation.next() is None
+        generation.listen(seen.append)
+        await generation.over()
+        await generation.over()
     assert [delta.index for delta in seen[:3]] == [0, 1, 2]
     assert sum(delta.finish_reason is not None for delta in seen) == 3
 
@@ -121,10 +118,8 @@ async def test_choices_run_side_by_side() -> None:
 async def test_leaving_aborts_what_still_runs() -> None:
     engine = FakeEngine(lambda submit: say("a", first_delay=0.0 if submit.request_id == "0" else 60.0))
     async with Generation(engine, TEXT, jobs(3)) as generation:
-        await generation.next()
-        await generation.next()
         with pytest.raises(QuietError):
-            await generation.next(0.01)
+            await generation.over(0.05)
     assert (engine.finished, sorted(engine.aborted)) == (["0"], ["1", "2"])
 
 
@@ -133,17 +128,70 @@ async def test_one_failing_choice_ends_all() -> None:
         return say("a" * 50, fault="error") if request.request_id == "1" else say("a", first_delay=60.0)
 
     engine = FakeEngine(script)
-    with pytest.raises(GenerationFailedError, match="NaN"):
-        async with Generation(engine, TEXT, jobs(3)) as generation:
-            await generation.next()
-    assert sorted(engine.aborted) == ["0", "2"]
+    seen: list[TextDelta] = []
+    async with Generation(engine, TEXT, jobs(3)) as generation:
+        generation.listen(seen.append)
+        with pytest.raises(GenerationFailedError, match="NaN"):
+            await generation.over()
+        assert sorted(engine.aborted) == ["0", "2"]  # before the block is left
+        assert seen == []
+
+
+async def test_a_refusal_settles_every_choice_and_sends_none_of_the_rest() -> None:
+    engine = FakeEngine(
+        lambda submit: say("a", fault="refuse" if submit.request_id == "1" else None, delay=9.0)
+    )
+    settled: list[str] = []
+    async with Generation(engine, TEXT, jobs(3), lambda name, usage: settled.append(name)) as generation:
+        with pytest.raises(EngineUnavailableError):
+            await generation.settle(5.0)
+    await asyncio.sleep(0.01)
+    assert sorted(settled) == ["0", "1", "2"]
+    assert [request.request_id for request in engine.submitted] == ["0"]
+
+
+async def test_an_error_of_the_listener_ends_its_generation_only() -> None:
+    def fail(delta: TextDelta) -> None:
+        raise ValueError("a fault of the renderer")
+
+    engine = FakeEngine(lambda submit: say("abc", delay=0.001))
+    other: list[TextDelta] = []
+    async with (
+        Generation(engine, TEXT, jobs(2)) as generation,
+        Generation(engine, TEXT, [Job(0, msgspec.structs.replace(submit(), request_id="other"))]) as calm,
+    ):
+        generation.listen(fail)
+        calm.listen(other.append)
+        with pytest.raises(ValueError, match="renderer"):
+            await generation.over()
+        await calm.over()
+    assert "".join(delta.text for delta in other) == "abc"
+    assert sorted(engine.aborted) == ["0", "1"]
 
 
 async def test_settling_loses_nothing() -> None:
     engine = FakeEngine(lambda submit: say("ab"))
+    seen: list[TextDelta] = []
     async with Generation(engine, TEXT, jobs(1)) as generation:
         await generation.settle(5.0)
-        texts = []
-        while (delta := await generation.next()) is not None:
-            texts.append(delta.text)
-    assert "".join(texts) == "ab"
+        await asyncio.sleep(0.01)
+        generation.listen(seen.append)
+        await generation.over()
+    assert "".join(delta.text for delta in seen) == "ab"
+
+
+@given(text=st.text('aé中👩\u200d"\n', max_size=20), cut=st.integers(0, 3), group=st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_the_short_way_of_plain_text_gives_what_the_long_way_gives(text: str, cut: int, group: int) -> None:
+    token_ids = tuple(ids(text))[cut:]  # may begin within a character
+    short, long = Choice(TEXT, Job(0, submit())), Choice(TEXT, Job(0, submit()))
+    long._endless = False
+    entries = tuple(TokenLogprob(token_id=i, logprob=-1.0, rank=1, top=()) for i in token_ids)
+    for start in range(0, len(token_ids), group):
+        delta = Delta(
+            request_id="r",
+            token_ids=token_ids[start : start + group],
+            logprobs=entries[start : start + group] if cut else None,
+            finish_reason="length" if start + group >= len(token_ids) else None,
+        )
+        assert short.read(delta) == long.read(delta)

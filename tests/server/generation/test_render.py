@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine.protocol import TokenLogprob
 from server.chat.parts import CallArguments, CallStart, Content, Reasoning, Warn
-from server.generation.generate import TextDelta
+from server.generation.choice import TextDelta
 from server.generation.render import ChatRenderer, CompletionRenderer, Renderer
 from server.http.protocol import sse
 from tests.server.kit import TEXT

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engine.protocol import RequestUsage, SamplingParams, Submit, Work
-from server.generation.generate import ChoiceUsage, Job
+from server.generation.choice import ChoiceUsage, Job
 from server.money.accounting import Account, Books, LedgerUnavailableError, Settlement, key_of
 from server.money.ledger import Ledger
 from server.money.pricing import DEFAULT_TABLE, PriceBook

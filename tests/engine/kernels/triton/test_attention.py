@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from engine.errors import EngineError
 from engine.kernels.triton import attention
 from engine.kernels.triton.attention import block_rows
-from engine.kernels.triton.mask import TIMES
+from engine.kernels.triton.mask import reach
 from engine.kernels.triton.rows import Span, blocks_of
 from lab.doctor.rows import attend_rows, attention_operands, check_attention, mixed
 from lab.doctor.tiles import TOLERANCE
@@ -54,7 +54,7 @@ def bits_of(batch: Batch, selected: Tensor) -> Tensor:
     """The rows' masks, made here; nothing of rows that have none."""
     bits = torch.zeros(len(batch.lines), batch.context, dtype=torch.int64)
     for row, line in enumerate(batch.lines):
-        if line.top_k > 0 and line.position < TIMES * line.top_k:
+        if line.top_k > 0 and line.position < reach(line.top_k):
             bits[row, selected[row][selected[row] >= 0].long()] = 1
     return (bits.view(len(batch.lines), -1, 32) << torch.arange(32)).sum(-1).int()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels.triton.low_rank import Correction, add_low_rank
 from engine.kernels.triton.norm import add_rms_norm
 from engine.layers.norm import rms_norm
 from lab.doctor.pointwise import norm_operands
@@ -62,22 +61,11 @@ def test_a_row_has_the_same_bits_again_and_in_other_company(device: torch.device
         assert torch.equal(again[1], normed[rows])
 
 
-@pytest.mark.parametrize(("size", "rank"), [(576, 32), (77, 5), (1536, 64)])
-def test_a_correction_of_the_update_comes_first(
-    device: torch.device, dtype: torch.dtype, size: int, rank: int
-) -> None:
-    """As `add_low_rank` adds it, but for the order of its sums; the update lies beside the short product."""
+@pytest.mark.parametrize("size", [576, 77])
+def test_the_rows_of_an_update_may_lie_apart(device: torch.device, dtype: torch.dtype, size: int) -> None:
     x, update, weight = norm_operands(device, dtype, 5, size)
-    generator = torch.Generator().manual_seed(rank)
-    short, up = (
-        torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((5, rank), (size, rank))
-    )
-    both = torch.cat((update, short), dim=1)
-    fix = Correction(both[:, size:], up, torch.tensor([1, 0, 256, 1, 0], device=device))
-    total, normed = add_rms_norm(x, both[:, :size], weight, EPS, fix)
-    add_low_rank(update, fix)
-    wanted = add_rms_norm(x, update, weight, EPS)
-    tolerance = 2e-5 if dtype is torch.float32 else 3e-2
-    for ours, theirs in zip((total, normed), wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-        assert torch.equal(ours[[1, 4]], theirs[[1, 4]])
+    both = torch.nn.functional.pad(update, (0, 16), value=torch.nan)
+    for ours, theirs in zip(
+        add_rms_norm(x, both[:, :size], weight, EPS), add_rms_norm(x, update, weight, EPS), strict=True
+    ):
+        assert torch.equal(ours, theirs)

@@ -21,15 +21,14 @@ FORMS = ["whole", "among", "stretches", "slow"]
 def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Let every batch be selected in one form, with samples and rooms as small as rows are here."""
     monkeypatch.setattr(module, "MANY_ROWS", 1 if form == "among" else 1 << 20)
-    monkeypatch.setattr(module, "WHOLE", 1 << 20 if form == "whole" else 0)
-    if form == "stretches":
-        monkeypatch.setattr(module, "LONGEST", 0)
+    for name in ("WHOLE", "WHOLE_SELECTED", "WHOLE_CUT"):
+        monkeypatch.setattr(module, name, 1 << 20 if form == "whole" else 0)
     if form == "slow":
         monkeypatch.setattr(module, "MOST_SELECTED", 0)
     monkeypatch.setattr(candidates, "SAMPLE", 64)
     monkeypatch.setattr(candidates, "LEAST_ROOM", 64)
     if not CHIP:
-        monkeypatch.setattr(candidates, "shape_of", lambda _: candidates.Reading(1024, 4, 1))
+        monkeypatch.setattr(candidates, "shape_of", lambda *_: candidates.Reading(1024, 4, 1))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -131,3 +130,15 @@ def test_more_than_candidates_are_kept_for(device: torch.device) -> None:
     width = 9_500 if CHIP else 8_200
     ends = torch.tensor([context - 1, context - 1, width + 7, context - 1])
     check_selection(scores, ends, torch.tensor([width, width, width - 1, width]), width, device)
+
+
+@pytest.mark.parametrize(("width", "context"), [(256, 7168), (256, 32768), (2048, 30720), (2048, 131072)])
+def test_the_room_is_hardly_ever_too_small(width: int, context: int) -> None:
+    """How many scores lie above the so-manieth best of a sample is about a gamma distribution."""
+    sample, room = candidates.sample_of(width, context)
+    rank = sample * width / context
+    enough = (rank + candidates.DEVIATIONS * math.sqrt(rank) + 2) * 17 / 16
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = torch.distributions.Gamma(enough, 1.0).sample(torch.Size([20_000])) * context / sample
+    assert float((found > room).float().mean()) < 1e-3

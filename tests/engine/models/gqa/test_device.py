@@ -124,6 +124,25 @@ def test_hidden_states_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.model
+def test_few_rows_have_the_bits_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one launch does for few rows, hidden states and both planes, is what more launches do for many."""
+    monkeypatch.setattr(device, "_CONTEXT_STEP", 64)
+    twin = Twin(tmp_path, FORMS["qwen3, integer keys"], 1 << 20)
+    twin.torch.runner.hidden(plan_of(BEFORE, twin.tokens))
+    cache, planes = twin.rows.cache, [spec.name for spec in twin.torch.runner._model.plane_specs()]
+    told = []
+    for few in (256, 0):
+        monkeypatch.setattr(device, "FEW_ROWS", few)
+        for i in range(2):
+            for name in planes:
+                cache.plane(i, name).copy_(twin.torch.cache.plane(i, name))
+        hidden = twin.step.forward(build_batch(plan_of(MIXED, twin.tokens), CPU), cache, 1 << 20)
+        told.append([hidden, *(cache.plane(i, name).clone() for i in range(2) for name in planes)])
+    for ours, theirs in zip(*told, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.model
 def test_a_window_is_declined(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, kind="mistral", sliding_window=40)
     config = EngineConfig(weights=str(tmp_path), device="cpu", dtype="float32", kv_cache_bytes=4 << 20)

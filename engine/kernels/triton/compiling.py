@@ -1,0 +1,122 @@
+"""Compiles kernels before they are launched, in processes of their own.
+
+Triton takes a second or two for a kernel, mostly in Python, where threads would wait for one another. What a process
+compiles lies in Triton's cache on disk, where the launch finds it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from contextvars import ContextVar
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+_log = logging.getLogger(__name__)
+
+_MOST = 12
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class KernelOrder(NamedTuple):
+    """A kernel to compile, and for what."""
+
+    module: str
+    name: str
+    signature: dict[str, str]
+    constexprs: dict[Any, Any]
+    attrs: dict[Any, Any]
+    options: dict[str, Any]
+    target: GPUTarget
+
+
+class Compilers:
+    """Processes that compile. They begin to get ready when this is made."""
+
+    def __init__(self, count: int | None = None) -> None:
+        """`count` processes; None: one for each core but this process's own, and not many."""
+        self._pool = ProcessPoolExecutor(
+            count or max(1, min(_MOST, (os.cpu_count() or 1) - 1)), get_context("spawn"), initializer=_begin
+        )
+        self._ready = self._pool.submit(_nothing)  # starts a process; orders start the others
+        self._orders: list[Future[None]] = []
+        self._known: set[Any] = set()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, nothing is launched: what launches would need is compiled, and is ready at the end.
+
+        What cannot be compiled so is compiled at its first launch, which says why if it cannot be at all.
+        """
+        before = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(before)
+        for order in self._orders:
+            try:
+                order.result()
+            except Exception as error:
+                _log.warning("a kernel is compiled later: %s: %s", type(error).__name__, error)
+        self._orders.clear()
+
+    def knows(self, key: Any) -> bool:
+        """Whether it is asked so for the second time."""
+        if key in self._known:
+            return True
+        self._known.add(key)
+        return False
+
+    def order(self, order: KernelOrder) -> None:
+        """Have a kernel compiled."""
+        try:
+            self._orders.append(self._pool.submit(build, pickle.dumps(order)))
+        except (pickle.PicklingError, AttributeError, TypeError, BrokenProcessPool) as error:
+            _log.warning("%s.%s is compiled later: %s", order.module, order.name, error)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+_current: ContextVar[Compilers | None] = ContextVar("compilers", default=None)
+
+
+def compilers_at_work() -> Compilers | None:
+    """Those in whose `together` this is; None: launches launch."""
+    return _current.get()
+
+
+def build(pickled: bytes) -> None:
+    """Compile what a pickled `KernelOrder` says, into Triton's cache."""
+    order: KernelOrder = pickle.loads(pickled)  # noqa: S301 - this program's own
+    function = getattr(importlib.import_module(order.module), order.name)
+    assert isinstance(function, JITFunction)
+    source = ASTSource(function, order.signature, order.constexprs, order.attrs)
+    triton.compile(source, target=order.target, options=order.options)
+
+
+def _begin() -> None:
+    """Get ready; end when the parent ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _nothing() -> None:
+    pass
