@@ -150,9 +150,10 @@ def dry_run(tmp_path: Path, *given: str, nvidia_smi: str | None = None) -> str:
         program.write_text(f"#!/bin/sh\n{nvidia_smi}\n")
         program.chmod(0o755)
         path = f"{program.parent}{os.pathsep}{path}"
-    environ = {name: value for name, value in os.environ.items() if name != "GPU"} | {"PATH": path}
+    outer = {"GPU", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"}  # of the make that runs the tests
+    environ = {name: value for name, value in os.environ.items() if name not in outer} | {"PATH": path}
     run = subprocess.run(
-        ["make", "--dry-run", "serve", *given],
+        ["make", "--dry-run", "--no-print-directory", "serve", *given],
         cwd=tmp_path, capture_output=True, text=True, check=False, env=environ,
     )  # fmt: skip
     return run.stdout + run.stderr
