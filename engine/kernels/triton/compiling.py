@@ -7,6 +7,7 @@ compiles lies in Triton's cache on disk, where the launch finds it.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib
 import logging
 import os
@@ -22,8 +23,11 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.jit import JITFunction
 
 _log = logging.getLogger(__name__)
@@ -45,16 +49,16 @@ class KernelOrder(NamedTuple):
 
 
 class Compilers:
-    """Processes that compile. They begin to get ready when this is made."""
+    """Processes that compile. They begin with their first orders."""
 
     def __init__(self, count: int | None = None) -> None:
         """`count` processes; None: one for each core but this process's own, and not many."""
         self._pool = ProcessPoolExecutor(
             count or max(1, min(_MOST, (os.cpu_count() or 1) - 1)), get_context("spawn"), initializer=_begin
         )
-        self._ready = self._pool.submit(_nothing)  # starts a process; orders start the others
         self._orders: list[Future[None]] = []
         self._known: set[Any] = set()
+        self._begun = 0
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -82,9 +86,12 @@ class Compilers:
         return False
 
     def order(self, order: KernelOrder) -> None:
-        """Have a kernel compiled."""
+        """Have a kernel compiled, if it is not in the cache."""
         try:
+            if is_cached(order):
+                return
             self._orders.append(self._pool.submit(build, pickle.dumps(order)))
+            self._begun += 1
         except (pickle.PicklingError, AttributeError, TypeError, BrokenProcessPool) as error:
             _log.warning("%s.%s is compiled later: %s", order.module, order.name, error)
 
@@ -104,10 +111,28 @@ def compilers_at_work() -> Compilers | None:
 def build(pickled: bytes) -> None:
     """Compile what a pickled `KernelOrder` says, into Triton's cache."""
     order: KernelOrder = pickle.loads(pickled)  # noqa: S301 - this program's own
+    triton.compile(_source(order), target=order.target, options=order.options)
+
+
+def is_cached(order: KernelOrder) -> bool:
+    """Whether Triton's cache has the kernel; also False if this version of Triton does not say."""
+    try:
+        source = _source(order)
+        backend = make_backend(order.target)
+        options = backend.parse_options({**order.options, **source.parse_options()})
+        key = get_cache_key(source, backend, options, env_vars=get_cache_invalidating_env_vars())
+        name = f"{source.name[:150]}.json"
+        group = get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).get_group(name)
+    except Exception as error:
+        _log.debug("the cache cannot be asked for %s: %s", order.name, error)
+        return False
+    return name in (group or {})
+
+
+def _source(order: KernelOrder) -> ASTSource:
     function = getattr(importlib.import_module(order.module), order.name)
     assert isinstance(function, JITFunction)
-    source = ASTSource(function, order.signature, order.constexprs, order.attrs)
-    triton.compile(source, target=order.target, options=order.options)
+    return ASTSource(function, order.signature, order.constexprs, order.attrs)
 
 
 def _begin() -> None:
@@ -116,7 +141,3 @@ def _begin() -> None:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _nothing() -> None:
-    pass

@@ -31,6 +31,7 @@ if __name__ == "__main__":
                     KernelOrder("engine.kernels.triton.embed", "_embed", signature, constexprs, {}, {}, GPUTarget("cuda", 90, 32))
                 )
         compilers.order(KernelOrder("engine.kernels.triton.embed", "nobody", {}, {}, {}, {}, GPUTarget("cuda", 90, 32)))
+    print(len(compilers._known), compilers._begun)
     compilers.close()
 """
 
@@ -42,9 +43,11 @@ def test_orders_lie_compiled_in_the_cache(tmp_path: Path) -> None:
     environment = {
         **os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-P", str(program)], env=environment, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
-    assert "a kernel is compiled later: AttributeError" in done.stderr
-    assert len(list((tmp_path / "cache").rglob("_embed.cubin"))) == 2
+    for ordered in (3, 1):  # the second time the cache has all but the one that there is not
+        done = subprocess.run(
+            [sys.executable, "-P", str(program)], env=environment, capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, done.stderr
+        assert "a kernel is compiled later: AttributeError" in done.stderr
+        assert done.stdout == f"2 {ordered}\n"
+        assert len(list((tmp_path / "cache").rglob("_embed.cubin"))) == 2
