@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab.tool import DSA
-from server.hub.models import resolve
+from server.hub.models import DEFAULT_MODEL, resolve
 
 
 class Peers(NamedTuple):
@@ -25,16 +25,17 @@ class Peers(NamedTuple):
     llama_server: str | None
     vllm_python: str | None
     vllm_model: str | None
+    model: str  # as `dsa serve` takes it
     weights: Path
     cpus: str
     threads: int
 
     def dsa(self) -> list[str]:
         """Return the arguments for this server with its defaults."""
-        return _serve("dsa", [*DSA, "serve", "--ledger", "none"])
+        return _serve("dsa", [*DSA, "serve", self.model, "--ledger", "none"])
 
     def llama(self, slots: int, tokens: int, *, flash: bool, name: str = "llama.cpp") -> list[str]:
-        """Return the arguments for llama-server on the same 4-bit file; each slot has room for `tokens` tokens.
+        """Return the arguments for llama-server on the same file; each slot has room for `tokens` tokens.
 
         Its cache of prompts in main memory is off: it copies the old content of a slot, which cold prompts never need.
         """
@@ -93,6 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="made by benchmarks.peer_weights",
     )
+    add(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="NAME",
+        help="whose file both this server and llama.cpp read (%(default)s)",
+    )
     add("--cpus", default="1", help="cores of the servers; the client takes the others (%(default)s)")
     add("--threads", type=int, default=1, help="as many as --cpus names (%(default)s)")
     add("--rounds", type=int, default=3, help="samples of each case of each server (%(default)s)")
@@ -101,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--vllm-python and --vllm-model belong together")
     found = suites(
         Peers(
-            options.llama_server, options.vllm_python, options.vllm_model, resolve().weights, options.cpus,
-            options.threads,
+            options.llama_server, options.vllm_python, options.vllm_model, options.model,
+            resolve(options.model).weights, options.cpus, options.threads,
         )
     )  # fmt: skip
     chosen = list(found) if options.suites is None else options.suites.split(",")

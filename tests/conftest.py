@@ -98,8 +98,8 @@ def _note_start(event: str, args: tuple[object, ...]) -> None:
 
 
 def _compiles(args: tuple[object, ...]) -> bool:
-    """Whether it is Triton's assembler, compiler of launchers or search for libraries: on a GPU any kernel's first call."""
-    tools = {"ptxas", "ptxas-blackwell", "cc", "gcc", "clang", "ldconfig", "cuobjdump", "nvdisasm"}
+    """Whether it is Triton's assembler, compiler of launchers or search for libraries and systems: on a GPU any kernel's first call."""
+    tools = {"file", "ptxas", "ptxas-blackwell", "cc", "gcc", "clang", "ldconfig", "cuobjdump", "nvdisasm"}
     return os.environ["TRITON_INTERPRET"] == "0" and Path(str(args[0])).name in tools
 
 

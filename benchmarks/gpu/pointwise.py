@@ -147,16 +147,14 @@ def layer_cases(shape: Shape, rows: int) -> Iterator[Case]:
 def product_cases(shape: Shape, rows: int) -> Iterator[Case]:
     """Products of few rows, as a layer has them; torch's beside them."""
     s = shape
-    if not product.fits(rows, s.hidden):
-        return
     width = (s.heads + 2 * s.kv_heads) * s.head_dim + s.index_heads * (s.index_dim + 1) + s.index_dim + s.rank
     for name, inputs, outputs in (
         ("q, k, v and index", s.hidden, width),
         ("o", s.heads * s.head_dim, s.hidden + s.rank),
         ("down", s.intermediate, s.hidden),
     ):
-        if product.fits(rows, inputs):
-            x, weight = made(rows, inputs), made(outputs, inputs)
+        x, weight = made(rows, inputs), made(outputs, inputs)
+        if product.fits(rows, weight):
             yield Case(
                 f"product {name}",
                 lambda x=x, weight=weight: product.linear(x, weight),  # type: ignore[misc]
@@ -164,12 +162,13 @@ def product_cases(shape: Shape, rows: int) -> Iterator[Case]:
                 2 * outputs * inputs,
             )
     x, weight = made(rows, s.hidden), made(2 * s.intermediate, s.hidden)
-    yield Case(
-        "product gate and up",
-        lambda: product.gated_linear(x, weight),
-        lambda: silu_times(F.linear(x, weight)),
-        2 * len(weight) * s.hidden,
-    )
+    if product.fits(rows, weight):
+        yield Case(
+            "product gate and up",
+            lambda: product.gated_linear(x, weight),
+            lambda: silu_times(F.linear(x, weight)),
+            2 * len(weight) * s.hidden,
+        )
 
 
 def index_cases(shape: Shape, rows: int) -> Iterator[Case]:

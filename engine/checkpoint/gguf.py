@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.checkpoint.gguf_file import GGUFFile
 from engine.errors import CheckpointError
 from engine.memory.quantised import Kind, Quantised
+from engine.memory.superblocks import Superblocks
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -102,14 +103,12 @@ class GGUFSource:
     def quantised_kind(self, name: str) -> Kind | None:
         return self._file.quantised_kind(self._stored_name(name))
 
-    def read_quantised(self, name: str) -> Quantised | None:
+    def read_quantised(self, name: str) -> Quantised | Superblocks | None:
         found = self._file.quantised(self._stored_name(name))
-        if found is None:
-            return None
-        return Quantised(
-            self._in_order(name, found.numbers),
-            self._in_order(name, found.scales),
-            None if found.offsets is None else self._in_order(name, found.offsets),
+        if found is None or self._interleaved_heads(name) is None:
+            return found
+        return found.with_arrays(
+            None if array is None else self._in_order(name, array) for array in found.arrays()
         )
 
     def _in_order(self, name: str, rows: npt.NDArray[Number]) -> npt.NDArray[Number]:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from engine.errors import CheckpointError
 from engine.memory.quantised import Kind, Quantised
+from engine.memory.superblocks import Superblocks
 
 _SCALARS: Mapping[gguf.GGUFValueType, str] = {
     gguf.GGUFValueType.UINT8: "B",
@@ -39,6 +40,9 @@ _QUANTISED: Mapping[gguf.GGMLQuantizationType, Kind] = {
     gguf.GGMLQuantizationType.Q4_0: "q4",
     gguf.GGMLQuantizationType.Q4_1: "q4",
     gguf.GGMLQuantizationType.Q8_0: "q8",
+    gguf.GGMLQuantizationType.Q4_K: "q4_k",
+    gguf.GGMLQuantizationType.Q5_K: "q5_k",
+    gguf.GGMLQuantizationType.Q6_K: "q6_k",
 }
 """The block formats that the native kernels multiply with as they are stored."""
 _MAX_DIMS = 4  # GGML's own limit
@@ -121,7 +125,7 @@ class GGUFFile:
             ) from None
         return np.asarray(numbers, np.float32).reshape(place.shape)
 
-    def quantised(self, name: str) -> Quantised | None:
+    def quantised(self, name: str) -> Quantised | Superblocks | None:
         """Read the exact numbers, scales and offsets of a matrix. Return None if its format is not in `_QUANTISED`.
 
         Args:
@@ -130,6 +134,9 @@ class GGUFFile:
         place = self.tensors[name]
         if place.kind not in _QUANTISED or len(place.shape) != 2:
             return None
+        kind = _QUANTISED[place.kind]
+        if kind in ("q4_k", "q5_k", "q6_k"):
+            return Superblocks(kind, self._rows(place))
         blocks = self._rows(place).reshape(place.shape[0], -1, gguf.GGML_QUANT_SIZES[place.kind][1])
         head = blocks[..., : 4 if place.kind is gguf.GGMLQuantizationType.Q4_1 else 2].view(np.float16)
         body = blocks[..., head.shape[-1] * 2 :]

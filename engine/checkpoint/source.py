@@ -17,6 +17,7 @@ from engine.checkpoint.part import Slice
 from engine.errors import CheckpointError
 from engine.memory.blocks import BlockWeight
 from engine.memory.quantised import Kind, Quantised
+from engine.memory.superblocks import Superblocks
 
 
 class Tensors(Protocol):
@@ -94,7 +95,7 @@ class HoldsQuantised(Protocol):
         """
         ...
 
-    def read_quantised(self, name: str) -> Quantised | None:
+    def read_quantised(self, name: str) -> Quantised | Superblocks | None:
         """Read the integers and scales of such a tensor, in Hugging Face's layout. Return None for other tensors.
 
         Raises:
@@ -143,7 +144,7 @@ class LaidSource:
         holder = self._top if name in self._on_top else self._base
         return holder.quantised_kind(name) if isinstance(holder, HoldsQuantised) else None
 
-    def read_quantised(self, name: str) -> Quantised | None:
+    def read_quantised(self, name: str) -> Quantised | Superblocks | None:
         holder = self._top if name in self._on_top else self._base
         return holder.read_quantised(name) if isinstance(holder, HoldsQuantised) else None
 

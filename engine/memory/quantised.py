@@ -6,6 +6,7 @@ Checkpoints have these formats (GGUF's Q4_0, Q4_1, Q8_0), and the functions here
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from torch import Tensor
 GROUP = 32
 """So many neighbours in a row share a scale."""
 
-Kind = Literal["bf16", "q4", "q8"]
-"""How a weight is held: plain bfloat16, 4 bits with offsets, or 8 bits without offsets."""
+Kind = Literal["bf16", "q4", "q8", "q4_k", "q5_k", "q6_k"]
+"""How a weight is held: plain bfloat16, 4 bits with offsets, 8 bits without offsets, or in super-blocks of 4 to 6 bits
+(`engine.memory.superblocks`)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,28 @@ class Quantised:
     numbers: npt.NDArray[Any]  # [out, in]: uint8 from 0 to 15 with offsets, else int8
     scales: npt.NDArray[np.float16]  # [out, in / 32]
     offsets: npt.NDArray[np.float16] | None  # [out, in / 32]; None if `numbers` is int8
+
+    def arrays(self) -> tuple[npt.NDArray[Any] | None, ...]:
+        """Return numbers, scales and offsets; each has a row for each row of the matrix."""
+        return self.numbers, self.scales, self.offsets
+
+    def with_arrays(self, arrays: Iterable[npt.NDArray[Any] | None]) -> Quantised:
+        """Return such a matrix with other `arrays`, in their order."""
+        numbers, scales, offsets = arrays
+        assert numbers is not None
+        assert scales is not None
+        return Quantised(numbers, scales, offsets)
+
+    def are_finite(self) -> bool:
+        """Whether no scale and no offset is NaN or infinite."""
+        return bool(
+            np.isfinite(self.scales).all() and (self.offsets is None or np.isfinite(self.offsets).all())
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in]."""
+        return self.numbers.shape
 
     @property
     def kind(self) -> Kind:

@@ -12,6 +12,7 @@ import torch
 
 from engine.checkpoint.loader import Weight, check, source_in_blocks, unused
 from engine.checkpoint.overlay import read_overlay
+from engine.checkpoint.packed import loaded_packed_bytes
 from engine.checkpoint.quantisation import check_quantisation
 from engine.checkpoint.safetensors import SafetensorsSource, weight_files
 from engine.checkpoint.source import Source, open_source
@@ -102,6 +103,7 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
             "loaded_bytes": loaded.total,
             "loaded_fp8_bytes": loaded.fp8,
             "dequantised_bytes": loaded.dequantised,
+            "packed_bytes": None if whole is None else loaded_packed_bytes(shape.table, whole),
         },
         "unused_tensors": [] if whole is None else list(unused({**shape.table, **shape.mtp}, whole)),
         "cache": cache,
@@ -213,6 +215,8 @@ def render(report: Mapping[str, Any]) -> str:
         loaded = f"{size} in {dtype}, the head in float32"
         if weights["fp8_blocks"]:
             loaded += "; FP8 weights are dequantised on loading"
+    if weights["packed_bytes"] is not None:
+        loaded += f"; {_size(weights['packed_bytes'])} packed as stored, on a CPU with the native kernels"
     kv, index = cache["kv_bytes_per_token_per_layer"], cache["index_bytes_per_token_per_layer"]
     each = f"{kv} + {index} bytes a token a layer ({cache['dtype']}; KV + index key)"
     lines = [

@@ -14,7 +14,7 @@ from server.text.tokenizer import Tokenizer
 __all__ = ["FORMATS", "ChatFormat", "PromptError", "choose", "encode_chat", "load_chat_format"]
 
 FORMATS: dict[str, str] = {
-    "jinja": "server.chat.jinja:build",  # the template that comes with the checkpoint
+    "jinja": "server.chat.template:build",  # the template that comes with the checkpoint
     "deepseek-v3.1": "server.chat.deepseek_v31:build",  # also V3.1-Terminus and V3.2-Exp
     "deepseek-v3.2": "server.chat.deepseek_v32:build",
 }

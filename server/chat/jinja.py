@@ -17,11 +17,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.chat.errors import PromptError
 from server.chat.format import ChatFormat
-from server.chat.parsing import THINK, THOUGHT, PlainParser, ThinkingParser
+from server.chat.parsing import PlainParser, ThinkingParser
 from server.chat.parts import Parser
 from server.text.gguf import GGUFError, read_metadata
 from server.text.loading import read_json, token_content
-from server.text.tokenizer import Tokenizer, TokenizerError
+from server.text.tokenizer import TokenizerError
 
 _SWITCHES = ("thinking", "enable_thinking")
 """The names that templates use for the switch that turns reasoning on."""
@@ -72,7 +72,7 @@ class JinjaFormat(ChatFormat):
             return self._template.render(
                 messages=flat,
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 **switches,
                 **self._tokens,
@@ -109,17 +109,6 @@ class NoTemplate(ChatFormat):
             PromptError: always.
         """
         raise PromptError("this model has no chat template; send a plain prompt to /v1/completions instead")
-
-
-def build(weights: Path, tokenizer: Tokenizer | None = None) -> JinjaFormat | NoTemplate:
-    """Read the template of a .gguf file or of a checkpoint folder.
-
-    Raises:
-        PromptError: the files are damaged.
-    """
-    template, tokens = read_template(weights)
-    reasons = tokenizer is not None and {THINK, THOUGHT} <= tokenizer.control_tokens.keys()
-    return NoTemplate() if template is None else JinjaFormat(template, tokens, reasons=reasons)
 
 
 def read_template(weights: Path) -> tuple[str | None, dict[str, str]]:

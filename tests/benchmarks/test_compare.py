@@ -23,7 +23,7 @@ def serves(arguments: list[str]) -> dict[str, list[str]]:
 
 
 def test_peers_are_run_with_their_settings_on_the_same_weights() -> None:
-    found = suites(Peers("llama-server", "vllm/bin/python", "bf16", WEIGHTS, "2-3", 2))
+    found = suites(Peers("llama-server", "vllm/bin/python", "bf16", "tiny", WEIGHTS, "2-3", 2))
     one = serves(found["decode"])
     assert list(one) == ["dsa", "llama.cpp", "llama.cpp -fa on", "vLLM"]
     assert all(command[-2:] == ["--port", "{port}"] for command in one.values())
@@ -35,7 +35,7 @@ def test_peers_are_run_with_their_settings_on_the_same_weights() -> None:
 
 
 def test_a_peer_that_is_not_named_is_left_out() -> None:
-    found = suites(Peers(None, None, None, WEIGHTS, "1", 1))
+    found = suites(Peers(None, None, None, "tiny", WEIGHTS, "1", 1))
     assert {name: list(serves(arguments)) for name, arguments in found.items()} == {
         key: ["dsa"] for key in found
     }

@@ -5,12 +5,18 @@
 
 enum { FETCHED = 32 }; // how many tokens ahead to prefetch
 
+// So many tokens are read at once, a multiple of 32: their keys and values stay in the second-level cache until the values
+// are summed.
+enum { AT_ONCE = 1024 };
+
+enum { TOGETHER = 6 }; // the most queries of a head that read a token together: their sums must fit the registers
+
 static inline int padded(int count) { return (count + 31) & ~31; }
 
 int64_t dsa_attend_scratch(int count) {
-    // Room for the tokens' addresses, the float32 and bfloat16 weights of four queries, and the sums of weights.
+    // Room for the tokens' addresses, the float32 and bfloat16 weights of several queries, and the sums of weights.
     int64_t n = padded(count);
-    return 8 * n + 4 * (4 + 2) * n + 64;
+    return 8 * n + TOGETHER * (4 + 2) * n + 64;
 }
 
 // Attention of one KV head in plain C, for any sizes.
@@ -26,10 +32,10 @@ static void attend_head(const bf16 *query, const bf16 *const *tokens, int64_t at
             most = weights[s] > most ? weights[s] : most;
         }
         for (int s = 0; s < count; s++) total += weights[s] = exp_negative(weights[s] - most);
-        enum { AT_ONCE = 64 };
-        for (int i = 0; i < D; i += AT_ONCE) {
-            float sums[AT_ONCE] = {0};
-            int width = D - i < AT_ONCE ? D - i : AT_ONCE;
+        enum { PART = 64 };
+        for (int i = 0; i < D; i += PART) {
+            float sums[PART] = {0};
+            int width = D - i < PART ? D - i : PART;
             for (int s = 0; s < count; s++)
                 for (int j = 0; j < width; j++) sums[j] += weights[s] * wide(tokens[s][at + D + i + j]);
             for (int j = 0; j < width; j++) out[g * D + i + j] = narrow(sums[j] / total);
@@ -41,20 +47,22 @@ static void attend_head(const bf16 *query, const bf16 *const *tokens, int64_t at
 
 static inline __m512bh load_pairs(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
 
-// scale * q . k of G queries and all tokens, D = 32 * parts. It prefetches `fetch` bytes from `at` on of later tokens.
+// scale * q . k of G queries and n tokens, D = 32 * parts. It prefetches `fetch` bytes from `at` on of later tokens, of which
+// there are `known` with these.
 static inline __attribute__((always_inline)) void dots(int G, int parts, const bf16 *query, const bf16 *const *tokens,
-                                                       int64_t at, int64_t fetch, int n, float scale, float *weights) {
+                                                       int64_t at, int64_t fetch, int n, int known, float scale,
+                                                       float *weights) {
     const int D = 32 * parts;
-    __m512bh q[4][4];
+    __m512bh q[TOGETHER][4];
     for (int g = 0; g < G; g++)
         for (int p = 0; p < parts; p++) q[g][p] = load_pairs(query + g * D + 32 * p);
     for (int s = 0; s < n; s += 16) {
-        __m512 quarter[4][4]; // [g]: four tokens' sums in each
+        __m512 quarter[TOGETHER][4]; // [g]: four tokens' sums in each
         for (int i = 0; i < 4; i++) {
-            __m512 sums[4][4];
+            __m512 sums[TOGETHER][4];
             for (int j = 0; j < 4; j++) {
                 const bf16 *key = tokens[s + 4 * i + j] + at;
-                if (s + FETCHED + 16 <= n) { // a later token, with its values: it may be anywhere in the paged cache
+                if (s + FETCHED + 16 <= known) { // a later token, with its values: it may be anywhere in the paged cache
                     const char *next = (const char *)(tokens[s + FETCHED + 4 * i + j] + at);
                     for (int64_t line = 0; line < fetch; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
                 }
@@ -85,16 +93,17 @@ static inline __attribute__((always_inline)) void dots(int G, int parts, const b
     }
 }
 
-// The weights of one query: e^(x - max) as bfloat16, 0 beyond `count`. Returns the sum of the rounded weights, so that
-// the weights that are used sum to 1 exactly.
-static float soften(float *x, int count, int n, bf16 *out) {
-    __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+// The weights of one query: e^(x - max) as bfloat16, 0 beyond `count`. `largest` is the max of earlier tokens, and becomes
+// that of all. Returns the sum of the rounded weights, so that the weights that are used sum to 1 exactly.
+static float soften(float *x, int count, int n, bf16 *out, float *largest) {
+    __m512 most = _mm512_set1_ps(*largest), total = _mm512_setzero_ps();
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int s = 0; s < count; s += 16) {
         __mmask16 in = _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(count - s));
         most = _mm512_mask_max_ps(most, in, most, _mm512_loadu_ps(x + s));
     }
-    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    *largest = _mm512_reduce_max_ps(most);
+    most = _mm512_set1_ps(*largest);
     for (int s = 0; s < n; s += 32) {
         __m512 e[2];
         for (int i = 0; i < 2; i++) {
@@ -109,18 +118,18 @@ static float soften(float *x, int count, int n, bf16 *out) {
     return _mm512_reduce_add_ps(total);
 }
 
-// out[g] = sum_s weights[g][s] value[s] / total[g], D = 32 * parts.
+// out[g] = out[g] * shrink[g] + sum_s weights[g][s] value[s], D = 32 * parts, in the order of dims that `finish` reads.
+// `shrink` is NULL for the first tokens, before which `out` has nothing.
 static inline __attribute__((always_inline)) void combine(int G, int parts, const bf16 *const *tokens, int64_t at, int n,
-                                                          const bf16 *weights, const float *totals, bf16 *out) {
+                                                          const bf16 *weights, const float *shrink, float *out) {
     const int D = 32 * parts;
-    // The order of dims in [16 words of the low half | 16 words of the high half], see below.
-    static const uint16_t ORDER[32] = {0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
-                                       8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
     for (int part = 0; part < parts; part += 2) {
         const int wide_parts = parts - part < 2 ? 1 : 2;
-        __m512 sums[4][4];
+        __m512 sums[TOGETHER][4];
         for (int g = 0; g < G; g++)
-            for (int i = 0; i < 4; i++) sums[g][i] = _mm512_setzero_ps();
+            for (int i = 0; i < 2 * wide_parts; i++)
+                sums[g][i] = shrink ? _mm512_mul_ps(_mm512_loadu_ps(out + g * D + 32 * part + 16 * i), _mm512_set1_ps(shrink[g]))
+                                    : _mm512_setzero_ps();
         for (int s = 0; s < n; s += 2) {
             __m512bh pairs[4];
             for (int p = 0; p < wide_parts; p++) {
@@ -138,27 +147,50 @@ static inline __attribute__((always_inline)) void combine(int G, int parts, cons
                 for (int i = 0; i < 2 * wide_parts; i++) sums[g][i] = _mm512_dpbf16_ps(sums[g][i], pairs[i], w);
             }
         }
-        for (int g = 0; g < G; g++) {
-            __m512 over = _mm512_set1_ps(1.0f / totals[g]);
-            for (int p = 0; p < wide_parts; p++) {
-                __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(sums[g][2 * p + 1], over),
-                                                            _mm512_mul_ps(sums[g][2 * p], over));
-                both = _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER), both);
-                _mm512_storeu_si512(out + g * D + 32 * (part + p), both);
-            }
+        for (int g = 0; g < G; g++)
+            for (int i = 0; i < 2 * wide_parts; i++) _mm512_storeu_ps(out + g * D + 32 * part + 16 * i, sums[g][i]);
+    }
+}
+
+// out[g] = sums[g] / total[g], with the dims in order.
+static void finish(int G, int D, const float *sums, const float *totals, bf16 *out) {
+    // The order of dims in [16 words of the low half | 16 words of the high half], see `combine`.
+    static const uint16_t ORDER[32] = {0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
+                                       8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
+    for (int g = 0; g < G; g++) {
+        const __m512 over = _mm512_set1_ps(1.0f / totals[g]);
+        for (int i = g * D; i < (g + 1) * D; i += 32) {
+            __m512 low = _mm512_mul_ps(_mm512_loadu_ps(sums + i), over), high = _mm512_mul_ps(_mm512_loadu_ps(sums + i + 16), over);
+            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER), both));
         }
     }
 }
 
-// Up to four queries of one head over n tokens, n a multiple of 32.
+// Up to TOGETHER queries of one head over n tokens, n a multiple of 32.
 static inline __attribute__((always_inline)) void attend_queries(int G, int parts, const bf16 *query,
                                                                  const bf16 *const *tokens, int64_t at,
                                                                  int64_t fetch, int count, int n,
                                                                  float scale, bf16 *out, float *weights, bf16 *soft,
                                                                  float *totals) {
-    dots(G, parts, query, tokens, at, fetch, n, scale, weights);
-    for (int g = 0; g < G; g++) totals[g] = soften(weights + g * n, count, n, soft + g * n);
-    combine(G, parts, tokens, at, n, soft, totals, out);
+    float sums[TOGETHER * 128], most[TOGETHER], shrink[TOGETHER];
+    for (int g = 0; g < G; g++) {
+        most[g] = -INFINITY;
+        totals[g] = 0.0f;
+    }
+    for (int first = 0; first < n; first += AT_ONCE) {
+        const int some = n - first < AT_ONCE ? n - first : AT_ONCE, real = count - first < some ? count - first : some;
+        dots(G, parts, query, tokens + first, at, fetch, some, n - first, scale, weights);
+        for (int g = 0; g < G; g++) {
+            const float before = most[g];
+            const float total = soften(weights + g * some, real, some, soft + g * some, &most[g]);
+            // Not of -inf minus -inf, which is not-a-number. Not-a-number among the scores stays in the sums.
+            shrink[g] = first == 0 || !(before < most[g]) ? 1.0f : exp_negative(before - most[g]);
+            totals[g] = totals[g] * shrink[g] + total;
+        }
+        combine(G, parts, tokens + first, at, some, soft, first ? shrink : 0, sums);
+    }
+    finish(G, 32 * parts, sums, totals, out);
 }
 
 #define CASE(G, PARTS) \
@@ -169,10 +201,10 @@ static inline __attribute__((always_inline)) void attend_queries(int G, int part
 static void attend_known(int G, int parts, const bf16 *query, const bf16 *const *tokens, int64_t at, int64_t fetch, int count,
                          int n, float scale, bf16 *out, float *weights, bf16 *soft, float *totals) {
     switch (8 * G + parts) {
-        CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1)
-        CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2)
-        CASE(1, 3) CASE(2, 3) CASE(3, 3) CASE(4, 3)
-        CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4)
+        CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1)
+        CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2) CASE(5, 2) CASE(6, 2)
+        CASE(1, 3) CASE(2, 3) CASE(3, 3) CASE(4, 3) CASE(5, 3) CASE(6, 3)
+        CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(5, 4) CASE(6, 4)
     default: break;
     }
 }
@@ -180,7 +212,7 @@ static void attend_known(int G, int parts, const bf16 *query, const bf16 *const 
 #endif
 
 void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, const int64_t *block_table,
-                    const int32_t *selected, int count, int first, int last, int Hkv, int G, int D, float scale,
+                    const int32_t *selected, int begin, int count, int first, int last, int Hkv, int G, int D, float scale,
                     bf16 *out, void *scratch) {
     const int n = padded(count);
     const bf16 **tokens = scratch;
@@ -195,8 +227,9 @@ void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, c
         }
     } else {
         for (int s = 0; s < count; s++) {
-            const char *page = (const char *)plane + block_table[s / PAGE] * page_stride;
-            tokens[s] = (const bf16 *)page + (int64_t)(s % PAGE) * size;
+            const int position = begin + s;
+            const char *page = (const char *)plane + block_table[position / PAGE] * page_stride;
+            tokens[s] = (const bf16 *)page + (int64_t)(position % PAGE) * size;
         }
     }
     for (int s = count; s < n; s++) tokens[s] = tokens[count - 1];
@@ -210,12 +243,13 @@ void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, c
         const int64_t at = (int64_t)head * 2 * D;
 #ifdef DSA_AVX512
         if (D % 32 == 0 && D <= 128) {
-            bf16 *soft = (bf16 *)(weights + (int64_t)n * 4);
-            float *totals = (float *)(soft + (int64_t)n * 4);
+            bf16 *soft = (bf16 *)(weights + (int64_t)n * TOGETHER);
+            float *totals = (float *)(soft + (int64_t)n * TOGETHER);
             // The first head prefetches all heads of a token from memory; the other heads find them in the cache.
             const int64_t fetch = (head == first ? last - first : 1) * 4 * (int64_t)D;
-            for (int g = 0; g < G; g += 4)
-                attend_known(G - g < 4 ? G - g : 4, D / 32, q + g * D, tokens, at, fetch, count, n, scale, o + g * D,
+            const int turns = (G + TOGETHER - 1) / TOGETHER, together = (G + turns - 1) / turns; // 8 as 4 and 4
+            for (int g = 0; g < G; g += together)
+                attend_known(G - g < together ? G - g : together, D / 32, q + g * D, tokens, at, fetch, count, n, scale, o + g * D,
                              weights, soft, totals);
             continue;
         }

@@ -48,10 +48,11 @@ int dsa_select_row(const float *scores, int n, int index_top_k, int32_t *selecte
 // Bytes of scratch that dsa_attend_row needs for `count` tokens.
 int64_t dsa_attend_scratch(int count);
 
-// softmax(scale * q . k) v over the tokens at selected[count], or at positions 0 to count - 1 if `selected` is NULL.
+// softmax(scale * q . k) v over the tokens at selected[count], or at `count` positions from `begin` on if `selected` is
+// NULL.
 // count >= 1. Only KV heads `first` to `last` - 1 of Hkv. query, out [Hkv][G][D]; a page of the plane [64][Hkv][2][D].
 void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, const int64_t *block_table,
-                    const int32_t *selected, int count, int first, int last, int Hkv, int G, int D, float scale,
+                    const int32_t *selected, int begin, int count, int first, int last, int Hkv, int G, int D, float scale,
                     bf16 *out, void *scratch);
 
 #endif

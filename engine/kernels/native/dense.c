@@ -111,18 +111,20 @@ static inline float soften(const float *x, uint64_t visible, float scale, float 
     return shrink;
 }
 
-static uint64_t seen(int64_t position, const uint8_t *allowed, int64_t start) {
+static uint64_t seen(int64_t position, const uint8_t *allowed, int64_t window, int64_t start) {
     if (allowed) {
         __m512i bytes = _mm512_loadu_si512(allowed + start);
         return _mm512_test_epi8_mask(bytes, bytes);
     }
     int64_t count = position - start + 1;
-    return count >= PAGE ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1;
+    uint64_t bits = count >= PAGE ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1;
+    int64_t hidden = window ? position - window + 1 - start : 0; // so many are before the window
+    return hidden >= PAGE ? 0 : hidden <= 0 ? bits : bits & ~((1ull << hidden) - 1);
 }
 
 void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride,
                      const int64_t *block_table, const int64_t *positions, const uint8_t *allowed, int64_t context,
-                     int rows, int head, int Hkv, int G, int D, float scale, bf16 *out) {
+                     int64_t window, int rows, int head, int Hkv, int G, int D, float scale, bf16 *out) {
     const int count = rows * G, padded = (count + UNIT - 1) / UNIT * UNIT;
     char *at = dsa_scratch(padded * (2 * D + 4 * D + 4 * PAGE + 2 * PAGE + 8) + 4 * PAGE * D + 1024);
     uint32_t *keys = (uint32_t *)at;                      // [D / 2][64]
@@ -136,22 +138,28 @@ void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int
     memset(sums, 0, sizeof(float) * (size_t)(padded * D));
     memset(q + count * D, 0, sizeof(bf16) * (size_t)((padded - count) * D));
     memset(weights, 0, sizeof(bf16) * (size_t)(padded * PAGE));
-    int64_t furthest = 0;
+    int64_t furthest = 0, nearest = 0;
     for (int r = 0; r < rows; r++) {
         memcpy(q + r * G * D, query + r * row_size, sizeof(bf16) * (size_t)(G * D));
         if (positions[r] > furthest) furthest = positions[r];
     }
     if (allowed) furthest = context - 1;
+    else if (window) {
+        nearest = furthest;
+        for (int r = 0; r < rows; r++)
+            if (positions[r] - window + 1 < nearest) nearest = positions[r] - window + 1;
+        if (nearest < 0) nearest = 0;
+    }
     for (int i = 0; i < count; i++) {
         most[i] = -1e30f; // not -inf: -inf minus -inf is not-a-number
         totals[i] = 0.0f;
     }
-    for (int64_t page = 0; page <= furthest / PAGE; page++) {
+    for (int64_t page = nearest / PAGE; page <= furthest / PAGE; page++) {
         repack((const bf16 *)((const char *)plane + block_table[page] * page_stride), Hkv, head, D, keys, values);
         for (int i = 0; i < padded; i += UNIT)
             product(4, 0, q + i * D, D, keys, PAGE, D / 2, scores + i * PAGE, PAGE);
         for (int r = 0; r < rows; r++) {
-            uint64_t visible = seen(positions[r], allowed ? allowed + r * context : 0, page * PAGE);
+            uint64_t visible = seen(positions[r], allowed ? allowed + r * context : 0, window, page * PAGE);
             for (int i = r * G; i < (r + 1) * G; i++) {
                 if (!visible) {
                     memset(weights + i * PAGE, 0, sizeof(bf16) * PAGE);
@@ -179,9 +187,9 @@ int dsa_dense_known(int D) { return D < 0; }
 
 void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride,
                      const int64_t *block_table, const int64_t *positions, const uint8_t *allowed, int64_t context,
-                     int rows, int head, int Hkv, int G, int D, float scale, bf16 *out) {
+                     int64_t window, int rows, int head, int Hkv, int G, int D, float scale, bf16 *out) {
     (void)query, (void)row_size, (void)plane, (void)page_stride, (void)block_table, (void)positions, (void)allowed;
-    (void)context, (void)rows, (void)head, (void)Hkv, (void)G, (void)D, (void)scale, (void)out;
+    (void)context, (void)window, (void)rows, (void)head, (void)Hkv, (void)G, (void)D, (void)scale, (void)out;
 }
 
 #endif

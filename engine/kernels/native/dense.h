@@ -11,9 +11,9 @@ int dsa_dense_known(int D);
 int dsa_dense_rows(int G);
 
 // query, out: [rows][G][D], with `row_size` numbers from row to row; positions [rows]; allowed [rows][context], or NULL
-// for causal attention.
+// for causal attention, over the last `window` positions only unless that is 0.
 void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride,
                      const int64_t *block_table, const int64_t *positions, const uint8_t *allowed, int64_t context,
-                     int rows, int head, int Hkv, int G, int D, float scale, bf16 *out);
+                     int64_t window, int rows, int head, int Hkv, int G, int D, float scale, bf16 *out);
 
 #endif

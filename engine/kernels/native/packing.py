@@ -1,13 +1,8 @@
-"""Lays weights out for `matrix.c`: tiles of 16 outputs, groups of 32 inputs.
+"""Lays weights out for the native kernels: tiles of 16 outputs, groups of 32 inputs.
 
-A tile has three parts: the scales of all its groups (16 float16 for each group), with 4 bits also all offsets (16
-float16 for each group), and all numbers. Zeros fill the space before the numbers to a multiple of 64 bytes. Scales come
-before their numbers, so a tile is read from front to back.
-
-A word has 64 bytes: a 32-bit lane for each output. With 4 bits the numbers of a group are four words. A lane of word w
-holds inputs 8 w to 8 w + 7. Input 8 w + 2 j + h is nibble j of the 16-bit half h, because the processor multiplies pairs
-of bfloat16. With 8 bits they are twice four words. A signed byte is two such nibbles; all upper nibbles come first.
-With bfloat16 a tile has only numbers, and a word holds a pair of inputs.
+`integers.h` describes the tiles of weights in 4 to 8 bits. Scales come before their numbers, so a tile is read from front
+to back. A tile of bfloat16 has only numbers. Its words have 64 bytes: a 32-bit lane for each output, with a pair of
+inputs.
 """
 
 from __future__ import annotations
@@ -18,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.memory.quantised import GROUP
+from engine.memory.superblocks import SUPER, Superblocks
 
 LANES = 16
 
@@ -48,9 +44,9 @@ def pack_8bit(numbers: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) ->
     Returns:
         [tiles, bytes of one]
     """
-    tiled: Bytes = _tiled(numbers.view(np.uint8), GROUP)
-    upper, lower = np.right_shift(tiled, np.uint8(4)), np.bitwise_and(tiled, np.uint8(15))
-    return _tiles([_lanes(scales)], np.concatenate([_nibbles(upper), _nibbles(lower)], axis=-1))
+    shifted = np.bitwise_xor(numbers.view(np.uint8), np.uint8(128))
+    words = _quads(_tiled(shifted, GROUP))
+    return _tiles([_lanes(scales)], words.reshape(*words.shape[:2], -1))
 
 
 def pack_bfloat16(numbers: npt.NDArray[np.uint16]) -> Bytes:
@@ -59,6 +55,46 @@ def pack_bfloat16(numbers: npt.NDArray[np.uint16]) -> Bytes:
     tiles, _, groups, _ = tiled.shape
     pairs = tiled.reshape(tiles, LANES, groups, GROUP // 2, 2).transpose(0, 2, 3, 1, 4)
     return np.ascontiguousarray(pairs).view(np.uint8).reshape(tiles, -1)
+
+
+def pack_superblocks(stored: Superblocks) -> Bytes:
+    """Lay out a weight in super-blocks: [tiles, bytes of one]. The kernels' own packing is faster, and equal."""
+    parts = stored.unpack()
+    heads = [_lanes(parts.scales)]
+    heads.append(np.zeros_like(heads[0]) if parts.offsets is None else _lanes(parts.offsets))
+    tiles, blocks = heads[0].shape[:2]
+    small = [_small(parts.small_scales, blocks)]
+    if parts.small_offsets is not None:
+        small.append(_small(parts.small_offsets, blocks))
+    # With offsets the scales of a group of 32 come before its offsets; without them those of its halves follow each
+    # other anyway.
+    both = np.stack(small, axis=3).reshape(tiles, blocks, -1)
+    tiled: Bytes = _tiled(parts.numbers, SUPER)  # [tiles, 16, blocks, 256]
+    quads = tiled.reshape(tiles, LANES, blocks, 8, 8, 4).transpose(0, 2, 3, 4, 1, 5)
+    quads = quads.reshape(tiles, blocks, 8, 8, 4 * LANES)  # tile, block, group, four inputs, bytes
+    low = np.bitwise_and(quads, np.uint8(15))
+    groups = [np.bitwise_or(low[..., 0::2, :], np.left_shift(low[..., 1::2, :], np.uint8(4)))]
+    high = np.right_shift(quads, np.uint8(4))
+    if stored.kind == "q5_k":
+        groups.append(_or_shifted(high[:, :, :, None], 1))
+    elif stored.kind == "q6_k":
+        groups.append(_or_shifted(high.reshape(tiles, blocks, 8, 2, 4, -1), 2))
+    numbers = np.concatenate(groups, axis=3).reshape(tiles, blocks, -1)
+    return np.concatenate([*heads, both, numbers], axis=-1).reshape(tiles, -1)
+
+
+def _small(numbers: npt.NDArray[Any], blocks: int) -> Bytes:
+    """Lay out small scales as bytes: [out, n] -> [tiles, blocks, n / blocks, 16]."""
+    tiled = _tiled(numbers.view(np.uint8), 1)[..., 0]
+    tiles = len(tiled)
+    return np.ascontiguousarray(tiled.transpose(0, 2, 1)).reshape(tiles, blocks, -1, LANES)
+
+
+def _or_shifted(bits: Bytes, width: int) -> Bytes:
+    """Join words, each shifted by its place times `width`: [..., n words, bytes] -> [..., bytes]."""
+    places = np.arange(0, width * bits.shape[-2], width, dtype=np.uint8)
+    joined: Bytes = np.bitwise_or.reduce(np.left_shift(bits, places[:, None]), axis=-2)
+    return joined
 
 
 def _tiles(scales: list[Bytes], numbers: Bytes) -> Bytes:
@@ -77,13 +113,18 @@ def _tiled(numbers: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
     return numbers.reshape(-1, LANES, inputs // width, width)
 
 
-def _nibbles(tiled: Bytes) -> Bytes:
-    """Pack numbers from 0 to 15 as nibbles of lanes: [tiles, 16, groups, 32] -> [tiles, groups, 256]."""
+def _quads(tiled: Bytes) -> Bytes:
+    """Lay out bytes in words of four inputs: [tiles, 16, groups, 32] -> [tiles, groups, 8, 64]."""
     tiles, _, groups, _ = tiled.shape
-    split = tiled.reshape(tiles, LANES, groups, 4, 2, 2, 2)  # ..., word, byte of a half, nibble of it, half
-    split = split.transpose(0, 2, 3, 1, 6, 4, 5)  # tile, group, word, lane, half, byte, nibble
-    both = np.bitwise_or(split[..., 0], np.left_shift(split[..., 1], np.uint8(4)))
-    return both.reshape(tiles, groups, -1)
+    quads = tiled.reshape(tiles, LANES, groups, 8, 4).transpose(0, 2, 3, 1, 4)
+    return np.ascontiguousarray(quads).reshape(tiles, groups, 8, 4 * LANES)
+
+
+def _nibbles(tiled: Bytes) -> Bytes:
+    """Pack numbers from 0 to 15 as nibbles, two words in one: [tiles, 16, groups, 32] -> [tiles, groups, 256]."""
+    quads = _quads(tiled)
+    both = np.bitwise_or(quads[..., 0::2, :], np.left_shift(quads[..., 1::2, :], np.uint8(4)))
+    return both.reshape(*both.shape[:2], -1)
 
 
 def _lanes(numbers: npt.NDArray[np.float16]) -> Bytes:

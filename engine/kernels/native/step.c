@@ -35,7 +35,14 @@ static size_t lay_out(struct work *w, const struct dsa_model *m, int rows, int l
         (place).count = rows; \
         (place).inputs = (width); \
         TAKE((place).values, bf16, (size_t)rows * (width)); \
-        TAKE((place).sums, float, (size_t)rows * ((width) / DSA_GROUP)); \
+        if (m->integers) { \
+            TAKE((place).integers, int8_t, (size_t)rows * 2 * (width)); \
+            TAKE((place).scales, float, (size_t)rows * ((width) / DSA_GROUP)); \
+            TAKE((place).integer_sums, float, (size_t)rows * ((width) / DSA_GROUP)); \
+            TAKE((place).begins, int32_t, (size_t)rows * 2 * ((width) / DSA_GROUP)); \
+        } else { \
+            (place).integers = 0; \
+        } \
     } while (0)
     TAKE(w->x, float, rows * m->hidden);
     rows = rows < AT_ONCE ? rows : AT_ONCE;
@@ -71,11 +78,13 @@ int64_t dsa_step_scratch(const struct dsa_model *model, int rows, int longest) {
 
 static void rms_norm(const float *x, const float *weight, float eps, int n, float *out) {
     float sums[16] = {0}, sum = 0;
-    for (int i = 0; i < n; i += 16)
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
         for (int j = 0; j < 16; j++) sums[j] += x[i + j] * x[i + j];
+    for (; i < n; i++) sum += x[i] * x[i];
     for (int j = 0; j < 16; j++) sum += sums[j];
     float scale = 1.0f / sqrtf(sum / (float)n + eps);
-    for (int i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+    for (i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
 static void layer_norm(const float *x, const float *weight, const float *bias, float eps, int n, float *out) {
@@ -127,9 +136,9 @@ static void correct(struct work *w, const struct dsa_matrix *up, int thread, int
     product(up, &w->narrowed, w->correction, w->widest, thread, threads);
 }
 
-// Add weight * rows to x. With `corrected`, also add the correction of each row that has a selection.
-static void product_to_x(struct work *w, const struct dsa_matrix *weight, const struct dsa_rows *rows, int corrected,
-                         int thread, int threads) {
+// Add weight * rows + bias to x. With `corrected`, also add the correction of each row that has a selection in that layer.
+static void product_to_x(struct work *w, const struct dsa_matrix *weight, const float *bias, const struct dsa_rows *rows,
+                         const struct dsa_layer *corrected, int thread, int threads) {
     const int n = w->model->hidden;
     int first, last;
     dsa_share(dsa_tiles(weight), 1, thread, threads, &first, &last);
@@ -138,7 +147,9 @@ static void product_to_x(struct work *w, const struct dsa_matrix *weight, const 
     for (int r = 0; r < w->step->rows; r++) {
         const size_t at = (size_t)r * w->widest;
         for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += w->wide[at + i];
-        if (corrected && is_sparse(w->step, r))
+        if (bias)
+            for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += bias[i];
+        if (corrected && is_sparse(w->step, corrected, r))
             for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += w->correction[at + i];
     }
 }
@@ -150,8 +161,14 @@ static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
     const int64_t position = w->step->positions[r];
     float *from = w->wide + (size_t)r * w->widest;
     const float *cos = m->cos + position * half, *sin = m->sin + position * half;
-    if (m->adapter_rank && is_sparse(w->step, r))
+    if (layer->qkv_bias)
+        for (int i = 0; i < q + 2 * k; i++) from[i] += layer->qkv_bias[i];
+    if (m->adapter_rank && is_sparse(w->step, layer, r))
         for (int i = 0; i < q + 2 * k; i++) from[i] += w->correction[(size_t)r * w->widest + i];
+    if (layer->q_norm)
+        for (int h = 0; h < m->heads; h++) rms_norm(from + h * D, layer->q_norm, m->eps, D, from + h * D);
+    if (layer->k_norm)
+        for (int h = 0; h < m->kv_heads; h++) rms_norm(from + q + h * D, layer->k_norm, m->eps, D, from + q + h * D);
     for (int h = 0; h < m->heads; h++) rotate(from + h * D, cos, sin, half, D, w->query + (size_t)r * q + h * D);
     const int64_t page = table_of(w->step, r)[position / PAGE], offset = position % PAGE;
     bf16 *kv = (bf16 *)(void *)(layer->kv_plane + page * m->page_stride) + offset * 2 * k;
@@ -172,7 +189,7 @@ static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
     uint8_t *keys = layer->index_plane + page * m->index_stride;
     if (m->integer_keys) dsa_index_key_write(keys, (int)offset, key, d);
     else memcpy(keys + offset * d * (int)sizeof(bf16), key, sizeof(bf16) * (size_t)d);
-    if (!is_sparse(w->step, r)) return;
+    if (!is_sparse(w->step, layer, r)) return;
     bf16 *query = w->index_query + (size_t)r * H * d;
     float *weights = w->index_weights + (size_t)r * H;
     const float scale = 1.0f / sqrtf((float)H * (float)d);
@@ -201,7 +218,12 @@ static void gated(struct work *w, const struct dsa_layer *layer, int thread, int
     for (int r = 0; r < w->step->rows; r++)
         for (int g = first; g < last; g++) {
             float *gate = w->wide + r * stride + (size_t)g * DSA_GROUP;
-            const float *up = gate + n;
+            float *up = gate + n;
+            if (layer->gate_up_bias)
+                for (int i = 0; i < DSA_GROUP; i++) {
+                    gate[i] += layer->gate_up_bias[g * DSA_GROUP + i];
+                    up[i] += layer->gate_up_bias[n + g * DSA_GROUP + i];
+                }
             for (int i = 0; i < DSA_GROUP; i++) gate[i] = silu(gate[i]) * up[i];
             dsa_set_group(&w->activated, r, g, gate);
         }
@@ -236,18 +258,18 @@ static void run_layer(struct work *w, const struct dsa_layer *layer, int thread,
         product(&layer->o_down, &w->attended, w->inner, m->adapter_rank, thread, threads);
         correct(w, &layer->o_up, thread, threads);
     }
-    product_to_x(w, &layer->o, &w->attended, corrected, thread, threads);
+    product_to_x(w, &layer->o, layer->o_bias, &w->attended, corrected ? layer : 0, thread, threads);
     dsa_barrier();
     norm_rows(w, layer->post_norm, thread, threads);
     dsa_barrier();
     gated(w, layer, thread, threads);
     dsa_barrier();
-    product_to_x(w, &layer->down, &w->activated, 0, thread, threads);
+    product_to_x(w, &layer->down, layer->down_bias, &w->activated, 0, thread, threads);
     dsa_barrier();
 }
 
-// Restrict a step to the rows from `from` on, at most AT_ONCE.
-static void part_of(struct work *w, struct dsa_step *step, int from) {
+// Restrict a step to the rows from `from` on, at most AT_ONCE. `layer`: the one that they go through, or NULL.
+static void part_of(struct work *w, struct dsa_step *step, const struct dsa_layer *layer, int from) {
     step->token_ids += from;
     step->positions += from;
     step->request += from;
@@ -258,7 +280,7 @@ static void part_of(struct work *w, struct dsa_step *step, int from) {
     w->step = step;
     w->normed.count = w->attended.count = w->activated.count = w->narrowed.count = step->rows;
     w->sparse = 0;
-    for (int r = 0; r < step->rows; r++) w->sparse |= is_sparse(step, r);
+    for (int r = 0; layer && r < step->rows; r++) w->sparse |= is_sparse(step, layer, r);
 }
 
 static void run(void *arg, int thread, int threads) {
@@ -275,13 +297,13 @@ static void run(void *arg, int thread, int threads) {
         for (int from = 0; from < w->step->rows; from += AT_ONCE) {
             struct dsa_step step = *w->step;
             struct work part = *w;
-            part_of(&part, &step, from);
+            part_of(&part, &step, &m->layers[i], from);
             run_layer(&part, &m->layers[i], thread, threads);
         }
     for (int from = 0; from < w->step->rows; from += AT_ONCE) {
         struct dsa_step step = *w->step;
         struct work part = *w;
-        part_of(&part, &step, from);
+        part_of(&part, &step, 0, from);
         norm_rows(&part, m->norm, thread, threads);
         dsa_barrier();
         if (thread == 0)

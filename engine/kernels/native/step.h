@@ -12,8 +12,12 @@ struct dsa_layer {
     // The sparse adapter: [adapter_rank, inputs] and [outputs, adapter_rank]; without data if there is none.
     struct dsa_matrix qkv_down, qkv_up, o_down, o_up;
     const float *input_norm, *post_norm;                     // [hidden]
+    // Biases of the outputs, and norms of each head's query and key before it is rotated; NULL: none.
+    const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;
+    const float *q_norm, *k_norm;                            // [head_dim]
     const float *key_norm_weight, *key_norm_bias;            // [index_dim]
     uint8_t *kv_plane, *index_plane;                         // planes of the paged cache, see attention.h
+    int64_t window;                                          // so many positions are seen by a row; 0: all up to its own
 };
 
 struct dsa_model {
@@ -26,6 +30,7 @@ struct dsa_model {
     int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
     int32_t index_heads, index_dim, index_rope; // index_heads 0: no indexer
     int32_t adapter_rank;                       // 0: no adapter; else a multiple of 32
+    int32_t integers;                           // whether a matrix has integers, so that rows need them
     int32_t integer_keys;                       // whether index keys are 8-bit integers; else they are bfloat16
     float eps, key_norm_eps;
 };

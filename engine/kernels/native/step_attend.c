@@ -27,13 +27,14 @@ static void plain_scores(const bf16 *query, const float *weights, const uint8_t 
 static void select_and_attend(struct work *w, const struct dsa_layer *layer, int r, const float *scores, uint8_t *own) {
     const struct dsa_model *m = w->model;
     const struct dsa_step *step = w->step;
-    const int D = m->head_dim, context = (int)step->positions[r] + 1;
+    const int D = m->head_dim, context = (int)step->positions[r] + 1, begin = first_seen(step, layer, r);
     int32_t *selected = (int32_t *)(void *)(own + scores_bytes(step->longest));
     uint8_t *rest = own + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
-    int found = dsa_select_row(scores, context, (int)step->index_top_k[r], selected, (float *)(void *)rest);
+    int found = dsa_select_row(scores + begin, context - begin, (int)step->index_top_k[r], selected, (float *)(void *)rest);
+    for (int i = 0; begin && i < found; i++) selected[i] += begin;
     if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
     dsa_attend_row(w->query + (size_t)r * m->heads * D, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
-                   table_of(step, r), selected, found, 0, m->kv_heads, m->kv_heads, m->heads / m->kv_heads, D,
+                   table_of(step, r), selected, 0, found, 0, m->kv_heads, m->kv_heads, m->heads / m->kv_heads, D,
                    1.0f / sqrtf((float)D), w->attended.values + (size_t)r * m->heads * D, rest);
 }
 
@@ -43,14 +44,17 @@ static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t
     const struct dsa_model *m = w->model;
     const struct dsa_step *step = w->step;
     const int D = m->head_dim, G = m->heads / m->kv_heads, context = (int)step->positions[r] + 1;
+    const int begin = first_seen(step, layer, r), page = begin / PAGE;
     const int pages = (context + PAGE - 1) / PAGE, H = m->index_heads, d = m->index_dim;
     const int64_t *table = table_of(step, r);
     float *scores = (float *)(void *)shared;
     int32_t *selected = (int32_t *)(void *)(shared + scores_bytes(step->longest));
     uint8_t *rest = mine + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
-    int count = context, sparse = is_sparse(step, r), first, last;
+    int count = context - begin, sparse = is_sparse(step, layer, r), first, last;
     if (sparse) {
-        dsa_share(pages, 1, member, members, &first, &last);
+        dsa_share(pages - page, 1, member, members, &first, &last);
+        first += page;
+        last += page;
         const float *weights = w->index_weights + (size_t)r * H;
         if (m->integer_keys)
             dsa_index_scores_row(w->index_integers + (size_t)r * H * d, weights, w->index_begins + (size_t)r * H,
@@ -61,7 +65,8 @@ static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t
         if (members > 1) dsa_barrier();
         count = (int)step->index_top_k[r];
         if (member == 0) {
-            int found = dsa_select_row(scores, context, count, selected, (float *)(void *)rest);
+            int found = dsa_select_row(scores + begin, context - begin, count, selected, (float *)(void *)rest);
+            for (int i = 0; begin && i < found; i++) selected[i] += begin;
             if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
             // Fewer only with not-a-number among the scores. The last again changes no sum that matters then.
             for (; found < count; found++) selected[found] = selected[found - 1];
@@ -71,15 +76,15 @@ static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t
     dsa_share(m->kv_heads, 1, member, members, &first, &last);
     if (first < last)
         dsa_attend_row(w->query + (size_t)r * m->heads * D, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
-                       table, sparse ? selected : 0, count, first, last, m->kv_heads, G, D, 1.0f / sqrtf((float)D),
+                       table, sparse ? selected : 0, begin, count, first, last, m->kv_heads, G, D, 1.0f / sqrtf((float)D),
                        w->attended.values + (size_t)r * m->heads * D, rest);
 }
 
 // Consecutive rows from `first` on that are a part of one prompt, and alike dense or sparse: one after the last.
-static int run_end(const struct dsa_step *step, int first) {
-    int r = first + 1, sparse = is_sparse(step, first);
+static int run_end(const struct dsa_step *step, const struct dsa_layer *layer, int first) {
+    int r = first + 1, sparse = is_sparse(step, layer, first);
     while (r < step->rows && step->request[r] == step->request[first] && step->positions[r] == step->positions[r - 1] + 1 &&
-           is_sparse(step, r) == sparse)
+           is_sparse(step, layer, r) == sparse)
         r++;
     return r;
 }
@@ -90,7 +95,7 @@ static void attend_dense(struct work *w, const struct dsa_layer *layer, int firs
     const int G = m->heads / m->kv_heads, D = m->head_dim;
     const size_t size = (size_t)m->heads * D, at = (size_t)first * size + (size_t)head * G * D;
     dsa_dense_block(w->query + at, (int64_t)size, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
-                    table_of(w->step, first), w->step->positions + first, 0, 0, last - first, head, m->kv_heads, G, D,
+                    table_of(w->step, first), w->step->positions + first, 0, 0, layer->window, last - first, head, m->kv_heads, G, D,
                     1.0f / sqrtf((float)D), w->attended.values + at);
 }
 
@@ -100,7 +105,7 @@ static void attend_sparse(struct work *w, const struct dsa_layer *layer, int fir
     const struct dsa_step *step = w->step;
     const int H = m->index_heads, d = m->index_dim, pages = (int)(step->positions[last - 1] / PAGE) + 1;
     float *scores = dsa_scratch((int64_t)sizeof(float) * PAGE * pages * (last - first));
-    for (int page = 0; page < pages; page++)
+    for (int page = first_seen(step, layer, first) / PAGE; page < pages; page++)
         for (int r = first; r < last; r++)
             if (page * PAGE <= step->positions[r])
                 dsa_index_scores_row(w->index_integers + (size_t)r * H * d, w->index_weights + (size_t)r * H,
@@ -119,7 +124,7 @@ static void attend_blocks(struct work *w, const struct dsa_layer *layer, int thr
     int turn = 0;
     uint8_t *own = w->own + w->own_bytes * (size_t)thread;
     for (int first = 0; first < step->rows;) {
-        int end = run_end(step, first), sparse = is_sparse(step, first);
+        int end = run_end(step, layer, first), sparse = is_sparse(step, layer, first);
         for (int from = first; from < end;) {
             const int share = (end - first + threads - 1) / threads;
             int to = from + (!sparse ? dense_rows : share < SPARSE_ROWS ? share : SPARSE_ROWS);
@@ -145,13 +150,13 @@ void dsa_step_attend(struct work *w, const struct dsa_layer *layer, int thread, 
         attend_blocks(w, layer, thread, threads);
         dsa_barrier();
         dsa_share(rows, 1, thread, threads, &first, &last);
-        for (int r = first; r < last; r++) dsa_sum_row(&w->attended, r);
+        for (int r = first; r < last; r++) dsa_finish_row(&w->attended, r);
         return;
     }
     uint8_t *own = w->own + w->own_bytes * (size_t)thread;
     for (int r = 0; r < rows; r++) {
         attend(w, layer, r, w->own, own, thread, threads);
         dsa_barrier();
-        if (thread == 0) dsa_sum_row(&w->attended, r);
+        if (thread == 0) dsa_finish_row(&w->attended, r);
     }
 }

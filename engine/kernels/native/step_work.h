@@ -28,8 +28,18 @@ struct work {
     int widest, index_width, sparse;
 };
 
-// Whether a row has a selection. Which rows do is said by engine/plan/sparsity.py.
-static inline int is_sparse(const struct dsa_step *step, int row) { return step->index_top_k[row] > 0; }
+// Whether a row has a selection in a layer. Which rows do is said by engine/plan/sparsity.py; its rule holds for the
+// window, too: a window of at most index_top_k positions is read whole.
+static inline int is_sparse(const struct dsa_step *step, const struct dsa_layer *layer, int row) {
+    const int64_t index_top_k = step->index_top_k[row];
+    return index_top_k > 0 && (layer->window == 0 || index_top_k < layer->window);
+}
+
+// The first position that a row sees.
+static inline int first_seen(const struct dsa_step *step, const struct dsa_layer *layer, int row) {
+    const int64_t context = step->positions[row] + 1;
+    return layer->window && layer->window < context ? (int)(context - layer->window) : 0;
+}
 
 // The pages of a row's request.
 static inline const int64_t *table_of(const struct dsa_step *step, int row) {

@@ -147,8 +147,8 @@ struct attention {
 static void attend_one(const struct attention *a, int64_t r, int64_t row, const int32_t *selected, int count,
                        void *scratch) {
     int64_t at = (r * a->tile->rows + row) * a->Hkv * a->G * a->D;
-    dsa_attend_row(a->query + at, a->plane, a->stride, a->tile->block_table + r * a->tile->pages, selected, count, 0,
-                   a->Hkv, a->Hkv, a->G, a->D, a->scale, a->out + at, scratch);
+    dsa_attend_row(a->query + at, a->plane, a->stride, a->tile->block_table + r * a->tile->pages, selected, 0, count,
+                   0, a->Hkv, a->Hkv, a->G, a->D, a->scale, a->out + at, scratch);
 }
 
 struct selected_job {
@@ -254,7 +254,7 @@ static void dense_item(void *arg, int64_t item) {
     }
     int64_t at = r * tile->rows + first, row_size = (int64_t)a->Hkv * a->G * a->D, offset = at * row_size + head * a->G * a->D;
     dsa_dense_block(a->query + offset, row_size, a->plane, a->stride, tile->block_table + r * tile->pages,
-                    tile->positions + at, job->allowed ? job->allowed + at * context : 0, context, (int)(last - first),
+                    tile->positions + at, job->allowed ? job->allowed + at * context : 0, context, 0, (int)(last - first),
                     (int)head, a->Hkv, a->G, a->D, a->scale, a->out + offset);
 }
 

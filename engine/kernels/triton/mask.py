@@ -36,7 +36,7 @@ def reach(index_top_k: int) -> int:
 @triton.jit
 def _reach(index_top_k: tl.tensor) -> tl.tensor:
     """`reach` on the device."""
-    return tl.minimum(_MOST_TIMES_ * index_top_k, _BASE_ + _TIMES_ * index_top_k)
+    return tl.minimum(index_top_k * _MOST_TIMES_, index_top_k * _TIMES_ + _BASE_)
 
 
 @triton.jit

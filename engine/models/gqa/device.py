@@ -73,7 +73,7 @@ class DeviceStep:
             (plain(layer.gate_up), layer.gate_up_bias, True),
             (plain(layer.down), layer.down_bias, False),
         ]
-        fitting = [one for one in asked if fits(1, one[0].shape[1])]
+        fitting = [one for one in asked if fits(1, one[0])]
         forms = [each for each in OUTPUTS if all(holds(one[0], each, gated=one[2]) for one in fitting)]
         if compilers is not None:
             with compilers.together():
@@ -82,11 +82,15 @@ class DeviceStep:
         agreeing = (each for each in forms if all(agrees(*one[:2], each) for one in fitting))
         self._own_products = next(agreeing, 0) if fitting else 0
 
-    def _fits(self, x: Tensor) -> bool:
-        return self._own_products > 0 and fits(*x.shape)
+    def _fits(self, x: Tensor, weight: Tensor) -> bool:
+        return self._own_products > 0 and fits(len(x), weight)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear(x, weight, bias, self._own_products) if self._fits(x) else F.linear(x, weight, bias)
+        return (
+            linear(x, weight, bias, self._own_products)
+            if self._fits(x, weight)
+            else F.linear(x, weight, bias)
+        )
 
     @staticmethod
     def supports(model: Wired) -> bool:
@@ -231,7 +235,7 @@ class DeviceStep:
             x, hidden = add_rms_norm(x, update, layer.input_norm, eps)
             update = self._attention(i, layer, hidden, inputs, cache)
             x, hidden = add_rms_norm(x, update, layer.post_norm, eps)
-            if self._fits(hidden):
+            if self._fits(hidden, plain(layer.gate_up)):
                 gated = gated_linear(hidden, plain(layer.gate_up), layer.gate_up_bias, self._own_products)
             else:
                 gated = silu_times(F.linear(hidden, plain(layer.gate_up), layer.gate_up_bias))

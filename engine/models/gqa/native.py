@@ -7,7 +7,6 @@ float32, where torch rounds to bfloat16, so results differ from torch's by these
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +31,10 @@ FEW_ROWS = 32
 """A request with at most so many rows in a step costs as much as so many lone rows; with more it is a chunk."""
 
 _MATRICES = ("qkv", "o", "gate_up", "down", "index_query", "index_key", "index_weights")
+_VECTORS = (
+    "input_norm", "post_norm", "qkv_bias", "o_bias", "gate_up_bias", "down_bias", "q_norm", "k_norm",
+    "key_norm_weight", "key_norm_bias",
+)  # fmt: skip
 _ROWS = ("token_ids", "positions", "request", "index_top_k", "block_table", "out")
 _ADAPTER = ("qkv_down", "qkv_up", "o_down", "o_up")
 
@@ -41,11 +44,8 @@ class _Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, Descriptor) for name in (*_MATRICES, *_ADAPTER)),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("input_norm", "post_norm", "key_norm_weight", "key_norm_bias")
-        ),
-        *((name, ctypes.c_void_p) for name in ("kv_plane", "index_plane")),
+        *((name, ctypes.c_void_p) for name in (*_VECTORS, "kv_plane", "index_plane")),
+        ("window", ctypes.c_int64),
     )
 
 
@@ -62,6 +62,7 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_layers", "hidden", "intermediate", "heads", "kv_heads")),
         *((name, ctypes.c_int32) for name in ("head_dim", "index_heads", "index_dim", "index_rope")),
         ("adapter_rank", ctypes.c_int32),
+        ("integers", ctypes.c_int32),
         ("integer_keys", ctypes.c_int32),
         ("eps", ctypes.c_float),
         ("key_norm_eps", ctypes.c_float),
@@ -124,8 +125,7 @@ class NativeStep:
             size % 32 for size in (c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim)
         )
         fits = indexer is None or (indexer.head_dim <= 512 and indexer.head_dim % 4 == 0)
-        known = not (c.qkv_bias or c.o_bias or c.mlp_bias or c.qk_norm or any(c.windows))
-        return cls(model, library) if library is not None and packed and whole and fits and known else None
+        return cls(model, library) if library is not None and packed and whole and fits else None
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Compute the batch's rows and write them to the cache. Return the hidden states, [T, E] bfloat16."""
@@ -183,6 +183,7 @@ class NativeStep:
             0 if indexer is None else indexer.head_dim,
             0 if indexer is None else indexer.rope_dim,
             0 if indexer is None else -(-indexer.adapter_rank // GROUP) * GROUP,
+            int(any(_packed(part).needs_integers for layer in m.layers for part in _products(layer))),
             int(keys is not None and keys.dtype is torch.uint8),
             c.rms_norm_eps,
             KEY_NORM_EPS,
@@ -191,25 +192,22 @@ class NativeStep:
 
     def _layer(self, i: int, cache: PagedCache) -> _Layer:
         layer = self._model.layers[i]
-        matrices: Sequence[Descriptor] = [
-            _packed(part) for part in (layer.qkv, layer.o, layer.gate_up, layer.down)
-        ]
-        if layer.indexer is None:
-            return _Layer(
-                *matrices, *(Descriptor() for _ in range(3 + len(_ADAPTER))), self._float(layer.input_norm),
-                self._float(layer.post_norm), 0, 0, cache.plane(i, "kv").data_ptr(), 0,
-            )  # fmt: skip
-        w = layer.indexer.weights
+        indexer = None if layer.indexer is None else layer.indexer.weights
+        matrices = [_packed(part).descriptor for part in _products(layer)]
+        if indexer is None:
+            matrices += [Descriptor()] * 3
+        matrices += [part.descriptor for part in self._adapters[i]] or [Descriptor()] * len(_ADAPTER)
+        vectors = (
+            layer.input_norm, layer.post_norm, layer.qkv_bias, layer.o_bias, layer.gate_up_bias, layer.down_bias,
+            layer.q_norm, layer.k_norm,
+            *((None, None) if indexer is None else (indexer.k_norm_weight, indexer.k_norm_bias)),
+        )  # fmt: skip
         return _Layer(
             *matrices,
-            *(_packed(part) for part in (w.wq, w.wk, w.weights_proj)),
-            *([part.descriptor for part in self._adapters[i]] or [Descriptor() for _ in _ADAPTER]),
-            *(
-                self._float(part)
-                for part in (layer.input_norm, layer.post_norm, w.k_norm_weight, w.k_norm_bias)
-            ),
+            *(0 if vector is None else self._float(vector) for vector in vectors),
             cache.plane(i, "kv").data_ptr(),
-            cache.plane(i, "index_key").data_ptr(),
+            0 if indexer is None else cache.plane(i, "index_key").data_ptr(),
+            layer.window or 0,
         )
 
     def _float(self, tensor: Tensor) -> int:
@@ -243,6 +241,15 @@ def _pack_adapters(model: Wired) -> list[list[PackedWeight]]:
     ]
 
 
-def _packed(weight: Tensor | PackedWeight) -> Descriptor:
+def _products(layer: GqaLayer) -> list[Held]:
+    """The layer's matrices in the order of `_MATRICES`; without an indexer the first four."""
+    own = [layer.qkv, layer.o, layer.gate_up, layer.down]
+    if layer.indexer is None:
+        return own
+    w = layer.indexer.weights
+    return [*own, w.wq, w.wk, w.weights_proj]
+
+
+def _packed(weight: Held) -> PackedWeight:
     assert isinstance(weight, PackedWeight)
-    return weight.descriptor
+    return weight

@@ -10,7 +10,8 @@ from engine.protocol import IndexerInfo
 
 def shape(config: GqaConfig, indexer: IndexerInfo | None) -> Shape:
     """Return the shape of a model; `indexer` is the overlay's, if there is one."""
-    c, table = config, weight_table(config, indexer)
+    # Packed weights are the native kernels', whose index keys are integers unless a setting says otherwise.
+    c, table = config, weight_table(config, indexer, short_queries=True)
     key = 0 if indexer is None else indexer.head_dim
     return Shape(
         architecture=c.architecture,

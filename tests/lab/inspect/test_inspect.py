@@ -14,11 +14,13 @@ from engine.checkpoint.loader import load
 from engine.checkpoint.source import open_source
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
+from engine.kernels import native
 from engine.models.mla.config import MlaConfig
 from engine.models.mla.weights import weight_table
 from engine.parallel.ranks import Ranks
 from engine.step.build import build
 from lab.inspect.report import Devices, Wanted, inspect, render
+from server.hub.models import DEFAULT_MODEL, resolve
 from tests.engine.checkpoint.test_fp8 import quantise_folder
 from tests.engine.kit import base_of, random_overlay, tiny_checkpoint
 from tests.engine.models.gqa.test_members import MEMBERS
@@ -85,6 +87,16 @@ def test_fp8_weights_take_what_the_loader_takes(tmp_path: Path) -> None:
         assert (found["loaded_bytes"], found["loaded_fp8_bytes"], found["dequantised_bytes"]) == (
             wanted.num_bytes, wanted.fp8_bytes, wanted.dequantised_bytes
         )  # fmt: skip
+
+
+def test_packed_weights_take_what_the_loader_takes(default_model: Path) -> None:
+    overlay = resolve(DEFAULT_MODEL).overlay
+    settings: dict[str, Any] = {"weights": str(default_model), "device": "cpu", "dtype": "bfloat16"}
+    built = build(EngineConfig(**settings, overlay=str(overlay)))
+    found = look(default_model, overlay)
+    if native.library() is not None:
+        assert found["weights"]["packed_bytes"] == built.weights.num_bytes
+    assert "MiB packed as stored, on a CPU with the native kernels" in render(found)
 
 
 def weights_of(report: dict[str, Any]) -> int:

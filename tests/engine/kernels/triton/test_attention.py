@@ -66,9 +66,9 @@ def test_rows_of_prompts_through_a_mask(
     monkeypatch: pytest.MonkeyPatch,
     dims: tuple[int, int, int],
 ) -> None:
-    """Dense, masked and gathering rows side by side: of 20 selected, the last contexts are 7 times as long and longer."""
+    """Dense, masked and gathering rows side by side: of 14 selected, the last contexts are 10 times as long and longer."""
     monkeypatch.setattr(attention, "BLOCK_SPLIT", 64)
-    prompt = [Line(1, position, 0 if position < 124 else 20) for position in range(118, 146)]
+    prompt = [Line(1, position, 0 if position < 124 else 14) for position in range(118, 146)]
     for dtype in dtypes:
         batch = Batch([Line(0, 130, 9), *prompt, Line(2, 150, 0), Line(-1, -1, 0)], 3, device)
         query, plane, selected = attention_operands(batch, dims, dtype, 20)
@@ -80,7 +80,9 @@ def test_rows_of_prompts_through_a_mask(
         assert torch.equal(attend_rows(batch, query, plane, selected, cut, mask=mask), masked)
         gathered = attend_rows(batch, query, plane, selected, blocks)
         assert torch.equal(masked[1:7], gathered[1:7])  # dense
-        assert torch.equal(masked[-8:], gathered[-8:])  # beyond 7 times
+        assert reach(14) == 140
+        assert torch.equal(masked[-8:], gathered[-8:])  # beyond it
+        assert not torch.equal(masked[7:23], gathered[7:23])
 
 
 def test_long_rows(device: torch.device, dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ def test_products(
     made = [torch.randn(*s, generator=generator) for s in ((rows, inputs + 8), (outputs, inputs), (outputs,))]
     wide, weight, more = (one.to(device, dtype) for one in made)
     x, added = wide[:, :inputs], more if bias else None
-    assert fits(rows, inputs)
+    assert fits(rows, weight)
     weight *= inputs**-0.5
     tolerance = 2e-5 if dtype is torch.float32 else 2e-2
     wanted = F.linear(x, weight, added)
@@ -37,10 +37,12 @@ def test_products(
 
 
 def test_what_fits() -> None:
-    assert not fits(5, 64)
-    assert not fits(0, 64)
-    assert not fits(1, 60)
-    assert not fits(1, 4096)
+    assert fits(4, torch.empty(1 << 15, 64))
+    assert not fits(5, torch.empty(8, 64))
+    assert not fits(0, torch.empty(8, 64))
+    assert not fits(1, torch.empty(8, 60))
+    assert not fits(1, torch.empty(8, 4096))
+    assert not fits(1, torch.empty((1 << 15) + 1, 64))
 
 
 def test_float32_is_the_librarys() -> None:

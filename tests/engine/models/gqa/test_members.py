@@ -140,7 +140,7 @@ def test_sparse_logits_are_those_of_attention_over_the_same_sets(
 
 
 def test_packed_weights_with_biases_are_near_float32s(tmp_path: Path) -> None:
-    """The native step has no biases: such a model runs layer by layer, over packed weights where there are any."""
+    """In the native step and layer by layer."""
     tiny_checkpoint(
         tmp_path,
         **MEMBERS["llama, biases"],
@@ -149,15 +149,16 @@ def test_packed_weights_with_biases_are_near_float32s(tmp_path: Path) -> None:
         num_attention_heads=4,
         initializer_range=0.1,
     )
-    lab = Lab(tmp_path, dtype="bfloat16")
-    assert lab.built.runner._model.native is None  # type: ignore[attr-defined]
+    lab, layered = Lab(tmp_path, dtype="bfloat16"), Lab(tmp_path, dtype="bfloat16")
+    layered.built.runner._model.native = None  # type: ignore[attr-defined]
     exact = Lab(tmp_path).run()
-    run = lab.run()
-    for one in (exact, run):
+    runs = lab.run(), layered.run()
+    for one in (exact, *runs):
         one.submit("a", tokens_of(0, 60), 1)
         one.finish()
     expected = torch.stack([exact.lab.logits(exact.rows["a"][i][-1]) for i in range(60)])
-    assert run.error("a", expected) < 0.05
+    for run in runs:
+        assert run.error("a", expected) < 0.05
 
 
 @pytest.mark.parametrize("form", ["gather", "mask"])
