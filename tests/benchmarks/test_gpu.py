@@ -153,7 +153,7 @@ def test_tables_of_the_figures_that_are_kept() -> None:
     assert "| cuda:0 | 4,100 | 4,460 | 794 |" in text
     decode = KEPT["step"]["decode"][0]
     assert f"| {decode['streams']} | {decode['context']} | {decode['attention']} |" in text
-    assert "| graphs off | 50 | 50 |" in text
+    assert "| in chunks of 64 | 50 | 50 |" in text
     assert text.count("| us | floor | torch | x floor | torch / ours |") == 1
     for line in text.splitlines():
         assert not line.startswith("| ---") or set(line) <= set("| -")
