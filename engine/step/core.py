@@ -27,6 +27,9 @@ MAX_FAILED_STEPS = 3
 """After so many failed steps in a row the device is probably broken, and the process should be replaced."""
 
 
+GAUGE_SECONDS = 0.005
+"""What is known of the engine is so old at most: the last step, on a CPU; a few steps, on a GPU, which tells them cheaper so."""
+
 PROGRESS_SECONDS = 0.2
 """The time between two reports of what running requests have used. If the engine dies, at most so much is lost."""
 
@@ -81,7 +84,7 @@ class EngineCore:
         self._flights: deque[_Launched] = deque()
         self._done = -math.inf  # when the last step was done, on the clock
         self._nonfinite = 0
-        self._told_at = 0.0
+        self._told_at = self._gauged_at = 0.0
         self._told = meter.counters()
 
     @property
@@ -110,14 +113,15 @@ class EngineCore:
 
         The engine's counters and the usage of running requests are reported together: a few times a second, and
         whenever a delta has usage. So the two agree at every report. If the engine dies, its work since the last
-        report is in neither of them. Between two reports a message has stats only if `gauges` asks for them: most
-        steps change nothing that anybody would miss for so short a time.
+        report is in neither of them. Between two reports a message has stats if `gauges` asks for them, or if those
+        told before are older than `GAUGE_SECONDS`.
         """
         now = self._clock()
         progress: tuple[tuple[str, Work], ...] = ()
         due = now - self._told_at >= PROGRESS_SECONDS or any(delta.usage is not None for delta in deltas)
-        if not due and not gauges:
+        if not due and not gauges and now - self._gauged_at < GAUGE_SECONDS:
             return StepOutput(deltas=deltas)
+        self._gauged_at = now
         if due:
             self._told_at, self._told = now, self._meter.counters()
             progress = self._meter.progress()

@@ -116,7 +116,7 @@ def test_dense_requests_cost_their_own_dense_equivalent() -> None:
 
 
 class _Instant(AtOnce):
-    """A runner that draws token 5 for whoever wants one, and a clock that goes on 10 ms with every look."""
+    """A runner that draws token 5 for whoever wants one, and a clock that goes on half a millisecond with every look."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -126,7 +126,7 @@ class _Instant(AtOnce):
         return StepResult(sampled=tuple(drawn))
 
     def clock(self) -> float:
-        self.now += 0.01
+        self.now += 0.0005
         return self.now
 
 
