@@ -1,7 +1,8 @@
 """Qwen2.5-Coder-1.5B in float32 against Hugging Face transformers loading the same GGUF file.
 
-The file has 1.1 GB, and no test fetches it. Each of the two models takes 7 GB, so ours computes everything first, keeps
-some rows of logits, and is gone before transformers loads.
+The file has 1.1 GB, and no test fetches it. It takes half an hour on two cores, so it runs only if DSA_TEST_CODER=1 asks for
+it. Each of the two models takes 7 GB, so ours computes everything first, keeps some rows of logits, and is gone before
+transformers loads.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import inspect
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +26,13 @@ from tests.engine.kit import Lab, Run
 
 FILE = model_file(CODER_MODEL)
 PRESENT = FILE.is_file() and FILE.stat().st_size == MODELS[CODER_MODEL].source.size
+ASKED = os.environ.get("DSA_TEST_CODER") == "1"
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.model,
     pytest.mark.timeout(3600),
+    pytest.mark.skipif(not ASKED, reason="takes half an hour: DSA_TEST_CODER=1 asks for it"),
     pytest.mark.skipif(
         not PRESENT, reason=f"{FILE} is not there: `dsa pull {CODER_MODEL}` fetches it (1.1 GB)"
     ),
