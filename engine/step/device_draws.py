@@ -7,36 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.errors import EngineError
+from engine.kernels.capture import captured
+from engine.kernels.triton.race import COLUMNS
 from engine.kernels.triton.sampling import DrawRows, Draws, Needs, count_tokens, draw, remember
 from engine.memory.staging import Staging
-from engine.models.family import KernelCompilers
+from engine.models.family import KernelCompilers, RowStep
 from engine.plan.types import Sampled, SampleSpec
 from engine.protocol import TokenLogprob, has_penalty
 from engine.step.device_sampler import logprobs_of, needs_of, rows_of, table
 from engine.step.sampler import NOT_FINITE
 
-_COLUMNS = 10
+_COLUMNS = COLUMNS.value
 _USUAL = tuple(
     Needs(draws=draws, filters=filters, changes=False, logprobs=False)
     for draws, filters in ((False, False), (True, False), (True, True))
 )
 _LEAST_SLOTS = 8
-
-
-class Head(Protocol):
-    """What is needed of the step: see `engine.step.device_runner.RowStep`."""
-
-    drawn: Tensor
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits: [N, E] -> [N, V] float32."""
-        ...
 
 
 class Told:
@@ -100,9 +91,9 @@ class _Graph:
 class DeviceDraws:
     """The drawing of one model's tokens on one device."""
 
-    def __init__(self, head: Head, vocab: int, device: torch.device) -> None:
+    def __init__(self, head: RowStep, vocab: int, device: torch.device) -> None:
         """`head.drawn` gets the tokens of each step's rows."""
-        self._head, self._vocab, self._device = head, vocab, device
+        self._head, self._device = head, device
         self._staging = Staging(torch.int64, device)
         self._history = _History(vocab, device)
         self._graphs: dict[tuple[int, Needs], _Graph] = {}
@@ -124,14 +115,7 @@ class DeviceDraws:
                 for compute, *_ in made.values():
                     compute()
         for key, (compute, asked, wanted, told) in made.items():
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(stream):
-                compute()
-            torch.cuda.current_stream(self._device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                compute()
+            graph, _ = captured(compute, self._device, pool)
             self._graphs[key] = _Graph(graph, asked, wanted, told)
 
     def draw(
@@ -147,9 +131,9 @@ class DeviceDraws:
         """
         needs = needs_of(specs)
         size = next((size for size in self._sizes if size >= len(rows)), 0)
-        captured = self._graphs.get((size, needs))
-        if captured is not None:
-            return self._replay(captured, size, needs, hidden, rows, specs)
+        usual = self._graphs.get((size, needs))
+        if usual is not None:
+            return self._replay(usual, size, needs, hidden, rows, specs)
         device = self._device
         index = torch.tensor(rows, device=device)
         logits = self._head.logits(hidden.index_select(0, index))
@@ -164,7 +148,7 @@ class DeviceDraws:
 
     def _replay(
         self,
-        captured: _Graph,
+        usual: _Graph,
         size: int,
         needs: Needs,
         hidden: Tensor,
@@ -178,10 +162,10 @@ class DeviceDraws:
             host[size:].reshape(size, _COLUMNS)[:] = table(specs, [0] * count, size)
         else:
             host[size:] = self._greedy[: size * _COLUMNS]
-        self._staging.send(captured.asked)
-        torch.index_select(hidden, 0, captured.asked[:count], out=captured.wanted[:count])
-        captured.graph.replay()
-        return Told(specs, _to_host(captured.told[:count]), None)
+        self._staging.send(usual.asked)
+        torch.index_select(hidden, 0, usual.asked[:count], out=usual.wanted[:count])
+        usual.graph.replay()
+        return Told(specs, _to_host(usual.told[:count]), None)
 
     def _made(
         self, size: int, needs: Needs, hidden: Tensor

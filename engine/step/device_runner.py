@@ -20,12 +20,10 @@ from engine.errors import EngineError
 from engine.memory.planes import PagedCache
 from engine.models.family import KernelCompilers, Model, RowStep
 from engine.plan.types import PENDING, Sampled, SampleSpec, ScheduledRequest, StepPlan, StepResult
-from engine.protocol import TokenLogprob
 from engine.step.device_draws import DeviceDraws, Told
-from engine.step.sampler import token_logprobs
+from engine.step.sampler import prompt_logprobs
 
 _CPU = torch.device("cpu")
-_LOGIT_ROWS = 64  # rows of prompt logits held at once
 
 
 class DeviceRunner:
@@ -142,17 +140,11 @@ class DeviceFlight:
             request = self._plan.requests[number]
             sampled[number] = msgspec.structs.replace(
                 sampled[number],
-                prompt_logprobs=self._score(hidden, request.prompt_targets, request.prompt_alternatives),
+                prompt_logprobs=prompt_logprobs(
+                    self._model.logits, hidden, request.prompt_targets, request.prompt_alternatives
+                ),
             )
         return StepResult(sampled=tuple(sampled))
-
-    def _score(self, rows: Tensor, targets: tuple[int, ...], alternatives: int) -> tuple[TokenLogprob, ...]:
-        """The log-probability of the known next token (`targets`) of each row."""
-        scored: list[TokenLogprob] = []
-        for start in range(0, len(targets), _LOGIT_ROWS):
-            logits = self._model.logits(rows[start : start + _LOGIT_ROWS])
-            scored.extend(token_logprobs(logits, targets[start : start + _LOGIT_ROWS], alternatives))
-        return tuple(scored)
 
 
 _NOTHING = Sampled()

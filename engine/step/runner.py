@@ -16,15 +16,12 @@ from engine.memory.planes import PagedCache
 from engine.models.family import Model
 from engine.plan.tiles import TileCosts
 from engine.plan.types import Drawn, Sampled, SampleSpec, StepPlan, StepResult
-from engine.protocol import TokenLogprob
 from engine.step.drafting import LayerDrafter
-from engine.step.sampler import sample, token_logprobs
+from engine.step.sampler import prompt_logprobs, sample
 from engine.step.speculation import row_specs, verify
 
 Draw = Callable[[Tensor, Sequence[SampleSpec]], list[Drawn]]
 """Draws a token from each row of logits [N, vocab]: `engine.step.sampler.sample` or the like."""
-
-_LOGIT_ROWS = 64  # rows of prompt logits held at once: 64 x 49152 float32 is 12 MiB
 
 
 class Computed:
@@ -91,7 +88,9 @@ class Runner(AtOnce):
             if request.prompt_targets:
                 first = end - len(request.token_ids)
                 targets = hidden[first : first + len(request.prompt_targets)]
-                scored = self._score(targets, request.prompt_targets, request.prompt_alternatives)
+                scored = prompt_logprobs(
+                    self._logits, targets, request.prompt_targets, request.prompt_alternatives
+                )
                 one = msgspec.structs.replace(one, prompt_logprobs=scored)
             results.append(one)
         if self._drafter is not None:
@@ -120,14 +119,6 @@ class Runner(AtOnce):
         logits = self._model.logits(rows)
         self.model_seconds += time.perf_counter() - began
         return logits
-
-    def _score(self, rows: Tensor, targets: tuple[int, ...], alternatives: int) -> tuple[TokenLogprob, ...]:
-        """The log-probability of the known next token (`targets`) of each row."""
-        scored: list[TokenLogprob] = []
-        for start in range(0, len(targets), _LOGIT_ROWS):
-            logits = self._logits(rows[start : start + _LOGIT_ROWS])
-            scored.extend(token_logprobs(logits, targets[start : start + _LOGIT_ROWS], alternatives))
-        return tuple(scored)
 
 
 def _draw_each(draw: Draw, logits: Tensor, specs: list[SampleSpec]) -> list[Drawn]:

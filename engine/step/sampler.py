@@ -8,7 +8,7 @@ remain after its filters, and work on short arrays is cheaper there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from engine.plan.types import Drawn, SampleSpec
 from engine.protocol import SamplingParams, TokenLogprob, has_penalty
 from engine.step.filters import runners
 from engine.step.race import race
+
+_LOGIT_ROWS = 64  # rows of prompt logits held at once: 64 x 49152 float32 is 12 MiB
 
 LogitRow = NDArray[np.float32]
 """[vocab]"""
@@ -105,6 +107,24 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], alternatives: int) -> 
         tops = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
     rows = zip(tokens, own.squeeze(-1).tolist(), ranks, tops, strict=True)
     return [TokenLogprob(token_id=t, logprob=value, rank=rank, top=top) for t, value, rank, top in rows]
+
+
+def prompt_logprobs(
+    logits_of: Callable[[Tensor], Tensor], rows: Tensor, targets: Sequence[int], alternatives: int
+) -> tuple[TokenLogprob, ...]:
+    """The log-probabilities (nats) of known next tokens, in parts, so that few logits are held at once.
+
+    Args:
+        logits_of: [n, E] -> [n, vocab] float32
+        rows: [N, E] hidden states
+        targets: N token ids, the one after each row
+        alternatives: how many of the likeliest tokens to report with each
+    """
+    scored: list[TokenLogprob] = []
+    for start in range(0, len(targets), _LOGIT_ROWS):
+        end = start + _LOGIT_ROWS
+        scored.extend(token_logprobs(logits_of(rows[start:end]), targets[start:end], alternatives))
+    return tuple(scored)
 
 
 def _is_plain_greedy(params: SamplingParams) -> bool:

@@ -58,7 +58,6 @@ class Compilers:
         )
         self._orders: list[Future[None]] = []
         self._known: set[Any] = set()
-        self._begun = 0
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -91,7 +90,6 @@ class Compilers:
             if is_cached(order):
                 return
             self._orders.append(self._pool.submit(build, pickle.dumps(order)))
-            self._begun += 1
         except (pickle.PicklingError, AttributeError, TypeError, BrokenProcessPool) as error:
             _log.warning("%s.%s is compiled later: %s", order.module, order.name, error)
 

@@ -121,13 +121,6 @@ class DeviceStep:
         self._model.layers[i] = layer
         return fused
 
-    def reserve(self, rows: int) -> None:
-        """Make room for what a step of so many requests draws: `drawn` [rows] int64.
-
-        A row whose token id is negative, -1 - i, has the token drawn[i].
-        """
-        self.drawn = torch.zeros(rows, dtype=torch.int64, device=self._model.norm.device)
-
     def _fuse_output(self, i: int) -> tuple[Tensor, Tensor | None]:
         """Layer i's weight and bias of all that is made of what attention gives: o, and the adapter's short product."""
         layer = self._model.layers[i]
@@ -142,6 +135,13 @@ class DeviceStep:
         )
         bias = layer.o_bias
         return fused, None if bias is None else F.pad(bias, (0, len(fused) - size))
+
+    def reserve(self, rows: int) -> None:
+        """Make room for what a step of so many requests draws: `drawn` [rows] int64.
+
+        A row whose token id is negative, -1 - i, has the token drawn[i].
+        """
+        self.drawn = torch.zeros(rows, dtype=torch.int64, device=self._model.norm.device)
 
     def capture(
         self,

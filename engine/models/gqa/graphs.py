@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.attention.batch import Batch
+from engine.kernels.capture import captured
 from engine.memory.staging import Staging
 from engine.models.family import KernelCompilers
 from engine.models.gqa.inputs import RowInputs
@@ -107,11 +109,11 @@ class StepGraphs:
         shape = self._shape_of(batch)
         if shape is None:
             return None
-        captured = self._captured.get(shape) or self._capture(shape)
+        step = self._captured.get(shape) or self._capture(shape)
         shape.fill(self._staging.take(shape.size).numpy(), batch)
-        self._staging.send(captured.buffer)
-        captured.graph.replay()
-        return captured.hidden[: len(batch.token_ids)]
+        self._staging.send(step.buffer)
+        step.graph.replay()
+        return step.hidden[: len(batch.token_ids)]
 
     def _shape_of(self, batch: Batch) -> Padded | None:
         """The smallest shape that holds a batch."""
@@ -147,16 +149,9 @@ class StepGraphs:
     def _capture(self, shape: Padded) -> _Captured:
         buffer = self._padding(shape)
         inputs = shape.inputs(buffer)
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            self._compute(inputs)  # compiles what is not compiled yet
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            hidden = self._compute(inputs)
-        captured = self._captured[shape] = _Captured(graph, buffer, hidden)
-        return captured
+        graph, hidden = captured(partial(self._compute, inputs), self._device, self._pool)
+        made = self._captured[shape] = _Captured(graph, buffer, hidden)
+        return made
 
 
 def _round_up(top_k: int) -> int:
