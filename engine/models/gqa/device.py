@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,17 +29,14 @@ from engine.kernels.triton.norm import add_rms_norm
 from engine.kernels.triton.prepare import IndexPart, prepare
 from engine.kernels.triton.product import OUTPUTS, agrees, fits, gated_linear, holds, linear
 from engine.kernels.triton.rotation import rotate_and_store
-from engine.kernels.triton.rows import Rows, Span, blocks_of
 from engine.kernels.triton.select import select
 from engine.memory.planes import PagedCache
 from engine.models.family import KernelCompilers
-from engine.models.gqa.graphs import StepGraphs
-from engine.models.gqa.inputs import Piece, RowInputs
 from engine.models.gqa.layer import GqaLayer, plain
 from engine.models.gqa.native import Wired
+from engine.models.rows.graphs import StepGraphs
+from engine.models.rows.inputs import RowInputs, Sharing, row_inputs
 
-_CONTEXT_STEP = 1024
-"""Contexts are rounded up to multiples of it: kernels are compiled anew for numbers of another kind."""
 _ALIGNMENT = 8
 """Columns of the fused product come in multiples of so many, so that its rows begin where wide reads can."""
 MOST_GROUP = 16
@@ -58,6 +54,7 @@ class DeviceStep:
         c, indexer = model.config, model.indexer
         self._qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         self._heads, self._dim = (0, 0) if indexer is None else (indexer.num_heads, indexer.head_dim)
+        self.sharing = Sharing(attention.block_rows(c.group), scores.block_rows(self._heads))
         self._graphs: StepGraphs | None = None
         self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
         self._fused = [self._fuse(i) for i in range(c.num_layers)]
@@ -151,13 +148,12 @@ class DeviceStep:
         progress: Callable[[int, int], None],
         compilers: KernelCompilers | None,
     ) -> None:
-        """Capture the graphs of steps; see `engine.models.gqa.graphs`."""
+        """Capture the graphs of steps; see `engine.models.rows.graphs`."""
         indexer, device = self._model.indexer, self._model.norm.device
         self._choose_products(compilers)
         self._graphs = StepGraphs(
             partial(self.compute, cache=cache),
-            self._model.config.group,
-            self._heads,
+            self.sharing,
             max_rows,
             max_context,
             device,
@@ -168,64 +164,10 @@ class DeviceStep:
         """As `GqaModel.forward`, of a batch whose tensors are on the CPU. The next step may overwrite what it returns."""
         hidden = None if self._graphs is None else self._graphs.run(batch)
         if hidden is None:
-            hidden = self.compute(self.inputs(batch, self._model.norm.device, budget_bytes), cache)
+            hidden = self.compute(
+                row_inputs(batch, self._model.norm.device, budget_bytes, self.sharing), cache
+            )
         return hidden
-
-    def inputs(self, batch: Batch, device: torch.device, budget_bytes: int) -> RowInputs:
-        """A batch, whose tensors are on the CPU, as rows on the device, its prompts in blocks.
-
-        Args:
-            batch: of the step
-            device: of the model
-            budget_bytes: that the scores of rows may take together
-        """
-        vectors = (
-            batch.token_ids,
-            batch.pages,
-            batch.offsets,
-            batch.request,
-            batch.positions,
-            batch.index_top_k,
-        )
-        packed = torch.from_numpy(np.stack([one.numpy().astype(np.int32) for one in vectors])).to(device)
-        token_ids, pages, offsets, request, positions, index_top_k = packed.unbind()
-        rows = Rows(request, positions, index_top_k, batch.block_table.to(torch.int32).to(device))
-        longest = max(segment.start + segment.num_rows for segment in batch.segments)
-        context = -(-longest // _CONTEXT_STEP) * _CONTEXT_STEP
-        spans = [Span(s.first_row, s.num_rows, s.start) for s in batch.segments if s.num_rows > 1]
-        top_k = max(
-            (s.index_top_k or 0 for s in batch.segments if s.dense_rows < s.num_rows),
-            default=0,
-        )
-        group = self._model.config.group
-        return RowInputs(
-            token_ids=token_ids,
-            pages=pages,
-            offsets=offsets,
-            rows=rows,
-            max_context=context,
-            top_k=top_k,
-            blocks=blocks_of(spans, len(rows), attention.block_rows(group), device) if spans else None,
-            pieces=self._pieces(rows, spans, max(1, budget_bytes // (4 * context))) if top_k else (),
-        )
-
-    def _pieces(self, rows: Rows, spans: list[Span], most: int) -> tuple[Piece, ...]:
-        """The rows, at most so many at a time."""
-        pieces = []
-        for first in range(0, len(rows), most):
-            end = min(first + most, len(rows))
-            own = Rows(
-                rows.request[first:end], rows.positions[first:end], rows.index_top_k[first:end], rows.block_table
-            )  # fmt: skip
-            inside = []
-            for row, count, position in spans:
-                begin, stop = max(row, first), min(row + count, end)
-                if begin < stop:
-                    inside.append(Span(begin - first, stop - begin, position + begin - row))
-            size = scores.block_rows(self._heads)
-            blocks = blocks_of(inside, end - first, size, rows.request.device) if inside else None
-            pieces.append(Piece(first, own, blocks))
-        return tuple(pieces)
 
     def compute(self, inputs: RowInputs, cache: PagedCache) -> Tensor:
         """Write the rows to the cache; hidden states after the last norm, [T, E]; of padding anything finite."""

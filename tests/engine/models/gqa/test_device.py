@@ -26,9 +26,10 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 prepare()
 
-from engine.models.gqa import device, padded  # noqa: E402
-from engine.models.gqa.device import DeviceStep  # noqa: E402 - needs Triton
-from engine.models.gqa.padded import Padded  # noqa: E402
+from engine.models.gqa import device  # noqa: E402 - needs Triton
+from engine.models.gqa.device import DeviceStep  # noqa: E402
+from engine.models.rows import inputs, padded  # noqa: E402
+from engine.models.rows.padded import Padded  # noqa: E402
 
 PAGES = 2
 CPU = torch.device("cpu")
@@ -88,10 +89,7 @@ class Twin:
         """The rows in a buffer of one shape, with room for more of everything."""
         batch = build_batch(plan_of(asked, self.tokens), CPU)
         top_k = 128 if int(batch.index_top_k.max()) else 0
-        heads = self.step._heads
-        shape = Padded(
-            16, PAGES * 64, top_k, prompts, 4 if prompts else 0, self.step._model.config.group, heads
-        )
+        shape = Padded(16, PAGES * 64, top_k, prompts, 4 if prompts else 0, self.step.sharing)
         assert shape.holds(batch)
         buffer = torch.full((shape.size,), 7, dtype=torch.int32)  # what the step before left
         shape.fill(buffer.numpy(), batch)
@@ -108,7 +106,7 @@ class Twin:
 def test_hidden_states_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Chunks, decodes, dense and sparse rows in any mix; scores come in pieces of 8 rows."""
     # Each program that has nothing to do takes the interpreter long enough.
-    monkeypatch.setattr(device, "_CONTEXT_STEP", 64)
+    monkeypatch.setattr(inputs, "CONTEXT_STEP", 64)
     monkeypatch.setattr(padded, "MOST_SPANS", 3)
     twin = Twin(tmp_path, FORMS[form], 4 * PAGES * 64 * 8)
     sparse = twin.torch.ready.model.indexer is not None
@@ -126,7 +124,7 @@ def test_hidden_states_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.model
 def test_few_rows_have_the_bits_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one launch does for few rows, hidden states and both planes, is what more launches do for many."""
-    monkeypatch.setattr(device, "_CONTEXT_STEP", 64)
+    monkeypatch.setattr(inputs, "CONTEXT_STEP", 64)
     twin = Twin(tmp_path, FORMS["qwen3, integer keys"], 1 << 20)
     twin.torch.runner.hidden(plan_of(BEFORE, twin.tokens))
     cache, planes = twin.rows.cache, [spec.name for spec in twin.torch.runner._model.plane_specs()]

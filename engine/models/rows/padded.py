@@ -13,9 +13,8 @@ from torch import Tensor
 
 from engine.attention.batch import Batch
 from engine.config import PAGE_SIZE
-from engine.kernels.triton import attention, scores
-from engine.kernels.triton.rows import Blocks, Rows, Span, cut
-from engine.models.gqa.inputs import Piece, RowInputs
+from engine.kernels.triton.rows import Blocks, Rows, cut
+from engine.models.rows.inputs import Piece, RowInputs, Sharing, spans_of
 
 MOST_SPANS = 64
 """Chunks of prompts in a step with prompts."""
@@ -31,8 +30,8 @@ class Padded(NamedTuple):
     top_k: int
     prompts: bool
     singles: int  # the most decodes beside prompts
-    group: int  # query heads a KV head
-    heads: int  # of the indexer, 0 without one
+    sharing: Sharing
+    dense_context: int = 0  # of dense rows in blocks, where the family asks
 
     @property
     def size(self) -> int:
@@ -44,11 +43,11 @@ class Padded(NamedTuple):
         found = [("vectors", self.rows * _COLUMNS), ("pages", self._lines * self._pages)]
         if self.prompts:
             found += [
-                ("blocks", 2 * self._blocks(attention.block_rows(self.group))),
+                ("blocks", 2 * self._blocks(self.sharing.attended)),
                 ("singles", self.singles),
             ]
             if self.top_k:
-                found += [("scored", 2 * self._blocks(scores.block_rows(self.heads)))]
+                found += [("scored", 2 * self._blocks(self.sharing.scored))]
         return found
 
     @property
@@ -66,10 +65,10 @@ class Padded(NamedTuple):
 
     def holds(self, batch: Batch) -> bool:
         """Whether a batch, whose rows and contexts fit, has no more of anything else."""
-        chunks = sum(segment.num_rows > 1 for segment in batch.segments)
+        chunks = sum(self.sharing.is_chunk(segment) for segment in batch.segments)
         if not self.prompts:
             return chunks == 0
-        singles = len(batch.segments) - chunks
+        singles = sum(s.num_rows for s in batch.segments if not self.sharing.is_chunk(s))
         # The last row is padding, to which singles that are not there point.
         return chunks <= MOST_SPANS and singles <= self.singles and len(batch.token_ids) < self.rows
 
@@ -84,9 +83,9 @@ class Padded(NamedTuple):
         rows = Rows(request, positions, index_top_k, part["pages"].view(self._lines, self._pages))
         blocks = scored = None
         if self.prompts:
-            blocks = Blocks(part["blocks"].view(-1, 2), part["singles"], attention.block_rows(self.group))
+            blocks = Blocks(part["blocks"].view(-1, 2), part["singles"], self.sharing.attended)
         if self.prompts and self.top_k:
-            scored = Blocks(part["scored"].view(-1, 2), part["singles"], scores.block_rows(self.heads))
+            scored = Blocks(part["scored"].view(-1, 2), part["singles"], self.sharing.scored)
         return RowInputs(
             token_ids=token_ids,
             pages=page,
@@ -96,6 +95,7 @@ class Padded(NamedTuple):
             top_k=self.top_k,
             blocks=blocks,
             pieces=(Piece(0, rows, scored),) if self.top_k else (),
+            dense_context=self.dense_context,
         )
 
     def fill(self, host: NDArray[np.int32], batch: Batch | None) -> None:
@@ -125,12 +125,17 @@ class Padded(NamedTuple):
         part["pages"].reshape(self._lines, self._pages)[:lines, :width] = batch.block_table.numpy()
         if not self.prompts:
             return
-        spans = [Span(s.first_row, s.num_rows, s.start) for s in batch.segments if s.num_rows > 1]
-        alone = [s.first_row for s in batch.segments if s.num_rows == 1]
+        spans = spans_of(batch, self.sharing)
+        alone = [
+            row
+            for s in batch.segments
+            if not self.sharing.is_chunk(s)
+            for row in range(s.first_row, s.first_row + s.num_rows)
+        ]
         part["singles"][: len(alone)] = alone
-        tables = [("blocks", attention.block_rows(self.group))]
+        tables = [("blocks", self.sharing.attended)]
         if self.top_k:
-            tables.append(("scored", scores.block_rows(self.heads)))
+            tables.append(("scored", self.sharing.scored))
         for name, size in tables:
             table = np.array(cut(spans, size), dtype=np.int32).reshape(-1)
             part[name][: len(table)] = table

@@ -1,6 +1,6 @@
 """Steps as CUDA graphs: a step of few rows is hundreds of short kernels, and a graph launches them at once.
 
-A graph has a number of rows, a context and a width of selections, each rounded up (`engine.models.gqa.padded`); rows that
+A graph has a number of rows, a context and a width of selections, each rounded up (`engine.models.rows.padded`); rows that
 only fill it are padding, which writes nothing. Its inputs lie in one buffer, filled by one copy. All graphs share their
 memory: they run one at a time, and what one returns lasts until the next one runs.
 """
@@ -19,8 +19,8 @@ from engine.attention.batch import Batch
 from engine.kernels.capture import captured
 from engine.memory.staging import Staging
 from engine.models.family import KernelCompilers
-from engine.models.gqa.inputs import RowInputs
-from engine.models.gqa.padded import Padded
+from engine.models.rows.inputs import RowInputs, Sharing, dense_context, longest_context
+from engine.models.rows.padded import Padded
 
 _DECODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 """Rows of graphs without prompts."""
@@ -49,8 +49,7 @@ class StepGraphs:
     def __init__(
         self,
         compute: Callable[[RowInputs], Tensor],
-        group: int,
-        heads: int,
+        sharing: Sharing,
         max_rows: int,
         max_context: int,
         device: torch.device,
@@ -59,13 +58,12 @@ class StepGraphs:
 
         Args:
             compute: a step's hidden states, its cache written
-            group: query heads a KV head
-            heads: of the indexer; 0 without one
+            sharing: of the model's kernels
             max_rows: of a step of decodes
             max_context: that a request may have
             device: of the model
         """
-        self._compute, self._device, self._group, self._heads = compute, device, group, heads
+        self._compute, self._device, self._sharing = compute, device, sharing
         most = min(max_rows, _DECODES[-1])
         self._decodes = [*(size for size in _DECODES if size < most), most]
         self._singles = [*(size for size in _SINGLES if size < most), most]
@@ -119,13 +117,13 @@ class StepGraphs:
         """The smallest shape that holds a batch."""
         count, singles = len(batch.token_ids), 0
         sizes = self._decodes
-        if len(batch.segments) != count:
-            sizes, decodes = list(_MIXED), sum(segment.num_rows == 1 for segment in batch.segments)
+        if any(map(self._sharing.is_chunk, batch.segments)):
+            sizes = list(_MIXED)
+            decodes = sum(s.num_rows for s in batch.segments if not self._sharing.is_chunk(s))
             singles = next((size for size in self._singles if size >= decodes), 0)
             if not singles:
                 return None
-        longest = max(segment.start + segment.num_rows for segment in batch.segments)
-        context = next(one for one in self._contexts if one >= longest)
+        context = self._rounded(longest_context(batch))
         width = _round_up(int(batch.index_top_k.max()))
         if 0 < width < self._width:
             width = self._width  # its graphs are there, and hold smaller selections too
@@ -133,11 +131,16 @@ class StepGraphs:
         rows = next((size for size in sizes if size >= count + (singles > 0) and size > singles), 0)
         if not rows or 4 * rows * context > _MOST_SCORES:
             return None
-        shape = self._shape(rows, context, width, singles)
+        dense = self._rounded(dense_context(batch, self._sharing)) if singles else 0
+        shape = self._shape(rows, context, width, singles, dense)
         return shape if shape.holds(batch) else None
 
-    def _shape(self, rows: int, context: int, top_k: int, singles: int) -> Padded:
-        return Padded(rows, context, top_k, singles > 0, singles, self._group, self._heads)
+    def _rounded(self, context: int) -> int:
+        """The context that a graph has for this one."""
+        return next(one for one in self._contexts if one >= context) if context else 0
+
+    def _shape(self, rows: int, context: int, top_k: int, singles: int, dense: int = 0) -> Padded:
+        return Padded(rows, context, top_k, singles > 0, singles, self._sharing, dense)
 
     def _padding(self, shape: Padded) -> Tensor:
         """A buffer of rows that only fill it."""

@@ -1,0 +1,139 @@
+"""What a step over rows reads, on the device, and how a batch becomes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.attention.batch import Batch
+from engine.kernels.triton.rows import Blocks, Rows, Span, blocks_of
+from engine.plan.tiles import Segment
+
+CONTEXT_STEP = 1024
+"""Contexts are rounded up to multiples of it: kernels are compiled anew for numbers of another kind."""
+
+
+class Sharing(NamedTuple):
+    """How rows of prompts share what they read, in the kernels of one family."""
+
+    attended: int  # the most rows of a block of attention
+    scored: int  # the most rows of a block of the scores
+    alone: int = 1  # chunks of at most so many rows are computed row by row, as decodes are
+    expands: bool = (
+        False  # dense rows in blocks are computed apart from other rows, and by their own longest context
+    )
+
+    def is_chunk(self, segment: Segment) -> bool:
+        """Whether rows of a request are computed in blocks."""
+        return segment.num_rows > self.alone
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that are scored together, so that their scores fit the budget."""
+
+    first: int
+    rows: Rows
+    blocks: Blocks | None
+
+
+@dataclass(frozen=True)
+class RowInputs:
+    """A step's rows on the device."""
+
+    token_ids: Tensor  # [T] integers
+    pages: Tensor  # [T] integers: where each row's cache entry goes
+    offsets: Tensor  # [T] integers
+    rows: Rows
+    max_context: int  # no row's position reaches it
+    top_k: int  # no row selects more; 0: no row has a selection
+    blocks: Blocks | None  # of attention; None: every row is a decode
+    pieces: tuple[Piece, ...]
+    dense_context: int = (
+        0  # no position of a dense row in `blocks` reaches it; 0: there is no such row, or nobody asks
+    )
+
+
+def spans_of(batch: Batch, sharing: Sharing) -> list[Span]:
+    """The chunks of a batch whose rows are computed in blocks."""
+    return [Span(s.first_row, s.num_rows, s.start) for s in batch.segments if sharing.is_chunk(s)]
+
+
+def dense_context(batch: Batch, sharing: Sharing) -> int:
+    """One more than the last position of a dense row in a block; 0: there is none, or the family does not ask."""
+    if not sharing.expands:
+        return 0
+    return max(
+        (s.start + s.dense_rows for s in batch.segments if sharing.is_chunk(s) and s.dense_rows), default=0
+    )
+
+
+def longest_context(batch: Batch) -> int:
+    """One more than the last position of a batch."""
+    return max(segment.start + segment.num_rows for segment in batch.segments)
+
+
+def row_inputs(batch: Batch, device: torch.device, budget_bytes: int, sharing: Sharing) -> RowInputs:
+    """A batch, whose tensors are on the CPU, as rows on the device, its prompts in blocks.
+
+    Args:
+        batch: of the step
+        device: of the model
+        budget_bytes: that the scores of rows may take together
+        sharing: of the model's kernels
+    """
+    vectors = (
+        batch.token_ids,
+        batch.pages,
+        batch.offsets,
+        batch.request,
+        batch.positions,
+        batch.index_top_k,
+    )
+    packed = torch.from_numpy(np.stack([one.numpy().astype(np.int32) for one in vectors])).to(device)
+    token_ids, pages, offsets, request, positions, index_top_k = packed.unbind()
+    rows = Rows(request, positions, index_top_k, batch.block_table.to(torch.int32).to(device))
+    context = _rounded(longest_context(batch))
+    spans = spans_of(batch, sharing)
+    top_k = max(
+        (s.index_top_k or 0 for s in batch.segments if s.dense_rows < s.num_rows),
+        default=0,
+    )
+    return RowInputs(
+        token_ids=token_ids,
+        pages=pages,
+        offsets=offsets,
+        rows=rows,
+        max_context=context,
+        top_k=top_k,
+        blocks=blocks_of(spans, len(rows), sharing.attended, device) if spans else None,
+        pieces=_pieces(rows, spans, max(1, budget_bytes // (4 * context)), sharing.scored) if top_k else (),
+        dense_context=_rounded(dense_context(batch, sharing)),
+    )
+
+
+def _rounded(context: int) -> int:
+    return -(-context // CONTEXT_STEP) * CONTEXT_STEP
+
+
+def _pieces(rows: Rows, spans: Sequence[Span], most: int, size: int) -> tuple[Piece, ...]:
+    """The rows, at most so many at a time, their chunks in blocks of at most `size` rows."""
+    pieces = []
+    for first in range(0, len(rows), most):
+        end = min(first + most, len(rows))
+        own = Rows(
+            rows.request[first:end], rows.positions[first:end], rows.index_top_k[first:end], rows.block_table
+        )  # fmt: skip
+        inside = []
+        for row, count, position in spans:
+            begin, stop = max(row, first), min(row + count, end)
+            if begin < stop:
+                inside.append(Span(begin - first, stop - begin, position + begin - row))
+        blocks = blocks_of(inside, end - first, size, rows.request.device) if inside else None
+        pieces.append(Piece(first, own, blocks))
+    return tuple(pieces)
