@@ -121,7 +121,14 @@ def test_rows_in_splits(
     monkeypatch.setattr(latent_attention, "DENSE_SPLIT", 64)
     monkeypatch.setattr(latent_attention, "MOST_DENSE_SPLITS", 4)
     for dtype in dtypes:
-        lines = [Line(0, 575, 0), Line(0, 575, 300), Line(1, 300, 70), Line(1, 63, 0), Line(-1, -1, 0), Line(1, 64, 0)]
+        lines = [
+            Line(0, 575, 0),
+            Line(0, 575, 300),
+            Line(1, 300, 70),
+            Line(1, 63, 0),
+            Line(-1, -1, 0),
+            Line(1, 64, 0),
+        ]
         batch = Batch(lines, 9, device)
         given = operands(batch, (3, 32, 16), stored, dtype, 320)
         check(batch, attend(batch, *given, 32), *given, 32)
@@ -131,7 +138,14 @@ def test_rows_in_splits(
 def test_dense_rows_in_a_list(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only those of the list, whatever else is dense; all sparse ones; more than one launch takes."""
     monkeypatch.setattr(latent_attention, "ROWS_AT_ONCE", 2)
-    lines = [Line(0, 100, 0), Line(0, 101, 0), Line(0, 102, 9), Line(1, 80, 0), Line(-1, -1, 0), Line(1, 81, 0)]
+    lines = [
+        Line(0, 100, 0),
+        Line(0, 101, 0),
+        Line(0, 102, 9),
+        Line(1, 80, 0),
+        Line(-1, -1, 0),
+        Line(1, 81, 0),
+    ]
     batch = Batch(lines, 2, device)
     query, plane, selected = operands(batch, (3, 32, 16), "plain", torch.float32, 10)
     singles = torch.tensor([3, 2, 5], dtype=torch.int32)
