@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +18,6 @@ from engine.memory.layouts import LatentLayout
 from lab.doctor.tiles import TOLERANCE, must_be_close, must_be_equal
 from tests.engine.kernels.triton.batches import EDGES, PAGE, Batch, Line
 from tests.engine.kernels.triton.batches import REFERENCE as QUANTISER
-from tests.engine.kernels.triton.conftest import CHIP
-from tests.kit import ROOT
 
 REFERENCE = ReferenceLatent()
 SCALE = 0.2
@@ -45,7 +39,7 @@ def latents(batch: Batch, stored: str, rank: int, rope: int, dtype: torch.dtype)
     ends = torch.zeros(len(batch.block_table), dtype=torch.long)
     for line in batch.lines:
         if line.request >= 0:
-            ends[line.request] = max(ends[line.request], line.position)
+            ends[line.request] = max(int(ends[line.request]), line.position)
     written = torch.zeros(batch.num_pages, PAGE, dtype=torch.bool)
     for request, end in enumerate(ends.tolist()):
         for page in range(end // PAGE + 1):
