@@ -11,7 +11,7 @@ import hashlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from engine.client import EngineState, EngineStatus
 from engine.protocol import ModelInfo, SamplingParams, Submit
@@ -25,6 +25,7 @@ from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.completions import CompletionBody
 from server.http.protocol.errors import ENGINE, ApiError, bad_request, unavailable
 from server.http.protocol.sampling import GenerationBody
+from server.http.protocol.tokens import DetokenizeBody, TokenizeBody
 from server.text.tokenizer import Tokenizer, TokenizerError
 
 T = TypeVar("T")
@@ -91,15 +92,7 @@ class Intake:
                 param="max_tokens",
             )
         said = read_conversation(body, self._chat)
-        try:
-            token_ids = await _apart(
-                sum(len(message["content"]) for message in said.messages),
-                lambda: encode_chat(
-                    self._chat, self._text, said.messages, tools=said.tools, thinking=said.thinking
-                ),
-            )
-        except (PromptError, TokenizerError) as error:
-            raise bad_request(str(error), param="messages") from None
+        token_ids = await self._written(said)
         opening: tuple[int, ...] = ()
         if said.must_call:
             opening = tuple(
@@ -116,6 +109,60 @@ class Intake:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             answer=self._answer(body, said, opening, thinking=thinking),
         )
+
+    async def _written(
+        self, said: Conversation, *, add_generation_prompt: bool = True, open_end: bool = False
+    ) -> list[int]:
+        """The prompt that a conversation becomes."""
+        try:
+            return await _apart(
+                sum(len(message["content"]) for message in said.messages),
+                lambda: encode_chat(
+                    self._chat,
+                    self._text,
+                    said.messages,
+                    add_generation_prompt,
+                    tools=said.tools,
+                    thinking=said.thinking,
+                    open_end=open_end,
+                ),
+            )
+        except (PromptError, TokenizerError) as error:
+            raise bad_request(str(error), param="messages") from None
+
+    async def tokenize(self, body: TokenizeBody) -> Sequence[int]:
+        """Return the token ids of a text, or of the prompt that a conversation becomes.
+
+        Raises:
+            ApiError: there is neither or both, or the model's format cannot write the conversation.
+        """
+        self._check_name(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise bad_request("send either prompt or messages", param="prompt")
+        if body.messages is None:
+            prompt = await self._prompt(body.prompt or "", "prompt", add_bos=body.add_special_tokens is not False)
+            return prompt.token_ids
+        said = read_conversation(
+            ChatCompletionBody.model_construct(
+                messages=body.messages, tools=body.tools, chat_template_kwargs=body.chat_template_kwargs
+            ),
+            self._chat,
+        )
+        open_end, opened = _ends(said.messages, body.add_generation_prompt, body.continue_final_message)
+        token_ids = await self._written(said, add_generation_prompt=opened, open_end=open_end)
+        if body.add_special_tokens and self._text.bos_token_id is not None:
+            token_ids = [self._text.bos_token_id, *token_ids]
+        return token_ids
+
+    def detokenize(self, body: DetokenizeBody) -> str:
+        """Return the text of token ids, with control tokens written out.
+
+        Raises:
+            ApiError: an id is not one of the model's vocabulary.
+        """
+        self._check_name(body.model)
+        self._check_ids(body.tokens, "tokens", self._text.vocab_size)
+        return self._text.decode(body.tokens, skip_special=False)
 
     def _opens_reasoning(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends with <think>, or with <think> and a line break."""
@@ -177,7 +224,9 @@ class Intake:
             )
         many = len(sources) > 1
         prompts = [
-            await self._prompt(source, f"prompt[{index}]" if many else "prompt", echo=bool(body.echo))
+            await self._prompt(
+                source, f"prompt[{index}]" if many else "prompt", echo=bool(body.echo), size=model.vocab_size
+            )
             for index, source in enumerate(sources)
         ]
         return self._work(
@@ -208,25 +257,36 @@ class Intake:
             )
         return start
 
-    async def _prompt(self, source: str | list[int], param: str, *, echo: bool) -> _Prompt:
+    async def _prompt(
+        self,
+        source: str | list[int],
+        param: str,
+        *,
+        echo: bool = False,
+        add_bos: bool = True,
+        size: int | None = None,
+    ) -> _Prompt:
         if isinstance(source, str):
             try:
-                token_ids = await _apart(len(source), lambda: self._text.encode(source))
+                token_ids = await _apart(len(source), lambda: self._text.encode(source, add_bos=add_bos))
             except TokenizerError as error:
                 raise bad_request(f"{param} cannot be read: {error}", param=param) from None
             return _Prompt(tuple(token_ids), source if echo else "")
-        self._check_ids(source, param)
+        self._check_ids(source, param, size or self._text.vocab_size)
         return _Prompt(tuple(source), self._text.decode(source) if echo else "")
 
     def _model(self, body: GenerationBody, status: EngineStatus) -> ModelInfo:
         """Check the fields that do not depend on the prompt. Return the model that the engine has loaded."""
-        if body.model != self._config.model_name:
-            raise model_not_found(body.model, self._config.model_name)
+        self._check_name(body.model)
         if body.n is not None and body.n > self._config.max_n:
             raise bad_request(f"n must be at most {self._config.max_n} on this server", param="n")
         if body.stream_options is not None and not body.stream:
             raise bad_request("stream_options needs stream to be true", param="stream_options")
         return loaded_model(status)
+
+    def _check_name(self, model: str | None) -> None:
+        if model is not None and model != self._config.model_name:
+            raise model_not_found(model, self._config.model_name)
 
     def _work(
         self,
@@ -243,11 +303,13 @@ class Intake:
     ) -> Admitted:
         sparsity = self._sparsity(body, model)
         bias = tuple((int(key), value) for key, value in (body.logit_bias or {}).items())
-        self._check_ids([token_id for token_id, _ in bias], "logit_bias", keys=True)
-        self._check_ids(body.stop_token_ids or [], "stop_token_ids")
+        size = model.vocab_size
+        self._check_ids([token_id for token_id, _ in bias], "logit_bias", size, keys=True)
+        self._check_ids(body.stop_token_ids or [], "stop_token_ids", size)
         stop_ids = dict.fromkeys(body.stop_token_ids or [])
         if not body.ignore_eos:
             stop_ids |= dict.fromkeys(self._text.eos_token_ids)
+        stop_ids = dict.fromkeys(token_id for token_id in stop_ids if token_id < size)
         prompt_only = max_tokens == 0
         n = body.n or 1
         jobs: list[Job] = []
@@ -260,7 +322,7 @@ class Intake:
                     seed=_derive(seed, choice),
                     temperature=_default(body.temperature, 1.0),
                     top_p=_default(body.top_p, 1.0),
-                    top_k=min(max(_default(body.top_k, 0), 0), self._text.vocab_size),
+                    top_k=min(max(_default(body.top_k, 0), 0), size),
                     min_p=_default(body.min_p, 0.0),
                     presence_penalty=_default(body.presence_penalty, 0.0),
                     frequency_penalty=_default(body.frequency_penalty, 0.0),
@@ -286,6 +348,8 @@ class Intake:
                         prompt_only,
                         answer,
                         thinks=answer is not None and self._chat.reasons,
+                        stop_tokens=frozenset(body.stop_token_ids or ()),
+                        shares_prompt=choice > 0,
                     )
                 )
         return Admitted(tuple(jobs), tuple(prompt.text for prompt in prompts for _ in range(n)), sparsity)
@@ -308,6 +372,13 @@ class Intake:
         length, context = len(prompt.token_ids), model.max_model_len
         if not length:
             raise bad_request("the prompt is empty; send at least one token", param="prompt")
+        if max(prompt.token_ids) >= model.vocab_size:  # a tokenizer may have more tokens than its model
+            token_id = next(token_id for token_id in prompt.token_ids if token_id >= model.vocab_size)
+            raise bad_request(
+                f"the prompt has the token {self._text.token_text(token_id)!r}, whose id {token_id} is not one of "
+                f"this model's vocabulary, from 0 to {model.vocab_size - 1}; leave it out",
+                param="prompt",
+            )
         if length >= context:
             raise bad_request(
                 f"the prompt has {length} tokens and needs room for at least one more, but this model's "
@@ -326,8 +397,8 @@ class Intake:
             )
         return max(max_tokens, 1)  # 0: the prompt is only scored; the engine still generates one token
 
-    def _check_ids(self, token_ids: Sequence[int], param: str, *, keys: bool = False) -> None:
-        size = self._text.vocab_size
+    @staticmethod
+    def _check_ids(token_ids: Sequence[int], param: str, size: int, *, keys: bool = False) -> None:
         if not token_ids or (min(token_ids) >= 0 and max(token_ids) < size):
             return
         for position, token_id in enumerate(token_ids):
@@ -370,6 +441,29 @@ def why_not_ready(status: EngineStatus) -> str:
         details = " ".join(part for part in (stage, progress) if part)
         reason += f" ({details})" if details else ""
     return reason
+
+
+def _ends(
+    messages: Sequence[dict[str, Any]], add_generation_prompt: bool | None, continue_final_message: bool | None
+) -> tuple[bool, bool]:
+    """How a prompt ends: whether its last message is left open, and whether the answer's turn is opened.
+
+    Raises:
+        ApiError: the two contradict each other, or there is no message to continue.
+    """
+    if not continue_final_message:
+        return False, add_generation_prompt is not False
+    if add_generation_prompt:
+        raise bad_request(
+            "continue_final_message goes on with the last message, so add_generation_prompt must be false or null",
+            param="add_generation_prompt",
+        )
+    if messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]:
+        raise bad_request(
+            "continue_final_message needs a last message of role 'assistant' without tool calls",
+            param="continue_final_message",
+        )
+    return True, False
 
 
 def _derive(seed: int, choice: int) -> int:

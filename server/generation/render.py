@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic import BaseModel
@@ -26,6 +27,7 @@ from server.http.protocol.chat import (
     TopLogprob,
 )
 from server.http.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
+from server.http.protocol.notices import Notice
 from server.http.protocol.tools import FunctionCall, FunctionDelta, ToolCall, ToolCallDelta
 from server.http.protocol.usage import CompletionTokensDetails, PromptTokensDetails, SparsityUsage, Usage
 from server.text.tokenizer import Tokenizer
@@ -63,7 +65,7 @@ def total_usage(usages: Sequence[ChoiceUsage], requested: int | None) -> Usage:
     """Sum the usage of all choices.
 
     Args:
-        usages: at least one.
+        usages: at least one. Those of choices that share a prompt have its tokens once.
         requested: the client's `dsa.top_k` if the model could not grant it, else None.
     """
     prompt = sum(usage.prompt_tokens for usage in usages)
@@ -94,10 +96,31 @@ def warning(part: Warn) -> ChoiceWarning:
     return ChoiceWarning(code=part.code, message=part.message, tool_call=part.index, raw=part.raw)
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every object of one answer has.
+
+    Attributes:
+        id: of the answer.
+        created: when it arrived, in seconds since 1970.
+        model: the model's name.
+        fingerprint: of the server, the model and how it computes.
+        notices: what of the request had no effect.
+    """
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    notices: Sequence[Notice] = ()
+
+
 class _Streamed:
     """The common part of both endpoints' streams. Most events bring only text, so these have a fast way."""
 
-    def __init__(self) -> None:
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self._notices: dict[str, Any] = {"warnings": list(head.notices)} if head.notices else {}
         self._opened: set[int] = set()  # choices whose first chunk was made; that one differs from the others
         self._text_events: dict[int, sse.TextEvent] = {}
 
@@ -117,6 +140,11 @@ class _Streamed:
             event = self._text_events[index] = sse.TextEvent(lambda text: self._text_chunk(index, text))
         return event(text)
 
+    def _first_notices(self) -> dict[str, Any]:
+        """The notices, for the first object of an answer only."""
+        notices, self._notices = self._notices, {}
+        return notices
+
     def _text_chunk(self, index: int, text: str) -> BaseModel:
         (chunk,) = self.chunks(TextDelta(index=index, parts=(Content(text),), token_ids=()))
         return chunk
@@ -125,13 +153,8 @@ class _Streamed:
 class ChatRenderer(_Streamed):
     """Renders /v1/chat/completions."""
 
-    def __init__(
-        self, *, response_id: str, created: int, model: str, text: Tokenizer, include_usage: bool
-    ) -> None:
-        super().__init__()
-        self._id = response_id
-        self._created = created
-        self._model = model
+    def __init__(self, head: Head, *, text: Tokenizer, include_usage: bool) -> None:
+        super().__init__(head)
         self._text = text
         self._include_usage = include_usage
 
@@ -158,6 +181,8 @@ class ChatRenderer(_Streamed):
             )
             for number, message in enumerate(messages)
         ]
+        if delta.finish_reason is not None:
+            choices[-1] = choices[-1].model_copy(update={"stop_reason": delta.stop_reason})
         if warnings:
             choices[-1] = choices[-1].model_copy(update={"warnings": warnings})
         return [self._chunk([choice]) for choice in choices]
@@ -184,12 +209,14 @@ class ChatRenderer(_Streamed):
     def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> BaseModel:
         """The response without streaming."""
         return ChatCompletion(
-            id=self._id,
+            id=self._head.id,
             object="chat.completion",
-            created=self._created,
-            model=self._model,
+            created=self._head.created,
+            model=self._head.model,
+            system_fingerprint=self._head.fingerprint,
             choices=[self._choice(index, deltas) for index, deltas in enumerate(choices)],
             usage=usage,
+            **self._first_notices(),
         )
 
     def _choice(self, index: int, deltas: Sequence[TextDelta]) -> ChatChoice:
@@ -218,17 +245,20 @@ class ChatRenderer(_Streamed):
             message=message,
             logprobs=self._logprobs(deltas),
             finish_reason=deltas[-1].finish_reason or "stop",
+            stop_reason=deltas[-1].stop_reason,
         )
         warnings = [warning(part) for part in parts if isinstance(part, Warn)]
         return choice.model_copy(update={"warnings": warnings}) if warnings else choice
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatCompletionChunk:
         chunk = ChatCompletionChunk(
-            id=self._id,
+            id=self._head.id,
             object="chat.completion.chunk",
-            created=self._created,
-            model=self._model,
+            created=self._head.created,
+            model=self._head.model,
+            system_fingerprint=self._head.fingerprint,
             choices=choices,
+            **self._first_notices(),
         )
         return chunk.model_copy(update={"usage": usage}) if self._include_usage else chunk
 
@@ -257,19 +287,14 @@ class CompletionRenderer(_Streamed):
 
     def __init__(
         self,
+        head: Head,
         *,
-        response_id: str,
-        created: int,
-        model: str,
         text: Tokenizer,
         include_usage: bool,
         echoes: Sequence[str],
         prompts: Sequence[Sequence[int]],
     ) -> None:
-        super().__init__()
-        self._id = response_id
-        self._created = created
-        self._model = model
+        super().__init__(head)
         self._text = text
         self._include_usage = include_usage
         self._echoes = echoes
@@ -302,18 +327,26 @@ class CompletionRenderer(_Streamed):
         return self._echoes[index] + text
 
     def _choice(self, index: int, text: str, deltas: Sequence[TextDelta]) -> CompletionChoice:
-        return CompletionChoice(
+        last = deltas[-1]
+        choice = CompletionChoice(
             index=index,
             text=text,
             logprobs=self._logprobs(index, deltas),
-            finish_reason="length"
-            if deltas[-1].finish_reason == "length"
-            else deltas[-1].finish_reason and "stop",
+            finish_reason="length" if last.finish_reason == "length" else last.finish_reason and "stop",
         )
+        if last.finish_reason is None:
+            return choice
+        return choice.model_copy(update={"stop_reason": last.stop_reason})
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         completion = Completion(
-            id=self._id, object="text_completion", created=self._created, model=self._model, choices=choices
+            id=self._head.id,
+            object="text_completion",
+            created=self._head.created,
+            model=self._head.model,
+            system_fingerprint=self._head.fingerprint,
+            choices=choices,
+            **self._first_notices(),
         )
         return completion.model_copy(update={"usage": usage}) if self._include_usage else completion
 

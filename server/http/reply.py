@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -216,7 +216,11 @@ class _Run:
         This comes before the last event is sent: if a client saw the end of a request, its ledger row is durable.
         """
         outcome = "length" if self._length else "stop"
-        usages = list(self._usages.values())
+        jobs = self._order.work.jobs
+        usages = [
+            replace(usage, prompt_tokens=0, cached_tokens=0) if jobs[index].shares_prompt else usage
+            for index, usage in sorted(self._usages.items())
+        ]
         bill = await self._account.finish(usages, outcome)
         self.complete = True
         self._record.outcome = outcome

@@ -1,4 +1,4 @@
-"""GET /health/live and /health/ready."""
+"""GET /health, /health/live, /health/ready and /ping."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ async def live() -> Liveness:
     return Liveness()
 
 
+@router.get("/ping", summary="Does the process answer?")
+@router.post("/ping", include_in_schema=False)
+async def ping() -> Liveness:
+    """The same as /health/live, under the name that SageMaker calls."""
+    return Liveness()
+
+
+@router.get(
+    "/health",
+    summary="Are requests taken?",
+    responses={503: {"model": Readiness, "description": "Not now; `reason` says why."}},
+)
 @router.get(
     "/health/ready",
     summary="Are requests taken?",
