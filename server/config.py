@@ -32,7 +32,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         log_prompts: whether access lines have the prompts.
         otlp_endpoint: where traces go; None: nowhere.
         unknown_fields: what becomes of a field that an endpoint does not know.
-        allow_origins: pages of which origins may use the server from a browser: `*`, `none`, or a list with commas.
+        allow_origins: pages of which origins may use the server from a browser: `none`, `*`, or a list with commas.
     """
 
     model_name: str
@@ -51,5 +51,5 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     prices: str | None = None  # a YAML file; None: the table in the package
     machine_price: str | None = None  # USD for an hour of the device; None: the table's price
     unknown_fields: UnknownFields = "accept"
-    allow_origins: str = "*"
+    allow_origins: str = "none"
     ledger: str | None = None  # a SQLAlchemy URL or a SQLite file; None: no ledger

@@ -97,7 +97,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Flag(
             SERVER,
-            "Pages of which origins may use the server from a browser: *, none, or a list with commas.",
+            "Pages of which origins may use the server from a browser: none, *, or a list with commas.",
             None,
             "ORIGINS",
         ),

@@ -76,7 +76,9 @@ def _encode_chat(
             return text
         text, found, _ = text.rpartition(end)
         if not found:
-            raise PromptError("the model's chat format does not write the last message, so nothing can continue it")
+            raise PromptError(
+                "the model's chat format does not write the last message, so nothing can continue it"
+            )
         return text
 
     messages = chat_format.decode(messages)

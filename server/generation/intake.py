@@ -140,7 +140,9 @@ class Intake:
         if (body.prompt is None) == (body.messages is None):
             raise bad_request("send either prompt or messages", param="prompt")
         if body.messages is None:
-            prompt = await self._prompt(body.prompt or "", "prompt", add_bos=body.add_special_tokens is not False)
+            prompt = await self._prompt(
+                body.prompt or "", "prompt", add_bos=body.add_special_tokens is not False
+            )
             return prompt.token_ids
         said = read_conversation(
             ChatCompletionBody.model_construct(
@@ -444,7 +446,9 @@ def why_not_ready(status: EngineStatus) -> str:
 
 
 def _ends(
-    messages: Sequence[dict[str, Any]], add_generation_prompt: bool | None, continue_final_message: bool | None
+    messages: Sequence[dict[str, Any]],
+    add_generation_prompt: bool | None,
+    continue_final_message: bool | None,
 ) -> tuple[bool, bool]:
     """How a prompt ends: whether its last message is left open, and whether the answer's turn is opened.
 

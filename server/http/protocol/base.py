@@ -49,10 +49,10 @@ WHOLES = BeforeValidator(_wholes)
 Count = Annotated[int, Field(ge=1, le=MAX_INTEGER), WHOLE]
 Natural = Annotated[int, Field(ge=0, le=MAX_INTEGER), WHOLE]
 
-TOKEN_ID = "TokenId"
+ID_TITLE = "TokenId"
 """The title of the schema of a token id. The published schema gets the vocabulary's bound there."""
 
-TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "title": TOKEN_ID})]
+TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "title": ID_TITLE})]
 """A token id; `server.generation.intake` checks it against the model's vocabulary."""
 
 

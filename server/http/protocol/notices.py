@@ -15,8 +15,12 @@ class Notice(BaseModel):
     param: str | None = Field(default=None, description="The field that is concerned.")
 
 
-FINGERPRINT: Any = Field(description="Changes when the server's version, the model or how it computes changes.")
-NOTICES: Any = Field(default=None, description="What of the request had no effect. In a stream: in its first event.")
+FINGERPRINT: Any = Field(
+    description="Changes when the server's version, the model or how it computes changes."
+)
+NOTICES: Any = Field(
+    default=None, description="What of the request had no effect. In a stream: in its first event."
+)
 STOP_REASON: Any = Field(
     default=None, description="The stop string, or the token of stop_token_ids, that ended the choice."
 )

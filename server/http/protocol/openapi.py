@@ -13,7 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.http.protocol.base import TOKEN_ID, Body
+from server.http.protocol.base import ID_TITLE, Body
 from server.http.protocol.chat import ChatCompletionBody, ChatCompletionChunk
 from server.http.protocol.completions import Completion, CompletionBody
 from server.http.protocol.errors import ErrorResponse
@@ -107,7 +107,7 @@ def openapi_of(app: FastAPI, *, vocabulary: int, empty_prompts: bool) -> Callabl
 def _bound(schema: Any, largest: int) -> None:
     """Write the bound of token ids into a schema."""
     if isinstance(schema, dict):
-        if schema.get("title") == TOKEN_ID:
+        if schema.get("title") == ID_TITLE:
             schema["maximum"] = largest
         for part in schema.values():
             _bound(part, largest)

@@ -58,7 +58,9 @@ StopField = Annotated[
 
 
 def _top_k_tag(value: Any) -> str | None:
-    return f"{TAG}word" if isinstance(value, str) else f"{TAG}count" if isinstance(value, int | float) else None
+    return (
+        f"{TAG}word" if isinstance(value, str) else f"{TAG}count" if isinstance(value, int | float) else None
+    )
 
 
 TopK = Annotated[

@@ -93,7 +93,9 @@ def _explain(error: ValidationError) -> ApiError:
     if problem["type"] == "missing":
         given = problem["input"] if isinstance(problem["input"], dict) else {}
         near = difflib.get_close_matches(str(location[-1]), list(given)[:256], n=1)
-        hint = f"; {_path([*location[:-1], near[0]])} is not known: did you mean {location[-1]}?" if near else ""
+        hint = (
+            f"; {_path([*location[:-1], near[0]])} is not known: did you mean {location[-1]}?" if near else ""
+        )
         return bad_request(f"{path} is required{hint}", param=path, code="missing_field")
     return bad_request(f"{path} {_reason(problem)}", param=path, code="invalid_value")
 

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from server.http.body import read_body
 from server.http.protocol.openapi import describe_plain
-from server.http.protocol.tokens import Detokenized, DetokenizeBody, Tokenized, TokenizeBody
+from server.http.protocol.tokens import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from server.services import services_of
 
 router = APIRouter(tags=["tokens"])

@@ -56,7 +56,9 @@ async def test_detokenize() -> None:
 async def test_bad_bodies(path: str, body: dict[str, Any], words: str) -> None:
     async with client(make_app(speaking())) as http:
         assert words in error_of(await http.post(path, json=body), 400)["message"]
-        error_of(await http.post(path, json={"model": "x", "prompt": "x", "tokens": []}), 404, "model_not_found")
+        error_of(
+            await http.post(path, json={"model": "x", "prompt": "x", "tokens": []}), 404, "model_not_found"
+        )
 
 
 async def test_a_token_that_the_model_lacks_is_named() -> None:
