@@ -6,32 +6,28 @@ than the context, too many choices. The shape of a body is checked before, in `s
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from engine.client import EngineState, EngineStatus
+from engine.client import EngineStatus
 from engine.protocol import ModelInfo, SamplingParams, Submit
-from server.chat import ChatFormat, PromptError, encode_chat
+from server.chat import ChatFormat
 from server.chat.answer import Answer
 from server.chat.parsing import THINK, THOUGHT
 from server.config import ServerConfig
 from server.generation.choice import Job
 from server.generation.conversation import Conversation, read_conversation
+from server.generation.prompts import Prompt, Prompts, check_ids, loaded_model
 from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.completions import CompletionBody
-from server.http.protocol.errors import ENGINE, ApiError, bad_request, unavailable
+from server.http.protocol.errors import bad_request
 from server.http.protocol.sampling import GenerationBody
-from server.http.protocol.tokens import DetokenizeBody, TokenizeBody
-from server.text.tokenizer import Tokenizer, TokenizerError
+from server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-
-_LONG_TEXT = 8192
-"""A text with more characters is tokenized in a thread, so that other requests' tokens are not delayed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +58,18 @@ class Admitted:
     sparsity: GrantedSparsity
 
 
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    token_ids: tuple[int, ...]
-    text: str
-
-
 class Intake:
-    """Reads request bodies, given one server's settings, tokenizer and chat format."""
+    """Reads request bodies, given one server's settings, tokenizer and chat format.
+
+    Attributes:
+        prompts: makes the prompts.
+    """
 
     def __init__(self, config: ServerConfig, text: Tokenizer, chat: ChatFormat) -> None:
         self._config = config
         self._text = text
         self._chat = chat
+        self.prompts = Prompts(config.model_name, text, chat)
 
     async def chat(self, body: ChatCompletionBody, status: EngineStatus, request_id: str) -> Admitted:
         """Turn a conversation into jobs.
@@ -92,7 +87,7 @@ class Intake:
                 param="max_tokens",
             )
         said = read_conversation(body, self._chat)
-        token_ids = await self._written(said)
+        token_ids = await self.prompts.written(said)
         opening: tuple[int, ...] = ()
         if said.must_call:
             opening = tuple(
@@ -104,67 +99,11 @@ class Intake:
             body,
             model,
             request_id,
-            prompts=[_Prompt((*token_ids, *opened), "")],
+            prompts=[Prompt((*token_ids, *opened), "")],
             max_tokens=limits[0] or limits[1],
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             answer=self._answer(body, said, opening, thinking=thinking),
         )
-
-    async def _written(
-        self, said: Conversation, *, add_generation_prompt: bool = True, open_end: bool = False
-    ) -> list[int]:
-        """The prompt that a conversation becomes."""
-        try:
-            return await _apart(
-                sum(len(message["content"]) for message in said.messages),
-                lambda: encode_chat(
-                    self._chat,
-                    self._text,
-                    said.messages,
-                    add_generation_prompt,
-                    tools=said.tools,
-                    thinking=said.thinking,
-                    open_end=open_end,
-                ),
-            )
-        except (PromptError, TokenizerError) as error:
-            raise bad_request(str(error), param="messages") from None
-
-    async def tokenize(self, body: TokenizeBody) -> Sequence[int]:
-        """Return the token ids of a text, or of the prompt that a conversation becomes.
-
-        Raises:
-            ApiError: there is neither or both, or the model's format cannot write the conversation.
-        """
-        self._check_name(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise bad_request("send either prompt or messages", param="prompt")
-        if body.messages is None:
-            prompt = await self._prompt(
-                body.prompt or "", "prompt", add_bos=body.add_special_tokens is not False
-            )
-            return prompt.token_ids
-        said = read_conversation(
-            ChatCompletionBody.model_construct(
-                messages=body.messages, tools=body.tools, chat_template_kwargs=body.chat_template_kwargs
-            ),
-            self._chat,
-        )
-        open_end, opened = _ends(said.messages, body.add_generation_prompt, body.continue_final_message)
-        token_ids = await self._written(said, add_generation_prompt=opened, open_end=open_end)
-        if body.add_special_tokens and self._text.bos_token_id is not None:
-            token_ids = [self._text.bos_token_id, *token_ids]
-        return token_ids
-
-    def detokenize(self, body: DetokenizeBody) -> str:
-        """Return the text of token ids, with control tokens written out.
-
-        Raises:
-            ApiError: an id is not one of the model's vocabulary.
-        """
-        self._check_name(body.model)
-        self._check_ids(body.tokens, "tokens", self._text.vocab_size)
-        return self._text.decode(body.tokens, skip_special=False)
 
     def _opens_reasoning(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends with <think>, or with <think> and a line break."""
@@ -226,7 +165,7 @@ class Intake:
             )
         many = len(sources) > 1
         prompts = [
-            await self._prompt(
+            await self.prompts.text(
                 source, f"prompt[{index}]" if many else "prompt", echo=bool(body.echo), size=model.vocab_size
             )
             for index, source in enumerate(sources)
@@ -243,7 +182,7 @@ class Intake:
         )
 
     @staticmethod
-    def _logprob_start(body: CompletionBody, prompts: Sequence[_Prompt]) -> int:
+    def _logprob_start(body: CompletionBody, prompts: Sequence[Prompt]) -> int:
         start = body.logprob_start_len or 0
         if body.logprob_start_len is not None and not (body.echo and body.logprobs is not None):
             raise bad_request(
@@ -259,36 +198,14 @@ class Intake:
             )
         return start
 
-    async def _prompt(
-        self,
-        source: str | list[int],
-        param: str,
-        *,
-        echo: bool = False,
-        add_bos: bool = True,
-        size: int | None = None,
-    ) -> _Prompt:
-        if isinstance(source, str):
-            try:
-                token_ids = await _apart(len(source), lambda: self._text.encode(source, add_bos=add_bos))
-            except TokenizerError as error:
-                raise bad_request(f"{param} cannot be read: {error}", param=param) from None
-            return _Prompt(tuple(token_ids), source if echo else "")
-        self._check_ids(source, param, size or self._text.vocab_size)
-        return _Prompt(tuple(source), self._text.decode(source) if echo else "")
-
     def _model(self, body: GenerationBody, status: EngineStatus) -> ModelInfo:
         """Check the fields that do not depend on the prompt. Return the model that the engine has loaded."""
-        self._check_name(body.model)
+        self.prompts.check_name(body.model)
         if body.n is not None and body.n > self._config.max_n:
             raise bad_request(f"n must be at most {self._config.max_n} on this server", param="n")
         if body.stream_options is not None and not body.stream:
             raise bad_request("stream_options needs stream to be true", param="stream_options")
         return loaded_model(status)
-
-    def _check_name(self, model: str | None) -> None:
-        if model is not None and model != self._config.model_name:
-            raise model_not_found(model, self._config.model_name)
 
     def _work(
         self,
@@ -296,7 +213,7 @@ class Intake:
         model: ModelInfo,
         request_id: str,
         *,
-        prompts: Sequence[_Prompt],
+        prompts: Sequence[Prompt],
         max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
@@ -306,8 +223,8 @@ class Intake:
         sparsity = self._sparsity(body, model)
         bias = tuple((int(key), value) for key, value in (body.logit_bias or {}).items())
         size = model.vocab_size
-        self._check_ids([token_id for token_id, _ in bias], "logit_bias", size, keys=True)
-        self._check_ids(body.stop_token_ids or [], "stop_token_ids", size)
+        check_ids([token_id for token_id, _ in bias], "logit_bias", size, keys=True)
+        check_ids(body.stop_token_ids or [], "stop_token_ids", size)
         stop_ids = dict.fromkeys(body.stop_token_ids or [])
         if not body.ignore_eos:
             stop_ids |= dict.fromkeys(self._text.eos_token_ids)
@@ -369,7 +286,7 @@ class Intake:
         wanted = asked or self._config.default_top_k or model.indexer.default_index_top_k
         return GrantedSparsity(None if wanted == "dense" else min(wanted, model.max_model_len))
 
-    def _room(self, prompt: _Prompt, model: ModelInfo, max_tokens: int | None) -> int:
+    def _room(self, prompt: Prompt, model: ModelInfo, max_tokens: int | None) -> int:
         """How many tokens the engine may generate after a prompt."""
         length, context = len(prompt.token_ids), model.max_model_len
         if not length:
@@ -399,76 +316,6 @@ class Intake:
             )
         return max(max_tokens, 1)  # 0: the prompt is only scored; the engine still generates one token
 
-    @staticmethod
-    def _check_ids(token_ids: Sequence[int], param: str, size: int, *, keys: bool = False) -> None:
-        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < size):
-            return
-        for position, token_id in enumerate(token_ids):
-            if not 0 <= token_id < size:
-                where = f"{param}.{token_id}" if keys else f"{param}[{position}]"
-                raise bad_request(
-                    f"{where} is not a token id of this model; ids go from 0 to {size - 1}", param=param
-                )
-
-
-def model_not_found(name: str, served: str) -> ApiError:
-    """The 404 for a request that names another model."""
-    shown = name if name.isprintable() and len(name) <= 128 else "that"
-    return ApiError(
-        404,
-        f"the model {shown!r} is not served here; this server has {served!r}",
-        param="model",
-        code="model_not_found",
-    )
-
-
-def loaded_model(status: EngineStatus) -> ModelInfo:
-    """Return the model that the engine has loaded.
-
-    Raises:
-        ApiError: the engine takes no requests now.
-    """
-    if status.state is not EngineState.READY or status.model is None:
-        raise unavailable(why_not_ready(status), code="engine_unavailable", kind=ENGINE)
-    return status.model
-
-
-def why_not_ready(status: EngineStatus) -> str:
-    """One sentence that says why an engine takes no requests."""
-    reason = status.message or f"the engine is {status.state.value}"
-    loading = status.loading
-    if loading is not None and status.state in (EngineState.STARTING, EngineState.DOWN):
-        progress = f"{loading.done} of {loading.total}" if loading.total else ""
-        stage = "" if loading.stage in reason else f"loading: {loading.stage}"
-        details = " ".join(part for part in (stage, progress) if part)
-        reason += f" ({details})" if details else ""
-    return reason
-
-
-def _ends(
-    messages: Sequence[dict[str, Any]],
-    add_generation_prompt: bool | None,
-    continue_final_message: bool | None,
-) -> tuple[bool, bool]:
-    """How a prompt ends: whether its last message is left open, and whether the answer's turn is opened.
-
-    Raises:
-        ApiError: the two contradict each other, or there is no message to continue.
-    """
-    if not continue_final_message:
-        return False, add_generation_prompt is not False
-    if add_generation_prompt:
-        raise bad_request(
-            "continue_final_message goes on with the last message, so add_generation_prompt must be false or null",
-            param="add_generation_prompt",
-        )
-    if messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]:
-        raise bad_request(
-            "continue_final_message needs a last message of role 'assistant' without tool calls",
-            param="continue_final_message",
-        )
-    return True, False
-
 
 def _derive(seed: int, choice: int) -> int:
     """The seed of one choice. Choice 0 keeps the request's seed, so a larger n does not change its text."""
@@ -484,8 +331,3 @@ def _stops(body: GenerationBody) -> tuple[str, ...]:
 
 def _default(value: T | None, default: T) -> T:
     return default if value is None else value
-
-
-async def _apart(size: int, work: Callable[[], T]) -> T:
-    """Do work on a text of `size` characters: in a thread if it is long, so that the event loop goes on."""
-    return await asyncio.to_thread(work) if size > _LONG_TEXT else work()

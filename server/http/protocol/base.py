@@ -46,7 +46,7 @@ WHOLE = BeforeValidator(_whole)
 WHOLES = BeforeValidator(_wholes)
 """The same for a list of integers, which may be long."""
 
-Count = Annotated[int, Field(ge=1, le=MAX_INTEGER), WHOLE]
+AtLeastOne = Annotated[int, Field(ge=1, le=MAX_INTEGER), WHOLE]
 Natural = Annotated[int, Field(ge=0, le=MAX_INTEGER), WHOLE]
 
 ID_TITLE = "TokenId"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag
 
-from server.http.protocol.base import TAG, WHOLE, Body, Count, Label, Neutral, tag_of_list
+from server.http.protocol.base import TAG, WHOLE, AtLeastOne, Body, Label, Neutral, tag_of_list
 from server.http.protocol.notices import FINGERPRINT, NOTICES, STOP_REASON, Notice
 from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
 from server.http.protocol.tools import (
@@ -86,7 +86,7 @@ class ThinkingOptions(Body):
     """Whether the model reasons before it answers; as DeepSeek's interface has it."""
 
     type: Literal["enabled", "disabled"]
-    budget_tokens: Count | None = Field(
+    budget_tokens: AtLeastOne | None = Field(
         default=None, description="After so many tokens of reasoning the server ends it."
     )
 
@@ -108,8 +108,10 @@ class ChatCompletionBody(GenerationBody):
     """What to answer, and how."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: Count | None = Field(default=None, description="The older name of max_completion_tokens.")
-    max_completion_tokens: Count | None = Field(
+    max_tokens: AtLeastOne | None = Field(
+        default=None, description="The older name of max_completion_tokens."
+    )
+    max_completion_tokens: AtLeastOne | None = Field(
         default=None,
         description="At most so many tokens; default: the server's (8192 for DeepSeek and GLM, else 1024, unless set).",
     )
@@ -130,7 +132,7 @@ class ChatCompletionBody(GenerationBody):
         description="`required` and a name open the call for the model; `none` leaves the tools out of the prompt.",
     )
     thinking: ThinkingOptions | None = None
-    thinking_token_budget: Count | None = Field(
+    thinking_token_budget: AtLeastOne | None = Field(
         default=None, description="Another name of thinking.budget_tokens."
     )
     chat_template_kwargs: TemplateOptions | None = None

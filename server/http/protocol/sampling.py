@@ -13,8 +13,8 @@ from server.http.protocol.base import (
     TAG,
     WHOLE,
     WHOLES,
+    AtLeastOne,
     Body,
-    Count,
     Label,
     Natural,
     Neutral,
@@ -64,7 +64,7 @@ def _top_k_tag(value: Any) -> str | None:
 
 
 TopK = Annotated[
-    Annotated[Count, Tag(f"{TAG}count")] | Annotated[Literal["dense"], Tag(f"{TAG}word")],
+    Annotated[AtLeastOne, Tag(f"{TAG}count")] | Annotated[Literal["dense"], Tag(f"{TAG}word")],
     Discriminator(
         _top_k_tag,
         custom_error_type="top_k",
@@ -103,7 +103,7 @@ class GenerationBody(Body):
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Count | None = Field(default=None, description="Choices for each prompt.")
+    n: AtLeastOne | None = Field(default=None, description="Choices for each prompt.")
     max_tokens: Natural | None = Field(
         default=None,
         description="At most so many tokens; default: the server's (8192 for DeepSeek and GLM, else 1024, unless set).",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from engine.client import EngineState
-from server.generation.intake import why_not_ready
+from server.generation.prompts import why_not_ready
 from server.http.protocol.models import Liveness, LoadingProgress, Readiness
 from server.services import services_of
 

@@ -23,7 +23,7 @@ async def tokenize(request: Request) -> Response:
     """Return the token ids of a text, or of the prompt that a conversation becomes."""
     services = services_of(request)
     body, notices = await read_body(request, TokenizeBody)
-    token_ids = await services.intake.tokenize(body)
+    token_ids = await services.intake.prompts.tokenize(body)
     model = services.engine.status.model
     answer = Tokenized(
         count=len(token_ids), max_model_len=model.max_model_len if model else None, tokens=list(token_ids)
@@ -46,7 +46,7 @@ async def detokenize(request: Request) -> Response:
     """Return the text of token ids; control tokens are written out."""
     services = services_of(request)
     body, notices = await read_body(request, DetokenizeBody)
-    answer = Detokenized(prompt=services.intake.detokenize(body))
+    answer = Detokenized(prompt=services.intake.prompts.detokenize(body))
     if notices:
         answer = answer.model_copy(update={"warnings": notices})
     return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
