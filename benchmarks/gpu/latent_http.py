@@ -1,10 +1,11 @@
 """A few layers of DeepSeek-V3.2 over HTTP on one GPU: a real `dsa serve` with random weights, under load.
 
     python -P -m benchmarks.gpu.latent_http [--out DIR] [--layers 4] [--only base,mtp,shared] [--contexts 8192,131072]
-        [--streams 1,16,64] [--distinct 16,2] [--tokens 96] [--seconds 280] [--quick] [-- FLAGS OF dsa serve]
+        [--streams 1,16,64] [--distinct 16,2] [--dense base] [--tokens 96] [--seconds 280] [--quick] [-- FLAGS OF dsa serve]
 
 Layers have the published sizes, all 256 experts, FP8 weights and cache, and the model has the whole vocabulary. Sparse (2048
-selected) beside dense. Variants: `base`; `mtp`, with a draft layer; `shared`, where the first layer selects for four.
+selected), and dense for the variants of `--dense`. Variants: `base`; `mtp`, with a draft layer; `shared`, where the first
+layer selects for four.
 
 - prefill: each distinct prompt once, the first one alone: time to its first token.
 - decode: many streams whose prompts are in the prefix cache: tokens a second while all decode, and the gaps of a stream.
@@ -188,11 +189,16 @@ def _ready(client: httpx.Client) -> bool:
         return False
 
 
-def measure(bench: Bench, asked: argparse.Namespace, clock: Clock, note: Callable[[str, Any], None]) -> None:
-    """Measure every case of a server, the most telling first. `note` takes (part, row) after each."""
-    places = list(zip(asked.contexts, asked.distinct, strict=True))
-    for context, distinct in places:
-        for mode in MODES:
+def measure(
+    bench: Bench,
+    asked: argparse.Namespace,
+    modes: Sequence[str],
+    clock: Clock,
+    note: Callable[[str, Any], None],
+) -> None:
+    """Measure every case of a server. `note` takes (part, row) after each."""
+    for context, distinct in zip(asked.contexts, asked.distinct, strict=True):
+        for mode in modes:
             decode = partial(bench.decode, context, distinct, tokens=asked.tokens, mode=mode)
             cases: list[tuple[str, Callable[[], dict[str, Any]]]] = [
                 ("prefill", partial(bench.prefill, context, distinct, mode)),
@@ -246,7 +252,8 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
             try:
                 with started(folder, own, log, clock, raw["vocab_size"]) as (bench, seconds):
                     note("start", {"seconds": seconds})
-                    measure(bench, asked, clock, note)
+                    modes = tuple(MODES) if variant in asked.dense else ("sparse",)
+                    measure(bench, asked, modes, clock, note)
             except BenchError as error:
                 note("left_out", str(error))
     write()
@@ -273,6 +280,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--contexts", default="8192,131072")
     parser.add_argument("--distinct", default="16,2", help="different prompts of each context")
     parser.add_argument("--streams", default="1,16,64")
+    parser.add_argument("--dense", default="base", help="variants that are also measured dense")
     parser.add_argument("--tokens", type=int, default=96, help="of each answer")
     parser.add_argument("--seconds", type=float, default=280.0, help="of the whole program")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that the program works")
@@ -286,9 +294,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name} must be numbers above 0")
     if len(asked.contexts) != len(asked.distinct):
         parser.error("--distinct needs as many numbers as --contexts")
-    asked.only = asked.only.split(",")
-    if unknown := set(asked.only) - VARIANTS.keys():
-        parser.error(f"--only knows {', '.join(VARIANTS)}; not {', '.join(sorted(unknown))}")
+    for name in ("only", "dense"):
+        setattr(asked, name, getattr(asked, name).split(","))
+        if unknown := set(getattr(asked, name)) - VARIANTS.keys():
+            parser.error(f"--{name} knows {', '.join(VARIANTS)}; not {', '.join(sorted(unknown))}")
     asked.flags = shlex.split(flags)
     return asked
 
