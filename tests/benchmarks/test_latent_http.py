@@ -50,19 +50,7 @@ def test_wrong_flags(flags: list[str], sentence: str, capsys: pytest.CaptureFixt
 @pytest.mark.process
 @pytest.mark.timeout(200)
 def test_a_run_with_tiny_sizes(tmp_path: Path) -> None:
-    own = [
-        "--quick",
-        "--layers",
-        "2",
-        "--only",
-        "mtp",
-        "--contexts",
-        "128",
-        "--distinct",
-        "1",
-        "--streams",
-        "2",
-    ]
+    own = "--quick --layers 2 --only mtp --dense mtp --contexts 128 --distinct 1 --streams 2".split()
     flags = ["--device", "cpu", "--kv-cache-memory", "64MiB", "--threads", "1"]
     main([*own, "--tokens", "6", "--seconds", "180", "--out", str(tmp_path), "--", *flags])
     found: dict[str, Any] = json.loads((tmp_path / "latent_http.json").read_text())
