@@ -8,13 +8,16 @@ server runs the same compiler in a process with limits first, so that no grammar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from engine.errors import GrammarError
 from engine.protocol import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits
 
 MaskWords = NDArray[np.int32]
 """[W]: bit t % 32 of word t // 32 says whether token t may come next."""
@@ -34,6 +37,8 @@ class GrammarCompiler:
     """
 
     def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None:
+        from llguidance import LLTokenizer  # with the first grammar: most engines see none
+
         tokens = [*vocabulary.tokens[:vocab_size], *[b""] * (vocab_size - len(vocabulary.tokens))]
         self._tokenizer = LLTokenizer(
             _Tokens(tokens, vocabulary),  # type: ignore[arg-type] # it asks for the attributes only
@@ -53,6 +58,8 @@ class GrammarCompiler:
         Raises:
             GrammarError: the grammar is wrong, asks for what cannot be enforced, or takes too much.
         """
+        from llguidance import LLMatcher
+
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=_limits())
         _check(matcher)
         return Matcher(matcher, self._ends, self.words)
@@ -110,6 +117,8 @@ class Matcher:
 
 def _limits() -> LLParserLimits:
     """What a grammar may take of time and memory. To exceed a limit ends its request, never the process."""
+    from llguidance import LLParserLimits
+
     return LLParserLimits(
         step_lexer_fuel=100_000,  # about 7 ms
         max_lexer_states=MAX_LEXER_STATES,
