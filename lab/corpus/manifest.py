@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from lab.corpus.chatml import ChatTurn
 
+Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+"""Token ids as a file holds them; see `compact`."""
+
 VERSION = 1
 FILE_NAME = "manifest.json"
 LONG_PROMPTS = "prompts.long.json"
@@ -53,7 +56,7 @@ class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
     sequences: tuple[SequenceInfo, ...]
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A corpus. `files` has the files that are not token files of a split: name -> SHA-256."""
 
     version: int
@@ -64,6 +67,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     sources: tuple[SourceInfo, ...]
     splits: dict[str, SplitInfo]
     files: dict[str, str]
+    context: int = 8192  # the key of its lengths in `lab.corpus.lengths.BY_CONTEXT`
 
 
 class NeedleRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +104,12 @@ def load_manifest(folder: Path) -> Manifest:
     return msgspec.json.decode((folder / FILE_NAME).read_bytes(), type=Manifest)
 
 
-def load_tokens(folder: Path, split: SplitInfo) -> NDArray[np.uint16]:
+def compact(ids: NDArray[np.uint32]) -> Tokens:
+    """Return tokens as they are stored: in 16 bits if the largest of them allows it, else in 32."""
+    return ids.astype(np.uint16) if not len(ids) or int(ids.max()) < 1 << 16 else ids
+
+
+def load_tokens(folder: Path, split: SplitInfo) -> Tokens:
     """Map a split's tokens into memory; sequence `s` is `tokens[s.start : s.start + s.length]`."""
-    tokens: NDArray[np.uint16] = np.load(folder / split.file, mmap_mode="r")
+    tokens: Tokens = np.load(folder / split.file, mmap_mode="r")
     return tokens

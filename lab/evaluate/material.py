@@ -11,13 +11,13 @@ from typing import TypeVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from lab.corpus.manifest import (
     FILE_NAME,
     LONG_PROMPTS,
     CorpusPrompt,
     NeedleRow,
+    Tokens,
     load_manifest,
     load_tokens,
     sha256,
@@ -96,7 +96,7 @@ class Material:
         """Return the needles, or `limit` of them, spread evenly over the grid."""
         rows = self._rows("needles.json", tuple[NeedleRow, ...])
         try:
-            tokens: NDArray[np.uint16] = np.load(self._folder / "needles.npy", mmap_mode="r")
+            tokens: Tokens = np.load(self._folder / "needles.npy", mmap_mode="r")
         except (OSError, ValueError) as error:
             raise MaterialError(f"{self._folder} has no needles.npy ({error}); {self._advice}") from None
         return [
