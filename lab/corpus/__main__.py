@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lab.corpus.build import build_corpus
+from lab.corpus.build import build_corpus, prompts_of
 from lab.corpus.chatml import ChatML, default_system
 from lab.corpus.lengths import BY_CONTEXT, OF_8K
 from lab.corpus.manifest import Manifest
@@ -72,6 +72,7 @@ def corpus(
                 heldout_tokens=heldout_tokens,
                 sources=[source for source in SOURCES if source.name not in (skip or ())],
                 lengths=BY_CONTEXT[context],
+                prompts=prompts_of(context),
                 cache=cache,
                 report=stages,
             )

@@ -44,8 +44,16 @@ SHARES: dict[str, float] = {
     "retrieval": 0.14,
 }
 """Kind -> its share of the training tokens. A quarter is chats that look far back, because the aim is long context."""
+PROMPTS = (2400, 200)
+"""How many prompts to make for training and held out, at 8K of context."""
 HELDOUT_KINDS = ("prose", "books", "docs", "code", "chat")
 CHARS_PER_TOKEN = 3.5  # an estimate, used only to share the budget among sources
+
+
+def prompts_of(context: int) -> tuple[int, int]:
+    """Return how many prompts to make for a context: with longer texts fewer, so that all together are as long."""
+    train, heldout = (count * OF_8K.context // context for count in PROMPTS)
+    return train, heldout
 
 
 def build_corpus(
@@ -55,7 +63,7 @@ def build_corpus(
     target_tokens: int,
     *,
     heldout_tokens: int = 400_000,
-    prompts: tuple[int, int] = (2400, 200),
+    prompts: tuple[int, int] = PROMPTS,
     long_prompts: int = 120,
     needle_repeats: int = 3,
     lengths: Lengths = OF_8K,
