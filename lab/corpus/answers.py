@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engine.errors import EngineError
+from engine.step.build import resolve_device
 from lab.corpus.chatml import ChatML, ChatTurn, Rendered, default_system
 from lab.corpus.lengths import BY_CONTEXT, OF_8K, Lengths
 from lab.corpus.manifest import (
@@ -268,7 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prompts = msgspec.json.decode(listed, type=list[CorpusPrompt])
         if options.url is None:
             prompts = [prompt for prompt in prompts if prompt.tokens >= LONG][: options.count]
-            probe = Probe(weights, None, device=options.device)
+            contexts = 32 if resolve_device(options.device).type == "cuda" else 1
+            probe = Probe(weights, None, device=options.device, contexts=contexts)
             made = answer_here(
                 probe, prompts, chat, text.eos_token_ids, max_tokens=options.max_tokens, seed=options.seed
             )

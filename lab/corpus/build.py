@@ -11,12 +11,14 @@ import msgspec
 import numpy as np
 
 from lab.corpus.chatml import ChatML, Encoder
+from lab.corpus.codetasks import make_code_tasks
 from lab.corpus.dedupe import dedupe
 from lab.corpus.dialogues import make_dialogues
 from lab.corpus.documents import Document, gather
 from lab.corpus.lengths import OF_8K, Lengths
 from lab.corpus.longprompts import make_long_prompts
 from lab.corpus.manifest import (
+    CODE_TASKS,
     FILE_NAME,
     LONG_PROMPTS,
     VERSION,
@@ -65,6 +67,7 @@ def build_corpus(
     heldout_tokens: int = 400_000,
     prompts: tuple[int, int] = PROMPTS,
     long_prompts: int = 120,
+    code_tasks: int = 100,
     needle_repeats: int = 3,
     lengths: Lengths = OF_8K,
     sources: Sequence[CorpusSource] = SOURCES,
@@ -81,6 +84,7 @@ def build_corpus(
         heldout_tokens: size of the held-out split.
         prompts: how many prompts to make, for training and held out.
         long_prompts: how many long held-out prompts to make (`lab.corpus.longprompts`).
+        code_tasks: how many code tasks to make, if `lengths` has any.
         needle_repeats: needles in each cell of the grid of depth and context; 0 makes no needles.
         lengths: of everything, by the model's context.
         sources: packages to read.
@@ -125,6 +129,10 @@ def build_corpus(
     files.append(out / LONG_PROMPTS)
     made_long = make_long_prompts(documents, chat, seed, long_prompts, lengths=lengths)
     files[-1].write_bytes(msgspec.json.format(msgspec.json.encode(made_long), indent=1))
+    if lengths.code_tasks:
+        files.append(out / CODE_TASKS)
+        tasks = make_code_tasks(documents, chat, seed, lengths.code_tasks, code_tasks)
+        files[-1].write_bytes(msgspec.json.format(msgspec.json.encode(tasks), indent=1))
     if needle_repeats:
         files += _write_needles(out, documents, chat, seed, needle_repeats, lengths.needles, report)
     manifest = Manifest(

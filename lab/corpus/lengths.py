@@ -24,6 +24,7 @@ class Lengths:
         long_prompts: of the prompts that faithfulness is measured on; a prompt has at most so many, and at least nine
             tenths unless its texts end before.
         needles: exact lengths of prompts with a needle.
+        code_tasks: of code tasks; none if empty, because a small model solves none.
     """
 
     context: int
@@ -35,6 +36,7 @@ class Lengths:
     longest_prompt: int
     long_prompts: tuple[int, ...]
     needles: tuple[int, ...]
+    code_tasks: tuple[int, ...] = ()
 
 
 OF_8K = Lengths(
@@ -59,6 +61,7 @@ OF_32K = Lengths(
     longest_prompt=29000,
     long_prompts=(3500, 7000, 14000, 28000),
     needles=(2560, 4096, 6144, 8192, 12288, 20480, 30000),
+    code_tasks=(3500, 7000, 14000, 28000),
 )
 BY_CONTEXT = {lengths.context: lengths for lengths in (OF_8K, OF_32K)}
 """The corpora that can be built: context -> lengths."""

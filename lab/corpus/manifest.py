@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from lab.corpus.chatml import ChatTurn
+from lab.corpus.lengths import OF_8K
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 """Token ids as a file holds them; see `compact`."""
@@ -18,6 +19,7 @@ Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 VERSION = 1
 FILE_NAME = "manifest.json"
 LONG_PROMPTS = "prompts.long.json"
+CODE_TASKS = "code.json"
 
 
 class SourceInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +69,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sources: tuple[SourceInfo, ...]
     splits: dict[str, SplitInfo]
     files: dict[str, str]
-    context: int = 8192  # the key of its lengths in `lab.corpus.lengths.BY_CONTEXT`
+    context: int = OF_8K.context  # the key of its lengths in `lab.corpus.lengths.BY_CONTEXT`
 
 
 class NeedleRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,6 +93,27 @@ class CorpusPrompt(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     tokens: int  # of the rendered prompt
     messages: tuple[ChatTurn, ...]
+
+
+class CodeCase(msgspec.Struct, frozen=True, kw_only=True):
+    """One test of a code task: the function called with these arguments gives this."""
+
+    arguments: list[Any]
+    expected: Any
+
+
+class CodeTask(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of code.json; see `lab.corpus.codetasks`."""
+
+    kind: str
+    tokens: int  # of the rendered prompt
+    depth: float  # where among the pasted files the one with the rule stands, 0 to 1
+    messages: tuple[ChatTurn, ...]
+    package: str
+    module: str  # the file with the rule, importable as `package.module`
+    spec: str  # its text
+    function: str  # the name of what is to be written
+    cases: tuple[CodeCase, ...]
 
 
 def sha256(path: Path) -> str:

@@ -13,8 +13,10 @@ import msgspec
 import numpy as np
 
 from lab.corpus.manifest import (
+    CODE_TASKS,
     FILE_NAME,
     LONG_PROMPTS,
+    CodeTask,
     CorpusPrompt,
     NeedleRow,
     Tokens,
@@ -111,6 +113,15 @@ class Material:
     def long_prompts(self, limit: int | None) -> list[CorpusPrompt]:
         """Return the long held-out prompts (`lab.corpus.longprompts`), or `limit` of them, spread over kinds and lengths."""
         return list(spread(self._rows(LONG_PROMPTS, tuple[CorpusPrompt, ...]), limit))
+
+    @property
+    def has_code(self) -> bool:
+        """Whether the corpus has code tasks; those for short contexts have none."""
+        return CODE_TASKS in self._manifest.files
+
+    def code_tasks(self, limit: int | None) -> list[CodeTask]:
+        """Return the code tasks, or `limit` of them, spread over kinds and lengths."""
+        return list(spread(self._rows(CODE_TASKS, tuple[CodeTask, ...]), limit))
 
     def _rows(self, name: str, kind: type[T]) -> T:
         try:

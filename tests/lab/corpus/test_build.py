@@ -293,6 +293,7 @@ def test_build_is_deterministic_and_keeps_the_splits_apart(tmp_path: Path) -> No
             report=lambda *step: reports.append(step),
         )
         assert manifest == load_manifest(tmp_path / folder)
+        assert '"context"' not in (tmp_path / folder / "manifest.json").read_text()
         assert any(what == "packing train" for what, _, _ in reports)
         for name, split in manifest.splits.items():
             tokens = load_tokens(tmp_path / folder, split)

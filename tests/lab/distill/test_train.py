@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -81,9 +82,10 @@ def test_the_sparse_stage_may_read_everything_in_the_layers_before(
         SHORT, warmup_steps=0, sparse_steps=1, max_length=96, sparse_support="causal"
     )
     logs = {}
-    for name, change in {
+    changes: dict[str, dict[str, Any]] = {
         "selected": {}, "dense": {"sparse_forward": "dense"}, "everything": {"sparse_top_k": (96,)},
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, change in changes.items():
         trainer(bench, corpus, tmp_path / name, msgspec.structs.replace(base, **change)).run()
         (logs[name],) = read_log(tmp_path / name)
     assert logs["dense"].loss[0] == logs["selected"].loss[0]
