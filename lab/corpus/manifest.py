@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lab.corpus.chatml import ChatTurn
 from lab.corpus.lengths import OF_8K
 
-Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+StoredIds = NDArray[np.uint16] | NDArray[np.uint32]
 """Token ids as a file holds them; see `compact`."""
 
 VERSION = 1
@@ -127,12 +127,12 @@ def load_manifest(folder: Path) -> Manifest:
     return msgspec.json.decode((folder / FILE_NAME).read_bytes(), type=Manifest)
 
 
-def compact(ids: NDArray[np.uint32]) -> Tokens:
+def compact(ids: NDArray[np.uint32]) -> StoredIds:
     """Return tokens as they are stored: in 16 bits if the largest of them allows it, else in 32."""
     return ids.astype(np.uint16) if not len(ids) or int(ids.max()) < 1 << 16 else ids
 
 
-def load_tokens(folder: Path, split: SplitInfo) -> Tokens:
+def load_tokens(folder: Path, split: SplitInfo) -> StoredIds:
     """Map a split's tokens into memory; sequence `s` is `tokens[s.start : s.start + s.length]`."""
-    tokens: Tokens = np.load(folder / split.file, mmap_mode="r")
+    tokens: StoredIds = np.load(folder / split.file, mmap_mode="r")
     return tokens

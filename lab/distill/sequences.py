@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from lab.corpus.manifest import SequenceInfo, Tokens, load_manifest, load_tokens
+from lab.corpus.manifest import SequenceInfo, StoredIds, load_manifest, load_tokens
 
 
 class CorpusSplit:
     """A token file, the places of its sequences in it, and its digest."""
 
-    def __init__(self, tokens: Tokens, sequences: tuple[SequenceInfo, ...], digest: str = "") -> None:
+    def __init__(self, tokens: StoredIds, sequences: tuple[SequenceInfo, ...], digest: str = "") -> None:
         self._tokens = tokens
         self.sequences = sequences
         self.digest = digest

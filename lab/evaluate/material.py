@@ -19,7 +19,7 @@ from lab.corpus.manifest import (
     CodeTask,
     CorpusPrompt,
     NeedleRow,
-    Tokens,
+    StoredIds,
     load_manifest,
     load_tokens,
     sha256,
@@ -98,7 +98,7 @@ class Material:
         """Return the needles, or `limit` of them, spread evenly over the grid."""
         rows = self._rows("needles.json", tuple[NeedleRow, ...])
         try:
-            tokens: Tokens = np.load(self._folder / "needles.npy", mmap_mode="r")
+            tokens: StoredIds = np.load(self._folder / "needles.npy", mmap_mode="r")
         except (OSError, ValueError) as error:
             raise MaterialError(f"{self._folder} has no needles.npy ({error}); {self._advice}") from None
         return [
