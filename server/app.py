@@ -134,7 +134,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     if error.status in (413, 429, 503):
         services_of(request).metrics.rejected(error.detail.code)
-    return error.to_response()
+    return error.to_response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -144,11 +144,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
         405: (f"this endpoint does not take {request.method}", "method_not_allowed"),
     }
     message, code = messages.get(error.status_code, (str(error.detail), "http_error"))
-    return ApiError(error.status_code, message, code=code, headers=error.headers).to_response()
+    return ApiError(error.status_code, message, code=code, headers=error.headers).to_response(
+        request.url.path
+    )
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
     param = str(problem["loc"][-1])
-    return bad_request(f"{param}: {problem['msg']}", param=param, code="invalid_value").to_response()
+    return bad_request(f"{param}: {problem['msg']}", param=param, code="invalid_value").to_response(
+        request.url.path
+    )

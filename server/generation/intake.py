@@ -20,7 +20,7 @@ from server.chat.parsing import THINK, THOUGHT
 from server.config import ServerConfig
 from server.generation.choice import Job
 from server.generation.conversation import Conversation, read_conversation
-from server.generation.prompts import Prompt, Prompts, check_ids, loaded_model
+from server.generation.prompts import Prompt, Prompts, check_ids, loaded_model, prompt_end
 from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.completions import CompletionBody
 from server.http.protocol.errors import bad_request
@@ -87,7 +87,13 @@ class Intake:
                 param="max_tokens",
             )
         said = read_conversation(body, self._chat)
-        token_ids = await self.prompts.written(said)
+        open_end, opens = prompt_end(said.messages, body.add_generation_prompt, body.continue_final_message)
+        if said.must_call and not opens:
+            raise bad_request(
+                "tool_choice opens a call at the start of an answer, so the prompt must end with the opening of one",
+                param="tool_choice",
+            )
+        token_ids = await self.prompts.written(said, add_generation_prompt=opens, open_end=open_end)
         opening: tuple[int, ...] = ()
         if said.must_call:
             opening = tuple(

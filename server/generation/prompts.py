@@ -102,6 +102,17 @@ class Prompts:
         check_ids(source, param, size or self._text.vocab_size)
         return Prompt(tuple(source), self._text.decode(source) if echo else "")
 
+    async def chat(self, body: ChatCompletionBody) -> list[int]:
+        """Return the token ids of the prompt that a chat becomes.
+
+        Raises:
+            ApiError: the model's format cannot write it; the message says what to change.
+        """
+        self.check_name(body.model)
+        said = read_conversation(body, self._chat)
+        open_end, opens = prompt_end(said.messages, body.add_generation_prompt, body.continue_final_message)
+        return await self.written(said, add_generation_prompt=opens, open_end=open_end)
+
     async def tokenize(self, body: TokenizeBody) -> Sequence[int]:
         """Return the token ids of a text, or of the prompt that a conversation becomes.
 
@@ -116,14 +127,15 @@ class Prompts:
                 body.prompt or "", "prompt", add_bos=body.add_special_tokens is not False
             )
             return prompt.token_ids
-        said = read_conversation(
+        fields = body.model_dump(include={"add_generation_prompt", "continue_final_message"})
+        token_ids = await self.chat(
             ChatCompletionBody.model_construct(
-                messages=body.messages, tools=body.tools, chat_template_kwargs=body.chat_template_kwargs
-            ),
-            self._chat,
+                messages=body.messages,
+                tools=body.tools,
+                chat_template_kwargs=body.chat_template_kwargs,
+                **fields,
+            )
         )
-        open_end, opened = _ends(said.messages, body.add_generation_prompt, body.continue_final_message)
-        token_ids = await self.written(said, add_generation_prompt=opened, open_end=open_end)
         if body.add_special_tokens and self._text.bos_token_id is not None:
             token_ids = [self._text.bos_token_id, *token_ids]
         return token_ids
@@ -189,12 +201,12 @@ def why_not_ready(status: EngineStatus) -> str:
     return reason
 
 
-def _ends(
+def prompt_end(
     messages: Sequence[dict[str, Any]],
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
 ) -> tuple[bool, bool]:
-    """How a prompt ends: whether its last message is left open, and whether the answer's turn is opened.
+    """Return how a prompt ends: whether its last message is left open, and whether the answer's turn is opened.
 
     Raises:
         ApiError: the two contradict each other, or there is no message to continue.

@@ -76,7 +76,10 @@ class RecordMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = headers["request-id"] = (
+                    record.request_id
+                )  # OpenAI's name, Anthropic's
             await send(message)
 
         try:
@@ -86,7 +89,7 @@ class RecordMiddleware:
             record.outcome = "server_error"
             if status is not None:
                 raise  # half a response was sent: the connection must break, or the response would look complete
-            await internal_error().to_response()(scope, receive, send_with_id)
+            await internal_error().to_response(scope["path"])(scope, receive, send_with_id)
         finally:
             outcome = record.outcome or outcome_of(status)
             self._metrics.request_ended(_endpoint(scope), outcome)
@@ -134,13 +137,13 @@ class BodyLimitMiddleware:
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._limit):
-            await self._refusal().to_response()(scope, receive, send)
+            await self._refusal().to_response(scope["path"])(scope, receive, send)
             return
         encoding = headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", *_WINDOWS):
             message = f"a body may be sent as gzip, deflate or plain, not in the encoding {encoding[:64]!a}"
             refusal = ApiError(415, message, code="unsupported_encoding")
-            await refusal.to_response()(scope, receive, send)
+            await refusal.to_response(scope["path"])(scope, receive, send)
             return
         unpack = _Unpacker(encoding) if encoding in _WINDOWS else None
         received = 0

@@ -131,6 +131,12 @@ class ChatCompletionBody(GenerationBody):
         default=None,
         description="`required` and a name open the call for the model; `none` leaves the tools out of the prompt.",
     )
+    add_generation_prompt: bool | None = Field(
+        default=None, description="End the prompt with the opening of the answer; default: true."
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="The answer continues the last message, which is the assistant's."
+    )
     thinking: ThinkingOptions | None = None
     thinking_token_budget: AtLeastOne | None = Field(
         default=None, description="Another name of thinking.budget_tokens."

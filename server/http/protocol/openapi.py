@@ -17,6 +17,7 @@ from server.http.protocol.base import ID_TITLE, Body
 from server.http.protocol.chat import ChatCompletionBody, ChatCompletionChunk
 from server.http.protocol.completions import Completion, CompletionBody
 from server.http.protocol.errors import ErrorResponse
+from server.http.protocol.messages import CountTokensBody, MessageEvent, MessagesBody
 from server.http.protocol.tokens import DetokenizeBody, TokenizeBody
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -39,14 +40,21 @@ class Description(TypedDict):
     openapi_extra: dict[str, Any]
 
 
-def describe(*, body: type[Body], whole: type[BaseModel], chunk: type[BaseModel]) -> Description:
+def describe(
+    *,
+    body: type[Body],
+    whole: type[BaseModel],
+    chunk: type[BaseModel],
+    error: type[BaseModel] = ErrorResponse,
+) -> Description:
     """Describe a generating endpoint for the schema: its body, response, stream events and errors."""
     responses: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse, "description": text} for status, text in _ERRORS.items()
+        status: {"model": error, "description": text} for status, text in _ERRORS.items()
     }
     events = (
-        f"With `stream`: server-sent events, each a `{chunk.__name__}`, then `data: [DONE]`. "
-        "A failure on the way is an event with an `ErrorResponse`, and the last one."
+        f"With `stream`: server-sent events, each a `{chunk.__name__}`"
+        f"{', then `data: [DONE]`' if error is ErrorResponse else ''}. "
+        f"A failure on the way is an event with an `{error.__name__}`, and the last one."
     )
     responses[200] = {
         "description": "The response.",
@@ -57,10 +65,12 @@ def describe(*, body: type[Body], whole: type[BaseModel], chunk: type[BaseModel]
     return {"responses": responses, "openapi_extra": {"requestBody": request}}
 
 
-def describe_plain(*, body: type[Body], answer: type[BaseModel]) -> Description:
+def describe_plain(
+    *, body: type[Body], answer: type[BaseModel], error: type[BaseModel] = ErrorResponse
+) -> Description:
     """Describe an endpoint that reads a body and does not generate."""
     responses: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse, "description": _ERRORS[status]} for status in (400, 404, 413, 415)
+        status: {"model": error, "description": _ERRORS[status]} for status in (400, 404, 413, 415)
     }
     responses[200] = {"description": "The response.", "model": answer}
     request = {"required": True, "content": {"application/json": {"schema": _reference(body)}}}
@@ -87,6 +97,9 @@ def openapi_of(app: FastAPI, *, vocabulary: int, empty_prompts: bool) -> Callabl
                     (CompletionBody, "validation"),
                     (TokenizeBody, "validation"),
                     (DetokenizeBody, "validation"),
+                    (MessagesBody, "validation"),
+                    (CountTokensBody, "validation"),
+                    (MessageEvent, "serialization"),
                     (ChatCompletionChunk, "serialization"),
                     (Completion, "serialization"),
                 ],

@@ -58,10 +58,13 @@ ToolChoice = Annotated[
 ]
 
 
+CalledName = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+
+
 class CalledFunction(Body):
     """What was called. A model may call a tool by a name that no tool could have."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+    name: CalledName
     arguments: str = Field(description="A JSON object, as text.")
 
 

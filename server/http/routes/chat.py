@@ -36,6 +36,6 @@ async def create_chat_completion(request: Request) -> Response:
             text=services.text,
             include_usage=include_usage,
         )
-        return Order(work, renderer, stream=bool(body.stream), include_usage=include_usage)
+        return Order(work, renderer, stream=bool(body.stream))
 
     return GenerationReply(services, prepare)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.generation.render import CompletionRenderer
+from server.generation.render_completion import CompletionRenderer
 from server.http.body import read_body
 from server.http.middleware import record_of
 from server.http.protocol.completions import Completion, CompletionBody
@@ -38,6 +38,6 @@ async def create_completion(request: Request) -> Response:
             echoes=work.echoes,
             prompts=[job.submit.prompt_token_ids for job in work.jobs],
         )
-        return Order(work, renderer, stream=bool(body.stream), include_usage=include_usage)
+        return Order(work, renderer, stream=bool(body.stream))
 
     return GenerationReply(services, prepare)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from engine.protocol import TokenLogprob
 from server.chat.parts import CallArguments, CallStart, Content, Reasoning, Warn
 from server.generation.choice import TextDelta
-from server.generation.render import ChatRenderer, CompletionRenderer, Head, Renderer
+from server.generation.render import ChatRenderer, Head, Streamed
+from server.generation.render_completion import CompletionRenderer
 from server.http.protocol import sse
 from server.http.protocol.notices import Notice
 from tests.server.kit import TEXT
@@ -38,11 +39,11 @@ deltas = st.builds(
 )
 
 
-def chat(include_usage: bool) -> Renderer:
+def chat(include_usage: bool) -> Streamed:
     return ChatRenderer(HEAD, text=TEXT, include_usage=include_usage)
 
 
-def completion(include_usage: bool) -> Renderer:
+def completion(include_usage: bool) -> Streamed:
     return CompletionRenderer(
         HEAD, text=TEXT, include_usage=include_usage, echoes=["", "echo"],
         prompts=[[66, 67], [66, 67]],

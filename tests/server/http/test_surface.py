@@ -71,6 +71,8 @@ async def test_the_schema() -> None:
     assert set(schema["paths"]) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
         "/v1/models",
         "/v1/models/{model_id}",
         "/tokenize",
