@@ -148,6 +148,8 @@ def _check(matcher: LLMatcher) -> None:
 
 def _reason(message: str) -> str:
     """What llguidance says, in a line, without places in a text that the client has not written."""
+    if message.startswith("panic"):
+        return "its compiler fails at it, because it is too large"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reason = lines[0] if lines else "it cannot be compiled"
     for prefix in _PREFIXES:
