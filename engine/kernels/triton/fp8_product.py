@@ -108,9 +108,7 @@ def linear_fp8(
     if not rows:
         return out
     if tile is None and library_serves(rows, weight, x.dtype):
-        torch._scaled_mm(
-            x.values, weight.values.T, x.scales.T, weight.scales.T, out_dtype=x.dtype, out=out
-        )
+        torch._scaled_mm(x.values, weight.values.T, x.scales.T, weight.scales.T, out_dtype=x.dtype, out=out)
         return out
     row_block, stages, num_warps, splits = tile or tile_of(rows, outputs, inputs)
     steps, tiles, lines = num_blocks(inputs), num_blocks(outputs), -(-rows // row_block)

@@ -54,7 +54,9 @@ def _copies_tiles() -> bool:
     if triton.knobs.runtime.interpret:
         return True
     return (
-        torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+        torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability() >= (9, 0)
     )
 
 
