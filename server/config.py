@@ -52,4 +52,5 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     machine_price: str | None = None  # USD for an hour of the device; None: the table's price
     unknown_fields: UnknownFields = "accept"
     allow_origins: str = "none"
+    stored_responses: int = 1000  # of /v1/responses, in memory; at most 64 MiB of them
     ledger: str | None = None  # a SQLAlchemy URL or a SQLite file; None: no ledger

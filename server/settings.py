@@ -102,6 +102,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "ORIGINS",
         ),
     ] = _HTTP.allow_origins
+    stored_responses: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)],
+        Flag(SERVER, "Responses of /v1/responses that are kept in memory, for previous_response_id."),
+    ] = _HTTP.stored_responses
     drain_seconds: Annotated[
         Seconds, Flag(SERVER, "How long running requests may go on after Ctrl-C or SIGTERM.")
     ] = _HTTP.drain_seconds
