@@ -106,7 +106,7 @@ def case_of(rows: int, before: int, tokens: int) -> Case:
 def time_of(call: Callable[[], object], least: int = 5) -> float:
     """Milliseconds: a median."""
     call()
-    times = []
+    times: list[float] = []
     for _ in range(least):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -182,14 +182,14 @@ def _variants(case: Case, rows: int, before: int) -> list[Figure]:
     chosen, chosen_product = latent_expanded._attend_shape, latent_expanded._product_shape
     shape = latent_expanded._Shape
     for form in (shape(64, 8, 2), shape(128, 8, 2), shape(64, 4, 2)):
-        latent_expanded._attend_shape = lambda *_, form=form: form  # type: ignore[misc]
+        latent_expanded._attend_shape = lambda *_, form=form: form
         try:
             made.append(measure(f"  attention {tuple(form)}", case, rows, before))
         except Exception as problem:
             print(f"  attention {tuple(form)}: FAILED {problem}", flush=True)
     latent_expanded._attend_shape = chosen
     for form in (shape(128, 8, 3), shape(128, 4, 4), shape(256, 8, 4)):
-        latent_expanded._product_shape = lambda *_, form=form: form  # type: ignore[misc]
+        latent_expanded._product_shape = lambda *_, form=form: form
         try:
             made.append(measure(f"  expansion {tuple(form)}", case, rows, before, check=False))
         except Exception as problem:

@@ -6,7 +6,9 @@ launch sorts; the second multiplies with gate and up, with their silu, and in FP
 block of a scale); the third multiplies with down; the last adds a row's experts in the order in which they were chosen.
 
 All shapes depend on numbers of rows and experts alone, so a CUDA graph can hold all of it. Tiles that a batch does not fill
-end at once. A row's result does not depend on its company, and no sum on the order in which programs end.
+end at once. No sum depends on the order in which programs end. A row's result depends on its company in one thing: experts
+with many rows each are `wide_experts`' in FP8, whose last bits may differ. It has more than 400 lines, as experts in FP8 and
+plain ones share the sorting and the sum.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
@@ -66,7 +67,8 @@ def library_serves(rows: int, weight: BlockWeight, dtype: torch.dtype) -> bool:
     """Whether the library's product is used for so many rows: `torch._scaled_mm` with scales of 1 x 128 and 128 x 128.
 
     cuBLAS has it for Hopper since CUDA 12.9. It wants whole blocks of inputs, four of them to a line of scales, and outputs
-    by sixteens (cuBLAS, "1D and 2D block scaling for FP8 data types").
+    by sixteens (cuBLAS, "1D and 2D block scaling for FP8 data types"); with other sizes its numbers are wrong, without an error.
+    Among numbers of rows from `LIBRARY_ROWS` on, a row had the same bits on an H200.
     """
     outputs, inputs = weight.shape
     whole = inputs % (4 * BLOCK) == 0 and outputs % 16 == 0
@@ -108,8 +110,7 @@ def linear_fp8(
     if not rows:
         return out
     if tile is None and library_serves(rows, weight, x.dtype):
-        torch._scaled_mm(x.values, weight.values.T, x.scales.T, weight.scales.T, out_dtype=x.dtype, out=out)
-        return out
+        return _librarys(x, weight, out)
     row_block, stages, num_warps, splits = tile or tile_of(rows, outputs, inputs)
     steps, tiles, lines = num_blocks(inputs), num_blocks(outputs), -(-rows // row_block)
     each = -(-steps // splits)
@@ -123,6 +124,17 @@ def linear_fp8(
         ROW_BLOCK=row_block, OUT_BLOCK=OUTPUTS, STAGES=stages, AHEAD=min(AHEAD, each) if rows <= MOST_CUT_ROWS else 0, num_warps=num_warps, num_stages=stages, **overlap(),
     )  # fmt: skip
     return out
+
+
+def _librarys(x: Quantised, weight: BlockWeight, out: Tensor) -> Tensor:
+    """`torch._scaled_mm`, which wants rows by fours: others are filled up with zeros."""
+    missing = -len(x) % 4
+    values, scales, made = x.values, x.scales, out
+    if missing:
+        values = F.pad(values.view(torch.uint8), (0, 0, 0, missing)).view(values.dtype)
+        scales, made = F.pad(scales, (0, missing)), F.pad(out, (0, 0, 0, missing))
+    torch._scaled_mm(values, weight.values.T, scales.T, weight.scales.T, out_dtype=x.dtype, out=made)
+    return out.copy_(made[: len(x)]) if missing else out
 
 
 def stack_rows(weights: Sequence[BlockWeight]) -> BlockWeight:

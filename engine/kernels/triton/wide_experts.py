@@ -39,8 +39,8 @@ class WideTile(NamedTuple):
     """
 
     rows: int = 128
-    up_stages: int = 4
-    down_stages: int = 4
+    up_stages: int = 3
+    down_stages: int = 3
     warps: int = 8
 
 
