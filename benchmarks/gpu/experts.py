@@ -26,9 +26,9 @@ from torch import Tensor
 from engine.kernels.triton import experts as experts_module
 from engine.kernels.triton.compiling import Compilers
 from engine.kernels.triton.experts import ExpertTile, run_experts
-from engine.kernels.triton.fp8_product import Tile, linear_fp8
+from engine.kernels.triton.fp8_product import ProductTile, linear_fp8
 from engine.kernels.triton.head_product import absorb, expand_values, expand_values_rows
-from engine.kernels.triton.quantise import Quantised, add_rms_norm_rows, quantise_rows
+from engine.kernels.triton.quantise import QuantisedRows, add_rms_norm_rows, quantise_rows
 from engine.kernels.triton.routing import route
 from engine.kernels.triton.wide_experts import WideTile
 from engine.layers import moe
@@ -77,7 +77,7 @@ def rows_of(*shape: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> 
     return torch.randn(shape, device=CUDA, generator=generator).to(dtype)
 
 
-def exact_product(x: Quantised, weight: BlockWeight) -> Tensor:
+def exact_product(x: QuantisedRows, weight: BlockWeight) -> Tensor:
     """The definition of `linear_fp8`, summed in float64."""
     total = torch.zeros(len(x), weight.shape[0], dtype=torch.float64, device=CUDA)
     for step in range(len(x.scales)):
@@ -97,7 +97,7 @@ def exact_experts(
     for expert in range(gate_up.shape[0]):
         row, j = (chosen == expert).nonzero(as_tuple=True)
         if len(row):
-            own = Quantised(
+            own = QuantisedRows(
                 whole.values.view(torch.uint8)[row].view(E4M3), whole.scales[:, row], whole.turns, x.dtype
             )
             gate, up = exact_product(own, gate_up[expert]).to(x.dtype).chunk(2, dim=-1)
@@ -107,7 +107,7 @@ def exact_experts(
 
 
 def product_error(
-    product: Callable[[Quantised, BlockWeight], Tensor], x: Quantised, weight: BlockWeight
+    product: Callable[[QuantisedRows, BlockWeight], Tensor], x: QuantisedRows, weight: BlockWeight
 ) -> float:
     """`error_of` what multiplies."""
     return error_of(product(x, weight), exact_product(x, weight))
@@ -193,7 +193,7 @@ class Bench:
                 ready = quantise_rows(x)
                 size = outputs * inputs + rows * (inputs + 2 * outputs)
                 operations = 2.0 * rows * outputs * inputs
-                forms: list[Tile | None] = [None]
+                forms: list[ProductTile | None] = [None]
                 if self.variants:
                     forms += _tiles(rows, outputs, inputs)
                 for form in forms:
@@ -390,15 +390,15 @@ class Bench:
         self.experts(16, EXPERTS)
 
 
-def _tiles(rows: int, outputs: int, inputs: int) -> list[Tile]:
+def _tiles(rows: int, outputs: int, inputs: int) -> list[ProductTile]:
     """Other divisions of a product."""
     if rows >= 512:
-        return [Tile(64, 3, 4), Tile(128, 3, 8), Tile(128, 4, 8)]
+        return [ProductTile(64, 3, 4), ProductTile(128, 3, 8), ProductTile(128, 4, 8)]
     if rows != 16:
         return []
     steps = num_blocks(inputs)
-    fixed = [Tile(16, 5, 4, splits) for splits in (1, 2, 4, 8, 14, 28) if splits <= steps // 2]
-    return [*fixed, Tile(16, 3, 4, 4), Tile(16, 8, 4, 4)]
+    fixed = [ProductTile(16, 5, 4, splits) for splits in (1, 2, 4, 8, 14, 28) if splits <= steps // 2]
+    return [*fixed, ProductTile(16, 3, 4, 4), ProductTile(16, 8, 4, 4)]
 
 
 def _expert_tiles(rows: int, count: int) -> list[ExpertTile | WideTile]:
@@ -413,7 +413,7 @@ def _expert_tiles(rows: int, count: int) -> list[ExpertTile | WideTile]:
     return [ExpertTile(size, *shape) for size in sizes for shape in shapes]
 
 
-def scaled_mm(x: Quantised, weight: BlockWeight) -> Tensor:
+def scaled_mm(x: QuantisedRows, weight: BlockWeight) -> Tensor:
     """torch's own product with blocks of scales."""
     made: Tensor = torch._scaled_mm(x.values, weight.values.T, x.scales.T, weight.scales.T, out_dtype=x.dtype)
     return made

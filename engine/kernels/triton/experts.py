@@ -23,7 +23,7 @@ from engine.errors import EngineError
 from engine.kernels.interface.fp8 import ACTIVATION_FLOOR, ScaleFormat
 from engine.kernels.triton.fp8_product import OUTPUTS, block_sums, linear_fp8
 from engine.kernels.triton.kernel import block, kernel, overlap, turn
-from engine.kernels.triton.quantise import Quantised, bytes_of, quantise_rows, scale_of, silu_times_rows
+from engine.kernels.triton.quantise import QuantisedRows, bytes_of, quantise_rows, scale_of, silu_times_rows
 from engine.kernels.triton.wide_experts import WideTile, serves, wide_products
 from engine.memory.blocks import BLOCK, E4M3, BlockWeight, Matrix, num_blocks
 
@@ -63,7 +63,7 @@ def tile_of(rows: int, choices: int, experts: int, *, quantised: bool) -> Expert
 
 
 def run_experts(
-    x: Tensor | Quantised,
+    x: Tensor | QuantisedRows,
     experts: Tensor,
     weights: Tensor,
     gate_up: Matrix,
@@ -116,7 +116,7 @@ def run_experts(
     if isinstance(gate_up, BlockWeight) and isinstance(down, BlockWeight) and tile is None:
         tile = WideTile() if choices >= WIDE_ROWS * kinds and serves(gate_up, down) else None
     if isinstance(tile, WideTile):
-        assert isinstance(x, Quantised)
+        assert isinstance(x, QuantisedRows)
         assert isinstance(gate_up, BlockWeight)
         assert isinstance(down, BlockWeight)
         routed = rows * chosen
@@ -137,7 +137,7 @@ def run_experts(
     most = len(tiles.expert)
     common = {"CHOSEN": chosen, "SHARED": shared is not None, "HELD": held, "TILE": size}
     up_grid, down_grid = (most, -(-inner // OUTPUTS)), (most, -(-inputs // OUTPUTS))
-    if isinstance(x, Quantised):
+    if isinstance(x, QuantisedRows):
         assert isinstance(gate_up, BlockWeight)
         assert isinstance(down, BlockWeight)
         other_up, other_down = shared or (gate_up, down)

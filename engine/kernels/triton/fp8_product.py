@@ -23,7 +23,7 @@ from torch import Tensor
 from engine.errors import EngineError
 from engine.kernels.interface.fp8 import ScaleFormat
 from engine.kernels.triton.kernel import block, kernel, overlap
-from engine.kernels.triton.quantise import SUMS, Quantised, quantise_rows
+from engine.kernels.triton.quantise import SUMS, QuantisedRows, quantise_rows
 from engine.memory.blocks import BLOCK, BlockWeight, num_blocks
 
 OUTPUTS = 128
@@ -36,7 +36,7 @@ AHEAD = 4
 """Steps of W that a program asks for before it waits for the kernel before: W does not depend on that."""
 
 
-class Tile(NamedTuple):
+class ProductTile(NamedTuple):
     """How a product is divided.
 
     Attributes:
@@ -52,15 +52,15 @@ class Tile(NamedTuple):
     splits: int = 1
 
 
-def tile_of(rows: int, outputs: int, inputs: int) -> Tile:
+def tile_of(rows: int, outputs: int, inputs: int) -> ProductTile:
     """What suits a product of so many rows with a weight [outputs, inputs]."""
     if rows > MOST_CUT_ROWS:
-        return Tile(
+        return ProductTile(
             128 if rows * outputs >= 128 * 128 * 200 else 64, 4, 8 if rows * outputs >= 128 * 128 * 200 else 4
         )
     tiles, steps = num_blocks(outputs), num_blocks(inputs)
     splits = min(max(1, 480 // tiles), max(1, steps // 4))
-    return Tile(max(16, block(rows)), 5, 4, splits)
+    return ProductTile(max(16, block(rows)), 5, 4, splits)
 
 
 def library_serves(rows: int, weight: BlockWeight, dtype: torch.dtype) -> bool:
@@ -84,10 +84,10 @@ def _library_has_blocks() -> bool:
 
 
 def linear_fp8(
-    x: Tensor | Quantised,
+    x: Tensor | QuantisedRows,
     weight: BlockWeight,
     scale_format: ScaleFormat = "ue8m0",
-    tile: Tile | None = None,
+    tile: ProductTile | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Compute y = x W^T, by FP8 products of 128 numbers each, summed in float32.
@@ -126,7 +126,7 @@ def linear_fp8(
     return out
 
 
-def _librarys(x: Quantised, weight: BlockWeight, out: Tensor) -> Tensor:
+def _librarys(x: QuantisedRows, weight: BlockWeight, out: Tensor) -> Tensor:
     """`torch._scaled_mm`, which wants rows by fours: others are filled up with zeros."""
     missing = -len(x) % 4
     values, scales, made = x.values, x.scales, out

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.kernels.interface.fp8 import ACTIVATION_FLOOR, ScaleFormat
 from engine.kernels.triton.kernel import kernel, overlap, turn
-from engine.kernels.triton.quantise import Quantised, bytes_of, scale_of
+from engine.kernels.triton.quantise import QuantisedRows, bytes_of, scale_of
 from engine.memory.blocks import BLOCK, E4M3, BlockWeight, num_blocks
 
 OUTPUTS = 128
@@ -61,7 +61,7 @@ def _copies_tiles() -> bool:
 
 
 def wide_products(
-    x: Quantised,
+    x: QuantisedRows,
     gate_up: BlockWeight,
     down: BlockWeight,
     order: Tensor,

@@ -8,7 +8,7 @@ import torch
 from engine.errors import EngineError
 from engine.kernels.torchops.fp8 import VectorisedFp8
 from engine.kernels.triton.fp8_product import (
-    Tile,
+    ProductTile,
     _library_has_blocks,
     library_serves,
     linear_fp8,
@@ -44,11 +44,13 @@ def test_product(
     close(linear_fp8(x, weight), wanted)
     ready = quantise_rows(x)
     for _ in range(2):  # the first leaves `turns` as it was
-        made = linear_fp8(ready, weight, tile=Tile(16, 3, 4, splits))
+        made = linear_fp8(ready, weight, tile=ProductTile(16, 3, 4, splits))
         close(made, wanted)
         assert not ready.turns.any()
     for row in (0, rows - 1):
-        assert torch.equal(linear_fp8(x[row : row + 1], weight, tile=Tile(16, 3, 4, splits))[0], made[row])
+        assert torch.equal(
+            linear_fp8(x[row : row + 1], weight, tile=ProductTile(16, 3, 4, splits))[0], made[row]
+        )
 
 
 @pytest.mark.parametrize("rows", [63, 64, 70, 128])
