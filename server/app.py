@@ -23,6 +23,7 @@ from server.config import ServerConfig
 from server.generation.admission import Admission
 from server.generation.grammars import GrammarChecks
 from server.generation.intake import Intake
+from server.generation.responses import KeptResponses
 from server.http.middleware import BodyLimitMiddleware, RecordMiddleware
 from server.http.paths import PathMiddleware
 from server.http.protocol.errors import ApiError, bad_request
@@ -92,6 +93,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
         lifecycle=Lifecycle(),
         metrics=metrics,
         books=books,
+        responses=KeptResponses(config.stored_responses),
     )
     app = FastAPI(
         title="dsa-serve",
