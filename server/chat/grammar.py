@@ -13,6 +13,9 @@ from typing import Any
 BEGIN = '%llguidance {"no_forcing": true}\n'
 """The first line: text that must come may come in any tokens, as the model likes."""
 
+BLANKS = r"[ \t\n\r]{1,64}"
+"""Whitespace between two parts of JSON. Without a bound a weak model may write nothing else."""
+
 FREE = r"/(?s:.*)/"
 """Any text. It has no control tokens, because no text has one in a grammar."""
 
@@ -36,8 +39,7 @@ def json_value(schema: Mapping[str, Any] | bool, *, lenient: bool = False, blank
     """
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    # A bound of the whitespace would be good, but llguidance 1.9.1 finds no next token where it is reached, now and then.
-    options: dict[str, Any] = {"whitespace_flexible": blanks}
+    options: dict[str, Any] = {"whitespace_pattern": BLANKS} if blanks else {"whitespace_flexible": False}
     if lenient:
         options["lenient"] = True
     return f"%json {json.dumps({**schema, 'x-guidance': options})}"

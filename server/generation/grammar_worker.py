@@ -1,6 +1,6 @@
 """A process that compiles grammars under limits, for `server.generation.grammars`.
 
-It reads `Begin`, then `Candidate`s, from its standard input, and answers each with a `Verdict`. Whatever takes too much processor
+It reads `Begin`, then `Candidate`s, from its standard input, and answers each with a `GrammarVerdict`. Whatever takes too much processor
 time or memory ends the process.
 """
 
@@ -17,7 +17,7 @@ import msgspec
 
 from engine.errors import GrammarError
 from engine.grammar import GrammarCompiler
-from server.generation.grammars import Begin, Candidate, Verdict, frame
+from server.generation.grammars import Begin, Candidate, GrammarVerdict, frame
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ def main() -> None:
         return
     compiler = GrammarCompiler(begin.vocabulary, begin.vocab_size)
     _limit_memory(begin.memory_bytes)
-    _write(stdout, Verdict(""))
+    _write(stdout, GrammarVerdict(""))
     while (candidate := _read(stdin, Candidate)) is not None:
         signal.setitimer(signal.ITIMER_PROF, begin.cpu_seconds)  # its signal ends the process
         verdict = judge(compiler, candidate)
@@ -38,7 +38,7 @@ def main() -> None:
         _write(stdout, verdict)
 
 
-def judge(compiler: GrammarCompiler, candidate: Candidate) -> Verdict:
+def judge(compiler: GrammarCompiler, candidate: Candidate) -> GrammarVerdict:
     """Compile a grammar, and compute its first mask, which is the slowest."""
     text = candidate.text
     try:
@@ -46,8 +46,8 @@ def judge(compiler: GrammarCompiler, candidate: Candidate) -> Verdict:
             text = _joined(text, candidate.own)
         compiler.compile(text).mask()
     except GrammarError as error:
-        return Verdict("", str(error))
-    return Verdict(text)
+        return GrammarVerdict("", str(error))
+    return GrammarVerdict(text)
 
 
 def _joined(text: str, own: str) -> str:
@@ -77,7 +77,7 @@ def _read(stream: BinaryIO, kind: type[T]) -> T | None:
     return msgspec.msgpack.decode(stream.read(int.from_bytes(header, "big")), type=kind)
 
 
-def _write(stream: BinaryIO, verdict: Verdict) -> None:
+def _write(stream: BinaryIO, verdict: GrammarVerdict) -> None:
     stream.write(frame(msgspec.msgpack.encode(verdict)))
     stream.flush()
 

@@ -53,7 +53,7 @@ class Candidate(msgspec.Struct, frozen=True):
     own: str
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class GrammarVerdict(msgspec.Struct, frozen=True):
     """The grammar as the engine wants it, or why there is none."""
 
     text: str
@@ -81,7 +81,7 @@ class GrammarChecks:
 
     def __init__(self, text: Tokenizer) -> None:
         self._text = text
-        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, GrammarVerdict] = OrderedDict()
         self._idle: list[_Worker] = []
         self._turns = asyncio.Semaphore(WORKERS)
 
@@ -114,7 +114,7 @@ class GrammarChecks:
         while self._idle:
             await self._idle.pop().close()
 
-    async def _ask(self, candidate: Candidate, vocab_size: int) -> Verdict:
+    async def _ask(self, candidate: Candidate, vocab_size: int) -> GrammarVerdict:
         worker = self._idle.pop() if self._idle else await self._start(vocab_size)
         try:
             verdict = await worker.ask(candidate)
@@ -122,7 +122,7 @@ class GrammarChecks:
             worker.kill()
             raise
         if verdict is None:
-            return Verdict("", await worker.why())
+            return GrammarVerdict("", await worker.why())
         self._idle.append(worker)
         return verdict
 
@@ -161,7 +161,7 @@ class _Worker:
             self.kill()
             raise UnfitGrammarError("the server's compiler of grammars does not start; try again later")
 
-    async def ask(self, candidate: Candidate) -> Verdict | None:
+    async def ask(self, candidate: Candidate) -> GrammarVerdict | None:
         """Return the verdict; None if the process has ended or takes too long."""
         return await self._exchange(candidate)
 
@@ -185,7 +185,7 @@ class _Worker:
         self.kill()
         await self._process.wait()
 
-    async def _exchange(self, message: Begin | Candidate) -> Verdict | None:
+    async def _exchange(self, message: Begin | Candidate) -> GrammarVerdict | None:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -194,7 +194,7 @@ class _Worker:
                 stdin.write(frame(msgspec.msgpack.encode(message)))
                 await stdin.drain()
                 size = int.from_bytes(await stdout.readexactly(_HEADER_BYTES), "big")
-                return msgspec.msgpack.decode(await stdout.readexactly(size), type=Verdict)
+                return msgspec.msgpack.decode(await stdout.readexactly(size), type=GrammarVerdict)
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             return None
 

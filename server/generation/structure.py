@@ -23,7 +23,7 @@ MAX_SCHEMA = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class WantedText:
     """What the text of an answer must be.
 
     Attributes:
@@ -39,7 +39,7 @@ class Wanted:
     blank: bool = False
 
 
-def wanted_of(body: GenerationBody) -> Wanted | None:
+def wanted_of(body: GenerationBody) -> WantedText | None:
     """Read what a body says about its answer's text; None: any text.
 
     Raises:
@@ -59,18 +59,18 @@ def wanted_of(body: GenerationBody) -> Wanted | None:
     return found[0] if found else None
 
 
-def _formats(body: GenerationBody) -> list[Wanted]:
+def _formats(body: GenerationBody) -> list[WantedText]:
     match body.response_format:
         case JsonFormat():
-            return [Wanted("response_format", json_value({"type": "object"}), blank=True)]
+            return [WantedText("response_format", json_value({"type": "object"}), blank=True)]
         case SchemaFormat(json_schema=named):
             schema = json_value(named.json_schema)
-            return [Wanted("response_format.json_schema.schema", schema, blank=True)]
+            return [WantedText("response_format.json_schema.schema", schema, blank=True)]
         case _:
             return []
 
 
-def _guided(body: GenerationBody) -> list[Wanted]:
+def _guided(body: GenerationBody) -> list[WantedText]:
     """The older names of vLLM."""
     outputs = StructuredOutputs.model_construct(
         regex=body.guided_regex, choice=body.guided_choice, grammar=body.guided_grammar
@@ -78,7 +78,7 @@ def _guided(body: GenerationBody) -> list[Wanted]:
     return _read(outputs.model_copy(update={"json_schema": body.guided_json}), "guided_")
 
 
-def _outputs(outputs: StructuredOutputs) -> list[Wanted]:
+def _outputs(outputs: StructuredOutputs) -> list[WantedText]:
     found = _read(outputs, "structured_outputs.")
     if not found:
         raise bad_request(
@@ -88,22 +88,22 @@ def _outputs(outputs: StructuredOutputs) -> list[Wanted]:
     return found
 
 
-def _read(outputs: StructuredOutputs, prefix: str) -> list[Wanted]:
+def _read(outputs: StructuredOutputs, prefix: str) -> list[WantedText]:
     blanks = not outputs.disable_any_whitespace
-    found: list[Wanted] = []
+    found: list[WantedText] = []
     if (schema := outputs.json_schema) is not None:
         read = _parsed(schema, f"{prefix}json") if isinstance(schema, str) else schema
-        found.append(Wanted(f"{prefix}json", json_value(read, blanks=blanks), blank=True))
+        found.append(WantedText(f"{prefix}json", json_value(read, blanks=blanks), blank=True))
     if outputs.json_object:
         found.append(
-            Wanted(f"{prefix}json_object", json_value({"type": "object"}, blanks=blanks), blank=True)
+            WantedText(f"{prefix}json_object", json_value({"type": "object"}, blanks=blanks), blank=True)
         )
     if outputs.regex is not None:
-        found.append(Wanted(f"{prefix}regex", regex(outputs.regex)))
+        found.append(WantedText(f"{prefix}regex", regex(outputs.regex)))
     if outputs.choice is not None:
-        found.append(Wanted(f"{prefix}choice", " | ".join(map(literal, outputs.choice))))
+        found.append(WantedText(f"{prefix}choice", " | ".join(map(literal, outputs.choice))))
     if outputs.grammar is not None:
-        found.append(Wanted(f"{prefix}grammar", "@own", own=outputs.grammar))
+        found.append(WantedText(f"{prefix}grammar", "@own", own=outputs.grammar))
     return found
 
 
@@ -130,7 +130,7 @@ class Structure:
         self._checks, self._tokens, self._reasons = checks, control_tokens, reasons
 
     async def grammar(
-        self, wanted: Wanted, vocab_size: int, *, thinking: bool = False, may_think: bool = False
+        self, wanted: WantedText, vocab_size: int, *, thinking: bool = False, may_think: bool = False
     ) -> Enforced:
         """Return the checked grammars of an answer.
 
@@ -155,7 +155,7 @@ class Structure:
         return Enforced(await self._checked(wanted.param, whole, wanted.own, vocab_size), text)
 
     @staticmethod
-    def _written(wanted: Wanted, own: str, before: str = "") -> str:
+    def _written(wanted: WantedText, own: str, before: str = "") -> str:
         blank = "BLANK? " if wanted.blank and before else ""
         lines = [f"start: {before}{blank}answer", f"answer: {wanted.expression}"]
         if blank:

@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.process, pytest.mark.model]
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("structured") / "deepseek_v32"
     folder.mkdir()
-    tiny_deepseek("deepseek_v32", folder, vocab_size=byte_tokenizer(folder))
+    size = byte_tokenizer(folder)
+    tiny_deepseek("deepseek_v32", folder, vocab_size=size, bos_token_id=256, eos_token_id=257)
     server = Server(
         str(folder), "--dtype", "float32", "--kv-cache-memory", "64MiB", "--threads", "1",
         "--served-model-name", "tiny",
@@ -38,9 +39,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def end_bias(server: Server) -> dict[str, float]:
-    """A random model seldom ends a text by itself."""
-    ids = server.post("/tokenize", model="tiny", prompt='"}]', add_special_tokens=False).json()["tokens"]
-    return {str(token_id): 4.0 for token_id in ids} | {"257": 4.0}
+    """A random model seldom ends a text by itself, and likes whitespace no less than any other text."""
+
+    def ids(text: str) -> list[int]:
+        reply = server.post("/tokenize", model="tiny", prompt=text, add_special_tokens=False)
+        return list(reply.json()["tokens"])
+
+    return dict.fromkeys(map(str, [*ids('"}]'), 257]), 4.0) | dict.fromkeys(map(str, ids(" \t\n\r")), -4.0)
 
 
 def ask(server: Server, **body: Any) -> list[tuple[str, str]]:
