@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,9 @@ from engine.plan.cost import ModelShape
 from engine.plan.tiles import LatentTileCosts, TileCosts
 from engine.protocol import IndexerInfo
 
+if TYPE_CHECKING:
+    from engine.models.mla.device import DeviceStep
+
 Rotation = tuple[Tensor, Tensor]
 Selections = Sequence[Tensor | None]
 """For each tile the positions that its rows selected, or None if the tile is dense."""
@@ -45,30 +48,30 @@ class MlaMlp:
     """Computes down(silu(gate x) * up x): [T, E] -> [T, E]. `total` sums the parts of all ranks."""
 
     def __init__(self, gate_up: Matrix, down: Matrix, total: Callable[[Tensor], Tensor]) -> None:
-        self._gate_up, self._down, self._total = gate_up, down, total
+        self.gate_up, self.down, self._total = gate_up, down, total
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = linear(x, self._gate_up).chunk(2, dim=-1)
-        return self._total(linear(F.silu(gate) * up, self._down))
+        gate, up = linear(x, self.gate_up).chunk(2, dim=-1)
+        return self._total(linear(F.silu(gate) * up, self.down))
 
 
 class MlaMoe:
     """Sums the routed experts, the shared expert, and the parts of all ranks, in float32: [T, E] -> [T, E]."""
 
     def __init__(self, of: Parameters, config: MoEConfig, ranks: Ranks) -> None:
-        self._config, self._total = config, ranks.sum
-        self._first = ranks.share(config.num_experts).start
-        self._gate, self._bias = of("moe.gate"), of("moe.bias")
-        self._gate_up = of.matrix("moe.experts_gate_up").view(
-            -1, 2 * config.intermediate_size, self._gate.shape[1]
+        self.config, self._total = config, ranks.sum
+        self.first = ranks.share(config.num_experts).start
+        self.gate, self.bias = of("moe.gate"), of("moe.bias")
+        self.gate_up = of.matrix("moe.experts_gate_up").view(
+            -1, 2 * config.intermediate_size, self.gate.shape[1]
         )
-        self._down = of.matrix("moe.experts_down").view(-1, self._gate.shape[1], config.intermediate_size)
-        self._shared = MlaMlp(of.matrix("moe.shared_gate_up"), of.matrix("moe.shared_down"), ALONE.sum)
+        self.down = of.matrix("moe.experts_down").view(-1, self.gate.shape[1], config.intermediate_size)
+        self.shared = MlaMlp(of.matrix("moe.shared_gate_up"), of.matrix("moe.shared_down"), ALONE.sum)
 
     def __call__(self, x: Tensor) -> Tensor:
-        experts, weights = route(x, self._gate, self._bias, self._config)
-        routed = run_experts(x, experts, weights, self._gate_up, self._down, self._first)
-        return self._total(routed + self._shared(x).float()).to(x.dtype)
+        experts, weights = route(x, self.gate, self.bias, self.config)
+        routed = run_experts(x, experts, weights, self.gate_up, self.down, self.first)
+        return self._total(routed + self.shared(x).float()).to(x.dtype)
 
 
 class MlaLayer:
@@ -88,8 +91,8 @@ class MlaLayer:
         self._latent_format, self._index_format = latent_format, index_format
         self._total = ranks.sum
         c = config
-        self._eps = c.rms_norm_eps
-        self._input_norm, self._post_norm = of("input_norm"), of("post_norm")
+        self.eps = c.rms_norm_eps
+        self.input_norm, self.post_norm = of("input_norm"), of("post_norm")
         latent = c.q_lora_rank is not None
         weights = MLAWeights(
             q_a=of.matrix("attn.q_a") if latent else None,
@@ -118,7 +121,7 @@ class MlaLayer:
             self.indexer = LightningIndexer(
                 parts, c.indexer.num_heads, interleaved=c.indexer.rope_interleaved
             )
-        self._mlp = (
+        self.mlp = (
             MlaMoe(of, c.moe, ranks)
             if moe
             else MlaMlp(of.matrix("mlp.gate_up"), of.matrix("mlp.down"), ranks.sum)
@@ -138,7 +141,7 @@ class MlaLayer:
 
         Returns also the selections, for the layers that share them.
         """
-        batch, hidden = tiling.batch, rms_norm(x, self._input_norm, self._eps)
+        batch, hidden = tiling.batch, rms_norm(x, self.input_norm, self.eps)
         rows = self.attention.project(hidden, rotation)
         packed = self._latent_format.pack(rows.cached, kernels)
         cache.write(i, "latent", batch.pages, batch.offsets, packed)
@@ -158,7 +161,7 @@ class MlaLayer:
             rows.query, selections, cache.plane(i, "latent"), tiling, kernels, self._latent_format.unpack
         )
         x = x + self._total(attended)
-        return x + self._mlp(rms_norm(x, self._post_norm, self._eps)), selections
+        return x + self.mlp(rms_norm(x, self.post_norm, self.eps)), selections
 
 
 class MlaModel:
@@ -207,10 +210,9 @@ class MlaModel:
         self._kernels = kernels
         self._latent_format, self._index_format = latent_format, index_format
         of = Parameters(weights)
-        self._embed, self._norm = of("embed"), of("norm")
-        # In float32 as in the published code: small differences of logits decide which token is drawn.
-        self._head = of("embed" if config.tied else "head").float() if ranks.rank == 0 else None
-        self._layers = [
+        self.embed, self.norm = of("embed"), of("norm")
+        self._head: Tensor | None = of("embed" if config.tied else "head") if ranks.rank == 0 else None
+        self.layers = [
             MlaLayer(
                 Parameters(weights, f"layers.{i}."),
                 config,
@@ -222,22 +224,45 @@ class MlaModel:
             )
             for i in range(config.num_layers)
         ]
-        self._rotary = RotaryTable(
+        self.rotary = RotaryTable(
             config.qk_rope_head_dim,
             config.rope_theta,
             max_positions,
             scaling=config.rope_scaling,
-            device=self._embed.device,
+            device=self.embed.device,
         )
+        self.device_step: DeviceStep | None = None  # runs the steps; None: torch runs them over tiles
+        if kernels.name == "triton" and ranks.count == 1:
+            self.device_step = self._device_step()
+        elif self._head is not None:
+            # In float32 as in the published code: small differences of logits decide which token is drawn.
+            self._head = self._head.float()
+
+    def _device_step(self) -> DeviceStep:
+        from engine.models.mla.device import DeviceStep  # needs Triton
+
+        return DeviceStep(self)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab_size, E], of the logits.
+
+        Raises:
+            EngineError: this is not rank 0, and only rank 0 has the head.
+        """
+        if self._head is None:
+            raise EngineError("only rank 0 computes logits")
+        return self._head
 
     @property
     def batch_device(self) -> torch.device:
-        """The model's own."""
-        return self._embed.device
+        """The CPU where a device step takes the batch from there in one copy."""
+        return torch.device("cpu") if self.device_step is not None else self.embed.device
 
     @property
-    def row_step(self) -> None:
-        """None."""
+    def row_step(self) -> DeviceStep | None:
+        """The device step."""
+        return self.device_step
 
     def prepare(
         self,
@@ -246,15 +271,24 @@ class MlaModel:
         progress: Callable[[int, int], None],
         compilers: KernelCompilers | None = None,
     ) -> None:
-        """Nothing is to be done."""
+        """Make room for the steps' tokens, and capture graphs, on CUDA."""
+        if self.device_step is None:
+            return
+        self.device_step.reserve(max_rows)
+        if self.norm.device.type == "cuda":
+            self.device_step.capture(cache, max_rows, progress, compilers)
 
     @property
     def backend(self) -> str:
-        """Torch's beside Triton: no step of this family runs over flat rows."""
-        return "torch" if self._kernels.name == "triton" else self._kernels.name
+        """`triton` only if its rows compute the steps; beside it torch computes them."""
+        if self._kernels.name == "triton" and self.device_step is None:
+            return "torch"
+        return self._kernels.name
 
     def computed_by(self) -> dict[str, str]:
-        by, dtype, index = self._kernels.computed_by, self._embed.dtype, self._index_format
+        by, dtype, index = self._kernels.computed_by, self.embed.dtype, self._index_format
+        if self.device_step is not None:
+            return self.device_step.computed_by()
         latents = self._latent_format.spec.dtype
         streams = self._kernels.streams_latents(latents, latents if index is None else index.spec_dtype)
         said = {
@@ -277,7 +311,7 @@ class MlaModel:
         return latent, index.spec(frozenset(i for i, own in enumerate(self.config.index_layers) if own))
 
     def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> LatentTileCosts:
-        c, dtype, index = self.config, self._embed.dtype, self._index_format
+        c, dtype, index = self.config, self.embed.dtype, self._index_format
         heads = c.num_heads // self._ranks.count
         latents = self._latent_format.spec.dtype
         streams = self._kernels.streams_latents(latents, latents if index is None else index.spec_dtype)
@@ -317,7 +351,7 @@ class MlaModel:
         heads = dim = layers = 0
         if c.indexer is not None:
             heads, dim, layers = c.indexer.num_heads, c.indexer.head_dim, sum(c.index_layers)
-        item = self._embed.dtype.itemsize
+        item = self.embed.dtype.itemsize
         return ModelShape(
             row_flops=2 * (weights + layers * e * dim),
             sparse_row_flops=2 * layers * heads * ((c.q_lora_rank or e) * dim + e),
@@ -331,13 +365,15 @@ class MlaModel:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
-        x = F.embedding(batch.token_ids, self._embed)
-        rotation = self._rotary.at(batch.positions)
+        if self.device_step is not None:
+            return self.device_step.forward(batch, cache, costs.budget_bytes).clone()
+        x = F.embedding(batch.token_ids, self.embed)
+        rotation = self.rotary.at(batch.positions)
         tiling = Tiling(batch, costs)
         selections: Selections = [None] * len(tiling.tiles)
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self.layers):
             x, selections = layer(i, x, rotation, tiling, cache, self._kernels, selections)
-        return rms_norm(x, self._norm, self.config.rms_norm_eps)
+        return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -346,6 +382,6 @@ class MlaModel:
         Raises:
             EngineError: this is not rank 0, and only rank 0 has the head.
         """
-        if self._head is None:
-            raise EngineError("only rank 0 computes logits")
-        return F.linear(hidden.float(), self._head)
+        if self.device_step is not None:
+            return self.device_step.logits(hidden)
+        return F.linear(hidden.float(), self.head_weight)
