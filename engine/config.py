@@ -43,6 +43,10 @@ WeightDtype = Literal["auto", "plain", "fp8"]
 """How weights that are stored in FP8 blocks are held. plain: in the model's dtype; auto: fp8 on CUDA, else plain."""
 
 
+LoadFormat = Literal["auto", "dummy"]
+"""Where weights come from. auto: the checkpoint's files; dummy: random numbers, for which config.json is enough."""
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine loads, and how it runs.
 
@@ -52,6 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     weights: str  # a .gguf file, or a folder with config.json and safetensors
     overlay: str | None = None  # an indexer overlay (safetensors) laid over the checkpoint
+    load_format: LoadFormat = "auto"
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: PlainDtype = "auto"
     max_model_len: int | None = None  # positions of one request; None: what the checkpoint was trained for
@@ -103,6 +108,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if self.leader is not None:
             host_and_port(self.leader)
+        if self.load_format == "dummy" and self.overlay is not None:
+            raise ValueError(
+                "load_format is dummy, so the weights are random and no overlay fits them; leave the overlay out"
+            )
         if self.profile_after < 0:
             raise ValueError(f"profile_after must be at least 0, not {self.profile_after}")
         if self.threads is not None and self.threads < 1:

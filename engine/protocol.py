@@ -117,6 +117,7 @@ class ModelInfo(Value, frozen=True, kw_only=True):
     device: str
     dtype: str
     indexer: IndexerInfo | None  # None: attention is always dense, whatever index_top_k says
+    random_weights: bool = False  # of no checkpoint: for benchmarks, and what the model says means nothing
     cost_model: Literal["assumed", "measured"] = "assumed"  # the origin of the cost model's coefficients
 
 

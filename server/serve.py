@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 
@@ -31,7 +32,7 @@ from server.hub.stages import Stages
 from server.lifecycle import Lifecycle
 from server.settings import Settings
 from server.telemetry.logs import configure, engine_output
-from server.text.loading import load_tokenizer
+from server.text.loading import has_tokenizer, load_tokenizer, stand_in
 from server.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -55,10 +56,22 @@ def serve(settings: Settings) -> int:
     configure(settings.log_format)
     with bind(settings.host, settings.port) as listener:  # before loading, to report a taken port at once
         with _stages(settings.log_format) as stages:
-            files = resolve(settings.model, overlay=settings.overlay_path(), report=stages)
+            random = settings.load_format == "dummy"
+            files = resolve(
+                settings.model, overlay=settings.overlay_path(), report=stages, config_only=random
+            )
             stages("reading the tokenizer", 0, 0)
-            text = load_tokenizer(files.weights)
-            name, why = choose(files.weights, settings.chat_format)
+            if random and not has_tokenizer(files.weights):
+                stages(
+                    "no tokenizer.json: every byte is a token, and other token ids stand for made-up words",
+                    0,
+                    0,
+                )
+                text = stand_in(files.weights)
+                name, why = "jinja", "the stand-in tokenizer has no tokens for chat"
+            else:
+                text = load_tokenizer(files.weights)
+                name, why = choose(files.weights, settings.chat_format)
             chat = load_chat_format(files.weights, name, text)
             stages(f"chat format: {name} ({why})", 0, 0)
         config = settings.server(files.name, model_type(files.weights))
@@ -150,7 +163,9 @@ async def _watch(engine: Engine, config: ServerConfig, listener: socket.socket) 
         ServeError: the engine has failed and will not start again.
     """
     await _loaded(engine, config.log_format)
-    line = greeting(config.model_name, *listener.getsockname()[:2])
+    model = engine.status.model
+    random = model is not None and model.random_weights
+    line = greeting(config.model_name, *listener.getsockname()[:2], random_weights=random)
     if config.log_format == "json":
         _log.info("%s", line.partition(" - try: ")[0])
     else:
@@ -214,14 +229,19 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-def greeting(model: str, host: str, port: int) -> str:
-    """One line with the address and a command to try."""
+def greeting(model: str, host: str, port: int, *, random_weights: bool = False) -> str:
+    """One line with the address and a command to try; a model with random weights may have no chat format."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
     url = f"http://{host}:{port}"
-    question = {"role": "user", "content": "What is the capital of France?"}
-    body = json.dumps({"model": model, "messages": [question], "temperature": 0})
-    body = body.replace("'", "'\\''")
-    return f"ready at {url} - try: curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+    body: dict[str, Any] = {"model": model}
+    if random_weights:
+        path = "/v1/completions"
+        body |= {"prompt": [1, 2, 3], "max_tokens": 16, "ignore_eos": True}
+    else:
+        path = "/v1/chat/completions"
+        body["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
+    text = json.dumps(body | {"temperature": 0}).replace("'", "'\\''")
+    return f"ready at {url} - try: curl {url}{path} -H 'content-type: application/json' -d '{text}'"
 
 
 class _Server(uvicorn.Server):

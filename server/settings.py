@@ -26,6 +26,7 @@ from engine.config import (
     EngineConfig,
     IndexerDtype,
     KernelChoice,
+    LoadFormat,
     PlainDtype,
     SparseForm,
     WeightDtype,
@@ -102,6 +103,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "N|dense",
         ),
     ] = _HTTP.default_top_k
+    load_format: Annotated[
+        LoadFormat,
+        Flag(
+            MODEL,
+            "Where weights come from: auto (the checkpoint's files), or dummy (random numbers, to measure speed; MODEL is "
+            "then a folder with config.json, and tokenizer.json if there is one).",
+        ),
+    ] = _ENGINE.load_format
     overlay: Annotated[
         str | None,
         Flag(MODEL, "A lightning indexer (.safetensors) to lay over the model.", "the model's own", "FILE"),

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.overlay import overlay_shapes
+from engine.checkpoint.random_weights import RandomSource
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.kernels.choice import choose_backend
 from engine.kernels.triton.compiling import Compilers
 from engine.memory.planes import PagedCache, page_bytes
-from engine.models import read_model
+from engine.models import read_config, read_model
 from engine.models.family import Model, Placement
 from engine.plan.cost import CostModel, assumed_coefficients
 from engine.plan.meter import Meter
@@ -36,7 +37,6 @@ from engine.plan.types import PENDING, SampleSpec, ScheduledRequest, StepPlan
 from engine.protocol import IndexerInfo, IndexTopK, SamplingParams, Submit
 from engine.step.core import EngineCore
 from engine.step.device_runner import DeviceRunner
-from lab.curve.shape import RandomSource
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536, "intermediate_size": 8960,
@@ -56,7 +56,8 @@ class Source(RandomSource):
     """The checkpoint and its indexer."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        super().__init__(settings)
+        weights = read_config(settings, "config.json").shape(None).table.values()
+        super().__init__(settings, weights, torch.device("cuda", 0))
         head = settings["head_dim"]
         for name, heads in (("q", settings["num_attention_heads"]), ("k", 2), ("v", 2)):
             for layer in range(settings["num_hidden_layers"]):

@@ -7,6 +7,7 @@ another dtype is read as it is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,11 @@ _ALLOWED: Mapping[str, tuple[object, ...]] = {
     "scale_fmt": (None, "float", "ue8m0"),
     "dequantize": (None, False, True),  # for transformers; here a setting of the engine decides
 }
+_BLOCKED = re.compile(
+    r".*\.(q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj"
+    r"|indexer\.(wq_b|wk)|gate_proj|up_proj|down_proj)\.weight"
+)
+"""Tensors that DeepSeek stores in FP8. Routers, head weights, norms, embeddings and MTP projections are not among them."""
 _FREE = ("quant_method", "weight_block_size", "modules_to_not_convert")
 
 
@@ -53,3 +59,8 @@ def check_quantisation(raw: Mapping[str, Any], where: str) -> bool:
             "or a GGUF file of the model"
         )
     return True
+
+
+def published_in_blocks(name: str) -> bool:
+    """Whether DeepSeek stores the tensor with this name in FP8 blocks."""
+    return _BLOCKED.fullmatch(name) is not None

@@ -117,7 +117,7 @@ class SafetensorsSource:
             CheckpointError: a file is missing or damaged, or the architecture is unknown.
         """
         self._folder = folder
-        raw, where = _json(folder / "config.json"), str(folder / "config.json")
+        raw, where = read_object(folder / "config.json"), str(folder / "config.json")
         self.config: Mapping[str, Any] = raw
         self._has_blocks = check_quantisation(raw, where)
         self._at = _open_shards(folder)
@@ -249,7 +249,7 @@ def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
 
 def _open_index(index: Path) -> dict[str, SafetensorsFile]:
     """Open the shards that an index names, and check that they have the tensors that it says."""
-    weight_map = _json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map that says which file holds which tensor")
     shards: dict[str, SafetensorsFile] = {}
@@ -274,8 +274,12 @@ def _open_index(index: Path) -> dict[str, SafetensorsFile]:
     return at
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file."""
+def read_object(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not a JSON object.
+    """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:

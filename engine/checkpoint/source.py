@@ -36,7 +36,7 @@ class Tensors(Protocol):
         ...
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Read a tensor to the CPU, contiguous, in Hugging Face's layout and in memory of its own.
+        """Read a tensor, contiguous, in Hugging Face's layout and in memory of its own, which is the CPU's for files.
 
         Raises:
             CheckpointError: there is no such tensor, or it is stored in a way that cannot be read.

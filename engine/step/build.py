@@ -12,13 +12,15 @@ import torch
 from engine.attention.precision import Precision
 from engine.checkpoint.loader import LoadReport
 from engine.checkpoint.overlay import Overlay, read_overlay
+from engine.checkpoint.random_weights import RandomSource
+from engine.checkpoint.safetensors import read_object
 from engine.checkpoint.source import Source, open_source
 from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError
 from engine.kernels import native
 from engine.kernels.choice import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
-from engine.models import read_model
+from engine.models import read_config, read_model
 from engine.models.family import Family, KernelCompilers, Model, Placement, RowStep
 from engine.parallel.link import Progress
 from engine.parallel.ranks import ALONE, Ranks
@@ -148,8 +150,7 @@ def _open(config: EngineConfig, rank: int, progress: Progress) -> _Opened:
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
     native.set_threads(torch.get_num_threads())
     progress("opening the checkpoint", 0, 1)
-    source = open_source(Path(config.weights))
-    family = read_model(source)
+    source, family = _source(config, device)
     family.check_split(config.tensor_parallel)
     overlay = None if config.overlay is None else read_overlay(Path(config.overlay), source)
     if config.max_model_len is not None and config.max_model_len > family.max_positions:
@@ -165,6 +166,20 @@ def _open(config: EngineConfig, rank: int, progress: Progress) -> _Opened:
         resolve_dtype(config.dtype, device),
         config.max_model_len or family.max_positions,
     )
+
+
+def _source(config: EngineConfig, device: torch.device) -> tuple[Source, Family]:
+    """Open the checkpoint that the config names, or one of random weights."""
+    path = Path(config.weights)
+    if config.load_format == "auto":
+        source = open_source(path)
+        return source, read_model(source)
+    if not path.is_dir():
+        raise ConfigError(f"load_format is dummy, which reads a folder with config.json; {path} is no folder")
+    raw = read_object(path / "config.json")
+    family = read_config(raw, str(path / "config.json"))
+    shape = family.shape(None)
+    return RandomSource(raw, [*shape.table.values(), *shape.mtp.values()], device), family
 
 
 def _load(
@@ -258,6 +273,7 @@ def _build(
             device=str(device),
             dtype=dtype_name,
             indexer=model.indexer,
+            random_weights=config.load_format == "dummy",
             cost_model="assumed" if config.cost_calibration is None else "measured",
         ),
         capacity=Capacity(

@@ -55,6 +55,10 @@ def main() -> None:
         _log.warning("%d tensors of the checkpoint were not used: %s ...", len(built.unused_tensors), names)
     if built.weights.fp8_bytes or built.weights.dequantised_bytes:
         _log.info("%s", built.weights)
+    if built.ready.model.random_weights:
+        _log.warning(
+            "the weights are random (load_format dummy): speed can be measured, and answers mean nothing"
+        )
     _log.info("%s", built.kernels)
     gc.collect()
     gc.freeze()  # what is loaded stays; a collection in the middle of a step then looks at young objects only

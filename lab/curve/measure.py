@@ -27,7 +27,7 @@ from engine.models.family import Placement
 from engine.plan.sparsity import is_dense
 from engine.step.runner import Runner
 from lab.calibrate.steps import Bench, StepCase
-from lab.curve.shape import RandomSource, config
+from lab.curve.shape import config, random_source
 from lab.tool import StageProgress
 
 Phase = Literal["prefill", "decode"]
@@ -99,7 +99,7 @@ class Lab:
         defaults = EngineConfig(weights="")
         kernels = choose_backend("auto", plan.device)
         self.kernels = kernels.name
-        source = RandomSource(settings)
+        source = random_source(settings, plan.device)
         model, self.report = read_model(source).build(
             source,
             None,

@@ -21,15 +21,12 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from engine.checkpoint.loader import Weight
-from engine.errors import CheckpointError
+from engine.checkpoint.random_weights import RandomSource
 from engine.models import read_config
 
 _ONE_LAYER = {
@@ -43,8 +40,6 @@ _QUICK = {
 }  # fmt: skip
 """Much smaller sizes, which only show that the command works."""
 
-_POOL = 1 << 22
-
 
 def config(*, quick: bool) -> dict[str, Any]:
     """Return the model's config, as a config.json would have it."""
@@ -54,44 +49,6 @@ def config(*, quick: bool) -> dict[str, Any]:
     return raw
 
 
-class RandomSource:
-    """A checkpoint with random weights; implements `engine.checkpoint.source.Source`."""
-
-    description = "random weights"
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        """Make a checkpoint of the model that the config `settings` describes."""
-        self.config = settings
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for weight in read_config(settings, self.description).shape(None).table.values():
-            self._shapes |= _shapes(weight)
-        # The speed of a product does not depend on its numbers, so all weights come from one pool.
-        self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0))
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._shapes:
-            raise CheckpointError(f"{self.description} have no tensor {name}")
-        return self._shapes[name]
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Make a tensor: 1 for a norm's weight, 0 for other vectors, else normal numbers that keep the input's scale."""
-        shape = self.shape(name)
-        if len(shape) == 1:
-            return (
-                torch.ones(shape, dtype=dtype)
-                if name.endswith("norm.weight")
-                else torch.zeros(shape, dtype=dtype)
-            )
-        size = math.prod(shape)
-        pool = (self._pool[: min(size, _POOL)] * shape[-1] ** -0.5).to(dtype)
-        made: Tensor = pool.repeat(-(-size // _POOL))[:size].view(shape)
-        return made
-
-
-def _shapes(weight: Weight) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors that a weight stacks on top of each other."""
-    rows = weight.rows or (weight.shape[0] // len(weight.names),) * len(weight.names)
-    return {name: (count, *weight.shape[1:]) for name, count in zip(weight.names, rows, strict=True)}
+def random_source(settings: Mapping[str, Any], device: torch.device) -> RandomSource:
+    """Make a checkpoint of the model that the config `settings` describes."""
+    return RandomSource(settings, read_config(settings, "config.json").shape(None).table.values(), device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +12,15 @@ import torch
 from engine.checkpoint.loader import Weight, check, source_in_blocks, unused
 from engine.checkpoint.overlay import read_overlay
 from engine.checkpoint.packed import loaded_packed_bytes
-from engine.checkpoint.quantisation import check_quantisation
-from engine.checkpoint.safetensors import SafetensorsSource, weight_files
+from engine.checkpoint.quantisation import check_quantisation, published_in_blocks
+from engine.checkpoint.safetensors import SafetensorsSource, read_object, weight_files
 from engine.checkpoint.source import Source, open_source
 from engine.config import PAGE_SIZE, WeightDtype
 from engine.errors import CheckpointError, ConfigError
 from engine.models import read_config, read_model
 from engine.models.family import Family, Shape
 from engine.protocol import IndexerInfo
-from lab.inspect.sizes import (
-    LoadedSizes,
-    count,
-    loaded_bytes,
-    published_bytes,
-    published_in_blocks,
-)
+from lab.inspect.sizes import LoadedSizes, count, loaded_bytes, published_bytes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -126,12 +119,7 @@ def _open(path: Path) -> tuple[Source | None, Family, bool]:
         return source, read_model(source), bool(source.config.get("quantization_config"))
     if (path / "model.safetensors.index.json").exists():
         open_source(path)  # raises an error that says what is missing
-    try:
-        raw = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as fault:
-        raise CheckpointError(f"{file} is not JSON: {fault}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
+    raw = read_object(file)
     return None, read_config(raw, str(file)), check_quantisation(raw, str(file))
 
 

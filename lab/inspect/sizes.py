@@ -13,17 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from engine.checkpoint.loader import Weight, num_bytes, stays_fp8
+from engine.checkpoint.quantisation import published_in_blocks
 from engine.memory.blocks import num_blocks
 from engine.models.family import Shape
 
 _EXPERT = re.compile(r".*\.mlp\.experts\.\d+\..*")
 _INDEXER = re.compile(r".*\.self_attn\.indexer\..*")
 _SHARED_WITH_MAIN = ("embed", "head")  # parts of an MTP module that are copies of the main model's
-_BLOCKED = re.compile(
-    r".*\.(q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj"
-    r"|indexer\.(wq_b|wk)|gate_proj|up_proj|down_proj)\.weight"
-)
-"""Tensors that DeepSeek stores in FP8. Routers, head weights, norms, embeddings and MTP projections are not among them."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +87,6 @@ def loaded_bytes(
         elif any(in_blocks(stored) for stored in weight.names):
             dequantised += size
     return LoadedSizes(total, fp8, dequantised)
-
-
-def published_in_blocks(name: str) -> bool:
-    """Whether DeepSeek stores the tensor with this name in FP8 blocks."""
-    return _BLOCKED.fullmatch(name) is not None
 
 
 def published_bytes(table: Mapping[str, Weight], *, fp8: bool, itemsize: int) -> int:

@@ -34,6 +34,7 @@ def resolve(
     overlay: Path | None = None,
     report: Report = silent,
     rehash: bool = False,
+    config_only: bool = False,
 ) -> ModelFiles:
     """Find a model's files. The files of a known model are downloaded first if they are missing.
 
@@ -42,6 +43,7 @@ def resolve(
         overlay: an indexer overlay to use instead of the one that belongs to the model.
         report: gets the progress of a download.
         rehash: hash a cached file again even if its stamp fits.
+        config_only: the weights are not read, so a folder with config.json alone will do.
 
     Raises:
         ModelError: there is no such model, or it cannot be downloaded.
@@ -50,7 +52,9 @@ def resolve(
         raise ModelError(f"the overlay {overlay} is not a file; expected a .safetensors file with an indexer")
     known = MODELS.get(model)
     if known is None:
-        return _local(model, overlay)
+        return _config_folder(model, overlay) if config_only else _local(model, overlay)
+    if config_only:
+        raise ModelError(f"{model} is a file without a config.json; name a folder that has one")
     target = model_file(model)
     try:
         fetch(known.source, target, report=report, rehash=rehash)
@@ -96,6 +100,15 @@ def _local(model: str, overlay: Path | None) -> ModelFiles:
     raise ModelError(
         f"there is no model {model!r}: it is neither a file or folder nor one of the names {', '.join(MODELS)}"
     )
+
+
+def _config_folder(model: str, overlay: Path | None) -> ModelFiles:
+    path = Path(model).expanduser().absolute()
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{path} has no config.json, which says what random weights to make; name a folder with one"
+        )
+    return ModelFiles(path.name, path, overlay, None)
 
 
 def _folder(path: Path, overlay: Path | None) -> ModelFiles:

@@ -11,10 +11,11 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel as ByteLevelSplit
 
 from server.text.gguf import GGUFError, read_metadata
 from server.text.splitting import PRE_TOKENIZERS
-from server.text.tokenizer import Tokenizer, TokenizerError
+from server.text.tokenizer import BYTES, Tokenizer, TokenizerError
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # GGUF's token types that matter here
 _EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -40,6 +41,37 @@ def load_tokenizer(weights: Path) -> Tokenizer:
         TokenizerError: the tokenizer is missing, damaged, or of a kind that is not known.
     """
     return from_gguf(weights) if weights.is_file() else from_folder(weights)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer."""
+    return (folder / "tokenizer.json").is_file()
+
+
+def stand_in(folder: Path) -> Tokenizer:
+    """Make a tokenizer as large as the vocabulary of a folder's config.json, for a model with random weights.
+
+    The first 256 ids are the bytes, and every other id is a word of its own, such as " t300". Text becomes its bytes.
+
+    Raises:
+        TokenizerError: config.json is damaged, or has no vocabulary of 256 or more tokens.
+    """
+    config = read_json(folder / "config.json")
+    size = config.get("vocab_size")
+    if not isinstance(size, int) or size < len(BYTES):
+        raise TokenizerError(
+            f"{folder} has no tokenizer.json, and its vocab_size {size!r} is too small for a token of each byte; put a "
+            f"tokenizer.json there, or set vocab_size to {len(BYTES)} or more"
+        )
+    words = [*BYTES, *(f"\u0120t{index}" for index in range(len(BYTES), size))]
+    backend = Backend(BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    backend.pre_tokenizer = ByteLevelSplit(add_prefix_space=False, use_regex=False)
+    backend.decoder = ByteLevel()
+    eos = config.get("eos_token_id")
+    ends = [
+        one for one in (eos if isinstance(eos, list) else [eos]) if isinstance(one, int) and 0 <= one < size
+    ]
+    return Tokenizer(backend, eos_token_ids=ends or [size - 1])
 
 
 def from_gguf(path: Path) -> Tokenizer:

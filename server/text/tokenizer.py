@@ -29,6 +29,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _ALPHABET = _byte_alphabet()
+BYTES = tuple(sorted(_ALPHABET, key=_ALPHABET.__getitem__))
+"""The characters that stand for bytes 0 to 255, in order."""
 
 
 class Tokenizer:

@@ -191,6 +191,7 @@ def test_the_greeting_can_be_pasted() -> None:
         == '{"model": "it\'s", "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
     )
     assert greeting("m", "::1", 1).startswith("ready at http://[::1]:1 ")
+    assert "/v1/completions" in greeting("m", "::1", 1, random_weights=True)
 
 
 @pytest.mark.skipif(not socket.has_ipv6 or not os.path.exists("/proc/net/if_inet6"), reason="no IPv6 here")

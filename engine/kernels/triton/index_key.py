@@ -200,13 +200,14 @@ def _int8(x: tl.tensor, largest: tl.tensor) -> tl.tuple:
 
 
 @kernel
-def _e4m3(x: tl.tensor, largest: tl.tensor, floor: tl.tensor) -> tl.tuple:
+def e4m3(x: tl.tensor, largest: tl.tensor, floor: tl.tensor) -> tl.tuple:
     """(bytes of e4m3, scale, a power of two) likewise."""
     scale = tl.div_rn(tl.maximum(largest, floor), tl.full(largest.shape, 448.0, tl.float32))
     bits = scale.to(tl.int32, bitcast=True)
     bits = tl.where((bits & 0x7FFFFF) != 0, (bits & 0x7F800000) + 0x800000, bits)  # up to a power of two
     scale = bits.to(tl.float32, bitcast=True)
-    ratio = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    # A quotient by a power of two is the product with its inverse, to the bit.
+    ratio = x * ((254 << 23) - bits).to(tl.float32, bitcast=True)
     ratio = tl.minimum(tl.maximum(ratio, -448.0), 448.0)
     whole = ratio.to(tl.int32, bitcast=True)
     sign = (whole >> 24) & 0x80
@@ -309,7 +310,7 @@ def store_some(
         tl.store(scales + page * scale_page_stride + 16 * DIM + slot, scale, mask=there)
     else:
         x = _hadamard(x, hadamard_scale, DIM, LOG_DIM, ROWS).to(dtype).to(tl.float32)
-        bytes_, scale = _e4m3(x, tl.max(tl.abs(x), 1, keep_dims=True), floor)
+        bytes_, scale = e4m3(x, tl.max(tl.abs(x), 1, keep_dims=True), floor)
         tl.store(plane + page * page_stride + slot * DIM + dim, bytes_, mask=mask)
         tl.store(scales + page * scale_page_stride + 16 * DIM + slot, scale, mask=there)
 
@@ -392,7 +393,7 @@ def query_some(
         weight = weight * scale
     else:
         x = _hadamard(x, hadamard_scale, DIM, LOG_DIM, ROWS).to(dtype).to(tl.float32)
-        bytes_, scale = _e4m3(x, tl.max(tl.abs(x), 1, keep_dims=True), floor)
+        bytes_, scale = e4m3(x, tl.max(tl.abs(x), 1, keep_dims=True), floor)
         tl.store(out + vector * DIM + dim, bytes_, mask=mask)
         weight = weight * scale
     tl.store(weights + vector, weight, mask=there)

@@ -17,6 +17,10 @@ class ModelObject(BaseModel):
     max_model_len: int | None = Field(
         description="Tokens that prompt and output together may have; null while the model loads."
     )
+    random_weights: bool = Field(
+        default=False,
+        description="Whether the weights are random numbers (--load-format dummy), so that answers mean nothing.",
+    )
 
 
 class ModelList(BaseModel):

@@ -40,4 +40,5 @@ def _model(services: Services) -> ModelObject:
         id=services.config.model_name,
         created=services.created,
         max_model_len=model.max_model_len if model else None,
+        random_weights=model is not None and model.random_weights,
     )

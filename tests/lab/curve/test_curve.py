@@ -14,7 +14,7 @@ from engine.models.mla.config import MlaConfig
 from lab.curve.__main__ import app
 from lab.curve.measure import CurvePlan, CurvePoint, Lab, Phase, crossover, fill, growth
 from lab.curve.report import CurveReport
-from lab.curve.shape import RandomSource, config
+from lab.curve.shape import config, random_source
 from lab.tool import start
 
 
@@ -69,7 +69,7 @@ def test_attention_and_indexer_have_the_published_sizes() -> None:
 
 
 def test_random_weights_keep_the_size_of_what_they_multiply() -> None:
-    source = RandomSource(config(quick=True))
+    source = random_source(config(quick=True), torch.device("cpu"))
     name = "model.layers.0.self_attn.o_proj.weight"
     made = source.read(name, torch.bfloat16)
     assert tuple(made.shape) == source.shape(name) == (256, 8 * 128)

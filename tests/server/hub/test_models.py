@@ -52,6 +52,15 @@ def test_other_folders(tmp_path: Path, names: tuple[str, ...], sentence: str) ->
         resolve(str(folder(tmp_path, *names)))
 
 
+def test_a_config_alone(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no config\.json, which says what random weights to make"):
+        resolve(str(tmp_path), config_only=True)
+    with pytest.raises(ModelError, match=f"{DEFAULT_MODEL} is a file without a config.json"):
+        resolve(DEFAULT_MODEL, config_only=True)
+    path = folder(tmp_path, "config.json", "indexer.safetensors")
+    assert resolve(str(path), config_only=True) == ModelFiles(tmp_path.name, tmp_path, None, None)
+
+
 def test_other_names(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"neither a file or folder nor one of the names {DEFAULT_MODEL}, "):
         resolve("gpt-17")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from server.text.loading import load_tokenizer
+from server.text.loading import has_tokenizer, load_tokenizer, stand_in
 from server.text.splitting import PRE_TOKENIZERS
 from server.text.tokenizer import Tokenizer, TokenizerError
 
@@ -214,3 +214,19 @@ def test_normalized_text_is_no_way_around(tmp_path: Path) -> None:
     backend.normalizer = normalizers.Replace(Regex("＜"), "<")
     tokenizer = load_tokenizer(folder_with(tmp_path, backend, config={"eos_token_id": 256}))
     assert tokenizer.control_ids.isdisjoint(tokenizer.encode("＜|end|>"))
+
+
+def test_a_stand_in_is_as_large_as_the_models_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 1000, "eos_token_id": 1}))
+    assert not has_tokenizer(tmp_path)
+    made = stand_in(tmp_path)
+    assert (made.vocab_size, made.eos_token_ids, made.byte_level) == (1000, (1,), True)
+    text = "t300 and Grüße \n"
+    assert made.encode(text) == list(text.encode())
+    assert made.decode(made.encode(text)) == text
+    assert made.decode([72, 105, 300, 999]) == "Hi t300 t999"
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 101}))
+    with pytest.raises(TokenizerError, match="its vocab_size 101 is too small for a token of each byte"):
+        stand_in(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 300, "eos_token_id": None}))
+    assert stand_in(tmp_path).eos_token_ids == (299,)

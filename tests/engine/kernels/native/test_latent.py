@@ -20,7 +20,7 @@ from engine.models.family import Placement
 from engine.plan.types import ScheduledRequest, StepPlan
 from engine.step.runner import Runner
 from lab.curve.measure import fill
-from lab.curve.shape import RandomSource, config
+from lab.curve.shape import config, random_source
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 
@@ -177,7 +177,7 @@ def test_a_model_of_deepseeks_family_computes_as_with_torchs_operations(
     """Through runner, pages and tiles: one layer, so that one selection differs at most by near ties."""
     hidden = []
     for backend in (kernels, VectorisedKernels()):
-        source = RandomSource(config(quick=True))
+        source = random_source(config(quick=True), torch.device("cpu"))
         model, _ = read_model(source).build(
             source,
             None,
