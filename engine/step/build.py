@@ -232,7 +232,10 @@ def _build(
     model.prepare(cache, rows, lambda done, total: progress("capturing graphs", done, total), compilers)
     if layer is not None:
         layer.prepare(
-            cache, rows, lambda done, total: progress("capturing the draft layer's graphs", done, total), compilers
+            cache,
+            rows,
+            lambda done, total: progress("capturing the draft layer's graphs", done, total),
+            compilers,
         )
     draw: Draw = _device_draw() if kernels.name == "triton" else sample
     runner = (

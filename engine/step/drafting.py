@@ -30,9 +30,7 @@ from engine.step.speculation import advanced
 class LayerDrafter:
     """Fills the draft layer's cache for every row of a step, and guesses up to `count` tokens for each request."""
 
-    def __init__(
-        self, layer: DraftLayer, count: int, cache: PagedCache, costs: TileCosts
-    ) -> None:
+    def __init__(self, layer: DraftLayer, count: int, cache: PagedCache, costs: TileCosts) -> None:
         self._layer = layer
         self._count = count
         self._cache = cache

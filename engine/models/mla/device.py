@@ -8,7 +8,7 @@ attended as decodes are, in the absorbed form; dense rows of longer ones in the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,17 +17,17 @@ from engine.attention.batch import Batch
 from engine.kernels.triton import latent_expanded, scores
 from engine.kernels.triton.embed import embed
 from engine.kernels.triton.norm import add_rms_norm
+from engine.layers.rope import RotaryTable
 from engine.memory.blocks import BlockWeight
 from engine.memory.planes import PagedCache
 from engine.models.family import KernelCompilers
 from engine.models.mla.config import MlaConfig
 from engine.models.mla.device_layer import DeviceLayer, Stream, head_logits
+from engine.models.mla.layer import MlaLayer
 from engine.models.rows.graphs import StepGraphs
 from engine.models.rows.inputs import RowInputs, Sharing, row_inputs
 from engine.plan.tiles import LatentTileCosts
-
-if TYPE_CHECKING:
-    from engine.models.mla.model import MlaModel
+from engine.protocol import IndexerInfo
 
 MOST_ALONE = 64
 """Rows of a chunk that may be attended as decodes are: graphs have room for few more of these beside prompts."""
@@ -35,13 +35,30 @@ GRAPH_TOKENS = 8192
 """Tokens of context that dense rows of prompts may have together, each in the expanded form, in a graph."""
 
 
+class Wired(Protocol):
+    """What the step needs of a model."""
+
+    config: MlaConfig
+    embed: Tensor
+    norm: Tensor
+    layers: list[MlaLayer]
+    rotary: RotaryTable
+    max_positions: int
+    indexer: IndexerInfo | None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab_size, E], of the logits."""
+        ...
+
+
 class DeviceStep:
     """The device form of one model."""
 
-    def __init__(self, model: MlaModel) -> None:
-        """Describe `model`, which `supports` said yes to. Its layers' weights become views of fused ones."""
+    def __init__(self, model: Wired) -> None:
+        """Describe `model`. Its layers' weights become views of fused ones."""
         self._model = model
-        self.sharing = sharing_of(model.config)
+        self.sharing = sharing_of(model.config, model.norm.dtype)
         self._graphs: StepGraphs | None = None
         self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
         self._layers = [DeviceLayer(layer, i, model.rotary) for i, layer in enumerate(model.layers)]
@@ -96,22 +113,23 @@ class DeviceStep:
         """Logits: [N, E] -> [N, V] float32."""
         return head_logits(hidden, self._model.head_weight)
 
-
     def computed_by(self) -> dict[str, str]:
         """As `MlaModel.computed_by`."""
         model, weight = self._model, self._model.layers[0].attention.weights.o
         fp8 = isinstance(weight, BlockWeight)
-        own = ("attention", "norms and rotation", "experts")
+        own: tuple[str, ...] = ("attention", "norms and rotation", "experts")
         if model.indexer is not None:
             own = ("index scores", "selection", *own)
         return dict.fromkeys(own, "Triton") | {
-            "products": "Triton, weights and activations in FP8; torch where weights are plain" if fp8 else "torch",
+            "products": "Triton, weights and activations in FP8; torch where weights are plain"
+            if fp8
+            else "torch",
             "steps": "CUDA graphs where rows are few, else kernel by kernel",
         }
 
 
-def sharing_of(config: MlaConfig) -> Sharing:
-    """How rows of prompts share what they read."""
+def sharing_of(config: MlaConfig, dtype: torch.dtype) -> Sharing:
+    """How rows of prompts share what they read, in a model of this dtype."""
     heads = 0 if config.indexer is None else config.indexer.num_heads
     costs = LatentTileCosts(
         budget_bytes=0, index_row_bytes=0, attention_row_bytes=0, token_bytes=0, streams=True,
@@ -119,4 +137,4 @@ def sharing_of(config: MlaConfig) -> Sharing:
         rope=config.qk_rope_head_dim, value=config.v_head_dim,
     )  # fmt: skip
     alone = next((n for n in range(1, MOST_ALONE) if costs.expands(n + 1, 1 << 20)), MOST_ALONE)
-    return Sharing(latent_expanded.BLOCK_ROWS, scores.block_rows(heads), alone, GRAPH_TOKENS)
+    return Sharing(latent_expanded.block_rows(dtype), scores.block_rows(heads), alone, GRAPH_TOKENS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,27 +10,30 @@ from torch import Tensor
 from engine.attention.batch import Batch
 from engine.kernels.triton.embed import embed
 from engine.kernels.triton.norm import add_rms_norm
+from engine.layers.linear import Parameters
+from engine.layers.rope import RotaryTable
 from engine.memory.planes import PagedCache
 from engine.models.family import KernelCompilers
+from engine.models.mla.config import MlaConfig
 from engine.models.mla.device import sharing_of
 from engine.models.mla.device_layer import DeviceLayer, Stream, head_logits, product
+from engine.models.mla.layer import MlaLayer
 from engine.models.rows.graphs import StepGraphs
 from engine.models.rows.inputs import RowInputs, row_inputs
-
-if TYPE_CHECKING:
-    from engine.models.mla.mtp import MtpLayer
 
 
 class DraftStep:
     """The device form of one module."""
 
-    def __init__(self, module: MtpLayer) -> None:
-        """Describe `module`, whose layer's weights become views of fused ones."""
-        self._module, self._config = module, module.config
-        self._layer = DeviceLayer(module.layer, self._config.num_layers, module.rotary)
-        self._sharing = sharing_of(self._config)
+    def __init__(
+        self, config: MlaConfig, of: Parameters, layer: MlaLayer, rotary: RotaryTable, max_positions: int
+    ) -> None:
+        """Describe a module of these parameters, whose layer's weights become views of fused ones."""
+        self._config, self._of, self._max_positions = config, of, max_positions
+        self._layer = DeviceLayer(layer, config.num_layers, rotary)
+        norm = of("norm")
+        self._sharing, self._device = sharing_of(self._config, norm.dtype), norm.device
         self._graphs: StepGraphs | None = None
-        self._device = module.of("norm").device
         self._drawn = torch.zeros(1, dtype=torch.int64, device=self._device)  # every token is known
 
     def capture(
@@ -47,10 +49,9 @@ class DraftStep:
             assert hidden is not None
             return self.compute(inputs, hidden, cache)
 
-        module, index = self._module, self._config.indexer
-        given = module.of("norm").unsqueeze(0)
+        index, given = self._config.indexer, self._of("norm").unsqueeze(0)
         self._graphs = StepGraphs(
-            compute, self._sharing, max_rows, module.max_positions, self._device, given=given
+            compute, self._sharing, max_rows, self._max_positions, self._device, given=given
         )
         self._graphs.capture_all(0 if index is None else index.index_top_k, progress, compilers)
 
@@ -63,7 +64,7 @@ class DraftStep:
 
     def compute(self, inputs: RowInputs, hidden: Tensor, cache: PagedCache) -> Tensor:
         """Write the rows to the cache; hidden states [T, E] -> [T, E]; of padding anything finite."""
-        of, eps = self._module.of, self._config.rms_norm_eps
+        of, eps = self._of, self._config.rms_norm_eps
         _, embedded = add_rms_norm(embed(inputs.token_ids, self._drawn, of("embed")), None, of("enorm"), eps)
         _, normed = add_rms_norm(hidden, None, of("hnorm"), eps)
         x = product(torch.cat((embedded, normed), dim=-1), of("eh_proj"))
@@ -72,4 +73,4 @@ class DraftStep:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits: [N, E] -> [N, V] float32."""
-        return head_logits(hidden, self._module.of("head"))
+        return head_logits(hidden, self._of("head"))

@@ -17,21 +17,22 @@ from torch import Tensor
 from engine.attention.indexer import KEY_NORM_EPS, LightningIndexer
 from engine.attention.mla import LATENT_NORM_EPS
 from engine.kernels.triton.experts import run_experts
-from engine.layers.moe import route
 from engine.kernels.triton.fp8_product import linear_fp8, stack_rows
 from engine.kernels.triton.gate import silu_times
+from engine.kernels.triton.head_product import absorb, expand_values
 from engine.kernels.triton.index_key import KeyForm
 from engine.kernels.triton.latent_attention import attend_latents
 from engine.kernels.triton.latent_expanded import attend_expanded
 from engine.kernels.triton.latent_rows import IndexKeyPart, IndexQueryPart, rotate_queries, store_tokens
 from engine.kernels.triton.norm import add_rms_norm
+from engine.kernels.triton.routing import route
 from engine.kernels.triton.scores import index_scores
 from engine.kernels.triton.select import select
 from engine.layers.linear import Matrix
 from engine.layers.rope import RotaryTable
-from engine.memory.blocks import BLOCK, BlockWeight
+from engine.memory.blocks import BlockWeight
 from engine.memory.planes import PagedCache
-from engine.models.mla.model import MlaLayer, MlaMlp
+from engine.models.mla.layer import MlaLayer, MlaMlp
 from engine.models.rows.inputs import RowInputs
 
 
@@ -68,7 +69,7 @@ class DeviceLayer:
         x, hidden = add_rms_norm(stream.x, stream.update, layer.input_norm, layer.eps)
         attended, selected = self._attend(hidden, inputs, cache, stream.selected)
         x, hidden = add_rms_norm(x, attended, layer.post_norm, layer.eps)
-        return Stream(x, self._feed(hidden), selected)
+        return Stream(x, self._feed(hidden, inputs.rows.positions), selected)
 
     def _attend(
         self, hidden: Tensor, inputs: RowInputs, cache: PagedCache, selected: Tensor | None
@@ -118,26 +119,22 @@ class DeviceLayer:
         )  # fmt: skip
         if asked is not None and key is not None:
             selected = _selected(*asked, key.plane, inputs)
-        # Beside each head's key and value expansion [n + v, r] the rows are few, so the heads are what is batched.
-        torch.bmm(
-            query[..., :nope].transpose(0, 1), w.kv_b[:, :nope], out=absorbed[..., :rank].transpose(0, 1)
-        )
+        absorb(query[..., :nope], w.kv_b[:, :nope], absorbed[..., :rank])
         singles = None if inputs.blocks is None else inputs.blocks.singles
         summed = attend_latents(
             absorbed, plane, rows, selected, rank, attention.scale, inputs.max_context, singles
         )
-        values = query.new_empty(len(query), attention.num_heads, w.kv_b.shape[1] - nope)
-        torch.bmm(summed.transpose(0, 1), w.kv_b[:, nope:].transpose(1, 2), out=values.transpose(0, 1))
+        values = expand_values(summed, w.kv_b[:, nope:])
         if inputs.dense is not None:
             attend_expanded(query, plane, rows, inputs.dense, w.kv_b, rank, attention.scale, values)
         return product(values.flatten(1), w.o), selected
 
-    def _feed(self, hidden: Tensor) -> Tensor:
+    def _feed(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """What experts, or a dense MLP, add to the residual stream."""
         mlp = self._layer.mlp
         if isinstance(mlp, MlaMlp):
             return product(silu_times(product(hidden, mlp.gate_up)), mlp.down)
-        experts, weights = route(hidden, mlp.gate, mlp.bias, mlp.config)
+        experts, weights = route(hidden, mlp.gate, mlp.bias, mlp.config, positions)
         shared = (mlp.shared.gate_up, mlp.shared.down)
         return run_experts(hidden, experts, weights, mlp.gate_up, mlp.down, mlp.first, shared)
 
@@ -184,7 +181,9 @@ def _index_weight(indexer: LightningIndexer) -> Tensor:
     w = indexer.weights
     wk, heads = _plain(w.wk), _plain(w.weights_proj)
     narrow = heads.to(wk.dtype)
-    return torch.cat((wk, narrow) if torch.equal(narrow.to(heads.dtype), heads) else (wk.to(heads.dtype), heads))
+    return torch.cat(
+        (wk, narrow) if torch.equal(narrow.to(heads.dtype), heads) else (wk.to(heads.dtype), heads)
+    )
 
 
 def _selected(query: Tensor, weights: Tensor, plane: Tensor, inputs: RowInputs) -> Tensor:

@@ -28,7 +28,7 @@ from engine.layers.rope import RotaryTable
 from engine.memory.planes import PagedCache, PlaneSpec
 from engine.models.family import KernelCompilers
 from engine.models.mla.config import MlaConfig
-from engine.models.mla.model import MlaLayer
+from engine.models.mla.layer import MlaLayer
 from engine.plan.tiles import TileCosts
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class MtpLayer:
     def _device_form(self) -> DraftStep:
         from engine.models.mla.device_draft import DraftStep  # needs Triton
 
-        return DraftStep(self)
+        return DraftStep(self.config, self.of, self.layer, self.rotary, self.max_positions)
 
     @property
     def batch_device(self) -> torch.device:

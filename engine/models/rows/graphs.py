@@ -17,9 +17,9 @@ from torch import Tensor
 
 from engine.attention.batch import Batch
 from engine.kernels.capture import captured
+from engine.kernels.triton.expanded_plan import ExpandedPlan
 from engine.memory.staging import Staging
 from engine.models.family import KernelCompilers
-from engine.kernels.triton.latent_expanded import ExpandedPlan
 from engine.models.rows.inputs import RowInputs, Sharing, expanded_plan, longest_context
 from engine.models.rows.padded import Padded
 
@@ -121,7 +121,7 @@ class StepGraphs:
             return None
         step = self._captured.get(shape) or self._capture(shape)
         if step.dense is not None and plan is not None:
-            if not plan.fits(step.dense):
+            if not step.dense.holds(plan):
                 return None
             step.dense.fill(plan)
         if self._given is not None and given is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.batch import Batch
-from engine.kernels.triton.latent_expanded import Chunk, ExpandedPlan, plan_expanded
+from engine.kernels.triton.expanded_plan import DenseChunk, ExpandedPlan, plan_expanded
 from engine.kernels.triton.rows import Blocks, Rows, Span, blocks_of
 from engine.plan.tiles import Segment
 
@@ -25,7 +25,9 @@ class Sharing(NamedTuple):
     attended: int  # the most rows of a block of attention
     scored: int  # the most rows of a block of the scores
     alone: int = 1  # chunks of at most so many rows are computed row by row, as decodes are
-    tokens: int = 0  # of context of dense rows of chunks, which are expanded, in a graph; 0: nothing is expanded
+    tokens: int = (
+        0  # of context of dense rows of chunks, which are expanded, in a graph; 0: nothing is expanded
+    )
 
     def is_chunk(self, segment: Segment) -> bool:
         """Whether rows of a request are computed in blocks."""
@@ -66,11 +68,11 @@ def expanded_plan(batch: Batch, sharing: Sharing) -> ExpandedPlan | None:
     if not sharing.tokens:
         return None
     chunks = [
-        Chunk(number, s.first_row, s.dense_rows, s.start)
+        DenseChunk(number, s.first_row, s.dense_rows, s.start)
         for number, s in enumerate(batch.segments)
         if sharing.is_chunk(s) and s.dense_rows
     ]
-    return plan_expanded(chunks) if chunks else None
+    return plan_expanded(chunks, sharing.attended) if chunks else None
 
 
 def longest_context(batch: Batch) -> int:

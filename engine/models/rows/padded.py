@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.attention.batch import Batch
 from engine.config import PAGE_SIZE
-from engine.kernels.triton.latent_expanded import BLOCK_ROWS, ExpandedPlan
+from engine.kernels.triton.expanded_plan import ExpandedPlan
 from engine.kernels.triton.rows import Blocks, Rows, cut
 from engine.models.rows.inputs import Piece, RowInputs, Sharing, spans_of
 
@@ -33,7 +33,9 @@ class Padded(NamedTuple):
     prompts: bool
     singles: int  # the most decodes beside prompts
     sharing: Sharing
-    expanded: bool = False  # whether dense rows of chunks may be there, where the family expands their context
+    expanded: bool = (
+        False  # whether dense rows of chunks may be there, where the family expands their context
+    )
 
     @property
     def size(self) -> int:
@@ -102,7 +104,9 @@ class Padded(NamedTuple):
 
     def _dense(self, device: torch.device) -> ExpandedPlan:
         """An empty plan, with room for as many blocks as the rows can be cut into."""
-        return ExpandedPlan.empty(self.rows // BLOCK_ROWS + 2 * MOST_SPANS, self.sharing.tokens, device)
+        return ExpandedPlan.empty(
+            self._blocks(self.sharing.attended), self.sharing.tokens, self.sharing.attended, device
+        )
 
     def fill(self, host: NDArray[np.int32], batch: Batch | None) -> None:
         """Lay a batch out in a buffer on the host; without one all is padding."""

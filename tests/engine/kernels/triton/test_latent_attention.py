@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +18,6 @@ from engine.memory.layouts import LatentLayout
 from lab.doctor.tiles import TOLERANCE, must_be_close, must_be_equal
 from tests.engine.kernels.triton.batches import EDGES, PAGE, Batch, Line
 from tests.engine.kernels.triton.batches import REFERENCE as QUANTISER
-from tests.engine.kernels.triton.conftest import CHIP
-from tests.kit import ROOT
 
 REFERENCE = ReferenceLatent()
 SCALE = 0.2
@@ -121,7 +115,14 @@ def test_rows_in_splits(
     monkeypatch.setattr(latent_attention, "DENSE_SPLIT", 64)
     monkeypatch.setattr(latent_attention, "MOST_DENSE_SPLITS", 4)
     for dtype in dtypes:
-        lines = [Line(0, 575, 0), Line(0, 575, 300), Line(1, 300, 70), Line(1, 63, 0), Line(-1, -1, 0), Line(1, 64, 0)]
+        lines = [
+            Line(0, 575, 0),
+            Line(0, 575, 300),
+            Line(1, 300, 70),
+            Line(1, 63, 0),
+            Line(-1, -1, 0),
+            Line(1, 64, 0),
+        ]
         batch = Batch(lines, 9, device)
         given = operands(batch, (3, 32, 16), stored, dtype, 320)
         check(batch, attend(batch, *given, 32), *given, 32)
@@ -131,7 +132,14 @@ def test_rows_in_splits(
 def test_dense_rows_in_a_list(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only those of the list, whatever else is dense; all sparse ones; more than one launch takes."""
     monkeypatch.setattr(latent_attention, "ROWS_AT_ONCE", 2)
-    lines = [Line(0, 100, 0), Line(0, 101, 0), Line(0, 102, 9), Line(1, 80, 0), Line(-1, -1, 0), Line(1, 81, 0)]
+    lines = [
+        Line(0, 100, 0),
+        Line(0, 101, 0),
+        Line(0, 102, 9),
+        Line(1, 80, 0),
+        Line(-1, -1, 0),
+        Line(1, 81, 0),
+    ]
     batch = Batch(lines, 2, device)
     query, plane, selected = operands(batch, (3, 32, 16), "plain", torch.float32, 10)
     singles = torch.tensor([3, 2, 5], dtype=torch.int32)

@@ -123,9 +123,12 @@ def test_logits_and_selections_are_those_of_transformers(
     sparse = model.indexer is not None
     chosen: list[Tensor] = []
     select = device_layer._selected
-    monkeypatch.setattr(
-        device_layer, "_selected", lambda *of: chosen.append(select(*of)) or chosen[-1]
-    )
+
+    def told(*of: Any) -> Tensor:
+        chosen.append(select(*of))
+        return chosen[-1]
+
+    monkeypatch.setattr(device_layer, "_selected", told)
     tokens = tokens_of(4)
     ends = [73, 72, 6, 53]
     expected = [
@@ -179,21 +182,29 @@ def test_narrow_caches_are_those_of_tiles(tmp_path: Path, form: str) -> None:
 
 def test_a_buffer_of_one_shape_gives_the_same(tmp_path: Path) -> None:
     """Padding, and room for more of everything, change nothing."""
-    tiny_deepseek("deepseek_v32", tmp_path, num_hidden_layers=2)
+    tiny_deepseek("deepseek_v32", tmp_path, num_hidden_layers=1, first_k_dense_replace=0)
     one, other = built(tmp_path), built(tmp_path)
     (_, step), (_, filled) = stepped(one), stepped(other)
     tokens = tokens_of(4)
-    for asked, prompts in zip(STEPS, (True, True, False, True), strict=True):
+    for asked, prompts in zip(STEPS[1:3], (True, False), strict=True):
         batch = build_batch(plan_of(asked, tokens), CPU)
         plain = step.forward(batch, one.cache, 1 << 20)
         plan = inputs.expanded_plan(batch, filled.sharing)
-        shape = Padded(96, PAGES * 64, TOP_K, prompts, 8 if prompts else 0, filled.sharing, plan is not None)
+        shape = Padded(
+            80 if prompts else 16,
+            PAGES * 64,
+            TOP_K,
+            prompts,
+            8 if prompts else 0,
+            filled.sharing,
+            plan is not None,
+        )
         assert shape.holds(batch)
         buffer = torch.full((shape.size,), 7, dtype=torch.int32)  # what the step before left
         shape.fill(buffer.numpy(), batch)
         given = shape.inputs(buffer.to(CHIP))
         if plan is not None and given.dense is not None:
-            assert plan.fits(given.dense)
+            assert given.dense.holds(plan)
             given.dense.fill(plan)
         hidden = filled.compute(given, other.cache)[: len(batch.token_ids)]
         torch.testing.assert_close(hidden, plain, rtol=1e-5, atol=1e-5)
