@@ -18,9 +18,10 @@ from engine.config import PAGE_SIZE
 from engine.errors import EngineError
 from engine.kernels.interface.attention import Kernels
 from engine.kernels.interface.latent import Unpack, as_stored
-from engine.layers.linear import Matrix, linear
+from engine.layers.linear import linear
 from engine.layers.norm import rms_norm
 from engine.layers.rope import rotate
+from engine.memory.blocks import Matrix
 
 LATENT_NORM_EPS = 1e-6
 """The epsilon of q_a_layernorm and kv_a_layernorm. The family's published code uses the norm's default for them,

@@ -15,10 +15,7 @@ from torch import Tensor
 
 from engine.errors import EngineError
 from engine.kernels.native.packed import PackedWeight
-from engine.memory.blocks import BLOCK, BlockWeight
-
-Matrix: TypeAlias = Tensor | BlockWeight
-"""[out, in], or [n, out, in] for n weights of one shape; plain or in FP8 blocks."""
+from engine.memory.blocks import BLOCK, Matrix
 
 Held: TypeAlias = Tensor | PackedWeight
 """[out, in], plain, or packed for the native CPU kernels."""

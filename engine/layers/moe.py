@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.layers.linear import Matrix, linear
+from engine.layers.linear import linear
+from engine.memory.blocks import Matrix
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ their scale (`weight_scale_inv` in checkpoints). Blocks at the edge may be small
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -153,3 +154,7 @@ def product(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         side = torch.sign(exact - at.double()).float() * torch.inf  # NaN where the product was exact
         rounded[middle] = torch.where(side.isnan(), at, torch.nextafter(at, side))
     return rounded.bfloat16()
+
+
+Matrix: TypeAlias = Tensor | BlockWeight
+"""[out, in], or [n, out, in] for n weights of one shape; plain or in FP8 blocks."""

@@ -63,7 +63,7 @@ class ExpandedPlan:
     def to(self, device: torch.device) -> ExpandedPlan:
         """The plan on a device, by one copy."""
         flat = torch.cat((self.pages.reshape(-1), self.blocks.reshape(-1))).to(device, non_blocking=True)
-        pages, blocks = flat.split([self.pages.numel(), self.blocks.numel()])
+        pages, blocks = torch.split(flat, [self.pages.numel(), self.blocks.numel()])
         return ExpandedPlan(pages.view(self.pages.shape), blocks.view(self.blocks.shape), self.size)
 
     @classmethod

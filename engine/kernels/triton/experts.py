@@ -22,8 +22,7 @@ from engine.kernels.interface.fp8 import ACTIVATION_FLOOR, ScaleFormat
 from engine.kernels.triton.fp8_product import OUTPUTS, block_sums
 from engine.kernels.triton.kernel import block, kernel, overlap, turn
 from engine.kernels.triton.quantise import Quantised, bytes_of, quantise_rows, scale_of
-from engine.layers.linear import Matrix
-from engine.memory.blocks import BLOCK, E4M3, BlockWeight, num_blocks
+from engine.memory.blocks import BLOCK, E4M3, BlockWeight, Matrix, num_blocks
 
 _CHOICES = 2048  # counted at once
 _SUMMED = 1024  # numbers of a row a program of the last launch
@@ -193,7 +192,7 @@ def _sort(experts: Tensor, held: int, first: int, shared: bool, size: int) -> _T
     choices, kinds = rows * (chosen + shared), held + shared
     most = min(kinds, choices) + max(choices - kinds, 0) // size
     made = torch.empty(choices + 3 * most, dtype=torch.int32, device=experts.device)
-    tiles = _Tiles(*made.split((choices, most, most, most)))
+    tiles = _Tiles(*torch.split(made, [choices, most, most, most]))
     part = min(_CHOICES, max(block(choices), 32))
     _sort_choices[(kinds,)](
         experts, *tiles, rows, choices, most, first,

@@ -100,7 +100,9 @@ def attend_latents(
     fp8 = plane.dtype == torch.uint8
     stored = LatentLayout(rank, rope).token_bytes if fp8 else width
     if not 0 < rank < width or (fp8 and rank % 4):
-        raise EngineError(f"a latent of {rank} in a query of {width} numbers; a multiple of 4 below it can be")
+        raise EngineError(
+            f"a latent of {rank} in a query of {width} numbers; a multiple of 4 below it can be"
+        )
     if plane.dim() != 3 or plane.shape[1:] != (PAGE_SIZE, stored) or plane.stride(2) != 1:
         raise EngineError(
             f"a query {tuple(query.shape)} of rank {rank} needs a cache [pages, {PAGE_SIZE}, {stored}], "
@@ -129,7 +131,9 @@ def sparse_splits(count: int, blocks: int, width: int, keys: int) -> int:
     """Splits of `width` selected positions, in a launch of `count` rows and `blocks` blocks of heads each."""
     splits = 1
     while (
-        splits < MOST_SPARSE_SPLITS and 2 * splits * count * blocks <= SPARSE_PROGRAMS and splits * keys < width
+        splits < MOST_SPARSE_SPLITS
+        and 2 * splits * count * blocks <= SPARSE_PROGRAMS
+        and splits * keys < width
     ):
         splits *= 2
     return splits
@@ -292,9 +296,7 @@ def _split(
     own = h < HEADS
     place = query + t.to(tl.int64) * query_row + h * (RANK + ROPE)
     q = tl.load(place[:, None] + d[None, :], mask=own[:, None] & (d < RANK)[None, :], other=0.0)
-    q_rope = tl.load(
-        place[:, None] + (RANK + p)[None, :], mask=own[:, None] & (p < ROPE)[None, :], other=0.0
-    )
+    q_rope = tl.load(place[:, None] + (RANK + p)[None, :], mask=own[:, None] & (p < ROPE)[None, :], other=0.0)
     top = tl.full((HEADS_BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS_BLOCK,), tl.float32)
     acc = tl.zeros((HEADS_BLOCK, RANK_BLOCK), tl.float32)

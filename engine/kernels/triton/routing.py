@@ -6,20 +6,38 @@ their order and chooses. Of equal scores the one with the lower number wins.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.kernel import block, kernel, overlap, turn
-from engine.layers.moe import MoEConfig
 
 _INPUTS = 256  # of a part
 _EXPERTS = 64  # a program
 _STEP = 64
 
 
+class Gate(Protocol):
+    """What the choice depends on; `engine.layers.moe.MoEConfig` says what each is."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def experts_per_token(self) -> int: ...
+    @property
+    def num_groups(self) -> int: ...
+    @property
+    def groups_per_token(self) -> int: ...
+    @property
+    def normalise(self) -> bool: ...
+    @property
+    def scaling(self) -> float: ...
+
+
 def route(
-    x: Tensor, gate: Tensor, bias: Tensor, config: MoEConfig, positions: Tensor | None = None
+    x: Tensor, gate: Tensor, bias: Tensor, config: Gate, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Choose each row's experts and their weights, by the formulas of `engine.layers.moe.route`.
 

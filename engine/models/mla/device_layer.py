@@ -28,9 +28,8 @@ from engine.kernels.triton.norm import add_rms_norm
 from engine.kernels.triton.routing import route
 from engine.kernels.triton.scores import index_scores
 from engine.kernels.triton.select import select
-from engine.layers.linear import Matrix
 from engine.layers.rope import RotaryTable
-from engine.memory.blocks import BlockWeight
+from engine.memory.blocks import BlockWeight, Matrix
 from engine.memory.planes import PagedCache
 from engine.models.mla.layer import MlaLayer, MlaMlp
 from engine.models.rows.inputs import RowInputs

@@ -13,10 +13,11 @@ from engine.attention.mla import LatentAttention, MLAWeights
 from engine.attention.precision import IndexFormat, LatentFormat
 from engine.attention.tiling import Tiling
 from engine.kernels.interface.attention import Kernels
-from engine.layers.linear import Matrix, Parameters, linear
+from engine.layers.linear import Parameters, linear
 from engine.layers.moe import MoEConfig, route, run_experts
 from engine.layers.norm import rms_norm
 from engine.layers.rope import softmax_correction
+from engine.memory.blocks import Matrix
 from engine.memory.planes import PagedCache
 from engine.models.mla.config import MlaConfig
 from engine.parallel.ranks import ALONE, Ranks

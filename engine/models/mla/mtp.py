@@ -22,9 +22,10 @@ from engine.attention.batch import Batch
 from engine.attention.precision import IndexFormat, LatentFormat
 from engine.attention.tiling import Tiling
 from engine.kernels.interface.attention import Kernels
-from engine.layers.linear import Matrix, Parameters
+from engine.layers.linear import Parameters
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable
+from engine.memory.blocks import Matrix
 from engine.memory.planes import PagedCache, PlaneSpec
 from engine.models.family import KernelCompilers
 from engine.models.mla.config import MlaConfig

@@ -11,8 +11,7 @@ from engine.errors import EngineError
 from engine.kernels.torchops.fp8 import VectorisedFp8
 from engine.kernels.triton.experts import ExpertTile, run_experts
 from engine.layers import moe
-from engine.layers.linear import Matrix
-from engine.memory.blocks import BlockWeight
+from engine.memory.blocks import BlockWeight, Matrix
 from tests.engine.kernels.triton.kit import random_blocks
 
 
@@ -60,7 +59,8 @@ class Case:
         def weight(*shape: int) -> Matrix:
             if quantised:
                 return random_blocks(generator, *shape, device=device)
-            return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(device, dtype)
+            plain: torch.Tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+            return plain.to(device, dtype)
 
         self.gate_up, self.down = weight(held, 2 * inner, hidden), weight(held, hidden, inner)
         self.shared = weight(2 * inner, hidden), weight(hidden, inner)

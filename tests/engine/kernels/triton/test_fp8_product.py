@@ -7,8 +7,8 @@ import torch
 
 from engine.errors import EngineError
 from engine.kernels.torchops.fp8 import VectorisedFp8
-from engine.kernels.triton.fp8_product import SUMS, Tile, linear_fp8, stack_rows, tile_of
-from engine.kernels.triton.quantise import quantise_rows
+from engine.kernels.triton.fp8_product import Tile, linear_fp8, stack_rows, tile_of
+from engine.kernels.triton.quantise import SUMS, quantise_rows
 from engine.memory.blocks import BlockWeight
 from tests.engine.kernels.triton.kit import random_blocks
 

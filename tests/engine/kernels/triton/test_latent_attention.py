@@ -39,7 +39,7 @@ def latents(batch: Batch, stored: str, rank: int, rope: int, dtype: torch.dtype)
     ends = torch.zeros(len(batch.block_table), dtype=torch.long)
     for line in batch.lines:
         if line.request >= 0:
-            ends[line.request] = max(ends[line.request], line.position)
+            ends[line.request] = max(int(ends[line.request]), line.position)
     written = torch.zeros(batch.num_pages, PAGE, dtype=torch.bool)
     for request, end in enumerate(ends.tolist()):
         for page in range(end // PAGE + 1):
