@@ -11,8 +11,9 @@ from pathlib import Path
 
 import msgspec
 
-from lab.curve.measure import PHASES, Phase, growth
+from lab.curve.measure import PHASES, growth
 from lab.curve.report import HIGH, LOW, CurveReport
+from lab.inspect.roofline import Phase
 
 ROOT = Path(__file__).parents[1]
 MEASURED, README = ROOT / "docs" / "measured.md", ROOT / "README.md"

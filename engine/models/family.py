@@ -186,6 +186,24 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class AttentionShape:
+    """What attention does in layers of one kind, for inspection."""
+
+    layers: int
+    index_layers: (
+        int  # so many of them score and select by themselves; the others use another layer's selection
+    )
+    heads: int  # query heads of the whole model
+    key_dim: int  # numbers of a cached token that a query head multiplies
+    value_dim: int  # numbers of a cached token that a query head sums
+    index_heads: int = 0  # 0: there is no indexer
+    index_dim: int = 0
+    window: int | None = None  # a row sees so many tokens; None: all up to its own
+    expanded: tuple[int, int] | None = None
+    """Key and value dims of a head after cached tokens are expanded for all heads; None: they are used as cached."""
+
+
+@dataclass(frozen=True)
 class Shape:
     """A model's weights and cache, for inspection (`dsa inspect`)."""
 
@@ -199,6 +217,7 @@ class Shape:
     expert_share: float  # the share of the routed experts that a token visits
     index_layers: int  # how many layers cache an index key
     cache: Mapping[str, tuple[int, int]]  # cache dtype -> bytes of (KV, index key) of a token in a layer
+    attention: tuple[AttentionShape, ...]  # of all layers, one for each kind
 
 
 class Family(Protocol):

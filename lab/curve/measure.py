@@ -28,9 +28,9 @@ from engine.plan.sparsity import is_dense
 from engine.step.runner import Runner
 from lab.calibrate.steps import Bench, StepCase
 from lab.curve.shape import config, random_source
+from lab.inspect.roofline import Phase
 from lab.tool import StageProgress
 
-Phase = Literal["prefill", "decode"]
 Attention = Literal["dense", "sparse"]
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from lab.curve.measure import ATTENTION, PHASES, CurvePoint, Phase
+from lab.curve.measure import ATTENTION, PHASES, CurvePoint
+from lab.inspect.roofline import Phase
 
 _COLOURS = {"dense": "tab:orange", "sparse": "tab:blue"}
 

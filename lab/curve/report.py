@@ -12,7 +12,8 @@ import msgspec
 import torch
 from rich.table import Table
 
-from lab.curve.measure import PHASES, CurvePlan, CurvePoint, Phase, crossover, growth
+from lab.curve.measure import PHASES, CurvePlan, CurvePoint, crossover, growth
+from lab.inspect.roofline import Phase
 
 LOW, HIGH = 8 * 1024, 128 * 1024
 """The aim: between these positions the cost of sparse decode grows less than twofold."""

@@ -6,13 +6,16 @@ import importlib.resources
 import json
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from engine.config import WeightDtype
-from lab.tool import OverlayFlag, find, one_of, program, size, start
+from lab.inspect.ceilings import CEILINGS, Ceilings, ceilings_of
+from lab.tool import OverlayFlag, fail, find, one_of, program, size, start
 
 if TYPE_CHECKING:
     from lab.inspect.report import Devices
@@ -61,6 +64,25 @@ def inspect(
         ),
     ] = "auto",
     overlay: OverlayFlag = None,
+    roofline: Annotated[
+        bool,
+        typer.Option(
+            "--roofline",
+            help="Also say the least time of each operation and the least cost of a million tokens, by position. "
+            "A decode step has --concurrency requests; --devices is tensor parallelism.",
+        ),
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The device of --roofline: {', '.join(CEILINGS)}.", show_default="that of this machine"
+        ),
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens of a prefill step of --roofline.", min=1)] = 512,
+    price: Annotated[float, typer.Option(help="USD an hour of one device, for --roofline.")] = 2.0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw --roofline into this PNG.", metavar="FILE")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a model is and needs, without loading it.
@@ -79,6 +101,7 @@ def inspect(
     from engine.step.build import resolve_device, resolve_dtype
     from lab.inspect.report import Wanted, render
     from lab.inspect.report import inspect as look
+    from lab.inspect.roofline import Asked
 
     described = devices is not None or memory is not None
     found = resolve_device("auto")
@@ -88,8 +111,31 @@ def inspect(
     if stored == "auto" and not described and found.type == "cpu":
         stored = "plain"  # the engine does the same on a CPU
     wanted = Wanted(context, concurrency, dtype, kv_cache_dtype, stored)
+    if roofline or plot is not None:
+        asked = Asked(concurrency, chunk, sys.maxsize if context is None else context, price)
+        wanted = replace(wanted, roofline=(_ceilings(gpu), asked))
     report = look(path, overlay, wanted, _devices(devices, memory))
+    if plot is not None:
+        _draw(report, plot)
     sys.stdout.write((json.dumps(report, indent=2) if as_json else render(report)) + "\n")
+
+
+def _ceilings(gpu: str | None) -> Ceilings:
+    """Return what the device of `--gpu` can do, or that of this machine."""
+    import torch
+
+    if gpu is None:
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine's CPU"
+        return ceilings_of(name) or fail(f"the ceilings of {name} are not known; name a device with --gpu")
+    return CEILINGS[one_of("--gpu", gpu.upper(), tuple(CEILINGS))]
+
+
+def _draw(report: Mapping[str, Any], path: Path) -> None:
+    try:
+        from lab.inspect.plot import draw
+    except ImportError:
+        fail("matplotlib is not installed; --plot needs it: pip install 'dsa-serve[train]'")
+    draw(report["roofline"], report["model"], path)
 
 
 def _files(model: str, overlay: Path | None) -> tuple[Path, Path | None]:

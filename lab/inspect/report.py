@@ -20,7 +20,11 @@ from engine.errors import CheckpointError, ConfigError
 from engine.models import read_config, read_model
 from engine.models.family import Family, Shape
 from engine.protocol import IndexerInfo
+from lab.inspect import roofline
+from lab.inspect.ceilings import Ceilings
+from lab.inspect.roofline import Asked
 from lab.inspect.sizes import LoadedSizes, count, loaded_bytes, published_bytes
+from lab.inspect.work import HeldModel
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,6 +38,7 @@ class Wanted:
     dtype: str  # float32 | bfloat16
     cache_dtype: str  # auto | float32 | bfloat16 | fp8
     weight_dtype: WeightDtype = "auto"  # of weights stored in FP8 blocks; auto keeps them in FP8
+    roofline: tuple[Ceilings, Asked] | None = None  # also say the floor of steps on such devices
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,13 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
     first = shape.table if alone is not None else shape.rank_table(devices.count)
     # Each device has the whole cache: every head reads the same latents.
     each = _loaded(first, in_blocks, wanted).total + cache["bytes"]
+    floors: dict[str, Any] = {}
+    if wanted.roofline is not None:
+        held = HeldModel(
+            shape, devices.count if alone is None else 1, _DTYPES[wanted.dtype], cache["dtype"], in_blocks,
+            keep_fp8=wanted.weight_dtype != "plain",
+        )  # fmt: skip
+        floors = {"roofline": roofline.report(held, *wanted.roofline)}
     return {
         "model": str(path) if source is None else source.description,
         "architecture": shape.architecture,
@@ -108,6 +120,7 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
             "needed_bytes": each,
             "fits": each <= devices.memory,
         },
+        **floors,
     }
 
 
@@ -234,7 +247,8 @@ def render(report: Mapping[str, Any]) -> str:
         lines.append(("", f"with --tensor-parallel {used}; the cache is whole on each"))
     if fit["not_split_because"]:
         lines.append(("", fit["not_split_because"]))
-    return "\n".join(f"{label:13}{text}" for label, text in lines)
+    text = "\n".join(f"{label:13}{text}" for label, text in lines)
+    return f"{text}\n\n{roofline.render(report['roofline'])}" if "roofline" in report else text
 
 
 def _count(number: int) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from engine.models.family import Shape
+from collections import Counter
+
+from engine.models.family import AttentionShape, Shape
 from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.weights import weight_table
 from engine.protocol import IndexerInfo
@@ -27,4 +29,17 @@ def shape(config: GqaConfig, indexer: IndexerInfo | None) -> Shape:
             name: (2 * c.num_kv_heads * c.head_dim * size, key * size)
             for name, size in (("bfloat16", 2), ("float32", 4))
         },
+        attention=tuple(
+            AttentionShape(
+                layers=layers,
+                index_layers=0 if indexer is None else layers,
+                heads=c.num_heads,
+                key_dim=c.head_dim,
+                value_dim=c.head_dim,
+                index_heads=0 if indexer is None else indexer.num_heads,
+                index_dim=key,
+                window=window,
+            )
+            for window, layers in Counter(c.windows).items()
+        ),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.memory.layouts import IndexKeyLayout, LatentLayout
-from engine.models.family import Shape
+from engine.models.family import AttentionShape, Shape
 from engine.models.mla.config import MlaConfig
 from engine.models.mla.weights import mtp_table, weight_table
 from engine.parallel.ranks import Ranks
@@ -32,4 +32,16 @@ def shape(config: MlaConfig) -> Shape:
         expert_share=c.moe.experts_per_token / c.moe.num_experts,
         index_layers=sum(c.index_layers),
         cache=cache,
+        attention=(
+            AttentionShape(
+                layers=c.num_layers,
+                index_layers=sum(c.index_layers),
+                heads=c.num_heads,
+                key_dim=c.latent_dim,
+                value_dim=c.kv_lora_rank,
+                index_heads=0 if key is None else key.num_heads,
+                index_dim=0 if key is None else key.head_dim,
+                expanded=(c.qk_head_dim, c.v_head_dim),
+            ),
+        ),
     )

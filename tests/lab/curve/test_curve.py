@@ -12,9 +12,10 @@ import torch
 from engine.memory.planes import PagedCache, PlaneSpec
 from engine.models.mla.config import MlaConfig
 from lab.curve.__main__ import app
-from lab.curve.measure import CurvePlan, CurvePoint, Lab, Phase, crossover, fill, growth
+from lab.curve.measure import CurvePlan, CurvePoint, Lab, crossover, fill, growth
 from lab.curve.report import CurveReport
 from lab.curve.shape import config, random_source
+from lab.inspect.roofline import Phase
 from lab.tool import start
 
 
