@@ -35,7 +35,7 @@ GRAPH_TOKENS = 8192
 """Tokens of context that dense rows of prompts may have together, each in the expanded form, in a graph."""
 
 
-class Wired(Protocol):
+class LatentModel(Protocol):
     """What the step needs of a model."""
 
     config: MlaConfig
@@ -52,10 +52,10 @@ class Wired(Protocol):
         ...
 
 
-class DeviceStep:
+class LatentStep:
     """The device form of one model."""
 
-    def __init__(self, model: Wired) -> None:
+    def __init__(self, model: LatentModel) -> None:
         """Describe `model`. Its layers' weights become views of fused ones."""
         self._model = model
         self.sharing = sharing_of(model.config, model.norm.dtype)

@@ -22,7 +22,7 @@ from engine.memory.planes import PagedCache
 from engine.models.mla.config import MlaConfig
 from engine.parallel.ranks import ALONE, Ranks
 
-Rotation = tuple[Tensor, Tensor]
+
 Selections = Sequence[Tensor | None]
 """For each tile the positions that its rows selected, or None if the tile is dense."""
 
@@ -114,7 +114,7 @@ class MlaLayer:
         self,
         i: int,
         x: Tensor,
-        rotation: Rotation,
+        rotation: tuple[Tensor, Tensor],
         tiling: Tiling,
         cache: PagedCache,
         kernels: Kernels,

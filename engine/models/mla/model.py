@@ -35,7 +35,7 @@ from engine.plan.tiles import LatentTileCosts, TileCosts
 from engine.protocol import IndexerInfo
 
 if TYPE_CHECKING:
-    from engine.models.mla.device import DeviceStep
+    from engine.models.mla.device import LatentStep
 
 
 class MlaModel:
@@ -105,17 +105,17 @@ class MlaModel:
             scaling=config.rope_scaling,
             device=self.embed.device,
         )
-        self.device_step: DeviceStep | None = None  # runs the steps; None: torch runs them over tiles
+        self.device_step: LatentStep | None = None  # runs the steps; None: torch runs them over tiles
         if kernels.name == "triton" and ranks.count == 1:
             self.device_step = self._device_step()
         elif self._head is not None:
             # In float32 as in the published code: small differences of logits decide which token is drawn.
             self._head = self._head.float()
 
-    def _device_step(self) -> DeviceStep:
-        from engine.models.mla.device import DeviceStep  # needs Triton
+    def _device_step(self) -> LatentStep:
+        from engine.models.mla.device import LatentStep  # needs Triton
 
-        return DeviceStep(self)
+        return LatentStep(self)
 
     @property
     def head_weight(self) -> Tensor:
@@ -134,7 +134,7 @@ class MlaModel:
         return torch.device("cpu") if self.device_step is not None else self.embed.device
 
     @property
-    def row_step(self) -> DeviceStep | None:
+    def row_step(self) -> LatentStep | None:
         """The device step."""
         return self.device_step
 

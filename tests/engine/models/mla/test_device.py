@@ -26,7 +26,7 @@ if importlib.util.find_spec("triton") is None:
 prepare()
 
 from engine.models.mla import device, device_layer  # noqa: E402 - needs Triton
-from engine.models.mla.device import DeviceStep  # noqa: E402
+from engine.models.mla.device import LatentStep  # noqa: E402
 from engine.models.rows import inputs, padded  # noqa: E402
 from engine.models.rows.padded import Padded  # noqa: E402
 
@@ -78,10 +78,10 @@ def built(folder: Path, **settings: Any) -> Built:
     return build(EngineConfig(weights=str(folder), device=CHIP.type, **own))
 
 
-def stepped(engine: Built) -> tuple[MlaModel, DeviceStep]:
+def stepped(engine: Built) -> tuple[MlaModel, LatentStep]:
     model = engine.runner._model
     assert isinstance(model, MlaModel)
-    return model, DeviceStep(model)
+    return model, LatentStep(model)
 
 
 @pytest.fixture(autouse=True)
