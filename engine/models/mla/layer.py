@@ -22,7 +22,6 @@ from engine.memory.planes import PagedCache
 from engine.models.mla.config import MlaConfig
 from engine.parallel.ranks import ALONE, Ranks
 
-
 Selections = Sequence[Tensor | None]
 """For each tile the positions that its rows selected, or None if the tile is dense."""
 
