@@ -75,17 +75,17 @@ def _sentence(report: CurveReport, phase: Phase) -> str:
     )
 
 
-def put(path: Path, text: str) -> None:
+def put(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Replace the text between the file's markers.
 
     Raises:
         SystemExit: the file does not have the markers.
     """
-    before, _, rest = path.read_text("utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
+    before, _, rest = path.read_text("utf-8").partition(begin)
+    _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"error: {path.name} has no {BEGIN} with {END} after it")
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", "utf-8")
+        raise SystemExit(f"error: {path.name} has no {begin} with {end} after it")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", "utf-8")
 
 
 def main() -> None:

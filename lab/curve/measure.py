@@ -43,7 +43,9 @@ class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase
     attention: Attention
     position: int  # tokens of each request before the step
-    forms: tuple[str, ...]  # the forms of attention in the step's tiles: dense, gather, mask; expanded or not
+    forms: tuple[
+        str, ...
+    ] = ()  # the forms of attention in the step's tiles: dense, gather, mask; expanded or not
     tokens: int  # tokens computed in a step: the rows of the chunk, or one for each stream
     seconds: tuple[float, ...]  # of each measured step
 

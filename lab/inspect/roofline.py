@@ -52,7 +52,14 @@ class Floor:
 
 
 def floor(
-    held: HeldModel, device: Ceilings, phase: Phase, position: int, tokens: int, top_k: IndexTopK
+    held: HeldModel,
+    device: Ceilings,
+    phase: Phase,
+    position: int,
+    tokens: int,
+    top_k: IndexTopK,
+    *,
+    head: bool = True,
 ) -> Floor:
     """Return the floor of one step.
 
@@ -64,9 +71,10 @@ def floor(
         position: tokens of each request before the step
         tokens: rows of the step
         top_k: tokens that a row selects; None: attention is dense
+        head: whether a decode computes logits
     """
     rows = (
-        StepRows(tokens, 1, position, top_k, tokens)
+        StepRows(tokens, 1, position, top_k, tokens if head else 0)
         if phase == "decode"
         else StepRows(1, tokens, position, top_k)
     )
