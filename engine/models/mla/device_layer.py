@@ -7,6 +7,7 @@ in float32. Weights of products with the same input are one weight; the layer's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -29,9 +30,9 @@ from engine.kernels.triton.routing import route
 from engine.kernels.triton.scores import index_scores
 from engine.kernels.triton.select import select
 from engine.layers.rope import RotaryTable
-from engine.memory.blocks import BlockWeight, Matrix
-from engine.memory.planes import PagedCache
-from engine.models.mla.layer import MlaLayer, MlaMlp
+from engine.memory.blocks import BLOCK, BlockWeight, Matrix
+from engine.memory.planes import PagedCache, PlaneSpec
+from engine.models.mla.layer import MlaLayer, MlaMlp, MlaMoe
 from engine.models.rows.inputs import RowInputs
 
 
@@ -43,8 +44,28 @@ class Stream(NamedTuple):
     selected: Tensor | None = None  # [T, K] int32, of the last layer with an indexer; None: no row selects
 
 
+def supports(layer: MlaLayer, specs: Sequence[PlaneSpec]) -> bool:
+    """Whether the kernels compute a layer whose cache has these planes."""
+    w, indexer, mlp = layer.attention.weights, layer.indexer, layer.mlp
+    narrow = {spec.name for spec in specs if spec.dtype is torch.uint8}
+    if "latent" in narrow and layer.attention.rank % 4:
+        return False
+    if (
+        indexer is not None
+        and "index_key" in narrow
+        and not 4 <= indexer.head_dim & -indexer.head_dim == indexer.head_dim <= BLOCK
+    ):
+        return False
+    if w.q_a is not None and not _stack(w.q_a, w.kv_a):
+        return False
+    if isinstance(mlp, MlaMlp):
+        return True
+    fp8 = isinstance(mlp.gate_up, BlockWeight)
+    return fp8 == isinstance(mlp.down, BlockWeight) and not (fp8 and mlp.config.intermediate_size % BLOCK)
+
+
 class DeviceLayer:
-    """The device form of one layer."""
+    """The device form of one layer, of one that is supported."""
 
     def __init__(self, layer: MlaLayer, number: int, rotary: RotaryTable) -> None:
         """Fuse the weights of `layer`, which is layer `number` of the cache."""
@@ -61,6 +82,7 @@ class DeviceLayer:
         if indexer is not None:
             self._index_weight = _index_weight(indexer)
         attention.weights = w
+        self._shares = isinstance(layer.mlp, MlaMoe) and _alike(layer.mlp)
 
     def __call__(self, stream: Stream, inputs: RowInputs, cache: PagedCache) -> Stream:
         """Compute the layer of T rows, and write their part of the cache."""
@@ -132,10 +154,19 @@ class DeviceLayer:
         """What experts, or a dense MLP, add to the residual stream."""
         mlp = self._layer.mlp
         if isinstance(mlp, MlaMlp):
-            return product(silu_times(product(hidden, mlp.gate_up)), mlp.down)
+            return self._plain_mlp(hidden, mlp)
         experts, weights = route(hidden, mlp.gate, mlp.bias, mlp.config, positions)
-        shared = (mlp.shared.gate_up, mlp.shared.down)
-        return run_experts(hidden, experts, weights, mlp.gate_up, mlp.down, mlp.first, shared)
+        if self._shares:
+            shared = (mlp.shared.gate_up, mlp.shared.down)
+            return run_experts(
+                hidden, experts, weights, mlp.gate_up, mlp.down, mlp.first, shared, dtype=hidden.dtype
+            )
+        routed = run_experts(hidden, experts, weights, mlp.gate_up, mlp.down, mlp.first)
+        return (routed + self._plain_mlp(hidden, mlp.shared).float()).to(hidden.dtype)
+
+    @staticmethod
+    def _plain_mlp(hidden: Tensor, mlp: MlaMlp) -> Tensor:
+        return product(silu_times(product(hidden, mlp.gate_up)), mlp.down)
 
 
 def product(x: Tensor, weight: Matrix) -> Tensor:
@@ -165,6 +196,20 @@ def _stacked(first: Matrix, second: Matrix) -> Matrix:
     assert isinstance(first, Tensor)
     assert isinstance(second, Tensor)
     return torch.cat((first, second))
+
+
+def _stack(first: Matrix, second: Matrix) -> bool:
+    """Whether they can be one weight: the blocks of the first must be whole."""
+    fp8 = isinstance(first, BlockWeight)
+    return fp8 == isinstance(second, BlockWeight) and not (fp8 and first.shape[0] % BLOCK)
+
+
+def _alike(moe: MlaMoe) -> bool:
+    """Whether the shared expert has the size and the numbers of a routed one, so that one launch computes both."""
+    pairs = ((moe.gate_up, moe.shared.gate_up), (moe.down, moe.shared.down))
+    return all(
+        isinstance(a, BlockWeight) == isinstance(b, BlockWeight) and a.shape[1:] == b.shape for a, b in pairs
+    )
 
 
 def _rows(weight: Matrix, start: int, stop: int) -> Matrix:

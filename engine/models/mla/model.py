@@ -108,14 +108,16 @@ class MlaModel:
         self.device_step: LatentStep | None = None  # runs the steps; None: torch runs them over tiles
         if kernels.name == "triton" and ranks.count == 1:
             self.device_step = self._device_step()
-        elif self._head is not None:
+        if self.device_step is None and self._head is not None:
             # In float32 as in the published code: small differences of logits decide which token is drawn.
             self._head = self._head.float()
 
-    def _device_step(self) -> LatentStep:
+    def _device_step(self) -> LatentStep | None:
         from engine.models.mla.device import LatentStep  # needs Triton
+        from engine.models.mla.device_layer import supports
 
-        return LatentStep(self)
+        specs = self.plane_specs()
+        return LatentStep(self) if all(supports(layer, specs) for layer in self.layers) else None
 
     @property
     def head_weight(self) -> Tensor:

@@ -54,6 +54,8 @@ class MtpLayer:
         self.config, self.max_positions = config, max_positions
         of = self.of = Parameters(weights)
         self._kernels = kernels
+        index = () if index_format is None else (index_format.spec(frozenset({config.num_layers})),)
+        self._specs = (latent_format.spec, *index)
         self.layer = MlaLayer(
             of,
             config,
@@ -72,9 +74,12 @@ class MtpLayer:
         self._draft_step = self._device_form() if alone and kernels.name == "triton" else None
         self._head = of("head").float() if self._draft_step is None else of("head")
 
-    def _device_form(self) -> DraftStep:
+    def _device_form(self) -> DraftStep | None:
         from engine.models.mla.device_draft import DraftStep  # needs Triton
+        from engine.models.mla.device_layer import supports
 
+        if not supports(self.layer, self._specs):
+            return None
         return DraftStep(self.config, self.of, self.layer, self.rotary, self.max_positions)
 
     @property

@@ -20,7 +20,7 @@ from engine.kernels.capture import captured
 from engine.kernels.triton.expanded_plan import ExpandedPlan
 from engine.memory.staging import Staging
 from engine.models.family import KernelCompilers
-from engine.models.rows.inputs import RowInputs, Sharing, expanded_plan, longest_context
+from engine.models.rows.inputs import CONTEXT_STEP, RowInputs, Sharing, expanded_plan, longest_context
 from engine.models.rows.padded import Padded
 
 _DECODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -74,7 +74,8 @@ class StepGraphs:
         self._width = 0
         self._contexts = [_LEAST_CONTEXT]
         while self._contexts[-1] < max_context:
-            self._contexts.append(_CONTEXT_FACTOR * self._contexts[-1])
+            longest = -(-max_context // CONTEXT_STEP) * CONTEXT_STEP
+            self._contexts.append(min(_CONTEXT_FACTOR * self._contexts[-1], longest))
         # All graphs read what is given from one place.
         self._given = None if given is None else given.new_zeros(max(_MIXED[-1], most), given.shape[1])
         self._captured: dict[Padded, _Captured] = {}
@@ -142,13 +143,13 @@ class StepGraphs:
             if not singles:
                 return None
         longest = longest_context(batch)
-        context = next(one for one in self._contexts if one >= longest)
+        context = next((one for one in self._contexts if one >= longest), 0)
         width = _round_up(int(batch.index_top_k.max()))
         if 0 < width < self._width:
             width = self._width  # its graphs are there, and hold smaller selections too
         # The last row of a step with prompts is padding.
         rows = next((size for size in sizes if size >= count + (singles > 0) and size > singles), 0)
-        if not rows or 4 * rows * context > _MOST_SCORES:
+        if not rows or not context or 4 * rows * context > _MOST_SCORES:
             return None
         shape = self._shape(rows, context, width, singles, expanded=expanded)
         return shape if shape.holds(batch) else None

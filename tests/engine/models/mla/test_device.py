@@ -6,6 +6,7 @@ On the CPU the kernels are interpreted.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from engine.models.mla.device import LatentStep  # noqa: E402
 from engine.models.rows import inputs, padded  # noqa: E402
 from engine.models.rows.padded import Padded  # noqa: E402
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.interpreted]
 
 TOLERANCE = 1e-4  # of the largest logit
 TOP_K = 24
@@ -47,8 +48,12 @@ STEPS: list[list[Asked]] = [
 ]
 """Chunks, decodes and drafts, dense and sparse rows; the second request is dense."""
 
+LONG = [] if torch.cuda.is_available() else [pytest.mark.slow, pytest.mark.timeout(900)]
+"""Of tests that take the interpreter a minute or more."""
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "v3, no query latent": ("deepseek_v3", {"q_lora_rank": None, "seed": 5}),
+    "v32, one layer": ("deepseek_v32", {"num_hidden_layers": 1, "first_k_dense_replace": 0, "seed": 2}),
     "v32": ("deepseek_v32", {}),
     "glm, shared selections": (
         "glm_moe_dsa",
@@ -112,7 +117,9 @@ def reference(model: Any, tokens: list[int], index_top_k: int | None) -> tuple[T
     return logits, [torch.zeros_like(causal).scatter_(1, one, True) & causal for one in sets]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[] if name == "v32, one layer" else LONG) for name in VARIANTS]
+)
 def test_logits_and_selections_are_those_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
@@ -152,6 +159,25 @@ def test_logits_and_selections_are_those_of_transformers(
         assert bool(chosen) == (sparse and int(batch.index_top_k.max()) > 0)
 
 
+def test_layers_that_the_kernels_do_not_compute(tmp_path: Path) -> None:
+    """Then torch computes the steps, and says so."""
+    tiny_deepseek(
+        "deepseek_v32",
+        tmp_path,
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
+        index_head_dim=24,
+        qk_rope_head_dim=8,
+    )
+    model, _ = stepped(built(tmp_path))
+    (layer,) = model.layers
+    plain = model.plane_specs()
+    assert device_layer.supports(layer, plain)
+    narrow = [replace(spec, dtype=torch.uint8) for spec in plain]
+    assert not device_layer.supports(layer, narrow)  # index keys of 24 numbers have no FP8 form
+    assert device_layer.supports(layer, [narrow[0], plain[1]])
+
+
 def both(one: Built, other: Built, asked: list[Asked], tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Hidden states by tiles, and by rows over a copy of the cache before."""
     for i in range(one.runner._model.num_layers):
@@ -169,7 +195,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [pytest.param(name, marks=LONG) for name in FORMATS])
 def test_narrow_caches_are_those_of_tiles(tmp_path: Path, form: str) -> None:
     """Everything before is computed by tiles, into both caches; what a step adds is equal up to rounding."""
     tiny_deepseek("deepseek_v32", tmp_path, num_hidden_layers=2)
