@@ -26,6 +26,7 @@ from engine.protocol import Capacity, IndexerInfo, ModelInfo, Ready
 from engine.step import process
 from engine.step.build import Built
 from engine.step.core import EngineCore
+from engine.step.masking import TokenMasks
 from server.text.loading import load_tokenizer
 
 STEP = "DSA_WAYOUT_STEP"
@@ -39,6 +40,9 @@ _MAX_LEN = 8192
 class _Paced(NamedTuple):
     drawn: StepResult
     over: float  # on the monotonic clock
+
+    def draw(self, masks: TokenMasks | None) -> None:
+        """Words are drawn without masks."""
 
     def result(self) -> StepResult:
         time.sleep(max(0.0, self.over - time.monotonic()))
@@ -56,7 +60,7 @@ class PacedRunner:
         self._seconds = seconds
         self._over = 0.0
 
-    def launch(self, plan: StepPlan) -> _Paced:
+    def launch(self, plan: StepPlan, masks: TokenMasks | None = None, *, hold: bool = False) -> _Paced:
         """Draw a word for each request that wants a token."""
         sampled = []
         for request in plan.requests:
@@ -69,7 +73,12 @@ class PacedRunner:
         return _Paced(StepResult(sampled=tuple(sampled)), self._over)
 
 
-def build(config: EngineConfig, progress: Callable[[str, int, int], None], on_lost: Any = None) -> Built:
+def build(
+    config: EngineConfig,
+    progress: Callable[[str, int, int], None],
+    on_lost: Any = None,
+    vocabulary: Any = None,
+) -> Built:
     """Build the engine around the runner. Of `config` only the tokenizer's place and the scheduler's limits count."""
     assert config.token_budget is not None
     assert config.max_running is not None

@@ -29,3 +29,7 @@ class RankError(EngineError):
 
 class ProtocolError(EngineError):
     """The other side of the socket sent something that is not a message."""
+
+
+class GrammarError(EngineError):
+    """A grammar is wrong, asks for what cannot be enforced, or takes too much."""

@@ -64,6 +64,21 @@ def has_penalty(params: SamplingParams) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
 
 
+class Grammar(Value, frozen=True, kw_only=True):
+    """What the text of an answer's tokens must be. The server has checked that it compiles (`engine.grammar`)."""
+
+    text: str  # in llguidance's variant of Lark
+    after: tuple[int, ...] = ()  # it begins after the first of these tokens; empty: with the first token
+
+
+class Vocabulary(Value, frozen=True, kw_only=True):
+    """The tokens that grammars are about. The engine knows no other text."""
+
+    tokens: tuple[bytes, ...]  # the text of each token id
+    special: tuple[int, ...]  # control tokens: no text that a grammar describes has one
+    ends: tuple[int, ...]  # at least one: the tokens that end an answer
+
+
 class Submit(Message, frozen=True, kw_only=True):
     """Start a request."""
 
@@ -71,6 +86,7 @@ class Submit(Message, frozen=True, kw_only=True):
     prompt_token_ids: tuple[int, ...]  # >= 1 token, each in [0, vocab_size)
     sampling: SamplingParams
     index_top_k: IndexTopK
+    grammar: Grammar | None = None  # its stop tokens have to hold a token that ends an answer
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -83,6 +99,7 @@ class Start(Message, frozen=True, kw_only=True):
     """The first message: what to load and how to run."""
 
     config: EngineConfig
+    vocabulary: Vocabulary | None = None  # None: requests cannot have a grammar
 
 
 class Stop(Message, frozen=True, kw_only=True):

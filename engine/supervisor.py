@@ -31,6 +31,7 @@ from engine.protocol import (
     StepOutput,
     Stop,
     Submit,
+    Vocabulary,
     Work,
     add_counters,
 )
@@ -54,6 +55,7 @@ class SubprocessEngine:
         config: what to load and how to run.
         on_output: called with the text that the process writes to its standard output and error, a few whole
             lines at a time; None lets the process write to the server's own output.
+        vocabulary: the tokenizer's, for grammars; None: requests cannot have one.
         module: the program to run; measurements replace it by one that speaks the same messages.
     """
 
@@ -62,9 +64,11 @@ class SubprocessEngine:
         config: EngineConfig,
         on_output: Callable[[str], None] | None = None,
         *,
+        vocabulary: Vocabulary | None = None,
         module: str = "engine.step.process",
     ) -> None:
         self._config = config
+        self._vocabulary = vocabulary
         self._module = module
         self._on_output = on_output
         self._status = EngineStatus(state=EngineState.STARTING, message="the engine has not been started yet")
@@ -180,7 +184,7 @@ class SubprocessEngine:
         end = self._end = await ServerEnd.over(ours, self._hear)
         self._status = msgspec.structs.replace(self._status, pid=process.pid)
         try:
-            end.send(Start(config=self._config))
+            end.send(Start(config=self._config, vocabulary=self._vocabulary))
             await end.wait_closed()
         except ProtocolError as error:
             _log.error("%s; the engine is replaced", error)

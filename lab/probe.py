@@ -84,6 +84,7 @@ class Probe:
         device: auto, cpu, cuda or cuda:N
         dtype: auto, float32 or bfloat16
         kv_cache_bytes: size of the cache; it limits how many prompts are held at once
+        contexts: the cache is larger if so many prompts of the model's whole context do not fit
         threads: CPU threads; None: torch's number
 
     Raises:
@@ -93,7 +94,7 @@ class Probe:
 
     def __init__(
         self, weights: Path, overlay: Path | None, *, device: str = "auto", dtype: str = "auto",
-        kv_cache_bytes: int = 2 << 30, threads: int | None = None,
+        kv_cache_bytes: int = 2 << 30, contexts: int = 0, threads: int | None = None,
     ) -> None:  # fmt: skip
         if threads is not None:
             torch.set_num_threads(threads)
@@ -114,7 +115,9 @@ class Probe:
         usual = EngineConfig(weights=str(weights))
         specs = self._model.plane_specs()
         size = page_bytes(specs, self._model.num_layers)
-        self._cache = PagedCache(kv_cache_bytes // size, specs, self._model.num_layers, self.device)
+        # Page 0 pads tables, and holds no token.
+        pages = max(kv_cache_bytes // size, 1 + contexts * -(-family.max_positions // PAGE_SIZE))
+        self._cache = PagedCache(pages, specs, self._model.num_layers, self.device)
         if self._cache.num_pages * PAGE_SIZE <= family.max_positions:
             raise ConfigError(
                 f"a cache of {kv_cache_bytes} bytes holds {self._cache.num_pages * PAGE_SIZE} tokens; one prompt may "

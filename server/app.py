@@ -14,6 +14,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from engine.client import Engine
@@ -22,6 +23,7 @@ from server.config import ServerConfig
 from server.generation.admission import Admission
 from server.generation.intake import Intake
 from server.http.middleware import BodyLimitMiddleware, RecordMiddleware
+from server.http.paths import PathMiddleware
 from server.http.protocol.errors import ApiError, bad_request
 from server.http.protocol.openapi import openapi_of
 from server.http.routes import ROUTERS
@@ -29,7 +31,7 @@ from server.lifecycle import Lifecycle
 from server.money.accounting import Books
 from server.money.ledger import Ledger
 from server.money.pricing import DEFAULT_TABLE, PriceBook
-from server.services import Services, services_of
+from server.services import VERSION, Services, services_of
 from server.telemetry.logs import AccessLog
 from server.telemetry.metrics import Metrics
 from server.telemetry.record import Ended
@@ -91,7 +93,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     app = FastAPI(
         title="dsa-serve",
         description="OpenAI-compatible inference with DeepSeek Sparse Attention.",
-        version="0.1.0",
+        version=VERSION,
         lifespan=lifespan,
         redirect_slashes=False,
         exception_handlers={
@@ -103,10 +105,21 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     app.state.services = services
     app.state.lifecycle = services.lifecycle
     app.add_middleware(BodyLimitMiddleware, limit=config.max_body_bytes)
-    app.add_middleware(RecordMiddleware, metrics=metrics, observers=observers)  # added last: the outermost
+    app.add_middleware(RecordMiddleware, metrics=metrics, observers=observers)
+    if config.allow_origins != "none":
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[origin.strip() for origin in config.allow_origins.split(",")],
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(PathMiddleware)  # added last: the outermost
     for router in ROUTERS:
         app.include_router(router)
-    app.openapi = openapi_of(app)  # type: ignore[method-assign]
+    app.openapi = openapi_of(  # type: ignore[method-assign]
+        app, vocabulary=text.vocab_size, empty_prompts=text.adds_bos
+    )
     return app
 
 
@@ -121,7 +134,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     if error.status in (413, 429, 503):
         services_of(request).metrics.rejected(error.detail.code)
-    return error.to_response()
+    return error.to_response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -131,11 +144,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
         405: (f"this endpoint does not take {request.method}", "method_not_allowed"),
     }
     message, code = messages.get(error.status_code, (str(error.detail), "http_error"))
-    return ApiError(error.status_code, message, code=code, headers=error.headers).to_response()
+    return ApiError(error.status_code, message, code=code, headers=error.headers).to_response(
+        request.url.path
+    )
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
     param = str(problem["loc"][-1])
-    return bad_request(f"{param}: {problem['msg']}", param=param, code="invalid_value").to_response()
+    return bad_request(f"{param}: {problem['msg']}", param=param, code="invalid_value").to_response(
+        request.url.path
+    )

@@ -11,6 +11,7 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Sparsity = Positive | Literal["dense"]
 LogFormat = Literal["text", "json"]
+UnknownFields = Literal["accept", "refuse"]
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +31,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         log_format: lines for a person, or JSON with an access line for each request.
         log_prompts: whether access lines have the prompts.
         otlp_endpoint: where traces go; None: nowhere.
+        unknown_fields: what becomes of a field that an endpoint does not know.
+        allow_origins: pages of which origins may use the server from a browser: `none`, `*`, or a list with commas.
     """
 
     model_name: str
@@ -47,4 +50,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     otlp_endpoint: str | None = None
     prices: str | None = None  # a YAML file; None: the table in the package
     machine_price: str | None = None  # USD for an hour of the device; None: the table's price
+    unknown_fields: UnknownFields = "accept"
+    allow_origins: str = "none"
     ledger: str | None = None  # a SQLAlchemy URL or a SQLite file; None: no ledger

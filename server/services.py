@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -11,10 +13,14 @@ from engine.client import Engine
 from server.config import ServerConfig
 from server.generation.admission import Admission
 from server.generation.intake import Intake
+from server.generation.render import Head
+from server.http.protocol.notices import Notice
 from server.lifecycle import Lifecycle
 from server.money.accounting import Books
 from server.telemetry.metrics import Metrics
 from server.text.tokenizer import Tokenizer
+
+VERSION = "0.1.0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,21 @@ class Services:
     metrics: Metrics
     books: Books
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def head(self, response_id: str, notices: Sequence[Notice]) -> Head:
+        """Make what every object of a new answer has."""
+        return Head(
+            id=response_id,
+            created=int(time.time()),
+            model=self.config.model_name,
+            fingerprint=self.fingerprint(),
+            notices=notices,
+        )
+
+    def fingerprint(self) -> str:
+        """A short digest of the server's version, the model and how it computes."""
+        parts = (VERSION, self.config.model_name, str(self.engine.status.model))
+        return f"fp_{hashlib.blake2b('/'.join(parts).encode(), digest_size=5).hexdigest()}"
 
 
 def services_of(request: Request) -> Services:

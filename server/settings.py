@@ -31,7 +31,7 @@ from engine.config import (
     SparseForm,
     WeightDtype,
 )
-from server.config import LogFormat, Port, Positive, Seconds, ServerConfig, Sparsity
+from server.config import LogFormat, Port, Positive, Seconds, ServerConfig, Sparsity, UnknownFields
 from server.hub.models import DEFAULT_MODEL, ModelFiles, cache_folder
 from server.hub.sizes import parse_size, size_text
 from server.telemetry.tracing import TracingError, check_endpoint
@@ -84,6 +84,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: Annotated[Positive, Flag(SERVER, "Requests in work or waiting before new ones get 429.")] = (
         _HTTP.max_queue
     )
+    unknown_fields: Annotated[
+        UnknownFields,
+        Flag(
+            SERVER,
+            "Fields that an endpoint does not know: accept (the answer's warnings name them) or refuse (400).",
+            None,
+            "accept|refuse",
+        ),
+    ] = _HTTP.unknown_fields
+    allow_origins: Annotated[
+        str,
+        Flag(
+            SERVER,
+            "Pages of which origins may use the server from a browser: none, *, or a list with commas.",
+            None,
+            "ORIGINS",
+        ),
+    ] = _HTTP.allow_origins
     drain_seconds: Annotated[
         Seconds, Flag(SERVER, "How long running requests may go on after Ctrl-C or SIGTERM.")
     ] = _HTTP.drain_seconds

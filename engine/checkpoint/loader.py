@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -19,9 +21,14 @@ from torch import Tensor
 
 from engine.checkpoint.part import Slice
 from engine.checkpoint.source import HoldsBlocks, LaidSource, PartSource, Source
+from engine.checkpoint.stream import InFiles, Stream
 from engine.errors import CheckpointError
 from engine.memory.blocks import BLOCK, E4M3, E4M3_MAX, BlockWeight, num_blocks
 
+STREAMED: tuple[str, ...] = ("cuda",)
+"""The types of devices that files are streamed to. On others a parameter is read when its turn comes."""
+_AHEAD = 256 << 20
+"""So many bytes are asked for before a parameter is waited for."""
 _BENIGN = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|masked_bias|attn_rot_embd\.weight)")
 """Tensors that checkpoints may have and that models compute themselves."""
 
@@ -139,11 +146,8 @@ def load(
     done, total = 0, sum(sizes.values())
     progress(done, total)
     loaded: dict[str, Tensor | BlockWeight] = {}
-    for parameter, weight in model_table.items():
-        if parameter in kept and isinstance(source, HoldsBlocks):
-            loaded[parameter] = _assemble_blocks(weight, device, source, source.description)
-        else:
-            loaded[parameter] = _assemble(weight, weight.dtype or dtype, device, source)
+    for parameter, value in _parameters(model_table, source, dtype, device, kept):
+        loaded[parameter] = value
         done += sizes[parameter]
         progress(done, total)
     return loaded, LoadReport(
@@ -160,6 +164,48 @@ def load(
         unused=unused(model_table, source),
         replaced=source.replaced if isinstance(source, LaidSource) else (),
     )
+
+
+def _parameters(
+    table: Mapping[str, Weight],
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    kept: Collection[str],
+) -> Iterator[tuple[str, Tensor | BlockWeight]]:
+    """Read all parameters, those in `kept` in FP8 blocks. From files to a GPU they are read ahead of their turn."""
+    if not (device.type in STREAMED and isinstance(source, InFiles)):
+        for parameter, weight in table.items():
+            yield parameter, _parameter(weight, source, dtype, device, fp8=parameter in kept)
+        return
+    with Stream(source, device) as stream:
+        coming: deque[tuple[str, int, Callable[[], Tensor | BlockWeight]]] = deque()
+        ahead = 0
+        for parameter, weight in table.items():
+            fp8, own = parameter in kept, weight.dtype or dtype
+            if stream.takes(weight.names, weight.part):
+                end = stream.begin(weight.names, weight.part, weight.held_shape, own, fp8=fp8)
+            else:
+                end = partial(_parameter, weight, source, dtype, device, fp8=fp8)
+            size = num_bytes(weight, dtype, fp8=fp8)
+            coming.append((parameter, size, end))
+            ahead += size
+            while len(coming) > 1 and ahead - coming[0][1] >= _AHEAD:
+                name, size, end = coming.popleft()
+                ahead -= size
+                yield name, end()
+        for name, _, end in coming:
+            yield name, end()
+        stream.check()
+
+
+def _parameter(
+    weight: Weight, source: Source, dtype: torch.dtype, device: torch.device, *, fp8: bool
+) -> Tensor | BlockWeight:
+    """Read a parameter, in FP8 blocks if `fp8`."""
+    if fp8 and isinstance(source, HoldsBlocks):
+        return _assemble_blocks(weight, device, source, source.description)
+    return _assemble(weight, weight.dtype or dtype, device, source)
 
 
 def stays_fp8(weight: Weight, in_blocks: Callable[[str], bool]) -> bool:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint.part import Slice
+from engine.checkpoint.part import FilePlace, Slice
 from engine.checkpoint.quantisation import SCALE_SUFFIX, check_quantisation
 from engine.errors import CheckpointError
 from engine.memory.blocks import BLOCK, BlockWeight, num_blocks
@@ -26,6 +26,9 @@ _OVERLAY = "indexer.safetensors"  # may lie in the folder, but is not part of th
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FP8 = "F8_E4M3"
 _SCALES = ("F32", "BF16", "F8_E8M0")  # F8_E8M0 is only an exponent; newer checkpoints use it for ue8m0
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, _FP8: torch.float8_e4m3fn,
+}  # fmt: skip
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
@@ -50,6 +53,7 @@ class SafetensorsFile:
         self._file = opened
         self.metadata: Mapping[str, str] = opened.metadata() or {}
         self._names: frozenset[str] = frozenset(opened.keys())
+        self._header: tuple[int, dict[str, Any]] | None = None  # where the data begins, and what lies there
 
     def names(self) -> frozenset[str]:
         """Every tensor."""
@@ -74,6 +78,18 @@ class SafetensorsFile:
         span = slice(part.start, part.stop)
         tensor: Tensor = self._slice(name)[span] if part.dim == 0 else self._slice(name)[:, span]
         return tensor
+
+    def place(self, name: str) -> FilePlace:
+        """Where a tensor lies in the file. Raises the errors of `shape`, and of `read` for other numbers than floats."""
+        if self.stored(name) != _FP8:
+            self._check_plain(name)
+        if self._header is None:
+            with self.path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                self._header = 8 + size, json.loads(file.read(size))
+        first, header = self._header
+        offset = first + header[name]["data_offsets"][0]
+        return FilePlace(self.path, offset, _DTYPES[self.stored(name)], self.shape(name))
 
     def num_bytes(self, name: str) -> int:
         """Bytes of a tensor in the file; raises the errors of `shape`."""
@@ -156,14 +172,24 @@ class SafetensorsSource:
         return self._holder(name).stored(name) == _FP8
 
     def read_blocks(self, name: str, part: Slice | None = None) -> BlockWeight:
-        self._check_scales(name)
-        file, scale_name = self._holder(name), name + SCALE_SUFFIX
-        scales = self._holder(scale_name).raw(scale_name).float()
+        file, scales = self._holder(name), self.scales(name, part)
         if part is None:
             return BlockWeight(file.raw(name), scales)
         first, last = part.start // BLOCK, num_blocks(part.stop)
         blocks = Slice(part.dim, first * BLOCK, min(last * BLOCK, file.shape(name)[part.dim]))
-        return BlockWeight(file.raw_part(name, blocks), scales.narrow(part.dim, first, last - first))
+        return BlockWeight(file.raw_part(name, blocks), scales)
+
+    def scales(self, name: str, part: Slice | None) -> Tensor:
+        self._check_scales(name)
+        scale_name = name + SCALE_SUFFIX
+        scales = self._holder(scale_name).raw(scale_name).float()
+        if part is None:
+            return scales
+        first, last = part.start // BLOCK, num_blocks(part.stop)
+        return scales.narrow(part.dim, first, last - first)
+
+    def place(self, name: str) -> FilePlace:
+        return self._holder(name).place(name)
 
     def read_part(self, name: str, part: Slice, dtype: torch.dtype) -> Tensor:
         if not self.in_blocks(name):

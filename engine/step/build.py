@@ -29,9 +29,10 @@ from engine.plan.cost import CostModel, assumed_coefficients, read_calibration
 from engine.plan.meter import Meter
 from engine.plan.pace import CostPace
 from engine.plan.scheduler import Scheduler
-from engine.protocol import Capacity, ModelInfo, Ready
+from engine.protocol import Capacity, ModelInfo, Ready, Vocabulary
 from engine.step.core import EngineCore, StepRunner
 from engine.step.drafting import LayerDrafter
+from engine.step.grammars import Grammars
 from engine.step.lead import LeadRunner
 from engine.step.runner import Draw, Runner
 from engine.step.sampler import sample
@@ -84,6 +85,7 @@ def build(
     config: EngineConfig,
     progress: Progress = lambda stage, done, total: None,
     on_lost: OnLost | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Built:
     """Load everything that `config` names, in this process and in the other ranks if there are any.
 
@@ -91,6 +93,7 @@ def build(
         config: what to load and how
         progress: gets the progress of this process
         on_lost: called from a thread when another rank has ended; see `engine.parallel.team.OnLost`
+        vocabulary: what grammars are about; None: requests cannot have one
 
     Raises:
         CheckpointError: the model's files are missing, damaged or of an unknown architecture.
@@ -99,14 +102,14 @@ def build(
     """
     opened = _open(config, 0, progress)
     if config.tensor_parallel == 1:
-        return _build(config, opened, progress, ALONE, None)
+        return _build(config, opened, progress, ALONE, None, vocabulary)
     # Decide `auto` here, so that all ranks use the same values.
     settled = msgspec.structs.replace(
         config, device=opened.device.type, dtype=str(opened.dtype).removeprefix("torch.")
     )
     team = Team(settled, on_lost, progress)
     try:
-        built = _build(config, opened, progress, team.join(opened.device), team)
+        built = _build(config, opened, progress, team.join(opened.device), team, vocabulary)
         team.wait_loaded()
     except BaseException:
         team.close()
@@ -206,7 +209,12 @@ def _placement(config: EngineConfig, opened: _Opened, ranks: Ranks) -> Placement
 
 
 def _build(
-    config: EngineConfig, opened: _Opened, progress: Progress, ranks: Ranks, team: Team | None
+    config: EngineConfig,
+    opened: _Opened,
+    progress: Progress,
+    ranks: Ranks,
+    team: Team | None,
+    vocabulary: Vocabulary | None,
 ) -> Built:
     device, dtype, max_model_len = opened.device, opened.dtype, opened.max_model_len
     kernels = choose_backend(config.kernels, device)
@@ -246,7 +254,9 @@ def _build(
     step = model.row_step if team is None and not config.draft_tokens else None
     ahead = None
     if step is not None:
-        ahead = _device_runner(model, step, cache, config.score_budget_bytes, device, compilers)
+        ahead = _device_runner(
+            model, step, cache, config.score_budget_bytes, device, compilers, masks=vocabulary is not None
+        )
     if compilers is not None:
         compilers.close()
     shape, dtype_name = model.shape(), str(dtype).removeprefix("torch.")
@@ -287,7 +297,13 @@ def _build(
             max_running=sizes.max_running,
         ),
     )
-    core = EngineCore(scheduler, ahead or runner, Meter(cost_model), sparse=model.indexer is not None)
+    core = EngineCore(
+        scheduler,
+        ahead or runner,
+        Meter(cost_model),
+        sparse=model.indexer is not None,
+        grammars=None if vocabulary is None else Grammars(vocabulary, model.vocab_size),
+    )
     return Built(
         core=core,
         runner=runner,
@@ -337,11 +353,13 @@ def _device_runner(
     budget_bytes: int,
     device: torch.device,
     compilers: KernelCompilers | None,
+    *,
+    masks: bool,
 ) -> StepRunner:
     from engine.step.device_runner import DeviceRunner  # needs Triton
 
     runner = DeviceRunner(model, step, cache, budget_bytes, device)
-    runner.prepare(compilers)
+    runner.prepare(compilers, masks=masks)
     return runner
 
 

@@ -6,7 +6,7 @@ Steps that draw in the usual ways are graphs. Others (penalties, biases, log-pro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -19,13 +19,17 @@ from engine.memory.staging import Staging
 from engine.models.family import KernelCompilers, RowStep
 from engine.plan.types import Sampled, SampleSpec
 from engine.protocol import TokenLogprob, has_penalty
-from engine.step.device_sampler import logprobs_of, needs_of, rows_of, table
+from engine.step.device_sampler import logprobs_of, needs_of, no_masks, rows_of, table
+from engine.step.masking import TokenMasks
 from engine.step.sampler import NOT_FINITE
 
 _COLUMNS = COLUMNS.value
 _USUAL = tuple(
     Needs(draws=draws, filters=filters, changes=False, logprobs=False)
     for draws, filters in ((False, False), (True, False), (True, True))
+)
+_MASKED = tuple(
+    Needs(draws=draws, filters=draws, changes=False, logprobs=False, masks=True) for draws in (False, True)
 )
 _LEAST_SLOTS = 8
 
@@ -81,11 +85,22 @@ def _all_to_host(draws: Draws) -> Draws:
     return Draws(*(None if part is None else _to_host(part) for part in parts))  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class _Places:
+    """What the drawing of up to R rows reads and writes, on the device."""
+
+    asked: Tensor  # [R * (1 + COLUMNS)] int64: the rows' numbers in the step, then `DrawRows.table`
+    masks: Tensor  # [R * (1 + W)] int32: each row's mask's number, then the masks; empty without masks
+    wanted: Tensor  # [R, E]: the rows' hidden states
+    told: Tensor  # [R] int64: the tokens; -1 where the logits are not finite
+
+
+@dataclass(frozen=True)
 class _Graph:
     """The drawing of up to so many rows, in one way."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, asked: Tensor, wanted: Tensor, told: Tensor) -> None:
-        self.graph, self.asked, self.wanted, self.told = graph, asked, wanted, told
+    graph: torch.cuda.CUDAGraph
+    places: _Places
 
 
 class DeviceDraws:
@@ -94,32 +109,45 @@ class DeviceDraws:
     def __init__(self, head: RowStep, vocab: int, device: torch.device) -> None:
         """`head.drawn` gets the tokens of each step's rows."""
         self._head, self._device = head, device
+        self._vocab = vocab
         self._staging = Staging(torch.int64, device)
+        self._mask_staging = Staging(torch.int32, device)
         self._history = _History(vocab, device)
         self._graphs: dict[tuple[int, Needs], _Graph] = {}
         self._sizes: list[int] = []
         self._greedy = table((), (), len(head.drawn)).reshape(-1)
 
-    def capture(self, hidden: Tensor, compilers: KernelCompilers | None) -> None:
-        """Capture graphs for up to as many rows as `drawn` has; `hidden` [any, E] tells the size and dtype of rows."""
+    def capture(self, hidden: Tensor, compilers: KernelCompilers | None, *, masks: bool = False) -> None:
+        """Capture graphs for up to as many rows as `drawn` has.
+
+        Args:
+            hidden: [any, E], tells the size and dtype of rows
+            compilers: compile kernels together; None: one by one
+            masks: rows may have masks
+        """
         most = len(self._head.drawn)
         self._sizes = [*(size for size in _SIZES if size < most), most]
         pool = torch.cuda.graph_pool_handle()
         made = {
             (size, needs): self._made(size, needs, hidden)
             for size in reversed(self._sizes)
-            for needs in _USUAL
+            for needs in (_USUAL + _MASKED if masks else _USUAL)
         }
         if compilers is not None:
             with compilers.together():
-                for compute, *_ in made.values():
+                for compute, _ in made.values():
                     compute()
-        for key, (compute, asked, wanted, told) in made.items():
+        for key, (compute, places) in made.items():
             graph, _ = captured(compute, self._device, pool)
-            self._graphs[key] = _Graph(graph, asked, wanted, told)
+            self._graphs[key] = _Graph(graph, places)
 
     def draw(
-        self, hidden: Tensor, rows: Sequence[int], specs: Sequence[SampleSpec], names: Sequence[str]
+        self,
+        hidden: Tensor,
+        rows: Sequence[int],
+        specs: Sequence[SampleSpec],
+        names: Sequence[str],
+        masks: TokenMasks | None = None,
     ) -> Told:
         """Launch the drawing of a token from each of the `rows` of `hidden` [T, E].
 
@@ -128,17 +156,18 @@ class DeviceDraws:
             rows: N of them
             specs: how to draw
             names: of the requests that the rows are of
+            masks: of the rows
         """
-        needs = needs_of(specs)
+        needs = needs_of(specs, masked=masks is not None)
         size = next((size for size in self._sizes if size >= len(rows)), 0)
         usual = self._graphs.get((size, needs))
         if usual is not None:
-            return self._replay(usual, size, needs, hidden, rows, specs)
+            return self._replay(usual, size, needs, hidden, rows, specs, masks)
         device = self._device
         index = torch.tensor(rows, device=device)
         logits = self._head.logits(hidden.index_select(0, index))
         slots = self._history.slots(names, specs)
-        asked = rows_of(specs, slots, self._history.counts, device)
+        asked = rows_of(specs, slots, self._history.counts, device, masks)
         draws = draw(logits, asked, needs)
         if any(slot >= 0 for slot in slots):
             count_tokens(asked, draws.tokens)
@@ -154,45 +183,67 @@ class DeviceDraws:
         hidden: Tensor,
         rows: Sequence[int],
         specs: Sequence[SampleSpec],
+        masks: TokenMasks | None,
     ) -> Told:
         count = len(rows)
+        places = usual.places
         host = self._staging.take(size * (1 + _COLUMNS)).numpy()
         host[:count] = rows
         if needs.draws:
             host[size:].reshape(size, _COLUMNS)[:] = table(specs, [0] * count, size)
         else:
             host[size:] = self._greedy[: size * _COLUMNS]
-        self._staging.send(usual.asked)
-        torch.index_select(hidden, 0, usual.asked[:count], out=usual.wanted[:count])
+        self._staging.send(places.asked)
+        if masks is not None:
+            self._send_masks(masks, places.masks, size)
+        torch.index_select(hidden, 0, places.asked[:count], out=places.wanted[:count])
         usual.graph.replay()
-        return Told(specs, _to_host(usual.told[:count]), None)
+        return Told(specs, _to_host(places.told[:count]), None)
 
-    def _made(
-        self, size: int, needs: Needs, hidden: Tensor
-    ) -> tuple[Callable[[], None], Tensor, Tensor, Tensor]:
-        """What draws from up to `size` rows, and what it reads and writes; see `_Graph`."""
+    def _send_masks(self, masks: TokenMasks, to: Tensor, size: int) -> None:
+        """Copy masks to the place of a graph of `size` rows; rows after the last have none."""
+        words = masks.words.size
+        host = self._mask_staging.take(size + words).numpy()
+        host[: len(masks.of)] = masks.of
+        host[len(masks.of) : size] = -1
+        host[size:] = masks.words.reshape(-1)
+        self._mask_staging.send(to[: size + words])
+
+    def _made(self, size: int, needs: Needs, hidden: Tensor) -> tuple[Callable[[], None], _Places]:
+        """What draws from up to `size` rows, and what it reads and writes."""
         device = self._device
         host = self._staging.take(size * (1 + _COLUMNS)).numpy()
         host[:size] = 0
         host[size:].reshape(size, _COLUMNS)[:] = table((), (), size)
-        asked = torch.empty(size * (1 + _COLUMNS), dtype=torch.int64, device=device)
-        self._staging.send(asked)
-        wanted = hidden.new_zeros(size, hidden.shape[1])
-        told = torch.zeros(size, dtype=torch.int64, device=device)
+        words = -(-self._vocab // 32)
+        places = _Places(
+            asked=torch.empty(size * (1 + _COLUMNS), dtype=torch.int64, device=device),
+            masks=torch.full(
+                (size * (1 + words) if needs.masks else 0,), -1, dtype=torch.int32, device=device
+            ),
+            wanted=hidden.new_zeros(size, hidden.shape[1]),
+            told=torch.zeros(size, dtype=torch.int64, device=device),
+        )
+        self._staging.send(places.asked)
         nothing = torch.zeros(size, 1, device=device)
+        masks, mask_of = no_masks(size, device)
+        if needs.masks:
+            mask_of, masks = places.masks[:size], places.masks[size:].view(size, words)
         rows = DrawRows(
-            table=asked[size:].view(size, _COLUMNS),
+            table=places.asked[size:].view(size, _COLUMNS),
             bias_ids=nothing.int(),
             bias_values=nothing,
             history=nothing.int(),
+            masks=masks,
+            mask_of=mask_of,
         )
 
         def compute() -> None:
-            draws = draw(self._head.logits(wanted), rows, needs)
+            draws = draw(self._head.logits(places.wanted), rows, needs)
             self._head.drawn[:size].copy_(draws.tokens)
-            told.copy_(draws.tokens.where(draws.finite, -1))
+            places.told.copy_(draws.tokens.where(draws.finite, -1))
 
-        return compute, asked, wanted, told
+        return compute, places
 
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)

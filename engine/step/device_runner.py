@@ -4,12 +4,14 @@ A plan that is made before the tokens of the step before it are known has `PENDI
 which row of `drawn` the device keeps each of them. What the host does with a step is one copy of its rows, one graph, one
 copy of how its tokens are drawn, one graph, and one copy back, which it waits for only in `result`.
 
+A plan's draw may wait for masks, which depend on the tokens before it (`engine.step.masking`). Its rows are computed meanwhile.
+
 Every stage is launched on one stream, so plans are computed in the order in which they are launched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import torch
@@ -21,6 +23,7 @@ from engine.memory.planes import PagedCache
 from engine.models.family import KernelCompilers, Model, RowStep
 from engine.plan.types import PENDING, Sampled, SampleSpec, ScheduledRequest, StepPlan, StepResult
 from engine.step.device_draws import DeviceDraws, Told
+from engine.step.masking import TokenMasks
 from engine.step.sampler import prompt_logprobs
 
 _CPU = torch.device("cpu")
@@ -49,23 +52,31 @@ class DeviceRunner:
         self._draws = DeviceDraws(step, model.vocab_size, device)
         self._tables = PageTables()
         self._places: dict[str, int] = {}  # of the last step's requests in `drawn`
+        self._held = False  # the last plan's tokens are not drawn yet
 
-    def prepare(self, compilers: KernelCompilers | None = None) -> None:
-        """Capture the graphs that draw, on CUDA."""
+    def prepare(self, compilers: KernelCompilers | None = None, *, masks: bool = False) -> None:
+        """Capture the graphs that draw, on CUDA; `masks`: also those that draw under masks."""
         if self._device.type == "cuda":
-            self._draws.capture(self._step.hidden_like(), compilers)
+            self._draws.capture(self._step.hidden_like(), compilers, masks=masks)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan and wait for its tokens."""
         return self.launch(plan).result()
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> DeviceFlight:
+    def launch(self, plan: StepPlan, masks: TokenMasks | None = None, *, hold: bool = False) -> DeviceFlight:
         """Begin to compute a plan.
 
+        Args:
+            plan: what to compute
+            masks: which tokens may be drawn; None: any
+            hold: draw nothing before the flight's `draw`, which has to come before the next launch
+
         Raises:
-            EngineError: it has drafts, or a pending token that the last plan did not draw.
+            EngineError: it has drafts, or a pending token that the last plan did not draw; or the last plan is held.
         """
+        if self._held:
+            raise EngineError("the plan before this one waits for its masks")
         if plan.wiped_pages:
             self._cache.wipe(plan.wiped_pages)
         batch = build_batch(plan, _CPU, self._tables)
@@ -92,13 +103,17 @@ class DeviceRunner:
             first, end = end, end + len(request.token_ids)
             if request.prompt_targets:  # later steps may overwrite the hidden states
                 scored.append((number, hidden[first : first + len(request.prompt_targets)].clone()))
-        told = self._draws.draw(hidden, rows, specs, list(places)) if rows else None
         self._places = places
-        done = None
-        if told is None and self._device.type == "cuda":
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record()
-        return DeviceFlight(self.model, plan, told, scored, done)
+
+        def draw(masks: TokenMasks | None) -> Told | None:
+            self._held = False
+            return self._draws.draw(hidden, rows, specs, list(places), masks) if rows else None
+
+        self._held = hold
+        flight = DeviceFlight(self.model, plan, draw, scored, self._device)
+        if not hold:
+            flight.draw(masks)
+        return flight
 
     def _place(self, request: ScheduledRequest) -> int:
         try:
@@ -116,11 +131,21 @@ class DeviceFlight:
         self,
         model: Model,
         plan: StepPlan,
-        told: Told | None,
+        draw: Callable[[TokenMasks | None], Told | None],
         scored: Sequence[tuple[int, Tensor]],
-        done: torch.cuda.Event | None,
+        device: torch.device,
     ) -> None:
-        self._model, self._plan, self._told, self._scored, self._done = model, plan, told, scored, done
+        self._model, self._plan, self._draw, self._scored, self._device = model, plan, draw, scored, device
+        self._told: Told | None = None
+        self._done: torch.cuda.Event | None = None
+
+    @torch.inference_mode()
+    def draw(self, masks: TokenMasks | None) -> None:
+        """Launch the drawing of the plan's tokens."""
+        self._told = self._draw(masks)
+        if self._told is None and self._device.type == "cuda":
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
 
     @torch.inference_mode()
     def result(self) -> StepResult:

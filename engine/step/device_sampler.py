@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.kernels.triton.sampling import DrawRows, Draws, Needs, draw
 from engine.plan.types import Drawn, SampleSpec
 from engine.protocol import TokenLogprob, has_penalty
+from engine.step.masking import TokenMasks
 from engine.step.race import stream_key
 from engine.step.sampler import NOT_FINITE, sample
 
@@ -23,19 +24,26 @@ _ROW = struct.Struct("<Q3q6d")  # a row's columns, see engine.kernels.triton.rac
 _PADDING = _ROW.pack(0, 0, -1, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 
-def sample_on_device(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
+def sample_on_device(
+    logits: Tensor, specs: Sequence[SampleSpec], masks: TokenMasks | None = None
+) -> list[Drawn]:
     """As `engine.step.sampler.sample`, and through it the rows with penalties, whose histories are on the host."""
     hosted = [row for row, spec in enumerate(specs) if has_penalty(spec.params)]
     if hosted:
         own = [row for row, spec in enumerate(specs) if not has_penalty(spec.params)]
-        drawn = dict(zip(hosted, sample(logits[hosted], [specs[row] for row in hosted]), strict=True))
+        parts = [None if masks is None or not rows else masks.part(rows) for rows in (hosted, own)]
+        drawn = dict(
+            zip(hosted, sample(logits[hosted], [specs[row] for row in hosted], parts[0]), strict=True)
+        )
         if own:
-            drawn |= zip(own, sample_on_device(logits[own], [specs[row] for row in own]), strict=True)
+            drawn |= zip(
+                own, sample_on_device(logits[own], [specs[row] for row in own], parts[1]), strict=True
+            )
         return [drawn[row] for row in range(len(specs))]
     device = logits.device
     nobody = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    needs = needs_of(specs)
-    draws = draw(logits, rows_of(specs, [0] * len(specs), nobody, device), needs)
+    needs = needs_of(specs, masked=masks is not None)
+    draws = draw(logits, rows_of(specs, [0] * len(specs), nobody, device, masks), needs)
     tokens: list[int] = draws.tokens.where(draws.finite, -1).tolist()
     logprobs = logprobs_of(draws, tokens, specs) if needs.logprobs else [None] * len(specs)
     return [
@@ -68,8 +76,8 @@ def logprobs_of(
     return told
 
 
-def needs_of(specs: Sequence[SampleSpec]) -> Needs:
-    """The least that does for these."""
+def needs_of(specs: Sequence[SampleSpec], *, masked: bool = False) -> Needs:
+    """The least that does for these; `masked`: some have a mask."""
     draws = filters = changes = False
     shown = -1
     for spec in specs:
@@ -80,11 +88,16 @@ def needs_of(specs: Sequence[SampleSpec]) -> Needs:
         changes = changes or bool(p.logit_bias) or has_penalty(p)
         if p.logprobs is not None and p.logprobs > shown:
             shown = p.logprobs
-    return Needs(draws, filters, changes, shown >= 0, max(shown, 0))
+    # With masks there are fewer kinds of draws, so that fewer graphs do.
+    return Needs(draws, filters or (draws and masked), changes, shown >= 0, max(shown, 0), masked)
 
 
 def rows_of(
-    specs: Sequence[SampleSpec], slots: Sequence[int], history: Tensor, device: torch.device
+    specs: Sequence[SampleSpec],
+    slots: Sequence[int],
+    history: Tensor,
+    device: torch.device,
+    masks: TokenMasks | None = None,
 ) -> DrawRows:
     """The requests' own words as rows.
 
@@ -93,7 +106,11 @@ def rows_of(
         slots: where each row's history lies; of no matter for a row without penalties
         history: [slots, V] int32
         device: where to
+        masks: of the rows
     """
+    words, of = no_masks(len(specs), device)
+    if masks is not None:
+        words, of = to_device(masks.words, device), to_device(masks.of, device)
     width = max((len(spec.params.logit_bias) for spec in specs), default=0)
     ids = np.zeros((len(specs), max(width, 1)), dtype=np.int32)
     values = np.zeros(ids.shape, dtype=np.float32)
@@ -106,7 +123,21 @@ def rows_of(
         bias_ids=torch.from_numpy(ids).to(device),
         bias_values=torch.from_numpy(values).to(device),
         history=history,
+        masks=words,
+        mask_of=of,
     )
+
+
+def no_masks(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`masks` and `mask_of` of `DrawRows`, for rows without masks."""
+    nothing = torch.full((count,), -1, dtype=torch.int32, device=device)
+    return nothing.unsqueeze(1), nothing
+
+
+def to_device(numbers: NDArray[np.int32], device: torch.device) -> Tensor:
+    """A copy on the device, for which the host does not wait."""
+    host = torch.from_numpy(numbers)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def table(specs: Sequence[SampleSpec], slots: Sequence[int], count: int | None = None) -> NDArray[np.int64]:

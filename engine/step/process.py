@@ -22,6 +22,7 @@ from engine.channel import EngineEnd
 from engine.errors import EngineError, ProtocolError, RankError
 from engine.protocol import Abort, Delta, Failed, Loading, Start, Stop, Submit, ToEngine
 from engine.step.build import Built, build
+from engine.step.grammars import Compiled
 from engine.step.profiler import StepProfiler
 
 _log = logging.getLogger(__name__)
@@ -42,11 +43,11 @@ def main() -> None:
         return
     if not isinstance(first, Start):
         raise ProtocolError(f"the first message must be Start, not {type(first).__name__}")
-    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ToEngine | Compiled] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(end, inbox), daemon=True).start()
     try:
         profiler = StepProfiler.of(first.config)
-        built = build(first.config, _Progress(end), lambda reason: _give_up(end, reason))
+        built = build(first.config, _Progress(end), lambda reason: _give_up(end, reason), first.vocabulary)
     except EngineError as error:
         end.send(Failed(message=str(error)))
         sys.exit(1)
@@ -98,7 +99,7 @@ class _Progress:
             self._end.send(Loading(stage=stage, done=done, total=total))
 
 
-def _read(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine]) -> None:
+def _read(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine | Compiled]) -> None:
     """Put the server's messages into the inbox; ends the process when the server is gone. Runs in a thread."""
     while True:
         try:
@@ -112,9 +113,10 @@ def _read(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine]) -> None:
 
 
 def _loop(
-    end: EngineEnd, inbox: queue.SimpleQueue[ToEngine], built: Built, profiler: StepProfiler | None
+    end: EngineEnd, inbox: queue.SimpleQueue[ToEngine | Compiled], built: Built, profiler: StepProfiler | None
 ) -> None:
     core = built.core
+    core.compile_apart(inbox.put)
     step = core.step if profiler is None else profiler.around(core.step)
     while True:
         deltas: list[Delta] = []
@@ -128,6 +130,8 @@ def _loop(
                 deltas.extend(core.submit(message))
             elif isinstance(message, Abort):
                 deltas.extend(core.abort(message.request_id))
+            elif isinstance(message, Compiled):
+                deltas.extend(core.compiled(message))
             elif isinstance(message, Stop):
                 deltas.extend(core.abort_all())
                 end.send(core.tell(tuple(deltas)))

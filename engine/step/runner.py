@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from engine.attention.batch import Batch, build_batch
+from engine.errors import EngineError
 from engine.memory.planes import PagedCache
 from engine.models.family import Model
 from engine.plan.tiles import TileCosts
 from engine.plan.types import Drawn, Sampled, SampleSpec, StepPlan, StepResult
 from engine.step.drafting import LayerDrafter
+from engine.step.masking import TokenMasks
 from engine.step.sampler import prompt_logprobs, sample
 from engine.step.speculation import row_specs, verify
 
-Draw = Callable[[Tensor, Sequence[SampleSpec]], list[Drawn]]
+Draw = Callable[[Tensor, Sequence[SampleSpec], TokenMasks | None], list[Drawn]]
 """Draws a token from each row of logits [N, vocab]: `engine.step.sampler.sample` or the like."""
 
 
@@ -29,6 +31,10 @@ class Computed:
 
     def __init__(self, result: StepResult) -> None:
         self._result = result
+
+    def draw(self, masks: TokenMasks | None) -> None:
+        """Nothing is left to draw."""
+        raise EngineError("this plan's tokens are drawn")
 
     def result(self) -> StepResult:
         """The drawn tokens."""
@@ -41,12 +47,12 @@ class AtOnce(ABC):
     ahead = False
 
     @abstractmethod
-    def run(self, plan: StepPlan) -> StepResult:
-        """Compute the plan, and return the drawn tokens."""
+    def run(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
+        """Compute the plan, and return the drawn tokens, which the masks allow."""
 
-    def launch(self, plan: StepPlan) -> Computed:
-        """Compute the plan."""
-        return Computed(self.run(plan))
+    def launch(self, plan: StepPlan, masks: TokenMasks | None = None, *, hold: bool = False) -> Computed:
+        """Compute the plan. Nothing can be held: the tokens before it are known."""
+        return Computed(self.run(plan, masks))
 
 
 class Runner(AtOnce):
@@ -70,7 +76,7 @@ class Runner(AtOnce):
         self.model_seconds = 0.0  # time in the model's forward and logits; with CUDA, time to launch them
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
         """Compute the plan's rows, write their cache entries, and draw the tokens that the plan asks for."""
         batch, hidden = self.forward(plan)
         ends = list(accumulate(len(request.token_ids) for request in plan.requests))
@@ -80,7 +86,7 @@ class Runner(AtOnce):
         if rows:
             wanted = hidden if len(rows) == len(hidden) else hidden[rows]  # either ascending
             drawn = iter(
-                _draw_each(self._draw, self._logits(wanted), [spec for own in specs for spec in own])
+                _draw_each(self._draw, self._logits(wanted), [spec for own in specs for spec in own], masks)
             )
         results: list[Sampled] = []
         for request, end, own in zip(plan.requests, ends, specs, strict=True):
@@ -121,15 +127,16 @@ class Runner(AtOnce):
         return logits
 
 
-def _draw_each(draw: Draw, logits: Tensor, specs: list[SampleSpec]) -> list[Drawn]:
+def _draw_each(draw: Draw, logits: Tensor, specs: list[SampleSpec], masks: TokenMasks | None) -> list[Drawn]:
     """Draw from all rows together. If that fails, draw row by row, so that only the bad request fails."""
     try:
-        return draw(logits, specs)
+        return draw(logits, specs, masks)
     except (RuntimeError, IndexError, ValueError):
         drawn: list[Drawn] = []
         for row, spec in enumerate(specs):
+            own = None if masks is None else masks.part([row])
             try:
-                drawn.extend(draw(logits[row : row + 1], [spec]))
+                drawn.extend(draw(logits[row : row + 1], [spec], own))
             except (RuntimeError, IndexError, ValueError) as error:
                 drawn.append(Drawn(error=f"sampling failed: {error}"))
         return drawn

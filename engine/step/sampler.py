@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.plan.types import Drawn, SampleSpec
 from engine.protocol import SamplingParams, TokenLogprob, has_penalty
 from engine.step.filters import runners
+from engine.step.masking import TokenMasks
 from engine.step.race import race
 
 _LOGIT_ROWS = 64  # rows of prompt logits held at once: 64 x 49152 float32 is 12 MiB
@@ -26,17 +27,19 @@ LogitRow = NDArray[np.float32]
 """[vocab]"""
 
 
-def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Drawn]:
+def sample(logits: Tensor, specs: Sequence[SampleSpec], masks: TokenMasks | None = None) -> list[Drawn]:
     """Draw one token from each row. A row whose logits are not finite gets an error; other rows are not affected.
 
     Args:
         logits: [N, vocab] float32
         specs: how to draw, one for each row, in the same order
+        masks: of the rows: which tokens may be drawn. Log-probabilities are those without a mask
     """
     tokens, finite = best_tokens(logits)
     for row, spec in enumerate(specs):
-        if finite[row] and not _is_plain_greedy(spec.params):
-            tokens[row] = _draw(logits[row].cpu().numpy(), spec)
+        allowed = None if masks is None else masks.allowed(row, logits.shape[1])
+        if finite[row] and (allowed is not None or not _is_plain_greedy(spec.params)):
+            tokens[row] = _draw(logits[row].cpu().numpy(), spec, allowed)
     reported: dict[int, list[int]] = {}  # rows by how many alternatives they report
     for row, spec in enumerate(specs):
         if finite[row] and spec.params.logprobs is not None:
@@ -131,10 +134,12 @@ def _is_plain_greedy(params: SamplingParams) -> bool:
     return params.temperature == 0 and not has_penalty(params) and not params.logit_bias
 
 
-def _draw(logits: LogitRow, spec: SampleSpec) -> int:
-    """Draw one token from one row: penalties, temperature, filters, then the race."""
+def _draw(logits: LogitRow, spec: SampleSpec, allowed: NDArray[np.bool_] | None) -> int:
+    """Draw one token from one row: penalties, mask, temperature, filters, then the race."""
     params = spec.params
     logits = penalised(logits, spec)
+    if allowed is not None:
+        logits = np.where(allowed, logits, np.float32(-np.inf))
     if params.temperature == 0:
         return int(logits.argmax())
     with np.errstate(over="ignore"):  # near temperature 0 all other exponents overflow to -inf

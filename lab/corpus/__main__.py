@@ -11,10 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lab.corpus.build import build_corpus
+from lab.corpus.build import build_corpus, prompts_of
+from lab.corpus.chatml import ChatML, default_system
+from lab.corpus.lengths import BY_CONTEXT, OF_8K
 from lab.corpus.manifest import Manifest
 from lab.corpus.sources import SOURCES
 from lab.tool import ToolError, fail, find, program, start
+from server.chat import load_chat_format
 from server.hub.stages import Stages
 from server.text.loading import load_tokenizer
 
@@ -30,6 +33,13 @@ def corpus(
     ],
     seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
     tokens: Annotated[int, typer.Option(help="Training tokens.", min=1)] = 26_000_000,
+    context: Annotated[
+        int,
+        typer.Option(
+            help=f"The context that the model is served with: {' or '.join(map(str, BY_CONTEXT))}. Sequences, prompts "
+            "and needles have lengths up to it."
+        ),
+    ] = OF_8K.context,
     heldout_tokens: Annotated[int, typer.Option(help="Held-out tokens.", min=1)] = 400_000,
     cache: Annotated[
         Path | None,
@@ -48,16 +58,21 @@ def corpus(
     """
     if unknown := set(skip or ()) - {source.name for source in SOURCES}:
         fail(f"--skip names {min(unknown)!r}; expected some of {', '.join(s.name for s in SOURCES)}")
-    text = load_tokenizer(find(model).weights)
+    if context not in BY_CONTEXT:
+        fail(f"--context is {context}; expected {' or '.join(map(str, BY_CONTEXT))}")
+    weights = find(model).weights
+    text = load_tokenizer(weights)
     try:
         with Stages() as stages:
             manifest = build_corpus(
                 out,
-                text,
+                ChatML(text, default_system(load_chat_format(weights))),
                 seed,
                 tokens,
                 heldout_tokens=heldout_tokens,
                 sources=[source for source in SOURCES if source.name not in (skip or ())],
+                lengths=BY_CONTEXT[context],
+                prompts=prompts_of(context),
                 cache=cache,
                 report=stages,
             )

@@ -24,12 +24,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engine.errors import EngineError
-from lab.corpus.chatml import ChatML, ChatTurn, Rendered
+from engine.step.build import resolve_device
+from lab.corpus.chatml import ChatML, ChatTurn, Rendered, default_system
+from lab.corpus.lengths import BY_CONTEXT, OF_8K, Lengths
 from lab.corpus.manifest import (
     FILE_NAME,
     CorpusPrompt,
     SequenceInfo,
     SplitInfo,
+    compact,
     load_manifest,
     load_tokens,
     sha256,
@@ -37,6 +40,7 @@ from lab.corpus.manifest import (
 from lab.corpus.packing import SHORTEST, Packed, draw_length
 from lab.probe import Probe, greedy, sampled
 from lab.tool import ToolError
+from server.chat import PromptError, load_chat_format
 from server.hub.models import ModelError, resolve
 from server.text.loading import load_tokenizer
 from server.text.tokenizer import TokenizerError
@@ -106,7 +110,12 @@ async def ask(
 
 
 def converse(
-    prompts: Sequence[CorpusPrompt], answers: Sequence[str], chat: ChatML, rng: random.Random
+    prompts: Sequence[CorpusPrompt],
+    answers: Sequence[str],
+    chat: ChatML,
+    rng: random.Random,
+    *,
+    lengths: Lengths = OF_8K,
 ) -> Iterator[Packed]:
     """Make sequences of kind `answers`: conversations joined with the separator; their focus is the answers.
 
@@ -115,10 +124,10 @@ def converse(
     ids: list[int] = []
     focus: list[tuple[int, int]] = []
     sources: set[str] = set()
-    length = draw_length(rng)
+    length = draw_length(rng, lengths)
 
     def packed() -> Packed:
-        return Packed(np.array(ids, np.uint16), KIND, tuple(sorted(sources)), tuple(focus))
+        return Packed(np.array(ids, np.uint32), KIND, tuple(sorted(sources)), tuple(focus))
 
     for prompt, answer in zip(prompts, answers, strict=True):
         if not answer.strip():
@@ -126,7 +135,7 @@ def converse(
         one: Rendered = chat.render([*prompt.messages, ChatTurn("assistant", answer)])
         if ids and len(ids) + len(one.ids) + 1 > length:
             yield packed()
-            ids, focus, sources, length = [], [], set(), draw_length(rng)
+            ids, focus, sources, length = [], [], set(), draw_length(rng, lengths)
         focus += [(start + len(ids), end + len(ids)) for start, end in one.answers]
         ids += [*one.ids, chat.separator]
         sources |= {prompt.source} if prompt.source else set()
@@ -166,7 +175,7 @@ def answer_here(
                 prompt, ids = asked[i]
                 whole = [*ids, *reply.token_ids, *(() if reply.end is None else (reply.end,))]
                 sources = (prompt.source,) if prompt.source else ()
-                made[i] = Packed(np.array(whole, np.uint16), KIND, sources, ((len(ids), len(whole)),))
+                made[i] = Packed(np.array(whole, np.uint32), KIND, sources, ((len(ids), len(whole)),))
             progress(len(made), len(asked))
     return [made[i] for i in sorted(made) if made[i].focus[0][1] > made[i].focus[0][0] + 1]
 
@@ -191,10 +200,10 @@ def extend(folder: Path, made: Sequence[Packed]) -> None:
             )
         )  # fmt: skip
         start += len(packed.ids)
-    tokens = np.concatenate([load_tokens(folder, split), *(packed.ids for packed in made)])
+    tokens = np.concatenate([load_tokens(folder, split).astype(np.uint32), *(packed.ids for packed in made)])
     # The tokens go into a new file. Until the manifest names it, the corpus is unchanged.
     path = folder / "train-with-answers.npy"
-    np.save(path, tokens)
+    np.save(path, compact(tokens))
     grown = SplitInfo(
         file=path.name,
         sha256=sha256(path),
@@ -254,21 +263,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         weights = resolve(options.model).weights
         text = load_tokenizer(weights)
-        chat = ChatML(text)
+        chat = ChatML(text, default_system(load_chat_format(weights)))
+        lengths = BY_CONTEXT[load_manifest(options.corpus).context]
         listed = (options.corpus / "prompts.train.json").read_bytes()
         prompts = msgspec.json.decode(listed, type=list[CorpusPrompt])
         if options.url is None:
             prompts = [prompt for prompt in prompts if prompt.tokens >= LONG][: options.count]
-            probe = Probe(weights, None, device=options.device)
+            contexts = 32 if resolve_device(options.device).type == "cuda" else 1
+            probe = Probe(weights, None, device=options.device, contexts=contexts)
             made = answer_here(
                 probe, prompts, chat, text.eos_token_ids, max_tokens=options.max_tokens, seed=options.seed
             )
         else:
             prompts = prompts[: options.count]
             answers = _answers(options, prompts)
-            made = list(converse(prompts, answers, chat, random.Random(f"{options.seed}:answers")))
+            made = list(
+                converse(prompts, answers, chat, random.Random(f"{options.seed}:answers"), lengths=lengths)
+            )
         extend(options.corpus, made)
-    except (AnswersError, EngineError, ModelError, TokenizerError, OSError, ValueError) as error:
+    except (AnswersError, EngineError, ModelError, PromptError, TokenizerError, OSError, ValueError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
     total = sum(len(packed.ids) for packed in made)

@@ -6,13 +6,16 @@ text between two of them can be encoded by itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
 
+from server.chat import ChatFormat
+
 SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-"""The system message that SmolLM2-Instruct's own template adds if a chat has none."""
+"""The system message that the default model's own template adds if a chat has none; see `default_system` for others."""
 
 
 class Encoder(Protocol):
@@ -37,6 +40,22 @@ class Rendered(NamedTuple):
     answers: list[tuple[int, int]]
 
 
+def default_system(chat_format: ChatFormat) -> str | None:
+    """Return the system message that a model's own format adds to a chat without one; None if it adds none.
+
+    Raises:
+        ValueError: the format does not write ChatML.
+    """
+    text = chat_format.render([{"role": "user", "content": "Hi"}])
+    found = re.fullmatch(
+        r"(?:<\|im_start\|>system\n(?P<system>.*?)<\|im_end\|>\n)?<\|im_start\|>user\nHi<\|im_end\|>\n<\|im_start\|>assistant\n",
+        text, re.DOTALL,
+    )  # fmt: skip
+    if found is None:
+        raise ValueError(f"the model's chat format does not write ChatML: it writes {text[:80]!r}")
+    return found["system"]
+
+
 class ChatML:
     """Renders chats with one tokenizer.
 
@@ -44,11 +63,16 @@ class ChatML:
         separator: the token between documents of one sequence. It is the end-of-text token, with which the
             model learnt documents in pre-training, and not the token that ends a turn.
 
+    Args:
+        encoder: the model's tokenizer
+        system: the system message of a chat that has none; None adds none
+
     Raises:
         ValueError: the vocabulary lacks one of ChatML's control tokens.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, system: str | None = SYSTEM_PROMPT) -> None:
+        self._system = system
         self._encoder = encoder
         self._start = self._control("<|im_start|>")
         self._end = self._control("<|im_end|>")
@@ -60,10 +84,10 @@ class ChatML:
         return list(self._encoder.encode(text, add_bos=False, parse_special=False))
 
     def render(self, messages: Sequence[ChatTurn], *, generation_prompt: bool = False) -> Rendered:
-        """Encode a chat. If it has no system message, the default one is added."""
+        """Encode a chat. If it has no system message, the model's default one is added."""
         turns = list(messages)
-        if not turns or turns[0].role != "system":
-            turns.insert(0, ChatTurn("system", SYSTEM_PROMPT))
+        if self._system is not None and (not turns or turns[0].role != "system"):
+            turns.insert(0, ChatTurn("system", self._system))
         ids: list[int] = []
         answers: list[tuple[int, int]] = []
         for turn in turns:

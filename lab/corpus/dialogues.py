@@ -15,9 +15,9 @@ import numpy as np
 
 from lab.corpus.chatml import ChatML, ChatTurn
 from lab.corpus.documents import Document, Section, by_kind, sections
+from lab.corpus.lengths import OF_8K, Lengths
 from lab.corpus.packing import Packed
 
-CONTEXT = 8192
 _PASTE = (
     "Here is a document. Please read it, I will ask about it.\n\n{d}\n\n{q}",
     "{d}\n\n{q}",
@@ -43,10 +43,10 @@ Exchange = tuple[str, str]  # a question and its answer
 
 
 def make_dialogues(
-    documents: Sequence[Document], chat: ChatML, rng: random.Random, budget: int
+    documents: Sequence[Document], chat: ChatML, rng: random.Random, budget: int, *, lengths: Lengths = OF_8K
 ) -> Iterator[Packed]:
     """Make chats of about `budget` tokens in all: two thirds with a pasted document, one third without."""
-    makers = _makers(documents)
+    makers = _makers(documents, lengths)
     made = fruitless = 0
     while made < budget and fruitless < 1000 and makers:
         packed = rng.choices(*makers)[0](chat, rng)
@@ -61,7 +61,7 @@ def make_dialogues(
 Maker = Callable[[ChatML, random.Random], Packed | None]
 
 
-def _makers(documents: Sequence[Document]) -> tuple[list[Maker], list[float]]:
+def _makers(documents: Sequence[Document], lengths: Lengths) -> tuple[list[Maker], list[float]]:
     by_source: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         by_source[document.source].append(document)
@@ -78,19 +78,19 @@ def _makers(documents: Sequence[Document]) -> tuple[list[Maker], list[float]]:
     makers: list[Maker] = []
     weights: list[float] = []
     if long_ones:
-        makers.append(lambda chat, rng: _pasted(rng.choice(rng.choice(long_ones)), chat, rng))
+        makers.append(lambda chat, rng: _pasted(rng.choice(rng.choice(long_ones)), chat, rng, lengths))
         weights.append(0.65)
     if titled:
-        makers.append(lambda chat, rng: _explained(titled, chat, rng))
+        makers.append(lambda chat, rng: _explained(titled, chat, rng, lengths))
         weights.append(0.2)
     if functions:
-        makers.append(lambda chat, rng: _shown(functions, chat, rng))
+        makers.append(lambda chat, rng: _shown(functions, chat, rng, lengths))
         weights.append(0.15)
     return makers, weights
 
 
-def _pasted(document: Document, chat: ChatML, rng: random.Random) -> Packed | None:
-    chars = round(rng.choice((700, 1500, 3000, 5000, 7000)) * 3.2)
+def _pasted(document: Document, chat: ChatML, rng: random.Random, lengths: Lengths) -> Packed | None:
+    chars = round(rng.choice(lengths.pasted) * 3.2)
     offset = rng.randrange(max(1, len(document.text) - chars))
     offset = document.text.rfind("\n\n", 0, offset) + 1
     text = document.text[offset : offset + chars].strip()
@@ -104,7 +104,7 @@ def _pasted(document: Document, chat: ChatML, rng: random.Random) -> Packed | No
     ]
     for question, answer in exchanges[1:]:
         messages += [ChatTurn("user", question), ChatTurn("assistant", answer)]
-    return _pack(chat, messages, (document.source,))
+    return _pack(chat, messages, (document.source,), lengths.context)
 
 
 def _exchanges(text: str, kind: str, rng: random.Random) -> list[Exchange]:
@@ -138,11 +138,13 @@ def _opening(body: str) -> str:
     return sentence[0].strip() if sentence else body.split("\n\n")[0][:400].strip()
 
 
-def _explained(titled: dict[str, list[Section]], chat: ChatML, rng: random.Random) -> Packed | None:
+def _explained(
+    titled: dict[str, list[Section]], chat: ChatML, rng: random.Random, lengths: Lengths
+) -> Packed | None:
     """Make a long chat about one package, which asks for neighbouring sections by title."""
     source = rng.choice(sorted(titled))
     parts = titled[source]
-    begin, limit = rng.randrange(len(parts)), rng.choice((1500, 3000, 6000, 7500)) * 3
+    begin, limit = rng.randrange(len(parts)), rng.choice(lengths.explained) * 3
     messages: list[ChatTurn] = []
     size = 0
     for part in parts[begin:]:
@@ -152,10 +154,12 @@ def _explained(titled: dict[str, list[Section]], chat: ChatML, rng: random.Rando
         if messages and size > limit:
             break
         messages += [ChatTurn("user", question), ChatTurn("assistant", answer)]
-    return _pack(chat, messages, (source,))
+    return _pack(chat, messages, (source,), lengths.context)
 
 
-def _shown(functions: dict[str, list[Exchange]], chat: ChatML, rng: random.Random) -> Packed | None:
+def _shown(
+    functions: dict[str, list[Exchange]], chat: ChatML, rng: random.Random, lengths: Lengths
+) -> Packed | None:
     """Make a chat about code: it shows definitions one after another, then asks for an earlier one again."""
     source = rng.choice(sorted(functions))
     found = functions[source]
@@ -168,7 +172,7 @@ def _shown(functions: dict[str, list[Exchange]], chat: ChatML, rng: random.Rando
     name, body = rng.choice(chosen)
     if sum(other == name for other, _ in chosen) == 1:
         messages += [ChatTurn("user", f"Show me {name} again."), ChatTurn("assistant", f"```\n{body}\n```")]
-    return _pack(chat, messages, (source,))
+    return _pack(chat, messages, (source,), lengths.context)
 
 
 def _functions(text: str) -> list[Exchange]:
@@ -195,11 +199,13 @@ def _functions(text: str) -> list[Exchange]:
     return found
 
 
-def _pack(chat: ChatML, messages: Sequence[ChatTurn], sources: tuple[str, ...]) -> Packed | None:
+def _pack(
+    chat: ChatML, messages: Sequence[ChatTurn], sources: tuple[str, ...], context: int
+) -> Packed | None:
     rendered = chat.render(messages)
-    while len(rendered.ids) > CONTEXT and len(messages) > 2:
+    while len(rendered.ids) > context and len(messages) > 2:
         messages = messages[:-2]
         rendered = chat.render(messages)
-    if len(rendered.ids) > CONTEXT or len(rendered.ids) < 200:
+    if len(rendered.ids) > context or len(rendered.ids) < 200:
         return None
-    return Packed(np.array(rendered.ids, np.uint16), "chat", sources, tuple(rendered.answers))
+    return Packed(np.array(rendered.ids, np.uint32), "chat", sources, tuple(rendered.answers))

@@ -1,4 +1,4 @@
-"""Makes the long prompts that faithfulness is measured on: five kinds, in lengths of about 700 to 7,000 tokens.
+"""Makes the long prompts that faithfulness is measured on: five kinds, in several lengths.
 
 All text is held-out text, and no training text has these wordings. Sparse attention differs from dense attention only
 where a context is longer than what it selects, so a short prompt would prove nothing.
@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 
 from lab.corpus.chatml import ChatML, ChatTurn
 from lab.corpus.documents import Document, Section, sections
+from lab.corpus.lengths import OF_8K, Lengths
 from lab.corpus.manifest import CorpusPrompt
 
-LENGTHS = (700, 1300, 2200, 3400, 5000, 6900)
-"""Tokens of a prompt; a prompt has at most so many, and at least nine tenths unless its texts end before."""
 KINDS = ("summary", "question", "code", "talk", "excerpts")
 SHORTEST = 600
 _CHARS = 5.0  # characters a token at most: so much text is enough to cut from
@@ -53,7 +52,7 @@ TEMPLATES = (*_SUMMARY, *_QUESTION, *_CODE, _TALK_SYSTEM, *_TALK_ASK, *_TALK_END
 
 
 def make_long_prompts(
-    documents: Sequence[Document], chat: ChatML, seed: int, count: int
+    documents: Sequence[Document], chat: ChatML, seed: int, count: int, *, lengths: Lengths = OF_8K
 ) -> list[CorpusPrompt]:
     """Make up to `count` different prompts, the kinds and lengths in turn.
 
@@ -64,6 +63,7 @@ def make_long_prompts(
         chat: renders and counts tokens
         seed: decides all choices
         count: prompts wanted
+        lengths: `long_prompts` are those of the prompts
     """
     own = [document for document in documents if document.split == "heldout"]
     makers = {
@@ -75,7 +75,7 @@ def make_long_prompts(
         if len(made) == count:
             break
         kind = kinds[turn % len(kinds)]
-        length = LENGTHS[turn // len(kinds) % len(LENGTHS)]
+        length = lengths.long_prompts[turn // len(kinds) % len(lengths.long_prompts)]
         rng = random.Random(f"{seed}:long prompt:{turn}")
         prompt = _fitted(makers[kind], kind, length, chat, rng)
         if prompt is not None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from lab.corpus.chatml import ChatTurn
+from lab.corpus.lengths import OF_8K
+
+StoredIds = NDArray[np.uint16] | NDArray[np.uint32]
+"""Token ids as a file holds them; see `compact`."""
 
 VERSION = 1
 FILE_NAME = "manifest.json"
 LONG_PROMPTS = "prompts.long.json"
+CODE_TASKS = "code.json"
 
 
 class SourceInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +58,7 @@ class SplitInfo(msgspec.Struct, frozen=True, kw_only=True):
     sequences: tuple[SequenceInfo, ...]
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A corpus. `files` has the files that are not token files of a split: name -> SHA-256."""
 
     version: int
@@ -64,6 +69,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     sources: tuple[SourceInfo, ...]
     splits: dict[str, SplitInfo]
     files: dict[str, str]
+    context: int = OF_8K.context  # the key of its lengths in `lab.corpus.lengths.BY_CONTEXT`
 
 
 class NeedleRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +95,27 @@ class CorpusPrompt(msgspec.Struct, frozen=True, kw_only=True):
     messages: tuple[ChatTurn, ...]
 
 
+class CodeCase(msgspec.Struct, frozen=True, kw_only=True):
+    """One test of a code task: the function called with these arguments gives this."""
+
+    arguments: list[Any]
+    expected: Any
+
+
+class CodeTask(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of code.json; see `lab.corpus.codetasks`."""
+
+    kind: str
+    tokens: int  # of the rendered prompt
+    depth: float  # where among the pasted files the one with the rule stands, 0 to 1
+    messages: tuple[ChatTurn, ...]
+    package: str
+    module: str  # the file with the rule, importable as `package.module`
+    spec: str  # its text
+    function: str  # the name of what is to be written
+    cases: tuple[CodeCase, ...]
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -100,7 +127,12 @@ def load_manifest(folder: Path) -> Manifest:
     return msgspec.json.decode((folder / FILE_NAME).read_bytes(), type=Manifest)
 
 
-def load_tokens(folder: Path, split: SplitInfo) -> NDArray[np.uint16]:
+def compact(ids: NDArray[np.uint32]) -> StoredIds:
+    """Return tokens as they are stored: in 16 bits if the largest of them allows it, else in 32."""
+    return ids.astype(np.uint16) if not len(ids) or int(ids.max()) < 1 << 16 else ids
+
+
+def load_tokens(folder: Path, split: SplitInfo) -> StoredIds:
     """Map a split's tokens into memory; sequence `s` is `tokens[s.start : s.start + s.length]`."""
-    tokens: NDArray[np.uint16] = np.load(folder / split.file, mmap_mode="r")
+    tokens: StoredIds = np.load(folder / split.file, mmap_mode="r")
     return tokens

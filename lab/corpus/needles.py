@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from lab.corpus.chatml import ChatML, ChatTurn
 from lab.corpus.facts import number
+from lab.corpus.lengths import OF_8K
 
-CONTEXTS = (512, 1024, 2048, 3072, 4096, 6144, 8000)
 DEPTHS = tuple(step / 10 for step in range(11))
 
 GEMS = "sapphire emerald ruby diamond pearl turquoise amethyst moonstone jade peridot".split()
@@ -120,7 +120,7 @@ def make_needles(
     chat: ChatML,
     seed: int,
     *,
-    contexts: Sequence[int] = CONTEXTS,
+    contexts: Sequence[int] = OF_8K.needles,
     depths: Sequence[float] = DEPTHS,
     repeats: int = 3,
 ) -> Iterator[Needle]:

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from lab.corpus.chatml import ChatML
 from lab.corpus.documents import Document
+from lab.corpus.lengths import OF_8K, Lengths
 
-LENGTHS = ((8192, 0.6), (6144, 0.2), (4096, 0.2))
-"""Sequence lengths and the share of each: most have the whole context, some are shorter."""
 SHORTEST = 1024  # the rest of a source is dropped if it is shorter
 _BLOCK = 60_000  # characters of neighbouring documents that stay together: about two sequences
 
@@ -22,15 +21,15 @@ _BLOCK = 60_000  # characters of neighbouring documents that stay together: abou
 class Packed:
     """A training sequence. `focus` has the spans [start, end) whose rows matter most."""
 
-    ids: NDArray[np.uint16]
+    ids: NDArray[np.uint32]
     kind: str
     sources: tuple[str, ...]
     focus: tuple[tuple[int, int], ...] = ()
 
 
-def draw_length(rng: random.Random) -> int:
-    """Draw a sequence length from `LENGTHS`."""
-    return rng.choices([length for length, _ in LENGTHS], [share for _, share in LENGTHS])[0]
+def draw_length(rng: random.Random, lengths: Lengths = OF_8K) -> int:
+    """Draw the length of a sequence of running text."""
+    return rng.choices([length for length, _ in lengths.packed], [share for _, share in lengths.packed])[0]
 
 
 def budgets(available: dict[str, int], total: int) -> dict[str, int]:
@@ -49,6 +48,8 @@ def pack(
     rng: random.Random,
     budget: int,
     progress: Callable[[int], None] = lambda tokens: None,
+    *,
+    lengths: Lengths = OF_8K,
 ) -> Iterator[Packed]:
     """Make sequences from the documents of one source, until there are `budget` tokens or no more documents.
 
@@ -58,26 +59,27 @@ def pack(
         rng: draws lengths and the order of blocks
         budget: tokens; the last sequence may go beyond it
         progress: callback that gets the tokens of each sequence
+        lengths: of the sequences
     """
     blocks = _blocks(documents)
     rng.shuffle(blocks)
     buffer: list[int] = []
-    made, length = 0, draw_length(rng)
+    made, length = 0, draw_length(rng, lengths)
     for block in blocks:
         for document in block:
             buffer += [*chat.text(document.text), chat.separator]
             while len(buffer) >= length and made < budget:
-                yield Packed(np.array(buffer[:length], np.uint16), document.kind, (document.source,))
+                yield Packed(np.array(buffer[:length], np.uint32), document.kind, (document.source,))
                 made += length
                 progress(length)
                 buffer = buffer[length:]
-                length = draw_length(rng)
+                length = draw_length(rng, lengths)
             if made >= budget:
                 return
     if len(buffer) >= SHORTEST:
         progress(len(buffer))
         last = documents[0]
-        yield Packed(np.array(buffer, np.uint16), last.kind, (last.source,))
+        yield Packed(np.array(buffer, np.uint32), last.kind, (last.source,))
 
 
 def _blocks(documents: Sequence[Document]) -> list[list[Document]]:

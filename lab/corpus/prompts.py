@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 from lab.corpus.chatml import ChatML, ChatTurn
 from lab.corpus.documents import Document, Section, by_kind, sections
+from lab.corpus.lengths import OF_8K, Lengths
 from lab.corpus.manifest import CorpusPrompt
 from lab.corpus.sources import SplitName
-
-LONGEST = 6500  # tokens of a prompt, so that the context has room for an answer
 
 _TOPICS: dict[SplitName, tuple[str, ...]] = {
     "train": tuple(
@@ -112,11 +111,17 @@ _ABOUT_CODE: dict[SplitName, tuple[str, ...]] = {
 
 
 def make_prompts(
-    documents: Sequence[Document], split: SplitName, chat: ChatML, seed: int, count: int
+    documents: Sequence[Document],
+    split: SplitName,
+    chat: ChatML,
+    seed: int,
+    count: int,
+    *,
+    lengths: Lengths = OF_8K,
 ) -> list[CorpusPrompt]:
     """Make up to `count` different prompts: 15 % on topics, 15 % on titles of sections, the rest with pasted text.
 
-    Pasted texts have 400 to 6000 tokens, or fewer if the document ends. If a prompt has fewer tokens than the
+    Pasted texts have the lengths of `lengths.asked`, or fewer tokens if the document ends. If a prompt has fewer tokens than the
     indexer selects, sparse attention is dense, and agreement proves nothing.
     """
     rng = random.Random(f"{seed}:prompts:{split}")
@@ -140,11 +145,11 @@ def make_prompts(
         elif share < 0.3 and titles:
             kind, source, content = "section", *_section(titles, split, rng)
         else:
-            document, content = _text(texts, split, rng)
+            document, content = _text(texts, split, rng, lengths)
             kind, source = "text", document.source
         messages = (ChatTurn("user", content),)
         tokens = len(chat.render(messages, generation_prompt=True).ids)
-        if tokens <= LONGEST:
+        if tokens <= lengths.longest_prompt:
             prompt = CorpusPrompt(kind=kind, source=source, tokens=tokens, messages=messages)
             found.setdefault(content, prompt)
     return list(found.values())
@@ -163,8 +168,10 @@ def _section(titles: dict[str, list[Section]], split: SplitName, rng: random.Ran
     return source, rng.choice(_ABOUT_SECTION[split]).format(t=part.title)
 
 
-def _text(groups: Sequence[Sequence[Document]], split: SplitName, rng: random.Random) -> tuple[Document, str]:
-    chars = round(rng.choice((400, 800, 1500, 2500, 4000, 6000)) * 3.2)
+def _text(
+    groups: Sequence[Sequence[Document]], split: SplitName, rng: random.Random, lengths: Lengths
+) -> tuple[Document, str]:
+    chars = round(rng.choice(lengths.asked) * 3.2)
     # Most documents are short, so take the longest of a few; else there would be few long prompts.
     group = rng.choice(groups)
     document = max(rng.sample(group, min(4, len(group))), key=lambda one: len(one.text))

@@ -14,9 +14,9 @@ import numpy as np
 from lab.corpus.chatml import ChatML, ChatTurn
 from lab.corpus.documents import Document, by_kind
 from lab.corpus.facts import Fact, make_facts
+from lab.corpus.lengths import OF_8K, Lengths
 from lab.corpus.packing import Packed
 
-CONTEXT = 8192
 _INTRODUCTIONS = (
     "I will paste a document. Afterwards I have some questions.",
     "Here is a text:",
@@ -60,20 +60,20 @@ class Haystack:
 
 
 def make_retrieval(
-    documents: Sequence[Document], chat: ChatML, rng: random.Random, budget: int
+    documents: Sequence[Document], chat: ChatML, rng: random.Random, budget: int, *, lengths: Lengths = OF_8K
 ) -> Iterator[Packed]:
     """Make sequences with facts in haystacks, about `budget` tokens in all."""
     haystack = Haystack(documents)
     made = 0
     while made < budget:
-        packed = _table(chat, rng) if rng.random() < 0.1 else _hidden(haystack, chat, rng)
+        packed = _table(chat, rng, lengths) if rng.random() < 0.1 else _hidden(haystack, chat, rng, lengths)
         if packed is not None:
             made += len(packed.ids)
             yield packed
 
 
-def _hidden(haystack: Haystack, chat: ChatML, rng: random.Random) -> Packed | None:
-    length = rng.choice((1024, 2048, 3072, 4096, 6144, 8192, 8192))
+def _hidden(haystack: Haystack, chat: ChatML, rng: random.Random, lengths: Lengths) -> Packed | None:
+    length = rng.choice(lengths.hidden)
     facts = make_facts(rng, rng.randrange(1, 9), families=rng.randrange(1, 4))
     asked = rng.sample(facts, rng.randrange(1, min(4, len(facts)) + 1))
     room = length - 40 * len(facts) - 40 * len(asked) - 60
@@ -81,7 +81,7 @@ def _hidden(haystack: Haystack, chat: ChatML, rng: random.Random) -> Packed | No
     ids = _trim(chat, lines, room)
     for fact in facts:
         ids.insert(rng.randrange(len(ids) + 1), fact.statement)
-    return _converse(chat, rng, "\n".join(ids), asked, sources)
+    return _converse(chat, rng, "\n".join(ids), asked, sources, lengths.context)
 
 
 def _trim(chat: ChatML, lines: list[str], room: int) -> list[str]:
@@ -94,16 +94,16 @@ def _trim(chat: ChatML, lines: list[str], room: int) -> list[str]:
     return kept
 
 
-def _table(chat: ChatML, rng: random.Random) -> Packed | None:
+def _table(chat: ChatML, rng: random.Random, lengths: Lengths) -> Packed | None:
     """Make a sequence without a haystack: a list of facts, where only the subject identifies the right line."""
     facts = make_facts(rng, rng.randrange(20, 200), families=10)
     bullet = rng.choice(("- ", "* ", "", "> "))
     text = "\n".join(bullet + fact.statement for fact in facts)
-    return _converse(chat, rng, text, rng.sample(facts, rng.randrange(1, 6)), set())
+    return _converse(chat, rng, text, rng.sample(facts, rng.randrange(1, 6)), set(), lengths.context)
 
 
 def _converse(
-    chat: ChatML, rng: random.Random, text: str, asked: Sequence[Fact], sources: set[str]
+    chat: ChatML, rng: random.Random, text: str, asked: Sequence[Fact], sources: set[str], context: int
 ) -> Packed | None:
     introduction = rng.choice(_INTRODUCTIONS)
     first = asked[0]
@@ -117,7 +117,7 @@ def _converse(
         messages.append(ChatTurn("user", rng.choice(_REQUESTS).format(q=fact.question)))
         messages.append(ChatTurn("assistant", fact.answer))
     rendered = chat.render(messages)
-    if len(rendered.ids) > CONTEXT:
+    if len(rendered.ids) > context:
         return None
-    ids = np.array(rendered.ids, np.uint16)
+    ids = np.array(rendered.ids, np.uint32)
     return Packed(ids, "retrieval", tuple(sorted(sources)), tuple(rendered.answers))

@@ -26,7 +26,7 @@ from engine.protocol import IndexerInfo
 from engine.step.build import resolve_device, resolve_dtype
 from lab.distill.adapter import Adapter
 from lab.distill.base import open_trunk
-from lab.distill.evaluate import BEYOND, held_out
+from lab.distill.evaluate import held_out
 from lab.distill.recipe import Recipe, read_recipe
 from lab.distill.report import TrainingReport
 from lab.distill.sequences import CorpusSplit
@@ -36,6 +36,9 @@ from lab.distill.train import StepLog, Trainer
 
 _SIZES = (8, 64, 32)
 """The indexer's default sizes: heads, numbers in each head, and how many of these are rotated."""
+
+LEAST_TOP_K = 512
+"""Held-out loss is of the default top_k and of half of it, beyond twice of it, in eight times of it: with this, at least."""
 
 STOPPED = 130
 """Exit status after Ctrl-C, the same as in shells."""
@@ -118,17 +121,20 @@ def _run(plan: DistillPlan) -> int:
     if trainer.resume():
         console.print(f"resuming at step {trainer.step} of {recipe.total_steps}", highlight=False)
 
+    most = max(LEAST_TOP_K, plan.default_top_k)
+
     def table(per_kind: int, *, baselines: bool) -> dict[str, dict[str, float]]:
         return held_out(
-            trunk, student, splits["heldout"], device, per_kind=per_kind, baselines=baselines, adapter=adapter
-        )
+            trunk, student, splits["heldout"], device, per_kind=per_kind, baselines=baselines, adapter=adapter,
+            index_top_k=(most // 2, most), max_length=8 * most, beyond=2 * most,
+        )  # fmt: skip
 
     with TrainingReport(console, trainer.step, recipe.total_steps) as report:
 
         def show(log: StepLog) -> None:
             report.step(log)
             if plan.evaluate_every and log.step and log.step % plan.evaluate_every == 0:
-                for line in _lines(table(1, baselines=False)):
+                for line in _lines(table(1, baselines=False), 2 * most):
                     report.say(line)
 
         stopped = _train(trainer, show, plan.until)
@@ -140,7 +146,7 @@ def _run(plan: DistillPlan) -> int:
     if plan.evaluate_kind > 0:
         figures = table(plan.evaluate_kind, baselines=True)
         (out / "evaluation.json").write_text(json.dumps(figures, indent=1))
-        for line in _lines(figures):
+        for line in _lines(figures, 2 * most):
             report.say(line)
     report.say(f"to serve it: dsa serve {plan.weights} --overlay {out / 'indexer.safetensors'}")
     return 0
@@ -252,13 +258,13 @@ def _write(
     write_overlay(path, tensors, info, json.dumps(made), source, eight_bit=True)
 
 
-def _lines(table: dict[str, dict[str, float]]) -> list[str]:
+def _lines(table: dict[str, dict[str, float]], beyond: int) -> list[str]:
     """Format an evaluation: for each selection its loss, and its difference to dense for each kind of text."""
     if not table:
         return [
-            f"nothing evaluated: that takes held-out sequences, and room in the model, of {2 * BEYOND} tokens"
+            f"nothing evaluated: that takes held-out sequences, and room in the model, of {2 * beyond} tokens"
         ]
-    lines = [f"held-out loss beyond position {BEYOND}, nats, and by kind of text above dense:"]
+    lines = [f"held-out loss beyond position {beyond}, nats, and by kind of text above dense:"]
     for name, row in table.items():
         above = "  ".join(f"{kind} {value - table['dense'][kind]:+.4f}" for kind, value in row.items())
         lines.append(f"{name:12} {row['all']:.4f}   {above}")

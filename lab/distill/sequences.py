@@ -7,19 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import ConfigError
-from lab.corpus.manifest import SequenceInfo, load_manifest, load_tokens
+from lab.corpus.manifest import SequenceInfo, StoredIds, load_manifest, load_tokens
 
 
 class CorpusSplit:
     """A token file, the places of its sequences in it, and its digest."""
 
-    def __init__(
-        self, tokens: NDArray[np.uint16], sequences: tuple[SequenceInfo, ...], digest: str = ""
-    ) -> None:
+    def __init__(self, tokens: StoredIds, sequences: tuple[SequenceInfo, ...], digest: str = "") -> None:
         self._tokens = tokens
         self.sequences = sequences
         self.digest = digest
@@ -39,7 +36,7 @@ class CorpusSplit:
             raise ConfigError(
                 f"{folder} holds no corpus with a {name!r} split ({error}); {rebuild}"
             ) from None
-        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        if tokens.dtype not in (np.uint16, np.uint32) or tokens.ndim != 1:
             raise ConfigError(f"{folder / entry.file} is not a file of tokens; {rebuild}")
         if any(s.start + s.length > len(tokens) for s in entry.sequences):
             raise ConfigError(f"{folder / entry.file} is shorter than its manifest says; {rebuild}")

@@ -158,7 +158,7 @@ class Trainer:
         for _ in range(recipe.sequences_per_step):
             sequence = next(data)
             ids = self._split.tokens(sequence, self._length, self._device)
-            if stage != "dense":
+            if stage == "adapt" or (stage == "sparse" and recipe.sparse_forward == "selected"):
                 ids = ids[: len(ids) // 8 * 8]  # attention on a mask has fast kernels for such lengths only
             rows = sample_rows(
                 sequence, len(ids), recipe.rows, recipe.first_row, self._generator,
@@ -210,7 +210,7 @@ class Trainer:
                     _recall(target[probe], scores.detach()[probe], allowed[probe], recipe.report_top_k)
                 )
                 losses.append(loss.detach())
-                if stage == "dense":
+                if stage == "dense" or recipe.sparse_forward == "dense":
                     attended = trunk.attend(inputs, slice(None), None)
                 else:
                     attended = attend_selected(

@@ -28,6 +28,7 @@ from engine.memory.planes import PagedCache, PlaneSpec
 from engine.plan.types import SampleSpec
 from engine.protocol import SamplingParams
 from engine.step.device_sampler import needs_of, rows_of
+from engine.step.masking import TokenMasks
 from engine.step.sampler import sample
 from lab.doctor.tiles import ConformanceError, must_be_close, must_be_equal
 
@@ -264,24 +265,34 @@ def sample_spec(
     )
 
 
-def draw_rows(specs: list[SampleSpec], vocab: int, device: torch.device) -> DrawRows:
+def draw_rows(
+    specs: list[SampleSpec], vocab: int, device: torch.device, masks: TokenMasks | None = None
+) -> DrawRows:
     """The specs on the device, each with its history."""
     history = torch.full((len(specs), vocab), -7, dtype=torch.int32, device=device)
     for slot, one in enumerate(specs):
         remember(history, slot, one.history[: one.prompt_len], one.history[one.prompt_len :])
-    return rows_of(specs, range(len(specs)), history, device)
+    return rows_of(specs, range(len(specs)), history, device, masks)
 
 
-def draw_on(logits: Tensor, specs: list[SampleSpec], device: torch.device) -> Draws:
+def draw_on(
+    logits: Tensor, specs: list[SampleSpec], device: torch.device, masks: TokenMasks | None = None
+) -> Draws:
     """Run the kernels."""
-    rows = draw_rows(specs, logits.shape[1], device)
-    return draw(logits.to(device), rows, needs_of(specs))
+    rows = draw_rows(specs, logits.shape[1], device, masks)
+    return draw(logits.to(device), rows, needs_of(specs, masked=masks is not None))
 
 
-def check_draws(logits: Tensor, specs: list[SampleSpec], device: torch.device) -> None:
-    """Draw on the device; tokens and log-probabilities are to be the CPU's. Raises `ConformanceError`."""
-    ours = draw_on(logits, specs, device)
-    for row, theirs in enumerate(sample(logits.float(), specs)):
+def check_draws(
+    logits: Tensor, specs: list[SampleSpec], device: torch.device, masks: TokenMasks | None = None
+) -> None:
+    """Draw on the device; tokens are to be the CPU's, and log-probabilities those in float64. Raises `ConformanceError`.
+
+    The CPU's own log-probabilities are float32 sums over the vocabulary, which differ by 1.4e-5 between processors.
+    """
+    ours = draw_on(logits, specs, device, masks)
+    exact = logits.double().log_softmax(-1)
+    for row, theirs in enumerate(sample(logits.float(), specs, masks)):
         token = int(ours.tokens[row]) if bool(ours.finite[row]) else None
         if token != theirs.token_id:
             raise ConformanceError(
@@ -296,10 +307,10 @@ def check_draws(logits: Tensor, specs: list[SampleSpec], device: torch.device) -
         assert ours.top_ids is not None
         assert ours.top_logprobs is not None
         told = (int(ours.ranks[row]), ours.top_ids[row, :count].tolist())
-        if told != (wanted := (own.rank, [token for token, _ in own.top])):
+        if told != (wanted := (own.rank, [other for other, _ in own.top])):
             raise ConformanceError(f"draw: rank and best tokens {told} should be {wanted}, row {row}")
         values = torch.cat((ours.logprobs[row].view(1), ours.top_logprobs[row, :count])).double()
-        known = torch.tensor([own.logprob, *(value for _, value in own.top)], dtype=torch.float64)
+        known = exact[row, [theirs.token_id, *(other for other, _ in own.top)]]
         must_be_close("log-probabilities", values, known, 0, 1e-5)
 
 

@@ -11,13 +11,15 @@ from typing import TypeVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from lab.corpus.manifest import (
+    CODE_TASKS,
     FILE_NAME,
     LONG_PROMPTS,
+    CodeTask,
     CorpusPrompt,
     NeedleRow,
+    StoredIds,
     load_manifest,
     load_tokens,
     sha256,
@@ -96,7 +98,7 @@ class Material:
         """Return the needles, or `limit` of them, spread evenly over the grid."""
         rows = self._rows("needles.json", tuple[NeedleRow, ...])
         try:
-            tokens: NDArray[np.uint16] = np.load(self._folder / "needles.npy", mmap_mode="r")
+            tokens: StoredIds = np.load(self._folder / "needles.npy", mmap_mode="r")
         except (OSError, ValueError) as error:
             raise MaterialError(f"{self._folder} has no needles.npy ({error}); {self._advice}") from None
         return [
@@ -111,6 +113,15 @@ class Material:
     def long_prompts(self, limit: int | None) -> list[CorpusPrompt]:
         """Return the long held-out prompts (`lab.corpus.longprompts`), or `limit` of them, spread over kinds and lengths."""
         return list(spread(self._rows(LONG_PROMPTS, tuple[CorpusPrompt, ...]), limit))
+
+    @property
+    def has_code(self) -> bool:
+        """Whether the corpus has code tasks; those for short contexts have none."""
+        return CODE_TASKS in self._manifest.files
+
+    def code_tasks(self, limit: int | None) -> list[CodeTask]:
+        """Return the code tasks, or `limit` of them, spread over kinds and lengths."""
+        return list(spread(self._rows(CODE_TASKS, tuple[CodeTask, ...]), limit))
 
     def _rows(self, name: str, kind: type[T]) -> T:
         try:

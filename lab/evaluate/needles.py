@@ -13,7 +13,7 @@ from lab.evaluate.client import PartProgress
 from lab.evaluate.loss import settings
 from lab.evaluate.material import AskedNeedle
 from lab.evaluate.statistics import Interval, wilson
-from lab.evaluate.verdict import KEPT_BAR, Verdict, at_least
+from lab.evaluate.verdict import Verdict, at_least, bars
 from lab.probe import Probe
 
 ANSWER_TOKENS = 32
@@ -133,4 +133,4 @@ def verdicts(result: NeedlesResult, index_top_k: int) -> list[Verdict]:
     share = result.retention.get(str(index_top_k))
     if share is None:
         return []
-    return [at_least(f"needles kept of dense's, top_k {index_top_k}", share.value, KEPT_BAR)]
+    return [at_least(f"needles kept of dense's, top_k {index_top_k}", share.value, bars(index_top_k).kept)]

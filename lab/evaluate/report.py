@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from lab.evaluate.code import CodeResult
 from lab.evaluate.equality import EqualityResult
 from lab.evaluate.faithful import FaithfulResult, FaithfulRow
 from lab.evaluate.loss import LossResult, LossRow
@@ -36,6 +37,8 @@ def tables(results: EvalResults, index_top_ks: Sequence[int]) -> Iterator[Render
         yield from faithful_tables(results.faithful)
     if results.needles is not None:
         yield from needle_tables(results.needles)
+    if results.code is not None:
+        yield code_table(results.code)
     if results.loss is not None:
         yield loss_table(results.loss, index_top_ks)
     if results.equality is not None:
@@ -128,6 +131,25 @@ def _percent(share: Share) -> str:
 
 def _both(share: Share) -> str:
     return f"{share.right} of {share.of}" + ("" if share.value is None else f" = {share.value:.1%}")
+
+
+def code_table(result: CodeResult) -> Table:
+    """Make the table of code tasks passed by length of the prompt, and of sparse's share above dense's."""
+    columns = [f"{name} tokens" if name != "all" else name for name in result.rows["dense"]]
+    table = _table(
+        "code tasks whose tests pass", "attention", [*columns, "above dense \\[95 % of resampled tasks]"]
+    )
+    for name, row in result.rows.items():
+        above = ""
+        if name in result.above_dense:
+            share, interval = result.above_dense[name]
+            above = f"{100 * share:+.1f} points"
+            if interval is not None:
+                above += f" \\[{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+        table.add_row(name, *(_both(share) for share in row.values()), above)
+    if result.skipped:
+        table.caption = f"{result.skipped} tasks leave no room for an answer and were not asked"
+    return table
 
 
 def faithful_tables(result: FaithfulResult) -> Iterator[Table]:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from lab.corpus.manifest import sha256
+from lab.evaluate.code import CodeResult
 from lab.evaluate.equality import EqualityResult
 from lab.evaluate.faithful import FaithfulResult
 from lab.evaluate.loss import LossResult
@@ -17,8 +18,8 @@ from lab.evaluate.needles import NeedlesResult
 from lab.evaluate.verdict import Verdict
 
 FILE_NAME = "eval.json"
-PARTS = ("faithful", "needles", "loss", "equality", "recall")
-IN_PROCESS = ("faithful", "needles", "loss")
+PARTS = ("faithful", "needles", "code", "loss", "equality", "recall")
+IN_PROCESS = ("faithful", "needles", "code", "loss")
 """Parts that ask the model in this process; equality asks a server."""
 _BEGINNING = 1 << 20
 
@@ -70,6 +71,7 @@ class EvalResults(msgspec.Struct, kw_only=True):
     verdicts: list[Verdict] = []
     faithful: FaithfulResult | None = None
     needles: NeedlesResult | None = None
+    code: CodeResult | None = None
     loss: LossResult | None = None
     equality: EqualityResult | None = None
     recall: RecallResult | None = None

@@ -15,21 +15,23 @@ import msgspec
 from rich.console import Console
 
 from engine.step.build import resolve_device
-from lab.corpus.manifest import sha256
-from lab.evaluate import equality, faithful, loss, needles
+from lab.corpus.manifest import CodeTask, CorpusPrompt, sha256
+from lab.evaluate import code, equality, faithful, loss, needles
 from lab.evaluate.client import EvaluationError, PartProgress, connect
 from lab.evaluate.local_server import serving
 from lab.evaluate.material import Material
 from lab.evaluate.report import show
 from lab.evaluate.results import IN_PROCESS, PARTS, EvalResults, RecallResult, fingerprint, load
 from lab.probe import Probe
-from server.chat import encode_chat, load_chat_format
+from server.chat import ChatFormat, encode_chat, load_chat_format
 from server.hub.models import ModelFiles
 from server.hub.stages import Stages
 from server.text.loading import load_tokenizer
+from server.text.tokenizer import Tokenizer
 
 CACHE_BYTES = {"cuda": 8 << 30, "cpu": 1 << 30}
-"""The cache of the model in this process: how many prompts are read side by side."""
+CONTEXTS = {"cuda": 32, "cpu": 1}
+"""The cache of the model in this process: it has so many bytes, or holds so many whole contexts if that is more."""
 QUIET_SECONDS = 30.0
 """The time between two lines of progress, if the output is not a terminal."""
 
@@ -95,7 +97,9 @@ def evaluate(plan: EvalPlan, console: Console) -> EvalResults:
     plan.out.mkdir(parents=True, exist_ok=True)
     settings = _settings(plan, material)
     results = load(plan.out, settings) or EvalResults(settings=settings, environment={})
-    todo = plan.only or tuple(part for part in PARTS if not results.has(part))
+    todo = plan.only or tuple(
+        part for part in PARTS if not results.has(part) and (part != "code" or material.has_code)
+    )
     if not todo:
         console.print(f"{plan.out} has every part of these settings already; another folder measures anew")
     results.environment |= _environment()
@@ -128,10 +132,10 @@ def _measure_here(plan: EvalPlan, material: Material, parts: Sequence[str], resu
     """Measure the parts that ask the model in this process; save each."""
     with Stages(quiet_seconds=QUIET_SECONDS) as stages:
         stages("loading the model", 0, 1)
-        memory = CACHE_BYTES["cuda" if resolve_device(plan.device).type == "cuda" else "cpu"]
+        kind = "cuda" if resolve_device(plan.device).type == "cuda" else "cpu"
         probe = Probe(
-            plan.files.weights, plan.files.overlay, device=plan.device, dtype=plan.dtype, kv_cache_bytes=memory,
-            threads=plan.threads,
+            plan.files.weights, plan.files.overlay, device=plan.device, dtype=plan.dtype, kv_cache_bytes=CACHE_BYTES[kind],
+            contexts=CONTEXTS[kind], threads=plan.threads,
         )  # fmt: skip
         _check(probe.max_positions, plan)
         text = load_tokenizer(plan.files.weights)
@@ -145,13 +149,16 @@ def _measure_here(plan: EvalPlan, material: Material, parts: Sequence[str], resu
             if part == "faithful":
                 chat = load_chat_format(plan.files.weights)
                 asked = [
-                    (prompt, encode_chat(chat, text, [msgspec.to_builtins(m) for m in prompt.messages]))
-                    for prompt in material.long_prompts(plan.limit)
+                    (prompt, _prompt(chat, text, prompt)) for prompt in material.long_prompts(plan.limit)
                 ]
                 results.faithful = faithful.measure(probe, asked, plan.answer_top_k, ends, decode, progress)
             elif part == "needles":
                 rows = material.needles(plan.limit)
                 results.needles = needles.measure(probe, rows, plan.answer_top_k, ends, decode, progress)
+            elif part == "code":
+                chat = load_chat_format(plan.files.weights)
+                tasks = [(task, _prompt(chat, text, task)) for task in material.code_tasks(plan.limit)]
+                results.code = code.measure(probe, tasks, plan.answer_top_k, ends, decode, progress)
             else:
                 texts = material.held_out(2 * loss.BEYOND, plan.texts_per_kind)
                 if not texts or probe.max_positions <= 2 * loss.BEYOND:
@@ -164,6 +171,10 @@ def _measure_here(plan: EvalPlan, material: Material, parts: Sequence[str], resu
             results.default_top_k = None if probe.indexer is None else probe.indexer.default_index_top_k
             _judge(results, plan.index_top_k)
             results.save(plan.out)
+
+
+def _prompt(chat: ChatFormat, text: Tokenizer, asked: CorpusPrompt | CodeTask) -> list[int]:
+    return encode_chat(chat, text, [msgspec.to_builtins(message) for message in asked.messages])
 
 
 async def _ask(plan: EvalPlan, url: str, material: Material, results: EvalResults) -> None:
@@ -229,6 +240,8 @@ def _judge(results: EvalResults, index_top_ks: Sequence[int]) -> None:
         made += faithful.verdicts(results.faithful, default)
     if results.needles is not None:
         made += needles.verdicts(results.needles, default)
+    if results.code is not None:
+        made += code.verdicts(results.code, default)
     if results.loss is not None:
         made += loss.verdicts(results.loss, index_top_ks)
     if results.equality is not None:

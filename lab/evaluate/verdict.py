@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -10,10 +11,39 @@ Outcome = Literal["met", "met, and the aim", "missed", "nothing to measure"]
 
 LOSS_BARS: dict[int, tuple[float, float]] = {256: (0.05, 0.03), 512: (0.02, 0.01)}
 """top_k -> the largest loss above dense that passes, and the aim, both in nats a token."""
-AGREEMENT_BAR, KL_BAR, LENGTH_BAR, KEPT_BAR = 0.945, 0.013, 0.15, 0.98
-"""At the default top_k: the least share of dense's tokens that are also sparse's likeliest, the largest divergence from
-dense in nats a token, the largest relative difference of the mean answer length, and the least share of the needles found
-by dense that sparse must find too."""
+CODE_BAR = 0.02
+"""How far below dense's the share of code tasks passed may be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bars:
+    """The bars at the default top_k. The keys are the groups of prompts of `faithful`: "all", or "from P" by length.
+
+    Attributes:
+        agreement: the least share of dense's tokens that are also sparse's likeliest.
+        kl: the largest divergence from dense, nats a token.
+        length: the largest relative difference of the mean answer length.
+        kept: the least share of the needles found by dense that sparse must find too.
+    """
+
+    agreement: dict[str, float]
+    kl: dict[str, float]
+    length: float
+    kept: float
+
+
+_SHORT = Bars(agreement={"all": 0.945}, kl={"all": 0.013}, length=0.15, kept=0.98)
+_LONG = Bars(
+    agreement={"from 4096": 0.98, "from 8192": 0.955, "from 16384": 0.935},
+    kl={"from 4096": 0.006, "from 8192": 0.015},
+    length=0.10,
+    kept=0.99,
+)
+
+
+def bars(index_top_k: int) -> Bars:
+    """Return the bars of a default top_k: from 2048 on, the contexts are long and the bars are by length."""
+    return _LONG if index_top_k >= 2048 else _SHORT
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):

@@ -62,6 +62,11 @@ class Answer:
         self.reasoning_tokens = 0
 
     @property
+    def stopped(self) -> str | None:
+        """The stop string that ended the content; None if none did."""
+        return self._stop.stopped
+
+    @property
     def called(self) -> bool:
         """Whether the model completed a call."""
         return self._parser.calls > 0

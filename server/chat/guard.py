@@ -35,15 +35,20 @@ def encode_chat(
     *,
     tools: JsonObjects = (),
     thinking: bool | None = None,
+    open_end: bool = False,
 ) -> list[int]:
     """Return the prompt's token ids. No text in `messages` or `tools` becomes a control token.
+
+    With `open_end` the prompt ends where the text of the last message ends, so that an answer continues it.
 
     Raises:
         PromptError: the format cannot express the messages, or they try to make control tokens.
         TokenizerError: the messages are not valid Unicode.
     """
     try:
-        return _encode_chat(chat_format, tokenizer, messages, add_generation_prompt, tools, thinking)
+        return _encode_chat(
+            chat_format, tokenizer, messages, add_generation_prompt, tools, thinking, open_end=open_end
+        )
     except RecursionError:
         raise PromptError("the messages have values that are nested too deeply") from None
 
@@ -55,12 +60,26 @@ def _encode_chat(
     add_generation_prompt: bool,
     tools: JsonObjects,
     thinking: bool | None,
+    *,
+    open_end: bool,
 ) -> list[int]:
+    end = f"x{secrets.token_hex(16)}x"
 
     def render(messages: JsonObjects, tools: JsonObjects) -> str:
-        return chat_format.render(
+        if open_end:
+            last = messages[-1]
+            messages = [*messages[:-1], {**last, "content": f"{last['content']}{end}"}]
+        text = chat_format.render(
             messages, tools=tools, thinking=thinking, add_generation_prompt=add_generation_prompt
         )
+        if not open_end:
+            return text
+        text, found, _ = text.rpartition(end)
+        if not found:
+            raise PromptError(
+                "the model's chat format does not write the last message, so nothing can continue it"
+            )
+        return text
 
     messages = chat_format.decode(messages)
     plain = {marker for message in messages for marker in chat_format.plain_markers(message["role"])}

@@ -28,6 +28,8 @@ class Job:
         prompt_only: only the prompt is scored; the engine generates one token, which is dropped.
         answer: makes the reader of a chat answer; None: the output is plain text.
         thinks: the answer may have reasoning, so reasoning tokens are counted.
+        stop_tokens: the stop tokens that the client named; the others end the model's turn.
+        shares_prompt: an earlier choice of the request has the same prompt, which counts once.
     """
 
     index: int
@@ -36,6 +38,8 @@ class Job:
     prompt_only: bool = False
     answer: Callable[[], Answer] | None = None
     thinks: bool = False
+    stop_tokens: frozenset[int] = frozenset()
+    shares_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ class TextDelta(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish_reason: Finish | None = None
+    stop_reason: str | int | None = None  # the stop string, or the client's stop token, that ended the choice
     usage: ChoiceUsage | None = None
     stages: tuple[float, float] | None = None
 
@@ -172,6 +177,7 @@ class Choice:
             index=self._job.index,
             parts=tuple(parts),
             token_ids=token_ids,
+            stop_reason=None if finish is None else self._stop_reason(delta),
             logprobs=delta.logprobs[: len(token_ids)] if delta.logprobs is not None else None,
             prompt_logprobs=delta.prompt_logprobs,
             finish_reason=finish,
@@ -194,6 +200,12 @@ class Choice:
             prompt_token_ids=(*first.prompt_token_ids, *self._output),
             sampling=msgspec.structs.replace(first.sampling, seed=seed, max_tokens=self._left()),
         )
+
+    def _stop_reason(self, delta: Delta) -> str | int | None:
+        if self._reader.ended:
+            return self._reader.stopped
+        last = delta.token_ids[-1] if delta.finish_reason == "stop" and delta.token_ids else None
+        return last if last in self._job.stop_tokens else None
 
     def _left(self) -> int:
         return self._job.submit.sampling.max_tokens - len(self._output)
@@ -247,6 +259,10 @@ class _Plain:
     @property
     def ended(self) -> bool:
         return self._detokenizer.stopped is not None
+
+    @property
+    def stopped(self) -> str | None:
+        return self._detokenizer.stopped
 
     @property
     def tokens_consumed(self) -> int:

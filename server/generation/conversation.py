@@ -13,7 +13,7 @@ from typing import Any
 from server.chat import ChatFormat
 from server.http.protocol.chat import ChatCompletionBody, ChatMessage
 from server.http.protocol.errors import bad_request
-from server.http.protocol.tools import NamedTool
+from server.http.protocol.tools import NamedTool, PastCall
 
 NO_TOOLS = "this model's chat format has no tool calling; leave it out and describe the tools in a message"
 _ROLES = {"developer": "system"}
@@ -166,7 +166,7 @@ def _messages(messages: Sequence[ChatMessage], chat: ChatFormat) -> list[dict[st
             made["reasoning_content"] = message.reasoning_content
         out.append(made)
         if message.tool_calls:
-            made["tool_calls"] = [call.model_dump(exclude={"index"}) for call in message.tool_calls]
+            made["tool_calls"] = [_call(call) for call in message.tool_calls]
             waiting = {call.id: len(out) + n for n, call in enumerate(message.tool_calls)}
             if len(waiting) < len(message.tool_calls):
                 raise bad_request(
@@ -180,6 +180,11 @@ def _messages(messages: Sequence[ChatMessage], chat: ChatFormat) -> list[dict[st
             param="messages",
         )
     return out
+
+
+def _call(call: PastCall) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": call.function.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _check(message: ChatMessage, path: str, chat: ChatFormat) -> None:

@@ -6,31 +6,28 @@ than the context, too many choices. The shape of a body is checked before, in `s
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from engine.client import EngineState, EngineStatus
+from engine.client import EngineStatus
 from engine.protocol import ModelInfo, SamplingParams, Submit
-from server.chat import ChatFormat, PromptError, encode_chat
+from server.chat import ChatFormat
 from server.chat.answer import Answer
 from server.chat.parsing import THINK, THOUGHT
 from server.config import ServerConfig
 from server.generation.choice import Job
 from server.generation.conversation import Conversation, read_conversation
+from server.generation.prompts import Prompt, Prompts, check_ids, loaded_model, prompt_end
 from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.completions import CompletionBody
-from server.http.protocol.errors import ENGINE, ApiError, bad_request, unavailable
+from server.http.protocol.errors import bad_request
 from server.http.protocol.sampling import GenerationBody
-from server.text.tokenizer import Tokenizer, TokenizerError
+from server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-
-_LONG_TEXT = 8192
-"""A text with more characters is tokenized in a thread, so that other requests' tokens are not delayed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +58,18 @@ class Admitted:
     sparsity: GrantedSparsity
 
 
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    token_ids: tuple[int, ...]
-    text: str
-
-
 class Intake:
-    """Reads request bodies, given one server's settings, tokenizer and chat format."""
+    """Reads request bodies, given one server's settings, tokenizer and chat format.
+
+    Attributes:
+        prompts: makes the prompts.
+    """
 
     def __init__(self, config: ServerConfig, text: Tokenizer, chat: ChatFormat) -> None:
         self._config = config
         self._text = text
         self._chat = chat
+        self.prompts = Prompts(config.model_name, text, chat)
 
     async def chat(self, body: ChatCompletionBody, status: EngineStatus, request_id: str) -> Admitted:
         """Turn a conversation into jobs.
@@ -91,15 +87,13 @@ class Intake:
                 param="max_tokens",
             )
         said = read_conversation(body, self._chat)
-        try:
-            token_ids = await _apart(
-                sum(len(message["content"]) for message in said.messages),
-                lambda: encode_chat(
-                    self._chat, self._text, said.messages, tools=said.tools, thinking=said.thinking
-                ),
+        open_end, opens = prompt_end(said.messages, body.add_generation_prompt, body.continue_final_message)
+        if said.must_call and not opens:
+            raise bad_request(
+                "tool_choice opens a call at the start of an answer, so the prompt must end with the opening of one",
+                param="tool_choice",
             )
-        except (PromptError, TokenizerError) as error:
-            raise bad_request(str(error), param="messages") from None
+        token_ids = await self.prompts.written(said, add_generation_prompt=opens, open_end=open_end)
         opening: tuple[int, ...] = ()
         if said.must_call:
             opening = tuple(
@@ -111,7 +105,7 @@ class Intake:
             body,
             model,
             request_id,
-            prompts=[_Prompt((*token_ids, *opened), "")],
+            prompts=[Prompt((*token_ids, *opened), "")],
             max_tokens=limits[0] or limits[1],
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             answer=self._answer(body, said, opening, thinking=thinking),
@@ -177,7 +171,9 @@ class Intake:
             )
         many = len(sources) > 1
         prompts = [
-            await self._prompt(source, f"prompt[{index}]" if many else "prompt", echo=bool(body.echo))
+            await self.prompts.text(
+                source, f"prompt[{index}]" if many else "prompt", echo=bool(body.echo), size=model.vocab_size
+            )
             for index, source in enumerate(sources)
         ]
         return self._work(
@@ -192,7 +188,7 @@ class Intake:
         )
 
     @staticmethod
-    def _logprob_start(body: CompletionBody, prompts: Sequence[_Prompt]) -> int:
+    def _logprob_start(body: CompletionBody, prompts: Sequence[Prompt]) -> int:
         start = body.logprob_start_len or 0
         if body.logprob_start_len is not None and not (body.echo and body.logprobs is not None):
             raise bad_request(
@@ -208,20 +204,9 @@ class Intake:
             )
         return start
 
-    async def _prompt(self, source: str | list[int], param: str, *, echo: bool) -> _Prompt:
-        if isinstance(source, str):
-            try:
-                token_ids = await _apart(len(source), lambda: self._text.encode(source))
-            except TokenizerError as error:
-                raise bad_request(f"{param} cannot be read: {error}", param=param) from None
-            return _Prompt(tuple(token_ids), source if echo else "")
-        self._check_ids(source, param)
-        return _Prompt(tuple(source), self._text.decode(source) if echo else "")
-
     def _model(self, body: GenerationBody, status: EngineStatus) -> ModelInfo:
         """Check the fields that do not depend on the prompt. Return the model that the engine has loaded."""
-        if body.model != self._config.model_name:
-            raise model_not_found(body.model, self._config.model_name)
+        self.prompts.check_name(body.model)
         if body.n is not None and body.n > self._config.max_n:
             raise bad_request(f"n must be at most {self._config.max_n} on this server", param="n")
         if body.stream_options is not None and not body.stream:
@@ -234,7 +219,7 @@ class Intake:
         model: ModelInfo,
         request_id: str,
         *,
-        prompts: Sequence[_Prompt],
+        prompts: Sequence[Prompt],
         max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
@@ -243,11 +228,13 @@ class Intake:
     ) -> Admitted:
         sparsity = self._sparsity(body, model)
         bias = tuple((int(key), value) for key, value in (body.logit_bias or {}).items())
-        self._check_ids([token_id for token_id, _ in bias], "logit_bias", keys=True)
-        self._check_ids(body.stop_token_ids or [], "stop_token_ids")
+        size = model.vocab_size
+        check_ids([token_id for token_id, _ in bias], "logit_bias", size, keys=True)
+        check_ids(body.stop_token_ids or [], "stop_token_ids", size)
         stop_ids = dict.fromkeys(body.stop_token_ids or [])
         if not body.ignore_eos:
             stop_ids |= dict.fromkeys(self._text.eos_token_ids)
+        stop_ids = dict.fromkeys(token_id for token_id in stop_ids if token_id < size)
         prompt_only = max_tokens == 0
         n = body.n or 1
         jobs: list[Job] = []
@@ -260,7 +247,7 @@ class Intake:
                     seed=_derive(seed, choice),
                     temperature=_default(body.temperature, 1.0),
                     top_p=_default(body.top_p, 1.0),
-                    top_k=min(max(_default(body.top_k, 0), 0), self._text.vocab_size),
+                    top_k=min(max(_default(body.top_k, 0), 0), size),
                     min_p=_default(body.min_p, 0.0),
                     presence_penalty=_default(body.presence_penalty, 0.0),
                     frequency_penalty=_default(body.frequency_penalty, 0.0),
@@ -286,6 +273,8 @@ class Intake:
                         prompt_only,
                         answer,
                         thinks=answer is not None and self._chat.reasons,
+                        stop_tokens=frozenset(body.stop_token_ids or ()),
+                        shares_prompt=choice > 0,
                     )
                 )
         return Admitted(tuple(jobs), tuple(prompt.text for prompt in prompts for _ in range(n)), sparsity)
@@ -303,11 +292,18 @@ class Intake:
         wanted = asked or self._config.default_top_k or model.indexer.default_index_top_k
         return GrantedSparsity(None if wanted == "dense" else min(wanted, model.max_model_len))
 
-    def _room(self, prompt: _Prompt, model: ModelInfo, max_tokens: int | None) -> int:
+    def _room(self, prompt: Prompt, model: ModelInfo, max_tokens: int | None) -> int:
         """How many tokens the engine may generate after a prompt."""
         length, context = len(prompt.token_ids), model.max_model_len
         if not length:
             raise bad_request("the prompt is empty; send at least one token", param="prompt")
+        if max(prompt.token_ids) >= model.vocab_size:  # a tokenizer may have more tokens than its model
+            token_id = next(token_id for token_id in prompt.token_ids if token_id >= model.vocab_size)
+            raise bad_request(
+                f"the prompt has the token {self._text.token_text(token_id)!r}, whose id {token_id} is not one of "
+                f"this model's vocabulary, from 0 to {model.vocab_size - 1}; leave it out",
+                param="prompt",
+            )
         if length >= context:
             raise bad_request(
                 f"the prompt has {length} tokens and needs room for at least one more, but this model's "
@@ -326,51 +322,6 @@ class Intake:
             )
         return max(max_tokens, 1)  # 0: the prompt is only scored; the engine still generates one token
 
-    def _check_ids(self, token_ids: Sequence[int], param: str, *, keys: bool = False) -> None:
-        size = self._text.vocab_size
-        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < size):
-            return
-        for position, token_id in enumerate(token_ids):
-            if not 0 <= token_id < size:
-                where = f"{param}.{token_id}" if keys else f"{param}[{position}]"
-                raise bad_request(
-                    f"{where} is not a token id of this model; ids go from 0 to {size - 1}", param=param
-                )
-
-
-def model_not_found(name: str, served: str) -> ApiError:
-    """The 404 for a request that names another model."""
-    shown = name if name.isprintable() and len(name) <= 128 else "that"
-    return ApiError(
-        404,
-        f"the model {shown!r} is not served here; this server has {served!r}",
-        param="model",
-        code="model_not_found",
-    )
-
-
-def loaded_model(status: EngineStatus) -> ModelInfo:
-    """Return the model that the engine has loaded.
-
-    Raises:
-        ApiError: the engine takes no requests now.
-    """
-    if status.state is not EngineState.READY or status.model is None:
-        raise unavailable(why_not_ready(status), code="engine_unavailable", kind=ENGINE)
-    return status.model
-
-
-def why_not_ready(status: EngineStatus) -> str:
-    """One sentence that says why an engine takes no requests."""
-    reason = status.message or f"the engine is {status.state.value}"
-    loading = status.loading
-    if loading is not None and status.state in (EngineState.STARTING, EngineState.DOWN):
-        progress = f"{loading.done} of {loading.total}" if loading.total else ""
-        stage = "" if loading.stage in reason else f"loading: {loading.stage}"
-        details = " ".join(part for part in (stage, progress) if part)
-        reason += f" ({details})" if details else ""
-    return reason
-
 
 def _derive(seed: int, choice: int) -> int:
     """The seed of one choice. Choice 0 keeps the request's seed, so a larger n does not change its text."""
@@ -386,8 +337,3 @@ def _stops(body: GenerationBody) -> tuple[str, ...]:
 
 def _default(value: T | None, default: T) -> T:
     return default if value is None else value
-
-
-async def _apart(size: int, work: Callable[[], T]) -> T:
-    """Do work on a text of `size` characters: in a thread if it is long, so that the event loop goes on."""
-    return await asyncio.to_thread(work) if size > _LONG_TEXT else work()

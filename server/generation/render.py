@@ -1,10 +1,10 @@
-"""Turns text deltas into OpenAI's objects: whole answers and the chunks of a stream. Knows no engine."""
+"""Turns text deltas into the objects of a chat: whole answers and the chunks of a stream. Knows no engine."""
 
 from __future__ import annotations
 
-import codecs
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic import BaseModel
@@ -25,12 +25,13 @@ from server.http.protocol.chat import (
     MessageDelta,
     TopLogprob,
 )
-from server.http.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
+from server.http.protocol.errors import ApiError
+from server.http.protocol.notices import Notice
 from server.http.protocol.tools import FunctionCall, FunctionDelta, ToolCall, ToolCallDelta
 from server.http.protocol.usage import CompletionTokensDetails, PromptTokensDetails, SparsityUsage, Usage
 from server.text.tokenizer import Tokenizer
 
-_LEAST = -9999.0
+LEAST = -9999.0
 """Stands for minus infinity, which JSON cannot write."""
 
 NO_INDEXER = "this model has no trained indexer, so attention was dense"
@@ -39,19 +40,20 @@ NO_INDEXER = "this model has no trained indexer, so attention was dense"
 class Renderer(Protocol):
     """Makes one endpoint's response objects for one request."""
 
-    def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
-        """Return the chunks for a delta; the list is empty when the delta shows nothing.
-
-        Call it with the deltas in the order of their arrival.
-        """
+    def opening(self) -> bytes:
+        """Return what a stream begins with, before there is any token."""
         ...
 
     def events(self, delta: TextDelta) -> bytes:
-        """Return the chunks of a delta as the bytes to send. Use either `chunks` or `events` for a request."""
+        """Return the events of a delta. Call it with the deltas in the order of their arrival."""
         ...
 
-    def usage_chunk(self, usage: Usage) -> BaseModel:
-        """The chunk without choices that ends a stream."""
+    def ending(self, usage: Usage) -> bytes:
+        """Return the last events of a stream that has no error."""
+        ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the last event of a stream that failed."""
         ...
 
     def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> BaseModel:
@@ -63,7 +65,7 @@ def total_usage(usages: Sequence[ChoiceUsage], requested: int | None) -> Usage:
     """Sum the usage of all choices.
 
     Args:
-        usages: at least one.
+        usages: at least one. Those of choices that share a prompt have its tokens once.
         requested: the client's `dsa.top_k` if the model could not grant it, else None.
     """
     prompt = sum(usage.prompt_tokens for usage in usages)
@@ -94,19 +96,60 @@ def warning(part: Warn) -> ChoiceWarning:
     return ChoiceWarning(code=part.code, message=part.message, tool_call=part.index, raw=part.raw)
 
 
-class _Streamed:
-    """The common part of both endpoints' streams. Most events bring only text, so these have a fast way."""
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every object of one answer has.
 
-    def __init__(self) -> None:
+    Attributes:
+        id: of the answer.
+        created: when it arrived, in seconds since 1970.
+        model: the model's name.
+        fingerprint: of the server, the model and how it computes.
+        notices: what of the request had no effect.
+    """
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    notices: Sequence[Notice] = ()
+
+
+class Streamed:
+    """The common part of the streams of OpenAI's older endpoints. Most events bring only text, so these have a fast way."""
+
+    def __init__(self, head: Head, *, include_usage: bool) -> None:
+        self._head = head
+        self._include_usage = include_usage
+        self._notices: dict[str, Any] = {"warnings": list(head.notices)} if head.notices else {}
         self._opened: set[int] = set()  # choices whose first chunk was made; that one differs from the others
         self._text_events: dict[int, sse.TextEvent] = {}
 
     def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
-        """Return the chunks for a delta, as in `Renderer`."""
+        """Return the chunks for a delta; the list is empty when the delta shows nothing.
+
+        Call it with the deltas in the order of their arrival. Use either `chunks` or `events` for a request.
+        """
         raise NotImplementedError
 
+    def usage_chunk(self, usage: Usage) -> BaseModel:
+        """The chunk without choices that ends a stream."""
+        raise NotImplementedError
+
+    def opening(self) -> bytes:
+        """Nothing: the first chunk comes with the first token."""
+        return b""
+
+    def ending(self, usage: Usage) -> bytes:
+        """The chunk with the usage if it is wanted, and the mark of the end."""
+        return (sse.chunk(self.usage_chunk(usage)) if self._include_usage else b"") + sse.DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        """The error as an event."""
+        return sse.event(error.to_json())
+
     def events(self, delta: TextDelta) -> bytes:
-        """Return the chunks as bytes, as in `Renderer`. A delta with only text is written without objects."""
+        """Return the chunks as bytes. A delta with only text is written without objects."""
         index = delta.index
         if not delta.only_text or index not in self._opened:
             return b"".join(map(sse.chunk, self.chunks(delta)))
@@ -117,23 +160,22 @@ class _Streamed:
             event = self._text_events[index] = sse.TextEvent(lambda text: self._text_chunk(index, text))
         return event(text)
 
+    def _first_notices(self) -> dict[str, Any]:
+        """The notices, for the first object of an answer only."""
+        notices, self._notices = self._notices, {}
+        return notices
+
     def _text_chunk(self, index: int, text: str) -> BaseModel:
         (chunk,) = self.chunks(TextDelta(index=index, parts=(Content(text),), token_ids=()))
         return chunk
 
 
-class ChatRenderer(_Streamed):
+class ChatRenderer(Streamed):
     """Renders /v1/chat/completions."""
 
-    def __init__(
-        self, *, response_id: str, created: int, model: str, text: Tokenizer, include_usage: bool
-    ) -> None:
-        super().__init__()
-        self._id = response_id
-        self._created = created
-        self._model = model
+    def __init__(self, head: Head, *, text: Tokenizer, include_usage: bool) -> None:
+        super().__init__(head, include_usage=include_usage)
         self._text = text
-        self._include_usage = include_usage
 
     def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
         """Return one chunk for each run of parts of one kind, because clients expect one kind in a chunk.
@@ -158,6 +200,8 @@ class ChatRenderer(_Streamed):
             )
             for number, message in enumerate(messages)
         ]
+        if delta.finish_reason is not None:
+            choices[-1] = choices[-1].model_copy(update={"stop_reason": delta.stop_reason})
         if warnings:
             choices[-1] = choices[-1].model_copy(update={"warnings": warnings})
         return [self._chunk([choice]) for choice in choices]
@@ -184,12 +228,14 @@ class ChatRenderer(_Streamed):
     def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> BaseModel:
         """The response without streaming."""
         return ChatCompletion(
-            id=self._id,
+            id=self._head.id,
             object="chat.completion",
-            created=self._created,
-            model=self._model,
+            created=self._head.created,
+            model=self._head.model,
+            system_fingerprint=self._head.fingerprint,
             choices=[self._choice(index, deltas) for index, deltas in enumerate(choices)],
             usage=usage,
+            **self._first_notices(),
         )
 
     def _choice(self, index: int, deltas: Sequence[TextDelta]) -> ChatChoice:
@@ -218,17 +264,20 @@ class ChatRenderer(_Streamed):
             message=message,
             logprobs=self._logprobs(deltas),
             finish_reason=deltas[-1].finish_reason or "stop",
+            stop_reason=deltas[-1].stop_reason,
         )
         warnings = [warning(part) for part in parts if isinstance(part, Warn)]
         return choice.model_copy(update={"warnings": warnings}) if warnings else choice
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatCompletionChunk:
         chunk = ChatCompletionChunk(
-            id=self._id,
+            id=self._head.id,
             object="chat.completion.chunk",
-            created=self._created,
-            model=self._model,
+            created=self._head.created,
+            model=self._head.model,
+            system_fingerprint=self._head.fingerprint,
             choices=choices,
+            **self._first_notices(),
         )
         return chunk.model_copy(update={"usage": usage}) if self._include_usage else chunk
 
@@ -247,112 +296,6 @@ class ChatRenderer(_Streamed):
     def _alternative(self, token_id: int, logprob: float) -> TopLogprob:
         return TopLogprob(
             token=self._text.token_text(token_id),
-            logprob=max(logprob, _LEAST),
+            logprob=max(logprob, LEAST),
             bytes=self._text.token_bytes(token_id),
         )
-
-
-class CompletionRenderer(_Streamed):
-    """Renders /v1/completions."""
-
-    def __init__(
-        self,
-        *,
-        response_id: str,
-        created: int,
-        model: str,
-        text: Tokenizer,
-        include_usage: bool,
-        echoes: Sequence[str],
-        prompts: Sequence[Sequence[int]],
-    ) -> None:
-        super().__init__()
-        self._id = response_id
-        self._created = created
-        self._model = model
-        self._text = text
-        self._include_usage = include_usage
-        self._echoes = echoes
-        self._prompts = prompts
-        self._offsets = [_Offsets(text) for _ in echoes]
-
-    def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
-        """Return the chunk for a delta. The first chunk of a choice begins with the echo."""
-        text = self._with_echo(delta.index, delta.text)
-        if not text and not delta.logprobs and not delta.prompt_logprobs and delta.finish_reason is None:
-            return []
-        return [self._completion([self._choice(delta.index, text, [delta])])]
-
-    def usage_chunk(self, usage: Usage) -> BaseModel:
-        """The chunk without choices that ends a stream."""
-        return self._completion([], usage)
-
-    def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> BaseModel:
-        """The response without streaming."""
-        rendered = []
-        for index, deltas in enumerate(choices):
-            text = self._with_echo(index, "".join(delta.text for delta in deltas))
-            rendered.append(self._choice(index, text, deltas))
-        return self._completion(rendered).model_copy(update={"usage": usage})
-
-    def _with_echo(self, index: int, text: str) -> str:
-        if index in self._opened:
-            return text
-        self._opened.add(index)
-        return self._echoes[index] + text
-
-    def _choice(self, index: int, text: str, deltas: Sequence[TextDelta]) -> CompletionChoice:
-        return CompletionChoice(
-            index=index,
-            text=text,
-            logprobs=self._logprobs(index, deltas),
-            finish_reason="length"
-            if deltas[-1].finish_reason == "length"
-            else deltas[-1].finish_reason and "stop",
-        )
-
-    def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        completion = Completion(
-            id=self._id, object="text_completion", created=self._created, model=self._model, choices=choices
-        )
-        return completion.model_copy(update={"usage": usage}) if self._include_usage else completion
-
-    def _logprobs(self, index: int, deltas: Sequence[TextDelta]) -> CompletionLogprobs | None:
-        if all(delta.logprobs is None and delta.prompt_logprobs is None for delta in deltas):
-            return None
-        out = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        for delta in deltas:
-            prompt = delta.prompt_logprobs or ()
-            for token_id, entry in zip(self._prompts[index], prompt, strict=False):
-                self._add(out, index, token_id, entry)
-            for token in delta.logprobs or ():
-                self._add(out, index, token.token_id, token)
-        return out
-
-    def _add(self, out: CompletionLogprobs, index: int, token_id: int, entry: TokenLogprob | None) -> None:
-        out.tokens.append(self._text.token_text(token_id))
-        out.text_offset.append(self._offsets[index].next(token_id))
-        out.token_logprobs.append(None if entry is None else max(entry.logprob, _LEAST))
-        out.top_logprobs.append(None if entry is None else self._top(entry))
-
-    def _top(self, entry: TokenLogprob) -> dict[str, float]:
-        top: dict[str, float] = {}
-        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-            # Two tokens may have the same text (halves of characters); only the likelier one is shown.
-            top.setdefault(self._text.token_text(token_id), max(logprob, _LEAST))
-        return top
-
-
-class _Offsets:
-    """Where each token begins in the text, counted in characters."""
-
-    def __init__(self, text: Tokenizer) -> None:
-        self._text = text
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._length = 0
-
-    def next(self, token_id: int) -> int:
-        start = self._length
-        if token_id not in self._text.special_ids:
-            self._length += len(self._utf8.decode(bytes(self._text.token_bytes(token_id))))
-        return start

@@ -1,4 +1,4 @@
-"""Middleware around every route: request ids, records, the answer to unexpected errors, the limit on body size.
+"""Middleware around every route: request ids, records, the answer to unexpected errors, compressed and large bodies.
 
 It is plain ASGI, because Starlette's base class for middleware would buffer streams or hide that a client hangs up.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.protocol.errors import ApiError, internal_error
+from server.http.protocol.errors import ApiError, bad_request, internal_error
 from server.telemetry.metrics import Metrics
 from server.telemetry.record import Ended, GenerationRecord
 
@@ -75,7 +76,10 @@ class RecordMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = headers["request-id"] = (
+                    record.request_id
+                )  # OpenAI's name, Anthropic's
             await send(message)
 
         try:
@@ -85,7 +89,7 @@ class RecordMiddleware:
             record.outcome = "server_error"
             if status is not None:
                 raise  # half a response was sent: the connection must break, or the response would look complete
-            await internal_error().to_response()(scope, receive, send_with_id)
+            await internal_error().to_response(scope["path"])(scope, receive, send_with_id)
         finally:
             outcome = record.outcome or outcome_of(status)
             self._metrics.request_ended(_endpoint(scope), outcome)
@@ -116,7 +120,10 @@ class RecordMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Refuses a body that is too large as soon as too many bytes are announced or have arrived."""
+    """Refuses a body that is too large as soon as too many bytes are announced or have arrived.
+
+    A compressed body (gzip, deflate) is unpacked here, and never beyond the limit.
+    """
 
     def __init__(self, app: ASGIApp, *, limit: int) -> None:
         self._app = app
@@ -127,19 +134,33 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._limit):
-            await self._refusal().to_response()(scope, receive, send)
+            await self._refusal().to_response(scope["path"])(scope, receive, send)
             return
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", *_WINDOWS):
+            message = f"a body may be sent as gzip, deflate or plain, not in the encoding {encoding[:64]!a}"
+            refusal = ApiError(415, message, code="unsupported_encoding")
+            await refusal.to_response(scope["path"])(scope, receive, send)
+            return
+        unpack = _Unpacker(encoding) if encoding in _WINDOWS else None
         received = 0
 
         async def receive_some() -> Message:
             nonlocal received
             message = await receive()
             if message["type"] == "http.request":
-                received += len(message.get("body", b""))
+                body = message.get("body", b"")
+                if unpack is not None:
+                    body = unpack(body, self._limit + 1 - received)
+                    message = {**message, "body": body}
+                received += len(body)
                 if received > self._limit:
                     raise self._refusal()
+                if unpack is not None and not message.get("more_body", False) and not unpack.complete:
+                    raise _damaged()
             return message
 
         await self._app(scope, receive_some, send)
@@ -151,6 +172,31 @@ class BodyLimitMiddleware:
             code="body_too_large",
             headers={"connection": "close"},  # the rest of the body is not worth reading
         )
+
+
+_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+
+
+class _Unpacker:
+    """Unpacks a compressed body piece by piece."""
+
+    def __init__(self, encoding: str) -> None:
+        self._stream = zlib.decompressobj(_WINDOWS[encoding])
+
+    @property
+    def complete(self) -> bool:
+        return self._stream.eof
+
+    def __call__(self, data: bytes, limit: int) -> bytes:
+        """Return what `data` adds to the body: at most `limit` bytes."""
+        try:
+            return self._stream.decompress(data, max(limit, 1)) if data else b""
+        except zlib.error:
+            raise _damaged() from None
+
+
+def _damaged() -> ApiError:
+    return bad_request("the compressed body is damaged or cut short; send it again", code="invalid_encoding")
 
 
 def _endpoint(scope: Scope) -> str:

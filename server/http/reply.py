@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -53,7 +53,6 @@ class Order:
     work: Admitted
     renderer: Renderer
     stream: bool
-    include_usage: bool
 
 
 class GenerationReply(Response):
@@ -96,7 +95,7 @@ class GenerationReply(Response):
             services.books,
             request_id=record.request_id,
             endpoint=str(scope["path"]),
-            key=key_of(Headers(scope=scope).get("authorization")),
+            key=_key(Headers(scope=scope)),
             jobs=jobs,
         )
         ended = "failed"
@@ -161,11 +160,13 @@ class _Run:
         renderer = self._order.renderer
         outlet = Outlet(self._record.send or send, renderer.events)
         try:
+            if opening := renderer.opening():
+                outlet.write(opening)
             last = await self._body(outlet)
         except Exception as error:
             explained = self._explain(error)
             self._record.outcome = outcome_of(explained.status)
-            last = sse.event(explained.to_json())
+            last = renderer.failure(explained)
         finally:
             await outlet.close()
         await send({"type": "http.response.body", "body": last, "more_body": False})
@@ -184,10 +185,7 @@ class _Run:
             await outlet.drain()
             raise
         await outlet.drain()
-        usage = await self._finish()
-        if not self._order.include_usage:
-            return sse.DONE
-        return sse.chunk(self._order.renderer.usage_chunk(usage)) + sse.DONE
+        return self._order.renderer.ending(await self._finish())
 
     async def _end(self, outlet: Outlet) -> None:
         """Return when the generation is over. Meanwhile write a comment whenever nothing was written for long."""
@@ -216,7 +214,11 @@ class _Run:
         This comes before the last event is sent: if a client saw the end of a request, its ledger row is durable.
         """
         outcome = "length" if self._length else "stop"
-        usages = list(self._usages.values())
+        jobs = self._order.work.jobs
+        usages = [
+            replace(usage, prompt_tokens=0, cached_tokens=0) if jobs[index].shares_prompt else usage
+            for index, usage in sorted(self._usages.items())
+        ]
         bill = await self._account.finish(usages, outcome)
         self.complete = True
         self._record.outcome = outcome
@@ -251,6 +253,12 @@ class _Run:
                 return internal_error()
         logger.warning("request %s: %s", self._record.request_id, error)
         return explained
+
+
+def _key(headers: Headers) -> str:
+    """The name of a request's key, which Anthropic's clients send under another name."""
+    key = headers.get("x-api-key")
+    return key_of(headers.get("authorization") or (f"Bearer {key}" if key else None))
 
 
 @contextmanager

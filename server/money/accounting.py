@@ -76,8 +76,9 @@ class Account:
         self._arrived = datetime.now(UTC)
         self._table = books.prices.table
         self._index_top_k = jobs[0].submit.index_top_k
+        self._jobs = jobs
         self._unsettled = {job.submit.request_id for job in jobs}
-        self._usages: list[RequestUsage] = []
+        self._usages: dict[str, RequestUsage] = {}
         self._settled = asyncio.Event()
         self._abandoned: str | None = None
         self._closed = False
@@ -89,7 +90,7 @@ class Account:
             return
         self._unsettled.discard(request_id)
         if usage is not None:
-            self._usages.append(usage)
+            self._usages[request_id] = usage
         if not self._unsettled:
             self._settled.set()
             if self._abandoned is not None:
@@ -129,18 +130,24 @@ class Account:
 
     def _close_abandoned(self, outcome: str) -> None:
         cached = uncached = completion = 0
-        for usage in self._usages:
-            if usage.work.rows:
+        charged = False
+        for job in self._jobs:
+            charged &= job.shares_prompt  # the choices of one prompt pay for it once
+            usage = self._usages.get(job.submit.request_id)
+            if usage is None or not usage.work.rows:
+                continue
+            if not charged:
                 cached += usage.cached_tokens
                 uncached += min(usage.work.rows, usage.prompt_tokens - usage.cached_tokens)
-                completion += usage.completion_tokens
+                charged = True
+            completion += usage.completion_tokens
         entry, row = self._price(Tokens(cached, uncached, completion), outcome, free=outcome != "cancelled")
         self._append(entry, row, lambda written: None)
 
     def _price(self, tokens: Tokens, outcome: str, *, free: bool) -> tuple[Settlement, LedgerRow]:
         self._closed = True
         self._books.open_accounts.discard(self)
-        work = add_work(*(usage.work for usage in self._usages))
+        work = add_work(*(usage.work for usage in self._usages.values()))
         bill = price(
             self._table,
             self._books.model,

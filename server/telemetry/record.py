@@ -13,7 +13,7 @@ class ChoiceRecord:
     """One choice, with moments in seconds on the monotonic clock.
 
     Attributes:
-        prompt_tokens: tokens of its prompt.
+        prompt_tokens: tokens of its prompt; 0 if an earlier choice has the same prompt, which counts once.
         tokens: tokens given out so far.
         cached_tokens: prompt tokens that the engine reused; known at the end.
         queue_seconds: from submission to the first step; known with the first token.
@@ -51,7 +51,10 @@ class GenerationRecord:
     choices: dict[int, ChoiceRecord] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.choices = {job.index: ChoiceRecord(len(job.submit.prompt_token_ids)) for job in self.jobs}
+        self.choices = {
+            job.index: ChoiceRecord(0 if job.shares_prompt else len(job.submit.prompt_token_ids))
+            for job in self.jobs
+        }
 
     def take(self, delta: TextDelta, now: float) -> None:
         """Record a delta of one choice, which arrived at `now`."""
@@ -63,7 +66,8 @@ class GenerationRecord:
             choice.queue_seconds, choice.prefill_seconds = delta.stages
         if delta.usage is not None:
             choice.ended, choice.finish = now, delta.finish_reason
-            choice.tokens, choice.cached_tokens = delta.usage.completion_tokens, delta.usage.cached_tokens
+            choice.tokens = delta.usage.completion_tokens
+            choice.cached_tokens = delta.usage.cached_tokens if choice.prompt_tokens else 0
 
 
 @dataclass(frozen=True, slots=True)

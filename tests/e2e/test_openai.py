@@ -159,7 +159,6 @@ def test_a_prompt_beyond_the_context(server: Server) -> None:
     ("fields", "status", "param"),
     [
         ({"temperature": 3}, 400, "temperature"),
-        ({"temperatur": 1}, 400, "temperatur"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "owner", "content": "hi"}]}, 400, "messages[0].role"),
         ({"dsa": {"top_k": 0}}, 400, "dsa.top_k"),

@@ -26,6 +26,7 @@ from engine.plan.types import StepPlan, StepResult
 from engine.protocol import Delta, IndexerInfo, SamplingParams, Submit
 from engine.step.build import build
 from engine.step.core import EngineCore
+from engine.step.masking import TokenMasks
 from engine.step.runner import AtOnce, Runner
 
 VOCAB = 97
@@ -192,9 +193,9 @@ class Run(AtOnce):
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, Delta] = {}
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
         """The core's runner: compute, and keep each row's hidden state."""
-        result = self.lab.runner.run(plan)
+        result = self.lab.runner.run(plan, masks)
         hidden = self.lab.tap.hidden
         assert hidden is not None
         row = 0

@@ -93,11 +93,15 @@ def survey(
     best_ids: tl.tensor,
     masses: tl.tensor,
     groups: tl.tensor,
+    masks: tl.tensor,
+    mask_of: tl.tensor,
     row_stride: tl.tensor,
     bias_stride: tl.tensor,
+    mask_stride: tl.tensor,
     VOCAB: tl.constexpr,
     CHUNK: tl.constexpr,
     CHANGED: tl.constexpr,
+    MASKED: tl.constexpr,
     DRAWN: tl.constexpr,
     FILTERS: tl.constexpr,
     LOGPROBS: tl.constexpr,
@@ -105,9 +109,10 @@ def survey(
     """A program a row and chunk, which stores of its chunk, [T, C] each.
 
     Whether a number is not finite (`bad`), the largest number and the sum of exp(x - it), before penalties (`peaks`,
-    `sums`), and the best after them with its first id (`bests`, `best_ids`). With CHANGED also the logits after bias and
-    penalties, [T, V]; with DRAWN the weights' sum, of which the chunk's best has 1 (`masses`); and with FILTERS the best
-    of each GROUP tokens, [T, C * CHUNK / GROUP].
+    `sums`), and the best after them with its first id (`bests`, `best_ids`). With CHANGED or MASKED also the logits after
+    bias, penalties and mask, [T, V]: a token that the row's mask leaves out has -inf, and so a weight of 0. With DRAWN the
+    weights' sum, of which the chunk's best has 1 (`masses`); and with FILTERS the best of each GROUP tokens,
+    [T, C * CHUNK / GROUP].
     """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -137,6 +142,12 @@ def survey(
             frequency = tl.load(real + row * COLUMNS + FREQUENCY)
             less = presence + frequency * times.to(tl.float64)
             x = tl.where(times > 0, (x.to(tl.float64) - less).to(tl.float32), x)
+    if MASKED:
+        mask = tl.load(mask_of + row)
+        if mask >= 0:
+            words = tl.load(masks + mask * mask_stride + at // 32, mask=inside, other=0)
+            x = tl.where((words >> (at % 32)) & 1 != 0, x, float("-inf"))
+    if CHANGED or MASKED:
         tl.store(changed + row * VOCAB + at, x, mask=inside)
     best, token = _largest(x, at, VOCAB)
     tl.store(bests + place, best)
@@ -144,7 +155,8 @@ def survey(
     if DRAWN:
         temperature = tl.load(real + row * COLUMNS + TEMPERATURE).to(tl.float32)
         if temperature > 0:
-            tl.store(masses + place, tl.sum(weights_of(x, best, temperature), 0))
+            above = tl.where(best > float("-inf"), best, 0.0)  # a mask may leave out all of a chunk
+            tl.store(masses + place, tl.sum(weights_of(x, above, temperature), 0))
     if FILTERS:
         each = tl.arange(0, CHUNK // GROUP)
         own = tl.max(tl.reshape(x, [CHUNK // GROUP, GROUP]), 1)

@@ -40,6 +40,7 @@ class Needs:
     changes: bool = True  # penalties or bias
     logprobs: bool = True
     alternatives: int = 0  # likeliest tokens to report with each
+    masks: bool = False  # tokens that may not be drawn
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class DrawRows:
     bias_ids: Tensor  # [T, B] int32
     bias_values: Tensor  # [T, B] float32
     history: Tensor  # [slots, V] int32, see `remember`
+    masks: Tensor  # [M, W] int32: bit t % 32 of word t // 32 says whether token t may be drawn
+    mask_of: Tensor  # [T] int32, a row's mask; -1: any token may be drawn
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,11 @@ def draw(logits: Tensor, rows: DrawRows, needs: Needs) -> Draws:
     filters = needs.draws and needs.filters
     num_groups = chunks * (_CHUNK // race.GROUP.value)
     groups = scratch(torch.float32, count, num_groups if filters else 1)
-    source = scratch(torch.float32, count, vocab) if needs.changes else logits
+    source = scratch(torch.float32, count, vocab) if needs.changes or needs.masks else logits
     race.survey[grid](
         logits, source, whole, real, rows.bias_ids, rows.bias_values, rows.history, bad, chunk_peaks, sums, bests,
-        best_ids, masses, groups, logits.stride(0), rows.bias_ids.stride(0),
-        VOCAB=vocab, CHUNK=_CHUNK, CHANGED=needs.changes, DRAWN=needs.draws, FILTERS=filters,
+        best_ids, masses, groups, rows.masks, rows.mask_of, logits.stride(0), rows.bias_ids.stride(0),
+        rows.masks.stride(0), VOCAB=vocab, CHUNK=_CHUNK, CHANGED=needs.changes, MASKED=needs.masks, DRAWN=needs.draws, FILTERS=filters,
         LOGPROBS=needs.logprobs, num_warps=8,
     )  # fmt: skip
     programs = min(chunks, _PROGRAMS)

@@ -1,18 +1,59 @@
-"""The base of all request bodies: strict models, and fields that must have a neutral value."""
+"""The base of all request bodies: strict models, numbers with bounds, and fields that must have a neutral value."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    WithJsonSchema,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class Body(BaseModel):
-    """Base of what clients send: no coercion, no unknown names, no NaN or infinity."""
+    """Base of what clients send: no coercion, no NaN or infinity.
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+    Fields with unknown names are kept apart. `server.http.protocol.validation` names or refuses them.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+
+
+MAX_INTEGER = 2**63 - 1
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _wholes(value: Any) -> Any:
+    if type(value) is list and float in set(map(type, value)):
+        return list(map(_whole, value))
+    return value
+
+
+WHOLE = BeforeValidator(_whole)
+"""Annotation of an integer field. JSON has one kind of number, so 2.0 is the integer 2."""
+
+WHOLES = BeforeValidator(_wholes)
+"""The same for a list of integers, which may be long."""
+
+AtLeastOne = Annotated[int, Field(ge=1, le=MAX_INTEGER), WHOLE]
+Natural = Annotated[int, Field(ge=0, le=MAX_INTEGER), WHOLE]
+
+ID_TITLE = "TokenId"
+"""The title of the schema of a token id. The published schema gets the vocabulary's bound there."""
+
+TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "title": ID_TITLE})]
+"""A token id; `server.generation.intake` checks it against the model's vocabulary."""
 
 
 Label = Annotated[str, StringConstraints(max_length=512)]

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag
 
-from server.http.protocol.base import TAG, Body, Label, Neutral, tag_of_list
+from server.http.protocol.base import TAG, WHOLE, AtLeastOne, Body, Label, Neutral, tag_of_list
+from server.http.protocol.notices import FINGERPRINT, NOTICES, STOP_REASON, Notice
 from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
 from server.http.protocol.tools import (
     MAX_CALLS,
@@ -85,8 +86,8 @@ class ThinkingOptions(Body):
     """Whether the model reasons before it answers; as DeepSeek's interface has it."""
 
     type: Literal["enabled", "disabled"]
-    budget_tokens: int | None = Field(
-        default=None, ge=1, description="After so many tokens of reasoning the server ends it."
+    budget_tokens: AtLeastOne | None = Field(
+        default=None, description="After so many tokens of reasoning the server ends it."
     )
 
 
@@ -107,14 +108,15 @@ class ChatCompletionBody(GenerationBody):
     """What to answer, and how."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
-    max_completion_tokens: int | None = Field(
+    max_tokens: AtLeastOne | None = Field(
+        default=None, description="The older name of max_completion_tokens."
+    )
+    max_completion_tokens: AtLeastOne | None = Field(
         default=None,
-        ge=1,
         description="At most so many tokens; default: the server's (8192 for DeepSeek and GLM, else 1024, unless set).",
     )
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
 
     metadata: Metadata | None = Field(default=None, description="Labels; they change nothing.")
     safety_identifier: Label | None = Field(default=None, description="A label; it changes nothing.")
@@ -129,9 +131,15 @@ class ChatCompletionBody(GenerationBody):
         default=None,
         description="`required` and a name open the call for the model; `none` leaves the tools out of the prompt.",
     )
+    add_generation_prompt: bool | None = Field(
+        default=None, description="End the prompt with the opening of the answer; default: true."
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="The answer continues the last message, which is the assistant's."
+    )
     thinking: ThinkingOptions | None = None
-    thinking_token_budget: int | None = Field(
-        default=None, ge=1, description="Another name of thinking.budget_tokens."
+    thinking_token_budget: AtLeastOne | None = Field(
+        default=None, description="Another name of thinking.budget_tokens."
     )
     chat_template_kwargs: TemplateOptions | None = None
     reasoning_effort: Literal["none", "high"] | None = Field(
@@ -220,6 +228,7 @@ class ChatChoice(BaseModel):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: str | int | None = STOP_REASON
     warnings: list[ChoiceWarning] | None = None
 
 
@@ -230,8 +239,10 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str = FINGERPRINT
     choices: list[ChatChoice]
     usage: Usage
+    warnings: list[Notice] | None = NOTICES
 
 
 class MessageDelta(BaseModel):
@@ -251,6 +262,7 @@ class ChatChunkChoice(BaseModel):
     delta: MessageDelta
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"] | None
+    stop_reason: str | int | None = STOP_REASON
     warnings: list[ChoiceWarning] | None = None
 
 
@@ -261,5 +273,7 @@ class ChatCompletionChunk(BaseModel):
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
+    system_fingerprint: str = FINGERPRINT
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    warnings: list[Notice] | None = NOTICES

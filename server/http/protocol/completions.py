@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from server.http.protocol.base import TAG, Neutral, tag_of_list
+from server.http.protocol.base import TAG, WHOLE, WHOLES, Natural, Neutral, TokenId, tag_of_list
+from server.http.protocol.notices import FINGERPRINT, NOTICES, STOP_REASON, Notice
 from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
 from server.http.protocol.usage import Usage
 
@@ -14,15 +15,19 @@ from server.http.protocol.usage import Usage
 
 
 def _prompt_tag(value: Any) -> str | None:
-    kinds = ((str, f"{TAG}texts"), (int, f"{TAG}ids"), (list, f"{TAG}id_lists"))
+    kinds = ((str, f"{TAG}texts"), (int, f"{TAG}ids"), (float, f"{TAG}ids"), (list, f"{TAG}id_lists"))
     return tag_of_list(value, text=f"{TAG}text", empty=f"{TAG}texts", kinds=kinds)
 
 
 PromptField = Annotated[
     Annotated[str, Tag(f"{TAG}text")]
     | Annotated[list[str], Field(min_length=1), Tag(f"{TAG}texts")]
-    | Annotated[list[int], Tag(f"{TAG}ids")]
-    | Annotated[list[list[int]], Tag(f"{TAG}id_lists")],
+    | Annotated[list[TokenId], Field(min_length=1), WHOLES, Tag(f"{TAG}ids")]
+    | Annotated[
+        list[Annotated[list[TokenId], Field(min_length=1), WHOLES]],
+        Field(min_length=1),
+        Tag(f"{TAG}id_lists"),
+    ],
     Discriminator(
         _prompt_tag,
         custom_error_type="prompt",
@@ -36,15 +41,12 @@ class CompletionBody(GenerationBody):
 
     prompt: PromptField
     echo: bool | None = Field(default=None, description="Put the prompt in front of the text.")
-    logprobs: int | None = Field(
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
         default=None,
-        ge=0,
-        le=MAX_TOP_LOGPROBS,
         description="Report log-probabilities, with so many alternatives; with echo, of the prompt too.",
     )
-    logprob_start_len: int | None = Field(
+    logprob_start_len: Natural | None = Field(
         default=None,
-        ge=0,
         description="The first prompt token to report one of; what is cached of the prompt before it is not computed "
         "again.",
     )
@@ -80,6 +82,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None = STOP_REASON
 
 
 class Completion(BaseModel):
@@ -89,5 +92,7 @@ class Completion(BaseModel):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str = FINGERPRINT
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    warnings: list[Notice] | None = NOTICES

@@ -1,4 +1,4 @@
-"""Errors as clients see them: always OpenAI's `{"error": {...}}`, whatever went wrong.
+"""Errors as clients see them: OpenAI's `{"error": {...}}`, or under /v1/messages Anthropic's form, whatever went wrong.
 
 A message is one sentence that says what to change. Other modules decide when to raise which error.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import BaseModel, Field
 from starlette.responses import Response
@@ -33,6 +34,33 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+class MessagesErrorDetail(BaseModel):
+    """What went wrong."""
+
+    type: str = Field(description="The class of the error, such as `invalid_request_error`.")
+    message: str = Field(description="One sentence for a human: what is wrong and what to change.")
+
+
+class MessagesErrorResponse(BaseModel):
+    """The body of every response of /v1/messages that is not a success."""
+
+    type: Literal["error"]
+    error: MessagesErrorDetail
+
+
+MESSAGES = "/v1/messages"
+"""The path of the endpoints whose errors have Anthropic's form."""
+
+_MESSAGES_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
 class ApiError(Exception):
     """An answer that is not a success. Any code below a route may raise it; the app renders it."""
 
@@ -55,9 +83,17 @@ class ApiError(Exception):
         """The body. It is pure ASCII, so that it can always be encoded, whatever a client sent."""
         return json.dumps({"error": self.detail.model_dump()}, separators=(",", ":"))
 
-    def to_response(self) -> Response:
-        """The HTTP response."""
-        return Response(self.to_json(), self.status, self.headers, media_type="application/json")
+    def to_messages_json(self) -> str:
+        """The body in Anthropic's form, pure ASCII, too."""
+        kind = _MESSAGES_KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        detail = MessagesErrorDetail(type=kind, message=self.detail.message)
+        return json.dumps({"type": "error", "error": detail.model_dump()}, separators=(",", ":"))
+
+    def to_response(self, path: str = "") -> Response:
+        """The HTTP response, in the form of the endpoint at `path`."""
+        is_messages = path == MESSAGES or path.startswith(f"{MESSAGES}/")
+        body = self.to_messages_json() if is_messages else self.to_json()
+        return Response(body, self.status, self.headers, media_type="application/json")
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:

@@ -38,6 +38,18 @@ class LoadingProgress(BaseModel):
     total: int
 
 
+class Version(BaseModel):
+    """The version of the server."""
+
+    version: str
+
+
+class Load(BaseModel):
+    """How much work there is."""
+
+    server_load: int = Field(description="Choices that wait or run.")
+
+
 class Liveness(BaseModel):
     """The process answers."""
 

@@ -13,10 +13,12 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.http.protocol.base import Body
+from server.http.protocol.base import ID_TITLE, Body
 from server.http.protocol.chat import ChatCompletionBody, ChatCompletionChunk
 from server.http.protocol.completions import Completion, CompletionBody
 from server.http.protocol.errors import ErrorResponse
+from server.http.protocol.messages import CountTokensBody, MessageEvent, MessagesBody
+from server.http.protocol.tokens import DetokenizeBody, TokenizeBody
 
 _REFERENCE = "#/components/schemas/{model}"
 
@@ -38,14 +40,21 @@ class Description(TypedDict):
     openapi_extra: dict[str, Any]
 
 
-def describe(*, body: type[Body], whole: type[BaseModel], chunk: type[BaseModel]) -> Description:
+def describe(
+    *,
+    body: type[Body],
+    whole: type[BaseModel],
+    chunk: type[BaseModel],
+    error: type[BaseModel] = ErrorResponse,
+) -> Description:
     """Describe a generating endpoint for the schema: its body, response, stream events and errors."""
     responses: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse, "description": text} for status, text in _ERRORS.items()
+        status: {"model": error, "description": text} for status, text in _ERRORS.items()
     }
     events = (
-        f"With `stream`: server-sent events, each a `{chunk.__name__}`, then `data: [DONE]`. "
-        "A failure on the way is an event with an `ErrorResponse`, and the last one."
+        f"With `stream`: server-sent events, each a `{chunk.__name__}`"
+        f"{', then `data: [DONE]`' if error is ErrorResponse else ''}. "
+        f"A failure on the way is an event with an `{error.__name__}`, and the last one."
     )
     responses[200] = {
         "description": "The response.",
@@ -56,8 +65,26 @@ def describe(*, body: type[Body], whole: type[BaseModel], chunk: type[BaseModel]
     return {"responses": responses, "openapi_extra": {"requestBody": request}}
 
 
-def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """Return the function that makes the app's schema at its first call."""
+def describe_plain(
+    *, body: type[Body], answer: type[BaseModel], error: type[BaseModel] = ErrorResponse
+) -> Description:
+    """Describe an endpoint that reads a body and does not generate."""
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {"model": error, "description": _ERRORS[status]} for status in (400, 404, 413, 415)
+    }
+    responses[200] = {"description": "The response.", "model": answer}
+    request = {"required": True, "content": {"application/json": {"schema": _reference(body)}}}
+    return {"responses": responses, "openapi_extra": {"requestBody": request}}
+
+
+def openapi_of(app: FastAPI, *, vocabulary: int, empty_prompts: bool) -> Callable[[], dict[str, Any]]:
+    """Return the function that makes the app's schema at its first call.
+
+    Args:
+        app: with all its routes.
+        vocabulary: the number of token ids, which bounds them in the schema.
+        empty_prompts: an empty text is a prompt, because a token begins every sequence.
+    """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -68,6 +95,11 @@ def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
                 [
                     (ChatCompletionBody, "validation"),
                     (CompletionBody, "validation"),
+                    (TokenizeBody, "validation"),
+                    (DetokenizeBody, "validation"),
+                    (MessagesBody, "validation"),
+                    (CountTokensBody, "validation"),
+                    (MessageEvent, "serialization"),
                     (ChatCompletionChunk, "serialization"),
                     (Completion, "serialization"),
                 ],
@@ -76,10 +108,32 @@ def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
             components = schema.setdefault("components", {}).setdefault("schemas", {})
             for name, definition in definitions["$defs"].items():
                 components.setdefault(name, definition)
+            _bound(schema, vocabulary - 1)
+            if not empty_prompts:
+                _set_min_length(components["CompletionBody"]["properties"]["prompt"])
             app.openapi_schema = schema
         return app.openapi_schema
 
     return openapi
+
+
+def _bound(schema: Any, largest: int) -> None:
+    """Write the bound of token ids into a schema."""
+    if isinstance(schema, dict):
+        if schema.get("title") == ID_TITLE:
+            schema["maximum"] = largest
+        for part in schema.values():
+            _bound(part, largest)
+    elif isinstance(schema, list):
+        for part in schema:
+            _bound(part, largest)
+
+
+def _set_min_length(prompt: dict[str, Any]) -> None:
+    for kind in prompt["anyOf"] if "anyOf" in prompt else prompt["oneOf"]:
+        text = kind.get("items", kind)
+        if text.get("type") == "string":
+            text["minLength"] = 1
 
 
 def _reference(model: type[BaseModel]) -> dict[str, str]:

@@ -8,7 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag
 from pydantic_core import PydanticCustomError
 
-from server.http.protocol.base import TAG, Body, Label, Neutral, tag_of_list
+from server.http.protocol.base import (
+    MAX_INTEGER,
+    TAG,
+    WHOLE,
+    WHOLES,
+    AtLeastOne,
+    Body,
+    Label,
+    Natural,
+    Neutral,
+    TokenId,
+    tag_of_list,
+)
 
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 128
@@ -27,6 +39,9 @@ def _check_key(key: str) -> str:
     return key
 
 
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+
 def _stop_tag(value: Any) -> str | None:
     return tag_of_list(value, text=f"{TAG}one", empty=f"{TAG}many", kinds=((object, f"{TAG}many"),))
 
@@ -43,11 +58,13 @@ StopField = Annotated[
 
 
 def _top_k_tag(value: Any) -> str | None:
-    return f"{TAG}word" if isinstance(value, str) else f"{TAG}count" if isinstance(value, int) else None
+    return (
+        f"{TAG}word" if isinstance(value, str) else f"{TAG}count" if isinstance(value, int | float) else None
+    )
 
 
 TopK = Annotated[
-    Annotated[int, Field(ge=1), Tag(f"{TAG}count")] | Annotated[Literal["dense"], Tag(f"{TAG}word")],
+    Annotated[AtLeastOne, Tag(f"{TAG}count")] | Annotated[Literal["dense"], Tag(f"{TAG}word")],
     Discriminator(
         _top_k_tag,
         custom_error_type="top_k",
@@ -81,19 +98,20 @@ class StreamOptions(Body):
 class GenerationBody(Body):
     """How to generate. The defaults are OpenAI's."""
 
-    model: Annotated[str, StringConstraints(min_length=1, max_length=512)]
+    model: ModelName | None = Field(
+        default=None, description="The model that is served, which is also the default."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = Field(default=None, ge=1, description="Choices for each prompt.")
-    max_tokens: int | None = Field(
+    n: AtLeastOne | None = Field(default=None, description="Choices for each prompt.")
+    max_tokens: Natural | None = Field(
         default=None,
-        ge=0,
         description="At most so many tokens; default: the server's (8192 for DeepSeek and GLM, else 1024, unless set).",
     )
     temperature: float | None = Field(default=None, ge=0, le=2, description="Default 1; 0 is greedy.")
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(
-        default=None, ge=-1, lt=2**31, description="Sample from the k most likely tokens; 0 or -1: from all."
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = Field(
+        default=None, description="Sample from the k most likely tokens; 0 or -1: from all."
     )
     min_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -105,13 +123,16 @@ class GenerationBody(Body):
                 Annotated[str, AfterValidator(_check_key)],
                 Annotated[float, Field(ge=-100, le=100)],
             ],
-            Field(max_length=MAX_BIASES),
+            Field(
+                max_length=MAX_BIASES,
+                json_schema_extra={"propertyNames": {"pattern": f"^({_TOKEN_ID.pattern})$"}},
+            ),
         ]
         | None
     ) = Field(default=None, description="Token id, written as a string, to what is added to its logit.")
     stop: StopField | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS), WHOLES] | None = None
     ignore_eos: bool | None = Field(default=None, description="Generate on after end-of-sequence tokens.")
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    seed: Annotated[int, Field(ge=-MAX_INTEGER - 1, le=MAX_INTEGER), WHOLE] | None = None
     dsa: SparsityOptions | None = Field(default=None, description="Sparse attention, for this request only.")
     user: Label | None = Field(default=None, description="A label; it changes nothing.")

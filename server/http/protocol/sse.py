@@ -26,9 +26,10 @@ def event(data: str) -> bytes:
     return b"data: " + data.translate(_BREAKS).encode() + b"\n\n"
 
 
-def chunk(model: BaseModel) -> bytes:
-    """Write an object as one event, without the fields that were never set."""
-    return event(model.model_dump_json(exclude_unset=True))
+def chunk(model: BaseModel, name: str | None = None) -> bytes:
+    """Write an object as one event, without the fields that were never set. `name` is the event's type."""
+    data = event(model.model_dump_json(exclude_unset=True))
+    return data if name is None else b"event: " + name.encode() + b"\n" + data
 
 
 class TextEvent:
@@ -38,13 +39,13 @@ class TextEvent:
     reused for every text.
     """
 
-    def __init__(self, make: Callable[[str], BaseModel]) -> None:
+    def __init__(self, make: Callable[[str], BaseModel], name: str | None = None) -> None:
         """`make` returns the object for a text. The object must contain the text exactly once."""
         mark = secrets.token_hex(16)
-        self._before, _, self._after = chunk(make(mark)).partition(f'"{mark}"'.encode())
+        self._before, _, self._after = chunk(make(mark), name).partition(f'"{mark}"'.encode())
 
     def __call__(self, text: str) -> bytes:
-        """Return the same bytes as `chunk(make(text))`."""
+        """Return the same bytes as `chunk(make(text), name)`."""
         if text.isascii():
             return self._before + msgspec.json.encode(text) + self._after
         return self._before + msgspec.json.encode(text).decode().translate(_BREAKS).encode() + self._after

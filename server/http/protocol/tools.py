@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag
 
-from server.http.protocol.base import TAG, Body, Neutral
+from server.http.protocol.base import TAG, Body, Natural, Neutral
 
 MAX_TOOLS = 256
 MAX_CALLS = 256
@@ -58,10 +58,13 @@ ToolChoice = Annotated[
 ]
 
 
+CalledName = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+
+
 class CalledFunction(Body):
     """What was called. A model may call a tool by a name that no tool could have."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+    name: CalledName
     arguments: str = Field(description="A JSON object, as text.")
 
 
@@ -71,7 +74,7 @@ class PastCall(Body):
     id: CallId
     type: Literal["function"]
     function: CalledFunction
-    index: Annotated[int, Field(ge=0)] | None = Field(default=None, description="As streams have it; unused.")
+    index: Natural | None = Field(default=None, description="As streams have it; unused.")
 
 
 # ---- response -----------------------------------------------------------------------------------

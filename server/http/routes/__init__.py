@@ -7,7 +7,10 @@ from fastapi import APIRouter
 from server.http.routes.chat import router as chat
 from server.http.routes.completions import router as completions
 from server.http.routes.health import router as health
+from server.http.routes.messages import router as messages
 from server.http.routes.metrics import router as metrics
 from server.http.routes.models import router as models
+from server.http.routes.tokens import router as tokens
+from server.http.routes.version import router as version
 
-ROUTERS: tuple[APIRouter, ...] = (chat, completions, models, health, metrics)
+ROUTERS: tuple[APIRouter, ...] = (chat, completions, messages, models, tokens, health, version, metrics)

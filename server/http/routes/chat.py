@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.generation.render import ChatRenderer
+from server.http.body import read_body
 from server.http.middleware import record_of
 from server.http.protocol.chat import ChatCompletion, ChatCompletionBody, ChatCompletionChunk
 from server.http.protocol.openapi import describe
-from server.http.protocol.validation import parse_body
 from server.http.reply import GenerationReply, Order
 from server.services import services_of
 
@@ -30,16 +28,14 @@ async def create_chat_completion(request: Request) -> Response:
     request_id = record_of(request.scope).request_id
 
     async def prepare(request: Request) -> Order:
-        body = parse_body(ChatCompletionBody, request.headers.get("content-type"), await request.body())
+        body, notices = await read_body(request, ChatCompletionBody)
         work = await services.intake.chat(body, services.engine.status, request_id)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         renderer = ChatRenderer(
-            response_id=f"chatcmpl-{request_id}",
-            created=int(time.time()),
-            model=body.model,
+            services.head(f"chatcmpl-{request_id}", notices),
             text=services.text,
             include_usage=include_usage,
         )
-        return Order(work, renderer, stream=bool(body.stream), include_usage=include_usage)
+        return Order(work, renderer, stream=bool(body.stream))
 
     return GenerationReply(services, prepare)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.generation.render import CompletionRenderer
+from server.generation.render_completion import CompletionRenderer
+from server.http.body import read_body
 from server.http.middleware import record_of
 from server.http.protocol.completions import Completion, CompletionBody
 from server.http.protocol.openapi import describe
-from server.http.protocol.validation import parse_body
 from server.http.reply import GenerationReply, Order
 from server.services import services_of
 
@@ -30,18 +28,16 @@ async def create_completion(request: Request) -> Response:
     request_id = record_of(request.scope).request_id
 
     async def prepare(request: Request) -> Order:
-        body = parse_body(CompletionBody, request.headers.get("content-type"), await request.body())
+        body, notices = await read_body(request, CompletionBody)
         work = await services.intake.completion(body, services.engine.status, request_id)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         renderer = CompletionRenderer(
-            response_id=f"cmpl-{request_id}",
-            created=int(time.time()),
-            model=body.model,
+            services.head(f"cmpl-{request_id}", notices),
             text=services.text,
             include_usage=include_usage,
             echoes=work.echoes,
             prompts=[job.submit.prompt_token_ids for job in work.jobs],
         )
-        return Order(work, renderer, stream=bool(body.stream), include_usage=include_usage)
+        return Order(work, renderer, stream=bool(body.stream))
 
     return GenerationReply(services, prepare)

@@ -1,11 +1,11 @@
-"""GET /health/live and /health/ready."""
+"""GET /health, /health/live, /health/ready and /ping."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
 from engine.client import EngineState
-from server.generation.intake import why_not_ready
+from server.generation.prompts import why_not_ready
 from server.http.protocol.models import Liveness, LoadingProgress, Readiness
 from server.services import services_of
 
@@ -18,6 +18,18 @@ async def live() -> Liveness:
     return Liveness()
 
 
+@router.get("/ping", summary="Does the process answer?")
+@router.post("/ping", include_in_schema=False)
+async def ping() -> Liveness:
+    """The same as /health/live, under the name that SageMaker calls."""
+    return Liveness()
+
+
+@router.get(
+    "/health",
+    summary="Are requests taken?",
+    responses={503: {"model": Readiness, "description": "Not now; `reason` says why."}},
+)
 @router.get(
     "/health/ready",
     summary="Are requests taken?",

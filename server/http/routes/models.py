@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from server.generation.intake import model_not_found
+from server.generation.prompts import model_not_found
 from server.http.protocol.errors import ErrorResponse
 from server.http.protocol.models import ModelList, ModelObject
 from server.services import Services, services_of

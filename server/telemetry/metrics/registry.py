@@ -39,6 +39,9 @@ class Metrics:
         self._ledger_errors = Counter(
             "dsa_ledger_errors", "Rows that the usage ledger could not take.", registry=registry
         )
+        self._unknown = Counter(
+            "dsa_unknown_fields", "Fields of requests that their endpoint does not know.", registry=registry
+        )
         self._requests = Counter(
             "dsa_requests",
             "Requests answered, by how they ended.",
@@ -54,6 +57,10 @@ class Metrics:
     def rejected(self, reason: str | None) -> None:
         """Count a request that was refused before it ran."""
         self._rejections.labels(reason if reason in REJECTIONS else "other").inc()
+
+    def unknown_fields(self, count: int) -> None:
+        """Count fields that an endpoint did not know."""
+        self._unknown.inc(count)
 
     def closed(self, entry: Settlement) -> None:
         """Count the money of a request whose account was closed."""

@@ -18,6 +18,7 @@ from engine.plan.tiles import TileCosts
 from engine.plan.types import Sampled, SampleSpec, ScheduledRequest, StepPlan, StepResult
 from engine.protocol import EngineStats, SamplingParams, Work, add_counters
 from engine.step.core import EngineCore
+from engine.step.masking import TokenMasks
 from engine.step.runner import AtOnce
 from tests.engine.plan.kit import make
 
@@ -121,7 +122,7 @@ class _Instant(AtOnce):
     def __init__(self) -> None:
         self.now = 0.0
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
         drawn = (Sampled(token_ids=() if one.sample is None else (5,)) for one in plan.requests)
         return StepResult(sampled=tuple(drawn))
 

@@ -13,6 +13,7 @@ from engine.plan.tiles import TileCosts
 from engine.plan.types import PENDING, Sampled, StepPlan, StepResult
 from engine.protocol import Delta, SamplingParams, Submit
 from engine.step.core import EngineCore
+from engine.step.masking import TokenMasks
 
 SHAPE = ModelShape(
     row_flops=1, sparse_row_flops=1, head_flops=1, pair_flops=1, index_pair_flops=1, weight_bytes=1,
@@ -36,7 +37,7 @@ class Device:
     def clock(self) -> float:
         return self.now
 
-    def launch(self, plan: StepPlan) -> Flight:
+    def launch(self, plan: StepPlan, masks: TokenMasks | None = None, *, hold: bool = False) -> Flight:
         self.launched += 1
         number = self.launched
         self.log.append(f"launch {number}")
@@ -50,6 +51,9 @@ class Device:
 class Flight:
     def __init__(self, device: Device, number: int, plan: StepPlan) -> None:
         self._device, self._number, self._plan = device, number, plan
+
+    def draw(self, masks: TokenMasks | None) -> None:
+        self._device.log.append(f"draw {self._number}")
 
     def result(self) -> StepResult:
         device = self._device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from engine.memory.planes import PagedCache
 from engine.models.gqa.model import GqaModel
 from engine.plan.meter import Meter
 from engine.plan.scheduler import Scheduler
-from engine.plan.types import PENDING, ScheduledRequest, StepPlan
-from engine.protocol import Delta, SamplingParams, Submit
+from engine.plan.types import PENDING, SampleSpec, ScheduledRequest, StepPlan
+from engine.protocol import Delta, Grammar, SamplingParams, Submit, Vocabulary
 from engine.step.build import Built, build
 from engine.step.core import EngineCore, StepRunner
+from engine.step.grammars import Grammars
 from engine.step.runner import Runner
 from tests.engine.kit import VOCAB, base_of, random_overlay, tiny_checkpoint
 from tests.interpreter import prepare
@@ -98,22 +100,38 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 class Talk:
     """Requests through one loop."""
 
-    def __init__(self, built: Built, runner: StepRunner, pages: int = 16, budget: int = 64) -> None:
+    def __init__(
+        self,
+        built: Built,
+        runner: StepRunner,
+        pages: int = 16,
+        budget: int = 64,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         scheduler = Scheduler(
             pages, token_budget=budget, max_running=4, max_model_len=256, prefix_caching=True
         )
-        self.core = EngineCore(scheduler, runner, Meter(built.costs), sparse=True)
+        grammars = None if vocabulary is None else Grammars(vocabulary, VOCAB)
+        self.core = EngineCore(scheduler, runner, Meter(built.costs), sparse=True, grammars=grammars)
         self.deltas: dict[str, list[Delta]] = {}
         self.preemptions = 0
 
-    def ask(self, asked: list[Asked]) -> Talk:
+    def ask(self, asked: list[Asked], grammar: Grammar | None = None) -> Talk:
+        """Submit requests; those with "grammar" in their name have one."""
         for name, length, wishes in asked:
             params = SamplingParams(**{"max_tokens": 6, "seed": 0, "temperature": 0.0, **wishes})
             prompt = tuple((7 * i + len(name) + ord(name[-1])) % VOCAB for i in range(length))
             top_k = 32 if name.startswith("sparse") else None
             self.deltas[name] = []
+            own = grammar if "grammar" in name else None
             assert not self.core.submit(
-                Submit(request_id=name, prompt_token_ids=prompt, sampling=params, index_top_k=top_k)
+                Submit(
+                    request_id=name,
+                    prompt_token_ids=prompt,
+                    sampling=params,
+                    index_top_k=top_k,
+                    grammar=own,
+                )
             )
         return self
 
@@ -146,6 +164,44 @@ def test_what_is_said_is_the_same(pair: Pair, asked: list[Asked]) -> None:
     ahead = Talk(pair.built, pair.ahead).ask(asked).finish()
     assert ahead.said() == plain.said()
     assert {reason for _, _, _, reason in ahead.said().values()} == {"length"}
+
+
+@pytest.mark.parametrize("wishes", [{}, {"temperature": 0.8}, {"presence_penalty": 0.5, "logprobs": 1}])
+def test_masked_draws_wait_for_the_tokens_before_them(pair: Pair, wishes: dict[str, Any]) -> None:
+    """An answer with a grammar beside answers without one, whose steps are all launched ahead."""
+    tokens = (*(bytes([n]) for n in range(32, 32 + VOCAB - 1)), b"")
+    vocabulary = Vocabulary(tokens=tokens, special=(VOCAB - 1,), ends=(VOCAB - 1,))
+    grammar = Grammar(text='%llguidance {"no_forcing": true}\nstart: /([a-d]{2}-[0-9]){2,4}/')
+    asked: list[Asked] = [
+        ("a", 5, {**wishes, "seed": 5}),
+        ("grammar b", 40, {"max_tokens": 30, "stop_token_ids": (VOCAB - 1,), **wishes}),
+        ("c", 12, {"max_tokens": 14}),
+        ("grammar d", 9, {"max_tokens": 5}),
+    ]
+    said = []
+    for runner in (pair.plain, pair.ahead):
+        talk = Talk(pair.built, runner, vocabulary=vocabulary).ask(asked, grammar).finish()
+        said.append(talk.said())
+    assert said[1] == said[0]
+    for name, wanted in (("grammar b", r"([a-d]{2}-\d){2,4}"), ("grammar d", r"[a-d]{2}-\d[a-d]")):
+        own = said[1][name]
+        assert re.fullmatch(wanted, b"".join(tokens[token] for token in own[0]).decode())
+    assert said[1]["grammar b"][3] == "stop"
+    free = [one for one in asked if "grammar" not in one[0]]
+    alone = Talk(pair.built, pair.plain).ask(free).finish().said()
+    assert alone == {name: said[1][name] for name, _, _ in free}
+
+
+def test_nothing_is_launched_after_a_step_that_waits(pair: Pair) -> None:
+    spec = SampleSpec(params=SamplingParams(max_tokens=1, seed=0), output_index=0, prompt_len=1, history=())
+    row = ScheduledRequest(
+        request_id="x", token_ids=(3,), start=0, page_ids=(0,), index_top_k=None, sample=spec
+    )
+    flight = pair.ahead.launch(StepPlan(requests=(row,)), hold=True)
+    with pytest.raises(EngineError, match="waits for its masks"):
+        pair.ahead.launch(StepPlan(requests=(row,)))
+    flight.draw(None)
+    assert len(flight.result().sampled[0].token_ids) == 1
 
 
 def test_kernels_take_tokens_that_the_host_does_not_know(pair: Pair) -> None:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.plan.types import StepPlan, StepResult
+from engine.step.masking import TokenMasks
 from engine.step.runner import AtOnce
 from tests.engine.kit import VOCAB, Lab, Run, base_of, random_overlay, tiny_checkpoint
 
@@ -58,9 +59,9 @@ class Oracle(AtOnce):
         self._run, self._texts, self._count = run, texts, count
         self._random = random.Random(0)
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
         sampled = []
-        result = Run.run(self._run, plan)
+        result = Run.run(self._run, plan, masks)
         for request, one in zip(plan.requests, result.sampled, strict=True):
             known = request.start + len(request.token_ids) - request.num_drafts + len(one.token_ids)
             drafts = self._texts[request.request_id][known : known + self._count]

@@ -6,20 +6,24 @@ import random
 import re
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lab.corpus import build_corpus, facts, load_manifest, load_tokens, needles
-from lab.corpus.chatml import ChatML, ChatTurn
+from lab.corpus.chatml import ChatML, ChatTurn, default_system
 from lab.corpus.dialogues import make_dialogues
 from lab.corpus.documents import Document
-from lab.corpus.manifest import sha256
+from lab.corpus.lengths import OF_32K
+from lab.corpus.manifest import compact, sha256
 from lab.corpus.packing import SHORTEST, budgets, pack
 from lab.corpus.prompts import make_prompts
 from lab.corpus.retrieval import make_retrieval
 from lab.corpus.sources import CorpusSource
+from server.chat import ChatFormat
 
 CONTROL = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
 
@@ -88,6 +92,52 @@ def test_chat_text_cannot_become_a_control_token() -> None:
     (start, end) = rendered.answers[0]
     assert rendered.ids[start] == 1
     assert rendered.ids[end - 1] == 2
+
+
+class Format(ChatFormat):
+    """A chat format that writes one turn after a text of its own."""
+
+    def __init__(self, before: str) -> None:
+        self.before = before
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        content = messages[0]["content"]
+        return f"{self.before}<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_chat_without_a_system_message_gets_that_of_the_models_own_format() -> None:
+    own = default_system(Format("<|im_start|>system\nYou are Q.\nBe brief.<|im_end|>\n"))
+    assert own == "You are Q.\nBe brief."
+    asked = [ChatTurn("user", "Hi")]
+    with_own = ChatML(Words(), own).render(asked).ids
+    assert with_own == ChatML(Words()).render([ChatTurn("system", own), *asked]).ids
+    none = default_system(Format(""))
+    assert none is None
+    assert ChatML(Words(), none).render(asked).ids == with_own[-len(CHAT.text("user\nHi")) - 3 :]
+    with pytest.raises(ValueError, match="does not write ChatML"):
+        default_system(Format("[INST]"))
+
+
+def test_tokens_take_32_bits_only_if_a_token_needs_them() -> None:
+    small, large = np.array([0, 65535], np.uint32), np.array([0, 65536], np.uint32)
+    assert compact(small).dtype == np.uint16
+    assert compact(small).tolist() == [0, 65535]
+    assert compact(large).dtype == np.uint32
+    assert compact(large).tolist() == [0, 65536]
+    assert compact(np.empty(0, np.uint32)).dtype == np.uint16
+
+
+def test_sequences_of_a_longer_context_are_longer() -> None:
+    text = [Document("book", "0", "books", "train", prose(3, 900))]
+    lengths = [len(p.ids) for p in pack(text, CHAT, random.Random(0), 10**9, lengths=OF_32K)]
+    assert set(lengths[:-1]) <= {8192, 16384, 32768}
+    assert max(lengths) == 32768
+    facts = [len(p.ids) for p in make_retrieval(text, CHAT, random.Random(1), 150_000, lengths=OF_32K)]
+    assert 16384 < max(facts) <= 32768
+    chats = [len(p.ids) for p in make_dialogues(text, CHAT, random.Random(1), 150_000, lengths=OF_32K)]
+    assert 16384 < max(chats) <= 32768
+    asked = make_prompts(text, "train", CHAT, 0, 60, lengths=OF_32K)
+    assert 16384 < max(prompt.tokens for prompt in asked) <= OF_32K.longest_prompt
 
 
 def test_a_vocabulary_without_chatml_is_refused() -> None:
@@ -243,6 +293,7 @@ def test_build_is_deterministic_and_keeps_the_splits_apart(tmp_path: Path) -> No
             report=lambda *step: reports.append(step),
         )
         assert manifest == load_manifest(tmp_path / folder)
+        assert '"context"' not in (tmp_path / folder / "manifest.json").read_text()
         assert any(what == "packing train" for what, _, _ in reports)
         for name, split in manifest.splits.items():
             tokens = load_tokens(tmp_path / folder, split)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from lab.corpus import dialogues, prompts, retrieval
 from lab.corpus.chatml import ChatML
 from lab.corpus.documents import Document
-from lab.corpus.longprompts import KINDS, LENGTHS, SHORTEST, TEMPLATES, make_long_prompts
+from lab.corpus.lengths import OF_8K, OF_32K
+from lab.corpus.longprompts import KINDS, SHORTEST, TEMPLATES, make_long_prompts
 
 
 class Words:
@@ -49,14 +50,24 @@ def test_kinds_and_lengths_are_even_and_all_text_is_held_out() -> None:
     assert set(kinds) == set(KINDS)
     assert max(kinds.values()) <= 2 * min(kinds.values())
     tokens = [prompt.tokens for prompt in made]
-    assert SHORTEST <= min(tokens) <= LENGTHS[0]
-    assert 0.9 * LENGTHS[-1] <= max(tokens) <= LENGTHS[-1]
+    assert SHORTEST <= min(tokens) <= OF_8K.long_prompts[0]
+    assert 0.9 * OF_8K.long_prompts[-1] <= max(tokens) <= OF_8K.long_prompts[-1]
     for prompt in made:
         assert prompt.source.startswith("held")
         assert not any(" t7 " in turn.content for turn in prompt.messages)
         assert prompt.messages[-1].role == "user"
     assert made == make_long_prompts(DOCUMENTS, ChatML(Words()), 0, 60)
     assert made != make_long_prompts(DOCUMENTS, ChatML(Words()), 1, 60)
+
+
+def test_a_longer_context_has_longer_prompts() -> None:
+    pages = [
+        page(f"held {kind} {i}", "heldout", kind, 90) for kind in ("prose", "docs", "code") for i in range(2)
+    ]
+    made = make_long_prompts(pages, ChatML(Words()), 0, 20, lengths=OF_32K)
+    assert {prompt.kind for prompt in made} == set(KINDS)
+    for length in OF_32K.long_prompts:
+        assert sum(0.9 * length <= prompt.tokens <= length for prompt in made) >= 3, length
 
 
 def test_nothing_is_made_without_held_out_text() -> None:

@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -71,6 +72,25 @@ def test_fifty_steps_lower_the_divergence_and_raise_the_recall_of_every_layer(
         assert late_loss < 0.85 * early_loss
         assert late_recall > early_recall + 0.02
     assert all(torch.equal(before[name], weight) for name, weight in bench.weights.items())
+
+
+def test_the_sparse_stage_may_read_everything_in_the_layers_before(
+    bench: Bench, corpus: Path, tmp_path: Path
+) -> None:
+    """The first layer's loss is the same; a later layer sees what dense attention gives it, as at a top_k of everything."""
+    base = msgspec.structs.replace(
+        SHORT, warmup_steps=0, sparse_steps=1, max_length=96, sparse_support="causal"
+    )
+    logs = {}
+    changes: dict[str, dict[str, Any]] = {
+        "selected": {}, "dense": {"sparse_forward": "dense"}, "everything": {"sparse_top_k": (96,)},
+    }  # fmt: skip
+    for name, change in changes.items():
+        trainer(bench, corpus, tmp_path / name, msgspec.structs.replace(base, **change)).run()
+        (logs[name],) = read_log(tmp_path / name)
+    assert logs["dense"].loss[0] == logs["selected"].loss[0]
+    assert abs(logs["dense"].loss[2] - logs["selected"].loss[2]) > 1e-4
+    assert logs["dense"].loss == pytest.approx(logs["everything"].loss, rel=1e-5)
 
 
 def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(
@@ -212,7 +232,7 @@ def test_the_command_leaves_an_overlay_that_the_engine_serves(
     bench: Bench, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("lab.distill.evaluate.held_out.__kwdefaults__", _defaults(beyond=64))
+    monkeypatch.setattr("lab.distill.run.LEAST_TOP_K", 32)
     out = tmp_path / "out"
     assert start(app, "distill", command(bench, corpus, out, "--until=3", "--evaluate-every=2")) == 0
     assert "step 1 of 7  dense  KL " in capsys.readouterr().out
@@ -227,7 +247,7 @@ def test_the_command_leaves_an_overlay_that_the_engine_serves(
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((out / "evaluation.json").read_text())
     assert list(figures) == ["dense"] + [
-        f"{name} {k}" for k in (256, 512) for name in ("sparse", "oracle", "window")
+        f"{name} {k}" for k in (16, 32) for name in ("sparse", "oracle", "window")
     ]
     lab = Lab(bench.folder, out / "indexer.safetensors")
     info = lab.built.ready.model.indexer
@@ -259,12 +279,6 @@ def test_a_run_goes_on_from_an_overlay(
     capsys.readouterr()
     assert start(app, "distill", command(bench, corpus, tmp_path / "third", *more, "--heads=4")) == 1
     assert "--heads is 4, but" in capsys.readouterr().err
-
-
-def _defaults(**changes: object) -> dict[str, object]:
-    from lab.distill.evaluate import held_out
-
-    return {**(held_out.__kwdefaults__ or {}), **changes}
 
 
 def test_a_signal_stops_the_command_and_the_same_command_goes_on(

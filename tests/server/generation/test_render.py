@@ -8,11 +8,15 @@ from hypothesis import strategies as st
 from engine.protocol import TokenLogprob
 from server.chat.parts import CallArguments, CallStart, Content, Reasoning, Warn
 from server.generation.choice import TextDelta
-from server.generation.render import ChatRenderer, CompletionRenderer, Renderer
+from server.generation.render import ChatRenderer, Head, Streamed
+from server.generation.render_completion import CompletionRenderer
 from server.http.protocol import sse
+from server.http.protocol.notices import Notice
 from tests.server.kit import TEXT
 
 LOGPROB = TokenLogprob(token_id=65, logprob=-0.5, rank=1, top=((65, -0.5),))
+
+HEAD = Head("i", created=7, model="m", fingerprint="fp", notices=[Notice(code="c", message="m")])
 
 texts = st.text('aé\u2028"\n', max_size=4)  # what characters become is tested with the events
 parts = st.one_of(
@@ -35,13 +39,13 @@ deltas = st.builds(
 )
 
 
-def chat(include_usage: bool) -> Renderer:
-    return ChatRenderer(response_id="i", created=7, model="m", text=TEXT, include_usage=include_usage)
+def chat(include_usage: bool) -> Streamed:
+    return ChatRenderer(HEAD, text=TEXT, include_usage=include_usage)
 
 
-def completion(include_usage: bool) -> Renderer:
+def completion(include_usage: bool) -> Streamed:
     return CompletionRenderer(
-        response_id="i", created=7, model="m", text=TEXT, include_usage=include_usage, echoes=["", "echo"],
+        HEAD, text=TEXT, include_usage=include_usage, echoes=["", "echo"],
         prompts=[[66, 67], [66, 67]],
     )  # fmt: skip
 

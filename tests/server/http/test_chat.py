@@ -40,6 +40,7 @@ async def test_answers() -> None:
     body = response.json()
     assert body.pop("id").startswith("chatcmpl-")
     assert body.pop("created") > 0
+    assert body.pop("system_fingerprint").startswith("fp_")
     assert body == {
         "object": "chat.completion",
         "model": "fake-model",
@@ -49,6 +50,7 @@ async def test_answers() -> None:
                 "message": {"role": "assistant", "content": "hello", "refusal": None},
                 "logprobs": None,
                 "finish_reason": "stop",
+                "stop_reason": None,
             }
         ],
         "usage": {
@@ -134,7 +136,7 @@ async def test_several_choices_have_seeds_of_their_own() -> None:
     body = response.json()
     assert [choice["message"]["content"] for choice in body["choices"]] == ["000", "111", "222"]
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
-    assert body["usage"]["prompt_tokens"] == 12
+    assert body["usage"]["prompt_tokens"] == 4  # the choices share one prompt
     assert body["usage"]["completion_tokens"] == 12
     seeds = [submitted.sampling.seed for submitted in engine.submitted]
     assert len(set(seeds)) == 3

@@ -21,7 +21,9 @@ async def test_answers() -> None:
     body = (await post(engine, completion_body("hi"))).json()
     assert body["object"] == "text_completion"
     assert body["id"].startswith("cmpl-")
-    assert body["choices"] == [{"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop"}]
+    assert body["choices"] == [
+        {"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+    ]
     assert body["usage"]["total_tokens"] == 9
     assert engine.submitted[0].prompt_token_ids == (BOS, *ids("hi"))
 

@@ -296,7 +296,6 @@ async def test_results_are_put_into_the_order_of_their_calls(serve: Serve) -> No
         ),
         ({"thinking": {"type": "enabled"}, "reasoning_effort": "none"}, "reasoning_effort", "contradict"),
         ({"reasoning_effort": "low"}, "reasoning_effort", "'none' or 'high'"),
-        ({"chat_template_kwargs": {"template": "x"}}, "chat_template_kwargs.template", "not a field"),
         ({"thinking_token_budget": 3}, "thinking_token_budget", "switched on"),
         (
             {"thinking": {"type": "enabled", "budget_tokens": 3}, "presence_penalty": 1},
@@ -311,6 +310,20 @@ async def test_what_makes_no_sense_is_refused(fields: dict[str, Any], param: str
         error = error_of(await http.post("/v1/chat/completions", json=body), 400)
     assert error["param"] == param
     assert words in error["message"], error["message"]
+
+
+@pytest.mark.parametrize("policy", ["accept", "refuse"])
+async def test_a_template_gets_only_the_switches_that_are_known(policy: str) -> None:
+    app = create_app(make_config(unknown_fields=policy), engine_of("x"), VOCABULARY, DeepSeekV32())
+    async with client(app) as http:
+        body = {"model": MODEL, "messages": [user("?")], "chat_template_kwargs": {"template": "x"}}
+        response = await http.post("/v1/chat/completions", json=body)
+    if policy == "refuse":
+        assert error_of(response, 400)["param"] == "chat_template_kwargs.template"
+    else:
+        assert [notice["param"] for notice in response.json()["warnings"]] == [
+            "chat_template_kwargs.template"
+        ]
 
 
 async def test_v31_calls_tools_without_thinking() -> None:

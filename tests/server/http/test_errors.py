@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +12,7 @@ import httpx
 import pytest
 
 from tests.server.fake_engine import FakeEngine
-from tests.server.kit import chat_body, client, completion_body, error_of, make_app, speaking
+from tests.server.kit import chat_body, client, completion_body, error_of, events, make_app, speaking
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -28,14 +30,12 @@ async def completion(
         return await http.post(COMPLETIONS, json=completion_body() | fields)
 
 
-USER = {"role": "user", "content": "x"}
+USER: dict[str, Any] = {"role": "user", "content": "x"}
 
 
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"temprature": 1}, "temprature", "did you mean temperature?"),
-        ({"zzzzzz": 1}, "zzzzzz", "remove it"),
         ({"temperature": "1"}, "temperature", "must be a valid number"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"n": True}, "n", "must be a valid integer"),
@@ -48,25 +48,27 @@ USER = {"role": "user", "content": "x"}
         ({"stop": ["a", ""]}, "stop[1]", "at least 1 character"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"stop": 7}, "stop", "string or a list of strings"),
-        ({"seed": 2**63}, "seed", "less than"),
+        ({"seed": 2**63}, "seed", "less than or equal to"),
         ({"logit_bias": {"300": 1}}, "logit_bias", "not a token id"),
+        ({"max_tokens": 10**4299}, "max_tokens", "less than or equal to"),
+        ({"seed": 10**4299}, "seed", "less than or equal to"),
+        ({"thinking_token_budget": 10**4299}, "thinking_token_budget", "less than or equal to"),
         ({"logit_bias": {"-1": 1}}, "logit_bias.-1", "must be a token id"),
         ({"logit_bias": {"01": 1}}, "logit_bias.01", "must be a token id"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "not a token id"),
-        ({"stop_token_ids": [300]}, "stop_token_ids", "ids go from 0 to 258"),
+        ({"stop_token_ids": [300]}, "stop_token_ids", "ids go from 0 to 299"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "two names of one limit"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"logprobs": 1}, "logprobs", "valid boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
-        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "include_usage"),
         ({"dsa": {"top_k": 0}}, "dsa.top_k", "greater than or equal to 1"),
         ({"dsa": {"top_k": 257}}, "dsa.top_k", "256"),
         ({"dsa": {"top_k": "sparse"}}, "dsa.top_k", "'dense'"),
         ({"dsa": {"top_k": True}}, "dsa.top_k", "valid integer"),
-        ({"dsa": {"topk": 8}}, "dsa.topk", "did you mean top_k?"),
+        ({"dsa": {"topk": 8}}, "dsa.top_k", "did you mean top_k?"),
         ({"dsa": {}}, "dsa.top_k", "is required"),
         ({"dsa": 7}, "dsa", "must be an object"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "no tool calling"),
@@ -80,7 +82,6 @@ USER = {"role": "user", "content": "x"}
         ({"metadata": {"a": 1}}, "metadata.a", "valid string"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is required"),
-        ({"messages": [USER | {"contents": 1}]}, "messages[0].contents", "did you mean content?"),
         ({"messages": [USER | {"name": "Bo"}]}, "messages[0].name", "write it in the content"),
         ({"messages": [USER | {"content": None}]}, "messages[0].content", "must be a string or a list"),
         ({"messages": [USER | {"role": "tool"}]}, "messages[0].role", "'user'"),
@@ -110,7 +111,85 @@ async def test_bad_fields(fields: dict[str, Any], param: str, words: str) -> Non
 async def test_a_misspelling_is_named_before_what_is_missing() -> None:
     async with client(make_app(speaking())) as http:
         response = await http.post(CHAT, json={"model": "fake-model", "mesages": []})
-    assert "did you mean messages?" in error_of(response, 400, "unknown_field")["message"]
+    assert "did you mean messages?" in error_of(response, 400, "missing_field")["message"]
+
+
+UNKNOWN: list[tuple[dict[str, Any], str, str]] = [
+    ({"temprature": 1}, "temprature", "did you mean temperature?"),
+    ({"zzzzzz": 1}, "zzzzzz", "remove it"),
+    ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "include_usage"),
+    ({"dsa": {"top_k": 8, "topk": 8}}, "dsa.topk", "did you mean top_k?"),
+    ({"messages": [USER | {"contents": 1}]}, "messages[0].contents", "did you mean content?"),
+    (
+        {"messages": [USER | {"content": [{"type": "text", "text": "x", "size": 1}]}]},
+        "messages[0].content[0].size",
+        "remove it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "path", "hint"), UNKNOWN)
+async def test_an_unknown_field_is_named_and_counted(fields: dict[str, Any], path: str, hint: str) -> None:
+    async with client(make_app(speaking())) as http:
+        response = await http.post(CHAT, json=chat_body() | fields)
+        assert "dsa_unknown_fields_total 1.0" in (await http.get("/metrics")).text
+    first = events(response)[0] if "stream" in fields else response.json()
+    (notice,) = first["warnings"]
+    assert (notice["code"], notice["param"]) == ("unknown_field", path)
+    assert hint in notice["message"]
+    if "stream" in fields:
+        assert all("warnings" not in event for event in events(response)[1:-1])
+
+
+@pytest.mark.parametrize(("fields", "path", "hint"), UNKNOWN)
+async def test_unknown_fields_may_be_refused(fields: dict[str, Any], path: str, hint: str) -> None:
+    error = error_of(await chat(fields, unknown_fields="refuse"), 400, "unknown_field")
+    assert error["param"] == path
+    assert hint in error["message"]
+
+
+async def test_many_unknown_fields() -> None:
+    response = await completion({f"x{number}": number for number in range(1000)})
+    assert len(response.json()["warnings"]) == 20
+
+
+@pytest.mark.parametrize(
+    "fields", [{"max_tokens": 3.0}, {"n": 1.0}, {"seed": 3.0}, {"top_k": 5.0}, {"dsa": {"top_k": 4.0}}]
+)
+async def test_integers_may_be_written_with_a_point(fields: dict[str, Any]) -> None:
+    assert (await chat(fields)).status_code == 200
+    assert (await completion(fields)).status_code == 200
+
+
+async def test_token_ids_may_be_written_with_a_point() -> None:
+    engine = speaking()
+    assert (await completion({"prompt": [5.0, 6]}, engine)).status_code == 200
+    assert (await completion({"prompt": [[5.0], [6]]}, engine)).status_code == 200
+    assert [submitted.prompt_token_ids for submitted in engine.submitted] == [(5, 6), (5,), (6,)]
+
+
+async def test_the_model_may_be_left_out() -> None:
+    async with client(make_app(speaking())) as http:
+        response = await http.post(CHAT, json={"messages": [USER]})
+    assert response.json()["model"] == "fake-model"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_compressed_bodies(encoding: str) -> None:
+    pack = gzip.compress if encoding == "gzip" else zlib.compress
+    headers = {"content-type": "application/json", "content-encoding": encoding}
+    async with client(make_app(speaking(), max_body_bytes=5000)) as http:
+        packed = pack(json.dumps(chat_body()).encode())
+        assert (await http.post(CHAT, content=packed, headers=headers)).status_code == 200
+        response = await http.post(CHAT, content=packed[:-9], headers=headers)
+        error_of(response, 400, "invalid_encoding")
+        response = await http.post(CHAT, content=b"no", headers=headers)
+        error_of(response, 400, "invalid_encoding")
+        bomb = pack(b" " * 10**6)
+        assert len(bomb) < 5000
+        error_of(await http.post(CHAT, content=bomb, headers=headers), 413, "body_too_large")
+        headers["content-encoding"] = "br"
+        error_of(await http.post(CHAT, content=packed, headers=headers), 415, "unsupported_encoding")
 
 
 NEUTRAL = {
@@ -157,7 +236,7 @@ async def test_neutral_values_are_accepted() -> None:
     [
         ({"prompt": ""}, None, None),
         ({"prompt": []}, "prompt", "at least 1 item"),
-        ({"prompt": [[]]}, "prompt", "empty"),
+        ({"prompt": [[]]}, "prompt[0]", "at least 1 item"),
         ({"prompt": [1, "a"]}, "prompt[1]", "valid integer"),
         ({"prompt": ["a", 1]}, "prompt[1]", "valid string"),
         ({"prompt": [[1], "a"]}, "prompt[1]", "valid array"),
@@ -166,13 +245,12 @@ async def test_neutral_values_are_accepted() -> None:
         ({"prompt": [True]}, "prompt[0]", "valid integer"),
         ({"prompt": [-1]}, "prompt", "prompt[0] is not a token id"),
         ({"prompt": [5, 10**30]}, "prompt", "prompt[1] is not a token id"),
-        ({"prompt": [[5], [259]]}, "prompt[1]", "prompt[1][0] is not a token id"),
+        ({"prompt": [[5], [300]]}, "prompt[1]", "prompt[1][0] is not a token id"),
         ({"prompt": ["a"] * 17}, "prompt", "at most 16"),
         ({"max_tokens": 0}, "max_tokens", "echo"),
         ({"best_of": 2}, "best_of", "use n"),
         ({"suffix": "x"}, "suffix", "fill in the middle"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
-        ({"messages": []}, "messages", "not a field"),
     ],
 )
 async def test_bad_completion_fields(fields: dict[str, Any], param: str | None, words: str | None) -> None:
@@ -251,7 +329,6 @@ async def test_other_content_types(content_type: str | None) -> None:
 async def test_unknown_paths_and_methods() -> None:
     async with client(make_app(speaking())) as http:
         error_of(await http.get("/nowhere"), 404, "not_found")
-        error_of(await http.get("/v1/models/"), 404)
         response = await http.get(CHAT)
         error_of(response, 405, "method_not_allowed")
         assert response.headers["allow"] == "POST"

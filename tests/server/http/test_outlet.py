@@ -21,7 +21,7 @@ from engine.protocol import TokenLogprob
 from server.chat.parts import Content, Reasoning
 from server.generation.choice import TextDelta, join_texts
 from server.generation.generate import Generation
-from server.generation.render import ChatRenderer
+from server.generation.render import ChatRenderer, Head
 from server.http import reply
 from server.http.outlet import _MANY, Outlet
 from server.http.protocol import sse
@@ -181,9 +181,7 @@ async def test_a_stream_has_the_bytes_of_its_plain_objects(group: int, stop: tup
         got = await (await http.post(f"{url}/v1/chat/completions", json=body)).aread()
     first = json.loads(got.partition(b"\n\n")[0].removeprefix(b"data: "))
     renderer = ChatRenderer(
-        response_id=first["id"],
-        created=first["created"],
-        model=first["model"],
+        Head(first["id"], first["created"], first["model"], first["system_fingerprint"]),
         text=TEXT,
         include_usage=False,
     )

@@ -39,13 +39,13 @@ class Desk:
         assert self.rows()  # never counted before it is durable
         self.closed.append(entry)
 
-    def account(self, *choices: str) -> Account:
+    def account(self, *choices: str, shared: bool = False) -> Account:
         sampling = SamplingParams(max_tokens=20, seed=1)
         submits = [
             Submit(request_id=name, prompt_token_ids=(1,), sampling=sampling, index_top_k=64)
             for name in choices
         ]
-        jobs = [Job(index, submit) for index, submit in enumerate(submits)]
+        jobs = [Job(i, submit, shares_prompt=shared and i > 0) for i, submit in enumerate(submits)]
         return Account(self.books, request_id="r", endpoint="/v1/completions", key="anonymous", jobs=jobs)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -125,6 +125,20 @@ async def test_one_without_an_answer_is_written_when_the_engine_let_go(
     assert (row["outcome"], row["amount_nanos"]) == (outcome, amount)
     assert (row["device_ns"], row["completion_tokens"]) == (5 * 10**8, 20)
     assert row["metered_nanos"] > 0
+
+
+@pytest.mark.parametrize("first", [used(), None, used(0.0, rows=0, completion=0)])
+async def test_cancelled_choices_of_one_prompt_pay_for_it_once(
+    desk: Desk, first: RequestUsage | None
+) -> None:
+    account = desk.account("a", "b", "c", shared=True)
+    account.abandon("cancelled")
+    for name, usage in (("c", used()), ("b", used()), ("a", first)):  # settled in any order
+        account.settle(name, usage)
+    await desk.counted()
+    (row,) = desk.rows()
+    assert (row["prompt_tokens"], row["cached_tokens"]) == (100, 40)
+    assert row["completion_tokens"] == 40 + (first.completion_tokens if first else 0)
 
 
 async def test_cancelled_in_the_queue_costs_nothing(desk: Desk) -> None:

@@ -56,7 +56,7 @@ async def test_one_access_line_a_request(stderr: io.StringIO) -> None:
         "level": "info", "method": "POST", "endpoint": "/v1/chat/completions", "status": 200, "outcome": "stop",
         "model": "fake-model", "stream": False, "choices": 2, "finish_reasons": ["stop", "stop"],
         "prompt_tokens": usage["prompt_tokens"], "completion_tokens": usage["completion_tokens"],
-        "cached_tokens": 2, "queue_seconds": 0.001,
+        "cached_tokens": 1, "queue_seconds": 0.001,
     }  # fmt: skip
     assert {name: chat[name] for name in expected} == expected
     assert 0 < chat["time_to_first_token_seconds"] <= chat["duration_seconds"]

@@ -14,6 +14,7 @@ from engine.kernels.triton import race
 from engine.kernels.triton.kernel import kernel
 from engine.kernels.triton.sampling import DrawRows, Needs, count_tokens, draw
 from engine.step.device_sampler import needs_of, table
+from engine.step.masking import TokenMasks
 from engine.step.race import exponential_noise, stream_key
 from engine.step.sampler import sample
 from lab.doctor.pointwise import check_draws, draw_on, draw_rows, sample_spec
@@ -226,12 +227,60 @@ def test_padding_rows_are_greedy_and_count_nothing(device: torch.device) -> None
         bias_ids=torch.zeros(4, 1, dtype=torch.int32, device=device),
         bias_values=torch.zeros(4, 1, device=device),
         history=history,
+        masks=torch.full((4, 1), -1, dtype=torch.int32, device=device),
+        mask_of=torch.full((4,), -1, dtype=torch.int32, device=device),
     )
     logits = normal(4, 300, 2.0).to(device)
     tokens = draw(logits, rows, Needs()).tokens
     assert torch.equal(tokens[1:], logits[1:].argmax(-1))
     count_tokens(rows, tokens)
     assert int(history.sum()) == 2
+
+
+def masks_of(allowed: list[set[int] | None], vocab: int) -> TokenMasks:
+    """A mask for each row that has a set of tokens."""
+    own = [tokens for tokens in allowed if tokens is not None]
+    bits = np.zeros((len(own), -(-vocab // 32) * 32), dtype=np.uint8)
+    for row, tokens in enumerate(own):
+        bits[row, sorted(tokens)] = 1
+    of = np.array([-1 if tokens is None else 0 for tokens in allowed], dtype=np.int32)
+    of[of >= 0] = np.arange(len(own))
+    return TokenMasks(np.packbits(bits, axis=1, bitorder="little").view(np.int32), of)
+
+
+@pytest.mark.parametrize("vocab", [33, 5000, 12_345])
+def test_masked_rows_draw_what_their_mask_allows(vocab: int, device: torch.device) -> None:
+    """One token, few, those of a single chunk, nearly all; beside rows without a mask."""
+    most = set(range(vocab)) - {0, vocab - 1}
+    few = {1, vocab // 2, vocab - 1}
+    allowed = [{7}, {7}, few, few, most, most, None, None, set(range(8, 30)), few]
+    specs = [
+        sample_spec(seed=1, temperature=0),
+        sample_spec(seed=2),
+        sample_spec(seed=3, temperature=0, logprobs=3),
+        sample_spec(seed=4, top_k=5, top_p=0.9),
+        sample_spec(seed=5, temperature=0.7, logprobs=0),
+        sample_spec(seed=6, min_p=0.2),
+        sample_spec(seed=7),
+        sample_spec(seed=8, temperature=0),
+        sample_spec(seed=9, top_k=2, logit_bias=((9, 3.0), (31, 90.0))),
+        sample_spec((1, 1, 2), 1, seed=10, presence_penalty=1.5, temperature=0.5),
+    ]
+    logits = normal(len(specs), vocab, 2.0)
+    masks = masks_of(allowed, vocab)
+    check_draws(logits, specs, device, masks)
+    tokens = draw_on(logits, specs, device, masks).tokens.tolist()
+    assert all(own is None or token in own for own, token in zip(allowed, tokens, strict=True))
+    unmasked = [row for row, own in enumerate(allowed) if own is None]
+    alone = draw_on(logits[unmasked], [specs[row] for row in unmasked], device).tokens.tolist()
+    assert [tokens[row] for row in unmasked] == alone
+
+
+def test_a_mask_hides_no_fault(device: torch.device) -> None:
+    logits = normal(2, 700, 1.0)
+    logits[0, 5] = math.nan
+    masks = masks_of([{1}, {1}], 700)
+    assert draw_on(logits, [sample_spec(), sample_spec()], device, masks).finite.tolist() == [False, True]
 
 
 def test_no_rows(device: torch.device) -> None:

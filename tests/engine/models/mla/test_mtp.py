@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.plan.types import StepPlan, StepResult
 from engine.step.build import build
+from engine.step.masking import TokenMasks
 from engine.step.runner import AtOnce
 from tests.engine.kit import Lab, Run, tiny_checkpoint
 from tests.engine.models.mla.kit import VOCAB, tiny_deepseek
@@ -87,8 +88,8 @@ class Listener(AtOnce):
         self._run, self._tiny, self._count = run, tiny, count
         self.compared = 0
 
-    def run(self, plan: StepPlan) -> StepResult:
-        result = Run.run(self._run, plan)
+    def run(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepResult:
+        result = Run.run(self._run, plan, masks)
         for request, one in zip(plan.requests, result.sampled, strict=True):
             if one.token_ids:
                 end = request.start + len(request.token_ids) - request.num_drafts

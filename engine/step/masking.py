@@ -1,0 +1,216 @@
+"""Follows answers through their grammars, and says before each draw which tokens may be drawn.
+
+A grammar says what may follow once the tokens before are known. So masks are made after the result of the step before,
+and before the draw. A runner that takes plans ahead has begun to compute the rows meanwhile (`engine.step.core`).
+
+Drafts are verified under masks, too: the row after a draft has the mask of the grammar's place after that draft. A draft that
+the grammar does not allow is never drawn, so it and what follows are dropped.
+
+Masks are computed on threads. If one takes too long, its request ends with an error, and the others go on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import GrammarError
+from engine.grammar import MaskWords, Matcher
+from engine.plan.types import ScheduledRequest, StepPlan
+from engine.protocol import Delta, Grammar
+
+DEADLINE_SECONDS = 0.25
+"""A step waits no longer for its masks, which usually take 0.1 ms each."""
+
+MASK_SECONDS = 0.005
+"""The time that a mask may take on average, on one core."""
+
+SPARE_SECONDS = 0.25
+"""A request may take so much more than the average allows: the first masks of a grammar are its slowest."""
+
+_THREADS = min(4, os.cpu_count() or 1)
+_FEW = 8
+"""So many requests are computed on one thread: to wake more would take longer."""
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """Which tokens a step may draw.
+
+    Attributes:
+        words: [M, W]: bit t % 32 of word t // 32 says whether token t may be drawn.
+        of: [N], for each row that is drawn from, in the plan's order: its mask's number; -1: any token.
+    """
+
+    words: NDArray[np.int32]
+    of: NDArray[np.int32]
+
+    def part(self, rows: Sequence[int]) -> TokenMasks | None:
+        """The masks of some rows; None if none of them has one."""
+        of = self.of[list(rows)]
+        return TokenMasks(self.words, of) if (of >= 0).any() else None
+
+    def allowed(self, row: int, vocab_size: int) -> NDArray[np.bool_] | None:
+        """Which tokens a row may draw, [vocab_size]; None: any."""
+        mask = int(self.of[row])
+        if mask < 0:
+            return None
+        bits = np.unpackbits(self.words[mask].view(np.uint8), bitorder="little")
+        return bits[:vocab_size].view(np.bool_)
+
+
+class Masking:
+    """The live answers that have a grammar."""
+
+    def __init__(self) -> None:
+        self._live: dict[str, _Answer] = {}
+        self._threads: ThreadPoolExecutor | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._live)
+
+    def open(self, request_id: str, grammar: Grammar, matcher: Matcher) -> None:
+        """Follow a new answer."""
+        self._live[request_id] = _Answer(matcher, frozenset(grammar.after))
+
+    def masks(self, plan: StepPlan) -> tuple[TokenMasks | None, dict[str, str]]:
+        """The masks of a plan whose tokens are all known, and why requests failed that have none.
+
+        The masks are None if every row may draw any token.
+        """
+        asked: list[tuple[str, int, tuple[int, ...]]] = []
+        count = 0
+        for request in plan.requests:
+            if request.sample is not None:
+                if request.request_id in self._live:
+                    asked.append((request.request_id, count, request.drafts))
+                count += 1 + request.num_drafts
+        results: list[_Result | None] = [None] * len(asked)
+        self._compute([(self._live[name], drafts) for name, _, drafts in asked], results)
+        words: list[MaskWords] = []
+        of = np.full(count, -1, dtype=np.int32)
+        failed: dict[str, str] = {}
+        for (name, first, _), result in zip(asked, results, strict=True):
+            if not isinstance(result, list):
+                failed[name] = f"the grammar cannot be enforced: {result or _SLOW}"
+                continue
+            for row, mask in enumerate(result, first):
+                if mask is not None:
+                    of[row] = len(words)
+                    words.append(mask)
+        return (TokenMasks(np.stack(words), of) if words else None), failed
+
+    def accept(self, deltas: Iterable[Delta]) -> None:
+        """Go on by the tokens that were drawn, and forget the answers that have ended."""
+        for delta in deltas:
+            if (answer := self._live.get(delta.request_id)) is not None:
+                if delta.finish_reason is not None:
+                    del self._live[delta.request_id]
+                else:
+                    answer.take(delta.token_ids)
+
+    def of(self, plan: StepPlan) -> Iterator[ScheduledRequest]:
+        """The requests of a plan that draw a token under a grammar."""
+        live = self._live
+        return (one for one in plan.requests if one.sample is not None and one.request_id in live)
+
+    def _compute(self, jobs: list[tuple[_Answer, tuple[int, ...]]], results: list[_Result | None]) -> None:
+        """Fill the results, each with masks or an error; those that take too long stay None."""
+        left = _shares(len(jobs))
+        while left:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="masks")
+            turn = _Turn(jobs, results)
+            futures = {self._threads.submit(turn.work, numbers): numbers for numbers in left}
+            wait(futures, DEADLINE_SECONDS)
+            left = []
+            late = False
+            for future, numbers in futures.items():
+                if future.done():
+                    future.result()  # raises what is no GrammarError
+                    continue
+                # The first without a result is the one that takes too long. Those behind it go to other threads.
+                late = True
+                first = next((i for i, n in enumerate(numbers) if results[n] is None), len(numbers))
+                left += [numbers[first + 1 :]] if numbers[first + 1 :] else []
+            if late:
+                turn.over = True
+                self._threads.shutdown(wait=False, cancel_futures=True)
+                self._threads = None
+
+
+_Result = list[MaskWords | None] | str
+_SLOW = "its next token takes too long to find"
+
+
+def _shares(count: int) -> list[range]:
+    """Divide `count` jobs over threads."""
+    threads = _THREADS if count > _FEW else 1
+    return [range(part, count, threads) for part in range(min(threads, count))]
+
+
+class _Turn:
+    """The computing of some answers' masks, until it is over. What a thread computes after that has no place."""
+
+    def __init__(
+        self, jobs: Sequence[tuple[_Answer, tuple[int, ...]]], results: list[_Result | None]
+    ) -> None:
+        self._jobs, self._results = jobs, results
+        self.over = False
+
+    def work(self, numbers: range) -> None:
+        for number in numbers:
+            answer, drafts = self._jobs[number]
+            try:
+                result: _Result = answer.ahead(drafts)
+            except GrammarError as error:
+                result = str(error)
+            if self.over:
+                return
+            self._results[number] = result
+
+
+class _Answer:
+    """One answer's place in its grammar."""
+
+    def __init__(self, matcher: Matcher, after: frozenset[int]) -> None:
+        self._matcher, self._after = matcher, after
+        self._begun = not after
+        self._taken: list[int] = []  # tokens that the matcher has not consumed
+        self._seconds = 0.0
+        self._masks = 0
+
+    def take(self, token_ids: Sequence[int]) -> None:
+        self._taken += token_ids
+
+    def ahead(self, drafts: Sequence[int]) -> list[MaskWords | None]:
+        """The masks of the next token, and of those after each of the drafts; None: any token.
+
+        There may be fewer than drafts: the rows after a draft that the grammar does not allow need none.
+        """
+        began = time.thread_time()
+        taken, self._taken = self._taken, []
+        for token_id in taken:
+            if self._begun:
+                self._matcher.consume(token_id)
+            else:
+                self._begun = token_id in self._after
+        masks: list[MaskWords | None] = []
+        if not self._begun:
+            place = next((i + 1 for i, draft in enumerate(drafts) if draft in self._after), None)
+            masks += [None] * (1 + len(drafts) if place is None else place)
+            drafts = () if place is None else drafts[place:]
+            if place is None:
+                return masks
+        masks += self._matcher.ahead(drafts)
+        self._masks += len(masks)
+        self._seconds += time.thread_time() - began
+        if self._seconds > SPARE_SECONDS + MASK_SECONDS * self._masks:
+            raise GrammarError("its tokens take too long to find")
+        return masks

@@ -1,0 +1,123 @@
+"""Turns text deltas into the objects of /v1/completions. Knows no engine."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from pydantic import BaseModel
+
+from engine.protocol import TokenLogprob
+from server.generation.choice import TextDelta
+from server.generation.render import LEAST, Head, Streamed
+from server.http.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
+from server.http.protocol.usage import Usage
+from server.text.tokenizer import Tokenizer
+
+
+class CompletionRenderer(Streamed):
+    """Renders /v1/completions."""
+
+    def __init__(
+        self,
+        head: Head,
+        *,
+        text: Tokenizer,
+        include_usage: bool,
+        echoes: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__(head, include_usage=include_usage)
+        self._text = text
+        self._echoes = echoes
+        self._prompts = prompts
+        self._offsets = [_Offsets(text) for _ in echoes]
+
+    def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
+        """Return the chunk for a delta. The first chunk of a choice begins with the echo."""
+        text = self._with_echo(delta.index, delta.text)
+        if not text and not delta.logprobs and not delta.prompt_logprobs and delta.finish_reason is None:
+            return []
+        return [self._completion([self._choice(delta.index, text, [delta])])]
+
+    def usage_chunk(self, usage: Usage) -> BaseModel:
+        """The chunk without choices that ends a stream."""
+        return self._completion([], usage)
+
+    def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> BaseModel:
+        """The response without streaming."""
+        rendered = []
+        for index, deltas in enumerate(choices):
+            text = self._with_echo(index, "".join(delta.text for delta in deltas))
+            rendered.append(self._choice(index, text, deltas))
+        return self._completion(rendered).model_copy(update={"usage": usage})
+
+    def _with_echo(self, index: int, text: str) -> str:
+        if index in self._opened:
+            return text
+        self._opened.add(index)
+        return self._echoes[index] + text
+
+    def _choice(self, index: int, text: str, deltas: Sequence[TextDelta]) -> CompletionChoice:
+        last = deltas[-1]
+        choice = CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=self._logprobs(index, deltas),
+            finish_reason="length" if last.finish_reason == "length" else last.finish_reason and "stop",
+        )
+        if last.finish_reason is None:
+            return choice
+        return choice.model_copy(update={"stop_reason": last.stop_reason})
+
+    def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+        completion = Completion(
+            id=self._head.id,
+            object="text_completion",
+            created=self._head.created,
+            model=self._head.model,
+            system_fingerprint=self._head.fingerprint,
+            choices=choices,
+            **self._first_notices(),
+        )
+        return completion.model_copy(update={"usage": usage}) if self._include_usage else completion
+
+    def _logprobs(self, index: int, deltas: Sequence[TextDelta]) -> CompletionLogprobs | None:
+        if all(delta.logprobs is None and delta.prompt_logprobs is None for delta in deltas):
+            return None
+        out = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for delta in deltas:
+            prompt = delta.prompt_logprobs or ()
+            for token_id, entry in zip(self._prompts[index], prompt, strict=False):
+                self._add(out, index, token_id, entry)
+            for token in delta.logprobs or ():
+                self._add(out, index, token.token_id, token)
+        return out
+
+    def _add(self, out: CompletionLogprobs, index: int, token_id: int, entry: TokenLogprob | None) -> None:
+        out.tokens.append(self._text.token_text(token_id))
+        out.text_offset.append(self._offsets[index].next(token_id))
+        out.token_logprobs.append(None if entry is None else max(entry.logprob, LEAST))
+        out.top_logprobs.append(None if entry is None else self._top(entry))
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+            # Two tokens may have the same text (halves of characters); only the likelier one is shown.
+            top.setdefault(self._text.token_text(token_id), max(logprob, LEAST))
+        return top
+
+
+class _Offsets:
+    """Where each token begins in the text, counted in characters."""
+
+    def __init__(self, text: Tokenizer) -> None:
+        self._text = text
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._length = 0
+
+    def next(self, token_id: int) -> int:
+        start = self._length
+        if token_id not in self._text.special_ids:
+            self._length += len(self._utf8.decode(bytes(self._text.token_bytes(token_id))))
+        return start
