@@ -1,4 +1,7 @@
-"""Builds a running core from an `EngineConfig`: opens the checkpoint, loads the model, makes cache and scheduler."""
+"""Builds a running core from an `EngineConfig`: opens the checkpoint, loads the model, makes cache and scheduler.
+
+More than 400 lines, because the parts of an engine meet here and nowhere else.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Products of routed experts over flat rows, without a wait for the host: `engine.layers.moe.run_experts`.
 
+More than 400 lines, because four launches share how choices are sorted and cut.
+
 A choice is a pair of a row and an expert. Choices are sorted by expert and cut into tiles of one expert each. A program
 takes a tile and 128 outputs, so that only experts which are chosen are read, and once if a tile holds their rows. The first
 launch sorts; the second multiplies with gate and up, with their silu, and in FP8 quantises what it made (128 outputs are the
@@ -21,7 +23,7 @@ from engine.errors import EngineError
 from engine.kernels.interface.fp8 import ACTIVATION_FLOOR, ScaleFormat
 from engine.kernels.triton.fp8_product import OUTPUTS, block_sums
 from engine.kernels.triton.kernel import block, kernel, overlap, turn
-from engine.kernels.triton.quantise import Quantised, bytes_of, quantise_rows, scale_of
+from engine.kernels.triton.quantise import QuantisedRows, bytes_of, quantise_rows, scale_of
 from engine.memory.blocks import BLOCK, E4M3, BlockWeight, Matrix, num_blocks
 
 _CHOICES = 2048  # counted at once
@@ -58,7 +60,7 @@ def tile_of(rows: int, choices: int, experts: int, *, quantised: bool) -> Expert
 
 
 def run_experts(
-    x: Tensor | Quantised,
+    x: Tensor | QuantisedRows,
     experts: Tensor,
     weights: Tensor,
     gate_up: Matrix,
@@ -115,7 +117,7 @@ def run_experts(
     common = {"CHOSEN": chosen, "SHARED": shared is not None, "HELD": held, "TILE": size}
     made = torch.empty(choices, inputs, dtype=model_dtype, device=like.device)
     up_grid, down_grid = (most, -(-inner // OUTPUTS)), (most, -(-inputs // OUTPUTS))
-    if isinstance(x, Quantised):
+    if isinstance(x, QuantisedRows):
         assert isinstance(gate_up, BlockWeight)
         assert isinstance(down, BlockWeight)
         other_up, other_down = shared or (gate_up, down)

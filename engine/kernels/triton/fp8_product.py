@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.errors import EngineError
 from engine.kernels.interface.fp8 import ScaleFormat
 from engine.kernels.triton.kernel import block, kernel, overlap
-from engine.kernels.triton.quantise import SUMS, Quantised, quantise_rows
+from engine.kernels.triton.quantise import SUMS, QuantisedRows, quantise_rows
 from engine.memory.blocks import BLOCK, BlockWeight, num_blocks
 
 OUTPUTS = 128
@@ -28,7 +28,7 @@ AHEAD = 4
 """Steps of W that a program asks for before it waits for the kernel before: W does not depend on that."""
 
 
-class Tile(NamedTuple):
+class ProductTile(NamedTuple):
     """How a product is divided.
 
     Attributes:
@@ -44,22 +44,22 @@ class Tile(NamedTuple):
     splits: int = 1
 
 
-def tile_of(rows: int, outputs: int, inputs: int) -> Tile:
+def tile_of(rows: int, outputs: int, inputs: int) -> ProductTile:
     """What suits a product of so many rows with a weight [outputs, inputs]."""
     if rows > MOST_CUT_ROWS:
-        return Tile(
+        return ProductTile(
             128 if rows * outputs >= 128 * 128 * 200 else 64, 4, 8 if rows * outputs >= 128 * 128 * 200 else 4
         )
     tiles, steps = num_blocks(outputs), num_blocks(inputs)
     splits = min(max(1, 480 // tiles), max(1, steps // 4))
-    return Tile(max(16, block(rows)), 5, 4, splits)
+    return ProductTile(max(16, block(rows)), 5, 4, splits)
 
 
 def linear_fp8(
-    x: Tensor | Quantised,
+    x: Tensor | QuantisedRows,
     weight: BlockWeight,
     scale_format: ScaleFormat = "ue8m0",
-    tile: Tile | None = None,
+    tile: ProductTile | None = None,
 ) -> Tensor:
     """Compute y = x W^T, by FP8 products of 128 numbers each, summed in float32.
 

@@ -1,5 +1,7 @@
 """Absorbed latent attention of flat rows over a paged cache: selected positions, and dense decodes.
 
+More than 400 lines, because two forms share how rows are split and merged.
+
     out[t,h] = sum_c softmax_c(scale * query[t,h] . c) c[:r],   c = [latent r | rotated shared key p]
 
 over selected[t] for a sparse row and over all c <= positions[t] for a dense one (multi-head latent attention in its absorbed
@@ -57,7 +59,7 @@ _ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret)
 _LOG2_E = 1.4426950408889634
 
 
-class Shape(NamedTuple):
+class LatentShape(NamedTuple):
     """Of a program: heads, positions a step, warps, stages of loads."""
 
     heads: int
@@ -66,12 +68,12 @@ class Shape(NamedTuple):
     stages: int
 
 
-def shape_of(dtype: torch.dtype, heads: int, fp8: bool) -> Shape:
+def shape_of(dtype: torch.dtype, heads: int, fp8: bool) -> LatentShape:
     """What a program takes of `heads` heads. No function of the batch: a row's bits depend on it."""
     if dtype == torch.float32:
-        return Shape(16, 16, 4, 1)
+        return LatentShape(16, 16, 4, 1)
     taken = min(MOST_HEADS, max(16, block(heads)))
-    return Shape(taken, 64, 8, 3 if fp8 else 2)
+    return LatentShape(taken, 64, 8, 3 if fp8 else 2)
 
 
 def attend_latents(

@@ -22,7 +22,7 @@ from engine.memory.blocks import BlockWeight
 from engine.memory.planes import PagedCache
 from engine.models.family import KernelCompilers
 from engine.models.mla.config import MlaConfig
-from engine.models.mla.device_layer import DeviceLayer, Stream, head_logits
+from engine.models.mla.device_layer import DeviceLayer, Residual, head_logits
 from engine.models.mla.layer import MlaLayer
 from engine.models.rows.graphs import StepGraphs
 from engine.models.rows.inputs import RowInputs, Sharing, row_inputs
@@ -100,7 +100,7 @@ class LatentStep:
     def compute(self, inputs: RowInputs, cache: PagedCache) -> Tensor:
         """Write the rows to the cache; hidden states after the last norm, [T, E]; of padding anything finite."""
         m = self._model
-        stream = Stream(embed(inputs.token_ids, self.drawn, m.embed), None)
+        stream = Residual(embed(inputs.token_ids, self.drawn, m.embed), None)
         for layer in self._layers:
             stream = layer(stream, inputs, cache)
         return add_rms_norm(stream.x, stream.update, m.norm, m.config.rms_norm_eps)[1]

@@ -16,7 +16,7 @@ from engine.memory.planes import PagedCache
 from engine.models.family import KernelCompilers
 from engine.models.mla.config import MlaConfig
 from engine.models.mla.device import sharing_of
-from engine.models.mla.device_layer import DeviceLayer, Stream, head_logits, product
+from engine.models.mla.device_layer import DeviceLayer, Residual, head_logits, product
 from engine.models.mla.layer import MlaLayer
 from engine.models.rows.graphs import StepGraphs
 from engine.models.rows.inputs import RowInputs, row_inputs
@@ -68,7 +68,7 @@ class DraftStep:
         _, embedded = add_rms_norm(embed(inputs.token_ids, self._drawn, of("embed")), None, of("enorm"), eps)
         _, normed = add_rms_norm(hidden, None, of("hnorm"), eps)
         x = product(torch.cat((embedded, normed), dim=-1), of("eh_proj"))
-        stream = self._layer(Stream(x, None), inputs, cache)
+        stream = self._layer(Residual(x, None), inputs, cache)
         return add_rms_norm(stream.x, stream.update, of("norm"), eps)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from engine.models.mla.layer import MlaLayer, MlaMlp, MlaMoe
 from engine.models.rows.inputs import RowInputs
 
 
-class Stream(NamedTuple):
+class Residual(NamedTuple):
     """What goes from layer to layer: of the residual stream x + update, and of the selections."""
 
     x: Tensor  # [T, E]
@@ -84,13 +84,13 @@ class DeviceLayer:
         attention.weights = w
         self._shares = isinstance(layer.mlp, MlaMoe) and _alike(layer.mlp)
 
-    def __call__(self, stream: Stream, inputs: RowInputs, cache: PagedCache) -> Stream:
+    def __call__(self, stream: Residual, inputs: RowInputs, cache: PagedCache) -> Residual:
         """Compute the layer of T rows, and write their part of the cache."""
         layer = self._layer
         x, hidden = add_rms_norm(stream.x, stream.update, layer.input_norm, layer.eps)
         attended, selected = self._attend(hidden, inputs, cache, stream.selected)
         x, hidden = add_rms_norm(x, attended, layer.post_norm, layer.eps)
-        return Stream(x, self._feed(hidden, inputs.rows.positions), selected)
+        return Residual(x, self._feed(hidden, inputs.rows.positions), selected)
 
     def _attend(
         self, hidden: Tensor, inputs: RowInputs, cache: PagedCache, selected: Tensor | None

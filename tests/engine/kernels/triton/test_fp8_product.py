@@ -7,7 +7,7 @@ import torch
 
 from engine.errors import EngineError
 from engine.kernels.torchops.fp8 import VectorisedFp8
-from engine.kernels.triton.fp8_product import Tile, linear_fp8, stack_rows, tile_of
+from engine.kernels.triton.fp8_product import ProductTile, linear_fp8, stack_rows, tile_of
 from engine.kernels.triton.quantise import SUMS, quantise_rows
 from engine.memory.blocks import BlockWeight
 from tests.engine.kernels.triton.kit import random_blocks
@@ -35,11 +35,13 @@ def test_product(
     close(linear_fp8(x, weight), wanted)
     ready = quantise_rows(x)
     for _ in range(2):  # the first leaves `turns` as it was
-        made = linear_fp8(ready, weight, tile=Tile(16, 3, 4, splits))
+        made = linear_fp8(ready, weight, tile=ProductTile(16, 3, 4, splits))
         close(made, wanted)
         assert not ready.turns.any()
     for row in (0, rows - 1):
-        assert torch.equal(linear_fp8(x[row : row + 1], weight, tile=Tile(16, 3, 4, splits))[0], made[row])
+        assert torch.equal(
+            linear_fp8(x[row : row + 1], weight, tile=ProductTile(16, 3, 4, splits))[0], made[row]
+        )
 
 
 def test_float_scales(device: torch.device, dtype: torch.dtype) -> None:
