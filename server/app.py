@@ -22,6 +22,7 @@ from server.chat import ChatFormat
 from server.config import ServerConfig
 from server.generation.admission import Admission
 from server.generation.intake import Intake
+from server.generation.responses import KeptResponses
 from server.http.middleware import BodyLimitMiddleware, RecordMiddleware
 from server.http.paths import PathMiddleware
 from server.http.protocol.errors import ApiError, bad_request
@@ -89,6 +90,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
         lifecycle=Lifecycle(),
         metrics=metrics,
         books=books,
+        responses=KeptResponses(config.stored_responses),
     )
     app = FastAPI(
         title="dsa-serve",

@@ -11,7 +11,18 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Sparsity = Positive | Literal["dense"]
 LogFormat = Literal["text", "json"]
+SamplingSource = Literal["model", "openai"]
 UnknownFields = Literal["accept", "refuse"]
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """How a token is chosen where a request does not say it. The values here are OpenAI's: they change nothing."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: of all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +43,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         log_prompts: whether access lines have the prompts.
         otlp_endpoint: where traces go; None: nowhere.
         unknown_fields: what becomes of a field that an endpoint does not know.
+        sampling: how a token is chosen where a request does not say it.
         allow_origins: pages of which origins may use the server from a browser: `none`, `*`, or a list with commas.
     """
 
@@ -52,4 +64,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     machine_price: str | None = None  # USD for an hour of the device; None: the table's price
     unknown_fields: UnknownFields = "accept"
     allow_origins: str = "none"
+    sampling: SamplingDefaults = SamplingDefaults()
+    stored_responses: int = 1000  # of /v1/responses, in memory; at most 64 MiB of them
     ledger: str | None = None  # a SQLAlchemy URL or a SQLite file; None: no ledger

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import uvicorn
 
 from engine.client import Engine, EngineState
@@ -28,6 +29,7 @@ from server.chat import ChatFormat, choose, load_chat_format
 from server.chat.detect import model_type
 from server.config import LogFormat, ServerConfig
 from server.hub.models import resolve
+from server.hub.sampling import read_sampling
 from server.hub.stages import Stages
 from server.lifecycle import Lifecycle
 from server.settings import Settings
@@ -75,6 +77,8 @@ def serve(settings: Settings) -> int:
             chat = load_chat_format(files.weights, name, text)
             stages(f"chat format: {name} ({why})", 0, 0)
         config = settings.server(files.name, model_type(files.weights))
+        if settings.sampling_defaults == "model":
+            config = msgspec.structs.replace(config, sampling=read_sampling(files.weights, files.name))
         from engine.supervisor import SubprocessEngine  # only when the port and the model are good
 
         engine = SubprocessEngine(

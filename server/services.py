@@ -14,6 +14,7 @@ from server.config import ServerConfig
 from server.generation.admission import Admission
 from server.generation.intake import Intake
 from server.generation.render import Head
+from server.generation.responses import KeptResponses
 from server.http.protocol.notices import Notice
 from server.lifecycle import Lifecycle
 from server.money.accounting import Books
@@ -35,6 +36,7 @@ class Services:
     lifecycle: Lifecycle
     metrics: Metrics
     books: Books
+    responses: KeptResponses
     created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self, response_id: str, notices: Sequence[Notice]) -> Head:

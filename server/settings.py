@@ -31,7 +31,16 @@ from engine.config import (
     SparseForm,
     WeightDtype,
 )
-from server.config import LogFormat, Port, Positive, Seconds, ServerConfig, Sparsity, UnknownFields
+from server.config import (
+    LogFormat,
+    Port,
+    Positive,
+    SamplingSource,
+    Seconds,
+    ServerConfig,
+    Sparsity,
+    UnknownFields,
+)
 from server.hub.models import DEFAULT_MODEL, ModelFiles, cache_folder
 from server.hub.sizes import parse_size, size_text
 from server.telemetry.tracing import TracingError, check_endpoint
@@ -102,6 +111,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "ORIGINS",
         ),
     ] = _HTTP.allow_origins
+    sampling_defaults: Annotated[
+        SamplingSource,
+        Flag(
+            SERVER,
+            "How requests sample that do not say it: as the model's files say, or as OpenAI's interface does.",
+            None,
+            "model|openai",
+        ),
+    ] = "model"
+    stored_responses: Annotated[
+        Annotated[int, msgspec.Meta(ge=0)],
+        Flag(SERVER, "Responses of /v1/responses that are kept in memory, for previous_response_id."),
+    ] = _HTTP.stored_responses
     drain_seconds: Annotated[
         Seconds, Flag(SERVER, "How long running requests may go on after Ctrl-C or SIGTERM.")
     ] = _HTTP.drain_seconds

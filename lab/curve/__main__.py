@@ -38,6 +38,14 @@ def curve(
     quick: Annotated[
         bool, typer.Option("--quick", help="A tiny model and one round, to see that the command works.")
     ] = False,
+    fp8: Annotated[
+        bool | None,
+        typer.Option(
+            "--fp8/--plain",
+            help="Weights, cache and index keys in FP8, as DeepSeek serves them, or in --dtype.",
+            show_default="--fp8 on a GPU",
+        ),
+    ] = None,
     device: DeviceFlag = "auto",
     dtype: DtypeFlag = "auto",
     threads: ThreadsFlag = None,
@@ -54,7 +62,7 @@ def curve(
 
     run(
         command=ctx.obj, out=out, price=price, positions=positions, chunk=chunk, streams=streams, rounds=rounds,
-        quick=quick, device_name=device, dtype=dtype, threads=threads, cpu_time=cpu_time,
+        quick=quick, device_name=device, dtype=dtype, threads=threads, cpu_time=cpu_time, fp8=fp8,
     )  # fmt: skip
 
 

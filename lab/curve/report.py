@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from lab.curve.measure import PHASES, CurvePlan, CurvePoint, crossover, growth
+from lab.inspect.ceilings import Ceilings
 from lab.inspect.roofline import Phase
 
 LOW, HIGH = 8 * 1024, 128 * 1024
@@ -39,6 +40,8 @@ class CurveReport(msgspec.Struct, frozen=True, kw_only=True):
     streams: int
     points: tuple[CurvePoint, ...]
     cheaper_from: dict[Phase, float | None]  # see `crossover`
+    fp8: bool = False  # whether weights, cache and index keys were in FP8
+    floor_of: str | None = None  # the rates that floors were computed from
 
     @property
     def title(self) -> str:
@@ -46,14 +49,15 @@ class CurveReport(msgspec.Struct, frozen=True, kw_only=True):
         what = "a small random model" if self.quick else "one layer of DeepSeek-V3.2's shape, random weights"
         return (
             f"Cost of a million tokens by position: {what}\n{self.machine}, "
-            f"{'CPU time of one thread' if self.cpu_time else f'{self.threads} threads'}, {self.dtype}; "
+            f"{'CPU time of one thread' if self.cpu_time else f'{self.threads} threads'}, "
+            f"{'FP8' if self.fp8 else self.dtype}; "
             f"prefill in chunks of {self.chunk}, decode of {self.streams} streams"
         )
 
 
 def make(
     plan: CurvePlan, points: Sequence[CurvePoint], *, command: str, model: dict[str, Any], parameters: int, kernels: str,
-    cache_bytes: int, price: float,
+    cache_bytes: int, price: float, rates: Ceilings,
 ) -> CurveReport:  # fmt: skip
     """Make the report of a run."""
     return CurveReport(
@@ -61,6 +65,7 @@ def make(
         device=str(plan.device), dtype=str(plan.dtype).removeprefix("torch."), threads=torch.get_num_threads(), cpu_time=plan.cpu_time,
         torch=str(torch.__version__), kernels=kernels, cache_bytes=cache_bytes, price_an_hour=price,
         chunk=plan.chunk, streams=plan.streams, points=tuple(points),
+        fp8=plan.fp8, floor_of=_rates(rates),
         cheaper_from={phase: crossover(points, phase, int(model["index_topk"])) for phase in PHASES},
     )  # fmt: skip
 
@@ -69,7 +74,7 @@ def table(report: CurveReport, phase: Phase) -> Table:
     """Make the table of one phase: seconds and cost by position."""
     made = Table(
         "position", "dense s a step", "sparse s a step", "dense ms a token", "sparse ms a token",
-        "dense USD/M", "sparse USD/M", "dense / sparse", "sparse rows attend by",
+        "dense x floor", "sparse x floor", "dense USD/M", "sparse USD/M", "dense / sparse", "sparse rows attend by",
     )  # fmt: skip
     tokens = next(p.tokens for p in report.points if p.phase == phase)
     made.title = f"{phase}: {tokens} tokens a step, {report.price_an_hour:g} USD an hour"
@@ -78,8 +83,9 @@ def table(report: CurveReport, phase: Phase) -> Table:
         dense, sparse = mine["dense", position], mine["sparse", position]
         made.add_row(
             f"{position:,}",
-            *(f"{statistics.median(p.seconds):.3f}" for p in (dense, sparse)),
-            *(f"{p.token_seconds * 1e3:.2f}" for p in (dense, sparse)),
+            *(f"{statistics.median(p.seconds):.4g}" for p in (dense, sparse)),
+            *(f"{p.token_seconds * 1e3:.3g}" for p in (dense, sparse)),
+            *("" if p.over_floor is None else f"{p.over_floor:.1f}" for p in (dense, sparse)),
             *(f"{p.usd(report.price_an_hour):.3g}" for p in (dense, sparse)),
             f"{dense.token_seconds / sparse.token_seconds:.2f}", ", ".join(sparse.forms),
         )  # fmt: skip
@@ -102,7 +108,17 @@ def sentences(report: CurveReport) -> list[str]:
             if crossed is None
             else f"{phase}: sparse is cheaper from a context of {crossed:,.0f} tokens"
         )
+    if report.floor_of is not None:
+        said.append(f"the floor is the least time of each operation, added up: {report.floor_of}")
     return said
+
+
+def _rates(rates: Ceilings) -> str:
+    fp8 = "" if rates.fp8 is None else f", FP8 {rates.fp8 / 1e12:,.4g}"
+    return (
+        f"{rates.name} ({rates.source}), {rates.memory / 1e9:,.4g} GB/s, TFLOP/s bf16 {rates.bf16 / 1e12:,.4g}{fp8}, "
+        f"float32 {rates.float32 / 1e12:,.4g}"
+    )
 
 
 def _machine(device: torch.device) -> str:

@@ -24,6 +24,7 @@ _QUICK_POSITIONS = "0,256,512,1K,2K,4K"
 def run(
     *, command: str, out: Path, price: float, positions: str | None, chunk: int | None, streams: int | None,
     rounds: int | None, quick: bool, device_name: str, dtype: str, threads: int | None, cpu_time: bool,
+    fp8: bool | None = None,
 ) -> CurveReport:  # fmt: skip
     """Measure, print and write; `dsa bench curve --help` describes the arguments.
 
@@ -50,9 +51,10 @@ def run(
         streams=streams or (2 if quick else 16),
         rounds=rounds or (1 if quick else 3),
         quick=quick, device=device, dtype=resolve_dtype(dtype, device), cpu_time=cpu_time,
+        fp8=device.type == "cuda" if fp8 is None else fp8,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    console, show = Console(width=160), Stages(quiet_seconds=5)
+    console, show = Console(width=200), Stages(quiet_seconds=5)
     try:
         lab = Lab(plan, show)
         points = measure(plan, lab, show)
@@ -60,7 +62,7 @@ def run(
         raise ConfigError("the device has too little memory; lower --streams or --positions") from None
     report = make(
         plan, points, command=command, model=lab.settings, parameters=lab.report.num_parameters,
-        kernels=lab.kernels, cache_bytes=lab.cache_bytes, price=price,
+        kernels=lab.kernels, cache_bytes=lab.cache_bytes, price=price, rates=lab.rates,
     )  # fmt: skip
     for phase in PHASES:
         console.print(table(report, phase))

@@ -8,8 +8,8 @@ attention that it replaces (64 x 128 against 128 x (576 + 512) multiply-adds), a
 - experts: 16 of 256. A token visits 8 and the shared one, all of the published size. But the streams of a decode step
   share the weights of 16 experts, where large published batches share 256.
 - vocabulary: 4096 of 129280.
-- numbers: bfloat16 for weights, cache and index. DeepSeek serves FP8, which halves the indexer's part more than
-  attention's.
+- numbers: bfloat16 for weights, cache and index, unless FP8 is asked for. DeepSeek serves FP8, which halves the indexer's
+  part more than attention's.
 
 Only the number format moves the context from which on sparse is cheaper; the other differences change both alike. But
 they, and `streams`, change the ratio of a token's cost at 128K to that at 8K: the more streams share the weights, the
@@ -41,11 +41,12 @@ _QUICK = {
 """Much smaller sizes, which only show that the command works."""
 
 
-def config(*, quick: bool) -> dict[str, Any]:
-    """Return the model's config, as a config.json would have it."""
+def config(*, quick: bool, fp8: bool = False) -> dict[str, Any]:
+    """Return the model's config, as a config.json would have it. With `fp8` its weights are in FP8 blocks."""
     path = importlib.resources.files("engine").joinpath("models", "mla", "configs", "deepseek-v3.2.json")
     raw: dict[str, Any] = json.loads(path.read_text("utf-8")) | _ONE_LAYER | (_QUICK if quick else {})
-    del raw["quantization_config"]
+    if not fp8:
+        del raw["quantization_config"]
     return raw
 
 

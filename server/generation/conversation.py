@@ -112,7 +112,7 @@ def _thinking(body: ChatCompletionBody, chat: ChatFormat) -> tuple[bool | None, 
     if kwargs is not None and kwargs.enable_thinking is not None:
         said["chat_template_kwargs.enable_thinking"] = kwargs.enable_thinking
     if body.reasoning_effort is not None:
-        said["reasoning_effort"] = body.reasoning_effort != "none"
+        said["reasoning_effort"] = body.reasoning_effort not in ("none", "minimal")
     for name, wanted in said.items():
         if wanted and not chat.thinking:
             lack = (

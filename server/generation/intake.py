@@ -226,7 +226,7 @@ class Intake:
         prompt_logprobs_start: int = 0,
         answer: Callable[[], Answer] | None = None,
     ) -> Admitted:
-        sparsity = self._sparsity(body, model)
+        sparsity, own = self._sparsity(body, model), self._config.sampling
         bias = tuple((int(key), value) for key, value in (body.logit_bias or {}).items())
         size = model.vocab_size
         check_ids([token_id for token_id, _ in bias], "logit_bias", size, keys=True)
@@ -245,13 +245,13 @@ class Intake:
                 sampling = SamplingParams(
                     max_tokens=room,
                     seed=_derive(seed, choice),
-                    temperature=_default(body.temperature, 1.0),
-                    top_p=_default(body.top_p, 1.0),
-                    top_k=min(max(_default(body.top_k, 0), 0), size),
-                    min_p=_default(body.min_p, 0.0),
+                    temperature=_default(body.temperature, own.temperature),
+                    top_p=_default(body.top_p, own.top_p),
+                    top_k=min(max(_default(body.top_k, own.top_k), 0), size),
+                    min_p=_default(body.min_p, own.min_p),
                     presence_penalty=_default(body.presence_penalty, 0.0),
                     frequency_penalty=_default(body.frequency_penalty, 0.0),
-                    repetition_penalty=_default(body.repetition_penalty, 1.0),
+                    repetition_penalty=_default(body.repetition_penalty, own.repetition_penalty),
                     logit_bias=bias,
                     stop_token_ids=() if prompt_only else tuple(stop_ids),
                     logprobs=None if prompt_only else logprobs,

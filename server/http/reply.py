@@ -95,7 +95,7 @@ class GenerationReply(Response):
             services.books,
             request_id=record.request_id,
             endpoint=str(scope["path"]),
-            key=_key(Headers(scope=scope)),
+            key=sender_of(Headers(scope=scope)),
             jobs=jobs,
         )
         ended = "failed"
@@ -255,7 +255,7 @@ class _Run:
         return explained
 
 
-def _key(headers: Headers) -> str:
+def sender_of(headers: Headers) -> str:
     """The name of a request's key, which Anthropic's clients send under another name."""
     key = headers.get("x-api-key")
     return key_of(headers.get("authorization") or (f"Bearer {key}" if key else None))

@@ -120,7 +120,7 @@ def test_every_field_of_a_part_has_a_setting() -> None:
     """An engine setting is one field of EngineConfig and one of Settings: none is forgotten."""
     given = {flag.bytes_of or name for name, flag in FLAGS.items()}
     assert set(EngineConfig.__struct_fields__) - given == {"weights"}
-    renamed = {"model_name", "default_max_tokens", "default_top_k"}
+    renamed = {"model_name", "default_max_tokens", "default_top_k", "sampling"}
     assert set(ServerConfig.__struct_fields__) - given == renamed
 
 

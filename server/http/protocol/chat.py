@@ -104,6 +104,15 @@ Metadata = Annotated[
 ]
 
 
+Effort = Annotated[
+    Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"],
+    Field(
+        description="`none` and `minimal` switch thinking off, the others on. How long the model thinks is its own "
+        "choice; bound it with a thinking budget."
+    ),
+]
+
+
 class ChatCompletionBody(GenerationBody):
     """What to answer, and how."""
 
@@ -142,9 +151,7 @@ class ChatCompletionBody(GenerationBody):
         default=None, description="Another name of thinking.budget_tokens."
     )
     chat_template_kwargs: TemplateOptions | None = None
-    reasoning_effort: Literal["none", "high"] | None = Field(
-        default=None, description="`high` switches thinking on, `none` off; bound it with a thinking budget."
-    )
+    reasoning_effort: Effort | None = None
 
     audio: Annotated[Any, Neutral(advice="must be null: this server writes text only")] = None
     function_call: Annotated[Any, Neutral("none", "auto", advice=f"must be null: {_NO_FUNCTIONS}")] = None

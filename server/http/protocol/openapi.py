@@ -18,6 +18,7 @@ from server.http.protocol.chat import ChatCompletionBody, ChatCompletionChunk
 from server.http.protocol.completions import Completion, CompletionBody
 from server.http.protocol.errors import ErrorResponse
 from server.http.protocol.messages import CountTokensBody, MessageEvent, MessagesBody
+from server.http.protocol.responses import ResponseBody, ResponseEvent
 from server.http.protocol.tokens import DetokenizeBody, TokenizeBody
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -46,6 +47,7 @@ def describe(
     whole: type[BaseModel],
     chunk: type[BaseModel],
     error: type[BaseModel] = ErrorResponse,
+    done: bool = True,
 ) -> Description:
     """Describe a generating endpoint for the schema: its body, response, stream events and errors."""
     responses: dict[int | str, dict[str, Any]] = {
@@ -53,7 +55,7 @@ def describe(
     }
     events = (
         f"With `stream`: server-sent events, each a `{chunk.__name__}`"
-        f"{', then `data: [DONE]`' if error is ErrorResponse else ''}. "
+        f"{', then `data: [DONE]`' if done else ''}. "
         f"A failure on the way is an event with an `{error.__name__}`, and the last one."
     )
     responses[200] = {
@@ -97,6 +99,8 @@ def openapi_of(app: FastAPI, *, vocabulary: int, empty_prompts: bool) -> Callabl
                     (CompletionBody, "validation"),
                     (TokenizeBody, "validation"),
                     (DetokenizeBody, "validation"),
+                    (ResponseBody, "validation"),
+                    (ResponseEvent, "serialization"),
                     (MessagesBody, "validation"),
                     (CountTokensBody, "validation"),
                     (MessageEvent, "serialization"),

@@ -96,7 +96,7 @@ class StreamOptions(Body):
 
 
 class GenerationBody(Body):
-    """How to generate. The defaults are OpenAI's."""
+    """How to generate. The defaults are the model's own, as GET /v1/models says, else OpenAI's."""
 
     model: ModelName | None = Field(
         default=None, description="The model that is served, which is also the default."
@@ -108,7 +108,12 @@ class GenerationBody(Body):
         default=None,
         description="At most so many tokens; default: the server's (8192 for DeepSeek and GLM, else 1024, unless set).",
     )
-    temperature: float | None = Field(default=None, ge=0, le=2, description="Default 1; 0 is greedy.")
+    temperature: float | None = Field(
+        default=None,
+        ge=0,
+        le=2,
+        description="0 is greedy. Default: the model's own, as GET /v1/models says, else 1.",
+    )
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = Field(
         default=None, description="Sample from the k most likely tokens; 0 or -1: from all."

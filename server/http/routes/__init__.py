@@ -10,7 +10,18 @@ from server.http.routes.health import router as health
 from server.http.routes.messages import router as messages
 from server.http.routes.metrics import router as metrics
 from server.http.routes.models import router as models
+from server.http.routes.responses import router as responses
 from server.http.routes.tokens import router as tokens
 from server.http.routes.version import router as version
 
-ROUTERS: tuple[APIRouter, ...] = (chat, completions, messages, models, tokens, health, version, metrics)
+ROUTERS: tuple[APIRouter, ...] = (
+    chat,
+    completions,
+    responses,
+    messages,
+    models,
+    tokens,
+    health,
+    version,
+    metrics,
+)

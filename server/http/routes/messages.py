@@ -28,7 +28,9 @@ router = APIRouter(tags=["generation"])
     MESSAGES,
     summary="Answer a conversation, in Anthropic's form",
     response_class=Response,
-    **describe(body=MessagesBody, whole=OutputMessage, chunk=MessageEvent, error=MessagesErrorResponse),
+    **describe(
+        body=MessagesBody, whole=OutputMessage, chunk=MessageEvent, error=MessagesErrorResponse, done=False
+    ),
 )
 async def create_message(request: Request) -> Response:
     """Answer a conversation. The schema is Anthropic's, with extensions for sparse attention."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from fastapi import APIRouter, Request
 
 from server.generation.prompts import model_not_found
@@ -40,5 +41,6 @@ def _model(services: Services) -> ModelObject:
         id=services.config.model_name,
         created=services.created,
         max_model_len=model.max_model_len if model else None,
+        default_sampling=msgspec.structs.asdict(services.config.sampling),
         random_weights=model is not None and model.random_weights,
     )

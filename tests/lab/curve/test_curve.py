@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 import torch
 
+from engine.memory.layouts import IndexKeyLayout, LatentLayout
 from engine.memory.planes import PagedCache, PlaneSpec
 from engine.models.mla.config import MlaConfig
 from lab.curve.__main__ import app
@@ -103,6 +104,36 @@ def test_a_step_is_the_engines_own_dense_or_sparse() -> None:
     assert lab.seconds(case["sparse"]) > 0
 
 
+def test_steps_in_fp8_and_their_floors() -> None:
+    """No step is faster than its floor at the rates that this machine reaches; a longer context has a higher floor."""
+    plan = CurvePlan(
+        positions=(64, 1024), chunk=16, streams=2, rounds=1, quick=True, device=torch.device("cpu"),
+        dtype=torch.float32, fp8=True,
+    )  # fmt: skip
+    lab = Lab(plan, lambda *_: None)
+    assert {lab.cache.plane(0, name).dtype for name in ("latent", "index_key")} == {torch.uint8}
+    for attention in ("dense", "sparse"):
+        near, far = (lab.case("decode", attention, position, plan) for position in (64, 1024))
+        assert lab.seconds(far) > lab.floor(far) > lab.floor(near) > 0
+    point = CurvePoint(
+        phase="decode", attention="dense", position=0, tokens=2, seconds=(6.0,), floor_seconds=2.0
+    )
+    assert point.over_floor == 3.0
+
+
+def test_pages_in_fp8_hold_normal_numbers() -> None:
+    latent, key = LatentLayout(128, 8), IndexKeyLayout(16)
+    cache = PagedCache(3, (latent.spec("latent"), key.spec("index_key")), 1, torch.device("cpu"))
+    layouts: dict[str, LatentLayout | IndexKeyLayout] = {"latent": latent, "index_key": key}
+    fill(cache, [(0, "latent"), (0, "index_key")], lambda *_: None, at_once=2, layouts=layouts)
+    latents = latent.unpack(cache.plane(0, "latent"), torch.float32)
+    values, scales = key.read(cache.plane(0, "index_key"), torch.arange(3))
+    for numbers in (latents, values.float() * scales.unsqueeze(-1)):
+        assert numbers.isfinite().all()
+        assert numbers.std() == pytest.approx(1, rel=0.1)
+        assert len(torch.unique(numbers.flatten(1), dim=0)) == 3
+
+
 @pytest.mark.process
 def test_the_command_writes_table_json_and_picture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = [
@@ -116,6 +147,8 @@ def test_the_command_writes_table_json_and_picture(tmp_path: Path, capfd: pytest
     assert start(app, "bench curve", arguments) == 0
     out = capfd.readouterr().out
     assert "dense USD/M" in out
+    assert "x floor" in out
+    assert "the floor is the least time of each operation, added up: this CPU (measured now)" in out
     assert "sparse is cheaper from" in out or "dense is the cheaper one" in out
     raw = json.loads((tmp_path / "curve.json").read_text("utf-8"))
     assert set(raw) == set(CurveReport.__struct_fields__)
@@ -123,6 +156,7 @@ def test_the_command_writes_table_json_and_picture(tmp_path: Path, capfd: pytest
     assert raw["command"].startswith("dsa bench curve --quick")
     assert len(raw["points"]) == 2 * 2 * 2
     assert {len(point["seconds"]) for point in raw["points"]} == {1}
+    assert all(0 < point["floor_seconds"] < 2 * point["seconds"][0] for point in raw["points"])
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -106,6 +106,7 @@ async def test_a_streamed_answer_has_one_kind_in_a_chunk(serve: Serve, group: in
         {"thinking": {"type": "enabled"}},
         {"chat_template_kwargs": {"thinking": True}},
         {"reasoning_effort": "high"},
+        {"reasoning_effort": "low"},
     ],
 )
 async def test_thinking(serve: Serve, switch: dict[str, Any]) -> None:
@@ -295,7 +296,7 @@ async def test_results_are_put_into_the_order_of_their_calls(serve: Serve) -> No
             "grammar",
         ),
         ({"thinking": {"type": "enabled"}, "reasoning_effort": "none"}, "reasoning_effort", "contradict"),
-        ({"reasoning_effort": "low"}, "reasoning_effort", "'none' or 'high'"),
+        ({"reasoning_effort": "loud"}, "reasoning_effort", "'none', 'minimal'"),
         ({"thinking_token_budget": 3}, "thinking_token_budget", "switched on"),
         (
             {"thinking": {"type": "enabled", "budget_tokens": 3}, "presence_penalty": 1},

@@ -1,0 +1,225 @@
+"""/v1/responses with OpenAI's own client, against a real server with a fake engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import openai
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI
+
+from server.app import create_app
+from server.chat.deepseek_v32 import DeepSeekV32
+from server.generation.responses import KeptResponses
+from server.http.protocol.responses import ResponseObject
+from tests.server.chat.kit import CALL, EOS, VOCABULARY, ids, user
+from tests.server.fake_engine import FakeEngine
+from tests.server.http.test_deepseek import engine_of, prompt_of
+from tests.server.kit import MODEL, client, error_of, make_app, make_config, serving, speaking
+
+WEATHER: Any = {
+    "type": "function",
+    "name": "weather",
+    "description": "The weather of a city.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+PATH = "/v1/responses"
+
+Serve = Callable[..., Any]
+
+
+@pytest_asyncio.fixture
+async def serve() -> AsyncGenerator[Serve, None]:
+    """Yield a function that starts a server around an engine and returns a client of it."""
+    async with AsyncExitStack() as stack:
+
+        async def start(engine: FakeEngine, **config: Any) -> AsyncOpenAI:
+            app = create_app(make_config(**config), engine, VOCABULARY, DeepSeekV32())
+            url = await stack.enter_async_context(serving(app))
+            sdk = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            return await stack.enter_async_context(sdk)
+
+        yield start
+
+
+async def test_text(serve: Serve) -> None:
+    engine = engine_of(f"Hello.{EOS}")
+    sdk = await serve(engine)
+    response = await sdk.responses.create(
+        model=MODEL, input="hi", instructions="Be kind.", max_output_tokens=50, temperature=0.5, top_p=0.9,
+        metadata={"a": "b"},
+    )  # fmt: skip
+    assert (response.output_text, response.status, response.model) == ("Hello.", "completed", MODEL)
+    assert response.id.startswith("resp_")
+    assert (response.metadata, response.instructions) == ({"a": "b"}, "Be kind.")
+    (submitted,) = engine.submitted
+    assert response.usage.input_tokens == len(submitted.prompt_token_ids)
+    assert response.usage.output_tokens == len(ids("Hello.")) + 1
+    assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+    sampling = submitted.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.5, 0.9, 50)
+    assert "Be kind." in prompt_of(engine)
+
+
+async def test_a_call_and_its_result_by_the_previous_response(serve: Serve) -> None:
+    engine = engine_of(f"Hm.</think>Look.{CALL}{EOS}", f"</think>Rain.{EOS}")
+    sdk = await serve(engine)
+    asked: dict[str, Any] = {"model": MODEL, "tools": [WEATHER], "reasoning": {"effort": "medium"}}
+    first = await sdk.responses.create(input="Weather in Rio?", **asked)
+    thought, message, call = first.output
+    assert (thought.type, thought.content[0].text) == ("reasoning", "Hm.")
+    assert (message.type, message.content[0].text) == ("message", "Look.")
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "weather", {"city": "Rio"})
+    assert first.usage.output_tokens_details.reasoning_tokens == 3
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "storm"}
+    second = await sdk.responses.create(previous_response_id=first.id, input=[result], **asked)
+    assert second.output_text == "Rain."
+    # The same conversation, sent as a whole, is the same prompt.
+    everything = [user("Weather in Rio?"), *first.output, result]
+    await sdk.responses.create(input=everything, store=False, **asked)
+    assert prompt_of(engine, 1) == prompt_of(engine, 2)
+    assert "storm" in prompt_of(engine, 1)
+
+
+@pytest.mark.parametrize("group", [1, 7, 1000])
+async def test_a_stream_is_the_response_in_pieces(serve: Serve, group: int) -> None:
+    sdk = await serve(engine_of(f"Hm.</think>Look.{CALL}{EOS}", group=group))
+    asked: dict[str, Any] = {
+        "model": MODEL, "input": "hi", "tools": [WEATHER], "reasoning": {"effort": "high"},
+    }  # fmt: skip
+    whole = await sdk.responses.create(**asked)
+    events = [event async for event in await sdk.responses.create(stream=True, **asked)]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds[-1] == "response.completed"
+    assert kinds.count("response.output_item.added") == kinds.count("response.output_item.done") == 3
+
+    def joined(kind: str) -> str:
+        return "".join(event.delta for event in events if event.type == kind)
+
+    assert joined("response.reasoning_text.delta") == "Hm."
+    assert joined("response.output_text.delta") == "Look."
+    assert json.loads(joined("response.function_call_arguments.delta")) == {"city": "Rio"}
+    final = events[-1].response
+
+    def shape(response: Any) -> Any:
+        return [item.model_dump(exclude={"id", "call_id"}) for item in response.output]
+
+    assert shape(final) == shape(whole)
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert [item.model_dump() for item in done] == [item.model_dump() for item in final.output]
+    assert final.usage.output_tokens == whole.usage.output_tokens
+    again = await sdk.responses.retrieve(final.id)
+    assert shape(again) == shape(final)
+
+
+async def test_the_clients_own_stream_helper(serve: Serve) -> None:
+    sdk = await serve(engine_of(f"one two{EOS}"))
+    async with sdk.responses.stream(model=MODEL, input="hi") as stream:
+        text = "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
+        final = await stream.get_final_response()
+    assert (text, final.output_text) == ("one two", "one two")
+
+
+async def test_an_answer_that_is_cut_says_so(serve: Serve) -> None:
+    sdk = await serve(engine_of(f"one two three{EOS}"))
+    response = await sdk.responses.create(model=MODEL, input="hi", max_output_tokens=2)
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert response.output[0].status == "incomplete"
+    events = [
+        event
+        async for event in await sdk.responses.create(
+            model=MODEL, input="hi", max_output_tokens=2, stream=True
+        )
+    ]
+    assert events[-1].type == "response.incomplete"
+
+
+async def test_stored_responses_are_the_senders(serve: Serve) -> None:
+    sdk = await serve(engine_of(f"x{EOS}"), stored_responses=2)
+    first = await sdk.responses.create(model=MODEL, input="a")
+    hidden = await sdk.responses.create(model=MODEL, input="b", store=False)
+    assert (await sdk.responses.retrieve(first.id)).output_text == "x"
+    for response_id, other in ((hidden.id, sdk), (first.id, sdk.with_options(api_key="another"))):
+        with pytest.raises(openai.NotFoundError):
+            await other.responses.retrieve(response_id)
+        with pytest.raises(openai.NotFoundError):
+            await other.responses.delete(response_id)
+        with pytest.raises(openai.BadRequestError, match="send the whole conversation"):
+            await other.responses.create(model=MODEL, input="c", previous_response_id=response_id)
+    await sdk.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        await sdk.responses.retrieve(first.id)
+    made = [await sdk.responses.create(model=MODEL, input="a") for _ in range(3)]
+    with pytest.raises(openai.NotFoundError):
+        await sdk.responses.retrieve(made[0].id)
+    await sdk.responses.retrieve(made[1].id)
+
+
+def test_what_is_kept_has_a_bound() -> None:
+    kept = KeptResponses(100, max_bytes=50_000)
+    blank = dict.fromkeys(ResponseObject.model_fields)
+    for number in range(20):
+        response = ResponseObject.model_construct(
+            **(blank | {"id": str(number), "output": [{"x": "x" * 10_000}]})
+        )
+        kept.add("k", response, [])
+    assert [number for number in range(20) if kept.get(str(number), "k")] == [16, 17, 18, 19]
+    for number in range(16, 20):
+        kept.remove(str(number), "k")
+    kept.add(
+        "k", ResponseObject.model_construct(**(blank | {"id": "huge", "output": [{"x": "x" * 10**5}]})), []
+    )
+    assert kept.get("huge", "k") is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"input": []}, "input", "at least one item"),
+        ({"input": ""}, "input", "required"),
+        ({"input": 7}, "input", "a string or a list"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input[0].content[0].type",
+            "text",
+        ),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "must be an item"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]},
+            "messages[0]",
+            "no tool calling",
+        ),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'function'"),
+        ({"tools": [WEATHER]}, "tools", "tool"),
+        ({"background": True}, "background", "stream"),
+        ({"truncation": "auto"}, "truncation", "disabled"),
+        ({"reasoning": {"effort": "high"}}, "reasoning_effort", "thinking"),
+        ({"previous_response_id": "resp_x"}, "previous_response_id", "not the id"),
+        ({"max_output_tokens": 0}, "max_output_tokens", "greater than"),
+    ],
+)
+async def test_bad_fields(fields: dict[str, Any], param: str, words: str) -> None:
+    async with client(make_app(speaking())) as http:
+        error = error_of(await http.post(PATH, json={"model": MODEL, "input": "hi"} | fields), 400)
+    assert words in error["message"], error
+    assert (error["param"] or "").startswith(param), error
+
+
+async def test_what_the_endpoint_does_not_know_is_named() -> None:
+    async with client(make_app(speaking())) as http:
+        answer = (await http.post(PATH, json={"input": "hi", "colour": 1})).json()
+        assert [notice["param"] for notice in answer["warnings"]] == ["colour"]
+
+
+async def test_a_stream_that_fails_ends_with_the_failed_response() -> None:
+    async with client(make_app(speaking(fault="die", fault_after=2))) as http:
+        text = (await http.post(PATH, json={"input": "hi", "stream": True})).text
+    kind, _, data = text.rstrip().rpartition("\n\n")[2].partition("\n")
+    assert kind == "event: response.failed"
+    assert json.loads(data.removeprefix("data: "))["response"]["error"]["code"] == "engine_died"
