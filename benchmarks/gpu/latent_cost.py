@@ -193,7 +193,25 @@ def text(measured: Measured, found: Sequence[Cost], layers: int, price: float) -
     for phase in PHASES:
         if any(one.phase == phase for one in found):
             lines += ["", f"**{phase}**", "", *table(found, phase)]
+            lines += ["", *textwrap.wrap(_sentence(found, phase), WIDTH)]
     return "\n".join(lines)
+
+
+def _sentence(found: Sequence[Cost], phase: Phase) -> str:
+    """Say what selecting saves at the longest context that was measured both ways, and how a sparse token's cost grows."""
+    usd = {(one.attention, one.context): one.usd for one in found if one.phase == phase}
+    both = [context for kind, context in usd if kind == "sparse" and ("dense", context) in usd]
+    if not both:
+        return ""
+    last = max(both)
+    said = (
+        f"At {last:,} a dense token costs {usd['dense', last] / usd['sparse', last]:.1f} times a sparse one"
+    )
+    if ("sparse", 8 * K) in usd and last > 8 * K:
+        grown = [usd[kind, last] / usd[kind, 8 * K] for kind in ("sparse", "dense")]
+        said += f"; from {8 * K:,} on it grew {grown[0]:.2f} times sparse, {grown[1]:.2f} times dense"
+    cheaper = [context for context in sorted(both) if usd["sparse", context] < usd["dense", context]]
+    return said + (f". Sparse is cheaper from {cheaper[0]:,} on." if cheaper else ".")
 
 
 def draw(found: Sequence[Cost], title: str, path: Path) -> None:
