@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.kernels.triton.candidates import MOST_SELECTED, select_among, select_slowly
 from engine.kernels.triton.kernel import kernel, overlap, turn
-from engine.kernels.triton.order import LEAST, emit, fill, keys_of, store_cut, tie_cut, words_of
+from engine.kernels.triton.order import LEAST, emit, fifths, fill, keys_of, store_cut, tie_cut, words_of
 from engine.kernels.triton.rows import Rows
 
 WHOLE = 8192
@@ -155,25 +155,7 @@ def _whole_kernel(
             high = tl.max(most, 0)
             low = tl.full((), _LEAST, tl.int32)
         least = end
-        while (least > k) & (low < high):
-            # Four cuts, a fifth of the range apart; the last numbers one by one.
-            fifth = ((high - low).to(tl.uint32, bitcast=True) // 5).to(tl.int32, bitcast=True)
-            lowest = low + fifth + 1
-            second = lowest + fifth
-            upmost = second + fifth
-            fourth = upmost + fifth
-            fourth = tl.where(fifth == 0, high, fourth)
-            lower = (grouped >= lowest).to(tl.int32) + ((grouped >= second).to(tl.int32) << 16)
-            upper = (grouped >= upmost).to(tl.int32) + ((grouped >= fourth).to(tl.int32) << 16)
-            counts = tl.sum(tl.join(tl.sum(tl.sum(lower, 2), 0), tl.sum(tl.sum(upper, 2), 0)), 0)
-            a, b = tl.split(counts)
-            one = a & 0xFFFF
-            two = (a >> 16) & 0xFFFF
-            three = b & 0xFFFF
-            four = (b >> 16) & 0xFFFF
-            high = tl.where(four >= k, high, tl.where(three >= k, fourth - 1, tl.where(two >= k, upmost - 1, tl.where(one >= k, second - 1, lowest - 1))))  # fmt: skip
-            low = tl.where(four >= k, fourth, tl.where(three >= k, upmost, tl.where(two >= k, second, tl.where(one >= k, lowest, low))))  # fmt: skip
-            least = tl.where(four >= k, four, tl.where(three >= k, three, tl.where(two >= k, two, tl.where(one >= k, one, least))))  # fmt: skip
+        low, least = fifths(keys, low, high, least, k, k)
         first = tl.full((), 0, tl.int32)
         if (least > k) & (low != _LEAST):
             first = tie_cut(keys, low, i, end, k)
