@@ -4,12 +4,13 @@ A score becomes an integer of 32 bits in the same order (-0 as +0), and the k-th
 by cutting the range of those integers and counting; what ties with it is decided by position. The selected set is a
 function of the row alone, and comes in ascending order of position, so that whatever sums over it is one, too.
 
-Three forms:
+Four forms:
 
 - *few short rows of which little is selected*: a program holds a whole row;
 - *many rows*: `engine.kernels.triton.candidates` reads a row once and decides among few;
 - *few rows else*: a row is cut into stretches whose winners meet in the next round, in the order of their positions,
-  until one stretch is left.
+  until one stretch is left;
+- *long rows*: `engine.kernels.triton.long_rows` reads a row with many programs, which store a bit a score.
 
 Which is fastest where was measured on an H200 (benchmarks/gpu/log.md). Stretches know no cuts: with these, few rows are
 held whole up to `WHOLE_CUT`, and longer ones decided among candidates.
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.triton import long_rows
 from engine.kernels.triton.candidates import MOST_SELECTED, select_among, select_slowly
 from engine.kernels.triton.kernel import kernel, overlap, turn
 from engine.kernels.triton.order import LEAST, emit, fifths, fill, keys_of, store_cut, tie_cut, words_of
@@ -36,6 +38,9 @@ WHOLE_CUT = 16384
 
 MANY_ROWS = 264
 """So many rows fill the device by themselves: two a multiprocessor."""
+
+LONG = 32768
+"""From so many scores on, few rows are long."""
 
 STRETCH = 8192
 """How many scores one program holds at least, if a row has so many."""
@@ -71,6 +76,8 @@ def select(scores: Tensor, rows: Rows, width: int, cuts: Tensor | None = None) -
         select_among(scores, rows, out, cuts)
     elif context <= WHOLE and width <= WHOLE_SELECTED:
         _select_whole(scores, rows, out, cuts)
+    elif context >= LONG and width <= long_rows.MOST_SELECTED:
+        long_rows.select_long(scores, rows, out, cuts)
     elif cuts is None:
         _select_stretches(scores, rows, out)
     elif context <= WHOLE_CUT:
