@@ -29,7 +29,7 @@ from engine.kernels.triton.rows import Rows
 MOST_SELECTED = 4096
 """The largest top_k of this form: candidates lie in a program's registers."""
 
-SAMPLE = 4096
+SAMPLE = 8192
 """Scores of a sample, at least."""
 MOST_SAMPLED = 32768
 

@@ -13,7 +13,7 @@ Four forms:
 - *long rows*: `engine.kernels.triton.long_rows` reads a row with many programs, which store a bit a score.
 
 Which is fastest where was measured on an H200 (benchmarks/gpu/log.md). Stretches know no cuts: with these, few rows are
-held whole up to `WHOLE_CUT`, and longer ones decided among candidates.
+held whole up to `WHOLE_CUT`, and longer ones decided among candidates if they are not long.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ WHOLE_CUT = 16384
 MANY_ROWS = 264
 """So many rows fill the device by themselves: two a multiprocessor."""
 
-LONG = 32768
-"""From so many scores on, few rows are long."""
+LONG = 16384
+"""From so many scores on, few rows that select more than `WHOLE_SELECTED` are long, and ..."""
+LONG_MANY = 131072
+"""... many rows."""
 
 STRETCH = 8192
 """How many scores one program holds at least, if a row has so many."""
@@ -72,12 +74,14 @@ def select(scores: Tensor, rows: Rows, width: int, cuts: Tensor | None = None) -
         return out
     if width > MOST_SELECTED:
         select_slowly(scores, rows, out, cuts)
+    elif WHOLE_SELECTED < width <= long_rows.MOST_SELECTED and context >= (
+        LONG if count < MANY_ROWS else LONG_MANY
+    ):
+        long_rows.select_long(scores, rows, out, cuts)
     elif count >= MANY_ROWS:
         select_among(scores, rows, out, cuts)
     elif context <= WHOLE and width <= WHOLE_SELECTED:
         _select_whole(scores, rows, out, cuts)
-    elif context >= LONG and width <= long_rows.MOST_SELECTED:
-        long_rows.select_long(scores, rows, out, cuts)
     elif cuts is None:
         _select_stretches(scores, rows, out)
     elif context <= WHOLE_CUT:
