@@ -42,7 +42,7 @@ def graph_us(calls: Sequence[Callable[[], Tensor]], rounds: int = 15) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    times: list[float] = []
     for _ in range(rounds):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
