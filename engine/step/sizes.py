@@ -9,6 +9,7 @@ from engine.config import PAGE_SIZE, EngineConfig
 from engine.errors import ConfigError
 
 _CPU_CACHE = 1 << 30
+_CPU_MOST = 4 << 30  # for one request of a model with a long context, in float32
 _CUDA_SHARE = 0.85
 """Of the free memory for the cache: the rest is for what a step computes and for graphs."""
 
@@ -32,7 +33,8 @@ def num_pages(
 ) -> int:
     """How many pages the cache has, asked once the weights are loaded.
 
-    Without `kv_cache_bytes`: 1 GiB on a CPU, and for a model on several devices; on one GPU 85 % of what is free, but no
+    Without `kv_cache_bytes`: 1 GiB on a CPU, and for a model on several devices, or up to 4 GiB if one request needs more than 1;
+    on one GPU 85 % of what is free, but no
     more than all running requests can use.
 
     Args:
@@ -47,7 +49,8 @@ def num_pages(
     """
     size = config.kv_cache_bytes
     if size is None:
-        size = _CPU_CACHE
+        one_request = -(-max_model_len // PAGE_SIZE) * page_bytes
+        size = one_request if _CPU_CACHE < one_request <= _CPU_MOST else _CPU_CACHE
         if device.type == "cuda" and config.tensor_parallel == 1:
             free, _ = torch.cuda.mem_get_info(device)
             most = max_running * (-(-max_model_len // PAGE_SIZE) + 1) * page_bytes

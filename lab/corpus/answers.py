@@ -47,7 +47,7 @@ from server.text.tokenizer import TokenizerError
 
 KIND = "answers"
 LONG = 600
-"""Tokens of a prompt from which on it is asked without a server: a shorter one is nearly dense."""
+"""Tokens of a prompt from which on it is asked without a server, if --shortest says no other: a shorter one is nearly dense."""
 _TEMPERATURE = 0.7
 _TIMEOUT = httpx.Timeout(connect=5, read=600, write=60, pool=None)
 
@@ -256,6 +256,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--device", default="auto", help="without --url: auto, cpu, cuda or cuda:N (%(default)s)"
     )
     parser.add_argument("--count", type=int, default=1200, help="prompts to answer (%(default)s)")
+    parser.add_argument(
+        "--shortest",
+        type=int,
+        default=LONG,
+        help="without --url: of so many tokens on, prompts are asked (%(default)s)",
+    )
     parser.add_argument("--max-tokens", type=int, default=256, help="of one answer (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and packing (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=32, help="requests at once (%(default)s)")
@@ -268,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listed = (options.corpus / "prompts.train.json").read_bytes()
         prompts = msgspec.json.decode(listed, type=list[CorpusPrompt])
         if options.url is None:
-            prompts = [prompt for prompt in prompts if prompt.tokens >= LONG][: options.count]
+            prompts = [prompt for prompt in prompts if prompt.tokens >= options.shortest][: options.count]
             contexts = 32 if resolve_device(options.device).type == "cuda" else 1
             probe = Probe(weights, None, device=options.device, contexts=contexts)
             made = answer_here(

@@ -53,7 +53,7 @@ def _parcel(rng: random.Random) -> _Task:
     return _Task(
         "rates", "parcels",
         "Prices of parcels in cents.\n\nA parcel costs %W_BASE_FEE, and %W_STEP_FEE more for every full %W_STEP_GRAMS of its "
-        "weight.\nExpress parcels cost %W_EXPRESS_FACTOR times as much.",
+        "weight.\nFor an express parcel this whole sum is multiplied by %W_EXPRESS_FACTOR.",
         f"%W_BASE_FEE = {base}\n%W_STEP_FEE = {fee}\n%W_STEP_GRAMS = {step}\n%W_EXPRESS_FACTOR = {factor}\n",
         "parcel_price", 'def parcel_price(weight_grams: int, express: bool) -> int:\n    """Return the price of a parcel in cents."""',
         "price = %W_BASE_FEE + weight_grams // %W_STEP_GRAMS * %W_STEP_FEE\n"

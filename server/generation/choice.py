@@ -136,7 +136,7 @@ class Choice:
     def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
         self._job = job
         self._staged = False
-        self._reader = _Plain(tokenizer, job.stop) if job.answer is None else job.answer()
+        self._reader = _Plain(tokenizer, job) if job.answer is None else job.answer()
         self._endless = job.answer is None and not job.stop and not job.prompt_only
         self._output: list[int] = []  # tokens that the engine and the server wrote so far
         self._submits = 1
@@ -253,8 +253,8 @@ class _Plain:
     redirect: tuple[int, ...] = ()
     reasoning_tokens = 0
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer, stop=stop)
+    def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
+        self._detokenizer = Detokenizer(tokenizer, stop=job.stop, after=job.submit.prompt_token_ids)
 
     @property
     def ended(self) -> bool:

@@ -81,8 +81,10 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special: bool = True,
+        after: Sequence[int] = (),
     ) -> None:
-        self._stream = text_stream(tokenizer, skip_special=skip_special)
+        """`after` are the tokens before the generation, whose text it continues."""
+        self._stream = text_stream(tokenizer, skip_special=skip_special, after=after)
         self._scanner = StopScanner(stop, include_stop=include_stop)
         self._stops = len(stop) > 0
         self.tokens_consumed = 0

@@ -90,9 +90,10 @@ def from_gguf(path: Path) -> Tokenizer:
             f"{path.name} has a vocabulary of kind {facts.get('model')!r}; only byte-level BPE ('gpt2') can be read "
             "from GGUF: use the checkpoint's folder with its tokenizer.json instead"
         )
-    if facts.get("pre") not in PRE_TOKENIZERS:
+    pre = facts.get("pre", "default")
+    if pre not in PRE_TOKENIZERS:
         raise TokenizerError(
-            f"{path.name} splits text in a way named {facts.get('pre')!r}, which is none of "
+            f"{path.name} splits text in a way named {pre!r}, which is none of "
             f"{', '.join(PRE_TOKENIZERS)}: use the checkpoint's folder with its tokenizer.json instead"
         )
     try:
@@ -103,7 +104,7 @@ def from_gguf(path: Path) -> Tokenizer:
         raise TokenizerError(
             f"{path.name} has no tokenizer.ggml.{error.args[0]}, so its vocabulary is incomplete"
         ) from None
-    splitting = PRE_TOKENIZERS[facts["pre"]]()
+    splitting = PRE_TOKENIZERS[pre]()
     try:
         model = BPE(
             vocab={token: index for index, token in enumerate(tokens)},

@@ -7,11 +7,14 @@ bytes that can never become a character it holds back everything until the next 
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from typing import Protocol
 
 from server.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
+_CONTEXT = 8
+"""So many tokens before an output are looked at."""
 
 
 class TextStream(Protocol):
@@ -26,10 +29,15 @@ class TextStream(Protocol):
         ...
 
 
-def text_stream(tokenizer: Tokenizer, *, skip_special: bool) -> TextStream:
-    """Make the stream that fits the tokenizer's vocabulary."""
-    kind = ByteStream if tokenizer.byte_level else WindowStream
-    return kind(tokenizer, skip_special=skip_special)
+def text_stream(tokenizer: Tokenizer, *, skip_special: bool, after: Sequence[int] = ()) -> TextStream:
+    """Make the stream that fits the tokenizer's vocabulary.
+
+    The text is what the tokens add to the text of `after`, the tokens before them. Some vocabularies begin a text of
+    its own without the space of its first token.
+    """
+    if tokenizer.byte_level:
+        return ByteStream(tokenizer, skip_special=skip_special)
+    return WindowStream(tokenizer, skip_special=skip_special, after=after)
 
 
 class ByteStream:
@@ -68,10 +76,13 @@ class WindowStream:
     the next token may change that character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special else frozenset[int]()
-        self._context: list[int] = []  # tokens already returned as text; the text after them depends on them
+        context = [token_id for token_id in after[-_CONTEXT:] if token_id not in self._skip]
+        while context and tokenizer.is_byte(context[-1]):  # half a character would change with the next token
+            context.pop()
+        self._context = context  # tokens already returned as text; the text after them depends on them
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:

@@ -23,13 +23,19 @@ def serves(arguments: list[str]) -> dict[str, list[str]]:
 
 
 def test_peers_are_run_with_their_settings_on_the_same_weights() -> None:
-    found = suites(Peers("llama-server", "vllm/bin/python", "bf16", "tiny", WEIGHTS, "2-3", 2))
+    found = suites(
+        Peers("llama-server", "vllm/bin/python", "bf16", "tiny", WEIGHTS, "2-3", 2, "ov/bin/python")
+    )
     one = serves(found["decode"])
-    assert list(one) == ["dsa", "llama.cpp", "llama.cpp -fa on", "vLLM"]
+    assert list(one) == ["dsa", "llama.cpp", "llama.cpp -fa on", "OpenVINO", "vLLM"]
     assert all(command[-2:] == ["--port", "{port}"] for command in one.values())
     assert one["llama.cpp"][:7] == ["llama-server", "-m", str(WEIGHTS), "-t", "2", "-np", "1"]
     assert one["llama.cpp -fa on"][one["llama.cpp -fa on"].index("-fa") + 1] == "on"
     assert "VLLM_CPU_OMP_THREADS_BIND=2-3" in one["vLLM"]
+    assert one["OpenVINO"][0] == "ov/bin/python"
+    assert Path(one["OpenVINO"][1]).is_file()
+    assert one["OpenVINO"][2:6] == ["--model", str(WEIGHTS), "--threads", "2"]
+    assert "OpenVINO" not in serves(found["concurrency"]), "it answers one request at a time"
     many = serves(found["concurrency"])["llama.cpp"]
     assert many[many.index("-c") + 1] == str(32 * 1280)
 

@@ -23,7 +23,9 @@ class VectorisedFp8:
         size = x.shape[-1]
         count = num_blocks(size, block)
         blocks = F.pad(x.float(), (0, count * block - size)).view(*x.shape[:-1], count, block)
-        scales = blocks.abs().amax(-1).clamp_(min=floor).div_(E4M3_MAX)
+        # A tensor on the device divides; for a number of Python's CUDA multiplies with its inverse, which is not the same.
+        largest = torch.full((), E4M3_MAX, device=x.device)
+        scales = blocks.abs().amax(-1).clamp_(min=floor).div_(largest)
         if scale_format == "ue8m0":
             mantissa, exponent = torch.frexp(scales)
             scales = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())

@@ -6,7 +6,9 @@ launch sorts; the second multiplies with gate and up, with their silu, and in FP
 block of a scale); the third multiplies with down; the last adds a row's experts in the order in which they were chosen.
 
 All shapes depend on numbers of rows and experts alone, so a CUDA graph can hold all of it. Tiles that a batch does not fill
-end at once. A row's result does not depend on its company, and no sum on the order in which programs end.
+end at once. No sum depends on the order in which programs end. A row's result depends on its company in one thing: experts
+with many rows each are `wide_experts`' in FP8, whose last bits may differ. It has more than 400 lines, as experts in FP8 and
+plain ones share the sorting and the sum.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from torch import Tensor
 
 from engine.errors import EngineError
 from engine.kernels.interface.fp8 import ACTIVATION_FLOOR, ScaleFormat
-from engine.kernels.triton.fp8_product import OUTPUTS, block_sums
+from engine.kernels.triton.fp8_product import OUTPUTS, block_sums, linear_fp8
 from engine.kernels.triton.kernel import block, kernel, overlap, turn
-from engine.kernels.triton.quantise import Quantised, bytes_of, quantise_rows, scale_of
+from engine.kernels.triton.quantise import QuantisedRows, bytes_of, quantise_rows, scale_of, silu_times_rows
+from engine.kernels.triton.wide_experts import WideTile, serves, wide_products
 from engine.memory.blocks import BLOCK, E4M3, BlockWeight, Matrix, num_blocks
 
+WIDE_ROWS = 64
+"""Choices an expert, on the average, from which on tiles are wide."""
 _CHOICES = 2048  # counted at once
 _SUMMED = 1024  # numbers of a row a program of the last launch
 
@@ -58,7 +63,7 @@ def tile_of(rows: int, choices: int, experts: int, *, quantised: bool) -> Expert
 
 
 def run_experts(
-    x: Tensor | Quantised,
+    x: Tensor | QuantisedRows,
     experts: Tensor,
     weights: Tensor,
     gate_up: Matrix,
@@ -68,7 +73,7 @@ def run_experts(
     *,
     dtype: torch.dtype = torch.float32,
     scale_format: ScaleFormat = "ue8m0",
-    tile: ExpertTile | None = None,
+    tile: ExpertTile | WideTile | None = None,
 ) -> Tensor:
     """Compute y[t] = sum_j weights[t,j] * E_{experts[t,j]}(x[t]) + S(x[t]) with E(x) = down (silu(gate x) * up x).
 
@@ -85,7 +90,7 @@ def run_experts(
         shared: gate_up [2F, E] and down [E, F] of an expert S of the same kind that every row has, or None
         dtype: of the result
         scale_format: of scales that are made here
-        tile: how to divide it; None: by `tile_of`
+        tile: how to divide it; None: by `tile_of`, or by `WideTile` from `WIDE_ROWS` choices an expert on
 
     Returns:
         [T, E] in `dtype`
@@ -107,15 +112,32 @@ def run_experts(
         x = quantise_rows(x, scale_format)
     kinds = held + (shared is not None)
     choices = rows * (chosen + (shared is not None))
+    made = torch.empty(choices, inputs, dtype=model_dtype, device=like.device)
+    if isinstance(gate_up, BlockWeight) and isinstance(down, BlockWeight) and tile is None:
+        tile = WideTile() if choices >= WIDE_ROWS * kinds and serves(gate_up, down) else None
+    if isinstance(tile, WideTile):
+        assert isinstance(x, QuantisedRows)
+        assert isinstance(gate_up, BlockWeight)
+        assert isinstance(down, BlockWeight)
+        routed = rows * chosen
+        order, *cut = _sort(experts, held, first, False, tile.rows)
+        wide_products(x, gate_up, down, order, cut, chosen, made[:routed], scale_format, tile)
+        if shared is not None:  # all rows have it: a product of its own
+            other_up, other_down = shared
+            assert isinstance(other_up, BlockWeight)
+            assert isinstance(other_down, BlockWeight)
+            inner_rows = silu_times_rows(linear_fp8(x, other_up), scale_format)
+            linear_fp8(inner_rows, other_down, out=made[routed:])
+        _add(made, experts, weights, out, first, held, shared is not None)
+        return out
     size, up_stages, up_warps, down_stages, down_warps = tile or tile_of(
         rows, choices, kinds, quantised=quantised
     )
     tiles = _sort(experts, held, first, shared is not None, size)
     most = len(tiles.expert)
     common = {"CHOSEN": chosen, "SHARED": shared is not None, "HELD": held, "TILE": size}
-    made = torch.empty(choices, inputs, dtype=model_dtype, device=like.device)
     up_grid, down_grid = (most, -(-inner // OUTPUTS)), (most, -(-inputs // OUTPUTS))
-    if isinstance(x, Quantised):
+    if isinstance(x, QuantisedRows):
         assert isinstance(gate_up, BlockWeight)
         assert isinstance(down, BlockWeight)
         other_up, other_down = shared or (gate_up, down)
@@ -150,11 +172,20 @@ def run_experts(
             INPUTS=inner, OUTPUTS=inputs, HELD=held, TILE=size, OUT_BLOCK=OUTPUTS, STEP=step, STAGES=down_stages,
             num_warps=down_warps, num_stages=down_stages, **overlap(),
         )  # fmt: skip
-    _sum[(rows, -(-inputs // _SUMMED))](
-        made, experts, weights, out, rows, first,
-        HELD=held, CHOSEN=chosen, SHARED=shared is not None, SIZE=inputs, PART=min(_SUMMED, block(inputs)), num_warps=4, **overlap(),
-    )  # fmt: skip
+    _add(made, experts, weights, out, first, held, shared is not None)
     return out
+
+
+def _add(
+    made: Tensor, experts: Tensor, weights: Tensor, out: Tensor, first: int, held: int, shared: bool
+) -> None:
+    """Sum what a row's experts made."""
+    rows, chosen = experts.shape
+    size = out.shape[1]
+    _sum[(rows, -(-size // _SUMMED))](
+        made, experts, weights, out, rows, first,
+        HELD=held, CHOSEN=chosen, SHARED=shared, SIZE=size, PART=min(_SUMMED, block(size)), num_warps=4, **overlap(),
+    )  # fmt: skip
 
 
 def _check(gate_up: Matrix, down: Matrix, shared: tuple[Matrix, Matrix] | None, inner: int) -> None:

@@ -3,32 +3,40 @@
 The matrix unit sums 128 products; these sums are scaled and added in float32 (arXiv 2412.19437, section 3.3.2). A weight's
 128 outputs are the matrix unit's lines and rows of x its columns, so that a few rows waste little. A product with few
 outputs is cut along its inputs, by the weight's shape alone: the program that ends last adds the parts in their order.
+
+From `LIBRARY_ROWS` rows on the library multiplies where it can (`library_serves`): it is 1.4 to 3 times as fast there. Its
+sums have another order, so the last bits of a row may differ between a step of few rows and one of many; among steps of few
+rows they do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
 from engine.errors import EngineError
 from engine.kernels.interface.fp8 import ScaleFormat
 from engine.kernels.triton.kernel import block, kernel, overlap
-from engine.kernels.triton.quantise import SUMS, Quantised, quantise_rows
+from engine.kernels.triton.quantise import SUMS, QuantisedRows, quantise_rows
 from engine.memory.blocks import BLOCK, BlockWeight, num_blocks
 
 OUTPUTS = 128
 """Of a program: those that share a scale."""
 MOST_CUT_ROWS = 64
 """Rows of x up to which the inputs are cut."""
+LIBRARY_ROWS = 64
+"""Rows of x from which on the library multiplies; the one place that says so."""
 AHEAD = 4
 """Steps of W that a program asks for before it waits for the kernel before: W does not depend on that."""
 
 
-class Tile(NamedTuple):
+class ProductTile(NamedTuple):
     """How a product is divided.
 
     Attributes:
@@ -44,22 +52,43 @@ class Tile(NamedTuple):
     splits: int = 1
 
 
-def tile_of(rows: int, outputs: int, inputs: int) -> Tile:
+def tile_of(rows: int, outputs: int, inputs: int) -> ProductTile:
     """What suits a product of so many rows with a weight [outputs, inputs]."""
     if rows > MOST_CUT_ROWS:
-        return Tile(
+        return ProductTile(
             128 if rows * outputs >= 128 * 128 * 200 else 64, 4, 8 if rows * outputs >= 128 * 128 * 200 else 4
         )
     tiles, steps = num_blocks(outputs), num_blocks(inputs)
     splits = min(max(1, 480 // tiles), max(1, steps // 4))
-    return Tile(max(16, block(rows)), 5, 4, splits)
+    return ProductTile(max(16, block(rows)), 5, 4, splits)
+
+
+def library_serves(rows: int, weight: BlockWeight, dtype: torch.dtype) -> bool:
+    """Whether the library's product is used for so many rows: `torch._scaled_mm` with scales of 1 x 128 and 128 x 128.
+
+    cuBLAS has it for Hopper since CUDA 12.9. It wants whole blocks of inputs, four of them to a line of scales, and outputs
+    by sixteens (cuBLAS, "1D and 2D block scaling for FP8 data types"); with other sizes its numbers are wrong, without an error.
+    Among numbers of rows from `LIBRARY_ROWS` on, a row had the same bits on an H200.
+    """
+    outputs, inputs = weight.shape
+    whole = inputs % (4 * BLOCK) == 0 and outputs % 16 == 0
+    return rows >= LIBRARY_ROWS and whole and dtype == torch.bfloat16 and _library_has_blocks()
+
+
+@cache
+def _library_has_blocks() -> bool:
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return False
+    version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+    return torch.cuda.get_device_capability()[0] == 9 and version >= (12, 9)
 
 
 def linear_fp8(
-    x: Tensor | Quantised,
+    x: Tensor | QuantisedRows,
     weight: BlockWeight,
     scale_format: ScaleFormat = "ue8m0",
-    tile: Tile | None = None,
+    tile: ProductTile | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute y = x W^T, by FP8 products of 128 numbers each, summed in float32.
 
@@ -67,7 +96,8 @@ def linear_fp8(
         x: [T, in], a row's numbers contiguous, or quantised already
         weight: W, [out, in], contiguous
         scale_format: of the scales of x, if it is not quantised yet
-        tile: how to divide it; None: by `tile_of`
+        tile: how to divide it; None: by the library where it serves, else by `tile_of`
+        out: what is returned, [T, out] contiguous; None: new memory
 
     Returns:
         [T, out] in the dtype of x, or of the numbers that were quantised
@@ -75,9 +105,12 @@ def linear_fp8(
     if isinstance(x, Tensor):
         x = quantise_rows(x, scale_format)
     rows, (outputs, inputs) = len(x), weight.shape
-    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.values.device)
+    if out is None:
+        out = torch.empty(rows, outputs, dtype=x.dtype, device=x.values.device)
     if not rows:
         return out
+    if tile is None and library_serves(rows, weight, x.dtype):
+        return _librarys(x, weight, out)
     row_block, stages, num_warps, splits = tile or tile_of(rows, outputs, inputs)
     steps, tiles, lines = num_blocks(inputs), num_blocks(outputs), -(-rows // row_block)
     each = -(-steps // splits)
@@ -91,6 +124,17 @@ def linear_fp8(
         ROW_BLOCK=row_block, OUT_BLOCK=OUTPUTS, STAGES=stages, AHEAD=min(AHEAD, each) if rows <= MOST_CUT_ROWS else 0, num_warps=num_warps, num_stages=stages, **overlap(),
     )  # fmt: skip
     return out
+
+
+def _librarys(x: QuantisedRows, weight: BlockWeight, out: Tensor) -> Tensor:
+    """`torch._scaled_mm`, which wants rows by fours: others are filled up with zeros."""
+    missing = -len(x) % 4
+    values, scales, made = x.values, x.scales, out
+    if missing:
+        values = F.pad(values.view(torch.uint8), (0, 0, 0, missing)).view(values.dtype)
+        scales, made = F.pad(scales, (0, missing)), F.pad(out, (0, 0, 0, missing))
+    torch._scaled_mm(values, weight.values.T, scales.T, weight.scales.T, out_dtype=x.dtype, out=made)
+    return out.copy_(made[: len(x)]) if missing else out
 
 
 def stack_rows(weights: Sequence[BlockWeight]) -> BlockWeight:

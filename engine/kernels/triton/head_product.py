@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.kernels.interface.fp8 import ACTIVATION_FLOOR, ScaleFormat
 from engine.kernels.triton.kernel import block, kernel, overlap, turn
-from engine.kernels.triton.quantise import SUMS, Quantised, bytes_of, room, scale_of
+from engine.kernels.triton.quantise import SUMS, QuantisedRows, bytes_of, room, scale_of
 from engine.memory.blocks import BLOCK
 
 _MOST_ROWS = 64  # a program
@@ -45,7 +45,7 @@ def expand_values(latents: Tensor, values: Tensor) -> Tensor:
     return out
 
 
-def expand_values_rows(latents: Tensor, values: Tensor, scale_format: ScaleFormat = "ue8m0") -> Quantised:
+def expand_values_rows(latents: Tensor, values: Tensor, scale_format: ScaleFormat = "ue8m0") -> QuantisedRows:
     """`expand_values`, quantised for the product with o: one launch. A head has 128 values, as a scale's block has.
 
     Args:
@@ -65,7 +65,7 @@ def expand_values_rows(latents: Tensor, values: Tensor, scale_format: ScaleForma
     return made
 
 
-def _launch(x: Tensor, weight: Tensor, out: Tensor, made: Quantised | None, power: bool) -> None:
+def _launch(x: Tensor, weight: Tensor, out: Tensor, made: QuantisedRows | None, power: bool) -> None:
     """`weight` is [H, out, in], with any strides of which one is 1."""
     rows, heads, inputs = x.shape
     if not rows:

@@ -76,8 +76,8 @@ _LOCATED = 1024
 _LOG2_E = 1.4426950408889634
 
 
-class Program(NamedTuple):
-    """What a program takes: heads, positions a step, warps, stages of loads."""
+class LatentShape(NamedTuple):
+    """Of a program: heads, positions a step, warps, stages of loads."""
 
     heads: int
     keys: int
@@ -85,11 +85,11 @@ class Program(NamedTuple):
     stages: int
 
 
-def program_of(dtype: torch.dtype, fp8: bool) -> Program:
+def shape_of(dtype: torch.dtype, fp8: bool) -> LatentShape:
     """What a program takes, however few heads there are. No function of the batch: a row's bits depend on it."""
     if dtype == torch.float32:
-        return Program(16, 16, 4, 1)
-    return Program(HEADS_AT_ONCE, 64 if fp8 else 32, 8, 3)
+        return LatentShape(16, 16, 4, 1)
+    return LatentShape(HEADS_AT_ONCE, 64 if fp8 else 32, 8, 3)
 
 
 def attend_latents(
@@ -266,16 +266,16 @@ class _Call:
         self._scale = scale * _LOG2_E
         self._heads, self._rank = query.shape[1], rank
         self._fp8 = plane.dtype == torch.uint8
-        self._program = program_of(query.dtype, self._fp8)
-        self._blocks = triton.cdiv(self._heads, self._program.heads)
+        self._shape = shape_of(query.dtype, self._fp8)
+        self._blocks = triton.cdiv(self._heads, self._shape.heads)
         self._roles = roles
         self._strides = (query.stride(0), plane.stride(0), plane.stride(1), rows.block_table.stride(0))
 
     def sparse(self, selected: Tensor) -> None:
         """All sparse rows, and padding."""
         rows, (count, width) = self._rows, selected.shape
-        splits = sparse_splits(count, self._blocks, width, self._program.keys)
-        each = triton.cdiv(triton.cdiv(width, splits), self._program.keys) * self._program.keys
+        splits = sparse_splits(count, self._blocks, width, self._shape.keys)
+        each = triton.cdiv(triton.cdiv(width, splits), self._shape.keys) * self._shape.keys
         parts, sums = self._parts(count, splits)
         grid = (count * splits * self._blocks,)
         if self._roles is not None:
@@ -345,11 +345,11 @@ class _Call:
 
     def _constants(self) -> dict[str, Any]:
         """What both forms are compiled for."""
-        program, rope = self._program, self._query.shape[2] - self._rank
+        shape, rope = self._shape, self._query.shape[2] - self._rank
         return {
             "HEADS": self._heads, "RANK": self._rank, "ROPE": rope, "RANK_BLOCK": max(16, block(self._rank)),
-            "ROPE_BLOCK": max(16, block(rope)), "HEADS_BLOCK": program.heads, "KEYS": program.keys, "FP8": self._fp8,
-            "APART": self._query.dtype == torch.bfloat16, "num_warps": program.warps, "num_stages": program.stages,
+            "ROPE_BLOCK": max(16, block(rope)), "HEADS_BLOCK": shape.heads, "KEYS": shape.keys, "FP8": self._fp8,
+            "APART": self._query.dtype == torch.bfloat16, "num_warps": shape.warps, "num_stages": shape.stages,
         }  # fmt: skip
 
     def _parts(self, count: int, splits: int) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,13 @@ from engine.kernels.triton.kernel import block, kernel, overlap, turn, warps
 from engine.memory.blocks import BLOCK, E4M3, num_blocks
 
 SUMS = 1024
-"""Sums in parts that one row block of a product can have: see `Quantised.turns`."""
+"""Sums in parts that one row block of a product can have: see `QuantisedRows.turns`."""
 
 _PART = 1024  # numbers of a row a program
 
 
 @dataclass(frozen=True)
-class Quantised:
+class QuantisedRows:
     """Rows in FP8, as products read them. Made by this module's functions only, for use on one stream.
 
     Attributes:
@@ -43,9 +43,9 @@ class Quantised:
         return len(self.values)
 
 
-def room(rows: int, size: int, like: Tensor, dtype: torch.dtype) -> Quantised:
+def room(rows: int, size: int, like: Tensor, dtype: torch.dtype) -> QuantisedRows:
     """Memory for so many rows, for a kernel that fills all of it, `turns` with zeros."""
-    return Quantised(
+    return QuantisedRows(
         torch.empty(rows, size, dtype=E4M3, device=like.device),
         torch.empty(num_blocks(size), rows, dtype=torch.float32, device=like.device),
         torch.empty(SUMS, dtype=torch.int32, device=like.device),
@@ -53,7 +53,7 @@ def room(rows: int, size: int, like: Tensor, dtype: torch.dtype) -> Quantised:
     )
 
 
-def quantise_rows(x: Tensor, scale_format: ScaleFormat = "ue8m0") -> Quantised:
+def quantise_rows(x: Tensor, scale_format: ScaleFormat = "ue8m0") -> QuantisedRows:
     """Quantise rows.
 
     Args:
@@ -78,7 +78,7 @@ def add_rms_norm_rows(
     scale_format: ScaleFormat = "ue8m0",
     *,
     keep: bool = False,
-) -> tuple[Tensor, Tensor | None, Quantised]:
+) -> tuple[Tensor, Tensor | None, QuantisedRows]:
     """`engine.kernels.triton.norm.add_rms_norm`, and its normed rows quantised: one launch.
 
     Args:
@@ -106,7 +106,7 @@ def add_rms_norm_rows(
     return total, normed, made
 
 
-def silu_times_rows(product: Tensor, scale_format: ScaleFormat = "ue8m0") -> Quantised:
+def silu_times_rows(product: Tensor, scale_format: ScaleFormat = "ue8m0") -> QuantisedRows:
     """`engine.kernels.triton.gate.silu_times`, quantised: one launch.
 
     Args:

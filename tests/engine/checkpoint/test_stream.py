@@ -51,7 +51,7 @@ def same(one: Tensor | BlockWeight, other: Tensor | BlockWeight) -> bool:
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ranks", [Ranks(0, 1), Ranks(1, 2)], ids=str)
+@pytest.mark.parametrize("ranks", [Ranks(0, 1), Ranks(1, 2)], ids=["alone", "second of two"])
 def test_every_parameter_is_the_same(
     folder: Path,
     device: torch.device,

@@ -33,6 +33,9 @@ def test_a_step(given: dict[str, Any], cpu: tuple[int, int], cuda: tuple[int, in
 def test_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     auto = EngineConfig(weights="")
     assert num_pages(auto, CPU, 1 << 20, 640, 64) == 1024
+    assert num_pages(auto, CPU, 1 << 20, 2000 * 64, 64) == 2000, "one request needs more than 1 GiB"
+    with pytest.raises(ConfigError, match="give it at least"):
+        num_pages(auto, CPU, 1 << 20, 5000 * 64, 64)
     free = 40 << 30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
     assert num_pages(auto, CUDA, 1 << 20, 640, 64) == 64 * 11, "more could not be used"

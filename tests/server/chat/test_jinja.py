@@ -73,6 +73,15 @@ def test_blocks_are_trimmed_and_helpers_are_there() -> None:
     assert text == '{"role": "user", "content": "a<b>\'é"}\n<s>4'
 
 
+def test_marks_of_training_leave_their_body() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<eos>{% endgeneration %}"
+        "{% else %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    )
+    messages = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user")]
+    assert JinjaFormat(template).render(messages) == "user: hi\nhi<eos>user: hi\n"
+
+
 def test_text_parts_are_joined() -> None:
     chat_format = JinjaFormat("{{ messages[0].content }}")
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]

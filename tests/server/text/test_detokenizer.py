@@ -102,6 +102,25 @@ def test_any_tokens_in_any_groups_give_the_decoded_whole(
     assert detokenizer.tokens_consumed == len(ids)
 
 
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@given(data=st.data())
+def test_a_text_that_goes_on_is_what_it_adds(vocabulary: str, data: st.DataObject) -> None:
+    tokenizer = VOCABULARIES[vocabulary]()
+    tokens = st.integers(2, 8) if vocabulary == "fallback" else st.integers(97, 122)
+    before = data.draw(st.lists(tokens, min_size=1, max_size=12), label="before")
+    ids = data.draw(st.lists(tokens, max_size=12), label="ids")
+    detokenizer = Detokenizer(tokenizer, after=before)
+    out = [detokenizer.push(group) for group in grouped(data, ids)]
+    assert tokenizer.decode(before) + "".join(out) + detokenizer.finish() == tokenizer.decode(before + ids)
+
+
+def test_a_stop_string_may_begin_with_the_first_space() -> None:
+    detokenizer = Detokenizer(fallback_vocabulary(), stop=[" a"], after=[3])
+    assert detokenizer.push([3, 5]) == ""
+    assert detokenizer.stopped == " a"
+    assert Detokenizer(fallback_vocabulary(), after=[3, 9 + 0xC3]).push([3]) == " a"
+
+
 @given(data=st.data(), parts=st.lists(st.one_of(st.sampled_from(SCRIPTS), st.text(max_size=4)), max_size=12))
 def test_complete_characters_never_show_as_replacements(data: st.DataObject, parts: list[str]) -> None:
     text = "".join(parts)

@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.errors import EngineError
 from engine.kernels.torchops.fp8 import VectorisedFp8
 from engine.kernels.triton.experts import ExpertTile, run_experts
+from engine.kernels.triton.wide_experts import WideTile
 from engine.layers import moe
 from engine.memory.blocks import BlockWeight, Matrix
 from tests.engine.kernels.triton.kit import random_blocks
@@ -74,7 +75,7 @@ class Case:
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize(
     ("rows", "total", "first", "held", "chosen", "hidden", "inner"),
-    [(1, 4, 0, 4, 2, 256, 128), (5, 8, 2, 3, 3, 200, 128), (40, 4, 0, 4, 2, 128, 256)],
+    [(1, 4, 0, 4, 2, 256, 128), (5, 8, 2, 3, 3, 208, 128), (40, 4, 0, 4, 2, 128, 256)],
 )
 def test_against_the_plain_layer(
     device: torch.device, dtype: torch.dtype, rows: int, total: int, first: int, held: int, chosen: int,
@@ -89,6 +90,10 @@ def test_against_the_plain_layer(
     small = run_experts(case.x, *operands, tile=ExpertTile(16))
     one = run_experts(case.x[-1:], case.experts[-1:], case.weights[-1:], *operands[2:], tile=ExpertTile(16))
     assert torch.equal(one, small[-1:])
+    if quantised:
+        wide = run_experts(case.x, *operands, tile=WideTile(64, 2, 2, 4))
+        close(wide, plain(case.x, *operands), dtype, quantised)
+        assert torch.equal(run_experts(case.x, *operands, tile=WideTile(64, 2, 2, 4)), wide)
     if not quantised and not share:
         theirs = moe.run_experts(case.x, case.experts.long(), case.weights, case.gate_up, case.down, first)
         close(ours, theirs, dtype, quantised)

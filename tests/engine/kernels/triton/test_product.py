@@ -17,23 +17,28 @@ from tests.engine.kernels.triton.conftest import CHIP
 def test_products(
     device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int, bias: bool, each: int
 ) -> None:
-    if CHIP and dtype is torch.float32 and each > OUTPUTS[0]:
-        pytest.skip("a program has no room for it, and `holds` says no")
     generator = torch.Generator().manual_seed(inputs)
     made = [torch.randn(*s, generator=generator) for s in ((rows, inputs + 8), (outputs, inputs), (outputs,))]
     wide, weight, more = (one.to(device, dtype) for one in made)
     x, added = wide[:, :inputs], more if bias else None
     assert fits(rows, weight)
+    if CHIP and not holds(weight, each):
+        pytest.skip("the engine does not use it: the numbers are float32, or a program has no room for them")
     weight *= inputs**-0.5
     tolerance = 2e-5 if dtype is torch.float32 else 2e-2
     wanted = F.linear(x, weight, added)
     torch.testing.assert_close(linear(x, weight, added, each), wanted, rtol=tolerance, atol=tolerance)
-    gated = gated_linear(x, weight, added, each)
-    torch.testing.assert_close(gated, silu_times(wanted), rtol=tolerance, atol=tolerance)
-    assert torch.equal(gated, silu_times(linear(x, weight, added, each)))
     together = linear(x, weight, added, each)
     for row in range(rows):
         assert torch.equal(linear(x[row : row + 1], weight, added, each)[0], together[row])
+    if CHIP and not holds(weight, each, gated=True):
+        return
+    gated = gated_linear(x, weight, added, each)
+    torch.testing.assert_close(gated, silu_times(wanted), rtol=tolerance, atol=tolerance)
+    if CHIP:
+        assert torch.equal(gated, silu_times(together))
+    else:  # NumPy's exponential has other last bits where numbers lie apart
+        torch.testing.assert_close(gated, silu_times(together), rtol=1e-6, atol=1e-6)
 
 
 def test_what_fits() -> None:

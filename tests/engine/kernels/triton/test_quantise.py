@@ -10,10 +10,10 @@ from engine.kernels.interface.fp8 import ScaleFormat
 from engine.kernels.torchops.fp8 import VectorisedFp8
 from engine.kernels.triton.gate import silu_times
 from engine.kernels.triton.norm import add_rms_norm
-from engine.kernels.triton.quantise import Quantised, add_rms_norm_rows, quantise_rows, silu_times_rows
+from engine.kernels.triton.quantise import QuantisedRows, add_rms_norm_rows, quantise_rows, silu_times_rows
 
 
-def same(made: Quantised, plain: Tensor, scale_format: ScaleFormat) -> None:
+def same(made: QuantisedRows, plain: Tensor, scale_format: ScaleFormat) -> None:
     values, scales = VectorisedFp8().quantise(plain, scale_format)
     assert torch.equal(made.values.view(torch.uint8), values.view(torch.uint8))
     assert torch.equal(made.scales.T, scales)
