@@ -138,6 +138,21 @@ class RowStep(Protocol):
 class DraftLayer(Protocol):
     """A layer after the main model that predicts one more token."""
 
+    @property
+    def batch_device(self) -> torch.device:
+        """Where a batch's tensors are to be."""
+        ...
+
+    def prepare(
+        self,
+        cache: PagedCache,
+        max_rows: int,
+        progress: Callable[[int, int], None],
+        compilers: KernelCompilers | None = None,
+    ) -> None:
+        """As `Model.prepare`."""
+        ...
+
     def plane_specs(self, specs: tuple[PlaneSpec, ...]) -> tuple[PlaneSpec, ...]:
         """Return the main model's planes `specs`, extended to this layer."""
         ...

@@ -1,4 +1,7 @@
-"""Builds a running core from an `EngineConfig`: opens the checkpoint, loads the model, makes cache and scheduler."""
+"""Builds a running core from an `EngineConfig`: opens the checkpoint, loads the model, makes cache and scheduler.
+
+More than 400 lines, because the parts of an engine meet here and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -235,10 +238,16 @@ def _build(
     pages = num_pages(config, device, size, max_model_len, sizes.max_running)
     cache = PagedCache(pages, specs, num_layers, device)
     costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
-    drafter = None if layer is None else LayerDrafter(layer, config.draft_tokens, cache, costs, device)
-    model.prepare(
-        cache, sizes.max_running, lambda done, total: progress("capturing graphs", done, total), compilers
-    )
+    drafter = None if layer is None else LayerDrafter(layer, config.draft_tokens, cache, costs)
+    rows = sizes.max_running * (1 if layer is None else 1 + config.draft_tokens)
+    model.prepare(cache, rows, lambda done, total: progress("capturing graphs", done, total), compilers)
+    if layer is not None:
+        layer.prepare(
+            cache,
+            rows,
+            lambda done, total: progress("capturing the draft layer's graphs", done, total),
+            compilers,
+        )
     draw: Draw = _device_draw() if kernels.name == "triton" else sample
     runner = (
         Runner(model, cache, costs, device, drafter, draw)

@@ -30,14 +30,11 @@ from engine.step.speculation import advanced
 class LayerDrafter:
     """Fills the draft layer's cache for every row of a step, and guesses up to `count` tokens for each request."""
 
-    def __init__(
-        self, layer: DraftLayer, count: int, cache: PagedCache, costs: TileCosts, device: torch.device
-    ) -> None:
+    def __init__(self, layer: DraftLayer, count: int, cache: PagedCache, costs: TileCosts) -> None:
         self._layer = layer
         self._count = count
         self._cache = cache
         self._costs = costs
-        self._device = device
 
     def propose(
         self, plan: StepPlan, batch: Batch, hidden: Tensor, results: Sequence[Sampled]
@@ -51,7 +48,7 @@ class LayerDrafter:
             results: the drawn tokens, one result for each request
         """
         tokens = [_following(r, s) for r, s in zip(plan.requests, results, strict=True)]
-        following = torch.tensor([t for own in tokens for t in own], device=self._device)
+        following = torch.tensor([t for own in tokens for t in own], device=self._layer.batch_device)
         ahead_by_one = dataclasses.replace(batch, token_ids=following)
         out = self._layer.forward(ahead_by_one, hidden, self._cache, self._costs)
         ends = accumulate(len(request.token_ids) for request in plan.requests)
@@ -85,7 +82,7 @@ class LayerDrafter:
                     requests=tuple(_next(row, ahead + 1, drafts[row.index][-1]) for row in rows)
                 )
                 hidden = self._layer.forward(
-                    build_batch(further, self._device), hidden, self._cache, self._costs
+                    build_batch(further, self._layer.batch_device), hidden, self._cache, self._costs
                 )
         return [
             msgspec.structs.replace(one, draft_token_ids=tuple(own))

@@ -19,6 +19,7 @@ from engine.kernels.triton.kernel import kernel, overlap, turn
 from engine.kernels.triton.order import (
     LEAST,
     emit,
+    fifths,
     fill,
     keys_of,
     narrowed,
@@ -44,6 +45,9 @@ DEVIATIONS = 5.0
 
 _SPARE = 4.0
 """So many standard deviations the room lies above the candidates that a sample makes one expect: 1 row of 30,000."""
+
+MIX = tl.constexpr(40503)
+"""Where a sample reads, see `sampled`."""
 
 _LEAST = tl.constexpr(LEAST)
 _INFINITY = tl.constexpr(0x7F800000)
@@ -107,29 +111,28 @@ def select_slowly(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) 
 
 
 @triton.jit
-def _sampled(
-    row: tl.tensor, end: tl.tensor, k: tl.tensor, SAMPLE: tl.constexpr, DEVIATIONS: tl.constexpr
+def sampled(
+    row: tl.tensor, end: tl.tensor, k: tl.tensor, SAMPLE: tl.constexpr, DEVIATIONS: tl.constexpr, MIX: tl.constexpr, GROUPS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """(key, position): about 1.5 k of the row's pairs are at or above it, and with near certainty k are.
 
-    The row is cut in equal parts, and one score of each is read, somewhere in it.
+    The row is cut in equal parts, and one score of each is read, somewhere in it: MIX, an odd number, says where. GROUPS
+    is how many groups the sample has, of which a thread holds some; at most a quarter of SAMPLE.
     """
     i = tl.arange(0, SAMPLE)
     first = (i.to(tl.int64) * end // SAMPLE).to(tl.int32)
     size = ((i + 1).to(tl.int64) * end // SAMPLE).to(tl.int32) - first
-    mixed = (i * 40503) ^ (i >> 3)
+    mixed = (i * MIX) ^ (i >> 3)
     at = first + (mixed & 0x3FF) * size // 1024
     keys = keys_of(tl.load(row + at), at, end)
     rank = SAMPLE * (k.to(tl.float32) / end.to(tl.float32))
     wanted = tl.minimum(rank + DEVIATIONS * tl.sqrt(rank) + 2.0, SAMPLE * 1.0).to(tl.int32)
     enough = wanted + wanted // 16
-    low = tl.full((), _LEAST, tl.int32)
-    high = tl.max(keys, 0)
-    least = tl.full((), SAMPLE, tl.int32)
-    while (least > enough) & (low < high):
-        lower, upper = third(low, high)
-        counts = tl.sum((keys >= lower).to(tl.int32) + ((keys >= upper).to(tl.int32) << 16), 0)
-        low, high, least = narrowed(low, high, least, lower, upper, counts & 0xFFFF, counts >> 16, wanted)
+    # Each group has a key at or above the least of the groups' greatest.
+    most = tl.max(tl.reshape(keys, (SAMPLE // GROUPS, GROUPS)), 0)
+    inverted, high = tl.split(tl.max(tl.join(~most, most), 0))
+    low = tl.where(wanted <= GROUPS, ~inverted, _LEAST)
+    low, least = fifths(keys, low, high, tl.full((), SAMPLE, tl.int32), wanted, enough)
     place = tl.full((), 0, tl.int32)
     if (least > enough) & (low != _LEAST):
         place = tie_cut(keys, low, at, end, wanted)  # too many are equal: of these the later ones
@@ -152,7 +155,7 @@ def _count_through(
 
 
 @triton.jit
-def _search_through(
+def search_through(
     row: tl.tensor, chosen: tl.tensor, end: tl.tensor, k: tl.tensor, PIECE: tl.constexpr, GROUPS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Select from the whole row, which is read for each round; how many there are, and the cut: key and position."""
@@ -194,6 +197,39 @@ def _put(
     return total
 
 
+@triton.jit
+def decide(
+    row: tl.tensor, own: tl.tensor, chosen: tl.tensor, cuts: tl.tensor, count: tl.tensor, cut: tl.tensor, place: tl.tensor, k: tl.tensor,
+    ROOM: tl.constexpr, CUTS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Store the k best of `count` candidates, at most ROOM; how many there are.
+
+    Args:
+        row: the row's scores
+        own: positions of the candidates, ascending: of all scores at or above `cut`, if equal only from `place` on
+        chosen: where the positions go
+        cuts: where the row's cut goes, if CUTS
+        count: of candidates
+        cut: a key, or the lowest of all: then the candidates are all scores above -inf
+        place: see `own`
+        k: wanted
+    """
+    j = tl.arange(0, ROOM)
+    at = tl.load(own + j, mask=j < count, other=0)
+    keys = keys_of(tl.load(row + at, mask=j < count, other=float("-inf")), j, count)
+    low, least = fifths(keys, cut, tl.max(keys, 0), count, k, k)
+    first = tl.full((), 0, tl.int32)
+    if (least > k) & (low != _LEAST):
+        first = tie_cut(keys, low, j, count, k)
+    hit = (keys != _LEAST) & ((keys > low) | ((keys == low) & (j >= first)))
+    tl.store(chosen + tl.cumsum(hit.to(tl.int32), 0) - 1, at, mask=hit)
+    if CUTS:
+        # Of those equal to the sample's cut, the earlier ones are not even candidates.
+        from_here = tl.load(own + first)
+        store_cut(cuts, low, tl.where(low == cut, tl.maximum(from_here, place), from_here))
+    return tl.minimum(least, k)
+
+
 @kernel
 def _slow_kernel(
     scores: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, out: tl.tensor,
@@ -207,7 +243,7 @@ def _slow_kernel(
     k = tl.minimum(tl.load(index_top_k + t), width)
     written = 0
     if (end > 0) & (k > 0):
-        written, low, place = _search_through(
+        written, low, place = search_through(
             scores + t * scores_row, out + t * out_row, end, k, PIECE, PIECE // 16
         )
         if CUTS:
@@ -238,7 +274,7 @@ def _among_kernel(
         cut = tl.full((), _LEAST, tl.int32)
         place = tl.full((), 0, tl.int32)
         if end > ROOM:
-            cut, place = _sampled(row, end, k, SAMPLE, DEVIATIONS)
+            cut, place = sampled(row, end, k, SAMPLE, DEVIATIONS, MIX, min(THREADS, SAMPLE // 4))
         # Compared as floats, which is what lies there; the lowest cut stands for -inf, which is never in.
         threshold = tl.where(cut == _LEAST, float("-inf"), score_of(cut))
         place = tl.where(cut == _LEAST, end, place)
@@ -249,28 +285,10 @@ def _among_kernel(
             hit = ((values > threshold) | ((values == threshold) & (i >= place))) & (i < end)
             count += _put(own, hit, count, ROOM, start, row, PIECE, PIECE_GROUPS, False)
         if (count > ROOM) | ((count < k) & (cut != _LEAST)):
-            written, low, place = _search_through(row, chosen, end, k, PIECE, PIECE_GROUPS)
+            written, low, place = search_through(row, chosen, end, k, PIECE, PIECE_GROUPS)
             if CUTS:
                 store_cut(cuts + 2 * t, low, place)
         else:
             tl.debug_barrier()  # what other threads of the program stored is read
-            j = tl.arange(0, ROOM)
-            at = tl.load(own + j, mask=j < count, other=0)
-            keys = keys_of(tl.load(row + at, mask=j < count, other=float("-inf")), j, count)
-            low = cut
-            high = tl.max(keys, 0)
-            least = count
-            while (least > k) & (low < high):
-                lower, upper = third(low, high)
-                counts = tl.sum((keys >= lower).to(tl.int32) + ((keys >= upper).to(tl.int32) << 16), 0)
-                low, high, least = narrowed(low, high, least, lower, upper, counts & 0xFFFF, counts >> 16, k)
-            first = tl.full((), 0, tl.int32)
-            if (least > k) & (low != _LEAST):
-                first = tie_cut(keys, low, j, count, k)
-            hit = (keys != _LEAST) & ((keys > low) | ((keys == low) & (j >= first)))
-            written = _put(chosen, hit, written, k, 0, own, ROOM, ROOM_GROUPS, True)
-            if CUTS:
-                # Of those equal to the sample's cut, the earlier ones are not even candidates.
-                from_here = tl.load(own + first)
-                store_cut(cuts + 2 * t, low, tl.where(low == cut, tl.maximum(from_here, place), from_here))
+            written = decide(row, own, chosen, cuts + 2 * t, count, cut, place, k, ROOM, CUTS)
     fill(chosen, written, width, 4 * ROOM_GROUPS)

@@ -130,6 +130,10 @@ def is_cached(order: KernelOrder) -> bool:
 def _source(order: KernelOrder) -> ASTSource:
     function = getattr(importlib.import_module(order.module), order.name)
     assert isinstance(function, JITFunction)
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(function, order.signature, order.constexprs, order.attrs)
     return ASTSource(function, order.signature, order.constexprs, order.attrs)
 
 

@@ -1,5 +1,7 @@
 """Products of routed experts over flat rows, without a wait for the host: `engine.layers.moe.run_experts`.
 
+More than 400 lines, because four launches share how choices are sorted and cut.
+
 A choice is a pair of a row and an expert. Choices are sorted by expert and cut into tiles of one expert each. A program
 takes a tile and 128 outputs, so that only experts which are chosen are read, and once if a tile holds their rows. The first
 launch sorts; the second multiplies with gate and up, with their silu, and in FP8 quantises what it made (128 outputs are the

@@ -20,7 +20,7 @@ _COUNTS = ("num_rows", "bias_stride", "chunks", "programs", "num_groups")
 """Arguments that are numbers also where they are 1, and for whose values nothing is compiled anew."""
 
 
-class _Kernel(JITFunction[Any]):  # type: ignore[misc]
+class Kernel(JITFunction[Any]):  # type: ignore[misc]
     """A kernel that `engine.kernels.triton.compiling` can compile without a launch."""
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
@@ -47,7 +47,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     """`function` as a kernel, launched as `function[grid](...)`, or called by other kernels."""
     if triton.knobs.runtime.interpret:
         return triton.jit(function, do_not_specialize=_COUNTS)
-    return _Kernel(function, do_not_specialize=_COUNTS)
+    return Kernel(function, do_not_specialize=_COUNTS)
 
 
 def block(size: int) -> int:

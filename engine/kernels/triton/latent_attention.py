@@ -1,9 +1,11 @@
 """Absorbed latent attention of flat rows over a paged cache: selected positions, and dense decodes.
 
+More than 400 lines, because two forms share how rows are split and merged.
+
     out[t,h] = sum_c softmax_c(scale * query[t,h] . c) c[:r],   c = [latent r | rotated shared key p]
 
 over selected[t] for a sparse row and over all c <= positions[t] for a dense one (multi-head latent attention in its absorbed
-form, arXiv 2405.04434, section 2.1). All heads of a row read the same c, so a program takes up to `MOST_HEADS` of them.
+form, arXiv 2405.04434, section 2.1). All heads of a row read the same c, so a program takes up to `HEADS_AT_ONCE` of them.
 Softmax is the online one of FlashAttention (arXiv 2205.14135). Long rows are split and merged by log-sum-exp
 (flash-decoding), in float32 and in a fixed order; there are no atomic additions.
 
@@ -12,6 +14,9 @@ Two forms:
 - *sparse rows*, decodes and prompts: a program is one row, one block of heads and one split of what is selected;
 - *dense rows*, decodes: as many programs as the device has multiprocessors divide the splits of all rows among themselves,
   since nobody knows before a replay which rows are dense, and how long.
+
+Both are there twice: for any operands in `latent_kernels`, and for FP8 latents of rank 512 on Hopper in `latent_roles`, where
+some warps read while others multiply. The latter are tried at their first call, and used if they are right.
 
 How a row is split depends on its own length and on the number of rows of the launch, which in a captured graph is that of
 its bucket. So the same row has the same bits in any company and at any place of a batch of one size, and may differ in the
@@ -23,22 +28,34 @@ of that dtype with float32 sums.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from engine.config import PAGE_SIZE
 from engine.errors import EngineError
-from engine.kernels.triton.kernel import block, kernel, overlap, turn
+from engine.kernels.triton.compiling import compilers_at_work
+from engine.kernels.triton.kernel import block, overlap
+from engine.kernels.triton.latent_kernels import (
+    dense_kernel,
+    items_kernel,
+    locate_kernel,
+    merge_kernel,
+    sparse_kernel,
+)
 from engine.kernels.triton.rows import Rows
 from engine.memory.layouts import LatentLayout
 
-MOST_HEADS = 64
-"""Heads of one program: more do not fit a multiprocessor's registers."""
+_log = logging.getLogger(__name__)
+
+HEADS_AT_ONCE = 64
+"""Heads of one program: more do not fit a multiprocessor's registers, and wgmma takes no fewer."""
 MOST_DENSE_SPLITS = 64
 """Of a dense row; `MOST_DENSE_PARTS` bounds them, too."""
 MOST_DENSE_PARTS = 512
@@ -52,12 +69,16 @@ SPARSE_PROGRAMS = 132
 ROWS_AT_ONCE = 1024
 """Dense rows of a launch; a batch with more takes several."""
 
-_PAGE = tl.constexpr(PAGE_SIZE)
-_ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret)
+ROLES = True
+"""Whether warps with roles are used where they can be; a benchmark turns it off to compare."""
+ROLES_ERROR = 1e-2
+"""Relative, of bfloat16: what a try of them may differ from the definition; 3e-3 is usual."""
+
+_LOCATED = 1024
 _LOG2_E = 1.4426950408889634
 
 
-class Shape(NamedTuple):
+class LatentShape(NamedTuple):
     """Of a program: heads, positions a step, warps, stages of loads."""
 
     heads: int
@@ -66,12 +87,11 @@ class Shape(NamedTuple):
     stages: int
 
 
-def shape_of(dtype: torch.dtype, heads: int, fp8: bool) -> Shape:
-    """What a program takes of `heads` heads. No function of the batch: a row's bits depend on it."""
+def shape_of(dtype: torch.dtype, fp8: bool) -> LatentShape:
+    """What a program takes, however few heads there are. No function of the batch: a row's bits depend on it."""
     if dtype == torch.float32:
-        return Shape(16, 16, 4, 1)
-    taken = min(MOST_HEADS, max(16, block(heads)))
-    return Shape(taken, 64, 8, 3 if fp8 else 2)
+        return LatentShape(16, 16, 4, 1)
+    return LatentShape(HEADS_AT_ONCE, 64 if fp8 else 32, 8, 3)
 
 
 def attend_latents(
@@ -115,7 +135,7 @@ def attend_latents(
     listed = singles is not None and selected is None
     make = query.new_zeros if listed else query.new_empty  # nobody else would write its padding
     out = make(count, heads, rank)
-    call = _Call(query, plane, rows, rank, scale, out)
+    call = _Call(query, plane, rows, rank, scale, out, roles_for(query, plane, rank))
     if selected is not None and count:
         call.sparse(selected)
     for start in range(0, count if singles is None else len(singles), ROWS_AT_ONCE):
@@ -151,6 +171,87 @@ def dense_splits(count: int, max_context: int) -> int:
     return splits
 
 
+def roles_for(query: Tensor, plane: Tensor, rank: int) -> ModuleType | None:
+    """The kernels of warps with roles, if they take these operands, and are right on their device."""
+    if (
+        not ROLES
+        or plane.dtype != torch.uint8
+        or query.dtype != torch.bfloat16
+        or query.device.type != "cuda"
+    ):
+        return None
+    if (
+        (rank, query.shape[2]) != (512, 576)
+        or query.stride(0) % 8
+        or plane.stride(0) % 16
+        or plane.stride(1) % 16
+    ):
+        return None
+    roles = _roles_of(query.device)
+    if roles is None or compilers_at_work() is not None:
+        return roles
+    return roles if _roles_are_right(query.device, query.shape[1]) else None
+
+
+@cache
+def _roles_of(device: torch.device) -> ModuleType | None:
+    if triton.knobs.runtime.interpret or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        return import_module("engine.kernels.triton.latent_roles")
+    except (ImportError, AttributeError) as error:
+        _log.warning(
+            "latent attention is without warps with roles, as Triton %s: %s", triton.__version__, error
+        )
+        return None
+
+
+@cache
+def _roles_are_right(device: torch.device, heads: int) -> bool:
+    """Whether they compile, and agree with the definition: they are of Triton's experimental language."""
+    try:
+        error = _error_of_roles(device, heads)
+    except Exception as failure:
+        _log.warning("latent attention is without warps with roles: %s", failure)
+        return False
+    if not error < ROLES_ERROR:
+        _log.warning("latent attention is without warps with roles: their error is %.2g", error)
+        return False
+    _log.info("latent attention of %d heads is by warps with roles", heads)
+    return True
+
+
+def _error_of_roles(device: torch.device, heads: int) -> float:
+    """The largest relative error of a dense row in two splits, a sparse one, and a short one."""
+    layout, rank, scale = LatentLayout(512, 64), 512, 0.06
+    draw = torch.Generator(device).manual_seed(1)
+    options: dict[str, Any] = {"device": device, "generator": draw}
+    count, ends, top_k = 16 * PAGE_SIZE, (1000, 900, 65), (0, 512, 2048)
+    values = torch.randn(count, rank, **options).to(torch.float8_e4m3fn)
+    scales = torch.rand(count, 4, **options) + 0.5
+    tokens = layout.pack(values, scales, torch.randn(count, 64, **options))
+    query = torch.randn(3, heads, rank + 64, **options).to(torch.bfloat16)
+    table = torch.randperm(16, **options).int()[None].expand(3, 16).contiguous()
+    numbers: list[Tensor] = [torch.tensor(given, dtype=torch.int32, device=device) for given in (ends, top_k)]
+    rows = Rows(torch.arange(3, dtype=torch.int32, device=device), numbers[0], numbers[1], table)
+    selected = torch.full((3, 512), -1, dtype=torch.int32, device=device)
+    selected[1] = torch.randperm(901, **options)[:512].sort().values.int()
+    selected[2, :66] = torch.arange(66, device=device).int()
+    out = query.new_full((3, heads, rank), torch.nan)
+    call = _Call(query, tokens.view(16, PAGE_SIZE, -1), rows, rank, scale, out, _roles_of(device))
+    call.sparse(selected)
+    call.dense(None, 0, 3, 2048, False)
+    context = layout.unpack(tokens.view(16, PAGE_SIZE, -1)[table[0].long()].view(count, -1), torch.float32)
+    worst = 0.0
+    for row, chosen in enumerate(
+        (torch.arange(1001, device=device), selected[1].long(), selected[2, :66].long())
+    ):
+        own = context[chosen]
+        wanted = (query[row].float() @ own.T * scale).softmax(-1) @ own[:, :rank]
+        worst = max(worst, float((out[row].float() - wanted).norm() / wanted.norm()))
+    return worst if bool(out.isfinite().all()) else float("inf")
+
+
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
@@ -160,14 +261,17 @@ class _Call:
     """One call's tensors, and its launches."""
 
     def __init__(
-        self, query: Tensor, plane: Tensor, rows: Rows, rank: int, scale: float, out: Tensor
-    ) -> None:
+        self, query: Tensor, plane: Tensor, rows: Rows, rank: int, scale: float, out: Tensor,
+        roles: ModuleType | None,
+    ) -> None:  # fmt: skip
         self._query, self._plane, self._rows, self._out = query, plane, rows, out
         self._scale = scale * _LOG2_E
         self._heads, self._rank = query.shape[1], rank
         self._fp8 = plane.dtype == torch.uint8
-        self._shape = shape_of(query.dtype, self._heads, self._fp8)
+        self._shape = shape_of(query.dtype, self._fp8)
         self._blocks = triton.cdiv(self._heads, self._shape.heads)
+        self._roles = roles
+        self._strides = (query.stride(0), plane.stride(0), plane.stride(1), rows.block_table.stride(0))
 
     def sparse(self, selected: Tensor) -> None:
         """All sparse rows, and padding."""
@@ -175,13 +279,22 @@ class _Call:
         splits = sparse_splits(count, self._blocks, width, self._shape.keys)
         each = triton.cdiv(triton.cdiv(width, splits), self._shape.keys) * self._shape.keys
         parts, sums = self._parts(count, splits)
-        _sparse_kernel[(count * splits * self._blocks,)](
-            self._query, self._plane, rows.block_table, rows.request, rows.positions, rows.index_top_k, selected,
-            self._out, parts, sums, self._scale, self._query.stride(0), self._plane.stride(0), self._plane.stride(1),
-            rows.block_table.stride(0), selected.stride(0), width, splits, each, **self._constants(), **overlap(),
-        )  # fmt: skip
+        grid = (count * splits * self._blocks,)
+        if self._roles is not None:
+            tokens = self._tokens_of(selected)
+            self._roles.sparse_roles[grid](
+                self._query, self._plane, rows.positions, rows.index_top_k, tokens, self._out, parts, sums, self._scale,
+                *self._strides[:3], tokens.stride(0), width, splits, each, HEADS=self._heads, **self._roles.OPTIONS,
+                **overlap(),
+            )  # fmt: skip
+        else:
+            sparse_kernel[grid](
+                self._query, self._plane, rows.block_table, rows.request, rows.positions, rows.index_top_k, selected,
+                self._out, parts, sums, self._scale, *self._strides, selected.stride(0), width, splits, each,
+                **self._constants(), **overlap(),
+            )  # fmt: skip
         if splits > 1:
-            _merge_kernel[(count, self._heads)](
+            merge_kernel[(count, self._heads)](
                 parts, sums, rows.positions, rows.index_top_k, rows.positions, self._out, width, splits, each, 0,
                 HEADS=self._heads, RANK=self._rank, RANK_BLOCK=block(self._rank), SPLITS=splits, MOST=0,
                 SPARSE=True, LISTED=False, EVERY=False, num_warps=2, **overlap(),
@@ -194,18 +307,43 @@ class _Call:
         parts, sums = self._parts(count, splits)
         source = rows.positions if listed is None else listed
         programs = min(_multiprocessors(self._out.device), count * splits * self._blocks)
-        _dense_kernel[(programs,)](
-            self._query, self._plane, rows.block_table, rows.request, rows.positions, rows.index_top_k, source,
-            self._out, parts, sums, self._scale, self._query.stride(0), self._plane.stride(0), self._plane.stride(1),
-            rows.block_table.stride(0), count, first, ROWS=block(count), MOST=splits, BASE=DENSE_SPLIT,
-            LISTED=listed is not None, EVERY=every, **self._constants(), **overlap(),
-        )  # fmt: skip
+        which = {
+            "ROWS": block(count), "MOST": splits, "BASE": DENSE_SPLIT, "LISTED": listed is not None, "EVERY": every
+        }  # fmt: skip
+        if self._roles is not None:
+            items = torch.empty(1 + count * splits, 4, dtype=torch.int32, device=self._out.device)
+            items_kernel[(1,)](
+                rows.positions, rows.index_top_k, source, items, count, first, **which, **overlap()
+            )
+            self._roles.dense_roles[(programs,)](
+                self._query, self._plane, rows.block_table, rows.request, items, self._out, parts, sums, self._scale,
+                *self._strides, HEADS=self._heads, **self._roles.OPTIONS, **overlap(),
+            )  # fmt: skip
+        else:
+            dense_kernel[(programs,)](
+                self._query, self._plane, rows.block_table, rows.request, rows.positions, rows.index_top_k, source,
+                self._out, parts, sums, self._scale, *self._strides, count, first, **which, **self._constants(), **overlap(),
+            )  # fmt: skip
         if splits > 1:
-            _merge_kernel[(count, self._heads)](
+            merge_kernel[(count, self._heads)](
                 parts, sums, rows.positions, rows.index_top_k, source, self._out, 0, splits, DENSE_SPLIT, first,
                 HEADS=self._heads, RANK=self._rank, RANK_BLOCK=block(self._rank), SPLITS=splits, MOST=splits,
                 SPARSE=False, LISTED=listed is not None, EVERY=every, num_warps=2, **overlap(),
             )  # fmt: skip
+
+    def _tokens_of(self, selected: Tensor) -> Tensor:
+        """Where the selected positions [T, K] lie: page times 64 plus offset.
+
+        The complement of the request's first token, which is below 0, stands for none. Rows that are not sparse are
+        left as they are.
+        """
+        rows, (count, width) = self._rows, selected.shape
+        tokens = torch.empty(count, triton.cdiv(width, 4) * 4, dtype=torch.int32, device=selected.device)
+        locate_kernel[(count, triton.cdiv(width, _LOCATED))](
+            rows.block_table, rows.request, rows.positions, rows.index_top_k, selected, tokens, rows.block_table.stride(0),
+            selected.stride(0), tokens.stride(0), width, SIZE=_LOCATED, num_warps=4, **overlap(),
+        )  # fmt: skip
+        return tokens
 
     def _constants(self) -> dict[str, Any]:
         """What both forms are compiled for."""
@@ -224,244 +362,3 @@ class _Call:
             torch.empty(held, splits, self._heads, self._rank, **options),
             torch.empty(held, splits, self._heads, **options),
         )
-
-
-@triton.jit
-def _touch(place: tl.tensor) -> None:
-    """Ask for the cache lines at these addresses; nothing waits for them."""
-    if _ASSEMBLY:
-        tl.inline_asm_elementwise(
-            "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [place.to(tl.int64)], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _numbers(
-    place: tl.tensor, dtype: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr,
-    ROPE_BLOCK: tl.constexpr, FP8: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """The tokens at `place` [KEYS]: latents [KEYS, RANK_BLOCK] and rotated keys [KEYS, ROPE_BLOCK], in `dtype`."""
-    KEYS: tl.constexpr = place.shape[0]
-    d = tl.arange(0, RANK_BLOCK)
-    p = tl.arange(0, ROPE_BLOCK)
-    # A mask of what is a constant costs the load its width: only where there is something to mask.
-    if FP8:
-        WIDTH: tl.constexpr = min(RANK_BLOCK, 128)
-        SCALES: tl.constexpr = RANK_BLOCK // WIDTH
-        STORED: tl.constexpr = (RANK + 127) // 128
-        b = tl.arange(0, SCALES)
-        at = (place + RANK).to(tl.pointer_type(tl.float32))[:, None] + b[None, :]
-        raw = place.to(tl.pointer_type(tl.float8e4nv))[:, None] + d[None, :]
-        if SCALES == STORED:
-            scales = tl.load(at)
-        else:
-            scales = tl.load(at, mask=(b < STORED)[None, :], other=0.0)
-        if RANK == RANK_BLOCK:
-            values = tl.load(raw)
-        else:
-            values = tl.load(raw, mask=(d < RANK)[None, :], other=0.0)
-        wide = tl.reshape(values, (KEYS, SCALES, WIDTH)).to(tl.float32) * scales[:, :, None]
-        latents = tl.reshape(wide.to(dtype), (KEYS, RANK_BLOCK))
-        rotated = (place + (RANK + 4 * STORED)).to(tl.pointer_type(tl.bfloat16))[:, None] + p[None, :]
-    else:
-        if RANK == RANK_BLOCK:
-            latents = tl.load(place[:, None] + d[None, :]).to(dtype)
-        else:
-            latents = tl.load(place[:, None] + d[None, :], mask=(d < RANK)[None, :], other=0.0).to(dtype)
-        rotated = (place + RANK)[:, None] + p[None, :]
-    if ROPE == ROPE_BLOCK:
-        keys = tl.load(rotated).to(dtype)
-    else:
-        keys = tl.load(rotated, mask=(p < ROPE)[None, :], other=0.0).to(dtype)
-    return latents, keys
-
-
-@triton.jit
-def _split(
-    t: tl.tensor, heads: tl.tensor, begin: tl.tensor, end: tl.tensor, alone: tl.tensor, part: tl.tensor,
-    query: tl.tensor, plane: tl.tensor, pages: tl.tensor, selected: tl.tensor, out: tl.tensor, parts: tl.tensor,
-    sums: tl.tensor, scale: tl.tensor, query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor,
-    HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr, KEYS: tl.constexpr, FP8: tl.constexpr, APART: tl.constexpr, SPARSE: tl.constexpr,
-) -> None:  # fmt: skip
-    """One row and one block of heads, from `begin` to `end`: to `out` if it is `alone`, else to its `part`.
-
-    `pages` is the request's line of the page table, `selected` the row's.
-    """
-    h = heads * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
-    d = tl.arange(0, RANK_BLOCK)
-    p = tl.arange(0, ROPE_BLOCK)
-    i = tl.arange(0, KEYS)
-    own = h < HEADS
-    place = query + t.to(tl.int64) * query_row + h * (RANK + ROPE)
-    q = tl.load(place[:, None] + d[None, :], mask=own[:, None] & (d < RANK)[None, :], other=0.0)
-    q_rope = tl.load(place[:, None] + (RANK + p)[None, :], mask=own[:, None] & (p < ROPE)[None, :], other=0.0)
-    top = tl.full((HEADS_BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((HEADS_BLOCK,), tl.float32)
-    acc = tl.zeros((HEADS_BLOCK, RANK_BLOCK), tl.float32)
-    for start in tl.range(begin, end, KEYS):
-        at = start + i
-        there = at < end
-        if SPARSE:
-            at = tl.load(selected + at, mask=there, other=-1)
-            there = at >= 0
-        # Beyond the end the first token is read, which is finite and weighs nothing.
-        at = tl.where(there, at, 0)
-        page = tl.load(pages + at // _PAGE).to(tl.int64)
-        latents, keys = _numbers(
-            plane + page * page_stride + at % _PAGE * token_stride, q.dtype, RANK, ROPE, RANK_BLOCK, ROPE_BLOCK,
-            FP8,
-        )  # fmt: skip
-        rotated = tl.dot(q_rope, tl.trans(keys), input_precision="ieee")
-        products = tl.dot(q, tl.trans(latents), input_precision="ieee")
-        products = tl.where(there[None, :], (rotated + products) * scale, float("-inf"))
-        if APART:
-            # A branch that is always taken: without it the compiler sees one product feed the other, lays all warps
-            # along the heads, and lets each half of them compute all of the first product.
-            weights = tl.zeros((HEADS_BLOCK, KEYS), latents.dtype)
-            shrink = tl.full((HEADS_BLOCK,), 1.0, tl.float32)
-            if scale > 0:
-                highest = tl.maximum(top, tl.max(products, 1))
-                base = tl.where(highest == float("-inf"), 0.0, highest)
-                wide = tl.exp2(products - base[:, None])
-                shrink = tl.exp2(top - base)
-                total = total * shrink + tl.sum(wide, 1)
-                weights = wide.to(latents.dtype)
-                top = highest
-        else:
-            highest = tl.maximum(top, tl.max(products, 1))
-            base = tl.where(highest == float("-inf"), 0.0, highest)
-            wide = tl.exp2(products - base[:, None])
-            shrink = tl.exp2(top - base)
-            total = total * shrink + tl.sum(wide, 1)
-            weights = wide.to(latents.dtype)
-            top = highest
-        acc = tl.dot(weights, latents, acc * shrink[:, None], input_precision="ieee")
-    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    kept = own[:, None] & (d < RANK)[None, :]
-    if alone:
-        row = t.to(tl.int64) * HEADS + h
-        tl.store(out + row[:, None] * RANK + d[None, :], result.to(out.dtype.element_ty), mask=kept)
-    else:
-        row = part.to(tl.int64) * HEADS + h
-        tl.store(parts + row[:, None] * RANK + d[None, :], result, mask=kept)
-        tl.store(sums + row, top + tl.log2(total), mask=own)
-
-
-@kernel
-def _sparse_kernel(
-    query: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor,
-    index_top_k: tl.tensor, selected: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor, scale: tl.tensor,
-    query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor,
-    selected_row: tl.tensor, width: tl.tensor, splits: tl.tensor, each: tl.tensor,
-    HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr, KEYS: tl.constexpr, FP8: tl.constexpr, APART: tl.constexpr, EARLY: tl.constexpr,
-) -> None:  # fmt: skip
-    """One row, one block of heads, one split. Neighbours read the same tokens: they meet in the cache."""
-    turn(EARLY)
-    BLOCKS: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
-    program = tl.program_id(0)
-    heads = program % BLOCKS
-    part = program // BLOCKS % splits
-    t = program // BLOCKS // splits
-    length = tl.maximum(tl.load(positions + t) + 1, 0)
-    chosen = tl.load(index_top_k + t)
-    if (length > 0) & (chosen <= 0):
-        return
-    length = tl.minimum(tl.minimum(chosen, width), length)
-    begin = part * each
-    if (begin >= length) & (part > 0):
-        return
-    pages = block_table + tl.load(request + t).to(tl.int64) * table_row
-    _split(
-        t, heads, begin, tl.minimum(begin + each, length), length <= each, t * splits + part, query, plane, pages,
-        selected + t.to(tl.int64) * selected_row, out, parts, sums, scale, query_row, page_stride, token_stride,
-        HEADS, RANK, ROPE, RANK_BLOCK, ROPE_BLOCK, HEADS_BLOCK, KEYS, FP8, APART, True,
-    )  # fmt: skip
-
-
-@triton.jit
-def _dense_extent(
-    t: tl.tensor, there: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, MOST: tl.constexpr,
-    BASE: tl.constexpr, EVERY: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Of rows [ROWS]: how many positions they attend to, -1 if they are sparse, and how long a split is."""
-    length = tl.maximum(tl.load(positions + t, mask=there, other=-1) + 1, 0)
-    chosen = 0 * length if EVERY else tl.load(index_top_k + t, mask=there, other=1)
-    split = BASE + 0 * length
-    for _ in tl.static_range(16):
-        split = tl.where(split * MOST < length, split * 2, split)
-    sparse = (chosen > 0) & (length > 0)
-    return tl.where(sparse | (there == 0), -1, length), split
-
-
-@kernel
-def _dense_kernel(
-    query: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor,
-    index_top_k: tl.tensor, source: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor, scale: tl.tensor,
-    query_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, num_rows: tl.tensor,
-    first: tl.tensor, ROWS: tl.constexpr, MOST: tl.constexpr, BASE: tl.constexpr, LISTED: tl.constexpr,
-    EVERY: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr, KEYS: tl.constexpr, FP8: tl.constexpr, APART: tl.constexpr, EARLY: tl.constexpr,
-) -> None:  # fmt: skip
-    """A share of all pairs of a split and a block of heads; programs take them in turns."""
-    turn(EARLY)
-    BLOCKS: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
-    e = tl.arange(0, ROWS)
-    there = e < num_rows
-    row = tl.load(source + e, mask=there, other=0) if LISTED else first + e
-    length, split = _dense_extent(row, there, positions, index_top_k, MOST, BASE, EVERY)
-    own = tl.where(length < 0, 0, tl.maximum((length + split - 1) // split, 1))  # padding writes its zeros
-    upto = tl.cumsum(own, 0)
-    for item in tl.range(tl.program_id(0), tl.sum(own, 0) * BLOCKS, tl.num_programs(0)):
-        index = item // BLOCKS
-        entry = tl.sum((upto <= index).to(tl.int32), 0)
-        mine = e == entry
-        part = index - tl.sum(tl.where(e < entry, own, 0), 0)
-        t = tl.sum(tl.where(mine, row, 0), 0)
-        size = tl.sum(tl.where(mine, split, 0), 0)
-        end = tl.sum(tl.where(mine, length, 0), 0)
-        pages = block_table + tl.load(request + t).to(tl.int64) * table_row
-        begin = part * size
-        _split(
-            t, item % BLOCKS, begin, tl.minimum(begin + size, end), end <= size, entry * MOST + part, query, plane,
-            pages, pages, out, parts, sums, scale, query_row, page_stride, token_stride,
-            HEADS, RANK, ROPE, RANK_BLOCK, ROPE_BLOCK, HEADS_BLOCK, KEYS, FP8, APART, False,
-        )  # fmt: skip
-
-
-@kernel
-def _merge_kernel(
-    parts: tl.tensor, sums: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, source: tl.tensor, out: tl.tensor,
-    width: tl.tensor, splits: tl.tensor, each: tl.tensor, first: tl.tensor,
-    HEADS: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
-    SPARSE: tl.constexpr, LISTED: tl.constexpr, EVERY: tl.constexpr, EARLY: tl.constexpr,
-) -> None:  # fmt: skip
-    """One head of one row that has more than one split: sum_s 2^lse_s part_s / sum_s 2^lse_s."""
-    turn(EARLY)
-    entry = tl.program_id(0)
-    head = tl.program_id(1)
-    t = tl.load(source + entry) if LISTED else first + entry
-    length = tl.maximum(tl.load(positions + t) + 1, 0)
-    chosen = 0 * length if EVERY else tl.load(index_top_k + t)
-    size = each + 0 * length
-    if SPARSE:
-        length = tl.where(chosen > 0, tl.minimum(tl.minimum(chosen, width), length), 0)
-    else:
-        length = tl.where(chosen > 0, 0, length)
-        while size * MOST < length:
-            size *= 2
-    if length <= size:
-        return
-    count = tl.cdiv(length, size)
-    s = tl.arange(0, SPLITS)
-    d = tl.arange(0, RANK_BLOCK)
-    place = (entry.to(tl.int64) * splits + s) * HEADS + head
-    lse = tl.load(sums + place, mask=s < count, other=float("-inf"))
-    weights = tl.exp2(lse - tl.max(lse, 0))
-    own = tl.load(
-        parts + place[:, None] * RANK + d[None, :], mask=(s < count)[:, None] & (d < RANK)[None, :], other=0.0
-    )
-    result = tl.sum(own * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(out + (t.to(tl.int64) * HEADS + head) * RANK + d, result.to(out.dtype.element_ty), mask=d < RANK)

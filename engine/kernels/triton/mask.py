@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.kernel import kernel, overlap, turn
-from engine.kernels.triton.order import keys_of
+from engine.kernels.triton.order import keys_of, packed
 from engine.kernels.triton.rows import Rows
 
 _MOST_TIMES, _BASE, _TIMES = (
@@ -88,7 +88,4 @@ def _mask_kernel(
         low = tl.load(cuts + 2 * t)
         from_here = tl.load(cuts + 2 * t + 1)
         hit = (keys > low) | ((keys == low) & (at >= from_here))
-        bits = tl.reshape(hit.to(tl.int32), (WORDS, 8, 4))
-        quads = tl.sum(bits << tl.arange(0, 4)[None, None, :], 2)
-        own = tl.sum(quads << (4 * tl.arange(0, 8))[None, :], 1)
-        tl.store(out + t * words + word, own, mask=word < words)
+        tl.store(out + t * words + word, packed(hit, WORDS), mask=word < words)

@@ -57,6 +57,47 @@ def narrowed(
 
 
 @triton.jit
+def fifths(
+    keys: tl.tensor, low: tl.tensor, high: tl.tensor, least: tl.tensor, k: tl.tensor, enough: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """A key that at least k of `keys` [N] reach and at most `enough`, or the k-th largest itself; and how many reach it.
+
+    Four cuts a round, a fifth of the range apart, the last numbers one by one.
+
+    Args:
+        keys: all of them
+        low: `least` keys are >= low, at least k or all
+        high: fewer than k are above it
+        least: see `low`
+        k: wanted
+        enough: how many more than wanted may be left, k or more
+    """
+    while (least > enough) & (low < high):
+        fifth = ((high - low).to(tl.uint32, bitcast=True) // 5).to(tl.int32, bitcast=True)
+        first = low + fifth + 1
+        second = first + fifth
+        third_cut = second + fifth
+        fourth = tl.where(fifth == 0, high, third_cut + fifth)
+        if keys.shape[0] < 1 << 15:  # two counts fit in one number
+            lower = (keys >= first).to(tl.int32) + ((keys >= second).to(tl.int32) << 16)
+            upper = (keys >= third_cut).to(tl.int32) + ((keys >= fourth).to(tl.int32) << 16)
+            a, b = tl.split(tl.sum(tl.join(lower, upper), 0))
+            one = a & 0xFFFF
+            two = a >> 16
+            three = b & 0xFFFF
+            four = b >> 16
+        else:
+            one = tl.sum((keys >= first).to(tl.int32), 0)
+            two = tl.sum((keys >= second).to(tl.int32), 0)
+            three = tl.sum((keys >= third_cut).to(tl.int32), 0)
+            four = tl.sum((keys >= fourth).to(tl.int32), 0)
+        high = tl.where(four >= k, high, tl.where(three >= k, fourth - 1, tl.where(two >= k, third_cut - 1, tl.where(one >= k, second - 1, first - 1))))  # fmt: skip
+        low = tl.where(four >= k, fourth, tl.where(three >= k, third_cut, tl.where(two >= k, second, tl.where(one >= k, first, low))))  # fmt: skip
+        least = tl.where(four >= k, four, tl.where(three >= k, three, tl.where(two >= k, two, tl.where(one >= k, one, least))))  # fmt: skip
+    return low, least
+
+
+@triton.jit
 def tie_cut(keys: tl.tensor, low: tl.tensor, at: tl.tensor, end: tl.tensor, k: tl.tensor) -> tl.tensor:
     """The last position from which on the keys equal to low are enough, with those above, for k."""
     above = tl.sum((keys > low).to(tl.int32), 0)
@@ -87,6 +128,22 @@ def _ones(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def packed(hit: tl.tensor, WORDS: tl.constexpr) -> tl.tensor:
+    """[32 WORDS] truths, four neighbours a thread, as [WORDS] int32: 32 neighbours a word, the first in its lowest bit."""
+    bits = tl.reshape(hit.to(tl.int32), (WORDS, 8, 4))
+    quads = tl.sum(bits << tl.arange(0, 4)[None, None, :], 2)
+    return tl.sum(quads << (4 * tl.arange(0, 8))[None, :], 1)
+
+
+@triton.jit
+def counted(words: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """How many bits each word has; how many the words up to it have; and (most of a word, all)."""
+    ones = _ones(words)
+    running = tl.cumsum(ones, 0)
+    return ones, running, tl.max(tl.join(ones, running), 0)
+
+
+@triton.jit
 def words_of(
     hit: tl.tensor, J: tl.constexpr, N: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
@@ -94,9 +151,8 @@ def words_of(
     quads = tl.sum(hit.to(tl.int32) << tl.arange(0, 4)[None, None, :], 2)
     parts = tl.reshape(quads, (J * N // 8, 8))
     words = tl.sum(parts << (4 * tl.arange(0, 8))[None, :], 1)
-    ones = _ones(words)
-    running = tl.cumsum(ones, 0)
-    return words, ones, running, tl.max(tl.join(ones, running), 0)
+    ones, running, both = counted(words)
+    return words, ones, running, both
 
 
 @triton.jit

@@ -34,6 +34,8 @@ STAGES = 4
 """Steps whose reads are in flight: of page numbers and of keys, in turn."""
 PROMPT_STAGES = 5
 """The same where rows of a prompt share their keys."""
+LONG_PAGES = 2048
+"""A program takes 32 pages of rows of so many, if they are read one by one and are many: measured on an H200."""
 BLOCK_COLUMNS = 64
 """Rows of a block times heads: the width of one product when rows of a prompt share their keys."""
 
@@ -78,7 +80,7 @@ def index_scores(
 
     def launch(table: Tensor, count: int, size: int, kind: int) -> None:
         columns = _head_columns(heads) * size
-        each = _pages_a_program(pages, count)
+        each = 32 if kind != 2 and pages >= LONG_PAGES and count >= 16 else _pages_a_program(pages, count)
         _scores_kernel[(count, triton.cdiv(pages, each))](
             query, head_weights, key_plane, rows.block_table, rows.request, rows.positions, rows.index_top_k, table, out,
             query.stride(0), head_weights.stride(0), key_plane.stride(0), key_plane.stride(1), rows.block_table.stride(0),

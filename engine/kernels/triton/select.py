@@ -4,15 +4,16 @@ A score becomes an integer of 32 bits in the same order (-0 as +0), and the k-th
 by cutting the range of those integers and counting; what ties with it is decided by position. The selected set is a
 function of the row alone, and comes in ascending order of position, so that whatever sums over it is one, too.
 
-Three forms:
+Four forms:
 
 - *few short rows of which little is selected*: a program holds a whole row;
 - *many rows*: `engine.kernels.triton.candidates` reads a row once and decides among few;
 - *few rows else*: a row is cut into stretches whose winners meet in the next round, in the order of their positions,
-  until one stretch is left.
+  until one stretch is left;
+- *long rows*: `engine.kernels.triton.long_rows` reads a row with many programs, which store a bit a score.
 
 Which is fastest where was measured on an H200 (benchmarks/gpu/log.md). Stretches know no cuts: with these, few rows are
-held whole up to `WHOLE_CUT`, and longer ones decided among candidates.
+held whole up to `WHOLE_CUT`, and longer ones decided among candidates if they are not long.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.triton import long_rows
 from engine.kernels.triton.candidates import MOST_SELECTED, select_among, select_slowly
 from engine.kernels.triton.kernel import kernel, overlap, turn
-from engine.kernels.triton.order import LEAST, emit, fill, keys_of, store_cut, tie_cut, words_of
+from engine.kernels.triton.order import LEAST, emit, fifths, fill, keys_of, store_cut, tie_cut, words_of
 from engine.kernels.triton.rows import Rows
 
 WHOLE = 8192
@@ -36,6 +38,11 @@ WHOLE_CUT = 16384
 
 MANY_ROWS = 264
 """So many rows fill the device by themselves: two a multiprocessor."""
+
+LONG = 16384
+"""From so many scores on, few rows that select more than `WHOLE_SELECTED` are long, and ..."""
+LONG_MANY = 131072
+"""... many rows."""
 
 STRETCH = 8192
 """How many scores one program holds at least, if a row has so many."""
@@ -67,6 +74,10 @@ def select(scores: Tensor, rows: Rows, width: int, cuts: Tensor | None = None) -
         return out
     if width > MOST_SELECTED:
         select_slowly(scores, rows, out, cuts)
+    elif WHOLE_SELECTED < width <= long_rows.MOST_SELECTED and context >= (
+        LONG if count < MANY_ROWS else LONG_MANY
+    ):
+        long_rows.select_long(scores, rows, out, cuts)
     elif count >= MANY_ROWS:
         select_among(scores, rows, out, cuts)
     elif context <= WHOLE and width <= WHOLE_SELECTED:
@@ -155,25 +166,7 @@ def _whole_kernel(
             high = tl.max(most, 0)
             low = tl.full((), _LEAST, tl.int32)
         least = end
-        while (least > k) & (low < high):
-            # Four cuts, a fifth of the range apart; the last numbers one by one.
-            fifth = ((high - low).to(tl.uint32, bitcast=True) // 5).to(tl.int32, bitcast=True)
-            lowest = low + fifth + 1
-            second = lowest + fifth
-            upmost = second + fifth
-            fourth = upmost + fifth
-            fourth = tl.where(fifth == 0, high, fourth)
-            lower = (grouped >= lowest).to(tl.int32) + ((grouped >= second).to(tl.int32) << 16)
-            upper = (grouped >= upmost).to(tl.int32) + ((grouped >= fourth).to(tl.int32) << 16)
-            counts = tl.sum(tl.join(tl.sum(tl.sum(lower, 2), 0), tl.sum(tl.sum(upper, 2), 0)), 0)
-            a, b = tl.split(counts)
-            one = a & 0xFFFF
-            two = (a >> 16) & 0xFFFF
-            three = b & 0xFFFF
-            four = (b >> 16) & 0xFFFF
-            high = tl.where(four >= k, high, tl.where(three >= k, fourth - 1, tl.where(two >= k, upmost - 1, tl.where(one >= k, second - 1, lowest - 1))))  # fmt: skip
-            low = tl.where(four >= k, fourth, tl.where(three >= k, upmost, tl.where(two >= k, second, tl.where(one >= k, lowest, low))))  # fmt: skip
-            least = tl.where(four >= k, four, tl.where(three >= k, three, tl.where(two >= k, two, tl.where(one >= k, one, least))))  # fmt: skip
+        low, least = fifths(keys, low, high, least, k, k)
         first = tl.full((), 0, tl.int32)
         if (least > k) & (low != _LEAST):
             first = tie_cut(keys, low, i, end, k)

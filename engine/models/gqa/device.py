@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +151,7 @@ class DeviceStep:
         indexer, device = self._model.indexer, self._model.norm.device
         self._choose_products(compilers)
         self._graphs = StepGraphs(
-            partial(self.compute, cache=cache),
+            lambda inputs, _: self.compute(inputs, cache),
             self.sharing,
             max_rows,
             max_context,

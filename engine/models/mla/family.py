@@ -85,7 +85,10 @@ class Mla:
         fp8 = on.precision.resident(on.device)
         weights, _ = load(table, source, dtype=on.dtype, device=on.device, progress=progress, fp8=fp8)
         names = frozenset(name for weight in table.values() for name in weight.names)
-        return MtpLayer(self.config, weights, on.kernels, on.max_positions, *formats), names
+        layer = MtpLayer(
+            self.config, weights, on.kernels, on.max_positions, *formats, alone=on.ranks.count == 1
+        )
+        return layer, names
 
     def _formats(self, source: Source, on: Placement) -> tuple[LatentFormat, IndexFormat | None]:
         c, raw = self.config, source.config

@@ -8,158 +8,34 @@ the tokens that the last layer with one selected (arXiv 2603.12201). `engine.att
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention.batch import Batch
-from engine.attention.gqa import select
-from engine.attention.indexer import IndexerWeights, LightningIndexer
-from engine.attention.mla import LatentAttention, MLAWeights
 from engine.attention.precision import IndexFormat, LatentFormat
 from engine.attention.tiling import Tiling
 from engine.errors import EngineError
 from engine.kernels.interface.attention import Kernels
-from engine.layers.linear import Parameters, linear
-from engine.layers.moe import MoEConfig, route, run_experts
+from engine.layers.linear import Parameters
 from engine.layers.norm import rms_norm
-from engine.layers.rope import RotaryTable, softmax_correction
+from engine.layers.rope import RotaryTable
 from engine.memory.blocks import Matrix
 from engine.memory.planes import PagedCache, PlaneSpec
 from engine.models.family import KernelCompilers
 from engine.models.mla.config import MlaConfig
+from engine.models.mla.layer import MlaLayer, Selections
 from engine.models.mla.weights import weight_table
 from engine.parallel.ranks import ALONE, Ranks
 from engine.plan.cost import ModelShape
 from engine.plan.tiles import LatentTileCosts, TileCosts
 from engine.protocol import IndexerInfo
 
-Rotation = tuple[Tensor, Tensor]
-Selections = Sequence[Tensor | None]
-"""For each tile the positions that its rows selected, or None if the tile is dense."""
-
-
-class MlaMlp:
-    """Computes down(silu(gate x) * up x): [T, E] -> [T, E]. `total` sums the parts of all ranks."""
-
-    def __init__(self, gate_up: Matrix, down: Matrix, total: Callable[[Tensor], Tensor]) -> None:
-        self._gate_up, self._down, self._total = gate_up, down, total
-
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = linear(x, self._gate_up).chunk(2, dim=-1)
-        return self._total(linear(F.silu(gate) * up, self._down))
-
-
-class MlaMoe:
-    """Sums the routed experts, the shared expert, and the parts of all ranks, in float32: [T, E] -> [T, E]."""
-
-    def __init__(self, of: Parameters, config: MoEConfig, ranks: Ranks) -> None:
-        self._config, self._total = config, ranks.sum
-        self._first = ranks.share(config.num_experts).start
-        self._gate, self._bias = of("moe.gate"), of("moe.bias")
-        self._gate_up = of.matrix("moe.experts_gate_up").view(
-            -1, 2 * config.intermediate_size, self._gate.shape[1]
-        )
-        self._down = of.matrix("moe.experts_down").view(-1, self._gate.shape[1], config.intermediate_size)
-        self._shared = MlaMlp(of.matrix("moe.shared_gate_up"), of.matrix("moe.shared_down"), ALONE.sum)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        experts, weights = route(x, self._gate, self._bias, self._config)
-        routed = run_experts(x, experts, weights, self._gate_up, self._down, self._first)
-        return self._total(routed + self._shared(x).float()).to(x.dtype)
-
-
-class MlaLayer:
-    """One decoder layer. Its parameters are named as in `engine.models.mla.weights.layer_table`."""
-
-    def __init__(
-        self,
-        of: Parameters,
-        config: MlaConfig,
-        *,
-        moe: bool,
-        indexer: bool,
-        latent_format: LatentFormat,
-        index_format: IndexFormat | None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self._latent_format, self._index_format = latent_format, index_format
-        self._total = ranks.sum
-        c = config
-        self._eps = c.rms_norm_eps
-        self._input_norm, self._post_norm = of("input_norm"), of("post_norm")
-        latent = c.q_lora_rank is not None
-        weights = MLAWeights(
-            q_a=of.matrix("attn.q_a") if latent else None,
-            q_a_norm=of("attn.q_a_norm") if latent else None,
-            q_b=of.matrix("attn.q_b" if latent else "attn.q"),
-            kv_a=of.matrix("attn.kv_a"),
-            kv_a_norm=of("attn.kv_a_norm"),
-            kv_b=of("attn.kv_b").view(-1, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank),
-            o=of.matrix("attn.o"),
-        )
-        self.attention = LatentAttention(
-            weights,
-            nope=c.qk_nope_head_dim,
-            scale=c.qk_head_dim**-0.5 * softmax_correction(c.rope_scaling),
-            interleaved=c.rope_interleaved,
-        )
-        self.indexer: LightningIndexer | None = None
-        if indexer and c.indexer is not None:
-            parts = IndexerWeights(
-                wq=of("indexer.wq"),
-                wk=of("indexer.wk"),
-                k_norm_weight=of("indexer.k_norm_weight"),
-                k_norm_bias=of("indexer.k_norm_bias"),
-                weights_proj=of("indexer.weights_proj"),
-            )
-            self.indexer = LightningIndexer(
-                parts, c.indexer.num_heads, interleaved=c.indexer.rope_interleaved
-            )
-        self._mlp = (
-            MlaMoe(of, c.moe, ranks)
-            if moe
-            else MlaMlp(of.matrix("mlp.gate_up"), of.matrix("mlp.down"), ranks.sum)
-        )
-
-    def __call__(
-        self,
-        i: int,
-        x: Tensor,
-        rotation: Rotation,
-        tiling: Tiling,
-        cache: PagedCache,
-        kernels: Kernels,
-        selections: Selections,
-    ) -> tuple[Tensor, Selections]:
-        """Compute rows x [T, E] -> [T, E], and write them to layer `i` of the cache.
-
-        Returns also the selections, for the layers that share them.
-        """
-        batch, hidden = tiling.batch, rms_norm(x, self._input_norm, self._eps)
-        rows = self.attention.project(hidden, rotation)
-        packed = self._latent_format.pack(rows.cached, kernels)
-        cache.write(i, "latent", batch.pages, batch.offsets, packed)
-        if self.indexer is not None and self._index_format is not None:
-            # Dense rows write a key too, because a later sparse row may score their token.
-            plane = cache.plane(i, "index_key")
-            keys = self.indexer.keys(hidden, rotation)
-            self._index_format.write(plane, batch.pages, batch.offsets, keys, kernels)
-            if tiling.selects:
-                queries = self.indexer.queries(hidden, rotation, rows.query_latent)
-                queries = self._index_format.queries(queries, kernels)
-                selections = [
-                    None if tile.form == "dense" else select(queries, plane, tile, kernels)
-                    for tile in tiling.tiles
-                ]
-        attended = self.attention.attend(
-            rows.query, selections, cache.plane(i, "latent"), tiling, kernels, self._latent_format.unpack
-        )
-        x = x + self._total(attended)
-        return x + self._mlp(rms_norm(x, self._post_norm, self._eps)), selections
+if TYPE_CHECKING:
+    from engine.models.mla.device import LatentStep
 
 
 class MlaModel:
@@ -208,10 +84,9 @@ class MlaModel:
         self._kernels = kernels
         self._latent_format, self._index_format = latent_format, index_format
         of = Parameters(weights)
-        self._embed, self._norm = of("embed"), of("norm")
-        # In float32 as in the published code: small differences of logits decide which token is drawn.
-        self._head = of("embed" if config.tied else "head").float() if ranks.rank == 0 else None
-        self._layers = [
+        self.embed, self.norm = of("embed"), of("norm")
+        self._head: Tensor | None = of("embed" if config.tied else "head") if ranks.rank == 0 else None
+        self.layers = [
             MlaLayer(
                 Parameters(weights, f"layers.{i}."),
                 config,
@@ -223,22 +98,47 @@ class MlaModel:
             )
             for i in range(config.num_layers)
         ]
-        self._rotary = RotaryTable(
+        self.rotary = RotaryTable(
             config.qk_rope_head_dim,
             config.rope_theta,
             max_positions,
             scaling=config.rope_scaling,
-            device=self._embed.device,
+            device=self.embed.device,
         )
+        self.device_step: LatentStep | None = None  # runs the steps; None: torch runs them over tiles
+        if kernels.name == "triton" and ranks.count == 1:
+            self.device_step = self._device_step()
+        if self.device_step is None and self._head is not None:
+            # In float32 as in the published code: small differences of logits decide which token is drawn.
+            self._head = self._head.float()
+
+    def _device_step(self) -> LatentStep | None:
+        from engine.models.mla.device import LatentStep  # needs Triton
+        from engine.models.mla.device_layer import supports
+
+        specs = self.plane_specs()
+        return LatentStep(self) if all(supports(layer, specs) for layer in self.layers) else None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab_size, E], of the logits.
+
+        Raises:
+            EngineError: this is not rank 0, and only rank 0 has the head.
+        """
+        if self._head is None:
+            raise EngineError("only rank 0 computes logits")
+        return self._head
 
     @property
     def batch_device(self) -> torch.device:
-        """The model's own."""
-        return self._embed.device
+        """The CPU where a device step takes the batch from there in one copy."""
+        return torch.device("cpu") if self.device_step is not None else self.embed.device
 
     @property
-    def row_step(self) -> None:
-        """None."""
+    def row_step(self) -> LatentStep | None:
+        """The device step."""
+        return self.device_step
 
     def prepare(
         self,
@@ -247,15 +147,24 @@ class MlaModel:
         progress: Callable[[int, int], None],
         compilers: KernelCompilers | None = None,
     ) -> None:
-        """Nothing is to be done."""
+        """Make room for the steps' tokens, and capture graphs, on CUDA."""
+        if self.device_step is None:
+            return
+        self.device_step.reserve(max_rows)
+        if self.norm.device.type == "cuda":
+            self.device_step.capture(cache, max_rows, progress, compilers)
 
     @property
     def backend(self) -> str:
-        """Torch's beside Triton: no step of this family runs over flat rows."""
-        return "torch" if self._kernels.name == "triton" else self._kernels.name
+        """`triton` only if its rows compute the steps; beside it torch computes them."""
+        if self._kernels.name == "triton" and self.device_step is None:
+            return "torch"
+        return self._kernels.name
 
     def computed_by(self) -> dict[str, str]:
-        by, dtype, index = self._kernels.computed_by, self._embed.dtype, self._index_format
+        by, dtype, index = self._kernels.computed_by, self.embed.dtype, self._index_format
+        if self.device_step is not None:
+            return self.device_step.computed_by()
         latents = self._latent_format.spec.dtype
         streams = self._kernels.streams_latents(latents, latents if index is None else index.spec_dtype)
         said = {
@@ -278,7 +187,7 @@ class MlaModel:
         return latent, index.spec(frozenset(i for i, own in enumerate(self.config.index_layers) if own))
 
     def tile_costs(self, budget_bytes: int, forced: Literal["auto", "gather", "mask"]) -> LatentTileCosts:
-        c, dtype, index = self.config, self._embed.dtype, self._index_format
+        c, dtype, index = self.config, self.embed.dtype, self._index_format
         heads = c.num_heads // self._ranks.count
         latents = self._latent_format.spec.dtype
         streams = self._kernels.streams_latents(latents, latents if index is None else index.spec_dtype)
@@ -318,7 +227,7 @@ class MlaModel:
         heads = dim = layers = 0
         if c.indexer is not None:
             heads, dim, layers = c.indexer.num_heads, c.indexer.head_dim, sum(c.index_layers)
-        item = self._embed.dtype.itemsize
+        item = self.embed.dtype.itemsize
         return ModelShape(
             row_flops=2 * (weights + layers * e * dim),
             sparse_row_flops=2 * layers * heads * ((c.q_lora_rank or e) * dim + e),
@@ -332,13 +241,15 @@ class MlaModel:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
-        x = F.embedding(batch.token_ids, self._embed)
-        rotation = self._rotary.at(batch.positions)
+        if self.device_step is not None:
+            return self.device_step.forward(batch, cache, costs.budget_bytes).clone()
+        x = F.embedding(batch.token_ids, self.embed)
+        rotation = self.rotary.at(batch.positions)
         tiling = Tiling(batch, costs)
         selections: Selections = [None] * len(tiling.tiles)
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self.layers):
             x, selections = layer(i, x, rotation, tiling, cache, self._kernels, selections)
-        return rms_norm(x, self._norm, self.config.rms_norm_eps)
+        return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -347,6 +258,6 @@ class MlaModel:
         Raises:
             EngineError: this is not rank 0, and only rank 0 has the head.
         """
-        if self._head is None:
-            raise EngineError("only rank 0 computes logits")
-        return F.linear(hidden.float(), self._head)
+        if self.device_step is not None:
+            return self.device_step.logits(hidden)
+        return F.linear(hidden.float(), self.head_weight)

@@ -11,7 +11,8 @@ own normed output as the hidden state it predicts the tokens after t + 2. `engin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,13 @@ from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable
 from engine.memory.blocks import Matrix
 from engine.memory.planes import PagedCache, PlaneSpec
+from engine.models.family import KernelCompilers
 from engine.models.mla.config import MlaConfig
-from engine.models.mla.model import MlaLayer
+from engine.models.mla.layer import MlaLayer
 from engine.plan.tiles import TileCosts
+
+if TYPE_CHECKING:
+    from engine.models.mla.device_draft import DraftStep
 
 
 class MtpLayer:
@@ -42,12 +47,16 @@ class MtpLayer:
         max_positions: int,
         latent_format: LatentFormat,
         index_format: IndexFormat | None,
+        *,
+        alone: bool = True,
     ) -> None:
-        self._config = config
-        of = self._of = Parameters(weights)
+        """Build the module from its weights; arguments as for `MlaModel`. `alone`: this is the only rank."""
+        self.config, self.max_positions = config, max_positions
+        of = self.of = Parameters(weights)
         self._kernels = kernels
-        self._head = of("head").float()
-        self._layer = MlaLayer(
+        index = () if index_format is None else (index_format.spec(frozenset({config.num_layers})),)
+        self._specs = (latent_format.spec, *index)
+        self.layer = MlaLayer(
             of,
             config,
             moe=True,
@@ -55,16 +64,42 @@ class MtpLayer:
             latent_format=latent_format,
             index_format=index_format,
         )
-        self._rotary = RotaryTable(
+        self.rotary = RotaryTable(
             config.qk_rope_head_dim,
             config.rope_theta,
             max_positions,
             scaling=config.rope_scaling,
-            device=self._head.device,
+            device=of("norm").device,
         )
+        self._draft_step = self._device_form() if alone and kernels.name == "triton" else None
+        self._head = of("head").float() if self._draft_step is None else of("head")
+
+    def _device_form(self) -> DraftStep | None:
+        from engine.models.mla.device_draft import DraftStep  # needs Triton
+        from engine.models.mla.device_layer import supports
+
+        if not supports(self.layer, self._specs):
+            return None
+        return DraftStep(self.config, self.of, self.layer, self.rotary, self.max_positions)
+
+    @property
+    def batch_device(self) -> torch.device:
+        """The CPU where a device step takes the batch from there in one copy."""
+        return torch.device("cpu") if self._draft_step is not None else self._head.device
+
+    def prepare(
+        self,
+        cache: PagedCache,
+        max_rows: int,
+        progress: Callable[[int, int], None],
+        compilers: KernelCompilers | None = None,
+    ) -> None:
+        """Capture graphs, on CUDA."""
+        if self._draft_step is not None and self._head.device.type == "cuda":
+            self._draft_step.capture(cache, max_rows, progress, compilers)
 
     def plane_specs(self, specs: tuple[PlaneSpec, ...]) -> tuple[PlaneSpec, ...]:
-        last = self._config.num_layers
+        last = self.config.num_layers
         return tuple(
             PlaneSpec(s.name, s.shape, s.dtype, layers=None if s.layers is None else s.layers | {last})
             for s in specs
@@ -72,15 +107,19 @@ class MtpLayer:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, hidden: Tensor, cache: PagedCache, costs: TileCosts) -> Tensor:
-        of, eps = self._of, self._config.rms_norm_eps
+        if self._draft_step is not None:
+            return self._draft_step.forward(batch, hidden, cache, costs.budget_bytes).clone()
+        of, eps = self.of, self.config.rms_norm_eps
         embedded = rms_norm(F.embedding(batch.token_ids, of("embed")), of("enorm"), eps)
         x = F.linear(torch.cat((embedded, rms_norm(hidden, of("hnorm"), eps)), dim=-1), of("eh_proj"))
-        rotation = self._rotary.at(batch.positions)
+        rotation = self.rotary.at(batch.positions)
         tiling = Tiling(batch, costs)
         none = [None] * len(tiling.tiles)
-        x, _ = self._layer(self._config.num_layers, x, rotation, tiling, cache, self._kernels, none)
+        x, _ = self.layer(self.config.num_layers, x, rotation, tiling, cache, self._kernels, none)
         return rms_norm(x, of("norm"), eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
+        if self._draft_step is not None:
+            return self._draft_step.logits(hidden)
         return F.linear(hidden.float(), self._head)

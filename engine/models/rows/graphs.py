@@ -17,12 +17,13 @@ from torch import Tensor
 
 from engine.attention.batch import Batch
 from engine.kernels.capture import captured
+from engine.kernels.triton.expanded_plan import ExpandedPlan
 from engine.memory.staging import Staging
 from engine.models.family import KernelCompilers
-from engine.models.rows.inputs import RowInputs, Sharing, dense_context, longest_context
+from engine.models.rows.inputs import CONTEXT_STEP, RowInputs, Sharing, expanded_plan, longest_context
 from engine.models.rows.padded import Padded
 
-_DECODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+_DECODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows of graphs without prompts."""
 _MIXED = (96, 160, 288, 544, 1056, 2080)
 """Rows of graphs with prompts: a power of two, some decodes, and a row of padding."""
@@ -40,6 +41,7 @@ _MOST_SCORES = 1 << 29
 class _Captured:
     graph: torch.cuda.CUDAGraph
     buffer: Tensor  # [Padded.size] int32, what it reads
+    dense: ExpandedPlan | None  # what it reads, too
     hidden: Tensor  # [rows, E], what it writes
 
 
@@ -48,29 +50,34 @@ class StepGraphs:
 
     def __init__(
         self,
-        compute: Callable[[RowInputs], Tensor],
+        compute: Callable[[RowInputs, Tensor | None], Tensor],
         sharing: Sharing,
         max_rows: int,
         max_context: int,
         device: torch.device,
+        given: Tensor | None = None,
     ) -> None:
         """Nothing is captured yet.
 
         Args:
-            compute: a step's hidden states, its cache written
+            compute: a step's hidden states, its cache written, of its rows and what is given with them
             sharing: of the model's kernels
             max_rows: of a step of decodes
             max_context: that a request may have
             device: of the model
+            given: [1, E], of the size and dtype of what is given with each row; None: nothing is
         """
         self._compute, self._device, self._sharing = compute, device, sharing
         most = min(max_rows, _DECODES[-1])
         self._decodes = [*(size for size in _DECODES if size < most), most]
-        self._singles = [*(size for size in _SINGLES if size < most), most]
+        self._singles = sorted({*(size for size in _SINGLES if size < most), min(most, _SINGLES[-1])})
         self._width = 0
         self._contexts = [_LEAST_CONTEXT]
         while self._contexts[-1] < max_context:
-            self._contexts.append(_CONTEXT_FACTOR * self._contexts[-1])
+            longest = -(-max_context // CONTEXT_STEP) * CONTEXT_STEP
+            self._contexts.append(min(_CONTEXT_FACTOR * self._contexts[-1], longest))
+        # All graphs read what is given from one place.
+        self._given = None if given is None else given.new_zeros(max(_MIXED[-1], most), given.shape[1])
         self._captured: dict[Padded, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._staging = Staging(torch.int32, device)
@@ -82,38 +89,50 @@ class StepGraphs:
         self._width = _round_up(top_k)
         widths = [0, self._width] if top_k else [0]
         shapes = [
-            self._shape(rows, context, width, singles)
+            self._shape(rows, context, width, singles, expanded=expanded)
             for sizes, all_singles in ((_MIXED, self._singles), (self._decodes, [0]))
             for singles in all_singles
             for rows, context, width in itertools.product(
                 reversed(sizes), reversed(self._contexts), reversed(widths)
             )
+            for expanded in self._expanded(width, singles)
             if rows > singles and 4 * rows * context <= _MOST_SCORES
         ]
         if compilers is not None:
             with compilers.together():
                 for shape in shapes:
-                    self._compute(shape.inputs(self._padding(shape)))
+                    self._compute(shape.inputs(self._padding(shape)), self._given_to(shape))
         for number, shape in enumerate(shapes):
             progress(number, len(shapes))
             self._capture(shape)
         progress(len(shapes), len(shapes))
 
-    def run(self, batch: Batch) -> Tensor | None:
+    def run(self, batch: Batch, given: Tensor | None = None) -> Tensor | None:
         """Hidden states [T, E] of a batch whose tensors are on the CPU; None: no graph is so large.
 
         The next graph may overwrite them.
+
+        Args:
+            batch: T rows
+            given: [T, E] on the device, where something is given with each row
         """
-        shape = self._shape_of(batch)
+        plan = expanded_plan(batch, self._sharing)
+        shape = self._shape_of(batch, expanded=plan is not None)
         if shape is None:
             return None
         step = self._captured.get(shape) or self._capture(shape)
+        if step.dense is not None and plan is not None:
+            if not step.dense.holds(plan):
+                return None
+            step.dense.fill(plan)
+        if self._given is not None and given is not None:
+            self._given[: len(given)].copy_(given)
         shape.fill(self._staging.take(shape.size).numpy(), batch)
         self._staging.send(step.buffer)
         step.graph.replay()
         return step.hidden[: len(batch.token_ids)]
 
-    def _shape_of(self, batch: Batch) -> Padded | None:
+    def _shape_of(self, batch: Batch, *, expanded: bool) -> Padded | None:
         """The smallest shape that holds a batch."""
         count, singles = len(batch.token_ids), 0
         sizes = self._decodes
@@ -123,24 +142,29 @@ class StepGraphs:
             singles = next((size for size in self._singles if size >= decodes), 0)
             if not singles:
                 return None
-        context = self._rounded(longest_context(batch))
+        longest = longest_context(batch)
+        context = next((one for one in self._contexts if one >= longest), 0)
         width = _round_up(int(batch.index_top_k.max()))
         if 0 < width < self._width:
             width = self._width  # its graphs are there, and hold smaller selections too
         # The last row of a step with prompts is padding.
         rows = next((size for size in sizes if size >= count + (singles > 0) and size > singles), 0)
-        if not rows or 4 * rows * context > _MOST_SCORES:
+        if not rows or not context or 4 * rows * context > _MOST_SCORES:
             return None
-        dense = self._rounded(dense_context(batch, self._sharing)) if singles else 0
-        shape = self._shape(rows, context, width, singles, dense)
+        shape = self._shape(rows, context, width, singles, expanded=expanded)
         return shape if shape.holds(batch) else None
 
-    def _rounded(self, context: int) -> int:
-        """The context that a graph has for this one."""
-        return next(one for one in self._contexts if one >= context) if context else 0
+    def _shape(self, rows: int, context: int, top_k: int, singles: int, *, expanded: bool) -> Padded:
+        return Padded(rows, context, top_k, singles > 0, singles, self._sharing, expanded)
 
-    def _shape(self, rows: int, context: int, top_k: int, singles: int, dense: int = 0) -> Padded:
-        return Padded(rows, context, top_k, singles > 0, singles, self._sharing, dense)
+    def _expanded(self, top_k: int, singles: int) -> tuple[bool, ...]:
+        """Whether rows of chunks may be dense ones that are expanded: if none is sparse, they are."""
+        if not self._sharing.tokens or not singles:
+            return (False,)
+        return (True, False) if top_k else (True,)
+
+    def _given_to(self, shape: Padded) -> Tensor | None:
+        return None if self._given is None else self._given[: shape.rows]
 
     def _padding(self, shape: Padded) -> Tensor:
         """A buffer of rows that only fill it."""
@@ -152,8 +176,10 @@ class StepGraphs:
     def _capture(self, shape: Padded) -> _Captured:
         buffer = self._padding(shape)
         inputs = shape.inputs(buffer)
-        graph, hidden = captured(partial(self._compute, inputs), self._device, self._pool)
-        made = self._captured[shape] = _Captured(graph, buffer, hidden)
+        graph, hidden = captured(
+            partial(self._compute, inputs, self._given_to(shape)), self._device, self._pool
+        )
+        made = self._captured[shape] = _Captured(graph, buffer, inputs.dense, hidden)
         return made
 
 

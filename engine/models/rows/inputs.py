@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.batch import Batch
+from engine.kernels.triton.expanded_plan import DenseChunk, ExpandedPlan, plan_expanded
 from engine.kernels.triton.rows import Blocks, Rows, Span, blocks_of
 from engine.plan.tiles import Segment
 
@@ -24,8 +25,8 @@ class Sharing(NamedTuple):
     attended: int  # the most rows of a block of attention
     scored: int  # the most rows of a block of the scores
     alone: int = 1  # chunks of at most so many rows are computed row by row, as decodes are
-    expands: bool = (
-        False  # dense rows in blocks are computed apart from other rows, and by their own longest context
+    tokens: int = (
+        0  # of context of dense rows of chunks, which are expanded, in a graph; 0: nothing is expanded
     )
 
     def is_chunk(self, segment: Segment) -> bool:
@@ -54,9 +55,7 @@ class RowInputs:
     top_k: int  # no row selects more; 0: no row has a selection
     blocks: Blocks | None  # of attention; None: every row is a decode
     pieces: tuple[Piece, ...]
-    dense_context: int = (
-        0  # no position of a dense row in `blocks` reaches it; 0: there is no such row, or nobody asks
-    )
+    dense: ExpandedPlan | None = None  # of the dense rows of chunks, where the family expands their context
 
 
 def spans_of(batch: Batch, sharing: Sharing) -> list[Span]:
@@ -64,13 +63,16 @@ def spans_of(batch: Batch, sharing: Sharing) -> list[Span]:
     return [Span(s.first_row, s.num_rows, s.start) for s in batch.segments if sharing.is_chunk(s)]
 
 
-def dense_context(batch: Batch, sharing: Sharing) -> int:
-    """One more than the last position of a dense row in a block; 0: there is none, or the family does not ask."""
-    if not sharing.expands:
-        return 0
-    return max(
-        (s.start + s.dense_rows for s in batch.segments if sharing.is_chunk(s) and s.dense_rows), default=0
-    )
+def expanded_plan(batch: Batch, sharing: Sharing) -> ExpandedPlan | None:
+    """How the dense rows of chunks are expanded, on the CPU; None: there are none, or the family expands nothing."""
+    if not sharing.tokens:
+        return None
+    chunks = [
+        DenseChunk(number, s.first_row, s.dense_rows, s.start)
+        for number, s in enumerate(batch.segments)
+        if sharing.is_chunk(s) and s.dense_rows
+    ]
+    return plan_expanded(chunks, sharing.attended) if chunks else None
 
 
 def longest_context(batch: Batch) -> int:
@@ -98,8 +100,8 @@ def row_inputs(batch: Batch, device: torch.device, budget_bytes: int, sharing: S
     packed = torch.from_numpy(np.stack([one.numpy().astype(np.int32) for one in vectors])).to(device)
     token_ids, pages, offsets, request, positions, index_top_k = packed.unbind()
     rows = Rows(request, positions, index_top_k, batch.block_table.to(torch.int32).to(device))
-    context = _rounded(longest_context(batch))
-    spans = spans_of(batch, sharing)
+    context = -(-longest_context(batch) // CONTEXT_STEP) * CONTEXT_STEP
+    spans, plan = spans_of(batch, sharing), expanded_plan(batch, sharing)
     top_k = max(
         (s.index_top_k or 0 for s in batch.segments if s.dense_rows < s.num_rows),
         default=0,
@@ -113,12 +115,8 @@ def row_inputs(batch: Batch, device: torch.device, budget_bytes: int, sharing: S
         top_k=top_k,
         blocks=blocks_of(spans, len(rows), sharing.attended, device) if spans else None,
         pieces=_pieces(rows, spans, max(1, budget_bytes // (4 * context)), sharing.scored) if top_k else (),
-        dense_context=_rounded(dense_context(batch, sharing)),
+        dense=None if plan is None else plan.to(device),
     )
-
-
-def _rounded(context: int) -> int:
-    return -(-context // CONTEXT_STEP) * CONTEXT_STEP
 
 
 def _pieces(rows: Rows, spans: Sequence[Span], most: int, size: int) -> tuple[Piece, ...]:

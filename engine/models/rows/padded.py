@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention.batch import Batch
 from engine.config import PAGE_SIZE
+from engine.kernels.triton.expanded_plan import ExpandedPlan
 from engine.kernels.triton.rows import Blocks, Rows, cut
 from engine.models.rows.inputs import Piece, RowInputs, Sharing, spans_of
 
@@ -31,7 +33,9 @@ class Padded(NamedTuple):
     prompts: bool
     singles: int  # the most decodes beside prompts
     sharing: Sharing
-    dense_context: int = 0  # of dense rows in blocks, where the family asks
+    expanded: bool = (
+        False  # whether dense rows of chunks may be there, where the family expands their context
+    )
 
     @property
     def size(self) -> int:
@@ -95,7 +99,13 @@ class Padded(NamedTuple):
             top_k=self.top_k,
             blocks=blocks,
             pieces=(Piece(0, rows, scored),) if self.top_k else (),
-            dense_context=self.dense_context,
+            dense=self._dense(buffer.device) if self.expanded else None,
+        )
+
+    def _dense(self, device: torch.device) -> ExpandedPlan:
+        """An empty plan, with room for as many blocks as the rows can be cut into."""
+        return ExpandedPlan.empty(
+            self._blocks(self.sharing.attended), self.sharing.tokens, self.sharing.attended, device
         )
 
     def fill(self, host: NDArray[np.int32], batch: Batch | None) -> None:

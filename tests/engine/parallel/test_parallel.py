@@ -99,7 +99,7 @@ def test_two_ranks_give_the_logits_of_one(pair: tuple[Built, Built]) -> None:
     one, two = (built.runner._model.logits(built.runner.hidden(plan)) for built in pair)
     assert float((one - two).abs().max() / one.abs().max()) < 1e-5
     models = [built.runner._model for built in pair]
-    heads = [model._layers[0].attention.num_heads for model in models if isinstance(model, MlaModel)]
+    heads = [model.layers[0].attention.num_heads for model in models if isinstance(model, MlaModel)]
     assert heads == [4, 2]
 
 

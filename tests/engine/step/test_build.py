@@ -116,22 +116,28 @@ def test_rows_in_triton(tmp_path: Path) -> None:
 
 @with_triton
 @pytest.mark.usefixtures("_on_a_gpu")
-@pytest.mark.parametrize("family", ["mistral with windows", "deepseek_v32", "deepseek_v3"])
-def test_models_without_rows_do_not_say_triton(tmp_path: Path, family: str) -> None:
-    """The backend of the GPU is chosen, and torch computes: the log, the cost model and a calibration say torch."""
-    if family.startswith("deepseek"):
-        tiny_deepseek(family, tmp_path)
-        built = built_of(tmp_path, overlay=False, dtype="float32")
-        expected = OPERATIONS | {"experts"}
-        expected -= set() if family == "deepseek_v32" else {"index scores", "selection"}
-    else:
-        tiny_checkpoint(tmp_path, kind="mistral", sliding_window=32)
-        built, expected = (
-            built_of(tmp_path, overlay=False, dtype="float32"),
-            OPERATIONS - {"index scores", "selection"},
-        )
+@pytest.mark.parametrize("family", ["deepseek_v32", "deepseek_v3"])
+def test_latents_in_triton(tmp_path: Path, family: str) -> None:
+    tiny_deepseek(family, tmp_path)
+    built = built_of(tmp_path, overlay=False, dtype="float32")
     said = told(built)
-    assert set(said) == expected
+    own = {"attention", "norms and rotation", "experts"}
+    own |= {"index scores", "selection"} if family == "deepseek_v32" else set()
+    assert set(said) == own | {"products", "steps", "sampling"}
+    assert all(said[name] == "Triton" for name in own)
+    assert said["products"] == "torch"
+    assert "CUDA graphs" in said["steps"]
+    assert built.backend == "triton"
+
+
+@with_triton
+@pytest.mark.usefixtures("_on_a_gpu")
+def test_models_without_rows_do_not_say_triton(tmp_path: Path) -> None:
+    """The backend of the GPU is chosen, and torch computes: the log, the cost model and a calibration say torch."""
+    tiny_checkpoint(tmp_path, kind="mistral", sliding_window=32)
+    built = built_of(tmp_path, overlay=False, dtype="float32")
+    said = told(built)
+    assert set(said) == OPERATIONS - {"index scores", "selection"}
     assert all(what.startswith("torch") for name, what in said.items() if name not in ("steps", "sampling"))
     assert said["steps"] == "operation by operation"
     assert built.backend == "torch"

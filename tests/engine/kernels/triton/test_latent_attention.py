@@ -14,6 +14,7 @@ from engine.errors import EngineError
 from engine.kernels.reference.latent import ReferenceLatent
 from engine.kernels.triton import latent_attention
 from engine.kernels.triton.latent_attention import attend_latents, dense_splits, sparse_splits
+from engine.kernels.triton.latent_kernels import items_kernel, locate_kernel
 from engine.memory.layouts import LatentLayout
 from lab.doctor.tiles import TOLERANCE, must_be_close, must_be_equal
 from tests.engine.kernels.triton.batches import EDGES, PAGE, Batch, Line
@@ -180,6 +181,46 @@ def test_how_rows_are_split() -> None:
     assert sparse_splits(1, 2, 100, 64) == 2
     assert [dense_splits(count, 131072) for count in (1, 8, 16, 64, 1000)] == [64, 64, 32, 8, 1]
     assert [dense_splits(1, context) for context in (1, 512, 513, 2048)] == [1, 1, 2, 4]
+
+
+def test_selected_positions_are_located(device: torch.device) -> None:
+    """Page times 64 plus offset; the complement of the request's first token for none."""
+    batch = Batch([Line(0, 200, 5), Line(1, 70, 2), Line(-1, -1, 0)], 4, device)
+    table = batch.block_table.cpu()
+    selected = torch.tensor([[0, 63, 64, 130, -1], [1, 70, -1, -1, -1], [-1] * 5], dtype=torch.int32)
+    tokens = torch.zeros(3, 8, dtype=torch.int32, device=device)
+    rows = batch.rows
+    locate_kernel[(3, 2)](
+        rows.block_table, rows.request, rows.positions, rows.index_top_k, selected.to(device), tokens,
+        rows.block_table.stride(0), 5, 8, 5, SIZE=4, EARLY=False,
+    )  # fmt: skip
+    for row, line in enumerate(batch.lines[:2]):
+        wanted = [
+            int(table[line.request, at // PAGE]) * PAGE + at % PAGE
+            if at >= 0
+            else -1 - int(table[line.request, 0]) * PAGE
+            for at in selected[row].tolist()
+        ]
+        assert tokens[row, :5].tolist() == wanted
+    assert not tokens[2].any()
+
+
+def test_splits_of_dense_rows_are_listed(device: torch.device) -> None:
+    """Row, part, begin and end; padding has an empty one, which writes its zeros."""
+    batch = Batch([Line(0, 299, 0), Line(0, 200, 7), Line(1, 63, 0), Line(-1, -1, 0)], 5, device)
+    rows, items = batch.rows, torch.zeros(17, 4, dtype=torch.int32, device=device)
+    items_kernel[(1,)](
+        rows.positions, rows.index_top_k, rows.positions, items, 4, 0, ROWS=4, MOST=4, BASE=64, LISTED=False,
+        EVERY=False, EARLY=False,
+    )  # fmt: skip
+    assert int(items[0, 0]) == 5
+    assert items[1:6].tolist() == [
+        [0, 0, 0, 128],
+        [0, 1, 128, 256],
+        [0, 2, 256, 300],
+        [2, -1, 0, 64],
+        [3, -1, 0, 0],
+    ]
 
 
 def test_operands_that_do_not_fit_are_refused(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from lab.doctor.rows import kinds_of_scores, selecting_rows
 from tests.engine.kernels.triton.test_select import choose
 
 
-@pytest.mark.parametrize("form", ["whole", "among", "slow"])
+@pytest.mark.parametrize("form", ["whole", "among", "long", "slow"])
 def test_bits_say_what_is_selected(device: torch.device, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Ties, too; one row is dense, one padding, one has a context too long for a mask."""
     choose(monkeypatch, form)

@@ -9,13 +9,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from engine.kernels.triton import candidates
+from engine.kernels.triton import candidates, long_rows
 from engine.kernels.triton import select as module
 from engine.kernels.triton.select import select
 from lab.doctor.rows import check_selection, kinds_of_scores, selecting_rows
 from tests.engine.kernels.triton.conftest import CHIP
 
-FORMS = ["whole", "among", "stretches", "slow"]
+FORMS = ["whole", "among", "long", "stretches", "slow"]
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
@@ -23,6 +23,9 @@ def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     monkeypatch.setattr(module, "MANY_ROWS", 1 if form == "among" else 1 << 20)
     for name in ("WHOLE", "WHOLE_SELECTED", "WHOLE_CUT"):
         monkeypatch.setattr(module, name, 1 << 20 if form == "whole" else 0)
+    monkeypatch.setattr(module, "LONG", 0 if form == "long" else 1 << 30)
+    for name, size in {"SAMPLE": 64, "LEAST_ROOM": 64, "STRETCH": 512, "WORDS": 16}.items():
+        monkeypatch.setattr(long_rows, name, size)
     if form == "slow":
         monkeypatch.setattr(module, "MOST_SELECTED", 0)
     monkeypatch.setattr(candidates, "SAMPLE", 64)
@@ -50,13 +53,16 @@ def test_kinds_of_rows(
     check_selection(scores, last, torch.randint(1, width + 1, (12,), generator=g), width, device)
 
 
+@pytest.mark.parametrize("second", [None, -9.0, 5.0])
 @pytest.mark.parametrize("deviations", [-9.0, -1.0, 0.0, 99.0])
 def test_a_sample_that_misleads(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, deviations: float
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, deviations: float, second: float | None
 ) -> None:
-    """Too few candidates, or more than there is room for: the whole row is searched."""
-    choose(monkeypatch, "among")
+    """Too few candidates, or more than there is room for: another sample, if there is one, then the whole row."""
+    choose(monkeypatch, "among" if second is None else "long")
     monkeypatch.setattr(candidates, "DEVIATIONS", deviations)
+    monkeypatch.setattr(long_rows, "DEVIATIONS", deviations)
+    monkeypatch.setattr(long_rows, "SECOND_DEVIATIONS", second)
     g = torch.Generator().manual_seed(7)
     scores = kinds_of_scores(900, g)[[0, 1, 3, 6, 7, 9]]
     check_selection(scores, torch.full((6,), 899), torch.full((6,), 60), 60, device)

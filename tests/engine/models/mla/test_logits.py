@@ -224,6 +224,6 @@ def test_a_context_of_163840_positions(tmp_path: Path) -> None:
         assert bool(lab.built.runner.hidden(plan).isfinite().all())
     deepseek = lab.built.runner._model
     assert isinstance(deepseek, MlaModel)
-    rotary = deepseek._rotary
+    rotary = deepseek.rotary
     angle = 163839 * inverse_frequencies(8, 10000.0, {k: v for k, v in YARN.items() if k != "rope_theta"})
     torch.testing.assert_close(rotary.at(torch.tensor([163839]))[0][0], angle.cos())
