@@ -147,7 +147,7 @@ def _sample_kernel(
     cut = tl.full((), _LEAST, tl.int32)
     place = tl.full((), 0, tl.int32)
     if (end > ROOM) & (k > 0):
-        cut, place = sampled(scores + t * scores_row, end, k, SAMPLE, DEVIATIONS, _FIRST, GROUPS)
+        cut, place = sampled(scores + t * scores_row, end, k, SAMPLE, DEVIATIONS, _FIRST, GROUPS, True)
     tl.store(thresholds + 2 * t, cut)
     tl.store(thresholds + 2 * t + 1, place)
 
@@ -199,7 +199,7 @@ def _decide_kernel(
         count = _gathered(words + t * words_row, own, end, ROOM, WORDS)
         misled = (count > ROOM) | ((count < k) & (cut != _LEAST))
         if misled:
-            cut, place = sampled(row, end, k, SAMPLE, DEVIATIONS, _SECOND, GROUPS)
+            cut, place = sampled(row, end, k, SAMPLE, DEVIATIONS, _SECOND, GROUPS, True)
             for start in range(0, end, STRETCH):
                 i = start + tl.arange(0, STRETCH)
                 values = tl.load(row + i, mask=i < context, other=float("-inf"))
@@ -214,7 +214,7 @@ def _decide_kernel(
             if CUTS:
                 store_cut(cuts + 2 * t, low, place)
         elif count <= SMALL:
-            written = decide(row, own, chosen, cuts + 2 * t, count, cut, place, k, SMALL, CUTS)
+            written = decide(row, own, chosen, cuts + 2 * t, count, cut, place, k, SMALL, CUTS, True)
         else:
-            written = decide(row, own, chosen, cuts + 2 * t, count, cut, place, k, ROOM, CUTS)
+            written = decide(row, own, chosen, cuts + 2 * t, count, cut, place, k, ROOM, CUTS, True)
     fill(chosen, written, width, STRETCH // 4)
