@@ -23,7 +23,6 @@ from engine.kernels.triton.order import (
     fill,
     keys_of,
     narrowed,
-    ninths,
     score_of,
     store_cut,
     third,
@@ -113,8 +112,7 @@ def select_slowly(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) 
 
 @triton.jit
 def sampled(
-    row: tl.tensor, end: tl.tensor, k: tl.tensor, SAMPLE: tl.constexpr, DEVIATIONS: tl.constexpr, MIX: tl.constexpr, GROUPS: tl.constexpr,
-    NINTHS: tl.constexpr,
+    row: tl.tensor, end: tl.tensor, k: tl.tensor, SAMPLE: tl.constexpr, DEVIATIONS: tl.constexpr, MIX: tl.constexpr, GROUPS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """(key, position): about 1.5 k of the row's pairs are at or above it, and with near certainty k are.
 
@@ -134,10 +132,7 @@ def sampled(
     most = tl.max(tl.reshape(keys, (SAMPLE // GROUPS, GROUPS)), 0)
     inverted, high = tl.split(tl.max(tl.join(~most, most), 0))
     low = tl.where(wanted <= GROUPS, ~inverted, _LEAST)
-    if NINTHS:
-        low, least = ninths(keys, low, high, tl.full((), SAMPLE, tl.int32), wanted, enough)
-    else:
-        low, least = fifths(keys, low, high, tl.full((), SAMPLE, tl.int32), wanted, enough)
+    low, least = fifths(keys, low, high, tl.full((), SAMPLE, tl.int32), wanted, enough)
     place = tl.full((), 0, tl.int32)
     if (least > enough) & (low != _LEAST):
         place = tie_cut(keys, low, at, end, wanted)  # too many are equal: of these the later ones
@@ -205,7 +200,7 @@ def _put(
 @triton.jit
 def decide(
     row: tl.tensor, own: tl.tensor, chosen: tl.tensor, cuts: tl.tensor, count: tl.tensor, cut: tl.tensor, place: tl.tensor, k: tl.tensor,
-    ROOM: tl.constexpr, CUTS: tl.constexpr, NINTHS: tl.constexpr,
+    ROOM: tl.constexpr, CUTS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Store the k best of `count` candidates, at most ROOM; how many there are.
 
@@ -222,10 +217,7 @@ def decide(
     j = tl.arange(0, ROOM)
     at = tl.load(own + j, mask=j < count, other=0)
     keys = keys_of(tl.load(row + at, mask=j < count, other=float("-inf")), j, count)
-    if NINTHS:
-        low, least = ninths(keys, cut, tl.max(keys, 0), count, k, k)
-    else:
-        low, least = fifths(keys, cut, tl.max(keys, 0), count, k, k)
+    low, least = fifths(keys, cut, tl.max(keys, 0), count, k, k)
     first = tl.full((), 0, tl.int32)
     if (least > k) & (low != _LEAST):
         first = tie_cut(keys, low, j, count, k)
@@ -282,7 +274,7 @@ def _among_kernel(
         cut = tl.full((), _LEAST, tl.int32)
         place = tl.full((), 0, tl.int32)
         if end > ROOM:
-            cut, place = sampled(row, end, k, SAMPLE, DEVIATIONS, MIX, min(THREADS, SAMPLE // 4), False)
+            cut, place = sampled(row, end, k, SAMPLE, DEVIATIONS, MIX, min(THREADS, SAMPLE // 4))
         # Compared as floats, which is what lies there; the lowest cut stands for -inf, which is never in.
         threshold = tl.where(cut == _LEAST, float("-inf"), score_of(cut))
         place = tl.where(cut == _LEAST, end, place)
@@ -298,5 +290,5 @@ def _among_kernel(
                 store_cut(cuts + 2 * t, low, place)
         else:
             tl.debug_barrier()  # what other threads of the program stored is read
-            written = decide(row, own, chosen, cuts + 2 * t, count, cut, place, k, ROOM, CUTS, False)
+            written = decide(row, own, chosen, cuts + 2 * t, count, cut, place, k, ROOM, CUTS)
     fill(chosen, written, width, 4 * ROOM_GROUPS)

@@ -29,8 +29,9 @@ from engine.kernels.triton.rows import Rows
 MOST_SELECTED = 4096
 """The largest top_k of this form: candidates lie in a program's registers."""
 
-SAMPLE = 8192
-"""Scores of a sample, at least."""
+SAMPLE, FEW_SAMPLE = 4096, 8192
+"""Scores of a sample, at least; of fewer than `FEW` rows the second number, since each has a multiprocessor to itself."""
+FEW = 32
 MOST_SAMPLED = 32768
 
 LEAST_ROOM = 4096
@@ -62,15 +63,16 @@ class Plan(NamedTuple):
     room: int
 
 
-def plan_of(width: int, context: int) -> Plan:
+def plan_of(width: int, context: int, count: int) -> Plan:
     """The smallest sample with which the room is hardly ever too small.
 
     Args:
         width: positions that a row selects
         context: scores of the longest row; a shorter one has fewer candidates of each score in its sample
+        count: of rows
     """
     room = max(LEAST_ROOM, 4 * int(triton.next_power_of_2(width)))
-    sample = SAMPLE
+    sample = FEW_SAMPLE if count < FEW else SAMPLE
     while sample < MOST_SAMPLED:
         rank = sample * width / context
         taken = 17 / 16 * (rank + _SPARE * rank**0.5 + 2)
@@ -83,7 +85,7 @@ def plan_of(width: int, context: int) -> Plan:
 def select_long(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) -> None:
     """`engine.kernels.triton.select.select` into `out` [T, K] int32, K at most `MOST_SELECTED`."""
     (count, context), width = scores.shape, out.shape[1]
-    plan = plan_of(width, context)
+    plan = plan_of(width, context, count)
     stretches = triton.cdiv(context, STRETCH)
     thresholds = torch.empty(count, 2, dtype=torch.int32, device=scores.device)
     words = torch.empty(count, stretches * (STRETCH // 32), dtype=torch.int32, device=scores.device)
@@ -147,7 +149,7 @@ def _sample_kernel(
     cut = tl.full((), _LEAST, tl.int32)
     place = tl.full((), 0, tl.int32)
     if (end > ROOM) & (k > 0):
-        cut, place = sampled(scores + t * scores_row, end, k, SAMPLE, DEVIATIONS, _FIRST, GROUPS, True)
+        cut, place = sampled(scores + t * scores_row, end, k, SAMPLE, DEVIATIONS, _FIRST, GROUPS)
     tl.store(thresholds + 2 * t, cut)
     tl.store(thresholds + 2 * t + 1, place)
 
@@ -199,7 +201,7 @@ def _decide_kernel(
         count = _gathered(words + t * words_row, own, end, ROOM, WORDS)
         misled = (count > ROOM) | ((count < k) & (cut != _LEAST))
         if misled:
-            cut, place = sampled(row, end, k, SAMPLE, DEVIATIONS, _SECOND, GROUPS, True)
+            cut, place = sampled(row, end, k, SAMPLE, DEVIATIONS, _SECOND, GROUPS)
             for start in range(0, end, STRETCH):
                 i = start + tl.arange(0, STRETCH)
                 values = tl.load(row + i, mask=i < context, other=float("-inf"))
@@ -214,7 +216,7 @@ def _decide_kernel(
             if CUTS:
                 store_cut(cuts + 2 * t, low, place)
         elif count <= SMALL:
-            written = decide(row, own, chosen, cuts + 2 * t, count, cut, place, k, SMALL, CUTS, True)
+            written = decide(row, own, chosen, cuts + 2 * t, count, cut, place, k, SMALL, CUTS)
         else:
-            written = decide(row, own, chosen, cuts + 2 * t, count, cut, place, k, ROOM, CUTS, True)
+            written = decide(row, own, chosen, cuts + 2 * t, count, cut, place, k, ROOM, CUTS)
     fill(chosen, written, width, STRETCH // 4)

@@ -98,50 +98,6 @@ def fifths(
 
 
 @triton.jit
-def _raised(
-    low: tl.tensor, high: tl.tensor, least: tl.tensor, cut: tl.tensor, count: tl.tensor, k: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The range that has the k-th largest, when `count` are >= cut; and how many are >= its low."""
-    enough = count >= k
-    return tl.where(enough, tl.maximum(low, cut), low), tl.where(enough, high, tl.minimum(high, cut - 1)), tl.where(enough, tl.minimum(least, count), least)  # fmt: skip
-
-
-@triton.jit
-def ninths(
-    keys: tl.tensor, low: tl.tensor, high: tl.tensor, least: tl.tensor, k: tl.tensor, enough: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
-    """The same as `fifths`, of fewer than 2^16 keys, by eight cuts a round: where rounds wait for one another."""
-    tl.static_assert(keys.shape[0] < 1 << 16)  # two counts fit in one number
-    while (least > enough) & (low < high):
-        ninth = ((high - low).to(tl.uint32, bitcast=True) // 9).to(tl.int32, bitcast=True)
-        step = tl.maximum(ninth, 1)
-        c1 = low + ninth + 1
-        c2 = c1 + tl.where(c1 < high, step, 0)
-        c3 = c2 + tl.where(c2 < high, step, 0)
-        c4 = c3 + tl.where(c3 < high, step, 0)
-        c5 = c4 + tl.where(c4 < high, step, 0)
-        c6 = c5 + tl.where(c5 < high, step, 0)
-        c7 = c6 + tl.where(c6 < high, step, 0)
-        c8 = c7 + tl.where(c7 < high, step, 0)
-        one = (keys >= c1).to(tl.int32) + ((keys >= c2).to(tl.int32) << 16)
-        two = (keys >= c3).to(tl.int32) + ((keys >= c4).to(tl.int32) << 16)
-        three = (keys >= c5).to(tl.int32) + ((keys >= c6).to(tl.int32) << 16)
-        four = (keys >= c7).to(tl.int32) + ((keys >= c8).to(tl.int32) << 16)
-        odd, even = tl.split(tl.sum(tl.join(tl.join(one, three), tl.join(two, four)), 0))
-        one, three = tl.split(odd)
-        two, four = tl.split(even)
-        low, high, least = _raised(low, high, least, c1, one & 0xFFFF, k)
-        low, high, least = _raised(low, high, least, c2, (one >> 16) & 0xFFFF, k)
-        low, high, least = _raised(low, high, least, c3, two & 0xFFFF, k)
-        low, high, least = _raised(low, high, least, c4, (two >> 16) & 0xFFFF, k)
-        low, high, least = _raised(low, high, least, c5, three & 0xFFFF, k)
-        low, high, least = _raised(low, high, least, c6, (three >> 16) & 0xFFFF, k)
-        low, high, least = _raised(low, high, least, c7, four & 0xFFFF, k)
-        low, high, least = _raised(low, high, least, c8, (four >> 16) & 0xFFFF, k)
-    return low, least
-
-
-@triton.jit
 def tie_cut(keys: tl.tensor, low: tl.tensor, at: tl.tensor, end: tl.tensor, k: tl.tensor) -> tl.tensor:
     """The last position from which on the keys equal to low are enough, with those above, for k."""
     above = tl.sum((keys > low).to(tl.int32), 0)

@@ -34,11 +34,8 @@ STAGES = 4
 """Steps whose reads are in flight: of page numbers and of keys, in turn."""
 PROMPT_STAGES = 5
 """The same where rows of a prompt share their keys."""
-FP8_STAGES = 7
-"""The same of rows that are read one by one over FP8 keys, and of the keys' scales."""
-LONG_PAGES = 2048
-"""A program takes `LONG_EACH` pages of rows of so many, if they are read one by one and are many: measured on an H200."""
-LONG_EACH = 32
+FP8_STAGES, FP8_ROWS = 7, 32
+"""The same over FP8 keys if so many rows are read one by one: measured on an H200."""
 BLOCK_COLUMNS = 64
 """Rows of a block times heads: the width of one product when rows of a prompt share their keys."""
 
@@ -83,9 +80,10 @@ def index_scores(
 
     def launch(table: Tensor, count: int, size: int, kind: int) -> None:
         columns = _head_columns(heads) * size
-        long = kind != 2 and pages >= LONG_PAGES and count >= 16
-        each = LONG_EACH if long else _pages_a_program(pages, count)
-        stages = PROMPT_STAGES if size > 1 else FP8_STAGES if form == _FP8 else STAGES
+        each = _pages_a_program(pages, count)
+        stages = STAGES if size == 1 else PROMPT_STAGES
+        if form == _FP8 and kind != 2 and count >= FP8_ROWS:
+            stages = FP8_STAGES
         _scores_kernel[(count, triton.cdiv(pages, each))](
             query, head_weights, key_plane, rows.block_table, rows.request, rows.positions, rows.index_top_k, table, out,
             query.stride(0), head_weights.stride(0), key_plane.stride(0), key_plane.stride(1), rows.block_table.stride(0),
@@ -220,6 +218,7 @@ def _scores_kernel(
             w = w * scale
         half = w * 0.5
         pages_of = block_table + tl.load(request + first).to(tl.int64) * table_row
+        # Only a loop with stages of its own reads the keys' scales ahead, which no product takes.
         for page in tl.range(first_page, seen, num_stages=LOOP_STAGES):
             base = plane + tl.load(pages_of + page).to(tl.int64) * page_stride
             if FORM == 0:
