@@ -134,7 +134,20 @@ class SubprocessEngine:
             await asyncio.sleep(_BACKOFF_SECONDS[failed_starts])
             if self._over:
                 break
-            was_ready, code = await self._run_once()
+            try:
+                was_ready, code = await self._run_once()
+            except OSError as error:  # such as no file descriptor, or no memory: that may pass
+                failed_starts = min(failed_starts + 1, len(_BACKOFF_SECONDS) - 1)
+                self._kill()
+                self._fail_streams()
+                message = (
+                    f"the engine process cannot be started ({error.strerror or error}); trying again in "
+                    f"{_BACKOFF_SECONDS[failed_starts]:g} s"
+                )
+                _log.error("%s", message)
+                if not self._over:
+                    self._set(EngineState.DOWN, message)
+                continue
             self._status = msgspec.structs.replace(
                 self._status, stats=EngineStats(), ended=add_counters(self._status.ended, self._status.stats)
             )

@@ -14,6 +14,7 @@ import gc
 import importlib.util
 import json
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -43,6 +44,7 @@ _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.1
 _CLOSE_SECONDS = 2  # time for connections to close after their requests have ended
 _HEADER_BYTES = 64 << 10
+_FILES = 65536
 
 
 class ServeError(Exception):
@@ -57,6 +59,7 @@ def serve(settings: Settings) -> int:
         ModelError, TokenizerError, PromptError, SettingsError: the model or a setting is not valid.
     """
     configure(settings.log_format)
+    raise_file_limit()
     with bind(settings.host, settings.port) as listener:  # before loading, to report a taken port at once
         with _stages(settings.log_format) as stages:
             random = settings.load_format == "dummy"
@@ -89,6 +92,15 @@ def serve(settings: Settings) -> int:
         )
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(run(config, engine, text, chat, listener))
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system lets this process have. A connection is one, and 1024 is a usual limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:
