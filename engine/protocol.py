@@ -54,6 +54,7 @@ class SamplingParams(Value, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0  # > 0, over prompt and generated tokens
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0  # stop tokens are not drawn before so many tokens; <= max_tokens
     logprobs: int | None = None  # alternatives to report per generated token; None reports nothing
     prompt_logprobs: int | None = None  # per prompt token; a cached prefix of these is not reused
     prompt_logprobs_start: int = 0  # >= 0; the first prompt token that gets a log-probability
@@ -87,6 +88,7 @@ class Submit(Message, frozen=True, kw_only=True):
     sampling: SamplingParams
     index_top_k: IndexTopK
     grammar: Grammar | None = None  # its stop tokens have to hold a token that ends an answer
+    cache_salt: str = ""  # only requests with the same salt share cached pages
 
 
 class Abort(Message, frozen=True, kw_only=True):

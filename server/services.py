@@ -13,8 +13,8 @@ from engine.client import Engine
 from server.config import ServerConfig
 from server.generation.admission import Admission
 from server.generation.intake import Intake
-from server.generation.render import Head
 from server.generation.responses import KeptResponses
+from server.generation.streamed import Head
 from server.http.protocol.notices import Notice
 from server.lifecycle import Lifecycle
 from server.money.accounting import Books

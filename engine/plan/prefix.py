@@ -43,7 +43,7 @@ class PageKey:
     """The identity of one full page's content. Compare keys with `same_content`."""
 
     parent: PageKey | None = field(repr=False)  # the page before; None for the first
-    salt: int | None
+    salt: int | str | None  # a sparsity; of the root of a request with a salt of its own, that
     token_ids: tuple[int, ...]
     digest: bytes
 
@@ -70,6 +70,7 @@ class PageKeys:
         token_ids: the request's own list. It may grow at its end but must not change otherwise.
         index_top_k: how many tokens a row selects; None: all rows are dense.
         hash_function: makes the digests; its collisions cost speed, never correctness.
+        cache_salt: only requests with the same salt have keys of the same content; "": those without.
     """
 
     def __init__(
@@ -78,10 +79,14 @@ class PageKeys:
         *,
         index_top_k: IndexTopK,
         hash_function: HashFunction = sha256,
+        cache_salt: str = "",
     ) -> None:
         self._token_ids = token_ids
         self._index_top_k = index_top_k
         self._hash_function = hash_function
+        self._root = None  # stands before the first page
+        if cache_salt:
+            self._root = PageKey(None, cache_salt, (), hash_function(cache_salt.encode()))
         self._keys: list[PageKey] = []
 
     def __len__(self) -> int:
@@ -109,7 +114,7 @@ class PageKeys:
             self._keys[index:] = [key]
 
     def _make(self, index: int) -> PageKey:
-        parent = self._keys[index - 1] if index else None
+        parent = self._keys[index - 1] if index else self._root
         end = (index + 1) * PAGE_SIZE
         tokens = tuple(self._token_ids[end - PAGE_SIZE : end])
         salt = sparsity_salt(end, self._index_top_k)

@@ -48,7 +48,12 @@ class Request:
         self.peak_computed = 0  # the largest `num_computed` ever: rows below it are recomputed
         self.page_ids: list[int] = []
         self.num_registered = 0  # leading pages that are registered in the prefix cache
-        self.keys = PageKeys(self.token_ids, index_top_k=submit.index_top_k, hash_function=hash_function)
+        self.keys = PageKeys(
+            self.token_ids,
+            index_top_k=submit.index_top_k,
+            hash_function=hash_function,
+            cache_salt=submit.cache_salt,
+        )
         self.cached_tokens: int | None = None  # found at first admission; None before it
         self.preemptions = 0
         self._lookup = PromptLookup(self.token_ids) if lookup else None

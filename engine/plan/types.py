@@ -9,6 +9,8 @@ verifies (`engine.step.speculation`).
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from engine.protocol import IndexTopK, SamplingParams, TokenLogprob
@@ -24,6 +26,14 @@ class SampleSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     output_index: int  # how many tokens the request has generated; it is the position in the random stream
     prompt_len: int
     history: tuple[int, ...]  # prompt and output as far as they are known; empty unless a penalty needs it
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """(token id, what is added to its logit); a stop token gets -inf while the answer may not end."""
+        params = self.params
+        if self.output_index >= params.min_tokens:
+            return params.logit_bias
+        return (*params.logit_bias, *((token_id, -math.inf) for token_id in params.stop_token_ids))
 
 
 class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):

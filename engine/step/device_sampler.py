@@ -85,7 +85,7 @@ def needs_of(specs: Sequence[SampleSpec], *, masked: bool = False) -> Needs:
         if p.temperature > 0:
             draws = True
             filters = filters or p.top_k > 0 or p.top_p < 1 or p.min_p > 0
-        changes = changes or bool(p.logit_bias) or has_penalty(p)
+        changes = changes or bool(spec.biases) or has_penalty(p)
         if p.logprobs is not None and p.logprobs > shown:
             shown = p.logprobs
     # With masks there are fewer kinds of draws, so that fewer graphs do.
@@ -111,11 +111,12 @@ def rows_of(
     words, of = no_masks(len(specs), device)
     if masks is not None:
         words, of = to_device(masks.words, device), to_device(masks.of, device)
-    width = max((len(spec.params.logit_bias) for spec in specs), default=0)
+    biases = [spec.biases for spec in specs]
+    width = max(map(len, biases), default=0)
     ids = np.zeros((len(specs), max(width, 1)), dtype=np.int32)
     values = np.zeros(ids.shape, dtype=np.float32)
-    for i, spec in enumerate(specs):
-        if bias := spec.params.logit_bias:
+    for i, bias in enumerate(biases):
+        if bias:
             ids[i, : len(bias)] = [token for token, _ in bias]
             values[i, : len(bias)] = [value for _, value in bias]
     return DrawRows(
@@ -149,7 +150,7 @@ def table(specs: Sequence[SampleSpec], slots: Sequence[int], count: int | None =
             stream_key(p.seed, spec.output_index) if p.temperature > 0 else 0,
             p.top_k,
             slot if has_penalty(spec.params) else -1,
-            len(p.logit_bias),
+            len(spec.biases),
             p.temperature,
             p.top_p,
             p.min_p,

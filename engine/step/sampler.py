@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.plan.types import Drawn, SampleSpec
-from engine.protocol import SamplingParams, TokenLogprob, has_penalty
+from engine.protocol import TokenLogprob, has_penalty
 from engine.step.filters import runners
 from engine.step.masking import TokenMasks
 from engine.step.race import race
@@ -38,7 +38,7 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec], masks: TokenMasks | None
     tokens, finite = best_tokens(logits)
     for row, spec in enumerate(specs):
         allowed = None if masks is None else masks.allowed(row, logits.shape[1])
-        if finite[row] and (allowed is not None or not _is_plain_greedy(spec.params)):
+        if finite[row] and (allowed is not None or not _is_plain_greedy(spec)):
             tokens[row] = _draw(logits[row].cpu().numpy(), spec, allowed)
     reported: dict[int, list[int]] = {}  # rows by how many alternatives they report
     for row, spec in enumerate(specs):
@@ -130,8 +130,8 @@ def prompt_logprobs(
     return tuple(scored)
 
 
-def _is_plain_greedy(params: SamplingParams) -> bool:
-    return params.temperature == 0 and not has_penalty(params) and not params.logit_bias
+def _is_plain_greedy(spec: SampleSpec) -> bool:
+    return spec.params.temperature == 0 and not has_penalty(spec.params) and not spec.biases
 
 
 def _draw(logits: LogitRow, spec: SampleSpec, allowed: NDArray[np.bool_] | None) -> int:
@@ -154,11 +154,11 @@ def penalised(logits: LogitRow, spec: SampleSpec) -> LogitRow:
     The repetition penalty divides a positive logit and multiplies a negative one (Keskar et al.,
     arXiv 1909.05858). The presence and frequency penalties are subtracted (OpenAI's API reference).
     """
-    params = spec.params
-    if not params.logit_bias and not has_penalty(params):
+    params, biases = spec.params, spec.biases
+    if not biases and not has_penalty(params):
         return logits
     logits = logits.copy()
-    for token, bias in params.logit_bias:
+    for token, bias in biases:
         logits[token] += bias
     if params.repetition_penalty != 1:
         seen = np.unique(np.array(spec.history, dtype=np.int64))

@@ -21,6 +21,9 @@ class Answer:
         tokenizer: the model's tokenizer.
         parser: a new parser of the chat format.
         stop: texts that end the content.
+        include_stop: the content has the stop string that ended it.
+        skip_special: control tokens without a meaning are left out; else they are content.
+        min_tokens: the text of so many tokens is not searched for stop strings.
         budget: after so many tokens of reasoning the answer is redirected to `closing`; None is no limit.
         closing: the tokens that end reasoning.
         opening: the tokens that open a call; they must follow the reasoning. Empty if no call is required.
@@ -40,6 +43,9 @@ class Answer:
         parser: Parser,
         *,
         stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special: bool = True,
+        min_tokens: int = 0,
         budget: int | None = None,
         closing: tuple[int, ...] = (),
         opening: tuple[int, ...] = (),
@@ -49,7 +55,9 @@ class Answer:
         self._tokenizer = tokenizer
         self._parser = parser
         self._stream = text_stream(tokenizer, skip_special=False)
-        self._stop = StopScanner(stop)
+        self._stop = StopScanner(stop, include_stop=include_stop)
+        self._skip_special = skip_special
+        self._min_tokens = min_tokens
         self._budget = budget
         self._closing = closing
         self._opening = opening
@@ -109,7 +117,7 @@ class Answer:
         name = self._names.get(token_id)
         if name in self._parser.markers or (name and token_id not in self._tokenizer.special_ids):
             return [*self._parser.text(self._stream.finish()), *self._parser.marker(str(name))]
-        if token_id in self._tokenizer.special_ids:
+        if token_id in self._tokenizer.special_ids and self._skip_special:
             return []  # an end token of a request that ignores end tokens
         return self._parser.text(self._stream.push(token_id))
 
@@ -117,6 +125,9 @@ class Answer:
         """Search the content of `parts` for stop strings, and note whether the answer has ended."""
         out: list[Part] = []
         for part in parts:
+            if isinstance(part, Content) and self.tokens_consumed <= self._min_tokens:
+                out.append(part)
+                continue
             if isinstance(part, Content):
                 out.append(Content(self._stop.push(part.text)))
                 if self._stop.stopped is not None:

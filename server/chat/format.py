@@ -19,12 +19,14 @@ class ChatFormat(ABC):
         reasons: answers may have reasoning, marked by <think> and </think>.
         thinking: a request may switch reasoning on and off.
         thinking_with_tools: a request may have both tools and reasoning.
+        names: the prompt has the names of speakers.
     """
 
     tools: bool = False
     reasons: bool = False
     thinking: bool = False
     thinking_with_tools: bool = False
+    names: bool = False
 
     @abstractmethod
     def render(

@@ -6,6 +6,7 @@ published templates are written for.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -27,6 +28,9 @@ from server.text.tokenizer import TokenizerError
 
 _SWITCHES = ("thinking", "enable_thinking")
 """The names that templates use for the switch that turns reasoning on."""
+
+_PROBE = "speaker7f3a"
+"""A name that no template writes by itself."""
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -52,6 +56,13 @@ class JinjaFormat(ChatFormat):
             self.thinking = reasons and not names.isdisjoint(_SWITCHES)
         except TemplateError as error:
             raise PromptError(f"the checkpoint's chat template is not valid: {_reason(error)}") from error
+        self.names = self._writes_names()
+
+    def _writes_names(self) -> bool:
+        """Whether the name of a message is in the prompt."""
+        with contextlib.suppress(PromptError):
+            return _PROBE in self.render([{"role": "user", "content": "hi", "name": _PROBE}])
+        return False
 
     def render(
         self,

@@ -31,6 +31,9 @@ class Job:
         stop_tokens: the stop tokens that the client named; the others end the model's turn.
         rest: the grammar of the answer after its reasoning; None: it has none.
         shares_prompt: an earlier choice of the request has the same prompt, which counts once.
+        include_stop: the text has the stop string, or the stop token's text, that ended it.
+        skip_special: control tokens do not show in plain text.
+        shows_tokens: the client sees how many tokens each piece of text has, or which.
     """
 
     index: int
@@ -42,6 +45,9 @@ class Job:
     stop_tokens: frozenset[int] = frozenset()
     rest: Grammar | None = None
     shares_prompt: bool = False
+    include_stop: bool = False
+    skip_special: bool = True
+    shows_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,8 @@ class TextDelta(msgspec.Struct, frozen=True):
 
     The text may lag behind the tokens: half characters and possible starts of stop strings are held
     back. A stop token is neither in `parts` nor in `token_ids`. `stages` comes once, with the first token:
-    (seconds in the queue, seconds from the first step to the first token).
+    (seconds in the queue, seconds from the first step to the first token). `stop_token` is the token that ended the
+    choice, if one did and it is not in `token_ids`.
     """
 
     index: int
@@ -85,6 +92,8 @@ class TextDelta(msgspec.Struct, frozen=True):
     stop_reason: str | int | None = None  # the stop string, or the client's stop token, that ended the choice
     usage: ChoiceUsage | None = None
     stages: tuple[float, float] | None = None
+    stop_token: int | None = None
+    shows_tokens: bool = False  # the delta may not be joined with others
 
     @property
     def text(self) -> str:
@@ -97,6 +106,8 @@ class TextDelta(msgspec.Struct, frozen=True):
     def only_text(self) -> bool:
         """Whether nothing but content is new. Almost every delta is so."""
         if self.finish_reason is not None or self.logprobs is not None or self.prompt_logprobs is not None:
+            return False
+        if self.shows_tokens:
             return False
         for part in self.parts:  # noqa: SIM110 - a generator takes four times as long
             if type(part) is not Content:
@@ -151,7 +162,14 @@ class Choice:
             token_ids = delta.token_ids
             self._output += token_ids
             text = tuple(self._reader.push(token_ids))
-            return TextDelta(self._job.index, text, token_ids, delta.logprobs, delta.prompt_logprobs)
+            return TextDelta(
+                self._job.index,
+                text,
+                token_ids,
+                delta.logprobs,
+                delta.prompt_logprobs,
+                shows_tokens=self._job.shows_tokens,
+            )
         if self._submits == 1:  # the prompt of a later submit contains this choice's own output
             self._known = delta.usage or self._known
         if self._job.prompt_only:
@@ -185,6 +203,10 @@ class Choice:
             finish_reason=finish,
             usage=self._usage(completion_tokens) if finish else None,
             stages=self._stages(delta),
+            stop_token=delta.token_ids[-1]
+            if delta.finish_reason == "stop" and not reader.ended and len(token_ids) < len(delta.token_ids)
+            else None,
+            shows_tokens=self._job.shows_tokens,
         )
 
     def next_submit(self) -> Submit | None:
@@ -200,7 +222,12 @@ class Choice:
             first,
             request_id=f"{first.request_id}.{self._submits}",
             prompt_token_ids=(*first.prompt_token_ids, *self._output),
-            sampling=msgspec.structs.replace(first.sampling, seed=seed, max_tokens=self._left()),
+            sampling=msgspec.structs.replace(
+                first.sampling,
+                seed=seed,
+                max_tokens=self._left(),
+                min_tokens=max(first.sampling.min_tokens - len(self._output), 0),
+            ),
             grammar=self._job.rest,  # an answer is redirected to the end of its reasoning, or past it
         )
 
@@ -232,6 +259,8 @@ class Choice:
 
     def _without_stop_token(self, delta: Delta) -> tuple[int, ...]:
         ids = delta.token_ids
+        if self._job.include_stop:
+            return ids
         if delta.finish_reason == "stop" and ids and ids[-1] in self._job.submit.sampling.stop_token_ids:
             return ids[:-1]
         return ids
@@ -257,7 +286,14 @@ class _Plain:
     reasoning_tokens = 0
 
     def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
-        self._detokenizer = Detokenizer(tokenizer, stop=job.stop, after=job.submit.prompt_token_ids)
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            stop=job.stop,
+            include_stop=job.include_stop,
+            skip_special=job.skip_special,
+            after=job.submit.prompt_token_ids,
+            min_tokens=job.submit.sampling.min_tokens,
+        )
 
     @property
     def ended(self) -> bool:

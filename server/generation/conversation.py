@@ -6,7 +6,8 @@ the assistant have calls and reasoning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ from server.chat import ChatFormat
 from server.chat.grammar import ToolForm
 from server.http.protocol.chat import ChatCompletionBody, ChatMessage
 from server.http.protocol.errors import bad_request
+from server.http.protocol.notices import Notice
 from server.http.protocol.tools import NamedTool, PastCall
 
 NO_TOOLS = "this model's chat format has no tool calling; leave it out and describe the tools in a message"
+MAX_NOTICES = 20
 _ROLES = {"developer": "system"}
 """OpenAI's newer role names, mapped to the older ones that prompt formats know."""
 
@@ -35,6 +38,7 @@ class Conversation:
         named: the tool that the answer has to call, if one is named.
         single: the answer ends with its first call.
         forms: what the arguments of the callable tools must be.
+        notices: what of the messages has no effect.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -46,6 +50,7 @@ class Conversation:
     named: str | None
     single: bool
     forms: tuple[ToolForm, ...]
+    notices: tuple[Notice, ...] = ()
 
 
 def read_conversation(body: ChatCompletionBody, chat: ChatFormat) -> Conversation:
@@ -110,7 +115,20 @@ def read_conversation(body: ChatCompletionBody, chat: ChatFormat) -> Conversatio
             )
             for function in functions
         ),
+        notices=() if chat.names else tuple(itertools.islice(_unwritten(body.messages), MAX_NOTICES)),
     )
+
+
+def _unwritten(messages: Sequence[ChatMessage]) -> Iterator[Notice]:
+    """The names of speakers, for which a format has no place."""
+    for index, message in enumerate(messages):
+        if message.name and message.role != "tool":  # the call says which tool it is
+            path = f"messages[{index}].name"
+            yield Notice(
+                code="no_effect",
+                message=f"{path} had no effect: this model's prompt has no place for names; write it in the content",
+                param=path,
+            )
 
 
 def _thinking(body: ChatCompletionBody, chat: ChatFormat) -> tuple[bool | None, int | None]:
@@ -164,6 +182,8 @@ def _messages(messages: Sequence[ChatMessage], chat: ChatFormat) -> list[dict[st
                 param=f"messages[{index}]",
             )
         made: dict[str, Any] = {"role": _ROLES.get(message.role, message.role), "content": message.text()}
+        if message.name:
+            made["name"] = message.name
         if message.role == "tool":
             place = waiting.pop(message.tool_call_id or "", None)
             if place is None:

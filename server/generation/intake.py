@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from engine.client import EngineStatus
@@ -21,28 +21,19 @@ from server.config import ServerConfig
 from server.generation.choice import Job
 from server.generation.conversation import Conversation, read_conversation
 from server.generation.grammars import GrammarChecks
+from server.generation.infill import infill_of
 from server.generation.prompts import Prompt, Prompts, check_ids, loaded_model, prompt_end
+from server.generation.room import check_least, cut, room_of
+from server.generation.sparsity import GrantedSparsity, granted
 from server.generation.structure import Enforced, Structure, WantedCalls, wanted_of
 from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.completions import CompletionBody
 from server.http.protocol.errors import bad_request
+from server.http.protocol.notices import Notice
 from server.http.protocol.sampling import GenerationBody
 from server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class GrantedSparsity:
-    """How sparse attention is for a request.
-
-    Attributes:
-        index_top_k: what the engine gets: tokens that attention may read; None is dense.
-        requested: the client's number if it was not granted, else None.
-    """
-
-    index_top_k: int | None
-    requested: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +44,13 @@ class Admitted:
         jobs: one for each choice, `n` for every prompt, in the order of their indices.
         echoes: for each choice, the text that its output begins with.
         sparsity: how sparse attention is.
+        notices: what of the request has no effect.
     """
 
     jobs: tuple[Job, ...]
     echoes: tuple[str, ...]
     sparsity: GrantedSparsity
+    notices: tuple[Notice, ...] = ()
 
 
 class Intake:
@@ -73,6 +66,7 @@ class Intake:
         self._config = config
         self._text = text
         self._chat = chat
+        self._infill = infill_of(text)
         self._structure = Structure(checks, text.control_tokens, chat)
         self.prompts = Prompts(config.model_name, text, chat)
 
@@ -98,12 +92,16 @@ class Intake:
                 "tool_choice opens a call at the start of an answer, so the prompt must end with the opening of one",
                 param="tool_choice",
             )
-        token_ids = await self.prompts.written(said, add_generation_prompt=opens, open_end=open_end)
+        written = await self.prompts.written(
+            said, add_generation_prompt=opens, open_end=open_end, context=_context(body, model)
+        )
         opening: tuple[int, ...] = ()
         if said.must_call:
             opening = tuple(
                 self._text.encode(self._chat.opening(said.named), add_bos=False, parse_special=True)
             )
+        whole = Prompt(tuple(written), "")
+        token_ids = cut(whole, body, model, self._text, limits[0] or limits[1]).token_ids
         thinking = self._opens_reasoning(token_ids)
         opened = () if thinking else opening
         calls = None
@@ -112,7 +110,7 @@ class Intake:
         enforced = await self._enforced(
             body, model, calls, thinking=thinking, may_think=said.thinking is None and opens and not opening
         )
-        return self._work(
+        work = self._work(
             body,
             model,
             request_id,
@@ -122,6 +120,7 @@ class Intake:
             answer=self._answer(body, said, opening, thinking=thinking),
             enforced=enforced,
         )
+        return replace(work, notices=said.notices)
 
     async def _enforced(
         self,
@@ -135,11 +134,12 @@ class Intake:
         """The grammars of an answer; None: it may say anything."""
         wanted = wanted_of(body)
         strict = calls is not None and calls.strict
-        if body.ignore_eos and (wanted is not None or strict):
+        if (body.ignore_eos or body.min_tokens) and (wanted is not None or strict):
             param = "a strict tool" if wanted is None else wanted.param
+            name = "ignore_eos" if body.ignore_eos else "min_tokens"
             raise bad_request(
-                f"ignore_eos goes on after the end of an answer, and {param} says where that is; send one of them",
-                param="ignore_eos",
+                f"{name} goes on after the end of an answer, and {param} says where that is; send one of them",
+                param=name,
             )
         if body.ignore_eos:
             return None
@@ -176,6 +176,9 @@ class Intake:
                 text,
                 chat.parser(tools=said.callable, thinking=thinking, single=said.single),
                 stop=_stops(body),
+                include_stop=bool(body.include_stop_str_in_output),
+                skip_special=body.skip_special_tokens is not False,
+                min_tokens=body.min_tokens or 0,
                 budget=said.budget,
                 closing=(text.control_tokens[THOUGHT],) if thinking else (),
                 opening=opening if thinking else (),
@@ -198,6 +201,10 @@ class Intake:
                 "log-probabilities",
                 param="max_tokens",
             )
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise bad_request(
+                "best_of must be n or null: use n, and choose among the answers yourself", param="best_of"
+            )
         sources = body.prompts()
         if len(sources) > self._config.max_prompts:
             raise bad_request(
@@ -207,15 +214,39 @@ class Intake:
             )
         many = len(sources) > 1
         prompts = [
-            await self.prompts.text(
-                source, f"prompt[{index}]" if many else "prompt", echo=bool(body.echo), size=model.vocab_size
+            cut(
+                await self.prompts.text(
+                    source,
+                    f"prompt[{index}]" if many else "prompt",
+                    echo=bool(body.echo),
+                    size=model.vocab_size,
+                    context=_context(body, model),
+                ),
+                body,
+                model,
+                self._text,
+                body.max_tokens,
             )
             for index, source in enumerate(sources)
         ]
+        ends: tuple[int, ...] = ()
+        if body.suffix:
+            if self._infill is None:
+                raise bad_request(
+                    "suffix must be null: this model's vocabulary has no marks for filling in the middle",
+                    param="suffix",
+                )
+            if body.echo:
+                raise bad_request("suffix needs echo to be false", param="echo")
+            ends, marks = self._infill.ends, self._infill
+            prompts = [
+                Prompt(marks.prompt(prompt.token_ids, body.suffix, self._text), "") for prompt in prompts
+            ]
         return self._work(
             body,
             model,
             request_id,
+            ends=ends,
             prompts=prompts,
             max_tokens=body.max_tokens,
             logprobs=body.logprobs,
@@ -248,6 +279,8 @@ class Intake:
             raise bad_request(f"n must be at most {self._config.max_n} on this server", param="n")
         if body.stream_options is not None and not body.stream:
             raise bad_request("stream_options needs stream to be true", param="stream_options")
+        if body.prompt_logprobs is not None and body.stream:
+            raise bad_request("prompt_logprobs needs stream to be false", param="prompt_logprobs")
         return loaded_model(status)
 
     def _work(
@@ -263,21 +296,27 @@ class Intake:
         prompt_logprobs_start: int = 0,
         answer: Callable[[], Answer] | None = None,
         enforced: Enforced | None = None,
+        ends: Sequence[int] = (),
     ) -> Admitted:
-        sparsity, own = self._sparsity(body, model), self._config.sampling
+        sparsity, own = granted(body, model, self._config.default_top_k), self._config.sampling
         bias = tuple((int(key), value) for key, value in (body.logit_bias or {}).items())
         size = model.vocab_size
         check_ids([token_id for token_id, _ in bias], "logit_bias", size, keys=True)
         check_ids(body.stop_token_ids or [], "stop_token_ids", size)
         stop_ids = dict.fromkeys(body.stop_token_ids or [])
         if not body.ignore_eos:
-            stop_ids |= dict.fromkeys(self._text.eos_token_ids)
+            stop_ids |= dict.fromkeys((*self._text.eos_token_ids, *ends))
         stop_ids = dict.fromkeys(token_id for token_id in stop_ids if token_id < size)
         prompt_only = max_tokens == 0
         n = body.n or 1
+        asked = [count for count in (prompt_logprobs, body.prompt_logprobs) if count is not None]
+        if body.prompt_logprobs is not None:
+            prompt_logprobs_start = 0
+        options = body.stream_options
         jobs: list[Job] = []
         for prompt in prompts:
-            room = self._room(prompt, model, max_tokens)
+            room = room_of(prompt, model, self._text, max_tokens, self._config.default_max_tokens)
+            check_least(body, room)
             seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
             for choice in range(n):
                 sampling = SamplingParams(
@@ -293,7 +332,8 @@ class Intake:
                     logit_bias=bias,
                     stop_token_ids=() if prompt_only else tuple(stop_ids),
                     logprobs=None if prompt_only else logprobs,
-                    prompt_logprobs=prompt_logprobs,
+                    min_tokens=0 if prompt_only else body.min_tokens or 0,
+                    prompt_logprobs=max(asked, default=None),
                     prompt_logprobs_start=prompt_logprobs_start,
                 )
                 index = len(jobs)
@@ -303,6 +343,7 @@ class Intake:
                     sampling=sampling,
                     index_top_k=sparsity.index_top_k,
                     grammar=None if enforced is None else Grammar(text=enforced.whole),
+                    cache_salt=body.cache_salt or "",
                 )
                 jobs.append(
                     Job(
@@ -315,52 +356,19 @@ class Intake:
                         stop_tokens=frozenset(body.stop_token_ids or ()),
                         rest=None if enforced is None else Grammar(text=enforced.rest),
                         shares_prompt=choice > 0,
+                        include_stop=bool(body.include_stop_str_in_output),
+                        skip_special=body.skip_special_tokens is not False,
+                        shows_tokens=bool(
+                            body.return_token_ids or (options and options.continuous_usage_stats)
+                        ),
                     )
                 )
         return Admitted(tuple(jobs), tuple(prompt.text for prompt in prompts for _ in range(n)), sparsity)
 
-    def _sparsity(self, body: GenerationBody, model: ModelInfo) -> GrantedSparsity:
-        asked = body.dsa.top_k if body.dsa is not None else None
-        if isinstance(asked, int) and asked > model.max_model_len:
-            raise bad_request(
-                f"dsa.top_k must be between 1 and the model's context of {model.max_model_len} tokens, "
-                f"or 'dense'; it is {asked}",
-                param="dsa.top_k",
-            )
-        if model.indexer is None:
-            return GrantedSparsity(None, requested=asked if isinstance(asked, int) else None)
-        wanted = asked or self._config.default_top_k or model.indexer.default_index_top_k
-        return GrantedSparsity(None if wanted == "dense" else min(wanted, model.max_model_len))
 
-    def _room(self, prompt: Prompt, model: ModelInfo, max_tokens: int | None) -> int:
-        """How many tokens the engine may generate after a prompt."""
-        length, context = len(prompt.token_ids), model.max_model_len
-        if not length:
-            raise bad_request("the prompt is empty; send at least one token", param="prompt")
-        if max(prompt.token_ids) >= model.vocab_size:  # a tokenizer may have more tokens than its model
-            token_id = next(token_id for token_id in prompt.token_ids if token_id >= model.vocab_size)
-            raise bad_request(
-                f"the prompt has the token {self._text.token_text(token_id)!r}, whose id {token_id} is not one of "
-                f"this model's vocabulary, from 0 to {model.vocab_size - 1}; leave it out",
-                param="prompt",
-            )
-        if length >= context:
-            raise bad_request(
-                f"the prompt has {length} tokens and needs room for at least one more, but this model's "
-                f"context is {context} tokens; shorten the prompt",
-                code="context_length_exceeded",
-            )
-        if max_tokens is None:
-            return min(self._config.default_max_tokens or context, context - length)
-        if length + max_tokens > context:
-            raise bad_request(
-                f"the prompt has {length} tokens and max_tokens is {max_tokens}, together "
-                f"{length + max_tokens}, but this model's context is {context} tokens; shorten the prompt or "
-                f"set max_tokens to at most {context - length}",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-        return max(max_tokens, 1)  # 0: the prompt is only scored; the engine still generates one token
+def _context(body: GenerationBody, model: ModelInfo) -> int | None:
+    """How many tokens a prompt may have at most; None: it is cut."""
+    return model.max_model_len if body.truncate_prompt_tokens is None else None
 
 
 def _derive(seed: int, choice: int) -> int:

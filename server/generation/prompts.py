@@ -14,12 +14,9 @@ from server.generation.conversation import Conversation, read_conversation
 from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.errors import ENGINE, ApiError, bad_request, unavailable
 from server.http.protocol.tokens import DetokenizeBody, TokenizeBody
-from server.text.tokenizer import Tokenizer, TokenizerError
+from server.text.tokenizer import LONG_TEXT, Tokenizer, TokenizerError
 
 T = TypeVar("T")
-
-_LONG_TEXT = 8192
-"""A text with more characters is tokenized in a thread, so that other requests' tokens are not delayed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +41,12 @@ class Prompts:
             raise model_not_found(model, self._model_name)
 
     async def written(
-        self, said: Conversation, *, add_generation_prompt: bool = True, open_end: bool = False
+        self,
+        said: Conversation,
+        *,
+        add_generation_prompt: bool = True,
+        open_end: bool = False,
+        context: int | None = None,
     ) -> list[int]:
         """Return the token ids that a conversation becomes.
 
@@ -52,13 +54,16 @@ class Prompts:
             said: the conversation.
             add_generation_prompt: end with the opening of the answer.
             open_end: end where the text of the last message ends, so that the answer continues it.
+            context: refuse what cannot be so few tokens; None: refuse nothing for its length.
 
         Raises:
             ApiError: the model's format cannot write the conversation.
         """
+        length = sum(len(message["content"]) for message in said.messages)
+        self._check_length(length, context)
         try:
             return await _apart(
-                sum(len(message["content"]) for message in said.messages),
+                length,
                 lambda: encode_chat(
                     self._chat,
                     self._text,
@@ -80,6 +85,7 @@ class Prompts:
         echo: bool = False,
         add_bos: bool = True,
         size: int | None = None,
+        context: int | None = None,
     ) -> Prompt:
         """Return the prompt that a text, or a list of token ids, is.
 
@@ -89,11 +95,13 @@ class Prompts:
             echo: the prompt's text is shown.
             add_bos: begin a text as the model's tokenizer begins one.
             size: the bound of ids; None is the tokenizer's.
+            context: refuse a text that cannot be so few tokens; None: refuse none for its length.
 
         Raises:
             ApiError: the text is not valid Unicode, or an id is not one of the model.
         """
         if isinstance(source, str):
+            self._check_length(len(source), context)
             try:
                 token_ids = await _apart(len(source), lambda: self._text.encode(source, add_bos=add_bos))
             except TokenizerError as error:
@@ -101,6 +109,16 @@ class Prompts:
             return Prompt(tuple(token_ids), source if echo else "")
         check_ids(source, param, size or self._text.vocab_size)
         return Prompt(tuple(source), self._text.decode(source) if echo else "")
+
+    def _check_length(self, length: int, context: int | None) -> None:
+        """Refuse a text of `length` characters that is certain to be too long, before it is tokenized."""
+        longest = self._text.longest
+        if context is not None and longest is not None and length > context * longest:
+            raise bad_request(
+                f"the prompt has {length} characters, but this model's context is {context} tokens, which have at most "
+                f"{context * longest}; shorten the prompt",
+                code="context_length_exceeded",
+            )
 
     async def chat(self, body: ChatCompletionBody) -> list[int]:
         """Return the token ids of the prompt that a chat becomes.
@@ -228,4 +246,4 @@ def prompt_end(
 
 async def _apart(size: int, work: Callable[[], T]) -> T:
     """Do work on a text of `size` characters: in a thread if it is long, so that the event loop goes on."""
-    return await asyncio.to_thread(work) if size > _LONG_TEXT else work()
+    return await asyncio.to_thread(work) if size > LONG_TEXT else work()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic import BaseModel
@@ -12,7 +11,7 @@ from pydantic import BaseModel
 from engine.protocol import TokenLogprob
 from server.chat.parts import CallArguments, CallStart, Content, Reasoning, Warn, merge
 from server.generation.choice import ChoiceUsage, TextDelta
-from server.http.protocol import sse
+from server.generation.streamed import LEAST, Streamed, output_ids
 from server.http.protocol.chat import (
     AssistantMessage,
     ChatChoice,
@@ -26,13 +25,13 @@ from server.http.protocol.chat import (
     TopLogprob,
 )
 from server.http.protocol.errors import ApiError
-from server.http.protocol.notices import Notice
 from server.http.protocol.tools import FunctionCall, FunctionDelta, ToolCall, ToolCallDelta
-from server.http.protocol.usage import CompletionTokensDetails, PromptTokensDetails, SparsityUsage, Usage
-from server.text.tokenizer import Tokenizer
-
-LEAST = -9999.0
-"""Stands for minus infinity, which JSON cannot write."""
+from server.http.protocol.usage import (
+    CompletionTokensDetails,
+    PromptTokensDetails,
+    SparsityUsage,
+    Usage,
+)
 
 NO_INDEXER = "this model has no trained indexer, so attention was dense"
 
@@ -96,86 +95,8 @@ def warning(part: Warn) -> ChoiceWarning:
     return ChoiceWarning(code=part.code, message=part.message, tool_call=part.index, raw=part.raw)
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What every object of one answer has.
-
-    Attributes:
-        id: of the answer.
-        created: when it arrived, in seconds since 1970.
-        model: the model's name.
-        fingerprint: of the server, the model and how it computes.
-        notices: what of the request had no effect.
-    """
-
-    id: str
-    created: int
-    model: str
-    fingerprint: str
-    notices: Sequence[Notice] = ()
-
-
-class Streamed:
-    """The common part of the streams of OpenAI's older endpoints. Most events bring only text, so these have a fast way."""
-
-    def __init__(self, head: Head, *, include_usage: bool) -> None:
-        self._head = head
-        self._include_usage = include_usage
-        self._notices: dict[str, Any] = {"warnings": list(head.notices)} if head.notices else {}
-        self._opened: set[int] = set()  # choices whose first chunk was made; that one differs from the others
-        self._text_events: dict[int, sse.TextEvent] = {}
-
-    def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
-        """Return the chunks for a delta; the list is empty when the delta shows nothing.
-
-        Call it with the deltas in the order of their arrival. Use either `chunks` or `events` for a request.
-        """
-        raise NotImplementedError
-
-    def usage_chunk(self, usage: Usage) -> BaseModel:
-        """The chunk without choices that ends a stream."""
-        raise NotImplementedError
-
-    def opening(self) -> bytes:
-        """Nothing: the first chunk comes with the first token."""
-        return b""
-
-    def ending(self, usage: Usage) -> bytes:
-        """The chunk with the usage if it is wanted, and the mark of the end."""
-        return (sse.chunk(self.usage_chunk(usage)) if self._include_usage else b"") + sse.DONE
-
-    def failure(self, error: ApiError) -> bytes:
-        """The error as an event."""
-        return sse.event(error.to_json())
-
-    def events(self, delta: TextDelta) -> bytes:
-        """Return the chunks as bytes. A delta with only text is written without objects."""
-        index = delta.index
-        if not delta.only_text or index not in self._opened:
-            return b"".join(map(sse.chunk, self.chunks(delta)))
-        if not (text := delta.text):
-            return b""
-        event = self._text_events.get(index)
-        if event is None:
-            event = self._text_events[index] = sse.TextEvent(lambda text: self._text_chunk(index, text))
-        return event(text)
-
-    def _first_notices(self) -> dict[str, Any]:
-        """The notices, for the first object of an answer only."""
-        notices, self._notices = self._notices, {}
-        return notices
-
-    def _text_chunk(self, index: int, text: str) -> BaseModel:
-        (chunk,) = self.chunks(TextDelta(index=index, parts=(Content(text),), token_ids=()))
-        return chunk
-
-
 class ChatRenderer(Streamed):
     """Renders /v1/chat/completions."""
-
-    def __init__(self, head: Head, *, text: Tokenizer, include_usage: bool) -> None:
-        super().__init__(head, include_usage=include_usage)
-        self._text = text
 
     def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
         """Return one chunk for each run of parts of one kind, because clients expect one kind in a chunk.
@@ -189,7 +110,12 @@ class ChatRenderer(Streamed):
             self._opened.add(delta.index)
             first = messages[0].model_dump(exclude_unset=True) if messages else {}
             messages[:1] = [MessageDelta(**({"role": "assistant", "content": "", "refusal": None} | first))]
-        elif not messages and (delta.logprobs or warnings or delta.finish_reason is not None):
+        elif not messages and (
+            delta.logprobs
+            or warnings
+            or delta.finish_reason is not None
+            or (delta.shows_tokens and delta.token_ids)
+        ):
             messages = [MessageDelta()]
         choices = [
             ChatChunkChoice(
@@ -202,6 +128,8 @@ class ChatRenderer(Streamed):
         ]
         if delta.finish_reason is not None:
             choices[-1] = choices[-1].model_copy(update={"stop_reason": delta.stop_reason})
+        if self._shown.token_ids and choices:
+            choices[0] = choices[0].model_copy(update={"token_ids": output_ids(delta)})
         if warnings:
             choices[-1] = choices[-1].model_copy(update={"warnings": warnings})
         return [self._chunk([choice]) for choice in choices]
@@ -235,8 +163,22 @@ class ChatRenderer(Streamed):
             system_fingerprint=self._head.fingerprint,
             choices=[self._choice(index, deltas) for index, deltas in enumerate(choices)],
             usage=usage,
-            **self._first_notices(),
+            **self._whole_fields(choices),
+            **self._first_fields(),
         )
+
+    def _whole_fields(self, choices: Sequence[Sequence[TextDelta]]) -> dict[str, Any]:
+        if self._shown.prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": self._prompt_logprobs(0, choices[0])}
+
+    def _first_fields(self) -> dict[str, Any]:
+        """What only the first object of an answer has."""
+        first, self._first = self._first, False
+        if not first or not self._shown.token_ids:
+            return self._first_notices()
+        prompt = list(self._jobs[0].submit.prompt_token_ids)
+        return {"prompt_token_ids": prompt, **self._first_notices()}
 
     def _choice(self, index: int, deltas: Sequence[TextDelta]) -> ChatChoice:
         parts = merge(part for delta in deltas for part in delta.parts)
@@ -266,20 +208,23 @@ class ChatRenderer(Streamed):
             finish_reason=deltas[-1].finish_reason or "stop",
             stop_reason=deltas[-1].stop_reason,
         )
+        if self._shown.token_ids:
+            token_ids = [token_id for delta in deltas for token_id in output_ids(delta)]
+            choice = choice.model_copy(update={"token_ids": token_ids})
         warnings = [warning(part) for part in parts if isinstance(part, Warn)]
         return choice.model_copy(update={"warnings": warnings}) if warnings else choice
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatCompletionChunk:
-        chunk = ChatCompletionChunk(
+        return ChatCompletionChunk(
             id=self._head.id,
             object="chat.completion.chunk",
             created=self._head.created,
             model=self._head.model,
             system_fingerprint=self._head.fingerprint,
             choices=choices,
-            **self._first_notices(),
+            **self._chunk_usage(usage),
+            **self._first_fields(),
         )
-        return chunk.model_copy(update={"usage": usage}) if self._include_usage else chunk
 
     def _logprobs(self, deltas: Sequence[TextDelta]) -> ChatLogprobs | None:
         if all(delta.logprobs is None for delta in deltas):

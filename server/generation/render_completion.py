@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import BaseModel
 
 from engine.protocol import TokenLogprob
-from server.generation.choice import TextDelta
-from server.generation.render import LEAST, Head, Streamed
+from server.generation.choice import Job, TextDelta
+from server.generation.streamed import LEAST, Head, Shown, Streamed, output_ids
 from server.http.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
 from server.http.protocol.usage import Usage
 from server.text.tokenizer import Tokenizer
@@ -23,22 +24,27 @@ class CompletionRenderer(Streamed):
         head: Head,
         *,
         text: Tokenizer,
-        include_usage: bool,
+        jobs: Sequence[Job],
+        shown: Shown,
         echoes: Sequence[str],
-        prompts: Sequence[Sequence[int]],
     ) -> None:
-        super().__init__(head, include_usage=include_usage)
-        self._text = text
+        super().__init__(head, text=text, jobs=jobs, shown=shown)
         self._echoes = echoes
-        self._prompts = prompts
         self._offsets = [_Offsets(text) for _ in echoes]
 
     def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
         """Return the chunk for a delta. The first chunk of a choice begins with the echo."""
+        first = delta.index not in self._opened
         text = self._with_echo(delta.index, delta.text)
-        if not text and not delta.logprobs and not delta.prompt_logprobs and delta.finish_reason is None:
+        if (
+            not text
+            and not (delta.shows_tokens and delta.token_ids)
+            and not delta.logprobs
+            and not delta.prompt_logprobs
+            and delta.finish_reason is None
+        ):
             return []
-        return [self._completion([self._choice(delta.index, text, [delta])])]
+        return [self._completion([self._choice(delta.index, text, [delta], first=first)])]
 
     def usage_chunk(self, usage: Usage) -> BaseModel:
         """The chunk without choices that ends a stream."""
@@ -49,7 +55,7 @@ class CompletionRenderer(Streamed):
         rendered = []
         for index, deltas in enumerate(choices):
             text = self._with_echo(index, "".join(delta.text for delta in deltas))
-            rendered.append(self._choice(index, text, deltas))
+            rendered.append(self._choice(index, text, deltas, first=True))
         return self._completion(rendered).model_copy(update={"usage": usage})
 
     def _with_echo(self, index: int, text: str) -> str:
@@ -58,7 +64,7 @@ class CompletionRenderer(Streamed):
         self._opened.add(index)
         return self._echoes[index] + text
 
-    def _choice(self, index: int, text: str, deltas: Sequence[TextDelta]) -> CompletionChoice:
+    def _choice(self, index: int, text: str, deltas: Sequence[TextDelta], *, first: bool) -> CompletionChoice:
         last = deltas[-1]
         choice = CompletionChoice(
             index=index,
@@ -66,29 +72,38 @@ class CompletionRenderer(Streamed):
             logprobs=self._logprobs(index, deltas),
             finish_reason="length" if last.finish_reason == "length" else last.finish_reason and "stop",
         )
-        if last.finish_reason is None:
-            return choice
-        return choice.model_copy(update={"stop_reason": last.stop_reason})
+        fields: dict[str, Any] = {}
+        if last.finish_reason is not None:
+            fields["stop_reason"] = last.stop_reason
+        if self._shown.token_ids:
+            if first:
+                fields["prompt_token_ids"] = list(self._jobs[index].submit.prompt_token_ids)
+            fields["token_ids"] = [token_id for delta in deltas for token_id in output_ids(delta)]
+        if self._shown.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = self._prompt_logprobs(index, deltas)
+        return choice.model_copy(update=fields)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        completion = Completion(
+        return Completion(
             id=self._head.id,
             object="text_completion",
             created=self._head.created,
             model=self._head.model,
             system_fingerprint=self._head.fingerprint,
             choices=choices,
+            **self._chunk_usage(usage),
             **self._first_notices(),
         )
-        return completion.model_copy(update={"usage": usage}) if self._include_usage else completion
 
     def _logprobs(self, index: int, deltas: Sequence[TextDelta]) -> CompletionLogprobs | None:
+        if self._shown.logprobs is None:
+            return None
         if all(delta.logprobs is None and delta.prompt_logprobs is None for delta in deltas):
             return None
         out = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for delta in deltas:
-            prompt = delta.prompt_logprobs or ()
-            for token_id, entry in zip(self._prompts[index], prompt, strict=False):
+            prompt = (delta.prompt_logprobs or ()) if self._shown.echo else ()
+            for token_id, entry in zip(self._jobs[index].submit.prompt_token_ids, prompt, strict=False):
                 self._add(out, index, token_id, entry)
             for token in delta.logprobs or ():
                 self._add(out, index, token.token_id, token)
@@ -102,7 +117,7 @@ class CompletionRenderer(Streamed):
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         top: dict[str, float] = {}
-        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+        for token_id, logprob in (*entry.top[: self._shown.logprobs], (entry.token_id, entry.logprob)):
             # Two tokens may have the same text (halves of characters); only the likelier one is shown.
             top.setdefault(self._text.token_text(token_id), max(logprob, LEAST))
         return top

@@ -9,7 +9,8 @@ from typing import Any
 
 from server.chat.parts import CallArguments, CallStart, Content, Part, Reasoning, Warn, merge
 from server.generation.choice import TextDelta
-from server.generation.render import Head, warning
+from server.generation.render import warning
+from server.generation.streamed import Head
 from server.http.protocol import sse
 from server.http.protocol.chat import ChoiceWarning
 from server.http.protocol.errors import ApiError

@@ -10,7 +10,8 @@ import msgspec
 
 from server.chat.parts import CallArguments, CallStart, Content, Part, Reasoning, Warn, merge
 from server.generation.choice import TextDelta
-from server.generation.render import Head, new_call_id, warning
+from server.generation.render import new_call_id, warning
+from server.generation.streamed import Head
 from server.http.protocol import sse
 from server.http.protocol.chat import ChoiceWarning
 from server.http.protocol.errors import ApiError

@@ -82,8 +82,19 @@ class Detokenizer:
         include_stop: bool = False,
         skip_special: bool = True,
         after: Sequence[int] = (),
+        min_tokens: int = 0,
     ) -> None:
-        """`after` are the tokens before the generation, whose text it continues."""
+        """Nothing is read.
+
+        Args:
+            tokenizer: of the model
+            stop: texts that end the generation
+            include_stop: the text has the stop string
+            skip_special: leave control tokens out
+            after: the tokens before the generation, whose text it continues
+            min_tokens: the text of so many tokens is not searched for stop strings
+        """
+        self._min_tokens = min_tokens
         self._stream = text_stream(tokenizer, skip_special=skip_special, after=after)
         self._scanner = StopScanner(stop, include_stop=include_stop)
         self._stops = len(stop) > 0
@@ -106,7 +117,7 @@ class Detokenizer:
             self.tokens_consumed += 1
             text = self._stream.push(token_id)
             if text:
-                out.append(self._scanner.push(text))
+                out.append(text if self.tokens_consumed <= self._min_tokens else self._scanner.push(text))
         return "".join(out)
 
     def finish(self) -> str:

@@ -13,6 +13,9 @@ from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer as Backend
 
+LONG_TEXT = 8192
+"""A text with more characters takes long to encode, so callers do it in a thread."""
+
 _MARKER = re.compile(r"<[|｜].+[|｜]>|</?think>", re.DOTALL)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -45,6 +48,8 @@ class Tokenizer:
         control_tokens: the control tokens, text -> id.
         control_ids: the ids of the control tokens.
         byte_level: every token is a string of bytes, independent of its neighbours.
+        longest: the bytes of the longest token, which bound the text of so many tokens; None where a token may stand for
+            any length of text.
     """
 
     def __init__(
@@ -75,6 +80,9 @@ class Tokenizer:
         description = json.loads(backend.to_str())
         self.byte_level = _is_byte_level(description["decoder"])
         self._plain = self._without_control_tokens(description)
+        self.longest: int | None = None
+        if self.byte_level:
+            self.longest = max((len(self.raw(token_id)) for token_id in range(self.vocab_size)), default=0)
         unknown = [token_id for token_id in self.eos_token_ids if not 0 <= token_id < self.vocab_size]
         if unknown:
             raise TokenizerError(f"the end-of-sequence token {unknown[0]} is not in the vocabulary")
@@ -93,7 +101,10 @@ class Tokenizer:
         """
         backend = self._backend if parse_special else self._plain
         try:
-            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+            if len(text) > LONG_TEXT:  # unlike `encode`, this releases the interpreter's lock
+                ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            else:
+                ids = backend.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError) as error:
             if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
                 raise TokenizerError(

@@ -60,6 +60,9 @@ Label = Annotated[str, StringConstraints(max_length=512)]
 """Text that the client attaches for its own bookkeeping; it changes nothing here."""
 
 
+CacheControl = Annotated[Any, Field(description="It has no effect: every prompt is cached, without marks.")]
+
+
 class Neutral:
     """Annotation of a field that this server does not implement. The field accepts null and values without effect.
 

@@ -6,9 +6,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag
 
-from server.http.protocol.base import TAG, WHOLE, AtLeastOne, Body, Label, Neutral, tag_of_list
+from server.http.protocol.base import (
+    TAG,
+    WHOLE,
+    AtLeastOne,
+    Body,
+    CacheControl,
+    Label,
+    Neutral,
+    tag_of_list,
+)
 from server.http.protocol.notices import FINGERPRINT, NOTICES, STOP_REASON, Notice
 from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
+from server.http.protocol.token_ids import PROMPT_IDS, PROMPT_LOGPROBS, TOKEN_IDS, PromptLogprobs
 from server.http.protocol.tools import (
     MAX_CALLS,
     MAX_TOOLS,
@@ -19,7 +29,7 @@ from server.http.protocol.tools import (
     ToolCallDelta,
     ToolChoice,
 )
-from server.http.protocol.usage import Usage
+from server.http.protocol.usage import RunningUsage, Usage
 
 MAX_MESSAGES = 4096
 
@@ -31,6 +41,7 @@ class TextPart(Body):
 
     type: Literal["text"] = Field(description="This server reads text only.")
     text: str
+    cache_control: CacheControl = None
 
 
 def _content_tag(value: Any) -> str | None:
@@ -59,9 +70,11 @@ class ChatMessage(Body):
     content: MessageContent | None = Field(
         default=None, description="Only a message with tool calls may do without."
     )
-    name: Annotated[
-        Any, Neutral(advice="must be null: the prompt has no place for names; write it in the content")
-    ] = None
+    name: Label | None = Field(
+        default=None,
+        description="The answer's `warnings` say so where the model's prompt has no place for it.",
+    )
+    cache_control: CacheControl = None
     # Client libraries add the next three fields when they send an answer back.
     refusal: Annotated[Any, Neutral(advice="must be null: write the refusal in the content")] = None
     annotations: Annotated[
@@ -229,11 +242,15 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None = STOP_REASON
+    token_ids: list[int] | None = TOKEN_IDS
     warnings: list[ChoiceWarning] | None = None
 
 
 class ChatCompletion(BaseModel):
     """The response when `stream` is false."""
+
+    prompt_token_ids: list[int] | None = PROMPT_IDS
+    prompt_logprobs: PromptLogprobs | None = PROMPT_LOGPROBS
 
     id: str
     object: Literal["chat.completion"]
@@ -263,11 +280,14 @@ class ChatChunkChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"] | None
     stop_reason: str | int | None = STOP_REASON
+    token_ids: list[int] | None = TOKEN_IDS
     warnings: list[ChoiceWarning] | None = None
 
 
 class ChatCompletionChunk(BaseModel):
     """One event when `stream` is true."""
+
+    prompt_token_ids: list[int] | None = PROMPT_IDS
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -275,5 +295,5 @@ class ChatCompletionChunk(BaseModel):
     model: str
     system_fingerprint: str = FINGERPRINT
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
+    usage: Usage | RunningUsage | None = None
     warnings: list[Notice] | None = NOTICES

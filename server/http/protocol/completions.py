@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from server.http.protocol.base import TAG, WHOLE, WHOLES, Natural, Neutral, TokenId, tag_of_list
+from server.http.protocol.base import TAG, WHOLE, WHOLES, AtLeastOne, Natural, TokenId, tag_of_list
 from server.http.protocol.notices import FINGERPRINT, NOTICES, STOP_REASON, Notice
 from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
-from server.http.protocol.usage import Usage
+from server.http.protocol.token_ids import PROMPT_IDS, PROMPT_LOGPROBS, TOKEN_IDS, PromptLogprobs
+from server.http.protocol.usage import RunningUsage, Usage
 
 # ---- request ------------------------------------------------------------------------------------
 
@@ -50,10 +51,13 @@ class CompletionBody(GenerationBody):
         description="The first prompt token to report one of; what is cached of the prompt before it is not computed "
         "again.",
     )
-    best_of: Annotated[
-        Any, Neutral(1, advice="must be 1 or null: use n, and choose among the answers yourself")
-    ] = None
-    suffix: Annotated[Any, Neutral(advice="must be null: this server does not fill in the middle")] = None
+    best_of: AtLeastOne | None = Field(
+        default=None, description="Must be n: choose among the answers yourself."
+    )
+    suffix: str | None = Field(
+        default=None,
+        description="What follows the text. The model's vocabulary must have marks for filling in the middle.",
+    )
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts; each is a text or a list of token ids."""
@@ -83,6 +87,9 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None = STOP_REASON
+    prompt_token_ids: list[int] | None = PROMPT_IDS
+    token_ids: list[int] | None = TOKEN_IDS
+    prompt_logprobs: PromptLogprobs | None = PROMPT_LOGPROBS
 
 
 class Completion(BaseModel):
@@ -94,5 +101,5 @@ class Completion(BaseModel):
     model: str
     system_fingerprint: str = FINGERPRINT
     choices: list[CompletionChoice]
-    usage: Usage | None = None
+    usage: Usage | RunningUsage | None = None
     warnings: list[Notice] | None = NOTICES

@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from server.http.protocol.base import TAG, WHOLE, AtLeastOne, Body, Label, Neutral, tag_of_list
+from server.http.protocol.base import (
+    TAG,
+    WHOLE,
+    AtLeastOne,
+    Body,
+    CacheControl,
+    Label,
+    Neutral,
+    tag_of_list,
+)
 from server.http.protocol.chat import MAX_MESSAGES, ChoiceWarning
 from server.http.protocol.notices import NOTICES, Notice
 from server.http.protocol.sampling import MAX_STOPS, ModelName, SparsityOptions, StopText
@@ -15,8 +24,6 @@ from server.http.protocol.tools import MAX_TOOLS, CalledName, CallId, Name
 from server.http.protocol.usage import CostUsage, SparsityUsage
 
 MAX_BLOCKS = 1024
-
-CacheControl = Annotated[Any, Field(description="It has no effect: every prompt is cached, without marks.")]
 
 # ---- request ------------------------------------------------------------------------------------
 

@@ -98,6 +98,9 @@ class StreamOptions(Body):
     include_usage: bool | None = Field(
         default=None, description="End with a chunk that has no choices and the usage of the request."
     )
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="With include_usage: every chunk tells the tokens so far."
+    )
     include_obfuscation: Annotated[
         Any, Neutral(False, advice="must be false or null: chunks are not padded")
     ] = None
@@ -115,6 +118,9 @@ class GenerationBody(Body):
     max_tokens: Natural | None = Field(
         default=None,
         description="At most so many tokens; default: the server's (8192 for DeepSeek and GLM, else 1024, unless set).",
+    )
+    min_tokens: Natural | None = Field(
+        default=None, description="No stop token or stop string ends the answer before so many tokens."
     )
     temperature: float | None = Field(
         default=None,
@@ -146,6 +152,28 @@ class GenerationBody(Body):
     stop: StopField | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS), WHOLES] | None = None
     ignore_eos: bool | None = Field(default=None, description="Generate on after end-of-sequence tokens.")
+    include_stop_str_in_output: bool | None = Field(
+        default=None,
+        description="The text ends with the stop string, or the stop token's text, that ended it.",
+    )
+    skip_special_tokens: bool | None = Field(
+        default=None, description="False: control tokens that have no meaning in an answer show as text."
+    )
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INTEGER), WHOLE] | None = Field(
+        default=None,
+        description="Only the last so many tokens of a prompt are used; -1: as many as the context has room for.",
+    )
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
+        default=None,
+        description="Report log-probabilities of the prompt, with so many alternatives; not in streams.",
+    )
+    return_token_ids: bool | None = Field(default=None, description="The answer has its tokens' ids, too.")
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = Field(
+        default=None, description="Only requests with the same salt share cached prompts."
+    )
+    priority: Annotated[
+        Any, Neutral(0, advice="must be 0 or null: requests run in the order of their arrival")
+    ] = None
     seed: Annotated[int, Field(ge=-MAX_INTEGER - 1, le=MAX_INTEGER), WHOLE] | None = None
     response_format: ResponseFormat | None = Field(
         default=None, description="What the answer's text must be."

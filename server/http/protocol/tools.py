@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag
 
-from server.http.protocol.base import TAG, Body, Natural
+from server.http.protocol.base import TAG, Body, CacheControl, Natural
 
 MAX_TOOLS = 256
 MAX_CALLS = 256
@@ -31,6 +31,7 @@ class Tool(Body):
 
     type: Literal["function"]
     function: FunctionTool
+    cache_control: CacheControl = None
 
 
 class NamedFunction(Body):

@@ -39,6 +39,14 @@ class CostUsage(BaseModel):
     effective_top_k: int | Literal["dense"]
 
 
+class RunningUsage(BaseModel):
+    """Token counts so far, summed over the choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
 class Usage(BaseModel):
     """Token counts, summed over the choices."""
 

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.generation.render import ChatRenderer
+from server.generation.streamed import shown_of
 from server.http.body import read_body
 from server.http.middleware import record_of
 from server.http.protocol.chat import ChatCompletion, ChatCompletionBody, ChatCompletionChunk
@@ -30,11 +31,11 @@ async def create_chat_completion(request: Request) -> Response:
     async def prepare(request: Request) -> Order:
         body, notices = await read_body(request, ChatCompletionBody)
         work = await services.intake.chat(body, services.engine.status, request_id)
-        include_usage = bool(body.stream_options and body.stream_options.include_usage)
         renderer = ChatRenderer(
-            services.head(f"chatcmpl-{request_id}", notices),
+            services.head(f"chatcmpl-{request_id}", [*notices, *work.notices]),
             text=services.text,
-            include_usage=include_usage,
+            jobs=work.jobs,
+            shown=shown_of(body),
         )
         return Order(work, renderer, stream=bool(body.stream))
 

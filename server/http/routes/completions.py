@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.generation.render_completion import CompletionRenderer
+from server.generation.streamed import shown_of
 from server.http.body import read_body
 from server.http.middleware import record_of
 from server.http.protocol.completions import Completion, CompletionBody
@@ -30,13 +31,12 @@ async def create_completion(request: Request) -> Response:
     async def prepare(request: Request) -> Order:
         body, notices = await read_body(request, CompletionBody)
         work = await services.intake.completion(body, services.engine.status, request_id)
-        include_usage = bool(body.stream_options and body.stream_options.include_usage)
         renderer = CompletionRenderer(
             services.head(f"cmpl-{request_id}", notices),
             text=services.text,
-            include_usage=include_usage,
+            jobs=work.jobs,
+            shown=shown_of(body, logprobs=body.logprobs, echo=bool(body.echo)),
             echoes=work.echoes,
-            prompts=[job.submit.prompt_token_ids for job in work.jobs],
         )
         return Order(work, renderer, stream=bool(body.stream))
 

@@ -32,6 +32,20 @@ def test_the_longest_known_run_is_found() -> None:
     assert cache.lookup(keys_of(2, 3), 2) == ()  # same tokens, but not after a 1
 
 
+def test_only_requests_with_one_salt_share_pages() -> None:
+    def salted(salt: str) -> PageKeys:
+        return PageKeys([1] * 2 * PAGE_SIZE, index_top_k=None, cache_salt=salt)
+
+    cache = PrefixCache()
+    register_all(cache, salted("a"), (10, 11))
+    assert cache.lookup(salted("a"), 2) == (10, 11)
+    assert cache.lookup(salted("b"), 2) == cache.lookup(salted(""), 2) == ()
+    assert register_all(cache, salted("b"), (20, 21)) == [True, True]
+    one = PageKeys([1] * PAGE_SIZE, index_top_k=None, cache_salt="a", hash_function=lambda data: b"")
+    other = PageKeys([1] * PAGE_SIZE, index_top_k=None, cache_salt="b", hash_function=lambda data: b"")
+    assert not same_content(one.key(0), other.key(0))
+
+
 def test_a_run_ends_at_a_forgotten_page_and_resumes_when_it_is_back() -> None:
     cache = PrefixCache()
     register_all(cache, keys_of(1, 2, 3), (10, 11, 12))

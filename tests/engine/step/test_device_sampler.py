@@ -55,6 +55,21 @@ def test_rows_of_every_kind() -> None:
             assert own.logprob.logprob == pytest.approx(other.logprob.logprob, abs=1e-5)
 
 
+def test_stop_tokens_wait_for_the_least_length() -> None:
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(2)) * 3
+    logits[:, 7] = 40.0
+    params: dict[str, Any] = {"stop_token_ids": (7,), "min_tokens": 2}
+    specs = [
+        spec(temperature=0.0, **params),
+        spec(1, temperature=0.9, logprobs=1, **params),
+        spec(1, 2, temperature=0.9, **params),
+        spec(1, temperature=0.9, frequency_penalty=0.5, **params),
+    ]
+    ours = [one.token_id for one in sample_on_device(logits.to(DEVICE), specs)]
+    assert ours == [one.token_id for one in sample(logits, specs)]
+    assert [token == 7 for token in ours] == [False, False, True, False]
+
+
 def test_only_penalties() -> None:
     specs = [spec(3, temperature=0.0, presence_penalty=0.5), spec(4, temperature=0.9, presence_penalty=0.5)]
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +115,17 @@ def test_penalties_by_hand() -> None:
     assert logits.tolist() == [2.0, -2.0, 1.0, 0.5, 0.0]  # the caller's row is left alone
     biased = penalised(logits, spec(logit_bias=((4, 100.0), (0, -3.0))))
     assert biased.tolist() == [-1.0, -2.0, 1.0, 0.5, 100.0]
+
+
+def test_stop_tokens_wait_for_the_least_length() -> None:
+    logits = torch.tensor([[0.0, 5.0, 1.0, 9.0]])
+    wishes: dict[str, Any] = {"stop_token_ids": (3, 1), "min_tokens": 2, "logit_bias": ((3, 50.0),)}
+    for temperature in (0.0, 1.0):
+        drawn = [
+            sample(logits, [spec(output_index=index, top_k=1, temperature=temperature, **wishes)])[0].token_id
+            for index in range(4)
+        ]
+        assert drawn == [2, 2, 3, 3]
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -7,14 +7,17 @@ from hypothesis import strategies as st
 
 from engine.protocol import TokenLogprob
 from server.chat.parts import CallArguments, CallStart, Content, Reasoning, Warn
-from server.generation.choice import TextDelta
-from server.generation.render import ChatRenderer, Head, Streamed
+from server.generation.choice import Job, TextDelta
+from server.generation.render import ChatRenderer
 from server.generation.render_completion import CompletionRenderer
+from server.generation.streamed import Head, Shown, Streamed
 from server.http.protocol import sse
 from server.http.protocol.notices import Notice
-from tests.server.kit import TEXT
+from tests.server.kit import TEXT, submit
 
 LOGPROB = TokenLogprob(token_id=65, logprob=-0.5, rank=1, top=((65, -0.5),))
+
+JOBS = [Job(index, submit((66, 67))) for index in range(2)]
 
 HEAD = Head("i", created=7, model="m", fingerprint="fp", notices=[Notice(code="c", message="m")])
 
@@ -40,14 +43,12 @@ deltas = st.builds(
 
 
 def chat(include_usage: bool) -> Streamed:
-    return ChatRenderer(HEAD, text=TEXT, include_usage=include_usage)
+    return ChatRenderer(HEAD, text=TEXT, jobs=JOBS, shown=Shown(usage=include_usage))
 
 
 def completion(include_usage: bool) -> Streamed:
-    return CompletionRenderer(
-        HEAD, text=TEXT, include_usage=include_usage, echoes=["", "echo"],
-        prompts=[[66, 67], [66, 67]],
-    )  # fmt: skip
+    shown = Shown(usage=include_usage, logprobs=1, echo=True)
+    return CompletionRenderer(HEAD, text=TEXT, jobs=JOBS, shown=shown, echoes=["", "echo"])
 
 
 @given(stream=st.lists(deltas, max_size=8), include_usage=st.booleans())

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine
 from tests.server.kit import chat_body, client, completion_body, error_of, events, make_app, speaking
 
@@ -81,7 +82,6 @@ USER: dict[str, Any] = {"role": "user", "content": "x"}
         ({"metadata": {"a": 1}}, "metadata.a", "valid string"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is required"),
-        ({"messages": [USER | {"name": "Bo"}]}, "messages[0].name", "write it in the content"),
         ({"messages": [USER | {"content": None}]}, "messages[0].content", "must be a string or a list"),
         ({"messages": [USER | {"role": "tool"}]}, "messages[0].role", "'user'"),
         (
@@ -248,7 +248,12 @@ async def test_neutral_values_are_accepted() -> None:
         ({"prompt": ["a"] * 17}, "prompt", "at most 16"),
         ({"max_tokens": 0}, "max_tokens", "echo"),
         ({"best_of": 2}, "best_of", "use n"),
-        ({"suffix": "x"}, "suffix", "fill in the middle"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "room for 8 tokens"),
+        ({"min_tokens": 1, "guided_regex": "a"}, "min_tokens", "send one of them"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream to be false"),
+        ({"priority": 3}, "priority", "order of their arrival"),
+        ({"suffix": "x"}, "suffix", "no marks for filling in the middle"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
     ],
 )
@@ -350,3 +355,13 @@ async def test_large_bodies_are_refused_while_they_arrive() -> None:
         response = await http.post(CHAT, content=b"x" * 5001, headers=headers)
         error_of(response, 413, "body_too_large")
         assert (await http.post(CHAT, json=chat_body())).status_code == 200
+
+
+async def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Tokenizer, "encode", lambda *args, **options: pytest.fail("it was tokenized"))
+    text = "x" * 3000  # no token of this vocabulary is longer than 8 bytes
+    error = error_of(await completion({"prompt": text}), 400, "context_length_exceeded")
+    assert "3000 characters" in error["message"]
+    error_of(await chat({"messages": [{"role": "user", "content": text}]}), 400, "context_length_exceeded")

@@ -21,7 +21,8 @@ from engine.protocol import TokenLogprob
 from server.chat.parts import Content, Reasoning
 from server.generation.choice import TextDelta, join_texts
 from server.generation.generate import Generation
-from server.generation.render import ChatRenderer, Head
+from server.generation.render import ChatRenderer
+from server.generation.streamed import Head, Shown
 from server.http import reply
 from server.http.outlet import _MANY, Outlet
 from server.http.protocol import sse
@@ -180,13 +181,14 @@ async def test_a_stream_has_the_bytes_of_its_plain_objects(group: int, stop: tup
     async with serving(make_app(speaking(said, group=group))) as url, httpx.AsyncClient() as http:
         got = await (await http.post(f"{url}/v1/chat/completions", json=body)).aread()
     first = json.loads(got.partition(b"\n\n")[0].removeprefix(b"data: "))
+    two = [dataclasses.replace(job, stop=stop) for job in jobs(2)]
     renderer = ChatRenderer(
         Head(first["id"], first["created"], first["model"], first["system_fingerprint"]),
         text=TEXT,
-        include_usage=False,
+        jobs=two,
+        shown=Shown(),
     )
     seen: list[TextDelta] = []
-    two = [dataclasses.replace(job, stop=stop) for job in jobs(2)]
     async with Generation(speaking(said, group=group), TEXT, two) as generation:
         generation.listen(seen.append)
         await generation.over()

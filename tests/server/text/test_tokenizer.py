@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +232,17 @@ def test_a_stand_in_is_as_large_as_the_models_vocabulary(tmp_path: Path) -> None
         stand_in(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 300, "eos_token_id": None}))
     assert stand_in(tmp_path).eos_token_ids == (299,)
+
+
+def test_encoding_a_long_text_lets_other_threads_run() -> None:
+    tokenizer = Tokenizer(letters(), eos_token_ids=[])
+    text = "one two " * 100_000
+    ids: list[int] = []
+    encoding = threading.Thread(target=lambda: ids.extend(tokenizer.encode(text)))
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 10
+    assert ids == tokenizer.encode("one two ") * 100_000

@@ -1,0 +1,248 @@
+"""The fields that vLLM's clients send: what they ask of the engine, and what the answers have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from server.app import create_app
+from server.text.tokenizer import Tokenizer
+from tests.server.fake_engine import FakeEngine, Script
+from tests.server.kit import (
+    BOS,
+    EOS,
+    PlainChat,
+    chat_body,
+    client,
+    completion_body,
+    error_of,
+    events,
+    ids,
+    make_app,
+    make_config,
+    speaking,
+)
+from tests.server.kit import TEXT as TOKENIZER
+
+USER = 258
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+TEXT = "one. two."
+
+
+async def post(engine: FakeEngine, path: str, **fields: Any) -> httpx.Response:
+    body = chat_body("hi", **fields) if path == CHAT else completion_body("hi", **fields)
+    async with client(make_app(engine)) as http:
+        return await http.post(path, json=body)
+
+
+def text_of(choice: Any) -> str:
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_the_stop_string_may_be_part_of_the_text(path: str) -> None:
+    for included, text in ((False, "one"), (True, "one.")):
+        answer = await post(speaking(TEXT), path, stop=".", include_stop_str_in_output=included)
+        (choice,) = answer.json()["choices"]
+        assert (text_of(choice), choice["stop_reason"]) == (text, ".")
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_the_stop_tokens_text_may_be_part_of_the_text(path: str) -> None:
+    (dot,) = ids(".")
+    answer = await post(speaking(TEXT), path, stop_token_ids=[dot], include_stop_str_in_output=True)
+    (choice,) = answer.json()["choices"]
+    assert (text_of(choice), choice["stop_reason"]) == ("one.", dot)
+    assert answer.json()["usage"]["completion_tokens"] == 4
+    answer = await post(speaking(TEXT), path, include_stop_str_in_output=True)
+    assert text_of(answer.json()["choices"][0]) == TEXT  # the end token is a control token
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_no_stop_string_before_the_least_length(path: str) -> None:
+    for least, text in ((3, "one"), (4, "one. two"), (8, "one. two"), (9, TEXT)):
+        engine = speaking(TEXT)
+        answer = await post(engine, path, stop=["."], min_tokens=least)
+        assert text_of(answer.json()["choices"][0]) == text
+        assert engine.submitted[0].sampling.min_tokens == least
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_control_tokens_may_show(path: str) -> None:
+    for skipped, text in ((True, "ab"), (False, "a<|user|>b")):
+        engine = FakeEngine(lambda submit: Script(token_ids=[*ids("a"), USER, *ids("b"), EOS]))
+        answer = await post(engine, path, skip_special_tokens=skipped)
+        assert text_of(answer.json()["choices"][0]) == text
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(2, [*ids("fg")]), (7, [*ids("abcdefg")]), (8, [BOS, *ids("abcdefg")]), (100, [BOS, *ids("abcdefg")])],
+)
+async def test_prompts_are_cut_from_the_left(length: int, expected: list[int]) -> None:
+    engine = speaking("x")
+    async with client(make_app(engine)) as http:
+        body = completion_body("abcdefg", truncate_prompt_tokens=length, echo=True)
+        answer = (await http.post(COMPLETIONS, json=body)).json()
+    assert engine.submitted[0].prompt_token_ids == tuple(expected)
+    assert answer["choices"][0]["text"] == TOKENIZER.decode(expected) + "x"
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_prompts_are_cut_to_the_context(path: str) -> None:
+    engine = speaking("x")
+    text = "a" * 400
+    body = chat_body(text) if path == CHAT else completion_body(text)
+    async with client(make_app(engine)) as http:
+        error_of(await http.post(path, json=body), 400, "context_length_exceeded")
+        answer = await http.post(path, json=body | {"truncate_prompt_tokens": -1, "max_tokens": 6})
+    assert answer.status_code == 200
+    assert len(engine.submitted[0].prompt_token_ids) == 250
+
+
+async def test_token_ids_of_a_chat() -> None:
+    prompt = [BOS, USER, *ids("hi")]
+    answer = (await post(speaking("yes"), CHAT, return_token_ids=True)).json()
+    assert answer["prompt_token_ids"] == prompt
+    assert answer["choices"][0]["token_ids"] == [*ids("yes"), EOS]
+    plain = (await post(speaking("yes"), CHAT)).json()
+    assert "prompt_token_ids" not in plain
+    assert "token_ids" not in plain["choices"][0]
+    *chunks, done = events(await post(speaking("yes"), CHAT, return_token_ids=True, stream=True, n=2))
+    assert done == "[DONE]"
+    assert [chunk.get("prompt_token_ids") for chunk in chunks] == [prompt, *[None] * (len(chunks) - 1)]
+    for index in (0, 1):
+        choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert [token for choice in choices for token in choice["token_ids"]] == [*ids("yes"), EOS]
+
+
+async def test_token_ids_of_completions() -> None:
+    answer = (await post(speaking("yes"), COMPLETIONS, return_token_ids=True, stop="s")).json()
+    (choice,) = answer["choices"]
+    assert choice["prompt_token_ids"] == [BOS, *ids("hi")]
+    assert choice["token_ids"] == ids("yes")  # no stop token ended it
+    *chunks, _ = events(await post(speaking("é"), COMPLETIONS, return_token_ids=True, stream=True))
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert [choice.get("prompt_token_ids") for choice in choices] == [[BOS, *ids("hi")], None, None]
+    assert [choice["token_ids"] for choice in choices] == [*([token] for token in ids("é")), [EOS]]
+    assert "".join(choice["text"] for choice in choices) == "é"
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_usage_with_every_chunk(path: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last, done = events(await post(speaking("yes"), path, stream=True, n=2, stream_options=options))
+    prompt = last["usage"]["prompt_tokens"]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == last["usage"]["completion_tokens"] == 8
+    for chunk in chunks:
+        assert chunk["usage"]["prompt_tokens"] == prompt
+        assert chunk["usage"]["total_tokens"] == prompt + chunk["usage"]["completion_tokens"]
+    assert done == "[DONE]"
+    *chunks, _, _ = events(
+        await post(speaking("yes"), path, stream=True, stream_options={"include_usage": True})
+    )
+    assert {chunk["usage"] for chunk in chunks} == {None}
+
+
+async def test_prompt_logprobs() -> None:
+    engine = speaking("x")
+    answer = (await post(engine, CHAT, prompt_logprobs=2)).json()
+    assert engine.submitted[0].sampling.prompt_logprobs == 2
+    first, _, letter, _ = answer["prompt_logprobs"]
+    h = ids("h")[0]
+    assert first is None
+    assert letter == {
+        str(h): {"logprob": -0.5, "rank": 1, "decoded_token": "h"},
+        str(h + 1): {"logprob": -1.5, "rank": 2, "decoded_token": TOKENIZER.token_text(h + 1)},
+    }
+    engine = speaking("x")
+    fields = {"prompt_logprobs": 0, "logprobs": 1, "echo": True, "logprob_start_len": 2}
+    (choice,) = (await post(engine, COMPLETIONS, **fields)).json()["choices"]
+    assert engine.submitted[0].sampling.prompt_logprobs == 1
+    assert [entry and len(entry) for entry in choice["prompt_logprobs"]] == [None, 1, 1]
+    assert len(choice["logprobs"]["tokens"]) == 4
+    (choice,) = (await post(speaking("x"), COMPLETIONS, prompt_logprobs=0)).json()["choices"]
+    assert choice["logprobs"] is None
+    (choice,) = (await post(speaking("x"), COMPLETIONS, prompt_logprobs=0, logprobs=0)).json()["choices"]
+    assert choice["logprobs"]["tokens"] == ["x"]
+
+
+async def test_best_of_n_is_n() -> None:
+    for fields in ({"best_of": 1}, {"best_of": 3, "n": 3}):
+        assert (await post(speaking("x"), COMPLETIONS, **fields)).status_code == 200
+
+
+async def test_the_salt_of_the_cache_goes_to_the_engine() -> None:
+    for fields, salt in (({}, ""), ({"cache_salt": "mine"}, "mine")):
+        engine = speaking("x")
+        await post(engine, CHAT, **fields)
+        assert engine.submitted[0].cache_salt == salt
+
+
+async def test_marks_of_the_cache_have_no_effect() -> None:
+    mark = {"cache_control": {"type": "ephemeral"}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi", **mark}], **mark}]
+    engine = speaking("x")
+    answer = (await post(engine, CHAT, messages=messages)).json()
+    assert "warnings" not in answer
+    assert engine.submitted[0].prompt_token_ids == (BOS, USER, *ids("hi"))
+
+
+class NamingChat(PlainChat):
+    """Writes the names of speakers, too."""
+
+    names = True
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        named = [{"role": one["role"], "content": f"{one.get('name')}: {one['content']}"} for one in messages]
+        return super().render(named, **options)
+
+
+async def test_names_are_in_the_prompt_or_in_the_warnings() -> None:
+    messages = [{"role": "user", "content": "hi", "name": "Bo"}]
+    answer = (await post(speaking("x"), CHAT, messages=messages)).json()
+    (notice,) = answer["warnings"]
+    assert (notice["code"], notice["param"]) == ("no_effect", "messages[0].name")
+    engine = speaking("x")
+    async with client(create_app(make_config(), engine, TOKENIZER, NamingChat())) as http:
+        answer = (await http.post(CHAT, json=chat_body() | {"messages": messages})).json()
+    assert "warnings" not in answer
+    assert TOKENIZER.decode(engine.submitted[0].prompt_token_ids) == "Bo: hi"
+
+
+def with_marks(*marks: str) -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True) for text in ("<|bos|>", "<|eos|>", *marks)])
+    return Tokenizer(backend, eos_token_ids=[257], bos_token_id=256, adds_bos=True)
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|>"),
+        ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>"),
+        ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", "<|endoftext|>"),
+    ],
+)
+async def test_the_middle_is_filled_in(marks: tuple[str, ...]) -> None:
+    tokenizer = with_marks(*marks)
+    before, between, after, end = (tokenizer.control_tokens[mark] for mark in marks)
+    engine = FakeEngine(lambda submit: Script(token_ids=[*ids("mid"), end, *ids("more")]))
+    async with client(create_app(make_config(), engine, tokenizer, PlainChat())) as http:
+        body = completion_body(f"a{marks[1]}", suffix=f"b{marks[2]}")
+        answer = (await http.post(COMPLETIONS, json=body)).json()
+        error_of(await http.post(COMPLETIONS, json=body | {"echo": True}), 400)
+    prefix, suffix = ids(f"a{marks[1]}"), ids(f"b{marks[2]}")  # what a client writes is text
+    assert engine.submitted[0].prompt_token_ids == (BOS, before, *prefix, between, *suffix, after)
+    assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("mid", "stop")
+    assert answer["choices"][0]["stop_reason"] is None
