@@ -31,5 +31,9 @@ class ProtocolError(EngineError):
     """The other side of the socket sent something that is not a message."""
 
 
+GRAMMAR_FAULT = "the grammar cannot be enforced"
+"""The error of a request begins so if its grammar is at fault."""
+
+
 class GrammarError(EngineError):
     """A grammar is wrong, asks for what cannot be enforced, or takes too much."""

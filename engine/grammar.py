@@ -104,14 +104,15 @@ class Matcher:
             GrammarError: it takes too much.
         """
         masks = [self.mask()]
-        gone = 0
+        place = self  # llguidance 1.9.1 loses its place now and then when it goes back, so a copy goes ahead
         for token_id in token_ids:
-            if token_id in self._ends or self._matcher.try_consume_tokens([token_id]) == 0:
+            if token_id in self._ends:
                 break
-            gone += 1
-            masks.append(self.mask())
-        if gone:
-            self._matcher.rollback(gone)
+            if place is self:
+                place = self.copy()
+            if place._matcher.try_consume_tokens([token_id]) == 0:
+                break
+            masks.append(place.mask())
         return masks
 
 
@@ -148,6 +149,8 @@ def _check(matcher: LLMatcher) -> None:
 
 def _reason(message: str) -> str:
     """What llguidance says, in a line, without places in a text that the client has not written."""
+    if message.startswith("panic"):
+        return "its compiler fails at it, because it is too large"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reason = lines[0] if lines else "it cannot be compiled"
     for prefix in _PREFIXES:

@@ -21,6 +21,7 @@ from engine.client import Engine
 from server.chat import ChatFormat
 from server.config import ServerConfig
 from server.generation.admission import Admission
+from server.generation.grammars import GrammarChecks
 from server.generation.intake import Intake
 from server.generation.responses import KeptResponses
 from server.http.middleware import BodyLimitMiddleware, RecordMiddleware
@@ -64,6 +65,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
                 prices_task.cancel()
         finally:
             await engine.stop()
+            await checks.close()
             books.close()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
@@ -78,6 +80,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
         config.model_name,
         machine,
     )
+    checks = GrammarChecks(text)
     metrics = Metrics(config.model_name, lambda: engine.status, prices)
     ledger = None if config.ledger is None else Ledger(config.ledger)
     books = Books(prices, ledger, config.model_name, metrics.closed, metrics.ledger_failed)
@@ -85,7 +88,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
         config=config,
         engine=engine,
         text=text,
-        intake=Intake(config, text, chat),
+        intake=Intake(config, text, chat, checks),
         admission=Admission(config.max_queue),
         lifecycle=Lifecycle(),
         metrics=metrics,

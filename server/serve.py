@@ -28,6 +28,7 @@ from server.app import create_app
 from server.chat import ChatFormat, choose, load_chat_format
 from server.chat.detect import model_type
 from server.config import LogFormat, ServerConfig
+from server.generation.grammars import vocabulary_of
 from server.hub.models import resolve
 from server.hub.sampling import read_sampling
 from server.hub.stages import Stages
@@ -82,7 +83,9 @@ def serve(settings: Settings) -> int:
         from engine.supervisor import SubprocessEngine  # only when the port and the model are good
 
         engine = SubprocessEngine(
-            settings.engine(files), on_output=engine_output if settings.log_format == "json" else None
+            settings.engine(files),
+            on_output=engine_output if settings.log_format == "json" else None,
+            vocabulary=vocabulary_of(text),
         )
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(run(config, engine, text, chat, listener))

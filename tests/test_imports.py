@@ -13,7 +13,7 @@ from tests.imports import Import, circles, names_in, read_imports
 from tests.kit import ROOT
 
 PACKAGES = ("server", "engine", "lab")
-FACE = ("protocol", "config", "errors", "client", "channel", "supervisor")
+FACE = ("protocol", "config", "errors", "grammar", "client", "channel", "supervisor")
 TENSORS = ("torch", "transformers", "triton")
 HTTP = "fastapi starlette uvicorn httptools uvloop httpx openai tokenizers jinja2 sqlalchemy typer rich yaml".split()
 ABOVE = {

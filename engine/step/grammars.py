@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from engine.errors import GrammarError
+from engine.errors import GRAMMAR_FAULT, GrammarError
 from engine.grammar import GrammarCompiler, Matcher
 from engine.protocol import Submit, Vocabulary
 
@@ -63,7 +63,7 @@ class Grammars:
                     self._compiler = GrammarCompiler(self._vocabulary, self._vocab_size)
                 made = self._compiler.compile(text)
             except GrammarError as error:
-                return Compiled(request, None, f"the grammar cannot be enforced: {error}")
+                return Compiled(request, None, f"{GRAMMAR_FAULT}: {error}")
             with self._lock:
                 self._kept[text] = made
                 if len(self._kept) > KEPT:

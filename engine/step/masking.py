@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import GrammarError
+from engine.errors import GRAMMAR_FAULT, GrammarError
 from engine.grammar import MaskWords, Matcher
 from engine.plan.types import ScheduledRequest, StepPlan
 from engine.protocol import Delta, Grammar
@@ -98,7 +98,7 @@ class Masking:
         failed: dict[str, str] = {}
         for (name, first, _), result in zip(asked, results, strict=True):
             if not isinstance(result, list):
-                failed[name] = f"the grammar cannot be enforced: {result or _SLOW}"
+                failed[name] = f"{GRAMMAR_FAULT}: {result or _SLOW}"
                 continue
             for row, mask in enumerate(result, first):
                 if mask is not None:

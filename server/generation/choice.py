@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from engine.protocol import Delta, RequestUsage, Submit, TokenLogprob
+from engine.protocol import Delta, Grammar, RequestUsage, Submit, TokenLogprob
 from server.chat.answer import Answer
 from server.chat.parts import Content, Part
 from server.text.detokenizer import Detokenizer
@@ -29,6 +29,7 @@ class Job:
         answer: makes the reader of a chat answer; None: the output is plain text.
         thinks: the answer may have reasoning, so reasoning tokens are counted.
         stop_tokens: the stop tokens that the client named; the others end the model's turn.
+        rest: the grammar of the answer after its reasoning; None: it has none.
         shares_prompt: an earlier choice of the request has the same prompt, which counts once.
     """
 
@@ -39,6 +40,7 @@ class Job:
     answer: Callable[[], Answer] | None = None
     thinks: bool = False
     stop_tokens: frozenset[int] = frozenset()
+    rest: Grammar | None = None
     shares_prompt: bool = False
 
 
@@ -199,6 +201,7 @@ class Choice:
             request_id=f"{first.request_id}.{self._submits}",
             prompt_token_ids=(*first.prompt_token_ids, *self._output),
             sampling=msgspec.structs.replace(first.sampling, seed=seed, max_tokens=self._left()),
+            grammar=self._job.rest,  # an answer is redirected to the end of its reasoning, or past it
         )
 
     def _stop_reason(self, delta: Delta) -> str | int | None:

@@ -16,6 +16,7 @@ from typing import Self
 import msgspec
 
 from engine.client import Engine, Settled
+from engine.errors import GRAMMAR_FAULT
 from engine.protocol import Delta, RequestUsage, Submit, add_work
 from server.generation.choice import Choice, Job, TextDelta
 from server.text.tokenizer import Tokenizer
@@ -26,6 +27,10 @@ Listener = Callable[[TextDelta], None]
 
 class GenerationFailedError(Exception):
     """The engine ended one request because of a fault in that request."""
+
+
+class GrammarFailedError(GenerationFailedError):
+    """The engine could not go on in the request's grammar, which compiled before."""
 
 
 class GenerationAbortedError(Exception):
@@ -186,6 +191,8 @@ class _Stream:
 
 def _raise_fault(last: Delta) -> None:
     if last.finish_reason == "error":
+        if last.error is not None and last.error.startswith(GRAMMAR_FAULT):
+            raise GrammarFailedError(f"{last.error}; simplify it, or send the request again")
         raise GenerationFailedError(last.error or "the engine could not run this request")
     if last.finish_reason == "abort":
         raise GenerationAbortedError("the server is stopping and ended this request; send it again")

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from engine.client import EngineStatus
-from engine.protocol import ModelInfo, SamplingParams, Submit
+from engine.protocol import Grammar, ModelInfo, SamplingParams, Submit
 from server.chat import ChatFormat
 from server.chat.answer import Answer
 from server.chat.parsing import THINK, THOUGHT
 from server.config import ServerConfig
 from server.generation.choice import Job
 from server.generation.conversation import Conversation, read_conversation
+from server.generation.grammars import GrammarChecks
 from server.generation.prompts import Prompt, Prompts, check_ids, loaded_model, prompt_end
+from server.generation.structure import Enforced, Structure, wanted_of
 from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.completions import CompletionBody
 from server.http.protocol.errors import bad_request
@@ -65,10 +67,13 @@ class Intake:
         prompts: makes the prompts.
     """
 
-    def __init__(self, config: ServerConfig, text: Tokenizer, chat: ChatFormat) -> None:
+    def __init__(
+        self, config: ServerConfig, text: Tokenizer, chat: ChatFormat, checks: GrammarChecks
+    ) -> None:
         self._config = config
         self._text = text
         self._chat = chat
+        self._structure = Structure(checks, text.control_tokens, reasons=chat.reasons)
         self.prompts = Prompts(config.model_name, text, chat)
 
     async def chat(self, body: ChatCompletionBody, status: EngineStatus, request_id: str) -> Admitted:
@@ -101,6 +106,9 @@ class Intake:
             )
         thinking = self._opens_reasoning(token_ids)
         opened = () if thinking else opening
+        enforced = await self._enforced(
+            body, model, thinking=thinking, may_think=said.thinking is None and opens
+        )
         return self._work(
             body,
             model,
@@ -109,7 +117,22 @@ class Intake:
             max_tokens=limits[0] or limits[1],
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             answer=self._answer(body, said, opening, thinking=thinking),
+            enforced=enforced,
         )
+
+    async def _enforced(
+        self, body: GenerationBody, model: ModelInfo, *, thinking: bool = False, may_think: bool = False
+    ) -> Enforced | None:
+        """The grammars of an answer; None: it may say anything."""
+        wanted = wanted_of(body)
+        if wanted is None:
+            return None
+        if body.ignore_eos:
+            raise bad_request(
+                f"ignore_eos goes on after the end of an answer, and {wanted.param} says where that is; send one of them",
+                param="ignore_eos",
+            )
+        return await self._structure.grammar(wanted, model.vocab_size, thinking=thinking, may_think=may_think)
 
     def _opens_reasoning(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends with <think>, or with <think> and a line break."""
@@ -185,6 +208,7 @@ class Intake:
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
             prompt_logprobs_start=self._logprob_start(body, prompts),
+            enforced=None if body.max_tokens == 0 else await self._enforced(body, model),
         )
 
     @staticmethod
@@ -225,6 +249,7 @@ class Intake:
         prompt_logprobs: int | None = None,
         prompt_logprobs_start: int = 0,
         answer: Callable[[], Answer] | None = None,
+        enforced: Enforced | None = None,
     ) -> Admitted:
         sparsity, own = self._sparsity(body, model), self._config.sampling
         bias = tuple((int(key), value) for key, value in (body.logit_bias or {}).items())
@@ -264,6 +289,7 @@ class Intake:
                     prompt_token_ids=prompt.token_ids,
                     sampling=sampling,
                     index_top_k=sparsity.index_top_k,
+                    grammar=None if enforced is None else Grammar(text=enforced.whole),
                 )
                 jobs.append(
                     Job(
@@ -274,6 +300,7 @@ class Intake:
                         answer,
                         thinks=answer is not None and self._chat.reasons,
                         stop_tokens=frozenset(body.stop_token_ids or ()),
+                        rest=None if enforced is None else Grammar(text=enforced.rest),
                         shares_prompt=choice > 0,
                     )
                 )

@@ -24,7 +24,13 @@ from starlette.types import Receive, Scope, Send
 from engine.errors import EngineDiedError, EngineUnavailableError
 from server.generation.admission import QueueFullError, TooLargeError
 from server.generation.choice import ChoiceUsage, TextDelta
-from server.generation.generate import Generation, GenerationAbortedError, GenerationFailedError, QuietError
+from server.generation.generate import (
+    Generation,
+    GenerationAbortedError,
+    GenerationFailedError,
+    GrammarFailedError,
+    QuietError,
+)
 from server.generation.intake import Admitted
 from server.generation.render import Renderer, total_usage
 from server.http.disconnect import ClientGoneError, unless_disconnected
@@ -246,6 +252,8 @@ class _Run:
                 explained = unavailable(str(error), code="ledger_unavailable")
             case GenerationAbortedError():
                 explained = unavailable(str(error), code="aborted", kind=ENGINE)
+            case GrammarFailedError():
+                explained = bad_request(str(error), code="grammar_failed")
             case GenerationFailedError():
                 explained = ApiError(500, str(error), kind=ENGINE, code="generation_failed")
             case _:

@@ -9,6 +9,7 @@ import pytest
 
 from engine.errors import GrammarError
 from engine.grammar import GrammarCompiler, MaskWords, Matcher
+from engine.protocol import Vocabulary
 from tests.engine.grammars import CALL, END, FREE, OTHER_END, SIZE, TEXTS, THOUGHT, VOCABULARY, schema_grammar
 
 BEGIN = 256 + TEXTS.index(b'{"')
@@ -66,6 +67,29 @@ def test_masks_ahead_end_at_the_first_draft_that_is_not_allowed(compiler: Gramma
     assert tokens(matcher.mask()) == before, "the place stays"
     with pytest.raises(GrammarError):
         matcher.consume(ord("c"))
+
+
+def test_looking_ahead_changes_nothing() -> None:
+    """What a mask allows can be consumed, however often drafts were verified before. Going back spoilt this."""
+    random = np.random.default_rng(0)
+    letters = np.array([" ", "\n", "\t", "  ", "\n  ", '"', "{", "}", "[", "]", ":", ",", "a", "1"])
+    mixed = {"".join(random.choice(letters, random.integers(2, 6))).encode() for _ in range(2000)}
+    texts = (*VOCABULARY.tokens[:256], *sorted(mixed), b"<end>")
+    end = len(texts) - 1
+    compiler = GrammarCompiler(Vocabulary(tokens=texts, special=(end,), ends=(end,)), len(texts))
+    first = compiler.compile(FREE + 'start: %json {"type": "object"}')
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        matcher = first.copy()
+        for _ in range(200):
+            allowed = sorted(tokens(matcher.mask()))
+            if random.random() < 0.5:
+                matcher.ahead(random.choice(allowed, 3).tolist())
+            weights = np.array([3.0 if texts[token_id].isspace() else 1.0 for token_id in allowed])
+            token_id = int(random.choice(allowed, p=weights / weights.sum()))
+            if token_id == end:
+                break
+            matcher.consume(token_id)
 
 
 def test_copies_go_their_own_ways(compiler: GrammarCompiler) -> None:

@@ -39,6 +39,7 @@ class Script:
         delay: seconds before each later one.
         cached: prompt tokens that the usage reports as reused.
         fault: what goes wrong after `fault_after` tokens.
+        message: of the fault `error`.
         work: the work that the usage reports.
     """
 
@@ -49,6 +50,7 @@ class Script:
     cached: int = 0
     fault: Fault | None = None
     fault_after: int = 0
+    message: str = "the sampler met NaN logits"
     work: Work = field(default_factory=Work)
 
 
@@ -168,7 +170,7 @@ class FakeEngine:
         if script.fault == "crash":
             raise RuntimeError("a secret of the engine")
         if script.fault in ("error", "abort"):
-            message = "the sampler met NaN logits" if script.fault == "error" else None
+            message = script.message if script.fault == "error" else None
             yield Delta(
                 request_id=request.request_id,
                 finish_reason=script.fault,

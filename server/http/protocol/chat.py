@@ -167,13 +167,6 @@ class ChatCompletionBody(GenerationBody):
     prompt_cache_retention: Annotated[
         Any, Neutral("in_memory", advice="must be 'in_memory' or null: the prompt cache lives in memory")
     ] = None
-    response_format: Annotated[
-        Any,
-        Neutral(
-            {"type": "text"},
-            advice="must be {'type': 'text'} or null: this server does not constrain the output's grammar",
-        ),
-    ] = None
     service_tier: Annotated[
         Any, Neutral("auto", "default", advice="must be 'auto', 'default' or null: there is one service tier")
     ] = None

@@ -21,6 +21,14 @@ from server.http.protocol.base import (
     TokenId,
     tag_of_list,
 )
+from server.http.protocol.structured import (
+    Choices,
+    GrammarText,
+    Pattern,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+)
 
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 128
@@ -139,5 +147,21 @@ class GenerationBody(Body):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS), WHOLES] | None = None
     ignore_eos: bool | None = Field(default=None, description="Generate on after end-of-sequence tokens.")
     seed: Annotated[int, Field(ge=-MAX_INTEGER - 1, le=MAX_INTEGER), WHOLE] | None = None
+    response_format: ResponseFormat | None = Field(
+        default=None, description="What the answer's text must be."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="The same, as vLLM has it."
+    )
+    guided_json: Schema | None = Field(default=None, description="The older name of structured_outputs.json.")
+    guided_regex: Pattern | None = Field(
+        default=None, description="The older name of structured_outputs.regex."
+    )
+    guided_choice: Choices | None = Field(
+        default=None, description="The older name of structured_outputs.choice."
+    )
+    guided_grammar: GrammarText | None = Field(
+        default=None, description="The older name of structured_outputs.grammar."
+    )
     dsa: SparsityOptions | None = Field(default=None, description="Sparse attention, for this request only.")
     user: Label | None = Field(default=None, description="A label; it changes nothing.")

@@ -73,7 +73,6 @@ USER: dict[str, Any] = {"role": "user", "content": "x"}
         ({"dsa": 7}, "dsa", "must be an object"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "no tool calling"),
         ({"tool_choice": "required"}, "tool_choice", "no tool calling"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "grammar"),
         ({"modalities": ["text", "audio"]}, "modalities", "text only"),
         ({"store": True}, "store", "stores nothing"),
         ({"store": 0}, "store", "stores nothing"),

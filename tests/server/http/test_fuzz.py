@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +42,7 @@ def fields(model: Any) -> st.SearchStrategy[dict[str, Any]]:
 def check(path: str, content: bytes) -> None:
     async def post() -> None:
         app = make_app(speaking("hi"))
-        async with client(app) as http:
+        async with app.router.lifespan_context(app), client(app) as http:
             response = await http.post(path, content=content, headers={"content-type": "application/json"})
             assert response.status_code in (200, 400, 404, 413), response.text
             if response.status_code != 200:
@@ -56,12 +57,14 @@ def check(path: str, content: bytes) -> None:
 RELAXED = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
+@pytest.mark.process  # the compiler of grammars
 @RELAXED
 @given(fields(ChatCompletionBody))
 def test_chat_fields(extra: dict[str, Any]) -> None:
     check("/v1/chat/completions", json.dumps(chat_body() | extra).encode())
 
 
+@pytest.mark.process  # the compiler of grammars
 @RELAXED
 @given(fields(CompletionBody))
 def test_completion_fields(extra: dict[str, Any]) -> None:

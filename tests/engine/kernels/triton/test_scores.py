@@ -12,6 +12,7 @@ from engine.kernels.triton.rows import Span, blocks_of
 from engine.kernels.triton.scores import block_rows
 from lab.doctor.rows import SCORE_TOLERANCE, check_scores, score_operands, score_rows
 from tests.engine.kernels.triton.batches import EDGES, Batch, Line
+from tests.engine.kernels.triton.conftest import CHIP
 
 DIMS = [(8, 64), (3, 16), (5, 36), (2, 128)]
 
@@ -38,7 +39,11 @@ def test_a_prompt_in_blocks_beside_decodes(device: torch.device, layout: str) ->
     spans = [Span(1, 3, 60), Span(4, len(prompt) - 3, 63)]
     cut = blocks_of(spans, len(batch.lines), block_rows(8), device)
     sparse = batch.rows.index_top_k > 0
-    assert torch.equal(score_rows(batch, query, weights, plane, blocks=cut)[sparse], blocked[sparse])
+    again = score_rows(batch, query, weights, plane, blocks=cut)[sparse]
+    if CHIP or layout == "int8":
+        assert torch.equal(again, blocked[sparse])
+    else:  # the interpreter multiplies with NumPy, on some CPUs in an order that depends on the column
+        torch.testing.assert_close(again, blocked[sparse])
 
 
 @pytest.mark.parametrize("layout", SCORE_TOLERANCE)

@@ -1,0 +1,53 @@
+"""Pieces of grammars, in llguidance's variant of Lark: literal text, text that is free, and JSON under a schema.
+
+Definition of the variant: docs/syntax.md and docs/json_schema.md of guidance-ai/llguidance.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+BEGIN = '%llguidance {"no_forcing": true}\n'
+"""The first line: text that must come may come in any tokens, as the model likes."""
+
+BLANKS = r"[ \t\n\r]{1,64}"
+"""Whitespace between two parts of JSON. Without a bound a weak model may write nothing else."""
+
+FREE = r"/(?s:.*)/"
+"""Any text. It has no control tokens, because no text has one in a grammar."""
+
+
+def literal(text: str, control_tokens: Mapping[str, int] | None = None) -> str:
+    """Return the expression for exactly this text, in which control tokens (text -> id) are themselves."""
+    tokens = control_tokens or {}
+    pattern = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+    pieces = re.split(f"({pattern})", text) if pattern else [text]
+    parts = [f"<[{tokens[piece]}]>" if piece in tokens else json.dumps(piece) for piece in pieces if piece]
+    return " ".join(parts) or '""'
+
+
+def json_value(schema: Mapping[str, Any] | bool, *, lenient: bool = False, blanks: bool = True) -> str:
+    """Return the expression for JSON that a schema allows.
+
+    Args:
+        schema: a JSON schema
+        lenient: leave out what cannot be enforced
+        blanks: there may be whitespace between the parts
+    """
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    options: dict[str, Any] = {"whitespace_pattern": BLANKS} if blanks else {"whitespace_flexible": False}
+    if lenient:
+        options["lenient"] = True
+    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+
+
+def regex(pattern: str) -> str:
+    """Return the expression for the texts that a regular expression matches as a whole (syntax of Rust's `regex`)."""
+    written = re.sub(r"\\.|/", lambda match: r"\/" if match[0] == "/" else match[0], pattern, flags=re.DOTALL)
+    for character, name in (("\n", r"\n"), ("\r", r"\r")):
+        written = written.replace("\\" + character, name).replace(character, name)
+    return f"/{written}/" if written else '""'

@@ -1,0 +1,124 @@
+"""Structured output from `dsa serve`: a tiny DeepSeek with random weights, whose answers are valid all the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+
+from tests.e2e.serving import Server
+from tests.e2e.test_deepseek import byte_tokenizer
+from tests.engine.models.mla.kit import tiny_deepseek
+from tests.schemas import random_schema
+
+pytestmark = [pytest.mark.process, pytest.mark.model]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("structured") / "deepseek_v32"
+    folder.mkdir()
+    size = byte_tokenizer(folder)
+    tiny_deepseek("deepseek_v32", folder, vocab_size=size, bos_token_id=256, eos_token_id=257)
+    server = Server(
+        str(folder), "--dtype", "float32", "--kv-cache-memory", "64MiB", "--threads", "1",
+        "--served-model-name", "tiny",
+    )  # fmt: skip
+    try:
+        yield server.wait_ready()
+        assert server.end(signal.SIGTERM) == 0
+    finally:
+        server.close()
+
+
+def end_bias(server: Server) -> dict[str, float]:
+    """A random model seldom ends a text by itself, and likes whitespace no less than any other text."""
+
+    def ids(text: str) -> list[int]:
+        reply = server.post("/tokenize", model="tiny", prompt=text, add_special_tokens=False)
+        return list(reply.json()["tokens"])
+
+    return dict.fromkeys(map(str, [*ids('"}]'), 257]), 4.0) | dict.fromkeys(map(str, ids(" \t\n\r")), -4.0)
+
+
+def ask(server: Server, **body: Any) -> list[tuple[str, str]]:
+    """(text, finish reason) of each choice."""
+    fields = {"max_tokens": 400, "seed": 1, "logit_bias": end_bias(server), **body}
+    messages = [{"role": "user", "content": "Say it."}]
+    reply = server.post("/v1/chat/completions", model="tiny", messages=messages, **fields)
+    assert reply.status_code == 200, reply.text
+    if not fields.get("stream"):
+        choices = reply.json()["choices"]
+        return [(choice["message"]["content"] or "", choice["finish_reason"]) for choice in choices]
+    texts: dict[int, str] = {}
+    ends: dict[int, str] = {}
+    for line in reply.text.splitlines():
+        if line.startswith("data: {"):
+            event = json.loads(line.removeprefix("data: "))
+            assert "error" not in event, event
+            for choice in event["choices"]:
+                index = choice["index"]
+                texts[index] = texts.get(index, "") + (choice["delta"].get("content") or "")
+                ends[index] = choice["finish_reason"] or ends.get(index, "")
+    return [(texts[index], ends[index]) for index in sorted(texts)]
+
+
+def test_every_finished_answer_validates(served: Server) -> None:
+    """Streamed or not, two choices, thinking or not, many at once."""
+
+    def one(seed: int) -> int:
+        schema = random_schema(seed)
+        response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        thinking = {"type": "enabled", "budget_tokens": 8} if seed % 3 == 0 else {"type": "disabled"}
+        answers = ask(
+            served, response_format=response_format, n=2, stream=seed % 2 == 0, seed=seed, thinking=thinking
+        )
+        assert len(answers) == 2
+        for text, reason in answers:
+            assert reason in ("stop", "length")
+            if reason == "stop":
+                jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+        return sum(reason == "stop" for _, reason in answers)
+
+    with ThreadPoolExecutor(4) as threads:
+        finished = sum(threads.map(one, range(24)))
+    assert finished >= 30
+
+
+def test_other_kinds_of_text(served: Server) -> None:
+    def whole(**fields: Any) -> str:
+        ((text, reason),) = ask(served, **fields)
+        assert reason == "stop"
+        return text
+
+    assert re.fullmatch(r"[a-f]{2,5}/\d{3}", whole(structured_outputs={"regex": r"[a-f]{2,5}/\d{3}"}))
+    assert whole(structured_outputs={"choice": ["yes", "no", "vielleicht"]}) in ("yes", "no", "vielleicht")
+    assert re.fullmatch(r"\d(\+\d)*", whole(guided_grammar='root ::= d ("+" d)*\nd ::= [0-9]'))
+    assert isinstance(json.loads(whole(response_format={"type": "json_object"})), dict)
+
+
+def test_an_answer_that_is_cut_says_so(served: Server) -> None:
+    ((text, reason),) = ask(served, structured_outputs={"regex": "[a-z]{50}"}, max_tokens=9)
+    assert (len(text), reason) == (9, "length")
+
+
+def test_a_hostile_schema_harms_no_stream(served: Server) -> None:
+    nested = '{"items":' * 200 + "{}" + "}" * 200
+    hostile = {"structured_outputs": {"json": nested}}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "max_tokens": 40}
+    with ThreadPoolExecutor(3) as threads:
+        bad = [threads.submit(httpx.post, f"{served.url}/v1/chat/completions", json=body | hostile, timeout=60)
+               for _ in range(2)]  # fmt: skip
+        good = threads.submit(ask, served, max_tokens=60)
+        for reply in bad:
+            assert reply.result().status_code == 400, reply.result().text
+            assert reply.result().json()["error"]["code"] == "unfit_grammar"
+        assert good.result()
+    assert served.ready
