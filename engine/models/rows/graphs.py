@@ -22,7 +22,7 @@ from engine.memory.staging import Staging
 from engine.models.family import STEP_SCORE_BYTES, KernelCompilers
 from engine.models.rows.inputs import CONTEXT_STEP, RowInputs, Sharing, expanded_plan, longest_context
 from engine.models.rows.padded import Padded
-from engine.models.rows.rehearsal import rehearsals
+from engine.models.rows.rehearsal import contexts_of, rehearsals
 
 _DECODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows of graphs without prompts."""
@@ -34,8 +34,6 @@ _LEAST_CONTEXT = 2048
 _CONTEXT_FACTOR = 4
 """From one context of graphs to the next. A graph of a longer context has programs that end at once; they cost little."""
 _LEAST_WIDTH = 64
-_EAGER = (80, 200, 400, 768, 2048)
-"""Rows of chunks that are rehearsed with long contexts, for steps that no graph holds."""
 
 
 @dataclass(frozen=True)
@@ -106,19 +104,19 @@ class StepGraphs:
             with compilers.together():
                 for shape in shapes:
                     self._sample(shape.inputs(self._padding(shape)), self._given_to(shape))
-                self._rehearse(top_k)
+                self._rehearse(top_k, contexts_of(self._contexts[-1]))
         for number, shape in enumerate(shapes):
             progress(number, len(shapes))
             self._capture(shape)
-        self._rehearse(top_k)
+        # Kernels are loaded, too.
+        self._rehearse(top_k, [self._contexts[-1]])
         progress(len(shapes), len(shapes))
 
-    def _rehearse(self, top_k: int) -> None:
+    def _rehearse(self, top_k: int, contexts: list[int]) -> None:
         """Launch, or compile, what steps want that no graph holds."""
-        contexts = [self._contexts[-1]]
-        while contexts[-1] >= 2 * _LEAST_CONTEXT:
-            contexts.append(1 << ((contexts[-1] - 1).bit_length() - 1))
-        for inputs in rehearsals(_EAGER, contexts, top_k, STEP_SCORE_BYTES, self._sharing, self._device):
+        for inputs in rehearsals(
+            self._decodes[-1], contexts, top_k, STEP_SCORE_BYTES, self._sharing, self._device
+        ):
             rows = len(inputs.rows)
             given = None if self._given is None else self._given.new_zeros(rows, self._given.shape[1])
             self._sample(inputs, given)
