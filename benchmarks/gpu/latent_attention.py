@@ -3,13 +3,15 @@
 `python -m benchmarks.gpu.latent_attention --out latent_attention.json` prints a line a case: microseconds a call, of calls
 with other queries and selections that follow one another in a graph, medians of 20 replays. Contexts are 131,072 tokens in
 random pages, scales are no powers of two, heads are 128 of rank 512 with a shared key of 64, and sparse rows select 2,048.
-`--roles off` takes the form without roles; `--tokens` shortens the contexts for a small GPU.
+`--roles off` takes the form without roles; `--vendor on` lets trials choose FlashMLA's kernel for sparse rows, if it is
+installed, and says what they chose; `--tokens` shortens the contexts for a small GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,9 +41,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="absorbed latent attention on a GPU")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--roles", choices=("on", "off"), default="on")
+    parser.add_argument("--vendor", choices=("on", "off"), default="off")
     parser.add_argument("--tokens", type=int, default=131_072, help="of a context")
     chosen = parser.parse_args()
     latent_attention.ROLES = chosen.roles == "on"
+    latent_attention.VENDOR = chosen.vendor == "on"
+    logging.basicConfig(level=logging.INFO if latent_attention.VENDOR else logging.WARNING)
     bench = Bench(chosen.tokens)
     found: dict[str, float | str] = {
         "device": torch.cuda.get_device_name(),

@@ -15,6 +15,8 @@ Two forms:
 - *dense rows*, decodes: as many programs as the device has multiprocessors divide the splits of all rows among themselves,
   since nobody knows before a replay which rows are dense, and how long.
 
+Sparse rows may also be those of FlashMLA's kernel, if it is installed (`latent_vendor`).
+
 Both are there twice: for any operands in `latent_kernels`, and for FP8 latents of rank 512 on Hopper in `latent_roles`, where
 some warps read while others multiply. The latter are tried at their first call, and used if they are right.
 
@@ -49,6 +51,7 @@ from engine.kernels.triton.latent_kernels import (
     merge_kernel,
     sparse_kernel,
 )
+from engine.kernels.triton.latent_vendor import Attend, FlashMla, Trials, installed, takes
 from engine.kernels.triton.rows import Rows
 from engine.memory.layouts import LatentLayout
 
@@ -74,6 +77,10 @@ ROLES = True
 ROLES_ERROR = 1e-2
 """Relative, of bfloat16: what a try of them may differ from the definition; 3e-3 is usual."""
 
+VENDOR = True
+"""Whether FlashMLA's kernel may be used; a benchmark turns it off to compare."""
+
+_trials = Trials()
 _LOCATED = 1024
 _LOG2_E = 1.4426950408889634
 
@@ -137,14 +144,18 @@ def attend_latents(
     out = make(count, heads, rank)
     call = _Call(query, plane, rows, rank, scale, out, roles_for(query, plane, rank))
     if selected is not None and count:
-        call.sparse(selected)
+        vendor = vendor_for(query, plane, rank, selected.shape[1])
+        if vendor is None:
+            call.sparse(selected)
+        else:
+            call.sparse_of(vendor, selected)
     for start in range(0, count if singles is None else len(singles), ROWS_AT_ONCE):
         if singles is None:
             call.dense(None, start, min(count - start, ROWS_AT_ONCE), max_context, selected is None)
         else:
             part = singles[start : start + ROWS_AT_ONCE]
             call.dense(part, 0, len(part), max_context, selected is None)
-    return out
+    return call.out
 
 
 def sparse_splits(count: int, blocks: int, width: int, keys: int) -> int:
@@ -252,6 +263,46 @@ def _error_of_roles(device: torch.device, heads: int) -> float:
     return worst if bool(out.isfinite().all()) else float("inf")
 
 
+def vendor_for(query: Tensor, plane: Tensor, rank: int, width: int) -> FlashMla | None:
+    """FlashMLA's kernel for the sparse rows of a batch, if it is installed, right, and faster than ours."""
+    if not VENDOR or rank != 512 or compilers_at_work() is not None or not takes(query, plane, width):
+        return None
+    vendor = installed()
+    if vendor is None:
+        return None
+    key = (query.device, *query.shape[:2], width)
+    return vendor if _trials.passed(key, lambda: _compared(vendor, query, width)) else None
+
+
+def _compared(vendor: FlashMla, like: Tensor, width: int) -> tuple[Attend, Attend]:
+    """Ours and the vendor's attention of a batch of a query's shape, over a cache larger than the L2 cache."""
+    device, (count, heads, wide) = like.device, like.shape
+    options: dict[str, Any] = {"device": device, "generator": torch.Generator(device).manual_seed(1)}
+    layout, few, times = LatentLayout(512, 64), 128 * PAGE_SIZE, 16
+    values = torch.randn(few, 512, **options).to(torch.float8_e4m3fn)
+    packed = layout.pack(values, torch.rand(few, 4, **options) + 0.5, torch.randn(few, 64, **options))
+    plane = packed.repeat(times, 1).view(times * few // PAGE_SIZE, PAGE_SIZE, -1)
+    query = torch.randn(count, heads, wide, **options).to(torch.bfloat16)
+    selected = torch.randint(times * few, (count, width), **options).sort(1).values.int()
+    numbers = torch.tensor([[0], [times * few - 1], [width]], dtype=torch.int32, device=device)
+    request, positions, top_k = numbers.expand(3, count).contiguous()
+    table = torch.randperm(len(plane), **options).int()[None]
+    rows = Rows(request, positions, top_k, table)
+
+    def ours() -> Tensor:
+        out = query.new_empty(count, heads, 512)
+        call = _Call(query, plane, rows, 512, 0.06, out, roles_for(query, plane, 512))
+        call.sparse(selected)
+        return out
+
+    def theirs() -> Tensor:
+        call = _Call(query, plane, rows, 512, 0.06, query, None)
+        call.sparse_of(vendor, selected)
+        return call.out
+
+    return ours, theirs
+
+
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
@@ -264,8 +315,8 @@ class _Call:
         self, query: Tensor, plane: Tensor, rows: Rows, rank: int, scale: float, out: Tensor,
         roles: ModuleType | None,
     ) -> None:  # fmt: skip
-        self._query, self._plane, self._rows, self._out = query, plane, rows, out
-        self._scale = scale * _LOG2_E
+        self._query, self._plane, self._rows, self.out = query, plane, rows, out
+        self._given_scale, self._scale = scale, scale * _LOG2_E
         self._heads, self._rank = query.shape[1], rank
         self._fp8 = plane.dtype == torch.uint8
         self._shape = shape_of(query.dtype, self._fp8)
@@ -281,24 +332,29 @@ class _Call:
         parts, sums = self._parts(count, splits)
         grid = (count * splits * self._blocks,)
         if self._roles is not None:
-            tokens = self._tokens_of(selected)
+            tokens = self.tokens_of(selected, False)
             self._roles.sparse_roles[grid](
-                self._query, self._plane, rows.positions, rows.index_top_k, tokens, self._out, parts, sums, self._scale,
+                self._query, self._plane, rows.positions, rows.index_top_k, tokens, self.out, parts, sums, self._scale,
                 *self._strides[:3], tokens.stride(0), width, splits, each, HEADS=self._heads, **self._roles.OPTIONS,
                 **overlap(),
             )  # fmt: skip
         else:
             sparse_kernel[grid](
                 self._query, self._plane, rows.block_table, rows.request, rows.positions, rows.index_top_k, selected,
-                self._out, parts, sums, self._scale, *self._strides, selected.stride(0), width, splits, each,
+                self.out, parts, sums, self._scale, *self._strides, selected.stride(0), width, splits, each,
                 **self._constants(), **overlap(),
             )  # fmt: skip
         if splits > 1:
             merge_kernel[(count, self._heads)](
-                parts, sums, rows.positions, rows.index_top_k, rows.positions, self._out, width, splits, each, 0,
+                parts, sums, rows.positions, rows.index_top_k, rows.positions, self.out, width, splits, each, 0,
                 HEADS=self._heads, RANK=self._rank, RANK_BLOCK=block(self._rank), SPLITS=splits, MOST=0,
                 SPARSE=True, LISTED=False, EVERY=False, num_warps=2, **overlap(),
             )  # fmt: skip
+
+    def sparse_of(self, vendor: FlashMla, selected: Tensor) -> None:
+        """All sparse rows, and padding, by the vendor's kernel. Its result is `out` from now on; other rows of it are 0."""
+        tokens = self.tokens_of(selected, True)
+        self.out = vendor.attend(self._query, self._plane, tokens, self._given_scale)
 
     def dense(self, listed: Tensor | None, first: int, count: int, max_context: int, every: bool) -> None:
         """The dense ones among `listed`, or among `count` rows from `first` on, or `every` one; padding, too."""
@@ -306,44 +362,44 @@ class _Call:
         splits = dense_splits(count, max_context)
         parts, sums = self._parts(count, splits)
         source = rows.positions if listed is None else listed
-        programs = min(_multiprocessors(self._out.device), count * splits * self._blocks)
+        programs = min(_multiprocessors(self.out.device), count * splits * self._blocks)
         which = {
             "ROWS": block(count), "MOST": splits, "BASE": DENSE_SPLIT, "LISTED": listed is not None, "EVERY": every
         }  # fmt: skip
         if self._roles is not None:
-            items = torch.empty(1 + count * splits, 4, dtype=torch.int32, device=self._out.device)
+            items = torch.empty(1 + count * splits, 4, dtype=torch.int32, device=self.out.device)
             items_kernel[(1,)](
                 rows.positions, rows.index_top_k, source, items, count, first, **which, **overlap()
             )
             self._roles.dense_roles[(programs,)](
-                self._query, self._plane, rows.block_table, rows.request, items, self._out, parts, sums, self._scale,
+                self._query, self._plane, rows.block_table, rows.request, items, self.out, parts, sums, self._scale,
                 *self._strides, HEADS=self._heads, **self._roles.OPTIONS, **overlap(),
             )  # fmt: skip
         else:
             dense_kernel[(programs,)](
                 self._query, self._plane, rows.block_table, rows.request, rows.positions, rows.index_top_k, source,
-                self._out, parts, sums, self._scale, *self._strides, count, first, **which, **self._constants(), **overlap(),
+                self.out, parts, sums, self._scale, *self._strides, count, first, **which, **self._constants(), **overlap(),
             )  # fmt: skip
         if splits > 1:
             merge_kernel[(count, self._heads)](
-                parts, sums, rows.positions, rows.index_top_k, source, self._out, 0, splits, DENSE_SPLIT, first,
+                parts, sums, rows.positions, rows.index_top_k, source, self.out, 0, splits, DENSE_SPLIT, first,
                 HEADS=self._heads, RANK=self._rank, RANK_BLOCK=block(self._rank), SPLITS=splits, MOST=splits,
                 SPARSE=False, LISTED=listed is not None, EVERY=every, num_warps=2, **overlap(),
             )  # fmt: skip
 
-    def _tokens_of(self, selected: Tensor) -> Tensor:
+    def tokens_of(self, selected: Tensor, every: bool) -> Tensor:
         """Where the selected positions [T, K] lie: page times 64 plus offset.
 
         The complement of the request's first token, which is below 0, stands for none. Rows that are not sparse are
-        left as they are.
+        left as they are. With `every`, -1 stands for none, and the other rows have nothing else.
         """
         rows, (count, width) = self._rows, selected.shape
         tokens = torch.empty(count, triton.cdiv(width, 4) * 4, dtype=torch.int32, device=selected.device)
         locate_kernel[(count, triton.cdiv(width, _LOCATED))](
             rows.block_table, rows.request, rows.positions, rows.index_top_k, selected, tokens, rows.block_table.stride(0),
-            selected.stride(0), tokens.stride(0), width, SIZE=_LOCATED, num_warps=4, **overlap(),
+            selected.stride(0), tokens.stride(0), width, SIZE=_LOCATED, EVERY=every, num_warps=4, **overlap(),
         )  # fmt: skip
-        return tokens
+        return tokens[:, :width]
 
     def _constants(self) -> dict[str, Any]:
         """What both forms are compiled for."""
@@ -357,7 +413,7 @@ class _Call:
     def _parts(self, count: int, splits: int) -> tuple[Tensor, Tensor]:
         """Room for what the splits of rows leave: outputs [rows, splits, H, r], and the log2 of each one's sum."""
         held = count if splits > 1 else 0
-        options: dict[str, Any] = {"dtype": torch.float32, "device": self._out.device}
+        options: dict[str, Any] = {"dtype": torch.float32, "device": self.out.device}
         return (
             torch.empty(held, splits, self._heads, self._rank, **options),
             torch.empty(held, splits, self._heads, **options),

@@ -18,13 +18,27 @@ _PAGE = tl.constexpr(PAGE_SIZE)
 def locate_kernel(
     block_table: tl.tensor, request: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, selected: tl.tensor,
     tokens: tl.tensor, table_row: tl.tensor, selected_row: tl.tensor, tokens_row: tl.tensor, width: tl.tensor,
-    SIZE: tl.constexpr, EARLY: tl.constexpr,
+    SIZE: tl.constexpr, EVERY: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A sparse row's selected positions, `SIZE` of them, become tokens: page times 64 plus offset."""
+    """A sparse row's selected positions, `SIZE` of them, become tokens: page times 64 plus offset.
+
+    With `EVERY`, all rows are written, and what a row does not attend to is -1.
+    """
     turn(EARLY)
     t = tl.program_id(0)
     i = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    if (tl.load(positions + t) >= 0) & (tl.load(index_top_k + t) > 0):
+    last = tl.load(positions + t)
+    chosen = tl.load(index_top_k + t)
+    sparse = (last >= 0) & (chosen > 0)
+    if EVERY:
+        end = tl.where(sparse, tl.minimum(tl.minimum(chosen, width), last + 1), 0)
+        position = tl.load(selected + t.to(tl.int64) * selected_row + i, mask=i < end, other=-1)
+        there = position >= 0
+        pages = block_table + tl.load(request + t).to(tl.int64) * table_row
+        page = tl.load(pages + position // _PAGE, mask=there, other=0)
+        token = tl.where(there, page * _PAGE + position % _PAGE, -1)
+        tl.store(tokens + t.to(tl.int64) * tokens_row + i, token, mask=i < width)
+    elif sparse:
         position = tl.load(selected + t.to(tl.int64) * selected_row + i, mask=i < width, other=-1)
         pages = block_table + tl.load(request + t).to(tl.int64) * table_row
         at = tl.maximum(position, 0)

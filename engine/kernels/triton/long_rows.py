@@ -29,8 +29,9 @@ from engine.kernels.triton.rows import Rows
 MOST_SELECTED = 4096
 """The largest top_k of this form: candidates lie in a program's registers."""
 
-SAMPLE = 8192
-"""Scores of a sample, at least."""
+SAMPLE, FEW_SAMPLE = 4096, 8192
+"""Scores of a sample, at least; of fewer than `FEW` rows the second number, since each has a multiprocessor to itself."""
+FEW = 32
 MOST_SAMPLED = 32768
 
 LEAST_ROOM = 4096
@@ -62,15 +63,16 @@ class Plan(NamedTuple):
     room: int
 
 
-def plan_of(width: int, context: int) -> Plan:
+def plan_of(width: int, context: int, count: int) -> Plan:
     """The smallest sample with which the room is hardly ever too small.
 
     Args:
         width: positions that a row selects
         context: scores of the longest row; a shorter one has fewer candidates of each score in its sample
+        count: of rows
     """
     room = max(LEAST_ROOM, 4 * int(triton.next_power_of_2(width)))
-    sample = SAMPLE
+    sample = FEW_SAMPLE if count < FEW else SAMPLE
     while sample < MOST_SAMPLED:
         rank = sample * width / context
         taken = 17 / 16 * (rank + _SPARE * rank**0.5 + 2)
@@ -83,7 +85,7 @@ def plan_of(width: int, context: int) -> Plan:
 def select_long(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) -> None:
     """`engine.kernels.triton.select.select` into `out` [T, K] int32, K at most `MOST_SELECTED`."""
     (count, context), width = scores.shape, out.shape[1]
-    plan = plan_of(width, int(triton.next_power_of_2(context)))  # each plan is compiled for itself
+    plan = plan_of(width, int(triton.next_power_of_2(context)), count)  # each plan is compiled for itself
     stretches = triton.cdiv(context, STRETCH)
     thresholds = torch.empty(count, 2, dtype=torch.int32, device=scores.device)
     words = torch.empty(count, stretches * (STRETCH // 32), dtype=torch.int32, device=scores.device)

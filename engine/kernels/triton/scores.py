@@ -34,8 +34,8 @@ STAGES = 4
 """Steps whose reads are in flight: of page numbers and of keys, in turn."""
 PROMPT_STAGES = 5
 """The same where rows of a prompt share their keys."""
-LONG_PAGES = 2048
-"""A program takes 32 pages of rows of so many, if they are read one by one and are many: measured on an H200."""
+FP8_STAGES, FP8_ROWS = 7, 32
+"""The same over FP8 keys if so many rows are read one by one: measured on an H200."""
 BLOCK_COLUMNS = 64
 """Rows of a block times heads: the width of one product when rows of a prompt share their keys."""
 
@@ -80,13 +80,17 @@ def index_scores(
 
     def launch(table: Tensor, count: int, size: int, kind: int) -> None:
         columns = _head_columns(heads) * size
-        each = 32 if kind != 2 and pages >= LONG_PAGES and count >= 16 else _pages_a_program(pages, count)
+        each = _pages_a_program(pages, count)
+        stages = STAGES if size == 1 else PROMPT_STAGES
+        if form == _FP8 and kind != 2 and count >= FP8_ROWS:
+            stages = FP8_STAGES
         _scores_kernel[(count, triton.cdiv(pages, each))](
             query, head_weights, key_plane, rows.block_table, rows.request, rows.positions, rows.index_top_k, table, out,
             query.stride(0), head_weights.stride(0), key_plane.stride(0), key_plane.stride(1), rows.block_table.stride(0),
             out.stride(0), pages, heads, dim,
             ROWS=size, HEADS=_head_columns(heads), DIM=max(32, triton.next_power_of_2(dim)), PAGES=each,
-            FORM=form, KIND=kind, FILL=fill, num_warps=4 if columns <= 128 else 8, num_stages=STAGES if size == 1 else PROMPT_STAGES,
+            FORM=form, KIND=kind, FILL=fill, LOOP_STAGES=stages if form == _FP8 else None,
+            num_warps=4 if columns <= 128 else 8, num_stages=stages,
             **overlap(),
         )  # fmt: skip
 
@@ -157,7 +161,7 @@ def _scores_kernel(
     query: tl.tensor, weights: tl.tensor, plane: tl.tensor, block_table: tl.tensor, request: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, table: tl.tensor,
     out: tl.tensor, query_row: tl.tensor, weight_row: tl.tensor, page_stride: tl.tensor, token_stride: tl.tensor, table_row: tl.tensor, out_row: tl.tensor,
     pages: tl.tensor, heads: tl.constexpr, dim: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PAGES: tl.constexpr, FORM: tl.constexpr,
-    KIND: tl.constexpr, FILL: tl.constexpr, EARLY: tl.constexpr,
+    KIND: tl.constexpr, FILL: tl.constexpr, LOOP_STAGES: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Up to ROWS rows of one request over PAGES pages.
 
@@ -214,7 +218,8 @@ def _scores_kernel(
             w = w * scale
         half = w * 0.5
         pages_of = block_table + tl.load(request + first).to(tl.int64) * table_row
-        for page in tl.range(first_page, seen):
+        # Only a loop with stages of its own reads the keys' scales ahead, which no product takes.
+        for page in tl.range(first_page, seen, num_stages=LOOP_STAGES):
             base = plane + tl.load(pages_of + page).to(tl.int64) * page_stride
             if FORM == 0:
                 keys = tl.load(

@@ -192,7 +192,7 @@ def test_selected_positions_are_located(device: torch.device) -> None:
     rows = batch.rows
     locate_kernel[(3, 2)](
         rows.block_table, rows.request, rows.positions, rows.index_top_k, selected.to(device), tokens,
-        rows.block_table.stride(0), 5, 8, 5, SIZE=4, EARLY=False,
+        rows.block_table.stride(0), 5, 8, 5, SIZE=4, EVERY=False, EARLY=False,
     )  # fmt: skip
     for row, line in enumerate(batch.lines[:2]):
         wanted = [

@@ -24,7 +24,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     for name in ("WHOLE", "WHOLE_SELECTED", "WHOLE_CUT"):
         monkeypatch.setattr(module, name, 1 << 20 if form == "whole" else 0)
     monkeypatch.setattr(module, "LONG", 0 if form == "long" else 1 << 30)
-    for name, size in {"SAMPLE": 64, "LEAST_ROOM": 64, "STRETCH": 512, "WORDS": 16}.items():
+    for name, size in {"SAMPLE": 64, "FEW_SAMPLE": 64, "LEAST_ROOM": 64, "STRETCH": 512, "WORDS": 16}.items():
         monkeypatch.setattr(long_rows, name, size)
     if form == "slow":
         monkeypatch.setattr(module, "MOST_SELECTED", 0)
