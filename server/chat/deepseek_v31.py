@@ -15,6 +15,7 @@ from typing import Any
 from server.chat.deepseek import ASSISTANT, BOS, EOS, USER, calls_of, require_tokens, text_of
 from server.chat.errors import PromptError
 from server.chat.format import ChatFormat
+from server.chat.grammar import CallRules, ToolForm, literal
 from server.chat.parsing import THINK, THOUGHT, Calls, stray
 from server.chat.parts import Content, Parser, Part, Reasoning, Warn
 from server.text.tokenizer import Tokenizer
@@ -84,6 +85,23 @@ class DeepSeekV31(ChatFormat):
     def opening(self, tool: str | None) -> str:
         """The text that opens a call, of any tool or of the named one."""
         return CALLS + CALL + ("" if tool is None else tool + SEPARATOR)
+
+    def call_rules(
+        self, tools: Sequence[ToolForm], *, named: str | None, single: bool, tokens: Mapping[str, int]
+    ) -> CallRules:
+        """Return the grammar of calls; a control token is itself in it."""
+        arguments = {tool.name: f"args{number}" for number, tool in enumerate(tools)}
+        begin, end, ends = (literal(token, tokens) for token in (CALL, CALL_END, CALLS_END))
+        lines = [f"{arguments[tool.name]}: {tool.arguments()}" for tool in tools]
+        called = " | ".join(f"{literal(name + SEPARATOR, tokens)} {rule}" for name, rule in arguments.items())
+        lines += [f"called: {called}", f"after: {'' if single else f'({begin} called {end})* '}{ends}"]
+        calls = f"{literal(CALLS, tokens)} {begin} called {end} after"
+        return CallRules(
+            lines=[*lines, "PLAIN: /(?s:.+)/"],
+            said=f"PLAIN? ({calls})?",
+            calls=calls,
+            rest=f"{'called' if named is None else arguments[named]} {end} after",
+        )
 
 
 def build(weights: Path, tokenizer: Tokenizer | None = None) -> DeepSeekV31:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from server.chat.deepseek import ASSISTANT, BOS, EOS, USER, calls_of, require_tokens, text_of
-from server.chat.errors import PromptError
+from server.chat.errors import PromptError, UnfitToolError
 from server.chat.format import ChatFormat
+from server.chat.grammar import FREE, CallRules, ToolForm, json_value, literal
 from server.chat.parsing import THINK, THOUGHT, Calls, Lexer, json_object_problem, stray
 from server.chat.parts import Content, Parser, Part, Reasoning, Warn
 from server.text.tokenizer import Tokenizer
@@ -132,6 +133,41 @@ class DeepSeekV32(ChatFormat):
         """The text that opens a call, of any tool or of the named one."""
         return f"\n\n{CALLS}\n{CALL} name=" + ("" if tool is None else f'"{tool}">\n')
 
+    def call_rules(
+        self, tools: Sequence[ToolForm], *, named: str | None, single: bool, tokens: Mapping[str, int]
+    ) -> CallRules:
+        """Return the grammar of calls. Text before calls is told from their tag by lazy matching.
+
+        Raises:
+            UnfitToolError: a strict tool has arguments that are not written as parameters.
+        """
+        lines = [
+            f"upto[lazy]: /(?s:.*)<{DSML}/ & ~/((?s:.*)[^<])?{DSML}(?s:.*)/",
+            f"PLAIN: /(?s:.*)/ & ~/(?s:.*){DSML}(?s:.*)/",
+            f"value[lazy]: /(?s:.*)<\\/{DSML}parameter>/",
+            f"any_value: {literal(_TEXT_END)} value | {literal(_JSON_END)} {json_value({})} {literal(PARAMETER_END)}",
+            r'NAME: /[^"<>\n]{1,64}/',
+            f"any: ({literal(_PARAMETER)} NAME any_value {literal(chr(10))})*",
+        ]
+        rules = {tool.name: f"args{number}" for number, tool in enumerate(tools)}
+        for tool in tools:
+            lines += _parameter_rules(rules[tool.name], tool)
+        heads = " | ".join(f"""{literal(f'"{name}">' + chr(10))} {rule}""" for name, rule in rules.items())
+        more = '""' if single else f"({literal(chr(10) + CALL + ' name=')} called end)*"
+        lines += [
+            f"called: {heads}",
+            f"end: {literal(CALL_END)}",
+            f"after: {more} {literal(chr(10) + CALLS_END)}",
+        ]
+        opened = literal(self.opening(None).partition(DSML)[2])
+        return CallRules(
+            lines=lines,
+            said=f"PLAIN | upto {opened} called end after",
+            calls=f"{literal(self.opening(None))} called end after",
+            rest=f"{'called' if named is None else rules[named]} end after",
+            reasoning=f"{FREE} & ~/(?s:.*)\\n\\n{CALLS}(?s:.*)/",
+        )
+
 
 def build(weights: Path, tokenizer: Tokenizer | None = None) -> DeepSeekV32:
     """Build the format, and check the vocabulary if there is one.
@@ -164,6 +200,59 @@ def _write_calls(calls: Sequence[Mapping[str, Any]]) -> str:
         written.append(f'{CALL} name="{call["name"]}">\n{lines}\n{CALL_END}')
     block = "\n".join(written)
     return f"\n\n{CALLS}\n{block}\n{CALLS_END}" if calls else ""
+
+
+_PARAMETER, _TEXT_END, _JSON_END = f'{PARAMETER} name="', '" string="true">', '" string="false">'
+_ROOT_KEYS = frozenset(
+    "type properties required additionalProperties title description $schema $id $defs definitions".split()
+)
+_STRING_KEYS = frozenset("type title description default examples".split())
+
+
+def _parameter_rules(name: str, tool: ToolForm) -> list[str]:
+    """The rules of a tool's parameters, each on a line of its own, in the schema's order.
+
+    Raises:
+        UnfitToolError: the tool is strict, and its schema is not a plain list of properties.
+    """
+    schema = tool.schema
+    properties = schema.get("properties", {})
+    required = schema.get("required", [])
+    lists = (
+        schema.get("type", "object") == "object"
+        and isinstance(properties, dict)
+        and isinstance(required, list)
+    )
+    if not lists or not _ROOT_KEYS.issuperset(schema) or any(re.search(r'["\n]', key) for key in properties):
+        if tool.strict:
+            raise UnfitToolError(
+                f"the parameters of {tool.name!r} must be an object with properties and no other conditions, because "
+                "this model's format writes them one by one"
+            )
+        return [f"{name}: any"]
+    if not (properties or required or tool.strict or schema.get("additionalProperties") is False):
+        return [f"{name}: any"]
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    parts, lines = [], []
+    for number, key in enumerate(dict.fromkeys([*properties, *required])):
+        rule = f"{name}_{number}"
+        lines.append(f"{rule}: {literal(_PARAMETER + key)} {_value(properties.get(key, True), shared, tool)}")
+        parts.append(f"({rule} {literal(chr(10))}){'' if key in required else '?'}")
+    return [*lines, f"{name}: {' '.join(parts) or '/' + chr(92) + 'n?/'}"]
+
+
+def _value(schema: Any, shared: Mapping[str, Any], tool: ToolForm) -> str:
+    """The expression for what follows a parameter's name. Text is as it is; what has a condition is JSON."""
+    if isinstance(schema, dict) and schema.get("type") == "string":
+        if _STRING_KEYS.issuperset(schema):
+            return f"{literal(_TEXT_END)} value"
+        choices = schema.get("enum")
+        if _STRING_KEYS.union(("enum",)).issuperset(schema) and isinstance(choices, list):
+            texts = [choice for choice in choices if isinstance(choice, str) and PARAMETER_END not in choice]
+            if texts:
+                return f"{literal(_TEXT_END)} ({' | '.join(map(literal, texts))}) {literal(PARAMETER_END)}"
+    value = {**shared, **schema} if isinstance(schema, dict) else schema is not False
+    return f"{literal(_JSON_END)} {json_value(value, lenient=not tool.strict)} {literal(PARAMETER_END)}"
 
 
 def _decoded(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from server.chat.grammar import CallRules, ToolForm
 from server.chat.parsing import PlainParser
 from server.chat.parts import Parser
 
@@ -74,4 +75,20 @@ class ChatFormat(ABC):
 
     def opening(self, tool: str | None) -> str:
         """The text that opens a call: of the tool with this name, or of any tool if it is None."""
+        raise NotImplementedError
+
+    def call_rules(
+        self, tools: Sequence[ToolForm], *, named: str | None, single: bool, tokens: Mapping[str, int]
+    ) -> CallRules:
+        """Return the grammar of calls.
+
+        Args:
+            tools: the tools that may be called; at least one
+            named: the tool whose call the prompt has opened, if it has opened one of a certain tool
+            single: there is one call
+            tokens: the control tokens of the vocabulary, text -> id
+
+        Raises:
+            UnfitToolError: a strict tool cannot be enforced.
+        """
         raise NotImplementedError

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 BEGIN = '%llguidance {"no_forcing": true}\n'
@@ -18,6 +19,48 @@ BLANKS = r"[ \t\n\r]{1,64}"
 
 FREE = r"/(?s:.*)/"
 """Any text. It has no control tokens, because no text has one in a grammar."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolForm:
+    """What the arguments of a tool's calls must be.
+
+    Attributes:
+        name: the tool's.
+        schema: of the arguments.
+        strict: all of the schema is enforced; else what cannot be enforced is left out.
+    """
+
+    name: str
+    schema: Mapping[str, Any]
+    strict: bool
+
+    def arguments(self) -> str:
+        """The expression for the arguments as JSON."""
+        is_open = not any(
+            key in self.schema for key in ("type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const")
+        )
+        schema = {**self.schema, "type": "object"} if is_open else self.schema
+        return json_value(schema, lenient=not self.strict)
+
+
+@dataclass(frozen=True, slots=True)
+class CallRules:
+    """How a format writes calls, as expressions in Lark.
+
+    Attributes:
+        lines: the rules that the expressions refer to.
+        said: text, with or without calls after it.
+        calls: calls without text.
+        rest: what follows the opening of a call, which is in the prompt.
+        reasoning: text of reasoning, which begins no call; it stands in a terminal of its own.
+    """
+
+    lines: Sequence[str]
+    said: str
+    calls: str
+    rest: str
+    reasoning: str = FREE
 
 
 def literal(text: str, control_tokens: Mapping[str, int] | None = None) -> str:

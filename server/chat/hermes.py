@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from server.chat.errors import PromptError
+from server.chat.grammar import CallRules, ToolForm, literal
 from server.chat.jinja import JinjaFormat
 from server.chat.parsing import THINK, THOUGHT, Calls, Lexer, json_object_problem, stray
 from server.chat.parts import Content, Parser, Part, Reasoning, Warn
@@ -72,6 +73,36 @@ class HermesFormat(JinjaFormat):
     def opening(self, tool: str | None) -> str:
         """The text that opens a call, of any tool or of the named one."""
         return f'{CALL}\n{{"name": "' + ("" if tool is None else f'{tool}", "arguments": ')
+
+    def call_rules(
+        self, tools: Sequence[ToolForm], *, named: str | None, single: bool, tokens: Mapping[str, int]
+    ) -> CallRules:
+        """Return the grammar of calls. Text before a call is told from the call's tag by lazy matching."""
+        arguments = {tool.name: f"args{number}" for number, tool in enumerate(tools)}
+        called = " | ".join(
+            f"""{literal(f'{name}", "arguments": ')} {rule}""" for name, rule in arguments.items()
+        )
+        more = '""' if single else f"(/\\n{{0,2}}/ {literal(self.opening(None))} called end)*"
+        bare = " | ".join(f"bare{rule} GAP? {rule} BARE_END" for rule in arguments.values())
+        lines = [
+            *(f"{arguments[tool.name]}: {tool.arguments()}" for tool in tools),
+            *(f"bare{rule}[lazy]: /{_bare_pattern([name])}/" for name, rule in arguments.items()),
+            f"called: {called}",
+            f"end: {literal('}' + chr(10) + CALL_END)}",
+            f"after: {more}",
+            f"upto[lazy]: /(?s:.*){CALL}/",
+            f"PLAIN: /(?s:.*)/ & ~/(?s:.*){CALL}(?s:.*)/ & ~/{_bare_pattern(arguments)}(?s:.*)/",
+            r"GAP: /[ \n]{1,4}/",
+            r"BARE_END: /\s{0,4}\}\s{0,4}(```)?/",
+        ]
+        rest = f"{'called' if named is None else arguments[named]} end after"
+        opened = literal(self.opening(None).removeprefix(CALL))
+        return CallRules(
+            lines=lines,
+            said=f"PLAIN | upto {opened} called end after | {bare}",
+            calls=f"{literal(self.opening(None))} called end after",
+            rest=rest,
+        )
 
 
 class _Object:
@@ -364,6 +395,19 @@ def _bare_heads(tools: Collection[str]) -> dict[str, str]:
     """How calls without tags begin, without blanks, up to the brace of the arguments: text -> name of the tool."""
     before = ("", _FENCE, f"{_FENCE}json")
     return {f'{some}{{"name":{json.dumps(name)},"arguments":{{': name for name in tools for some in before}
+
+
+def _bare_pattern(tools: Collection[str]) -> str:
+    """A regular expression for what `_bare_heads` says, with blanks, without the brace of the arguments."""
+    blank = r"[\s\x1c-\x1f]*"
+
+    def spaced(text: str) -> str:
+        return blank.join(map(re.escape, text))
+
+    names = "|".join(spaced(json.dumps(name)) for name in tools)
+    fence = f"({spaced(_FENCE)}{blank}({spaced('json')}{blank})?)?"
+    before, after = spaced('{"name":'), spaced(',"arguments":')
+    return f"{blank}{fence}{before}{blank}({names}){blank}{after}"
 
 
 def _name_of(text: str) -> str | None:

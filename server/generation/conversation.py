@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.chat import ChatFormat
+from server.chat.grammar import ToolForm
 from server.http.protocol.chat import ChatCompletionBody, ChatMessage
 from server.http.protocol.errors import bad_request
 from server.http.protocol.tools import NamedTool, PastCall
@@ -33,6 +34,7 @@ class Conversation:
         must_call: the answer has to call a tool.
         named: the tool that the answer has to call, if one is named.
         single: the answer ends with its first call.
+        forms: what the arguments of the callable tools must be.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -43,6 +45,7 @@ class Conversation:
     must_call: bool
     named: str | None
     single: bool
+    forms: tuple[ToolForm, ...]
 
 
 def read_conversation(body: ChatCompletionBody, chat: ChatFormat) -> Conversation:
@@ -99,6 +102,14 @@ def read_conversation(body: ChatCompletionBody, chat: ChatFormat) -> Conversatio
         must_call=must_call,
         named=named,
         single=body.parallel_tool_calls is False,
+        forms=tuple(
+            ToolForm(
+                function.name,
+                function.parameters or {"type": "object", "properties": {}, "additionalProperties": False},
+                strict=bool(function.strict),
+            )
+            for function in functions
+        ),
     )
 
 

@@ -22,7 +22,7 @@ from server.generation.choice import Job
 from server.generation.conversation import Conversation, read_conversation
 from server.generation.grammars import GrammarChecks
 from server.generation.prompts import Prompt, Prompts, check_ids, loaded_model, prompt_end
-from server.generation.structure import Enforced, Structure, wanted_of
+from server.generation.structure import Enforced, Structure, WantedCalls, wanted_of
 from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.completions import CompletionBody
 from server.http.protocol.errors import bad_request
@@ -73,7 +73,7 @@ class Intake:
         self._config = config
         self._text = text
         self._chat = chat
-        self._structure = Structure(checks, text.control_tokens, reasons=chat.reasons)
+        self._structure = Structure(checks, text.control_tokens, chat)
         self.prompts = Prompts(config.model_name, text, chat)
 
     async def chat(self, body: ChatCompletionBody, status: EngineStatus, request_id: str) -> Admitted:
@@ -106,8 +106,11 @@ class Intake:
             )
         thinking = self._opens_reasoning(token_ids)
         opened = () if thinking else opening
+        calls = None
+        if said.forms:
+            calls = WantedCalls(said.forms, must=said.must_call, named=said.named, single=said.single)
         enforced = await self._enforced(
-            body, model, thinking=thinking, may_think=said.thinking is None and opens
+            body, model, calls, thinking=thinking, may_think=said.thinking is None and opens and not opening
         )
         return self._work(
             body,
@@ -121,18 +124,28 @@ class Intake:
         )
 
     async def _enforced(
-        self, body: GenerationBody, model: ModelInfo, *, thinking: bool = False, may_think: bool = False
+        self,
+        body: GenerationBody,
+        model: ModelInfo,
+        calls: WantedCalls | None = None,
+        *,
+        thinking: bool = False,
+        may_think: bool = False,
     ) -> Enforced | None:
         """The grammars of an answer; None: it may say anything."""
         wanted = wanted_of(body)
-        if wanted is None:
-            return None
-        if body.ignore_eos:
+        strict = calls is not None and calls.strict
+        if body.ignore_eos and (wanted is not None or strict):
+            param = "a strict tool" if wanted is None else wanted.param
             raise bad_request(
-                f"ignore_eos goes on after the end of an answer, and {wanted.param} says where that is; send one of them",
+                f"ignore_eos goes on after the end of an answer, and {param} says where that is; send one of them",
                 param="ignore_eos",
             )
-        return await self._structure.grammar(wanted, model.vocab_size, thinking=thinking, may_think=may_think)
+        if body.ignore_eos:
+            return None
+        return await self._structure.grammar(
+            wanted, calls, model.vocab_size, thinking=thinking, may_think=may_think
+        )
 
     def _opens_reasoning(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends with <think>, or with <think> and a line break."""

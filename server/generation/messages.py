@@ -20,6 +20,7 @@ from server.http.protocol.messages import (
     ToolUseBlock,
     ToolUseChoice,
 )
+from server.http.protocol.structured import SchemaFormat, schema_format
 from server.http.protocol.tools import (
     CalledFunction,
     FunctionTool,
@@ -68,9 +69,21 @@ def chat_of(body: CountTokensBody) -> ChatCompletionBody:
             "top_p": body.top_p,
             "top_k": body.top_k,
             "stop": body.stop_sequences,
+            "response_format": _format(body),
             "dsa": body.dsa,
         }
     return ChatCompletionBody.model_construct(**fields)
+
+
+def _format(body: MessagesBody) -> SchemaFormat | None:
+    configured = body.output_config.format if body.output_config is not None else None
+    if configured is not None and body.output_format is not None:
+        raise bad_request(
+            "output_format and output_config.format are two names of one thing; send one",
+            param="output_format",
+        )
+    wanted = configured or body.output_format
+    return None if wanted is None else schema_format(wanted.json_schema)
 
 
 def _add(out: list[ChatMessage], message: InputMessage, path: str, waiting: list[str]) -> list[str]:
@@ -139,7 +152,9 @@ def _call(block: ToolUseBlock) -> PastCall:
 
 
 def _tool(tool: ClientTool) -> Tool:
-    function = FunctionTool(name=tool.name, description=tool.description, parameters=tool.input_schema)
+    function = FunctionTool(
+        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
+    )
     return Tool(type="function", function=function)
 
 

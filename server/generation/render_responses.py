@@ -184,7 +184,7 @@ class ResponsesRenderer:
             tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
             parallel_tool_calls=body.parallel_tool_calls is not False,
             reasoning={"effort": effort, "summary": None},
-            text={"format": {"type": "text"}},
+            text={"format": _format_of(body)},
             truncation="disabled",
             background=False,
             metadata=body.metadata or {},
@@ -196,6 +196,11 @@ class ResponsesRenderer:
     @staticmethod
     def _dump(response: ResponseObject) -> dict[str, Any]:
         return response.model_dump(mode="json", exclude_unset=True)
+
+
+def _format_of(body: ResponseBody) -> dict[str, Any]:
+    wanted = body.text.format if body.text is not None else None
+    return {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_unset=True)
 
 
 def _part_of(kind: str, text: str) -> dict[str, Any]:

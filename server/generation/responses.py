@@ -21,6 +21,12 @@ from server.http.protocol.responses import (
     ResponseTool,
     ResultItem,
 )
+from server.http.protocol.structured import (
+    ResponseFormat,
+    ResponseTextFormat,
+    TextSchemaFormat,
+    schema_format,
+)
 from server.http.protocol.tools import (
     CalledFunction,
     FunctionTool,
@@ -128,9 +134,16 @@ def chat_of_response(body: ResponseBody, messages: Sequence[ChatMessage]) -> Cha
             else choice
         ),
         parallel_tool_calls=body.parallel_tool_calls,
+        response_format=None if body.text is None else _format(body.text.format),
         reasoning_effort=body.reasoning.effort if body.reasoning is not None else None,
         dsa=body.dsa,
     )
+
+
+def _format(wanted: ResponseTextFormat | None) -> ResponseFormat | None:
+    if isinstance(wanted, TextSchemaFormat):
+        return schema_format(wanted.json_schema, wanted.name)
+    return wanted
 
 
 def answer_of(output: Sequence[dict[str, Any]]) -> list[ChatMessage]:

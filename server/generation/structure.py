@@ -1,20 +1,22 @@
-"""Says as a grammar what an answer must be: the fields of structured output become Lark.
+"""Says as a grammar what an answer must be: the fields of structured output and the tools become Lark.
 
 The text of an answer may come after reasoning. Then the grammar has the reasoning, too: any text, and the token that ends it.
-So an answer under a grammar never ends inside its reasoning.
+So an answer under a grammar never ends inside its reasoning. Calls are written as the model's chat format has them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from server.chat.grammar import BEGIN, FREE, json_value, literal, regex
+from server.chat import ChatFormat
+from server.chat.errors import UnfitToolError
+from server.chat.grammar import BEGIN, FREE, CallRules, ToolForm, json_value, literal, regex
 from server.chat.parsing import THINK, THOUGHT
 from server.generation.grammars import GrammarChecks, UnfitGrammarError
-from server.http.protocol.errors import bad_request
+from server.http.protocol.errors import ApiError, bad_request
 from server.http.protocol.sampling import GenerationBody
 from server.http.protocol.structured import JsonFormat, SchemaFormat, StructuredOutputs
 
@@ -117,66 +119,33 @@ def _parsed(text: str, param: str) -> Mapping[str, Any] | bool:
     return schema
 
 
-class Structure:
-    """Makes grammars and has them checked.
+@dataclass(frozen=True, slots=True)
+class WantedCalls:
+    """What the calls of an answer must be.
 
-    Args:
-        checks: compiles grammars under limits
-        control_tokens: of the vocabulary, text -> id
-        reasons: answers may have reasoning
+    Attributes:
+        tools: the tools that may be called.
+        must: the answer is a call, whose opening is in the prompt after the reasoning.
+        named: the tool whose call that is; None: any.
+        single: the answer ends with its first call.
     """
 
-    def __init__(self, checks: GrammarChecks, control_tokens: Mapping[str, int], *, reasons: bool) -> None:
-        self._checks, self._tokens, self._reasons = checks, control_tokens, reasons
+    tools: tuple[ToolForm, ...]
+    must: bool = False
+    named: str | None = None
+    single: bool = False
 
-    async def grammar(
-        self, wanted: WantedText, vocab_size: int, *, thinking: bool = False, may_think: bool = False
-    ) -> Enforced:
-        """Return the checked grammars of an answer.
+    @property
+    def strict(self) -> bool:
+        """Whether the schema of a tool has to be enforced."""
+        return any(tool.strict for tool in self.tools)
 
-        Args:
-            wanted: what its text must be
-            vocab_size: of the model
-            thinking: the prompt has opened the reasoning
-            may_think: the model may open it
-
-        Raises:
-            ApiError: the text cannot be enforced; the message says why.
-        """
-        text = await self._checked(wanted.param, self._written(wanted, "own"), wanted.own, vocab_size)
-        before = ""
-        if thinking:
-            before = f"reasoning <[{self._tokens[THOUGHT]}]> "
-        elif may_think and self._reasons:
-            before = f"(<[{self._tokens[THINK]}]> reasoning <[{self._tokens[THOUGHT]}]>)? "
-        if not before:
-            return Enforced(text, text)
-        whole = self._written(wanted, "own", before)
-        return Enforced(await self._checked(wanted.param, whole, wanted.own, vocab_size), text)
-
-    @staticmethod
-    def _written(wanted: WantedText, own: str, before: str = "") -> str:
-        blank = "BLANK? " if wanted.blank and before else ""
-        lines = [f"start: {before}{blank}answer", f"answer: {wanted.expression}"]
-        if blank:
-            lines.append(r"BLANK: /[ \n]{1,4}/")
-        if before:
-            lines.append(f"reasoning: {FREE}")
-        return BEGIN + "\n".join(lines) + "\n"
-
-    async def _checked(self, param: str, text: str, own: str, vocab_size: int) -> str:
-        if len(text) > MAX_SCHEMA:
-            raise bad_request(
-                f"{param} is too large to be enforced: {len(text)} characters, and at most {MAX_SCHEMA} are",
-                param=param,
-                code="grammar_too_large",
-            )
-        try:
-            return await self._checks.check(text, own, vocab_size)
-        except UnfitGrammarError as error:
-            raise bad_request(
-                f"{param} cannot be enforced: {error}", param=param, code="unfit_grammar"
-            ) from None
+    def looser(self) -> WantedCalls:
+        """The same, with arguments of any form where a tool is not strict."""
+        tools = tuple(
+            tool if tool.strict else replace(tool, schema={"type": "object"}) for tool in self.tools
+        )
+        return replace(self, tools=tools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,3 +159,128 @@ class Enforced:
 
     whole: str
     rest: str
+
+
+class Structure:
+    """Makes grammars and has them checked.
+
+    Args:
+        checks: compiles grammars under limits
+        control_tokens: of the vocabulary, text -> id
+        chat: the model's format
+    """
+
+    def __init__(self, checks: GrammarChecks, control_tokens: Mapping[str, int], chat: ChatFormat) -> None:
+        self._checks, self._tokens, self._chat = checks, control_tokens, chat
+
+    async def grammar(
+        self,
+        wanted: WantedText | None,
+        calls: WantedCalls | None,
+        vocab_size: int,
+        *,
+        thinking: bool = False,
+        may_think: bool = False,
+    ) -> Enforced | None:
+        """Return the checked grammars of an answer; None: it may say anything.
+
+        Args:
+            wanted: what its text must be; None: any text
+            calls: the calls that may be in it, or that it must be; None: it has none
+            vocab_size: of the model
+            thinking: the prompt has opened the reasoning
+            may_think: the model may open it
+
+        Raises:
+            ApiError: the answer cannot be enforced; the message says why.
+        """
+        if wanted is not None:
+            try:
+                await self._checked(_written("answer", wanted), wanted.own, vocab_size)
+            except UnfitGrammarError as error:
+                raise _unfit(wanted.param, error) from None
+        if calls is None or not (calls.must or calls.strict or wanted is not None):
+            return (
+                None if wanted is None else await self._whole(wanted, None, vocab_size, thinking, may_think)
+            )
+        try:
+            return await self._whole(wanted, calls, vocab_size, thinking, may_think)
+        except UnfitToolError as error:
+            raise _unfit("tools", error) from None
+        except UnfitGrammarError as error:
+            if calls.looser() == calls:
+                raise await self._unfit_tool(calls, vocab_size, error) from None
+        try:
+            return await self._whole(wanted, calls.looser(), vocab_size, thinking, may_think)
+        except UnfitGrammarError as error:
+            raise await self._unfit_tool(calls, vocab_size, error) from None
+
+    async def _whole(
+        self,
+        wanted: WantedText | None,
+        calls: WantedCalls | None,
+        vocab_size: int,
+        thinking: bool,
+        may_think: bool,
+    ) -> Enforced:
+        rules = None
+        if calls is not None:
+            rules = self._chat.call_rules(
+                calls.tools, named=calls.named, single=calls.single, tokens=self._tokens
+            )
+        must = calls is not None and calls.must
+        if rules is None:
+            body = "answer"
+        elif must:
+            body = rules.rest
+        else:
+            body = rules.said if wanted is None else f"answer | {rules.calls}"
+        text, own = (None, "") if must or wanted is None else (wanted, wanted.own)
+        rest = await self._checked(_written(body, text, rules), own, vocab_size)
+        before = ""
+        if thinking:
+            before = f"REASONING <[{self._tokens[THOUGHT]}]>"
+        elif may_think and self._chat.reasons:
+            before = f"(<[{self._tokens[THINK]}]> REASONING <[{self._tokens[THOUGHT]}]>)?"
+        if not before:
+            return Enforced(rest, rest)
+        if must:  # the server opens the call where the reasoning ends
+            reasoning = FREE if rules is None else rules.reasoning
+            whole = BEGIN + f"start: {before} after_it\nafter_it: {FREE}\nREASONING: {reasoning}\n"
+        else:
+            whole = _written(body, text, rules, before)
+        return Enforced(await self._checked(whole, own, vocab_size), rest)
+
+    async def _unfit_tool(self, calls: WantedCalls, vocab_size: int, error: UnfitGrammarError) -> ApiError:
+        """Find the tool whose schema is at fault."""
+        for index, tool in enumerate(calls.tools):
+            if tool.strict:
+                try:
+                    await self._checked(f"{BEGIN}start: {tool.arguments()}", "", vocab_size)
+                except UnfitGrammarError as own:
+                    return _unfit(f"tools[{index}].function.parameters", own)
+        return _unfit("tools", error)
+
+    async def _checked(self, text: str, own: str, vocab_size: int) -> str:
+        if len(text) > MAX_SCHEMA:
+            raise UnfitGrammarError(
+                f"it is too large, because it takes {len(text)} characters as a grammar, and at most {MAX_SCHEMA} may be"
+            )
+        return await self._checks.check(text, own, vocab_size)
+
+
+def _written(body: str, wanted: WantedText | None, rules: CallRules | None = None, before: str = "") -> str:
+    """A grammar of an answer's parts."""
+    lines = [] if rules is None else list(rules.lines)
+    if wanted is not None:
+        lines.append(f"answer: {wanted.expression}")
+    blank = "LEADING? " if wanted is not None and wanted.blank and before else ""
+    if blank:
+        lines.append(r"LEADING: /[ \n]{1,4}/")
+    if before:
+        lines.append(f"REASONING: {FREE if rules is None else rules.reasoning}")
+    return BEGIN + "\n".join([f"start: {before} {blank}body", f"body: {body}", *lines]) + "\n"
+
+
+def _unfit(param: str, error: Exception) -> ApiError:
+    return bad_request(f"{param} cannot be enforced: {error}", param=param, code="unfit_grammar")

@@ -1,4 +1,4 @@
-"""Structured output from `dsa serve`: a tiny DeepSeek with random weights, whose answers are valid all the same."""
+"""Structured output from `dsa serve`: a tiny DeepSeek with random weights, whose answers and calls are valid all the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("structured") / "deepseek_v32"
     folder.mkdir()
     size = byte_tokenizer(folder)
-    tiny_deepseek("deepseek_v32", folder, vocab_size=size, bos_token_id=256, eos_token_id=257)
+    tiny_deepseek(
+        "deepseek_v32",
+        folder,
+        vocab_size=size,
+        bos_token_id=256,
+        eos_token_id=257,
+        max_position_embeddings=4096,
+    )
     server = Server(
         str(folder), "--dtype", "float32", "--kv-cache-memory", "64MiB", "--threads", "1",
         "--served-model-name", "tiny",
@@ -48,6 +55,11 @@ def end_bias(server: Server) -> dict[str, float]:
     return dict.fromkeys(map(str, [*ids('"}]'), 257]), 4.0) | dict.fromkeys(map(str, ids(" \t\n\r")), -4.0)
 
 
+def said(message: dict[str, Any]) -> str:
+    """The content of an answer, or its calls as JSON."""
+    return json.dumps(message["tool_calls"]) if message.get("tool_calls") else message["content"] or ""
+
+
 def ask(server: Server, **body: Any) -> list[tuple[str, str]]:
     """(text, finish reason) of each choice."""
     fields = {"max_tokens": 400, "seed": 1, "logit_bias": end_bias(server), **body}
@@ -56,7 +68,7 @@ def ask(server: Server, **body: Any) -> list[tuple[str, str]]:
     assert reply.status_code == 200, reply.text
     if not fields.get("stream"):
         choices = reply.json()["choices"]
-        return [(choice["message"]["content"] or "", choice["finish_reason"]) for choice in choices]
+        return [(said(choice["message"]), choice["finish_reason"]) for choice in choices]
     texts: dict[int, str] = {}
     ends: dict[int, str] = {}
     for line in reply.text.splitlines():
@@ -90,6 +102,40 @@ def test_every_finished_answer_validates(served: Server) -> None:
     with ThreadPoolExecutor(4) as threads:
         finished = sum(threads.map(one, range(24)))
     assert finished >= 30
+
+
+def test_every_finished_call_validates(served: Server) -> None:
+    """Strict tools, any or named, after reasoning or without it."""
+
+    def one(seed: int) -> int:
+        schema = random_schema(seed)
+        if schema.get("type") != "object" or any('"' in name for name in schema["properties"]):
+            return 0  # DSML cannot write such parameters
+        function = {"name": "plan", "parameters": schema, "strict": True}
+        tools = [
+            {"type": "function", "function": function},
+            {"type": "function", "function": {"name": "see", "strict": True}},
+        ]
+        called = {"type": "function", "function": {"name": "plan"}}
+        answers = ask(
+            served, tools=tools, tool_choice=called if seed % 2 else "required", seed=seed, n=2,
+            thinking={"type": "enabled", "budget_tokens": 8} if seed % 3 == 0 else {"type": "disabled"},
+            parallel_tool_calls=False, max_tokens=600,
+        )  # fmt: skip
+        for text, reason in answers:
+            assert reason in ("tool_calls", "length")
+            if reason == "tool_calls":
+                (call,) = json.loads(text)
+                values = json.loads(call["function"]["arguments"])
+                if call["function"]["name"] == "see":
+                    assert values == {}
+                else:
+                    jsonschema.Draft202012Validator(schema).validate(values)
+        return sum(reason == "tool_calls" for _, reason in answers)
+
+    with ThreadPoolExecutor(4) as threads:
+        finished = sum(threads.map(one, range(24)))
+    assert finished >= 20
 
 
 def test_other_kinds_of_text(served: Server) -> None:

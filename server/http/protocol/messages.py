@@ -10,6 +10,7 @@ from server.http.protocol.base import TAG, WHOLE, AtLeastOne, Body, Label, Neutr
 from server.http.protocol.chat import MAX_MESSAGES, ChoiceWarning
 from server.http.protocol.notices import NOTICES, Notice
 from server.http.protocol.sampling import MAX_STOPS, ModelName, SparsityOptions, StopText
+from server.http.protocol.structured import OutputFormat
 from server.http.protocol.tools import MAX_TOOLS, CalledName, CallId, Name
 from server.http.protocol.usage import CostUsage, SparsityUsage
 
@@ -113,6 +114,9 @@ class ClientTool(Body):
     name: Name
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = Field(
+        default=None, description="True: the input of every call follows the whole schema."
+    )
     cache_control: CacheControl = None
 
 
@@ -146,6 +150,12 @@ class MessagesMetadata(Body):
     user_id: Label | None = Field(default=None, description="A label; it changes nothing.")
 
 
+class OutputConfig(Body):
+    """The form of the text."""
+
+    format: OutputFormat | None = Field(default=None, description="What the text must be.")
+
+
 class CountTokensBody(Body):
     """A conversation."""
 
@@ -166,6 +176,10 @@ class MessagesBody(CountTokensBody):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = None
     stop_sequences: Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = Field(
+        default=None, description="The older name of output_config.format."
+    )
     metadata: MessagesMetadata | None = None
     service_tier: Annotated[
         Any,

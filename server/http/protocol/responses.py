@@ -10,6 +10,7 @@ from server.http.protocol.base import TAG, WHOLE, AtLeastOne, Body, Label, Neutr
 from server.http.protocol.chat import MAX_MESSAGES, ChoiceWarning, Effort, Metadata
 from server.http.protocol.notices import NOTICES, Notice
 from server.http.protocol.sampling import ModelName, SparsityOptions
+from server.http.protocol.structured import ResponseTextFormat
 from server.http.protocol.tools import MAX_TOOLS, CalledName, CallId, FunctionTool, Name
 from server.http.protocol.usage import CompletionTokensDetails, CostUsage, PromptTokensDetails, SparsityUsage
 
@@ -167,13 +168,7 @@ class ReasoningOptions(Body):
 class TextOptions(Body):
     """The form of the text."""
 
-    format: Annotated[
-        Any,
-        Neutral(
-            {"type": "text"},
-            advice="must be {'type': 'text'} or null: this endpoint does not constrain the output",
-        ),
-    ] = None
+    format: ResponseTextFormat | None = Field(default=None, description="What the text must be.")
     verbosity: Annotated[
         Any, Neutral("medium", advice="must be 'medium' or null: ask for a length in a message instead")
     ] = None

@@ -66,6 +66,40 @@ ResponseFormat = Annotated[
 ]
 
 
+class TextSchemaFormat(SchemaOfFormat):
+    """JSON under a schema, as /v1/responses has it."""
+
+    type: Literal["json_schema"]
+
+
+ResponseTextFormat = Annotated[
+    Annotated[TextFormat, Tag(f"{TAG}text")]
+    | Annotated[JsonFormat, Tag(f"{TAG}json_object")]
+    | Annotated[TextSchemaFormat, Tag(f"{TAG}json_schema")],
+    Discriminator(
+        _format_tag,
+        custom_error_type="text_format",
+        custom_error_message='must be {{"type": "text"}}, {{"type": "json_object"}} or '
+        '{{"type": "json_schema", "name": "...", "schema": {{...}}}}',
+    ),
+]
+
+
+class OutputFormat(Body):
+    """JSON under a schema, as /v1/messages has it."""
+
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(
+        alias="schema", description="What the text is; it is always enforced."
+    )
+
+
+def schema_format(schema: dict[str, Any], name: str = "answer") -> SchemaFormat:
+    """What other forms of a schema are in a chat."""
+    named = SchemaOfFormat.model_construct(name=name, json_schema=schema)
+    return SchemaFormat.model_construct(type="json_schema", json_schema=named)
+
+
 def _schema_tag(value: Any) -> str | None:
     return f"{TAG}text" if isinstance(value, str) else f"{TAG}object" if isinstance(value, dict) else None
 

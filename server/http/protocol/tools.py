@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag
 
-from server.http.protocol.base import TAG, Body, Natural, Neutral
+from server.http.protocol.base import TAG, Body, Natural
 
 MAX_TOOLS = 256
 MAX_CALLS = 256
@@ -21,10 +21,9 @@ class FunctionTool(Body):
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = Field(default=None, description="A JSON schema; default: none.")
-    strict: Annotated[
-        Any,
-        Neutral(False, advice="must be false or null: this server does not constrain the output's grammar"),
-    ] = None
+    strict: bool | None = Field(
+        default=None, description="True: the arguments of every call follow the whole schema."
+    )
 
 
 class Tool(Body):

@@ -160,6 +160,7 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
 TWO = [WEATHER, tool("time")]
 
 
+@pytest.mark.process  # the compiler of grammars
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize(("choice", "tools"), [("required", [WEATHER]), ("required", TWO), (NAMED, TWO)])
 async def test_a_call_that_is_asked_for_is_opened(
@@ -225,6 +226,7 @@ async def test_stop_strings_end_the_content_only(serve: Serve) -> None:
     assert len(engine.aborted) == 1
 
 
+@pytest.mark.process  # the compiler of grammars
 async def test_a_call_inside_reasoning_is_not_opened_again(serve: Serve) -> None:
     engine = engine_of(f"Hm.{CALL}{EOS}")
     sdk = await serve(engine)
@@ -238,6 +240,7 @@ async def test_a_call_inside_reasoning_is_not_opened_again(serve: Serve) -> None
     assert len(engine.submitted) == 1
 
 
+@pytest.mark.process  # the compiler of grammars
 async def test_a_model_that_does_not_call_is_reported(serve: Serve) -> None:
     sdk = await serve(engine_of(f"No.</think>{EOS}", EOS))
     answer = await sdk.chat.completions.create(
@@ -289,11 +292,6 @@ async def test_results_are_put_into_the_order_of_their_calls(serve: Serve) -> No
             {"tools": TWO, "tool_choice": NAMED | {"function": {"name": "x"}}},
             "tool_choice.function.name",
             "'x'",
-        ),
-        (
-            {"tools": [WEATHER | {"function": {"name": "f", "strict": True}}]},
-            "tools[0].function.strict",
-            "grammar",
         ),
         ({"thinking": {"type": "enabled"}, "reasoning_effort": "none"}, "reasoning_effort", "contradict"),
         ({"reasoning_effort": "loud"}, "reasoning_effort", "'none', 'minimal'"),

@@ -115,6 +115,7 @@ async def test_a_stream_is_the_message_in_pieces(serve: Serve, group: int) -> No
     assert shape(streamed) == shape(whole)
 
 
+@pytest.mark.process  # the compiler of grammars
 @pytest.mark.parametrize(
     ("choice", "words"), [({"type": "any"}, "invoke"), ({"type": "tool", "name": "weather"}, "weather")]
 )
