@@ -226,13 +226,9 @@ def _sort(experts: Tensor, held: int, first: int, shared: bool, size: int) -> _T
     most = min(kinds, choices) + max(choices - kinds, 0) // size
     sizes = (choices, most, most, most)
     # Each begins at a multiple of 16 bytes: kernels are compiled anew for other addresses.
-    made = torch.empty(sum(-(-size // 4) * 4 for size in sizes), dtype=torch.int32, device=experts.device)
-    tiles = _Tiles(
-        *(
-            part[:size]
-            for part, size in zip(made.split([-(-one // 4) * 4 for one in sizes]), sizes, strict=True)
-        )
-    )
+    rooms = [-(-size // 4) * 4 for size in sizes]
+    made = torch.empty(sum(rooms), dtype=torch.int32, device=experts.device)
+    tiles = _Tiles(*(part[:size] for part, size in zip(torch.split(made, rooms), sizes, strict=True)))
     part = min(_CHOICES, max(block(choices), 32))
     _sort_choices[(kinds,)](
         experts, *tiles, rows, choices, most, first,

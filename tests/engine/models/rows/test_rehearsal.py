@@ -34,7 +34,7 @@ from triton.runtime.interpreter import GridExecutor  # noqa: E402 - needs Triton
 from engine.kernels.triton.kernel import _COUNTS  # noqa: E402
 from engine.models.gqa.device import DeviceStep  # noqa: E402
 from engine.models.mla.device import LatentStep  # noqa: E402
-from engine.models.rows.inputs import ALIGNED, Sharing, row_inputs  # noqa: E402
+from engine.models.rows.inputs import ALIGNED, RowInputs, Sharing, row_inputs  # noqa: E402
 from engine.models.rows.rehearsal import contexts_of, rehearsals  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -163,12 +163,16 @@ def test_no_step_wants_a_kernel_that_was_not_rehearsed(
 ) -> None:
     """Random steps of up to 2048 rows, in contexts of up to 160 K."""
     longest, max_rows, top_k, budget = 163_840, 64, 2048, 1 << 27
-    step, cache = built(tmp_path) if family == "latent" else grouped(tmp_path)
-    kinds = step._kinds if isinstance(step, LatentStep) else step.kinds()
-    sharing = step.sharing
+    run: Callable[[RowInputs], object]
+    if family == "latent":
+        latent, cache = built(tmp_path)
+        sharing, run = latent.sharing, lambda inputs: latent._through(latent._kinds, inputs, cache)
+    else:
+        rows, cache = grouped(tmp_path)
+        sharing, run = rows.sharing, lambda inputs: rows._through(rows.kinds(), inputs, cache)
     launches = Launches(monkeypatch)
     for inputs in rehearsals(max_rows, contexts_of(longest), top_k, budget, sharing, CPU):
-        step._through(kinds, inputs, cache)
+        run(inputs)
     rehearsed = set(launches.found)
     random = Random(7)
     for _ in range(300):
@@ -191,7 +195,7 @@ def test_no_step_wants_a_kernel_that_was_not_rehearsed(
             ),
             CPU,
         )  # fmt: skip
-        step._through(kinds, row_inputs(batch, CPU, budget, sharing), cache)
+        run(row_inputs(batch, CPU, budget, sharing))
     new = launches.found - rehearsed
     assert not new, [(one[0], nearest(one, rehearsed)) for one in new]
 
