@@ -168,8 +168,8 @@ def test_no_step_wants_a_kernel_that_was_not_rehearsed(
         latent, cache = built(tmp_path)
         sharing, run = latent.sharing, lambda inputs: latent._through(latent._kinds, inputs, cache)
     else:
-        rows, cache = grouped(tmp_path)
-        sharing, run = rows.sharing, lambda inputs: rows._through(rows.kinds(), inputs, cache)
+        flat, cache = grouped(tmp_path)
+        sharing, run = flat.sharing, lambda inputs: flat._through(flat.kinds(), inputs, cache)
     launches = Launches(monkeypatch)
     for inputs in rehearsals(max_rows, contexts_of(longest), top_k, budget, sharing, CPU):
         run(inputs)
