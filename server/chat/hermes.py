@@ -82,14 +82,15 @@ class HermesFormat(JinjaFormat):
         called = " | ".join(
             f"""{literal(f'{name}", "arguments": ')} {rule}""" for name, rule in arguments.items()
         )
-        more = '""' if single else f"(/\\n{{0,2}}/ {literal(self.opening(None))} called end)*"
+        more = "" if single else f"(LINES? {literal(self.opening(None))} called end)* "
         bare = " | ".join(f"bare{rule} GAP? {rule} BARE_END" for rule in arguments.values())
         lines = [
             *(f"{arguments[tool.name]}: {tool.arguments()}" for tool in tools),
             *(f"bare{rule}[lazy]: /{_bare_pattern([name])}/" for name, rule in arguments.items()),
             f"called: {called}",
             f"end: {literal('}' + chr(10) + CALL_END)}",
-            f"after: {more}",
+            f"after: {more}LINES?",  # models end a line after their last call
+            r"LINES: /\n{1,2}/",
             f"upto[lazy]: /(?s:.*){CALL}/",
             f"PLAIN: /(?s:.*)/ & ~/(?s:.*){CALL}(?s:.*)/ & ~/{_bare_pattern(arguments)}(?s:.*)/",
             r"GAP: /[ \n]{1,4}/",
