@@ -14,6 +14,7 @@ import gc
 import importlib.util
 import json
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -57,6 +58,7 @@ def serve(settings: Settings) -> int:
         ModelError, TokenizerError, PromptError, SettingsError: the model or a setting is not valid.
     """
     configure(settings.log_format)
+    raise_descriptor_limit()
     with bind(settings.host, settings.port) as listener:  # before loading, to report a taken port at once
         with _stages(settings.log_format) as stages:
             random = settings.load_format == "dummy"
@@ -86,9 +88,18 @@ def serve(settings: Settings) -> int:
             settings.engine(files),
             on_output=engine_output if settings.log_format == "json" else None,
             vocabulary=vocabulary_of(text),
+            hang_seconds=config.hang_seconds,
         )
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(run(config, engine, text, chat, listener))
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to the hard one: each connection needs a descriptor, and a new engine a few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # some systems allow less than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:
