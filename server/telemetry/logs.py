@@ -15,7 +15,7 @@ from typing import Any
 
 from server.config import LogFormat
 from server.telemetry.record import Ended
-from server.telemetry.sink import Sink, SinkHandler
+from server.telemetry.sink import LogSink, SinkHandler
 
 _access = logging.getLogger("server.access")
 _engine = logging.getLogger("engine.output")
@@ -24,12 +24,12 @@ _QUIET = ("/health/live", "/health/ready", "/metrics")
 """Probes and scrapers request these every few seconds. They get an access line only if the status is unexpected."""
 
 
-def configure(log_format: LogFormat) -> Sink:
+def configure(log_format: LogFormat) -> LogSink:
     """Send every log record of this process to standard error, in one format. Returns where they go.
 
     No record waits for its reader. What is left at the end of the process gets a second to be written.
     """
-    sink = Sink(sys.stderr)
+    sink = LogSink(sys.stderr)
     atexit.register(sink.flush, _LAST_SECONDS)
     handler = SinkHandler(sink)
     handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter("%(message)s"))

@@ -18,7 +18,7 @@ MOST_BYTES = 8 << 20
 """So much is kept for a reader that stalls."""
 
 
-class Sink:
+class LogSink:
     """One output, such as standard error. Any thread may write; no write waits."""
 
     def __init__(self, stream: TextIO, most_bytes: int = MOST_BYTES) -> None:
@@ -92,7 +92,7 @@ class Sink:
 class SinkHandler(logging.Handler):
     """Sends log records to a sink."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: LogSink) -> None:
         super().__init__()
         self.sink = sink
 

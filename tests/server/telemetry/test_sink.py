@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.telemetry.sink import Sink, SinkHandler
+from server.telemetry.sink import LogSink, SinkHandler
 from tests.kit import ROOT
 
 
@@ -26,7 +26,7 @@ class Pipe:
     def fileno(self) -> int:
         return self.writing
 
-    def read(self, sink: Sink) -> str:
+    def read(self, sink: LogSink) -> str:
         """Everything until the sink has nothing left."""
         parts: list[bytes] = []
 
@@ -47,7 +47,7 @@ class Pipe:
 
 def test_a_reader_that_stalls_stops_nobody() -> None:
     pipe: Any = Pipe()
-    sink = Sink(pipe, most_bytes=1 << 20)
+    sink = LogSink(pipe, most_bytes=1 << 20)
     began = time.monotonic()
     for number in range(5000):
         sink.write(f"{number:999}\n")
@@ -64,7 +64,7 @@ def test_a_reader_that_stalls_stops_nobody() -> None:
 
 def test_a_reader_that_has_gone_ends_nobody() -> None:
     pipe: Any = Pipe()
-    sink = Sink(pipe)
+    sink = LogSink(pipe)
     os.close(pipe.reading)
     for _ in range(100):
         sink.write("hello\n")
@@ -74,7 +74,7 @@ def test_a_reader_that_has_gone_ends_nobody() -> None:
 
 def test_a_record_that_cannot_be_formatted_is_told() -> None:
     pipe: Any = Pipe()
-    sink = Sink(pipe)
+    sink = LogSink(pipe)
     logger = logging.Logger("broken")
     logger.addHandler(SinkHandler(sink))
     logger.warning("%d", "no number")
