@@ -30,6 +30,7 @@ from server.chat import ChatFormat, choose, load_chat_format
 from server.chat.detect import model_type
 from server.config import LogFormat, ServerConfig
 from server.generation.grammars import vocabulary_of
+from server.http.connection import connections
 from server.hub.models import resolve
 from server.hub.sampling import read_sampling
 from server.hub.stages import Stages
@@ -43,7 +44,6 @@ _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
 _CLOSE_SECONDS = 2  # time for connections to close after their requests have ended
-_HEADER_BYTES = 64 << 10
 
 
 class ServeError(Exception):
@@ -158,7 +158,7 @@ async def run(
             server_header=False,
             timeout_keep_alive=75,  # longer than the usual 60 s of proxies, so that they close first
             timeout_graceful_shutdown=_CLOSE_SECONDS,
-            h11_max_incomplete_event_size=_HEADER_BYTES,
+            http=connections(config.client_seconds),
         )
     )
     signals = _Signals()
