@@ -132,6 +132,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "CPU is busy with one step, it may take ten times as long.",
         ),
     ] = _HTTP.hang_seconds
+    client_seconds: Annotated[
+        Annotated[float, msgspec.Meta(gt=0)],
+        Flag(
+            SERVER,
+            "A client is cut off that takes so long for its headers, or that neither sends nor reads for so long in the "
+            "middle of a body or an answer.",
+        ),
+    ] = _HTTP.client_seconds
     drain_seconds: Annotated[
         Seconds, Flag(SERVER, "How long running requests may go on after Ctrl-C or SIGTERM.")
     ] = _HTTP.drain_seconds
