@@ -48,6 +48,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     capacity: Capacity | None = None
     stats: EngineStats = EngineStats()
     restarts: int = 0
+    hangs: int = 0  # engine processes that were killed because they made no progress
+    quiet_seconds: float = 0.0  # how long the engine has made no progress; 0: it makes progress
     ended: EngineStats = EngineStats()  # the summed counters of engine processes that have ended
     pid: int | None = None
 

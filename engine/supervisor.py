@@ -1,7 +1,8 @@
 """Runs the engine in its own process and restarts it when it dies.
 
 If the engine dies, every request that waits for it gets an error at once, and a new process starts by
-itself. If the engine reports that it cannot start, it is not started again: it would fail again.
+itself. An engine that hangs is killed (`engine.watchdog`), and then it has died. If the engine reports that it cannot
+start, it is not started again: it would fail again. If the system cannot start a process, it is tried again and again.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 
 import msgspec
 
@@ -35,6 +37,8 @@ from engine.protocol import (
     Work,
     add_counters,
 )
+from engine.pulse import Pulse
+from engine.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ _STOP_SECONDS = 5.0  # time for the current step to end before the process is ki
 _BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)  # the wait after n failed starts in a row
 _OUTPUT_BYTES = 1 << 16
 _OUTPUT_SECONDS = 1.0
+_QUIET_SECONDS = 5.0  # a shorter pause is not worth a word in the status
 _MAX_FAILED_STARTS = len(_BACKOFF_SECONDS)
 
 
@@ -57,6 +62,7 @@ class SubprocessEngine:
             lines at a time; None lets the process write to the server's own output.
         vocabulary: the tokenizer's, for grammars; None: requests cannot have one.
         module: the program to run; measurements replace it by one that speaks the same messages.
+        hang_seconds: an engine that makes no progress for so long is replaced; 0: never.
     """
 
     def __init__(
@@ -66,11 +72,15 @@ class SubprocessEngine:
         *,
         vocabulary: Vocabulary | None = None,
         module: str = "engine.step.process",
+        hang_seconds: float = 0.0,
     ) -> None:
         self._config = config
         self._vocabulary = vocabulary
         self._module = module
         self._on_output = on_output
+        self._hang_seconds = hang_seconds
+        self._watchdog: Watchdog | None = None
+        self._fault: str | None = None  # why the last process was killed, if it hung
         self._status = EngineStatus(state=EngineState.STARTING, message="the engine has not been started yet")
         self._supervisor: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -81,6 +91,9 @@ class SubprocessEngine:
     @property
     def status(self) -> EngineStatus:
         """The newest snapshot of the engine."""
+        watchdog = self._watchdog
+        if watchdog is not None and watchdog.quiet > _QUIET_SECONDS:
+            return msgspec.structs.replace(self._status, quiet_seconds=watchdog.quiet)
         return self._status
 
     async def start(self) -> None:
@@ -131,55 +144,99 @@ class SubprocessEngine:
         """Start the process, watch it until its end, and start it again."""
         failed_starts = 0
         while not self._over:
-            await asyncio.sleep(_BACKOFF_SECONDS[failed_starts])
+            await asyncio.sleep(_BACKOFF_SECONDS[min(failed_starts, len(_BACKOFF_SECONDS) - 1)])
             if self._over:
                 break
+            self._fault, was_ready, spawned = None, False, False
             try:
                 was_ready, code = await self._run_once()
-            except OSError as error:  # such as no file descriptor, or no memory: that may pass
-                failed_starts = min(failed_starts + 1, len(_BACKOFF_SECONDS) - 1)
-                self._kill()
-                self._fail_streams()
-                message = (
-                    f"the engine process cannot be started ({error.strerror or error}); trying again in "
-                    f"{_BACKOFF_SECONDS[failed_starts]:g} s"
-                )
-                _log.error("%s", message)
-                if not self._over:
-                    self._set(EngineState.DOWN, message)
-                continue
+                spawned = True
+                how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                ended = self._fault or f"the engine process ended with {how}"
+            except Exception as error:  # most likely the system has no process or no descriptor left
+                ended = f"the engine process could not be started ({error})"
+                if not isinstance(error, OSError):
+                    _log.error("%s", ended, exc_info=error)
             self._status = msgspec.structs.replace(
-                self._status, stats=EngineStats(), ended=add_counters(self._status.ended, self._status.stats)
+                self._status,
+                stats=EngineStats(),
+                ended=add_counters(self._status.ended, self._status.stats),
+                hangs=self._status.hangs + (self._fault is not None),
             )
             self._fail_streams()
             if self._over:
                 break
             failed_starts = 0 if was_ready else failed_starts + 1
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            if failed_starts >= _MAX_FAILED_STARTS:
-                message = (
-                    f"the engine process ended {failed_starts} times before it was ready, at last with {how}"
-                )
+            # A server that has served waits for as long as the system has no process or descriptor for it.
+            waits = not spawned and self._status.model is not None
+            if failed_starts >= _MAX_FAILED_STARTS and not waits:
+                message = f"{failed_starts} starts of the engine failed in a row; at last, {ended}"
                 self._set(EngineState.FAILED, message)
             else:
-                message = f"the engine process ended with {how}; a new one is starting"
+                message = f"{ended}; a new one is starting"
                 _log.error("%s", message)
                 self._set(EngineState.DOWN, message, restarts=self._status.restarts + 1)
 
     async def _run_once(self) -> tuple[bool, int]:
-        """Run one process until its end. Return (whether it became ready, its exit status: -n for signal n)."""
+        """Run one process until its end. Return (whether it became ready, its exit status: -n for signal n).
+
+        Raises:
+            OSError: the system cannot start a process.
+        """
+        with ExitStack() as stack:
+            pulse = stack.enter_context(closing(Pulse.create())) if self._hang_seconds else None
+            process, ours = await self._spawn(pulse)
+            self._process = process
+            output = asyncio.create_task(self._pass_on(process.stdout), name="engine output")
+            if self._over:
+                self._kill()  # `stop` was called while the process was being started
+            self._was_ready = False
+            if pulse is not None:
+                self._watchdog = stack.enter_context(closing(self._watch(process.pid, pulse)))
+            try:
+                end = self._end = await ServerEnd.over(ours, self._hear)
+                self._status = msgspec.structs.replace(self._status, pid=process.pid)
+                stack.callback(end.close)
+                end.send(Start(config=self._config, vocabulary=self._vocabulary))
+                await end.wait_closed()
+            except ProtocolError as error:
+                _log.error("%s; the engine is replaced", error)
+            finally:
+                if self._end is not None:
+                    self._end.close()
+                    self._end = None
+                if process.returncode is None:
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+                if self._watchdog is not None:
+                    self._watchdog.close()
+                    self._fault, self._watchdog = self._watchdog.fault, None
+                self._kill()
+                code = await process.wait()
+                self._process = None
+                # The process's last output is logged before the next process starts. Its children may outlive it and
+                # keep the pipe open, so the wait has a limit.
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(output, _OUTPUT_SECONDS)
+        return self._was_ready, code
+
+    async def _spawn(self, pulse: Pulse | None) -> tuple[asyncio.subprocess.Process, socket.socket]:
+        """Start a process; return it and our end of the socket to it."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
+                arguments, files = ["--fd", str(theirs.fileno())], [theirs.fileno()]
+                if pulse is not None:
+                    arguments += ["--pulse", str(pulse.fileno())]
+                    files.append(pulse.fileno())
                 # The process has its own session, so Ctrl-C in the terminal reaches only the server, which decides.
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-P",  # the current folder may have an `engine` of its own
                     "-m",
                     self._module,
-                    "--fd",
-                    str(theirs.fileno()),
-                    pass_fds=(theirs.fileno(),),
+                    *arguments,
+                    pass_fds=files,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=None if self._on_output is None else asyncio.subprocess.PIPE,
                     stderr=None if self._on_output is None else asyncio.subprocess.STDOUT,
@@ -189,32 +246,21 @@ class SubprocessEngine:
         except BaseException:
             ours.close()
             raise
-        self._process = process
-        output = asyncio.create_task(self._pass_on(process.stdout), name="engine output")
-        if self._over:
-            self._kill()  # `stop` was called while the process was being started
-        self._was_ready = False
-        end = self._end = await ServerEnd.over(ours, self._hear)
-        self._status = msgspec.structs.replace(self._status, pid=process.pid)
-        try:
-            end.send(Start(config=self._config, vocabulary=self._vocabulary))
-            await end.wait_closed()
-        except ProtocolError as error:
-            _log.error("%s; the engine is replaced", error)
-        finally:
-            self._end = None
-            end.close()
-            if process.returncode is None:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(process.wait(), _STOP_SECONDS)
-            self._kill()
-            code = await process.wait()
-            self._process = None
-            # The process's last output is logged before the next process starts. Its children may outlive it and
-            # keep the pipe open, so the wait has a limit.
-            with suppress(TimeoutError):
-                await asyncio.wait_for(output, _OUTPUT_SECONDS)
-        return self._was_ready, code
+        return process, ours
+
+    def _watch(self, pid: int, pulse: Pulse) -> Watchdog:
+        def about() -> str:
+            requests = "1 request" if len(self._held) == 1 else f"{len(self._held)} requests"
+            return f"{requests}, {self._status.stats.steps_total} steps, {pulse.count} beats"
+
+        return Watchdog(
+            pid,
+            pulse,
+            self._hang_seconds,
+            loading=lambda: not self._was_ready,
+            on_cpu=lambda: self._status.model is not None and self._status.model.device.startswith("cpu"),
+            about=about,
+        )
 
     async def _pass_on(self, stream: asyncio.StreamReader | None) -> None:
         """Pass the process's output to `on_output` until it ends, in pieces that end with a line."""
@@ -276,18 +322,18 @@ class SubprocessEngine:
 
     def _fail_streams(self) -> None:
         after = "the server is stopping" if self._over else "a new one is starting, so try again"
+        what = self._fault or "the engine process ended"
         while self._held:
             held = self._held.popitem()[1]
             if held.hear is not None:
-                held.hear(
-                    EngineDiedError(f"the engine process ended while this request was running; {after}")
-                )
+                held.hear(EngineDiedError(f"{what} while this request was running; {after}"))
             held.settle()
 
     def _kill(self) -> None:
+        """Kill the process and the ranks that it has started, which may be stopped and see no end of a stream."""
         if self._process is not None and self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.kill()
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
 
 class _Held:

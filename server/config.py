@@ -36,6 +36,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         default_max_tokens: a request's token limit if it names none; None: up to the end of the context.
         default_top_k: a request's sparsity if it names none; None: the number that the indexer was trained for.
         max_body_bytes: the largest request body.
+        hang_seconds: an engine that makes no progress for so long is replaced; 0: never.
+        client_seconds: how long a client may take for its headers, or do nothing in the middle of a body or an answer.
         drain_seconds: how long running requests may go on after the signal to stop.
         max_n: the most choices of one request.
         max_prompts: the most prompts of one request.
@@ -54,6 +56,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     default_max_tokens: Positive | None = 1024  # a small model at temperature 1 may never stop by itself
     default_top_k: Sparsity | None = None
     max_body_bytes: Positive = 8 << 20
+    hang_seconds: Seconds = 30.0
+    client_seconds: Annotated[float, msgspec.Meta(gt=0)] = 30.0
     drain_seconds: Seconds = 30.0
     max_n: Positive = 8
     max_prompts: Positive = 64

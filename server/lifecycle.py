@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_BODY_SECONDS = 1.0
+"""So long may the rest of a body take when a drain begins."""
 
 
 class Lifecycle:
@@ -13,6 +19,7 @@ class Lifecycle:
     def __init__(self) -> None:
         self._active = 0
         self._draining = False
+        self._waits: set[asyncio.Timeout] = set()  # of requests whose body has not come whole
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -29,6 +36,20 @@ class Lifecycle:
     def begin_drain(self) -> None:
         """Refuse new work from now on; running requests continue. Idempotent."""
         self._draining = True
+        for deadline in self._waits:
+            deadline.reschedule(asyncio.get_running_loop().time() + _BODY_SECONDS)
+
+    async def unless_draining(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Do `work`, which waits for a client. None if a drain begins and the work does not end soon."""
+        try:
+            async with asyncio.timeout(None) as deadline:
+                self._waits.add(deadline)
+                try:
+                    return await work
+                finally:
+                    self._waits.discard(deadline)
+        except TimeoutError:
+            return None
 
     async def wait_idle(self, timeout: float | None) -> bool:  # noqa: ASYNC109 - a timeout is not an error here
         """Wait at most `timeout` seconds until no request is active; return whether none is. None: no limit."""

@@ -30,6 +30,7 @@ from server.chat import ChatFormat, choose, load_chat_format
 from server.chat.detect import model_type
 from server.config import LogFormat, ServerConfig
 from server.generation.grammars import vocabulary_of
+from server.http.connection import connections
 from server.hub.models import resolve
 from server.hub.sampling import read_sampling
 from server.hub.stages import Stages
@@ -43,8 +44,6 @@ _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
 _CLOSE_SECONDS = 2  # time for connections to close after their requests have ended
-_HEADER_BYTES = 64 << 10
-_FILES = 65536
 
 
 class ServeError(Exception):
@@ -58,8 +57,8 @@ def serve(settings: Settings) -> int:
         ServeError: the port is taken, or the engine failed.
         ModelError, TokenizerError, PromptError, SettingsError: the model or a setting is not valid.
     """
-    configure(settings.log_format)
-    raise_file_limit()
+    sink = configure(settings.log_format)
+    raise_descriptor_limit()
     with bind(settings.host, settings.port) as listener:  # before loading, to report a taken port at once
         with _stages(settings.log_format) as stages:
             random = settings.load_format == "dummy"
@@ -87,20 +86,26 @@ def serve(settings: Settings) -> int:
 
         engine = SubprocessEngine(
             settings.engine(files),
-            on_output=engine_output if settings.log_format == "json" else None,
+            # Never the server's own output: who reads the log could stop the engine.
+            on_output=engine_output
+            if settings.log_format == "json"
+            else lambda text: sink.write(f"{text}\n"),
             vocabulary=vocabulary_of(text),
+            hang_seconds=config.hang_seconds,
         )
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(run(config, engine, text, chat, listener))
+        try:
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                return runner.run(run(config, engine, text, chat, listener))
+        finally:
+            sink.flush(1.0)
 
 
-def raise_file_limit() -> None:
-    """Allow as many open files as the system lets this process have. A connection is one, and 1024 is a usual limit."""
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to the hard one: each connection needs a descriptor, and a new engine a few."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # some systems allow less than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -153,7 +158,7 @@ async def run(
             server_header=False,
             timeout_keep_alive=75,  # longer than the usual 60 s of proxies, so that they close first
             timeout_graceful_shutdown=_CLOSE_SECONDS,
-            h11_max_incomplete_event_size=_HEADER_BYTES,
+            http=connections(config.client_seconds),
         )
     )
     signals = _Signals()
@@ -188,12 +193,13 @@ async def _watch(engine: Engine, config: ServerConfig, listener: socket.socket) 
     if config.log_format == "json":
         _log.info("%s", line.partition(" - try: ")[0])
     else:
-        print(line, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(line, flush=True)
     while True:
         while engine.status.state is EngineState.READY:  # noqa: ASYNC110 - the engine only offers a snapshot
             await asyncio.sleep(_POLL_SECONDS)
         await _loaded(engine, config.log_format)
-        _say(config.log_format, "the engine is ready again")
+        _log.warning("the engine is ready again")
 
 
 async def _loaded(engine: Engine, log_format: LogFormat) -> None:
@@ -208,18 +214,15 @@ async def _loaded(engine: Engine, log_format: LogFormat) -> None:
 
 def _after_ctrl_c() -> None:
     if sys.stderr.isatty():
-        print(file=sys.stderr, flush=True)  # end the line in which the terminal shows ^C
-
-
-def _say(log_format: LogFormat, sentence: str) -> None:
-    if log_format == "json":
-        _log.warning("%s", sentence)
-    else:
-        print(sentence, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(file=sys.stderr, flush=True)  # end the line in which the terminal shows ^C
 
 
 def _stages(log_format: LogFormat) -> Stages:
-    return Stages(say=(lambda line: _log.info("%s", line)) if log_format == "json" else None)
+    if log_format == "json":
+        return Stages(say=lambda line: _log.info("%s", line))
+    # On a terminal there is a bar. Else the lines go where the log goes, which never waits.
+    return Stages(say=None if sys.stderr.isatty() else lambda line: _log.warning("%s", line))
 
 
 async def _drain(lifecycle: Lifecycle, signals: _Signals, config: ServerConfig) -> None:
@@ -229,7 +232,7 @@ async def _drain(lifecycle: Lifecycle, signals: _Signals, config: ServerConfig) 
     if not (count := lifecycle.active_requests):
         return
     who = "1 request has" if count == 1 else f"{count} requests have"
-    _say(config.log_format, f"stopping: {who} up to {seconds:g} s to finish; a second signal ends them now")
+    _log.warning("stopping: %s up to %g s to finish; a second signal ends them now", who, seconds)
     idle = asyncio.create_task(lifecycle.wait_idle(seconds))
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait((idle, second), return_when=asyncio.FIRST_COMPLETED)

@@ -124,6 +124,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, msgspec.Meta(ge=0)],
         Flag(SERVER, "Responses of /v1/responses that are kept in memory, for previous_response_id."),
     ] = _HTTP.stored_responses
+    hang_seconds: Annotated[
+        Seconds,
+        Flag(
+            SERVER,
+            "An engine that makes no progress for so long is killed and replaced; 0 is never. While it loads, and while a "
+            "CPU is busy with one step, it may take ten times as long.",
+        ),
+    ] = _HTTP.hang_seconds
+    client_seconds: Annotated[
+        Annotated[float, msgspec.Meta(gt=0)],
+        Flag(
+            SERVER,
+            "A client is cut off that takes so long for its headers, or that neither sends nor reads for so long in the "
+            "middle of a body or an answer.",
+        ),
+    ] = _HTTP.client_seconds
     drain_seconds: Annotated[
         Seconds, Flag(SERVER, "How long running requests may go on after Ctrl-C or SIGTERM.")
     ] = _HTTP.drain_seconds

@@ -12,7 +12,7 @@ layer selects for four.
 
 What is not as in real use: there are only `--distinct` different prompts of a context, because a GPU would take minutes
 to read 64 of them, and streams share them in turn. Streams of one prompt read the same pages, so a part of what attention
-reads comes from the L2 cache. Random weights never accept a draft, so `mtp` shows what drafts cost, not what they gain. A
+reads comes from the L2 cache. Their tokens are drawn, and differ: equal ones would visit the same few experts. Random weights never accept a draft, so `mtp` shows what drafts cost, not what they gain. A
 few layers have less cache than 61 and the same head and host's work in a step, which are the larger part of it.
 
 The file latent_http.json is written after each case. What does not fit into `--seconds` is left out and named.
@@ -112,10 +112,10 @@ class Bench:
         """
         bodies = tuple(
             {
-                "model": "m", "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
+                "model": "m", "prompt": list(prompt), "max_tokens": tokens, "temperature": 1, "seed": number, "ignore_eos": True,
                 "stream": True, "stream_options": {"include_usage": True},
             } | MODES[mode]
-            for prompt in prompts
+            for number, prompt in enumerate(prompts)
         )  # fmt: skip
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(self._bounded(Crowd(url=self.server.url, bodies=bodies)))
@@ -281,7 +281,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--distinct", default="16,2", help="different prompts of each context")
     parser.add_argument("--streams", default="1,16,64")
     parser.add_argument("--dense", default="base", help="variants that are also measured dense")
-    parser.add_argument("--tokens", type=int, default=96, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=160, help="of each answer")
     parser.add_argument("--seconds", type=float, default=280.0, help="of the whole program")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that the program works")
     asked = parser.parse_args(shlex.split(own))

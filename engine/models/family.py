@@ -104,11 +104,19 @@ class Model(Protocol):
         ...
 
 
+STEP_SCORE_BYTES = 512 << 20
+"""That the scores of a step over rows may take on a device, at the least: graphs have as many."""
+
+
 class KernelCompilers(Protocol):
     """What compiles kernels in processes of its own: `engine.kernels.triton.compiling`."""
 
     def together(self) -> AbstractContextManager[None]:
         """Inside, nothing is launched: what launches would need is compiled."""
+        ...
+
+    def started(self) -> None:
+        """From now on a kernel that has to be compiled is a request's delay, and is logged."""
         ...
 
     def close(self) -> None:

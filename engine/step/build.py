@@ -24,7 +24,7 @@ from engine.kernels import native
 from engine.kernels.choice import choose_backend
 from engine.memory.planes import PagedCache, page_bytes
 from engine.models import read_config, read_model
-from engine.models.family import Family, KernelCompilers, Model, Placement, RowStep
+from engine.models.family import STEP_SCORE_BYTES, Family, KernelCompilers, Model, Placement, RowStep
 from engine.parallel.link import Progress
 from engine.parallel.ranks import ALONE, Ranks
 from engine.parallel.team import OnLost, Team
@@ -258,9 +258,16 @@ def _build(
     ahead = None
     if step is not None:
         ahead = _device_runner(
-            model, step, cache, config.score_budget_bytes, device, compilers, masks=vocabulary is not None
+            model,
+            step,
+            cache,
+            max(config.score_budget_bytes, STEP_SCORE_BYTES),
+            device,
+            compilers,
+            masks=vocabulary is not None,
         )
     if compilers is not None:
+        compilers.started()
         compilers.close()
     shape, dtype_name = model.shape(), str(dtype).removeprefix("torch.")
     coefficients = assumed_coefficients(shape, device.type, model.backend)

@@ -1,7 +1,8 @@
 """The engine process: `python -m engine.step.process --fd N`, where N is an inherited stream socket to the server.
 
 The process ends when the server ends (it sees the end of the stream), when it is told to stop, or when it can no
-longer compute. It ignores signals: only the server handles Ctrl-C, and decides which requests still finish.
+longer compute. It ignores signals: only the server handles Ctrl-C, and decides which requests still finish. If the server
+is killed while this process is stopped, the system kills it (`PR_SET_PDEATHSIG`, on Linux).
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from engine.channel import EngineEnd
 from engine.errors import EngineError, ProtocolError, RankError
+from engine.pdeath import die_with_parent
 from engine.protocol import Abort, Delta, Failed, Loading, Start, Stop, Submit, ToEngine
+from engine.pulse import Pulse
 from engine.step.build import Built, build
 from engine.step.grammars import Compiled
 from engine.step.profiler import StepProfiler
@@ -28,13 +32,22 @@ from engine.step.profiler import StepProfiler
 _log = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.1
+_IDLE_SECONDS = 1.0  # between two beats of an engine that has nothing to do
 
 
 def main() -> None:
     """Read `Start`, load, then serve until the end."""
     parser = argparse.ArgumentParser(description="The engine process. Started by the server, not by hand.")
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the server")
-    end = EngineEnd(socket.socket(fileno=parser.parse_args().fd))
+    parser.add_argument("--pulse", type=int, help="file descriptor of the counter of progress")
+    arguments = parser.parse_args()
+    die_with_parent()
+    pulse = None if arguments.pulse is None else Pulse(arguments.pulse)
+    if pulse is not None:
+        pulse.dump_on_signal()
+    beat = _nothing if pulse is None else pulse.beat
+    beat()
+    end = EngineEnd(socket.socket(fileno=arguments.fd))
     logging.basicConfig(format="engine: %(message)s", level=logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -47,7 +60,9 @@ def main() -> None:
     threading.Thread(target=_read, args=(end, inbox), daemon=True).start()
     try:
         profiler = StepProfiler.of(first.config)
-        built = build(first.config, _Progress(end), lambda reason: _give_up(end, reason), first.vocabulary)
+        built = build(
+            first.config, _Progress(end, beat), lambda reason: _give_up(end, reason), first.vocabulary
+        )
     except EngineError as error:
         end.send(Failed(message=str(error)))
         sys.exit(1)
@@ -63,9 +78,10 @@ def main() -> None:
     _log.info("%s", built.kernels)
     gc.collect()
     gc.freeze()  # what is loaded stays; a collection in the middle of a step then looks at young objects only
+    beat()
     end.send(built.ready)
     try:
-        _loop(end, inbox, built, profiler)
+        _loop(end, inbox, built, profiler, beat)
     except RankError as error:
         _log.error("%s", error)
         end.send(Failed(message=str(error)))
@@ -88,11 +104,13 @@ def _give_up(end: EngineEnd, reason: str) -> None:
 class _Progress:
     """Sends progress to the server, at most a few times a second and always at the end of a stage."""
 
-    def __init__(self, end: EngineEnd) -> None:
+    def __init__(self, end: EngineEnd, beat: Callable[[], None]) -> None:
         self._end = end
+        self._beat = beat
         self._last = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        self._beat()
         now = time.monotonic()
         if done >= total or now - self._last > _PROGRESS_SECONDS:
             self._last = now
@@ -112,8 +130,16 @@ def _read(end: EngineEnd, inbox: queue.SimpleQueue[ToEngine | Compiled]) -> None
         inbox.put(message)
 
 
+def _nothing() -> None:
+    """Count no progress: nobody asked for it."""
+
+
 def _loop(
-    end: EngineEnd, inbox: queue.SimpleQueue[ToEngine | Compiled], built: Built, profiler: StepProfiler | None
+    end: EngineEnd,
+    inbox: queue.SimpleQueue[ToEngine | Compiled],
+    built: Built,
+    profiler: StepProfiler | None,
+    beat: Callable[[], None] = _nothing,
 ) -> None:
     core = built.core
     core.compile_apart(inbox.put)
@@ -124,7 +150,11 @@ def _loop(
         while not core.has_work or not inbox.empty():
             if changed and not core.has_work and inbox.empty():
                 break  # report what changed before the wait
-            message = inbox.get()
+            try:
+                message = inbox.get(timeout=_IDLE_SECONDS)
+            except queue.Empty:
+                beat()  # there is nothing to do
+                continue
             changed = True
             if isinstance(message, Submit):
                 deltas.extend(core.submit(message))
@@ -142,6 +172,7 @@ def _loop(
             end.send(core.tell(tuple(deltas)))
         output = step()
         if output is not None:
+            beat()
             end.send(output)
         if core.broken:
             end.send(Failed(message="several steps in a row failed; the device may be broken"))

@@ -6,14 +6,12 @@ A worker ends when the process that started it ends (it sees the end of the sock
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import os
 import queue
 import shutil
 import signal
 import socket
-import sys
 import threading
 from pathlib import Path
 
@@ -22,13 +20,12 @@ import msgspec
 from engine.errors import EngineError, ProtocolError
 from engine.parallel.group import Meeting, join
 from engine.parallel.link import Assignment, Link, RankLoaded
+from engine.pdeath import die_with_parent
 from engine.plan.types import StepPlan
 from engine.protocol import Failed
 from engine.step.build import load_part
 
 _log = logging.getLogger(__name__)
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
@@ -40,8 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # usually the end of the socket is enough, but not if this process hangs
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()  # usually the end of the socket is enough, but not if this process hangs
     link = Link(socket.socket(fileno=options.fd))
     assignment = link.receive(msgspec.msgpack.Decoder(Assignment))
     if assignment is None:

@@ -82,26 +82,26 @@ class HermesFormat(JinjaFormat):
         called = " | ".join(
             f"""{literal(f'{name}", "arguments": ')} {rule}""" for name, rule in arguments.items()
         )
-        more = '""' if single else f"(/\\n{{0,2}}/ {literal(self.opening(None))} called end)*"
+        begin, end = literal(self.opening(None)), literal("}\n" + CALL_END)
+        more = "" if single else f" | {end} LINES? {begin} called tail"
         bare = " | ".join(f"bare{rule} GAP? {rule} BARE_END" for rule in arguments.values())
         lines = [
             *(f"{arguments[tool.name]}: {tool.arguments()}" for tool in tools),
             *(f"bare{rule}[lazy]: /{_bare_pattern([name])}/" for name, rule in arguments.items()),
             f"called: {called}",
-            f"end: {literal('}' + chr(10) + CALL_END)}",
-            f"after: {more}",
+            f'tail: "}}" | {end} LINES?{more}',  # models end an answer or a line there
+            r"LINES: /\n{1,2}/",
             f"upto[lazy]: /(?s:.*){CALL}/",
             f"PLAIN: /(?s:.*)/ & ~/(?s:.*){CALL}(?s:.*)/ & ~/{_bare_pattern(arguments)}(?s:.*)/",
             r"GAP: /[ \n]{1,4}/",
             r"BARE_END: /\s{0,4}\}\s{0,4}(```)?/",
         ]
-        rest = f"{'called' if named is None else arguments[named]} end after"
         opened = literal(self.opening(None).removeprefix(CALL))
         return CallRules(
             lines=lines,
-            said=f"PLAIN | upto {opened} called end after | {bare}",
-            calls=f"{literal(self.opening(None))} called end after",
-            rest=rest,
+            said=f"PLAIN | upto {opened} called tail | {bare}",
+            calls=f"{begin} called tail",
+            rest=f"{'called' if named is None else arguments[named]} tail",
         )
 
 

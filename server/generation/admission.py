@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -36,8 +36,10 @@ class Admission:
             raise self._full()
 
     @contextmanager
-    def admit(self, choices: int) -> Iterator[None]:
-        """Count a request's choices as admitted while the block runs.
+    def admit(self, choices: int) -> Iterator[Callable[[], None]]:
+        """Count a request's choices as admitted while the block runs, or until it calls what it is given.
+
+        It calls that when the engine has done the work, so that a client that does not read its answer holds no place.
 
         Raises:
             QueueFullError: other requests leave too little room.
@@ -50,11 +52,18 @@ class Admission:
             )
         if self.admitted + choices > self.limit:
             raise self._full()
-        self.admitted += choices
+        held = choices
+        self.admitted += held
+
+        def leave() -> None:
+            nonlocal held
+            self.admitted -= held
+            held = 0
+
         try:
-            yield
+            yield leave
         finally:
-            self.admitted -= choices
+            leave()
 
     def _full(self) -> QueueFullError:
         return QueueFullError(

@@ -7,6 +7,7 @@ from typing import TypeVar
 from fastapi import Request
 
 from server.http.protocol.base import Body
+from server.http.protocol.errors import draining
 from server.http.protocol.notices import Notice
 from server.http.protocol.validation import parse_body, refused, unknown_fields
 from server.services import services_of
@@ -24,7 +25,10 @@ async def read_body(request: Request, model: type[B]) -> tuple[B, list[Notice]]:
         ApiError: the body is not JSON or not valid; the message says what to change.
     """
     services = services_of(request)
-    body = parse_body(model, request.headers.get("content-type"), await request.body())
+    raw = await services.lifecycle.unless_draining(request.body())
+    if raw is None:
+        raise draining()
+    body = parse_body(model, request.headers.get("content-type"), raw)
     unknown = unknown_fields(body)
     if not unknown:
         return body, []

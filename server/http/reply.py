@@ -37,7 +37,15 @@ from server.http.disconnect import ClientGoneError, unless_disconnected
 from server.http.middleware import Record, outcome_of, record_of
 from server.http.outlet import Outlet
 from server.http.protocol import sse
-from server.http.protocol.errors import ENGINE, RATE_LIMIT, ApiError, bad_request, internal_error, unavailable
+from server.http.protocol.errors import (
+    ENGINE,
+    RATE_LIMIT,
+    ApiError,
+    bad_request,
+    draining,
+    internal_error,
+    unavailable,
+)
 from server.http.protocol.usage import CostUsage, Usage
 from server.money.accounting import Account, LedgerUnavailableError, key_of
 from server.services import Services
@@ -74,16 +82,15 @@ class GenerationReply(Response):
         services, record = self._services, record_of(scope)
         with services.lifecycle.track():
             if services.lifecycle.draining:
-                raise unavailable(
-                    "the server is shutting down and takes no new requests; send it to another",
-                    code="draining",
-                )
+                raise draining()
             try:
                 with _refusals():
                     services.admission.check()
                 order = await self._prepare(Request(scope, receive))
-                with _refusals(), services.admission.admit(len(order.work.jobs)):
-                    response = await unless_disconnected(receive, self._run(order, record, send, scope))
+                with _refusals(), services.admission.admit(len(order.work.jobs)) as leave:
+                    response = await unless_disconnected(
+                        receive, self._run(order, record, send, scope, leave)
+                    )
             except (ClientDisconnect, ClientGoneError):
                 record.outcome = "disconnected"
                 logger.info("request %s: the client hung up", record.request_id)
@@ -91,7 +98,9 @@ class GenerationReply(Response):
             if response is not None:
                 await response(scope, receive, send)
 
-    async def _run(self, order: Order, record: Record, send: Send, scope: Scope) -> Response | None:
+    async def _run(
+        self, order: Order, record: Record, send: Send, scope: Scope, leave: Callable[[], None]
+    ) -> Response | None:
         """Generate. Return the response that the caller must send; None after a stream, which is already sent."""
         services, jobs = self._services, order.work.jobs
         meter = services.metrics.generation(jobs, record.started)
@@ -107,7 +116,7 @@ class GenerationReply(Response):
         ended = "failed"
         try:
             async with Generation(services.engine, services.text, jobs, account.settle) as generation:
-                run = _Run(generation, meter, order, record, account)
+                run = _Run(generation, meter, order, record, account, leave)
                 response = await (run.stream(send) if order.stream else run.whole())
                 complete = run.complete
         except asyncio.CancelledError:
@@ -129,7 +138,9 @@ class _Run:
         order: Order,
         record: Record,
         account: Account,
+        leave: Callable[[], None],
     ) -> None:
+        self._leave = leave
         self._account = account
         self._generation = generation
         self._meter = meter
@@ -149,6 +160,7 @@ class _Run:
         try:
             self._generation.listen(take)
             await self._generation.over()
+            self._leave()
             usage = await self._finish()
         except Exception as error:
             raise self._explain(error) from error
@@ -188,8 +200,10 @@ class _Run:
             self._generation.listen(take)
             await self._end(outlet)
         except Exception:
+            self._leave()
             await outlet.drain()
             raise
+        self._leave()
         await outlet.drain()
         return self._order.renderer.ending(await self._finish())
 

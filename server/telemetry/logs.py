@@ -5,6 +5,7 @@ All logs go to standard error. No line contains what clients send, except prompt
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import sys
@@ -14,16 +15,23 @@ from typing import Any
 
 from server.config import LogFormat
 from server.telemetry.record import Ended
+from server.telemetry.sink import LogSink, SinkHandler
 
 _access = logging.getLogger("server.access")
 _engine = logging.getLogger("engine.output")
+_LAST_SECONDS = 1.0
 _QUIET = ("/health/live", "/health/ready", "/metrics")
 """Probes and scrapers request these every few seconds. They get an access line only if the status is unexpected."""
 
 
-def configure(log_format: LogFormat) -> None:
-    """Send every log record of this process to standard error, in one format."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure(log_format: LogFormat) -> LogSink:
+    """Send every log record of this process to standard error, in one format. Returns where they go.
+
+    No record waits for its reader. What is left at the end of the process gets a second to be written.
+    """
+    sink = LogSink(sys.stderr)
+    atexit.register(sink.flush, _LAST_SECONDS)
+    handler = SinkHandler(sink)
     handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter("%(message)s"))
     logging.basicConfig(
         handlers=[handler], level=logging.INFO if log_format == "json" else logging.WARNING, force=True
@@ -31,6 +39,7 @@ def configure(log_format: LogFormat) -> None:
     logging.captureWarnings(capture=True)
     for name in ("httpx", "urllib3", "opentelemetry"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    return sink
 
 
 class JsonFormatter(logging.Formatter):

@@ -198,3 +198,32 @@ def test_an_engine_that_stands_still_is_killed_with_its_server(start: Callable[.
     server = start("--max-model-len", "256", "--kv-cache-memory", "64MiB").wait_ready()
     server.engine.suspend()  # like an engine that hangs in a device driver
     assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_an_engine_that_stands_still_is_replaced_within_a_minute(start: Callable[..., Server]) -> None:
+    server = start("--max-model-len", "256", "--kv-cache-memory", "64MiB").wait_ready()
+    engine = server.engine
+    with streaming(server, prompt="Once upon a time", max_tokens=200, ignore_eos=True) as events:
+        engine.suspend()
+        stopped = time.monotonic()
+    assert "made no progress" in json.loads(events[-1])["error"]["message"]
+    until(lambda: server.ready, 60)
+    assert time.monotonic() - stopped < 60
+    assert not engine.is_running()
+    assert server.post("/v1/completions", prompt="hello", max_tokens=1).status_code == 200
+    assert server.metrics()["dsa_engine_hangs_total"] == 1
+    assert "T (stopped)" in server.errors
+    assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_an_engine_that_stands_still_does_not_outlive_its_server(start: Callable[..., Server]) -> None:
+    server = start("--max-model-len", "256", "--kv-cache-memory", "64MiB").wait_ready()
+    engine = server.engine
+    engine.suspend()
+    server.process.kill()
+    _, left = psutil.wait_procs([engine], 10)
+    assert not left

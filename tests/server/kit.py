@@ -19,6 +19,7 @@ from engine.protocol import SamplingParams, Submit
 from server.app import create_app
 from server.chat import ChatFormat, PromptError
 from server.config import ServerConfig
+from server.http.connection import connections
 from server.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, Script
 
@@ -96,12 +97,19 @@ def completion_body(prompt: Any = "hi", **fields: Any) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: FastAPI, *, buffer: int | None = None) -> AsyncGenerator[str, None]:
-    """Run the app on a real server; yields its address. The system keeps about `buffer` bytes for slow readers."""
+async def serving(
+    app: FastAPI, *, buffer: int | None = None, seconds: float = 30
+) -> AsyncGenerator[str, None]:
+    """Run the app on a real server; yields its address.
+
+    The system keeps about `buffer` bytes for slow readers; clients may do nothing for `seconds`.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
     if buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)  # the connections inherit it
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, http=connections(seconds))
+    )
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it

@@ -229,16 +229,3 @@ def test_the_real_thing_from_start_to_end(default_model: Path, tmp_path: Path) -
             assert process.wait(20) == 0
         finally:
             process.kill()
-
-
-@pytest.mark.process
-def test_the_limit_of_open_files_is_raised() -> None:
-    code = (
-        "import resource; from server.serve import raise_file_limit\n"
-        "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))\n"
-        "raise_file_limit()\n"
-        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
-    )
-    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert int(said) > 100 or int(said) == -1

@@ -56,7 +56,8 @@ _INFINITY = tl.constexpr(0x7F800000)
 def select_among(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) -> None:
     """`engine.kernels.triton.select.select` into `out` [T, K] int32, K at most `MOST_SELECTED`."""
     (count, context), width = scores.shape, out.shape[1]
-    sample, room = sample_of(width, context)
+    # For the next power of two: each pair is compiled for itself.
+    sample, room = sample_of(width, int(triton.next_power_of_2(context)))
     places = torch.empty(count, room, dtype=torch.int32, device=scores.device)
     shape = shape_of(count, width)
     _among_kernel[(count,)](

@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -93,6 +94,11 @@ class Compilers:
         except (pickle.PicklingError, AttributeError, TypeError, BrokenProcessPool) as error:
             _log.warning("%s.%s is compiled later: %s", order.module, order.name, error)
 
+    def started(self) -> None:
+        """From now on a kernel that has to be compiled is a request's delay, and is logged."""
+        global _started
+        _started = True
+
     def close(self) -> None:
         """End the processes."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -104,6 +110,23 @@ _current: ContextVar[Compilers | None] = ContextVar("compilers", default=None)
 def compilers_at_work() -> Compilers | None:
     """Those in whose `together` this is; None: launches launch."""
     return _current.get()
+
+
+_LATE_SECONDS = 0.1
+"""A kernel that is read from the cache takes less."""
+_started = False
+
+
+@contextmanager
+def noted(name: str) -> Iterator[None]:
+    """Log a compilation that comes after `Compilers.started`."""
+    began = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - began
+    if _started and seconds > _LATE_SECONDS:
+        _log.warning(
+            "requests waited %.1f s until %s was compiled: no step at the start needed it so", seconds, name
+        )
 
 
 def build(pickled: bytes) -> None:

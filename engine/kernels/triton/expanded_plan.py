@@ -23,6 +23,7 @@ so its bits, do not depend on the rounds."""
 ROUND_TOKENS = 8192
 """Tokens of context whose keys and values are made at a time: 512 MiB of DeepSeek-V3.2's in bfloat16."""
 _FIELDS = 5
+_ALIGNED = 4  # blocks of a round: kernels are compiled anew for addresses that are not multiples of 16 bytes
 
 
 class DenseChunk(NamedTuple):
@@ -138,6 +139,7 @@ def plan_expanded(chunks: Sequence[DenseChunk], size: int = 128, tokens: int = R
     for one in blocks:
         one.sort(key=lambda block: block[3] - block[4])
     width, count = max(map(len, pages), default=0), max(map(len, blocks), default=0)
+    count = -(-count // _ALIGNED) * _ALIGNED
     table = [one + [(-1, 0)] * (width - len(one)) for one in pages]
     lines = [one + [(0,) * _FIELDS] * (count - len(one)) for one in blocks]
     return ExpandedPlan(

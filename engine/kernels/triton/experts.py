@@ -224,8 +224,11 @@ def _sort(experts: Tensor, held: int, first: int, shared: bool, size: int) -> _T
     rows, chosen = experts.shape
     choices, kinds = rows * (chosen + shared), held + shared
     most = min(kinds, choices) + max(choices - kinds, 0) // size
-    made = torch.empty(choices + 3 * most, dtype=torch.int32, device=experts.device)
-    tiles = _Tiles(*torch.split(made, [choices, most, most, most]))
+    sizes = (choices, most, most, most)
+    # Each begins at a multiple of 16 bytes: kernels are compiled anew for other addresses.
+    rooms = [-(-size // 4) * 4 for size in sizes]
+    made = torch.empty(sum(rooms), dtype=torch.int32, device=experts.device)
+    tiles = _Tiles(*(part[:size] for part, size in zip(torch.split(made, rooms), sizes, strict=True)))
     part = min(_CHOICES, max(block(choices), 32))
     _sort_choices[(kinds,)](
         experts, *tiles, rows, choices, most, first,

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from engine.kernels.triton.compiling import KernelOrder, compilers_at_work
+from engine.kernels.triton.compiling import KernelOrder, compilers_at_work, noted
 
-_COUNTS = ("num_rows", "bias_stride", "chunks", "programs", "num_groups")
+_COUNTS = ("num_rows", "bias_stride", "chunks", "programs", "num_groups", "choices", "most")
 """Arguments that are numbers also where they are 1, and for whose values nothing is compiled anew."""
 
 
@@ -32,7 +32,8 @@ class Kernel(JITFunction[Any]):  # type: ignore[misc]
     ) -> Any:
         compilers = compilers_at_work()
         if compilers is None:
-            return super()._do_compile(key, signature, device, constexprs, options, attrs, warmup)
+            with noted(f"{self.__module__}.{self.__name__}"):
+                return super()._do_compile(key, signature, device, constexprs, options, attrs, warmup)
         if not compilers.knows((self.__module__, self.__name__, key)):
             target = self.device_caches[device][2]
             compilers.order(

@@ -69,6 +69,8 @@ DENSE_SPLIT = 512
 """Positions in a split of a dense row; it doubles as often as the number of splits wants."""
 SPARSE_PROGRAMS = 132
 """Sparse rows are split while the launch has no more programs than this: multiprocessors of an H100 or H200."""
+MERGED_HEADS = 8
+"""Heads of a dense row that a program merges."""
 ROWS_AT_ONCE = 1024
 """Dense rows of a launch; a batch with more takes several."""
 
@@ -348,7 +350,7 @@ class _Call:
             merge_kernel[(count, self._heads)](
                 parts, sums, rows.positions, rows.index_top_k, rows.positions, self.out, width, splits, each, 0,
                 HEADS=self._heads, RANK=self._rank, RANK_BLOCK=block(self._rank), SPLITS=splits, MOST=0,
-                SPARSE=True, LISTED=False, EVERY=False, num_warps=2, **overlap(),
+                SPARSE=True, LISTED=False, EVERY=False, EACH_HEADS=1, MERGED=min(splits, 8), num_warps=2, **overlap(),
             )  # fmt: skip
 
     def sparse_of(self, vendor: FlashMla, selected: Tensor) -> None:
@@ -381,10 +383,11 @@ class _Call:
                 self.out, parts, sums, self._scale, *self._strides, count, first, **which, **self._constants(), **overlap(),
             )  # fmt: skip
         if splits > 1:
-            merge_kernel[(count, self._heads)](
+            # Mostly there is nothing to merge: few programs end sooner.
+            merge_kernel[(count, triton.cdiv(self._heads, MERGED_HEADS))](
                 parts, sums, rows.positions, rows.index_top_k, source, self.out, 0, splits, DENSE_SPLIT, first,
                 HEADS=self._heads, RANK=self._rank, RANK_BLOCK=block(self._rank), SPLITS=splits, MOST=splits,
-                SPARSE=False, LISTED=listed is not None, EVERY=every, num_warps=2, **overlap(),
+                SPARSE=False, LISTED=listed is not None, EVERY=every, EACH_HEADS=MERGED_HEADS, MERGED=min(splits, 16), num_warps=4, **overlap(),
             )  # fmt: skip
 
     def tokens_of(self, selected: Tensor, every: bool) -> Tensor:

@@ -275,12 +275,13 @@ def merge_kernel(
     parts: tl.tensor, sums: tl.tensor, positions: tl.tensor, index_top_k: tl.tensor, source: tl.tensor, out: tl.tensor,
     width: tl.tensor, splits: tl.tensor, each: tl.tensor, first: tl.tensor,
     HEADS: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
-    SPARSE: tl.constexpr, LISTED: tl.constexpr, EVERY: tl.constexpr, EARLY: tl.constexpr,
+    SPARSE: tl.constexpr, LISTED: tl.constexpr, EVERY: tl.constexpr, EACH_HEADS: tl.constexpr, MERGED: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One head of one row that has more than one split: sum_s 2^lse_s part_s / sum_s 2^lse_s."""
+    """EACH_HEADS heads of one row that has more than one split: sum_s 2^lse_s part_s / sum_s 2^lse_s, MERGED splits at a time."""
     turn(EARLY)
     entry = tl.program_id(0)
-    head = tl.program_id(1)
+    first_head = tl.program_id(1) * EACH_HEADS
     t = tl.load(source + entry) if LISTED else first + entry
     length = tl.maximum(tl.load(positions + t) + 1, 0)
     chosen = 0 * length if EVERY else tl.load(index_top_k + t)
@@ -295,12 +296,24 @@ def merge_kernel(
         return
     count = tl.cdiv(length, size)
     s = tl.arange(0, SPLITS)
+    i = tl.arange(0, MERGED)
     d = tl.arange(0, RANK_BLOCK)
-    place = (entry.to(tl.int64) * splits + s) * HEADS + head
-    lse = tl.load(sums + place, mask=s < count, other=float("-inf"))
-    weights = tl.exp2(lse - tl.max(lse, 0))
-    own = tl.load(
-        parts + place[:, None] * RANK + d[None, :], mask=(s < count)[:, None] & (d < RANK)[None, :], other=0.0
-    )
-    result = tl.sum(own * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(out + (t.to(tl.int64) * HEADS + head) * RANK + d, result.to(out.dtype.element_ty), mask=d < RANK)
+    base = entry.to(tl.int64) * splits
+    for head in range(first_head, tl.minimum(first_head + EACH_HEADS, HEADS)):
+        lse = tl.load(sums + (base + s) * HEADS + head, mask=s < count, other=float("-inf"))
+        top = tl.max(lse, 0)
+        total = tl.sum(tl.exp2(lse - top), 0)
+        result = tl.zeros((RANK_BLOCK,), tl.float32)
+        for start in range(0, count, MERGED):
+            inside = start + i < count
+            place = (base + start + i) * HEADS + head
+            weights = tl.exp2(tl.load(sums + place, mask=inside, other=float("-inf")) - top)
+            own = tl.load(
+                parts + place[:, None] * RANK + d[None, :],
+                mask=inside[:, None] & (d < RANK)[None, :],
+                other=0.0,
+            )
+            result += tl.sum(own * weights[:, None], 0)
+        result = result / total
+        at = out + (t.to(tl.int64) * HEADS + head) * RANK
+        tl.store(at + d, result.to(out.dtype.element_ty), mask=d < RANK)

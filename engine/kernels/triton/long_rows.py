@@ -85,7 +85,7 @@ def plan_of(width: int, context: int, count: int) -> Plan:
 def select_long(scores: Tensor, rows: Rows, out: Tensor, cuts: Tensor | None) -> None:
     """`engine.kernels.triton.select.select` into `out` [T, K] int32, K at most `MOST_SELECTED`."""
     (count, context), width = scores.shape, out.shape[1]
-    plan = plan_of(width, context, count)
+    plan = plan_of(width, int(triton.next_power_of_2(context)), count)  # each plan is compiled for itself
     stretches = triton.cdiv(context, STRETCH)
     thresholds = torch.empty(count, 2, dtype=torch.int32, device=scores.device)
     words = torch.empty(count, stretches * (STRETCH // 32), dtype=torch.int32, device=scores.device)

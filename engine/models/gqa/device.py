@@ -9,7 +9,7 @@ are torch's, but for those of very few rows where the device gives them the same
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -156,6 +156,7 @@ class DeviceStep:
             max_rows,
             max_context,
             device,
+            sample=lambda inputs, _: self._through(self.kinds(), inputs, cache),
         )
         self._graphs.capture_all(0 if indexer is None else indexer.default_index_top_k, progress, compilers)
 
@@ -170,9 +171,20 @@ class DeviceStep:
 
     def compute(self, inputs: RowInputs, cache: PagedCache) -> Tensor:
         """Write the rows to the cache; hidden states after the last norm, [T, E]; of padding anything finite."""
+        return self._through(range(len(self._model.layers)), inputs, cache)
+
+    def kinds(self) -> list[int]:
+        """A layer of each kind: others launch the same kernels."""
+        found: dict[tuple[bool, bool], int] = {}
+        for i, layer in enumerate(self._model.layers):
+            found.setdefault((layer.indexer is None, layer.adapter is None), i)
+        return list(found.values())
+
+    def _through(self, layers: Iterable[int], inputs: RowInputs, cache: PagedCache) -> Tensor:
         m, eps = self._model, self._model.config.rms_norm_eps
         x, update = embed(inputs.token_ids, self.drawn, plain(m.embed)).to(m.norm.dtype), None
-        for i, layer in enumerate(m.layers):
+        for i in layers:
+            layer = m.layers[i]
             x, hidden = add_rms_norm(x, update, layer.input_norm, eps)
             update = self._attention(i, layer, hidden, inputs, cache)
             x, hidden = add_rms_norm(x, update, layer.post_norm, eps)

@@ -7,7 +7,7 @@ attended as decodes are, in the absorbed form; dense rows of longer ones in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -62,6 +62,7 @@ class LatentStep:
         self._graphs: StepGraphs | None = None
         self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
         self._layers = [DeviceLayer(layer, i, model.rotary) for i, layer in enumerate(model.layers)]
+        self._kinds = list({layer.kind: layer for layer in reversed(self._layers)}.values())[::-1]
 
     def reserve(self, rows: int) -> None:
         """Make room for what a step of so many requests draws: `drawn` [rows] int64.
@@ -85,6 +86,7 @@ class LatentStep:
             max_rows,
             model.max_positions,
             model.norm.device,
+            sample=lambda inputs, _: self._through(self._kinds, inputs, cache),
         )
         top_k = 0 if model.indexer is None else model.indexer.default_index_top_k
         self._graphs.capture_all(top_k, progress, compilers)
@@ -99,9 +101,12 @@ class LatentStep:
 
     def compute(self, inputs: RowInputs, cache: PagedCache) -> Tensor:
         """Write the rows to the cache; hidden states after the last norm, [T, E]; of padding anything finite."""
+        return self._through(self._layers, inputs, cache)
+
+    def _through(self, layers: Sequence[DeviceLayer], inputs: RowInputs, cache: PagedCache) -> Tensor:
         m = self._model
         stream = Residual(embed(inputs.token_ids, self.drawn, m.embed), None)
-        for layer in self._layers:
+        for layer in layers:
             stream = layer(stream, inputs, cache)
         return add_rms_norm(stream.x, stream.update, m.norm, m.config.rms_norm_eps)[1]
 

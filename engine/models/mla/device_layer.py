@@ -84,6 +84,29 @@ class DeviceLayer:
         attention.weights = w
         self._shares = isinstance(layer.mlp, MlaMoe) and _alike(layer.mlp)
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for layers that launch the same kernels."""
+        layer, mlp = self._layer, self._layer.mlp
+        w = layer.attention.weights
+        weights: list[Matrix | None] = [
+            self._hidden_weight,
+            w.q_b,
+            w.kv_b,
+            w.o,
+            self._index_weight,
+            mlp.gate_up,
+            mlp.down,
+        ]
+        if isinstance(mlp, MlaMoe):
+            weights += [mlp.gate, mlp.shared.gate_up, mlp.shared.down]
+        return tuple(
+            None
+            if one is None
+            else (type(one), tuple(one.shape), one.dtype if isinstance(one, Tensor) else None)
+            for one in weights
+        )
+
     def __call__(self, stream: Residual, inputs: RowInputs, cache: PagedCache) -> Residual:
         """Compute the layer of T rows, and write their part of the cache."""
         layer = self._layer

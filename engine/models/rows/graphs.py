@@ -19,9 +19,10 @@ from engine.attention.batch import Batch
 from engine.kernels.capture import captured
 from engine.kernels.triton.expanded_plan import ExpandedPlan
 from engine.memory.staging import Staging
-from engine.models.family import KernelCompilers
+from engine.models.family import STEP_SCORE_BYTES, KernelCompilers
 from engine.models.rows.inputs import CONTEXT_STEP, RowInputs, Sharing, expanded_plan, longest_context
 from engine.models.rows.padded import Padded
+from engine.models.rows.rehearsal import contexts_of, rehearsals
 
 _DECODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows of graphs without prompts."""
@@ -33,8 +34,6 @@ _LEAST_CONTEXT = 2048
 _CONTEXT_FACTOR = 4
 """From one context of graphs to the next. A graph of a longer context has programs that end at once; they cost little."""
 _LEAST_WIDTH = 64
-_MOST_SCORES = 1 << 29
-"""Bytes of the scores of a graph's rows."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class StepGraphs:
         max_context: int,
         device: torch.device,
         given: Tensor | None = None,
+        sample: Callable[[RowInputs, Tensor | None], object] | None = None,
     ) -> None:
         """Nothing is captured yet.
 
@@ -66,7 +66,9 @@ class StepGraphs:
             max_context: that a request may have
             device: of the model
             given: [1, E], of the size and dtype of what is given with each row; None: nothing is
+            sample: launches each kernel that `compute` launches, and fewer times; None: `compute` does
         """
+        self._sample = sample or compute
         self._compute, self._device, self._sharing = compute, device, sharing
         most = min(max_rows, _DECODES[-1])
         self._decodes = [*(size for size in _DECODES if size < most), most]
@@ -96,16 +98,28 @@ class StepGraphs:
                 reversed(sizes), reversed(self._contexts), reversed(widths)
             )
             for expanded in self._expanded(width, singles)
-            if rows > singles and 4 * rows * context <= _MOST_SCORES
+            if rows > singles and 4 * rows * context <= STEP_SCORE_BYTES
         ]
         if compilers is not None:
             with compilers.together():
                 for shape in shapes:
-                    self._compute(shape.inputs(self._padding(shape)), self._given_to(shape))
+                    self._sample(shape.inputs(self._padding(shape)), self._given_to(shape))
+                self._rehearse(top_k, contexts_of(self._contexts[-1]))
         for number, shape in enumerate(shapes):
             progress(number, len(shapes))
             self._capture(shape)
+        # Kernels are loaded, too.
+        self._rehearse(top_k, [self._contexts[-1]])
         progress(len(shapes), len(shapes))
+
+    def _rehearse(self, top_k: int, contexts: list[int]) -> None:
+        """Launch, or compile, what steps want that no graph holds."""
+        for inputs in rehearsals(
+            self._decodes[-1], contexts, top_k, STEP_SCORE_BYTES, self._sharing, self._device
+        ):
+            rows = len(inputs.rows)
+            given = None if self._given is None else self._given.new_zeros(rows, self._given.shape[1])
+            self._sample(inputs, given)
 
     def run(self, batch: Batch, given: Tensor | None = None) -> Tensor | None:
         """Hidden states [T, E] of a batch whose tensors are on the CPU; None: no graph is so large.
@@ -149,7 +163,7 @@ class StepGraphs:
             width = self._width  # its graphs are there, and hold smaller selections too
         # The last row of a step with prompts is padding.
         rows = next((size for size in sizes if size >= count + (singles > 0) and size > singles), 0)
-        if not rows or not context or 4 * rows * context > _MOST_SCORES:
+        if not rows or not context or 4 * rows * context > STEP_SCORE_BYTES:
             return None
         shape = self._shape(rows, context, width, singles, expanded=expanded)
         return shape if shape.holds(batch) else None

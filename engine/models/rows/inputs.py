@@ -19,6 +19,10 @@ CONTEXT_STEP = 1024
 """Contexts are rounded up to multiples of it: kernels are compiled anew for numbers of another kind."""
 
 
+ALIGNED = 16
+"""Rows, pages and selections are laid out in multiples of so many."""
+
+
 class Sharing(NamedTuple):
     """How rows of prompts share what they read, in the kernels of one family."""
 
@@ -97,9 +101,17 @@ def row_inputs(batch: Batch, device: torch.device, budget_bytes: int, sharing: S
         batch.positions,
         batch.index_top_k,
     )
-    packed = torch.from_numpy(np.stack([one.numpy().astype(np.int32) for one in vectors])).to(device)
+    # Lines of whole `ALIGNED` numbers: kernels are compiled anew for addresses of another kind, too.
+    count = len(batch.token_ids)
+    host = np.zeros((len(vectors), _aligned(count)), dtype=np.int32)
+    for line, vector in zip(host, vectors, strict=True):
+        line[:count] = vector.numpy()
+    packed = torch.from_numpy(host).to(device)[:, :count]
     token_ids, pages, offsets, request, positions, index_top_k = packed.unbind()
-    rows = Rows(request, positions, index_top_k, batch.block_table.to(torch.int32).to(device))
+    lines, width = batch.block_table.shape
+    table = torch.zeros(lines, _aligned(width), dtype=torch.int32)
+    table[:, :width] = batch.block_table
+    rows = Rows(request, positions, index_top_k, table.to(device))
     context = -(-longest_context(batch) // CONTEXT_STEP) * CONTEXT_STEP
     spans, plan = spans_of(batch, sharing), expanded_plan(batch, sharing)
     top_k = max(
@@ -112,18 +124,23 @@ def row_inputs(batch: Batch, device: torch.device, budget_bytes: int, sharing: S
         offsets=offsets,
         rows=rows,
         max_context=context,
-        top_k=top_k,
+        top_k=_aligned(top_k),
         blocks=blocks_of(spans, len(rows), sharing.attended, device) if spans else None,
         pieces=_pieces(rows, spans, max(1, budget_bytes // (4 * context)), sharing.scored) if top_k else (),
         dense=None if plan is None else plan.to(device),
     )
 
 
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNED) * ALIGNED
+
+
 def _pieces(rows: Rows, spans: Sequence[Span], most: int, size: int) -> tuple[Piece, ...]:
-    """The rows, at most so many at a time, their chunks in blocks of at most `size` rows."""
+    """The rows, about at most so many at a time, their chunks in blocks of at most `size` rows."""
     pieces = []
-    for first in range(0, len(rows), most):
-        end = min(first + most, len(rows))
+    each = _aligned(-(-len(rows) // -(-len(rows) // most)))
+    for first in range(0, len(rows), each):
+        end = min(first + each, len(rows))
         own = Rows(
             rows.request[first:end], rows.positions[first:end], rows.index_top_k[first:end], rows.block_table
         )  # fmt: skip

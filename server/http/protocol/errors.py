@@ -106,6 +106,13 @@ def unavailable(message: str, *, code: str, kind: str = UNAVAILABLE, retry_after
     return ApiError(503, message, kind=kind, code=code, headers={"retry-after": str(retry_after)})
 
 
+def draining() -> ApiError:
+    """Make the 503 of a server that is about to exit."""
+    return unavailable(
+        "the server is shutting down and takes no new requests; send it to another", code="draining"
+    )
+
+
 def internal_error() -> ApiError:
     """Make a 500: a fault of the server. The log has the details; the client gets none."""
     return ApiError(

@@ -63,7 +63,9 @@ class Readiness(BaseModel):
     """Whether requests are taken now, and why not."""
 
     ready: bool
-    state: str = Field(description="`ready`, `starting`, `down`, `failed`, `stopped` or `draining`.")
+    state: str = Field(
+        description="`ready`, `starting`, `down`, `failed`, `stopped`, `stalled` or `draining`."
+    )
     model: str
     reason: str | None = Field(description="One sentence when not ready.")
     loading: LoadingProgress | None

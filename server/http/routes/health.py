@@ -11,6 +11,9 @@ from server.services import services_of
 
 router = APIRouter(tags=["health"])
 
+QUIET_SECONDS = 10.0
+"""A server whose engine makes no progress for so long is not ready. If that goes on, the engine is replaced."""
+
 
 @router.get("/health/live", summary="Does the process answer?")
 async def live() -> Liveness:
@@ -44,6 +47,8 @@ async def ready(request: Request, response: Response) -> Readiness:
         state, reason = "draining", "the server is shutting down and finishes what runs"
     elif status.state is not EngineState.READY:
         reason = why_not_ready(status)
+    elif status.quiet_seconds > QUIET_SECONDS:
+        state, reason = "stalled", f"the engine has made no progress for {status.quiet_seconds:.0f} s"
     loading = status.loading if status.state is not EngineState.READY else None
     if reason is not None:
         response.status_code = 503

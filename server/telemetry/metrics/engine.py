@@ -72,6 +72,9 @@ class EngineCollector(Collector):
         yield CounterMetricFamily(
             "dsa_engine_restarts", "Engine processes started after one died.", status.restarts
         )
+        yield CounterMetricFamily(
+            "dsa_engine_hangs", "Engine processes killed because they made no progress.", status.hangs
+        )
         pages = GaugeMetricFamily(
             "dsa_kv_pages", "Pages of keys and values: held, kept for prefix hits, free.", labels=["state"]
         )

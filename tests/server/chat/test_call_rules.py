@@ -52,8 +52,8 @@ TEXTS = [
 ]
 NAMES = {token_id: text for text, token_id in VOCABULARY.control_tokens.items()}
 END = 257
-HARMLESS = ("stray_marker", "malformed_tool_call")
-"""Marks in text, and calls without their tags."""
+HARMLESS = ("stray_marker", "malformed_tool_call", "truncated_tool_call")
+"""Marks in text, and calls without their tags or without the last of them."""
 
 
 def make_compiler() -> GrammarCompiler:
@@ -146,7 +146,7 @@ def test_calls_that_must_come(name: str) -> None:
         if answer is not None:
             parser = chat.parser(tools=["plan", "see"], single=single)
             parts = parse(parser, chat.opening(named), answer)
-            assert not any(isinstance(part, Warn | Content) for part in parts)
+            assert not any(isinstance(part, Content) for part in parts)
             assert check(parts, tools, single=single) >= 1
             assert named is None or calls(parts)[0]["function"]["name"] == named
         found[answer is not None] += 1

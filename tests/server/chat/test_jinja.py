@@ -43,13 +43,6 @@ def chat_format(default_model: Path) -> ChatFormat:
 
 @pytest.mark.parametrize("generate", [True, False])
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_whether_a_template_writes_names() -> None:
-    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    assert not JinjaFormat(plain).names
-    assert JinjaFormat(plain.replace("m.role", "m.name or m.role")).names
-    assert not JinjaFormat("{{ raise_exception('no') }}").names
-
-
 def test_prompts_equal_those_of_transformers(
     default_model: Path,
     tokenizer: Tokenizer,
@@ -152,3 +145,10 @@ def test_templates_of_folders(tmp_path: Path) -> None:
 def test_an_unknown_format_is_refused(default_model: Path) -> None:
     with pytest.raises(PromptError, match="no chat format 'morse'"):
         load_chat_format(default_model, "morse")
+
+
+def test_whether_a_template_writes_names() -> None:
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert not JinjaFormat(plain).names
+    assert JinjaFormat(plain.replace("m.role", "m.name or m.role")).names
+    assert not JinjaFormat("{{ raise_exception('no') }}").names

@@ -59,6 +59,19 @@ async def test_while_the_engine_is_down() -> None:
     assert "the engine is starting: weights (1 of 4)" in error_of(await chat({}, engine), 503)["message"]
 
 
+async def test_while_the_engine_makes_no_progress() -> None:
+    engine = speaking()
+    engine.set_status(quiet_seconds=6.0)
+    async with client(make_app(engine)) as http:
+        assert (await http.get("/health/ready")).status_code == 200
+        engine.set_status(quiet_seconds=12.3)
+        response = await http.get("/health/ready")
+        assert response.status_code == 503
+        assert response.json()["state"] == "stalled"
+        assert response.json()["reason"] == "the engine has made no progress for 12 s"
+        assert (await http.get("/health/live")).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_engine_that_refuses(stream: bool) -> None:
     response = await chat({"stream": stream}, speaking(fault="refuse"))

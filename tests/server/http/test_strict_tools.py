@@ -97,6 +97,7 @@ async def test_a_call_that_must_come_follows_its_opening(
     )
     assert "warnings" not in reply.json()["choices"][0]
     assert allows(submit, rest)
+    assert chat is not HERMES or allows(submit, rest + "\n")
     assert not allows(submit, "No.")
     assert not allows(submit, rest.replace("city", "town"))
 
