@@ -26,7 +26,7 @@ import uvicorn
 
 from engine.client import Engine, EngineState
 from server.app import create_app
-from server.chat import ChatFormat, choose, load_chat_format
+from server.chat import ChatFormat, choose, choose_tool_format, load_chat_format
 from server.chat.detect import model_type
 from server.config import LogFormat, ServerConfig
 from server.generation.grammars import vocabulary_of
@@ -77,8 +77,10 @@ def serve(settings: Settings) -> int:
             else:
                 text = load_tokenizer(files.weights)
                 name, why = choose(files.weights, settings.chat_format)
-            chat = load_chat_format(files.weights, name, text)
+            calls, reason = choose_tool_format(files.weights, name, settings.tool_format)
+            chat = load_chat_format(files.weights, name, text, tool_format=settings.tool_format)
             stages(f"chat format: {name} ({why})", 0, 0)
+            stages(f"calls of tools: {calls} ({reason})", 0, 0)
         config = settings.server(files.name, model_type(files.weights))
         if settings.sampling_defaults == "model":
             config = msgspec.structs.replace(config, sampling=read_sampling(files.weights, files.name))

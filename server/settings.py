@@ -279,6 +279,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "NAME",
         ),
     ] = "auto"
+    tool_format: Annotated[
+        str,
+        Flag(
+            MODEL,
+            "How the model of a checkpoint's own template writes calls of tools: auto, hermes, llama-json, pythonic, "
+            "mistral or none.",
+            None,
+            "NAME",
+        ),
+    ] = "auto"
     max_n: Annotated[Positive, Flag(ADVANCED, "Most choices in one request.")] = _HTTP.max_n
     max_prompts: Annotated[Positive, Flag(ADVANCED, "Most prompts in one request.")] = _HTTP.max_prompts
     max_body: Annotated[str, Flag(ADVANCED, "Largest request body.", None, "SIZE", "max_body_bytes")] = (

@@ -19,7 +19,7 @@ from typing import Any
 from server.chat.deepseek import ASSISTANT, BOS, EOS, USER, calls_of, require_tokens, text_of
 from server.chat.errors import PromptError, UnfitToolError
 from server.chat.format import ChatFormat
-from server.chat.grammar import FREE, CallRules, ToolForm, json_value, literal
+from server.chat.grammar import FREE, ArgumentList, CallRules, ToolForm, json_value, literal
 from server.chat.parsing import THINK, THOUGHT, Calls, Lexer, json_object_problem, stray
 from server.chat.parts import Content, Parser, Part, Reasoning, Warn
 from server.text.tokenizer import Tokenizer
@@ -203,9 +203,6 @@ def _write_calls(calls: Sequence[Mapping[str, Any]]) -> str:
 
 
 _PARAMETER, _TEXT_END, _JSON_END = f'{PARAMETER} name="', '" string="true">', '" string="false">'
-_ROOT_KEYS = frozenset(
-    "type properties required additionalProperties title description $schema $id $defs definitions".split()
-)
 _STRING_KEYS = frozenset("type title description default examples".split())
 
 
@@ -215,34 +212,27 @@ def _parameter_rules(name: str, tool: ToolForm) -> list[str]:
     Raises:
         UnfitToolError: the tool is strict, and its schema is not a plain list of properties.
     """
-    schema = tool.schema
-    properties = schema.get("properties", {})
-    required = schema.get("required", [])
-    lists = (
-        schema.get("type", "object") == "object"
-        and isinstance(properties, dict)
-        and isinstance(required, list)
-    )
-    if not lists or not _ROOT_KEYS.issuperset(schema) or any(re.search(r'["\n]', key) for key in properties):
+    parameters = tool.parameters()
+    if parameters is None or any(re.search(r'["\n]', key) for key in parameters.schemas):
         if tool.strict:
             raise UnfitToolError(
                 f"the parameters of {tool.name!r} must be an object with properties and no other conditions, because "
                 "this model's format writes them one by one"
             )
         return [f"{name}: any"]
-    if not (properties or required or tool.strict or schema.get("additionalProperties") is False):
+    if parameters.open:
         return [f"{name}: any"]
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     parts, lines = [], []
-    for number, key in enumerate(dict.fromkeys([*properties, *required])):
+    for number, key in enumerate(parameters.schemas):
         rule = f"{name}_{number}"
-        lines.append(f"{rule}: {literal(_PARAMETER + key)} {_value(properties.get(key, True), shared, tool)}")
-        parts.append(f"({rule} {literal(chr(10))}){'' if key in required else '?'}")
+        lines.append(f"{rule}: {literal(_PARAMETER + key)} {_value(key, parameters, tool)}")
+        parts.append(f"({rule} {literal(chr(10))}){'' if key in parameters.required else '?'}")
     return [*lines, f"{name}: {' '.join(parts) or '/' + chr(92) + 'n?/'}"]
 
 
-def _value(schema: Any, shared: Mapping[str, Any], tool: ToolForm) -> str:
+def _value(key: str, parameters: ArgumentList, tool: ToolForm) -> str:
     """The expression for what follows a parameter's name. Text is as it is; what has a condition is JSON."""
+    schema = parameters.schemas[key]
     if isinstance(schema, dict) and schema.get("type") == "string":
         if _STRING_KEYS.issuperset(schema):
             return f"{literal(_TEXT_END)} value"
@@ -251,8 +241,8 @@ def _value(schema: Any, shared: Mapping[str, Any], tool: ToolForm) -> str:
             texts = [choice for choice in choices if isinstance(choice, str) and PARAMETER_END not in choice]
             if texts:
                 return f"{literal(_TEXT_END)} ({' | '.join(map(literal, texts))}) {literal(PARAMETER_END)}"
-    value = {**shared, **schema} if isinstance(schema, dict) else schema is not False
-    return f"{literal(_JSON_END)} {json_value(value, lenient=not tool.strict)} {literal(PARAMETER_END)}"
+    value = json_value(parameters.schema(key), lenient=not tool.strict)
+    return f"{literal(_JSON_END)} {value} {literal(PARAMETER_END)}"
 
 
 def _decoded(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -21,6 +21,33 @@ FREE = r"/(?s:.*)/"
 """Any text. It has no control tokens, because no text has one in a grammar."""
 
 
+_ROOT_KEYS = frozenset(
+    "type properties required additionalProperties title description $schema $id $defs definitions".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentList:
+    """The arguments of a tool whose schema is a plain list of properties.
+
+    Attributes:
+        schemas: of the properties, and of others that are required.
+        required: the names of those that must come.
+        shared: definitions that the schemas may refer to.
+        open: nothing is said about the arguments, so there may be any.
+    """
+
+    schemas: Mapping[str, Any]
+    required: frozenset[str]
+    shared: Mapping[str, Any]
+    open: bool
+
+    def schema(self, key: str) -> Mapping[str, Any] | bool:
+        """The schema of an argument, with the definitions that it may refer to."""
+        schema = self.schemas[key]
+        return {**self.shared, **schema} if isinstance(schema, dict) else schema is not False
+
+
 @dataclass(frozen=True, slots=True)
 class ToolForm:
     """What the arguments of a tool's calls must be.
@@ -34,6 +61,24 @@ class ToolForm:
     name: str
     schema: Mapping[str, Any]
     strict: bool
+
+    def parameters(self) -> ArgumentList | None:
+        """The arguments one by one; None if the schema is not a plain list of properties."""
+        properties, required = self.schema.get("properties", {}), self.schema.get("required", [])
+        if (
+            self.schema.get("type", "object") != "object"
+            or not isinstance(properties, dict)
+            or not isinstance(required, list)
+            or not _ROOT_KEYS.issuperset(self.schema)
+        ):
+            return None
+        closed = self.strict or self.schema.get("additionalProperties") is False
+        return ArgumentList(
+            schemas={key: properties.get(key, True) for key in dict.fromkeys([*properties, *required])},
+            required=frozenset(required),
+            shared={key: self.schema[key] for key in ("$defs", "definitions") if key in self.schema},
+            open=not (properties or required or closed),
+        )
 
     def arguments(self) -> str:
         """The expression for the arguments as JSON."""

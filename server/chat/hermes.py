@@ -20,20 +20,17 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from server.chat.errors import PromptError
+from server.chat.call_json import FENCE, BareHeads, ObjectEnd, call_of, name_of
 from server.chat.grammar import CallRules, ToolForm, literal
-from server.chat.jinja import JinjaFormat
-from server.chat.parsing import THINK, THOUGHT, Calls, Lexer, json_object_problem, stray
+from server.chat.parsing import THINK, THOUGHT, Calls, Lexer, stray
 from server.chat.parts import Content, Parser, Part, Reasoning, Warn
+from server.chat.tool_template import RESULT, RESULT_END, ToolTemplate
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"
-RESULT, RESULT_END = "<tool_response>", "</tool_response>"
 TOOLS, TOOLS_END = "<tools>", "</tools>"
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 _LONGEST_HEAD = 1024
-_FENCE = "```"
-_STRUCTURE = re.compile(r'["\\{}\[\]]')
 
 
 def is_hermes(template: str) -> bool:
@@ -41,24 +38,25 @@ def is_hermes(template: str) -> bool:
     return CALL in template and '"arguments"' in template.replace('\\"', '"') and "<function=" not in template
 
 
-class HermesFormat(JinjaFormat):
+class HermesFormat(ToolTemplate):
     """A checkpoint's template that `is_hermes`."""
 
-    tools = True
+    def described_tools(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """One tool a line, between tags."""
+        lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+        return (
+            f"You can call these functions:\n{TOOLS}\n{lines}\n{TOOLS_END}\n\n"
+            f"To call one, write JSON with its name and arguments between tags:\n{CALL}\n"
+            f'{{"name": the function\'s name, "arguments": an object with its arguments}}\n{CALL_END}'
+        )
 
-    def __init__(
-        self, template: str, tokens: Mapping[str, str] | None = None, *, reasons: bool = False
-    ) -> None:
-        super().__init__(template, tokens, reasons=reasons)
-        self.thinking_with_tools = self.thinking
-
-    def decode(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """Replace the JSON text of each call's arguments by its object, because the template writes it as JSON.
-
-        Raises:
-            PromptError: the arguments of a call are not a JSON object.
-        """
-        return [_decoded(index, message) for index, message in enumerate(messages)]
+    def written_calls(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """Each call between tags."""
+        written = (
+            json.dumps({"name": call["name"], "arguments": call["arguments"]}, ensure_ascii=False)
+            for call in calls
+        )
+        return "\n".join(f"{CALL}\n{text}\n{CALL_END}" for text in written)
 
     def plain_markers(self, role: str) -> tuple[str, ...]:
         """The tags of calls, results and tools."""
@@ -79,6 +77,7 @@ class HermesFormat(JinjaFormat):
     ) -> CallRules:
         """Return the grammar of calls. Text before a call is told from the call's tag by lazy matching."""
         arguments = {tool.name: f"args{number}" for number, tool in enumerate(tools)}
+        heads = _bare(arguments)
         called = " | ".join(
             f"""{literal(f'{name}", "arguments": ')} {rule}""" for name, rule in arguments.items()
         )
@@ -87,12 +86,12 @@ class HermesFormat(JinjaFormat):
         bare = " | ".join(f"bare{rule} GAP? {rule} BARE_END" for rule in arguments.values())
         lines = [
             *(f"{arguments[tool.name]}: {tool.arguments()}" for tool in tools),
-            *(f"bare{rule}[lazy]: /{_bare_pattern([name])}/" for name, rule in arguments.items()),
+            *(f"bare{rule}[lazy]: /{heads.pattern([name])}/" for name, rule in arguments.items()),
             f"called: {called}",
             f'tail: "}}" | {end} LINES?{more}',  # models end an answer or a line there
             r"LINES: /\n{1,2}/",
             f"upto[lazy]: /(?s:.*){CALL}/",
-            f"PLAIN: /(?s:.*)/ & ~/(?s:.*){CALL}(?s:.*)/ & ~/{_bare_pattern(arguments)}(?s:.*)/",
+            f"PLAIN: /(?s:.*)/ & ~/(?s:.*){CALL}(?s:.*)/ & ~/{heads.pattern(arguments)}(?s:.*)/",
             r"GAP: /[ \n]{1,4}/",
             r"BARE_END: /\s{0,4}\}\s{0,4}(```)?/",
         ]
@@ -105,38 +104,6 @@ class HermesFormat(JinjaFormat):
         )
 
 
-class _Object:
-    """Finds the end of a JSON object that arrives in pieces."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._escaped_at = -1  # the place of a character after a backslash, from the start of the next piece
-        self.in_string = False
-
-    def end(self, text: str) -> int:
-        """Return where the object ends in `text`, which continues the pieces before; -1 if it does not."""
-        escaped = self._escaped_at
-        for match in _STRUCTURE.finditer(text):
-            at, letter = match.start(), match[0]
-            if at == escaped:
-                continue
-            if self.in_string:
-                if letter == "\\":
-                    escaped = at + 1
-                elif letter == '"':
-                    self.in_string = False
-            elif letter == '"':
-                self.in_string = True
-            elif letter in "{[":
-                self._depth += 1
-            elif letter in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    return at + 1
-        self._escaped_at = escaped - len(text) if escaped >= len(text) else -1
-        return -1
-
-
 class _Parser:
     """A state machine: think, content, head (before the arguments), arguments, tail (after them), skip."""
 
@@ -146,14 +113,14 @@ class _Parser:
         self._calls = Calls(tools)
         self._single = single
         self._state = "think" if thinking else "content"
-        self._bare = _bare_heads(tools or ())
+        self._bare = _bare(tools or ()).compact
         self._fenced = False  # the call is in a fence and without tags
         self._tagged = True  # the call is between tags
         self._fresh = True  # no content yet since the begin or the last call; blank text waits
         self._after = False  # a call came before: blank text after it is dropped
         self._raw: list[str] = []
         self._length = 0  # of the head
-        self._object = _Object()
+        self._object = ObjectEnd()
         self.ended = False
 
     @property
@@ -261,8 +228,8 @@ class _Parser:
         letters = (place for place, letter in enumerate(raw) if not letter.isspace())
         begin = next(itertools.islice(letters, len(head) - 1, None))
         self._take()
-        self._fenced, self._tagged = head.startswith(_FENCE), False
-        self._object = _Object()
+        self._fenced, self._tagged = head.startswith(FENCE), False
+        self._object = ObjectEnd()
         self._state = "arguments"
         yield _malformed(f"the model called a tool without {CALL}")
         yield from self._calls.start(name)
@@ -270,7 +237,7 @@ class _Parser:
 
     def _read_bare_tail(self) -> Iterator[Part]:
         """End a call without tags at its last brace, or at the end of its fence."""
-        raw, end, matched = "".join(self._raw), "}" + (_FENCE if self._fenced else ""), 0
+        raw, end, matched = "".join(self._raw), "}" + (FENCE if self._fenced else ""), 0
         for place, letter in enumerate(raw):
             if letter.isspace():
                 continue
@@ -309,11 +276,11 @@ class _Parser:
         match = _HEAD.match(head)
         if match is None:
             return
-        name = _name_of(match[1])
+        name = name_of(match[1])
         if name is None:
             return
         self._take()
-        self._object = _Object()
+        self._object = ObjectEnd()
         self._state = "arguments"
         yield from self._calls.start(name)
         yield from self._read_arguments(head[match.end() :])
@@ -346,7 +313,7 @@ class _Parser:
 
     def _whole_call(self, text: str) -> Iterator[Part]:
         """Read a call with its keys in another order, or with arguments that are no object."""
-        found = _call_of(text)
+        found = call_of(text)
         if found is None:
             yield _malformed(
                 "the model wrote a call that is not JSON with a name and arguments", text.strip()
@@ -367,7 +334,7 @@ class _Parser:
         match self._state:
             case "head":
                 text = self._take()
-                if _call_of(text) is None:
+                if call_of(text) is None:
                     yield Warn("truncated_tool_call", "the answer ended inside a tool call", raw=CALL + text)
                 else:
                     yield from self._whole_call(text)
@@ -391,62 +358,8 @@ class _Parser:
         return raw
 
 
-def _bare_heads(tools: Collection[str]) -> dict[str, str]:
-    """How calls without tags begin, without blanks, up to the brace of the arguments: text -> name of the tool."""
-    before = ("", _FENCE, f"{_FENCE}json")
-    return {f'{some}{{"name":{json.dumps(name)},"arguments":{{': name for name in tools for some in before}
-
-
-def _bare_pattern(tools: Collection[str]) -> str:
-    """A regular expression for what `_bare_heads` says, with blanks, without the brace of the arguments."""
-    blank = r"[\s\x1c-\x1f]*"
-
-    def spaced(text: str) -> str:
-        return blank.join(map(re.escape, text))
-
-    names = "|".join(spaced(json.dumps(name)) for name in tools)
-    fence = f"({spaced(_FENCE)}{blank}({spaced('json')}{blank})?)?"
-    before, after = spaced('{"name":'), spaced(',"arguments":')
-    return f"{blank}{fence}{before}{blank}({names}){blank}{after}"
-
-
-def _name_of(text: str) -> str | None:
-    """The name that a JSON string spells; None if it is none, or empty."""
-    try:
-        name = json.loads(text)
-    except ValueError:
-        return None
-    return name if isinstance(name, str) and name else None
-
-
-def _call_of(text: str) -> tuple[str, str] | None:
-    """The name of a complete call, and its arguments as JSON; None if it is none."""
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
-        return None
-    arguments = call.get("arguments", {})
-    if isinstance(arguments, str):  # the JSON of the object, as OpenAI has it
-        return call["name"], arguments
-    return call["name"], json.dumps(arguments, ensure_ascii=False)
-
-
-def _decoded(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    decoded = []
-    for number, call in enumerate(calls):
-        function = call["function"]
-        if json_object_problem(function["arguments"]):
-            raise PromptError(
-                f"messages[{index}].tool_calls[{number}].function.arguments must be a JSON object with each key "
-                "once, because this model's format writes it as JSON"
-            )
-        decoded.append({**call, "function": {**function, "arguments": json.loads(function["arguments"])}})
-    return {**message, "tool_calls": decoded}
+def _bare(names: Collection[str]) -> BareHeads:
+    return BareHeads(names, [("name", "arguments")])
 
 
 def _malformed(message: str, raw: str | None = None) -> Warn:

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from server.chat.parts import CallArguments, CallStart, Parser, Part, merge
+from server.chat.parts import CallArguments, CallStart, Content, Parser, Part, Warn, merge
 from server.text.tokenizer import Tokenizer
 
 CONTROL = re.compile("</?think>|<｜(?!DSML)[^｜]*｜>")
 
 
-def pieces(answer: str) -> list[tuple[bool, str]]:
+def pieces(answer: str, control: re.Pattern[str] = CONTROL) -> list[tuple[bool, str]]:
     """Split an answer's text as a tokenizer of this family does: (is a control token, text)."""
     out: list[tuple[bool, str]] = []
     position = 0
-    for match in CONTROL.finditer(answer):
+    for match in control.finditer(answer):
         out += [(False, answer[position : match.start()]), (True, match[0])]
         position = match.end()
     return [*out, (False, answer[position:])]
 
 
-def read(parser: Parser, answer: str, cuts: Iterable[int] = ()) -> list[Part]:
+def read(
+    parser: Parser, answer: str, cuts: Iterable[int] = (), control: re.Pattern[str] = CONTROL
+) -> list[Part]:
     """Parse an answer that arrives in pieces, cut before the characters at `cuts`."""
     wanted = sorted({0, *cuts})
     parts: list[Part] = []
     position = 0
-    for is_control, text in pieces(answer):
+    for is_control, text in pieces(answer, control):
         if is_control:
             parts += parser.marker(text)
         else:
@@ -40,6 +43,36 @@ def read(parser: Parser, answer: str, cuts: Iterable[int] = ()) -> list[Part]:
                 parts += parser.text(text[begin:end])
         position += len(text)
     return merge([*parts, *parser.finish()])
+
+
+def read_always(make: Callable[[], Parser], answer: str, control: re.Pattern[str] = CONTROL) -> list[Part]:
+    """Parse an answer whole, cut at each place for itself, letter by letter, and in sevens: always the same."""
+    whole = read(make(), answer, control=control)
+    cuts = [(place,) for place in range(1, len(answer))]
+    for cut in (*cuts, range(len(answer)), range(0, len(answer), 7)):
+        assert read(make(), answer, cut, control) == whole
+    return whole
+
+
+def codes(parts: Sequence[Part]) -> list[str]:
+    """The faults among parts."""
+    return [part.code for part in parts if isinstance(part, Warn)]
+
+
+def written(parts: Sequence[Part]) -> list[tuple[str, Any]]:
+    """The calls among parts: name and arguments, as JSON where they are JSON."""
+    found = []
+    for call in calls(parts):
+        arguments = call["function"]["arguments"]
+        with contextlib.suppress(ValueError):
+            arguments = json.loads(arguments)
+        found.append((call["function"]["name"], arguments))
+    return found
+
+
+def said(parts: Sequence[Part]) -> str:
+    """The content among parts."""
+    return "".join(part.text for part in parts if isinstance(part, Content))
 
 
 def calls(parts: Sequence[Part]) -> list[dict[str, Any]]:

@@ -19,14 +19,22 @@ from server.chat.errors import UnfitToolError
 from server.chat.format import ChatFormat
 from server.chat.grammar import BEGIN, ToolForm
 from server.chat.hermes import CALL, CALL_END
+from server.chat.llama_json import LlamaJsonFormat
+from server.chat.mistral import MistralFormat
 from server.chat.parts import Content, Parser, Part, Warn, merge
+from server.chat.pythonic import PythonicFormat
 from server.generation.grammars import vocabulary_of
 from tests.schemas import random_schema
 from tests.server.chat.kit import VOCABULARY, calls
+from tests.server.chat.templates import LLAMA, MISTRAL, MISTRAL_LIST, PYTHONIC
 from tests.server.chat.test_hermes import FORMAT as HERMES
 
 FORMATS: dict[str, ChatFormat] = {
     "hermes": HERMES,
+    "llama-json": LlamaJsonFormat(LLAMA),
+    "pythonic": PythonicFormat(PYTHONIC),
+    "mistral": MistralFormat(MISTRAL),
+    "mistral-list": MistralFormat(MISTRAL_LIST),
     "deepseek-v3.1": DeepSeekV31(),
     "deepseek-v3.2": DeepSeekV32(),
 }
@@ -42,6 +50,18 @@ EXTRA = [
         'string="true">',
         "plan",
         "see",
+    ),
+    *(
+        "[TOOL_CALLS]",
+        ' [{"name": "',
+        "[ARGS]",
+        '"parameters": ',
+        "[plan(",
+        "[see(",
+        "[ plan (",
+        ")]",
+        '{"name": "plan", "parameters": ',
+        "=",
     ),
 ]
 """Texts that a random walk would not find."""

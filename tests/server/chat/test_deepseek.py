@@ -82,7 +82,7 @@ def test_the_format_is_told_from_the_folder(
     assert choose(tmp_path, "auto")[0] == expected
     assert type(load_chat_format(tmp_path, "auto", VOCABULARY)).__name__ in (
         {"deepseek-v3.2": "DeepSeekV32", "deepseek-v3.1": "DeepSeekV31"}.get(expected, ""),
-        "JinjaFormat",
+        "HermesFormat",
         "NoTemplate",
     )
 

@@ -14,29 +14,8 @@ from server.chat.hermes import HermesFormat, is_hermes
 from server.chat.jinja import JinjaFormat
 from server.chat.parts import CallArguments, CallStart, Content, Part, Reasoning, Warn
 from tests.server.chat.kit import VOCABULARY, assistant, calls, read, tool, user
+from tests.server.chat.templates import HERMES as TEMPLATE
 
-# In the manner of Qwen's, and written for these tests.
-TEMPLATE = """{% if tools %}<system>
-Tools in <tools></tools>:
-<tools>
-{% for tool in tools %}
-{{ tool | tojson }}
-{% endfor %}
-</tools>
-Answer with <tool_call>
-{"name": <function-name>, "arguments": <args-json-object>}
-</tool_call>
-{% endif %}
-{% for message in messages %}
-[{{ message.role }}]{{ message.content }}
-{% for call in message.tool_calls or [] %}
-<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>
-{% endfor %}
-{% endfor %}
-{% if add_generation_prompt %}[assistant]{% endif %}
-"""
 FORMAT = HermesFormat(TEMPLATE)
 WEATHER, ADD = tool("weather", city="string"), tool("add", a="number")
 NAMES = frozenset({"weather", "add"})

@@ -11,8 +11,14 @@ from engine.protocol import Submit
 from server.app import create_app
 from server.chat.deepseek_v31 import DeepSeekV31
 from server.chat.deepseek_v32 import DeepSeekV32
+from server.chat.format import ChatFormat
+from server.chat.hermes import HermesFormat
+from server.chat.llama_json import LlamaJsonFormat
+from server.chat.mistral import MistralFormat
+from server.chat.pythonic import PythonicFormat
 from server.generation.grammars import vocabulary_of
 from tests.server.chat.kit import CALL, EOS, OLD_CALL, VOCABULARY, ids, user
+from tests.server.chat.templates import LLAMA, MISTRAL, MISTRAL_LIST, PLAIN, PYTHONIC
 from tests.server.chat.test_hermes import FORMAT as HERMES
 from tests.server.fake_engine import FakeEngine, Script
 from tests.server.kit import MODEL, client, error_of, make_config
@@ -26,7 +32,18 @@ CITY = {
     "additionalProperties": False,
 }
 TAGGED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rio"}}\n</tool_call>'
-CALLS = {"v3.1": (DeepSeekV31(), OLD_CALL), "v3.2": (DeepSeekV32(), CALL), "hermes": (HERMES, TAGGED)}
+LLAMA_CALL = '{"name": "weather", "parameters": {"city": "Rio"}}'
+LISTED = '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rio"}}]'
+CALLS: dict[str, tuple[ChatFormat, str]] = {
+    "v3.1": (DeepSeekV31(), OLD_CALL),
+    "v3.2": (DeepSeekV32(), CALL),
+    "hermes": (HERMES, TAGGED),
+    "llama-json": (LlamaJsonFormat(LLAMA), LLAMA_CALL),
+    "pythonic": (PythonicFormat(PYTHONIC), '[weather(city="Rio")]'),
+    "mistral": (MistralFormat(MISTRAL), '[TOOL_CALLS]weather[ARGS]{"city": "Rio"}'),
+    "mistral-list": (MistralFormat(MISTRAL_LIST), LISTED),
+    "described": (HermesFormat(PLAIN), TAGGED),
+}
 FORMS = pytest.mark.parametrize(("chat", "call"), CALLS.values(), ids=CALLS)
 
 
@@ -65,13 +82,14 @@ def allows(submit: Submit, text: str) -> bool:
 
 @FORMS
 async def test_text_or_calls_that_are_valid(chat: Any, call: str) -> None:
-    reply, (submit,) = await ask(chat, f"Look.{call}{EOS}", tools=[weather()])
+    look = "" if isinstance(chat, LlamaJsonFormat | PythonicFormat) else "Look."  # a call is the whole answer
+    reply, (submit,) = await ask(chat, f"{look}{call}{EOS}", tools=[weather()])
     assert reply.status_code == 200, reply.text
     assert reply.json()["choices"][0]["finish_reason"] == "tool_calls"
     assert allows(submit, "Just text with <b> and {}.")
-    assert allows(submit, f"Look.{call}")
-    assert not allows(submit, f"Look.{call}".replace("city", "town"))
-    assert not allows(submit, call.replace("weather", "other"))
+    assert allows(submit, f"{look}{call}")
+    assert not allows(submit, f"{look}{call}".replace("city", "town"))
+    assert allows(submit, call.replace("weather", "other")) == (not look)  # which is text then
 
 
 @FORMS
