@@ -61,7 +61,8 @@ class JinjaFormat(ChatFormat):
     def _writes_names(self) -> bool:
         """Whether the name of a message is in the prompt."""
         with contextlib.suppress(PromptError):
-            return _PROBE in self.render([{"role": "user", "content": "hi", "name": _PROBE}])
+            probe = [{"role": "user", "content": "hi", "name": _PROBE}]
+            return _PROBE in JinjaFormat.render(self, probe)  # a subclass is not whole yet
         return False
 
     def render(
