@@ -31,7 +31,7 @@ class Connection(HttpToolsProtocol):
         self._check_handle: asyncio.TimerHandle | None = None
         self._in_headers = True
         self._in_body = False
-        self._headers_came = False  # with the newest data
+        self._not_headers = False  # the newest data had the end of headers or of a body
         self._header_bytes = 0
         self._body_bytes = 0
         self._since = 0.0  # when the headers or this part of the body began
@@ -58,9 +58,9 @@ class Connection(HttpToolsProtocol):
             return
         if self._in_headers and not self._header_bytes:
             self._since = self.loop.time()
-        self._headers_came = False
+        self._not_headers = False
         super().data_received(data)
-        if self._in_headers and not self._headers_came and not self.transport.is_closing():
+        if self._in_headers and not self._not_headers and not self.transport.is_closing():
             self._header_bytes += len(data)
             if self._header_bytes > HEADER_BYTES:
                 self._refuse(
@@ -80,7 +80,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A body begins, which may be empty."""
-        self._in_headers, self._in_body, self._headers_came = False, True, True
+        self._in_headers, self._in_body, self._not_headers = False, True, True
         self._header_bytes = self._body_bytes = 0
         self._since = self.loop.time()
         existing = self.cycle
@@ -95,7 +95,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """A request was read. What comes next, if anything, are headers."""
-        self._in_body, self._in_headers = False, True
+        self._in_body, self._in_headers, self._not_headers = False, True, True
         super().on_message_complete()
 
     def close_gently(self) -> None:

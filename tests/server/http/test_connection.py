@@ -66,6 +66,19 @@ async def test_a_slow_reader_that_reads_gets_everything() -> None:
         assert size > 1_000_000
 
 
+@pytest.mark.parametrize("size", [70_000, 250_000, 1_000_000])
+async def test_the_end_of_a_long_body_is_not_read_as_headers(size: int) -> None:
+    body = json.dumps(chat_body("x" * size, max_tokens=1)).encode()
+    engine = FakeEngine(lambda submit: say("a"), max_model_len=2_000_000)
+    async with serving(make_app(engine, max_body_bytes=4 << 20)) as url:
+        head = b"%sconnection: close\r\ncontent-length: %d\r\n\r\n" % (POST, len(body))
+        reader, writer = await opened(url, head)
+        await asyncio.sleep(0.05)
+        writer.write(body)
+        assert (await asyncio.wait_for(reader.read(), 20)).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+
 async def test_headers_have_a_limit() -> None:
     async with serving(make_app(speaking())) as url:
         reader, writer = await opened(url, b"GET /health/live HTTP/1.1\r\nhost: x\r\nx-long: ")
