@@ -48,6 +48,7 @@ from server.http.protocol.errors import (
 )
 from server.http.protocol.usage import CostUsage, Usage
 from server.money.accounting import Account, LedgerUnavailableError, key_of
+from server.money.retries import attempt_name
 from server.services import Services
 from server.telemetry.metrics import GenerationMeter
 from server.telemetry.record import GenerationRecord
@@ -86,10 +87,17 @@ class GenerationReply(Response):
             try:
                 with _refusals():
                     services.admission.check()
-                order = await self._prepare(Request(scope, receive))
+                request = Request(scope, receive)
+                order = await self._prepare(request)
+                attempt = attempt_name(
+                    sender_of(request.headers),
+                    str(scope["path"]),
+                    request.headers.get("idempotency-key"),
+                    await request.body(),
+                )
                 with _refusals(), services.admission.admit(len(order.work.jobs)) as leave:
                     response = await unless_disconnected(
-                        receive, self._run(order, record, send, scope, leave)
+                        receive, self._run(order, record, send, scope, leave, attempt)
                     )
             except (ClientDisconnect, ClientGoneError):
                 record.outcome = "disconnected"
@@ -99,7 +107,13 @@ class GenerationReply(Response):
                 await response(scope, receive, send)
 
     async def _run(
-        self, order: Order, record: Record, send: Send, scope: Scope, leave: Callable[[], None]
+        self,
+        order: Order,
+        record: Record,
+        send: Send,
+        scope: Scope,
+        leave: Callable[[], None],
+        attempt: str | None,
     ) -> Response | None:
         """Generate. Return the response that the caller must send; None after a stream, which is already sent."""
         services, jobs = self._services, order.work.jobs
@@ -112,6 +126,7 @@ class GenerationReply(Response):
             endpoint=str(scope["path"]),
             key=sender_of(Headers(scope=scope)),
             jobs=jobs,
+            attempt=attempt,
         )
         ended = "failed"
         try:

@@ -18,6 +18,7 @@ from engine.protocol import RequestUsage, Work, add_work
 from server.generation.choice import ChoiceUsage, Job
 from server.money.ledger import Ledger, LedgerRow
 from server.money.pricing import NANO, Bill, PriceBook, Tokens, price
+from server.money.retries import Retries
 
 SETTLE_SECONDS = 10.0
 """How long an answer waits for the engine to release its choices. It takes a step, unless the engine hangs."""
@@ -47,6 +48,7 @@ class Books:
     closed: Callable[[Settlement], None]  # on the event loop, once per request, when its row is durable
     ledger_failed: Callable[[], None]
     open_accounts: set[Account] = field(default_factory=set)
+    retries: Retries = field(default_factory=Retries)
 
     def close(self) -> None:
         """Close every open account and the ledger. Call it after the engine has stopped."""
@@ -69,8 +71,17 @@ class Account:
     """One request's account. Only the event loop's thread may use it."""
 
     def __init__(
-        self, books: Books, *, request_id: str, endpoint: str, key: str, jobs: Sequence[Job]
+        self,
+        books: Books,
+        *,
+        request_id: str,
+        endpoint: str,
+        key: str,
+        jobs: Sequence[Job],
+        attempt: str | None = None,
     ) -> None:
+        """`attempt` is the name of the request that this is an attempt of; None: it is no other's."""
+        self._attempt = attempt
         self._books = books
         self._request_id, self._endpoint, self._key = request_id, endpoint, key
         self._arrived = datetime.now(UTC)
@@ -157,6 +168,7 @@ class Account:
             seconds=work.device_seconds,
             dense_seconds=work.dense_seconds,
         )
+        bill = bill.without(self._books.retries.paid(self._attempt))
         row = LedgerRow(
             request_id=self._request_id,
             arrived_us=int(self._arrived.timestamp() * 10**6),
@@ -201,6 +213,7 @@ class Account:
 
         def counted(ok: bool) -> None:
             if ok:
+                books.retries.pay(self._attempt, entry.bill.amount)
                 books.closed(entry)
             else:
                 books.ledger_failed()

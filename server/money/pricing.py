@@ -7,7 +7,7 @@ never floats. The entry, window and tier that are valid at a request's arrival g
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, time
 from decimal import Decimal
 from fractions import Fraction
@@ -225,6 +225,14 @@ class Bill:
     metered: int
     dense_equivalent: int
     price_version: str
+
+    def without(self, paid: int) -> Bill:
+        """The bill of what is left to pay, where `paid` nano-dollars were paid before."""
+        classes = dict(self.classes)
+        for name, nanos in self.classes.items():
+            part = max(min(nanos, paid), 0)
+            classes[name], paid = nanos - part, paid - part
+        return replace(self, amount=sum(classes.values()), classes=classes)
 
 
 def machine_nanos(table: PriceTable, seconds: float) -> int:
