@@ -26,6 +26,12 @@ _ROOT_KEYS = frozenset(
 )
 
 
+def without(words: Sequence[str]) -> str:
+    """Any text in which none of these words is, as an expression with the terminal that it refers to."""
+    some = "|".join(map(re.escape, words))
+    return f"WITHOUT\nWITHOUT: {FREE} & ~{regex(f'(?s:.*)({some})(?s:.*)')}"
+
+
 @dataclass(frozen=True, slots=True)
 class ArgumentList:
     """The arguments of a tool whose schema is a plain list of properties.

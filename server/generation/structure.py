@@ -13,7 +13,7 @@ from typing import Any
 
 from server.chat import ChatFormat
 from server.chat.errors import UnfitToolError
-from server.chat.grammar import BEGIN, FREE, CallRules, ToolForm, json_value, literal, regex
+from server.chat.grammar import BEGIN, FREE, CallRules, ToolForm, json_value, literal, regex, without
 from server.chat.parsing import THINK, THOUGHT
 from server.generation.grammars import GrammarChecks, UnfitGrammarError
 from server.http.protocol.errors import ApiError, bad_request
@@ -49,6 +49,8 @@ def wanted_of(body: GenerationBody) -> WantedText | None:
     """
     try:
         found = [*_formats(body), *_guided(body)]
+        if body.bad_words:
+            found.append(WantedText("bad_words", without(body.bad_words)))
         if body.structured_outputs is not None:
             found += _outputs(body.structured_outputs)
     except RecursionError:

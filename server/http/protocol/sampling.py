@@ -31,6 +31,7 @@ from server.http.protocol.structured import (
 )
 
 MAX_STOPS = 16
+MAX_BAD_WORDS = 64
 MAX_STOP_TOKENS = 128
 MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
@@ -150,6 +151,13 @@ class GenerationBody(Body):
         | None
     ) = Field(default=None, description="Token id, written as a string, to what is added to its logit.")
     stop: StopField | None = None
+    bad_words: (
+        Annotated[
+            list[Annotated[str, StringConstraints(min_length=1, max_length=128)]],
+            Field(max_length=MAX_BAD_WORDS),
+        ]
+        | None
+    ) = Field(default=None, description="Texts that are nowhere in the answer.")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS), WHOLES] | None = None
     ignore_eos: bool | None = Field(default=None, description="Generate on after end-of-sequence tokens.")
     include_stop_str_in_output: bool | None = Field(

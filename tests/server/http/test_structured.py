@@ -68,6 +68,11 @@ CASES: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ),
     ({"structured_outputs": {"regex": r"\d{2}/\d{2}"}}, ["12/34"], ["1/34", "12/345"]),
     ({"guided_regex": "[a-c]+"}, ["abc"], ["", "d"]),
+    (
+        {"bad_words": ["bad", "né/", "x\ny"]},
+        ["", "good ba d", "né", "x\n y"],
+        ["bad", "so badly", "a né/b", "ax\nyb"],
+    ),
     ({"structured_outputs": {"choice": ["yes", 'a "b"\n', "ü€😀"]}}, ["yes", 'a "b"\n', "ü€😀"], ["no", ""]),
     ({"guided_choice": ["left", "right"]}, ["left"], ["lef"]),
     ({"guided_json": {"enum": [1, "b"]}}, ["1", '"b"'], ["b"]),
