@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ class Services:
     metrics: Metrics
     books: Books
     responses: KeptResponses
+    large_bodies: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self, response_id: str, notices: Sequence[Notice]) -> Head:

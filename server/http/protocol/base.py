@@ -18,6 +18,18 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for name, part in schema.items():
+            if name not in ("metadata", "serialization"):
+                _fail_fast(part)
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            _fail_fast(part)
+
+
 class Body(BaseModel):
     """Base of what clients send: no coercion, no NaN or infinity.
 
@@ -25,6 +37,13 @@ class Body(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """End the validation of a list at its first bad element: a body may have millions, and one is reported."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
 
 MAX_INTEGER = 2**63 - 1
