@@ -58,6 +58,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(120)
 async def test_while_a_bomb_is_defused_everybody_else_is_served() -> None:
     engine = FakeEngine(lambda submit: say("x" * 50_000, delay=0.02, end=False), max_model_len=10_000)
