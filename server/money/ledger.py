@@ -29,10 +29,18 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    inspect,
     select,
 )  # fmt: skip
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DataError,
+    IntegrityError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.schema import DDL
 
 _log = logging.getLogger(__name__)
@@ -135,6 +143,7 @@ def open_database(where: str, *, create: bool) -> Engine:
             event.listen(engine, "connect", _tune_sqlite)
         if create:
             _create(engine)
+            _check_columns(engine, where)
     except (SQLAlchemyError, ArgumentError, OSError, ImportError) as error:
         raise LedgerError(
             f"the ledger {where} cannot be opened: {str(error).splitlines()[0]}; choose another with --ledger"
@@ -152,6 +161,17 @@ def _create(engine: Engine) -> None:
                 raise
             time.sleep(wait)
     return None
+
+
+def _check_columns(engine: Engine, where: str) -> None:
+    """Refuse a table of the same name with other columns, which would fail at every row."""
+    has = {column["name"] for column in inspect(engine).get_columns(TABLE.name)}
+    if lacks := [column.name for column in TABLE.columns if column.name not in has]:
+        engine.dispose()
+        raise LedgerError(
+            f"the table {TABLE.name} of the ledger {where} has no column {lacks[0]}, so it is another program's or "
+            "another version's; choose another ledger with --ledger"
+        )
 
 
 def _tune_sqlite(connection: Any, record: object) -> None:
@@ -173,8 +193,12 @@ class Ledger:
         """
         self._engine = open_database(where, create=True)
         self._queue: queue.SimpleQueue[tuple[LedgerRow, Done] | None] = queue.SimpleQueue()
+        self.problem: str | None = None
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
+
+    problem: str | None
+    """Why the newest rows could not be written; None: they were. Any thread may read it."""
 
     def append(self, row: LedgerRow, done: Done) -> None:
         """Queue a row and return at once; `done` is called later."""
@@ -214,14 +238,17 @@ class Ledger:
             try:
                 with self._engine.begin() as connection:
                     connection.execute(insert(TABLE), [msgspec.structs.asdict(row) for row in left.values()])
+                self.problem = None
                 return set()
             except OperationalError as error:  # a state of the database, which may end
-                problem = _first_line(error)
+                self.problem = problem = _first_line(error)
             except (
                 SQLAlchemyError,
                 OverflowError,
             ) as error:  # a fault of the rows; drivers raise OverflowError without SQLAlchemy's wrapper
                 problem, again = _first_line(error), False
+                if isinstance(error, DatabaseError) and not isinstance(error, IntegrityError | DataError):
+                    self.problem = problem  # the file is damaged or overwritten
             try:  # the commit may have succeeded although it reported an error
                 with self._engine.connect() as connection:
                     query = select(TABLE.c.request_id).where(TABLE.c.request_id.in_(left))

@@ -64,7 +64,7 @@ class Readiness(BaseModel):
 
     ready: bool
     state: str = Field(
-        description="`ready`, `starting`, `down`, `failed`, `stopped`, `stalled` or `draining`."
+        description="`ready`, `starting`, `down`, `failed`, `stopped`, `stalled`, `ledger` or `draining`."
     )
     model: str
     reason: str | None = Field(description="One sentence when not ready.")

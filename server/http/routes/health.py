@@ -49,6 +49,9 @@ async def ready(request: Request, response: Response) -> Readiness:
         reason = why_not_ready(status)
     elif status.quiet_seconds > QUIET_SECONDS:
         state, reason = "stalled", f"the engine has made no progress for {status.quiet_seconds:.0f} s"
+    ledger = services.books.ledger
+    if reason is None and ledger is not None and ledger.problem is not None:
+        state, reason = "ledger", f"the usage ledger cannot be written: {ledger.problem}"
     loading = status.loading if status.state is not EngineState.READY else None
     if reason is not None:
         response.status_code = 503

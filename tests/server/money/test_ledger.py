@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import subprocess
@@ -20,7 +21,7 @@ from server.money import ledger as module
 from server.money.ledger import Ledger, LedgerError, LedgerRow, open_database, report
 from tests.kit import ROOT
 from tests.server.fake_engine import FakeEngine
-from tests.server.kit import make_app
+from tests.server.kit import client, make_app
 
 
 def row(name: str, **changes: Any) -> LedgerRow:
@@ -250,3 +251,42 @@ def test_a_file_that_is_no_ledger_is_one_sentence_at_start(tmp_path: Path) -> No
     path.write_text("a text, and not a short one, that is no database at all" * 20)
     with pytest.raises(LedgerError, match="file is not a database"):
         Ledger(str(path))
+
+
+def test_a_table_with_other_columns_is_refused_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "usage.sqlite"
+    connection = sqlite3.connect(path)
+    connection.execute("create table dsa_usage (request_id text, note text)")
+    connection.close()
+    with pytest.raises(LedgerError, match="has no column arrived_us"):
+        Ledger(str(path))
+
+
+async def test_readiness_says_that_the_ledger_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RETRY_SECONDS", (0.01,))
+    path, heard = tmp_path / "usage.sqlite", Heard()
+    app = make_app(FakeEngine(), ledger=str(path))
+    ledger = app.state.services.books.ledger
+    async with client(app) as http:
+        ledger._engine.dispose()  # a connection that is open already may go on beside what is there now
+        path.write_bytes(b"no database" * 10_000)  # overwritten while it runs
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        ledger.append(row("lost"), heard)
+        assert await asyncio.to_thread(heard.wait, 1) == [False]
+        ready = await http.get("/health/ready")
+        assert ready.status_code == 503
+        assert ready.json()["state"] == "ledger"
+        assert "the usage ledger cannot be written" in ready.json()["reason"]
+        assert (await http.get("/health/live")).status_code == 200
+        path.unlink()
+        again = Ledger(str(path))  # makes the table
+        ledger._engine.dispose()
+        ledger.append(row("kept"), heard)
+        assert (await asyncio.to_thread(heard.wait, 2))[1]
+        assert (await http.get("/health/ready")).status_code == 200
+        again.close()
+    ledger.close()
+    assert read(path) == [("kept",)]
