@@ -24,6 +24,14 @@ from tests.engine.kernels.triton.conftest import CHIP
 DIMS = [(3, 3, 64), (2, 6, 128), (1, 8, 64), (2, 1, 24)]  # KV heads, query heads of each, numbers a head
 
 
+def same(one: Tensor, other: Tensor) -> None:
+    """Equal bits on a chip. The interpreter multiplies with NumPy, on some CPUs in an order that depends on the place."""
+    if CHIP:
+        assert torch.equal(one, other)
+    else:
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("dims", DIMS)
 def test_edges(device: torch.device, dtypes: list[torch.dtype], dims: tuple[int, int, int]) -> None:
     for dtype in dtypes:
@@ -77,7 +85,7 @@ def test_rows_of_prompts_through_a_mask(
         masked = attend_rows(batch, query, plane, selected, blocks, mask=mask)
         check_attention(batch, masked, query, plane, selected)
         cut = blocks_of([Span(1, 3, 118), Span(4, 25, 121)], len(batch.lines), block_rows(dims[1]), device)
-        assert torch.equal(attend_rows(batch, query, plane, selected, cut, mask=mask), masked)
+        same(attend_rows(batch, query, plane, selected, cut, mask=mask), masked)
         gathered = attend_rows(batch, query, plane, selected, blocks)
         assert torch.equal(masked[1:7], gathered[1:7])  # dense
         assert reach(14) == 140
@@ -144,7 +152,7 @@ def test_where_a_prompt_is_cut_changes_no_bit(
         edges = [0, *cuts, 30]
         spans = [Span(a, b - a, 100 + a) for a, b in itertools.pairwise(edges)]
         cut = attend_rows(batch, query, plane, None, blocks_of(spans, 30, size, device))
-        assert torch.equal(cut, whole)
+        same(cut, whole)
 
 
 def test_blocks() -> None:
