@@ -175,7 +175,7 @@ def started(
             while not _ready(client):
                 server.check()
                 if time.monotonic() - began > READY_SECONDS or not clock.allows():
-                    raise BenchError(f"the server was not ready in time; see {log}")
+                    raise BenchError(f"the server was not ready in time; see {log.name}")
                 time.sleep(0.1)
         yield Bench(server, vocabulary, clock, folder.name), time.monotonic() - began
     finally:
@@ -223,7 +223,7 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
     """Measure all variants; write the file after each case."""
     clock = Clock(asked.seconds)
     found: dict[str, Any] = {
-        "machine": describe(), "device": _device(), "command": shlex.join(sys.argv[1:]), "layers": asked.layers,
+        "machine": describe(), "device": _device(), "command": _command(asked), "layers": asked.layers,
         "start": [], "prefill": [], "decode": [], "left_out": [],
     }  # fmt: skip
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -258,6 +258,15 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
                 note("left_out", str(error))
     write()
     return found
+
+
+def _command(asked: argparse.Namespace) -> str:
+    """What was asked, without the folder."""
+    numbers = [
+        f"--{name} {','.join(map(str, getattr(asked, name)))}"
+        for name in ("contexts", "distinct", "streams", "only")
+    ]
+    return " ".join([*numbers, f"--seconds {asked.seconds:g}", *asked.flags])
 
 
 def _device() -> str:

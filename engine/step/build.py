@@ -237,7 +237,10 @@ def _build(
     sizes = sizes_of(config, device)
     pages = num_pages(config, device, size, max_model_len, sizes.max_running)
     cache = PagedCache(pages, specs, num_layers, device)
-    costs = model.tile_costs(config.score_budget_bytes, config.sparse_form)
+    score_bytes = config.score_budget_bytes
+    if model.row_step is not None:
+        score_bytes = max(score_bytes, STEP_SCORE_BYTES)
+    costs = model.tile_costs(score_bytes, config.sparse_form)
     drafter = None if layer is None else LayerDrafter(layer, config.draft_tokens, cache, costs)
     rows = sizes.max_running * (1 if layer is None else 1 + config.draft_tokens)
     model.prepare(cache, rows, lambda done, total: progress("capturing graphs", done, total), compilers)
@@ -258,13 +261,7 @@ def _build(
     ahead = None
     if step is not None:
         ahead = _device_runner(
-            model,
-            step,
-            cache,
-            max(config.score_budget_bytes, STEP_SCORE_BYTES),
-            device,
-            compilers,
-            masks=vocabulary is not None,
+            model, step, cache, score_bytes, device, compilers, masks=vocabulary is not None
         )
     if compilers is not None:
         compilers.started()

@@ -33,9 +33,8 @@ def num_pages(
 ) -> int:
     """How many pages the cache has, asked once the weights are loaded.
 
-    Without `kv_cache_bytes`: 1 GiB on a CPU, and for a model on several devices, or up to 4 GiB if one request needs more than 1;
-    on one GPU 85 % of what is free, but no
-    more than all running requests can use.
+    Without `kv_cache_bytes`: 1 GiB on a CPU, and for a model on several devices, or up to 4 GiB if one request needs more
+    than 1; on one GPU 85 % of what is free, but no more than all running requests can use.
 
     Args:
         config: the engine's

@@ -24,6 +24,7 @@ from torch import Tensor
 from engine.errors import EngineError
 from engine.kernels.interface.fp8 import ACTIVATION_FLOOR, ScaleFormat
 from engine.kernels.triton.fp8_product import OUTPUTS, block_sums, linear_fp8
+from engine.kernels.triton.gate import gated
 from engine.kernels.triton.kernel import block, kernel, overlap, turn
 from engine.kernels.triton.quantise import QuantisedRows, bytes_of, quantise_rows, scale_of, silu_times_rows
 from engine.kernels.triton.wide_experts import WideTile, serves, wide_products
@@ -314,15 +315,6 @@ def _rows_of(
 
 
 @kernel
-def _gated(gate: tl.tensor, up: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """silu(gate) * up, rounded where a plain layer rounds."""
-    gate = gate.to(DTYPE).to(tl.float32)
-    up = up.to(DTYPE).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
-    return (silu * up).to(DTYPE)
-
-
-@kernel
 def _up_fp8(
     x: tl.tensor,
     x_scales: tl.tensor,
@@ -401,7 +393,7 @@ def _up_fp8(
             ups += tl.dot(up, own, out_dtype=tl.float32) * (scale * up_factor)[None, :]
             gate_factor = next_gate
             up_factor = next_up
-        made = _gated(gates, ups, like.dtype.element_ty).to(tl.float32)
+        made = gated(gates, ups, like.dtype.element_ty).to(tl.float32)
         own_scale = scale_of(tl.max(tl.abs(made), 0, keep_dims=True), floor, POWER)
         at = place[None, :].to(tl.int64) * INNER + part * OUT_BLOCK + out[:, None]
         tl.store(hidden + at, bytes_of(made, own_scale), mask=inside[None, :])
@@ -511,7 +503,7 @@ def _up(
             own = tl.trans(tl.load(own_at + step, mask=inside[:, None] & here, other=0.0))
             gates = tl.dot(gate, own, gates, input_precision="ieee")
             ups = tl.dot(up, own, ups, input_precision="ieee")
-        made = _gated(gates, ups, hidden.dtype.element_ty)
+        made = gated(gates, ups, hidden.dtype.element_ty)
         at = place[None, :].to(tl.int64) * INNER + out[:, None]
         tl.store(hidden + at, made, mask=inside[None, :] & there)
 

@@ -29,6 +29,15 @@ def silu_times(product: Tensor) -> Tensor:
 
 
 @kernel
+def gated(gate: tl.tensor, up: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """silu(gate) * up, both given in any precision, rounded to DTYPE where torch's operations round."""
+    gate = gate.to(DTYPE).to(tl.float32)
+    up = up.to(DTYPE).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
+    return (silu * up).to(DTYPE)
+
+
+@kernel
 def _silu_times(
     product: tl.tensor,
     out: tl.tensor,
@@ -44,6 +53,4 @@ def _silu_times(
     inside = at < SIZE
     gate = tl.load(product + row * stride + at, mask=inside, other=0.0)
     up = tl.load(product + row * stride + SIZE + at, mask=inside, other=0.0)
-    wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    tl.store(out + row * SIZE + at, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
+    tl.store(out + row * SIZE + at, gated(gate, up, out.dtype.element_ty), mask=inside)

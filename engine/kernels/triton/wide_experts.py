@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.kernels.interface.fp8 import ACTIVATION_FLOOR, ScaleFormat
+from engine.kernels.triton.gate import gated
 from engine.kernels.triton.kernel import kernel, overlap, turn
 from engine.kernels.triton.quantise import QuantisedRows, bytes_of, scale_of
 from engine.memory.blocks import BLOCK, E4M3, BlockWeight, num_blocks
@@ -221,9 +222,7 @@ def _wide_up(
         gates, ups = _two_sums(
             x, x_scales, choices, start, inside, weight, line, line + INNER, scales, scales + BLOCKS * STEPS, STEPS, TILE, STAGES,
         )  # fmt: skip
-        gates = gates.to(like.dtype.element_ty).to(tl.float32)
-        silu = (gates / (1.0 + tl.exp(-gates))).to(like.dtype.element_ty).to(tl.float32)
-        made = (silu * ups.to(like.dtype.element_ty).to(tl.float32)).to(like.dtype.element_ty).to(tl.float32)
+        made = gated(gates, ups, like.dtype.element_ty).to(tl.float32)
         own_scale = scale_of(tl.max(tl.abs(made), 1, keep_dims=True), floor, POWER)
         at = place[:, None].to(tl.int64) * INNER + part * 128 + tl.arange(0, 128)[None, :]
         tl.store(hidden + at, bytes_of(made, own_scale), mask=inside[:, None])

@@ -26,7 +26,7 @@ from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable, rotate
 from engine.memory.layouts import Int8KeyLayout
 from engine.memory.planes import PagedCache, PlaneSpec
-from engine.models.family import STEP_SCORE_BYTES, KernelCompilers
+from engine.models.family import KernelCompilers
 from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.layer import GqaLayer, plain
 from engine.models.gqa.native import FEW_ROWS, NativeStep
@@ -236,7 +236,7 @@ class GqaModel:
         if self.native is not None and whole:
             return self.native.forward(batch, cache)
         if self.device_step is not None:
-            return self.device_step.forward(batch, cache, max(costs.budget_bytes, STEP_SCORE_BYTES)).clone()
+            return self.device_step.forward(batch, cache, costs.budget_bytes).clone()
         tiling = Tiling(batch, costs)
         x = embedding(batch.token_ids, self.embed, self._dtype)
         rotation = self.rotary.at(batch.positions)

@@ -25,7 +25,7 @@ from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable
 from engine.memory.blocks import Matrix
 from engine.memory.planes import PagedCache, PlaneSpec
-from engine.models.family import STEP_SCORE_BYTES, KernelCompilers
+from engine.models.family import KernelCompilers
 from engine.models.mla.config import MlaConfig
 from engine.models.mla.layer import MlaLayer, Selections
 from engine.models.mla.weights import weight_table
@@ -242,7 +242,7 @@ class MlaModel:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:
         if self.device_step is not None:
-            return self.device_step.forward(batch, cache, max(costs.budget_bytes, STEP_SCORE_BYTES)).clone()
+            return self.device_step.forward(batch, cache, costs.budget_bytes).clone()
         x = F.embedding(batch.token_ids, self.embed)
         rotation = self.rotary.at(batch.positions)
         tiling = Tiling(batch, costs)

@@ -27,7 +27,7 @@ from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryTable
 from engine.memory.blocks import Matrix
 from engine.memory.planes import PagedCache, PlaneSpec
-from engine.models.family import STEP_SCORE_BYTES, KernelCompilers
+from engine.models.family import KernelCompilers
 from engine.models.mla.config import MlaConfig
 from engine.models.mla.layer import MlaLayer
 from engine.plan.tiles import TileCosts
@@ -108,9 +108,7 @@ class MtpLayer:
     @torch.inference_mode()
     def forward(self, batch: Batch, hidden: Tensor, cache: PagedCache, costs: TileCosts) -> Tensor:
         if self._draft_step is not None:
-            return self._draft_step.forward(
-                batch, hidden, cache, max(costs.budget_bytes, STEP_SCORE_BYTES)
-            ).clone()
+            return self._draft_step.forward(batch, hidden, cache, costs.budget_bytes).clone()
         of, eps = self.of, self.config.rms_norm_eps
         embedded = rms_norm(F.embedding(batch.token_ids, of("embed")), of("enorm"), eps)
         x = F.linear(torch.cat((embedded, rms_norm(hidden, of("hnorm"), eps)), dim=-1), of("eh_proj"))

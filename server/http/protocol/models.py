@@ -17,7 +17,7 @@ class ModelObject(BaseModel):
     max_model_len: int | None = Field(
         description="Tokens that prompt and output together may have; null while the model loads."
     )
-    default_sampling: dict[str, float] = Field(
+    default_sampling: dict[str, int | float] = Field(
         description="How a token is chosen where a request does not say it: `temperature`, `top_p` and so on."
     )
     random_weights: bool = Field(

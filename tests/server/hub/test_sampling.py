@@ -70,3 +70,4 @@ async def test_a_request_changes_only_what_it_says() -> None:
     assert model["default_sampling"] == {
         "temperature": 0.5, "top_p": 0.75, "top_k": 7, "min_p": 0.25, "repetition_penalty": 1.5,
     }  # fmt: skip
+    assert isinstance(model["default_sampling"]["top_k"], int)
