@@ -103,8 +103,8 @@ class Server:
 
     @property
     def engine(self) -> psutil.Process:
-        """The engine process; there is exactly one."""
-        (engine,) = self.children()
+        """The engine process; there is exactly one. Grammars are compiled in another process, if there are any."""
+        (engine,) = (child for child in self.children() if "engine.step.process" in child.cmdline())
         return engine
 
     def children(self) -> list[psutil.Process]:

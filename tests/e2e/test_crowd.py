@@ -137,7 +137,14 @@ async def test_preempted_streams_finish_with_the_text_that_they_have_alone(small
 
 async def test_choices_and_prompts_of_one_request(small_server: Server) -> None:
     async with httpx.AsyncClient(timeout=100) as http:
-        body = {"model": MODEL, "prompt": ["One", "Two"], "n": 3, "seed": 5, "max_tokens": 8}
+        body = {
+            "model": MODEL,
+            "prompt": ["One", "Two"],
+            "n": 3,
+            "seed": 5,
+            "max_tokens": 8,
+            "temperature": 1,
+        }
         answer = (await http.post(f"{small_server.url}/v1/completions", json=body)).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3, 4, 5]
     assert len({choice["text"] for choice in answer["choices"]}) == 6

@@ -111,7 +111,10 @@ async def test_killing_the_engine_is_8_clean_errors_and_a_new_engine(mortal: Ser
 )
 def test_a_signal_lets_streams_finish_and_refuses_new_work(mortal: Server, number: int) -> None:
     assert mortal.engine.is_running()
-    with streaming(mortal, prompt="Once upon a time", max_tokens=600, ignore_eos=True) as events:
+    began = time.monotonic()
+    mortal.post("/v1/completions", prompt="Once upon a time", max_tokens=20, ignore_eos=True)
+    some_seconds = int(6 * 20 / (time.monotonic() - began))  # in tokens: the processor may be slow
+    with streaming(mortal, prompt="Once upon a time", max_tokens=some_seconds, ignore_eos=True) as events:
         mortal.process.send_signal(number)
         until(lambda: mortal.get("/health/ready").status_code == 503)
         assert mortal.get("/health/ready").json()["state"] == "draining"
