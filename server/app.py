@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -18,12 +18,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from engine.client import Engine
+from server.access.keys import KeyBook
 from server.chat import ChatFormat
 from server.config import ServerConfig
 from server.generation.admission import Admission
 from server.generation.grammars import GrammarChecks
 from server.generation.intake import Intake
 from server.generation.responses import KeptResponses
+from server.http.access import AccessMiddleware
 from server.http.middleware import BodyLimitMiddleware, RecordMiddleware
 from server.http.paths import PathMiddleware
 from server.http.protocol.errors import ApiError, bad_request
@@ -40,8 +42,8 @@ from server.telemetry.record import Ended
 from server.telemetry.tracing import Tracing
 from server.text.tokenizer import Tokenizer
 
-PRICES_SECONDS = 2.0
-"""The time between two checks of the price table's file."""
+FOLLOW_SECONDS = 2.0
+"""The time between two checks of the files that may change: prices, keys."""
 
 
 def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: ChatFormat) -> FastAPI:
@@ -58,11 +60,11 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         try:
             await engine.start()  # the engine loads in the background; until then requests get 503
-            prices_task = asyncio.create_task(_follow(prices), name="price table")
+            following = asyncio.create_task(_follow(files), name="files that may change")
             try:
                 yield
             finally:
-                prices_task.cancel()
+                following.cancel()
         finally:
             await engine.stop()
             await checks.close()
@@ -80,6 +82,8 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
         config.model_name,
         machine,
     )
+    keys = None if config.keys is None else KeyBook(Path(config.keys).expanduser())
+    files = [prices.refresh, *([] if keys is None else [keys.refresh])]
     checks = GrammarChecks(text)
     metrics = Metrics(config.model_name, lambda: engine.status, prices)
     ledger = None if config.ledger is None else Ledger(config.ledger)
@@ -94,6 +98,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
         metrics=metrics,
         books=books,
         responses=KeptResponses(config.stored_responses),
+        keys=keys,
     )
     app = FastAPI(
         title="dsa-serve",
@@ -110,6 +115,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     app.state.services = services
     app.state.lifecycle = services.lifecycle
     app.add_middleware(BodyLimitMiddleware, limit=config.max_body_bytes)
+    app.add_middleware(AccessMiddleware, keys=keys, metrics=metrics, public_metrics=config.public_metrics)
     app.add_middleware(RecordMiddleware, metrics=metrics, observers=observers)
     if config.allow_origins != "none":
         app.add_middleware(
@@ -128,11 +134,12 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     return app
 
 
-async def _follow(prices: PriceBook) -> None:
-    """Check again and again whether the price table was edited."""
+async def _follow(files: Sequence[Callable[[], None]]) -> None:
+    """Check again and again whether files were edited."""
     while True:
-        await asyncio.sleep(PRICES_SECONDS)
-        await asyncio.to_thread(prices.refresh)
+        await asyncio.sleep(FOLLOW_SECONDS)
+        for refresh in files:
+            await asyncio.to_thread(refresh)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -46,6 +46,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         otlp_endpoint: where traces go; None: nowhere.
         unknown_fields: what becomes of a field that an endpoint does not know.
         sampling: how a token is chosen where a request does not say it.
+        keys: the file of callers' keys; None: everybody is let in.
+        public_metrics: /metrics needs no key.
         allow_origins: pages of which origins may use the server from a browser: `none`, `*`, or a list with commas.
     """
 
@@ -67,6 +69,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     prices: str | None = None  # a YAML file; None: the table in the package
     machine_price: str | None = None  # USD for an hour of the device; None: the table's price
     unknown_fields: UnknownFields = "accept"
+    keys: str | None = None
+    public_metrics: bool = False
     allow_origins: str = "none"
     sampling: SamplingDefaults = SamplingDefaults()
     stored_responses: int = 1000  # of /v1/responses, in memory; at most 64 MiB of them

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import gc
 import importlib.util
+import ipaddress
 import json
 import logging
 import resource
@@ -19,12 +20,14 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import uvicorn
 
 from engine.client import Engine, EngineState
+from server.access.keys import read_keys
 from server.app import create_app
 from server.chat import ChatFormat, choose, choose_tool_format, load_chat_format
 from server.chat.detect import model_type
@@ -55,11 +58,15 @@ def serve(settings: Settings) -> int:
 
     Raises:
         ServeError: the port is taken, or the engine failed.
-        ModelError, TokenizerError, PromptError, SettingsError: the model or a setting is not valid.
+        ModelError, TokenizerError, PromptError, SettingsError, KeysError: the model, a setting or the keys are not valid.
     """
     sink = configure(settings.log_format)
     raise_descriptor_limit()
+    if settings.keys is not None:  # a fault in the file is found before anything is loaded
+        read_keys(Path(settings.keys).expanduser())
     with bind(settings.host, settings.port) as listener:  # before loading, to report a taken port at once
+        if settings.keys is None and not is_local(settings.host):
+            _log.warning(OPEN_TO_ALL, settings.host)
         with _stages(settings.log_format) as stages:
             random = settings.load_format == "dummy"
             files = resolve(
@@ -100,6 +107,20 @@ def serve(settings: Settings) -> int:
                 return runner.run(run(config, engine, text, chat, listener))
         finally:
             sink.flush(1.0)
+
+
+OPEN_TO_ALL = (
+    "WARNING: this server listens on %s and has no keys: whoever reaches it may use it, read the metrics, and spend the "
+    "machine's time. Make a key with dsa keys new NAME --keys FILE and start with --keys FILE, or listen on 127.0.0.1"
+)
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach an address to listen on."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def raise_descriptor_limit() -> None:
@@ -191,7 +212,12 @@ async def _watch(engine: Engine, config: ServerConfig, listener: socket.socket) 
     await _loaded(engine, config.log_format)
     model = engine.status.model
     random = model is not None and model.random_weights
-    line = greeting(config.model_name, *listener.getsockname()[:2], random_weights=random)
+    line = greeting(
+        config.model_name,
+        *listener.getsockname()[:2],
+        random_weights=random,
+        asks_key=config.keys is not None,
+    )
     if config.log_format == "json":
         _log.info("%s", line.partition(" - try: ")[0])
     else:
@@ -253,7 +279,9 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-def greeting(model: str, host: str, port: int, *, random_weights: bool = False) -> str:
+def greeting(
+    model: str, host: str, port: int, *, random_weights: bool = False, asks_key: bool = False
+) -> str:
     """One line with the address and a command to try; a model with random weights may have no chat format."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
     url = f"http://{host}:{port}"
@@ -265,7 +293,8 @@ def greeting(model: str, host: str, port: int, *, random_weights: bool = False) 
         path = "/v1/chat/completions"
         body["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
     text = json.dumps(body | {"temperature": 0}).replace("'", "'\\''")
-    return f"ready at {url} - try: curl {url}{path} -H 'content-type: application/json' -d '{text}'"
+    key = " -H 'authorization: Bearer KEY'" if asks_key else ""
+    return f"ready at {url} - try: curl {url}{path}{key} -H 'content-type: application/json' -d '{text}'"
 
 
 class _Server(uvicorn.Server):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from engine.client import Engine
+from server.access.keys import KeyBook
 from server.config import ServerConfig
 from server.generation.admission import Admission
 from server.generation.intake import Intake
@@ -38,6 +39,7 @@ class Services:
     metrics: Metrics
     books: Books
     responses: KeptResponses
+    keys: KeyBook | None = None
     large_bodies: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -71,7 +71,7 @@ class Flag(msgspec.Struct, frozen=True):
     bytes_of: str | None = None
 
 
-SERVER, MODEL, MEMORY = "Server", "Model", "Memory and scheduling"
+SERVER, ACCESS, MODEL, MEMORY = "Server", "Access", "Model", "Memory and scheduling"
 COST, LOGS, ADVANCED = "Cost", "Logs and traces", "Advanced"
 _HTTP, _ENGINE = ServerConfig(model_name=""), EngineConfig(weights="")
 """The settings of both sides with their defaults."""
@@ -102,10 +102,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "accept|refuse",
         ),
     ] = _HTTP.unknown_fields
+    keys: Annotated[
+        str | None,
+        Flag(
+            ACCESS,
+            "Callers' keys; dsa keys makes the file, and it is read again when it changes. Every route but the probes then "
+            "asks for one.",
+            "everybody is let in",
+            "FILE",
+        ),
+    ] = _HTTP.keys
+    public_metrics: Annotated[
+        bool,
+        Flag(ACCESS, "Let everybody read /metrics, who else needs a key of role metrics or admin.", "off"),
+    ] = _HTTP.public_metrics
     allow_origins: Annotated[
         str,
         Flag(
-            SERVER,
+            ACCESS,
             "Pages of which origins may use the server from a browser: none, *, or a list with commas.",
             None,
             "ORIGINS",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -159,7 +160,7 @@ class Endpoint:
 async def connect(
     name: str, url: str, fields: dict[str, Any] | None = None
 ) -> AsyncGenerator[Endpoint, None]:
-    """Make an endpoint, and close its connections at the end.
+    """Make an endpoint, and close its connections at the end. It sends the key in $DSA_API_KEY, if one is there.
 
     Args:
         name: its name in tables
@@ -167,8 +168,10 @@ async def connect(
         fields: more fields for every request's body; a field whose value is None is left out
     """
     base = url.rstrip("/").removesuffix("/v1")
+    key = os.environ.get("DSA_API_KEY")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     async with httpx.AsyncClient(
-        base_url=base, timeout=_TIMEOUT, limits=_CONNECTIONS, trust_env=False
+        base_url=base, timeout=_TIMEOUT, limits=_CONNECTIONS, trust_env=False, headers=headers
     ) as http:
         yield Endpoint(http, name, base, fields or {})
 

@@ -35,24 +35,36 @@ def chat(
     temperature: Annotated[
         float, typer.Option(help="0 always takes the likeliest token.", min=0, max=2)
     ] = 0.7,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SECRET",
+            envvar="DSA_API_KEY",
+            show_default="none",
+            help="Of a server that asks for a key.",
+        ),
+    ] = None,
 ) -> None:
     """Talk to a running server. /clear forgets the conversation, /quit leaves."""
     if top_k is not None and top_k != "dense" and not (top_k.isdigit() and int(top_k)):
         fail(f"--top-k is {top_k!r}; expected a number of tokens, or dense", 2)
     sparsity = int(top_k) if top_k is not None and top_k.isdigit() else top_k
     try:
-        talk(url, model=model, top_k=sparsity, temperature=temperature)
+        talk(url, model=model, top_k=sparsity, temperature=temperature, key=key)
     except ChatClientError as error:
         fail(error)
 
 
-def talk(url: str, *, model: str | None, top_k: int | str | None, temperature: float) -> None:
+def talk(
+    url: str, *, model: str | None, top_k: int | str | None, temperature: float, key: str | None = None
+) -> None:
     """Read messages from standard input and print the answers as they come.
 
     Raises:
         ChatClientError: the server cannot be reached, or refuses the first request.
     """
-    with httpx.Client(base_url=url, timeout=_TIMEOUT) as client:
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=url, timeout=_TIMEOUT, headers=headers) as client:
         options: dict[str, Any] = {"model": model or _first_model(client, url), "temperature": temperature}
         if top_k is not None:
             options["dsa"] = {"top_k": top_k}

@@ -14,6 +14,7 @@ from typing import NoReturn
 import typer
 
 from server.cli.chat import chat
+from server.cli.keys import keys
 from server.cli.lab import add_tools
 from server.cli.pull import pull
 from server.cli.serve import serve
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for command in (serve, chat, pull, usage, worker):
     app.command(command.__name__)(command)
+app.add_typer(keys)
 add_tools(app)
 
 

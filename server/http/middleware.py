@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.access.keys import Caller
 from server.http.protocol.errors import ApiError, bad_request, internal_error
 from server.telemetry.metrics import Metrics
 from server.telemetry.record import Ended, GenerationRecord
@@ -35,6 +36,8 @@ class Record:
         started_ns: the same moment in nanoseconds since 1970.
         outcome: how the request ended, if the status alone does not say it.
         generation: what is generated; None until generation begins.
+        caller: who sent it; None until that is known.
+        headers: more headers of the response.
         send: takes the body's messages once the response has started. No middleware looks at these, so a stream
             need not pass each event through all of them.
     """
@@ -44,6 +47,8 @@ class Record:
     started_ns: int = field(default_factory=time.time_ns)
     outcome: str | None = None
     generation: GenerationRecord | None = None
+    caller: Caller | None = None
+    headers: dict[str, str] = field(default_factory=dict)
     send: Send | None = None
 
 
@@ -80,6 +85,8 @@ class RecordMiddleware:
                 headers["x-request-id"] = headers["request-id"] = (
                     record.request_id
                 )  # OpenAI's name, Anthropic's
+                for name, value in record.headers.items():
+                    headers[name] = value
             await send(message)
 
         try:
@@ -93,6 +100,8 @@ class RecordMiddleware:
         finally:
             outcome = record.outcome or outcome_of(status)
             self._metrics.request_ended(_endpoint(scope), outcome)
+            if record.caller is not None and record.caller.record is not None:
+                self._metrics.callers.ended(record.caller.name, outcome)
             self._tell(scope, record, status, outcome)
 
     def _tell(self, scope: Scope, record: Record, status: int | None, outcome: str) -> None:
@@ -111,6 +120,7 @@ class RecordMiddleware:
             traceparent=headers.get("traceparent"),
             tracestate=headers.get("tracestate"),
             generation=record.generation,
+            key=None if record.caller is None else record.caller.name,
         )
         for observe in self._observers:
             try:

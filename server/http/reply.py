@@ -15,13 +15,14 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import msgspec
 from fastapi import Request
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import EngineDiedError, EngineUnavailableError
+from server.access.keys import Caller
 from server.generation.admission import QueueFullError, TooLargeError
 from server.generation.choice import ChoiceUsage, TextDelta
 from server.generation.generate import (
@@ -33,6 +34,7 @@ from server.generation.generate import (
 )
 from server.generation.intake import Admitted
 from server.generation.render import Renderer, total_usage
+from server.http.access import caller_of
 from server.http.disconnect import ClientGoneError, unless_disconnected
 from server.http.middleware import Record, outcome_of, record_of
 from server.http.outlet import Outlet
@@ -47,7 +49,7 @@ from server.http.protocol.errors import (
     unavailable,
 )
 from server.http.protocol.usage import CostUsage, Usage
-from server.money.accounting import Account, LedgerUnavailableError, key_of
+from server.money.accounting import Account, LedgerUnavailableError
 from server.money.retries import attempt_name
 from server.services import Services
 from server.telemetry.metrics import GenerationMeter
@@ -88,9 +90,9 @@ class GenerationReply(Response):
                 with _refusals():
                     services.admission.check()
                 request = Request(scope, receive)
-                order = await self._prepare(request)
+                order = _apart(await self._prepare(request), caller_of(scope))
                 attempt = attempt_name(
-                    sender_of(request.headers),
+                    caller_of(scope).name,
                     str(scope["path"]),
                     request.headers.get("idempotency-key"),
                     await request.body(),
@@ -124,9 +126,10 @@ class GenerationReply(Response):
             services.books,
             request_id=record.request_id,
             endpoint=str(scope["path"]),
-            key=sender_of(Headers(scope=scope)),
+            key=caller_of(scope).name,
             jobs=jobs,
             attempt=attempt,
+            verified=caller_of(scope).record is not None,
         )
         ended = "failed"
         try:
@@ -292,10 +295,16 @@ class _Run:
         return explained
 
 
-def sender_of(headers: Headers) -> str:
-    """The name of a request's key, which Anthropic's clients send under another name."""
-    key = headers.get("x-api-key")
-    return key_of(headers.get("authorization") or (f"Bearer {key}" if key else None))
+def _apart(order: Order, caller: Caller) -> Order:
+    """Keep the cached prompts of a caller apart from all others': none can be found, nor timed."""
+    jobs = tuple(
+        replace(
+            job,
+            submit=msgspec.structs.replace(job.submit, cache_salt=caller.salt(job.submit.cache_salt)),
+        )
+        for job in order.work.jobs
+    )
+    return replace(order, work=replace(order.work, jobs=jobs))
 
 
 @contextmanager

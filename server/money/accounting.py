@@ -9,7 +9,6 @@ used. The prices are `server.money.pricing`, the table of rows is `server.money.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,6 +35,9 @@ class Settlement:
     prompt_tokens: int
     completion_tokens: int
     work: Work
+    key: str
+    verified: bool
+    arrived: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +61,6 @@ class Books:
             self.ledger.close()
 
 
-def key_of(authorization: str | None) -> str:
-    """A name for the sender of an Authorization header: a digest of its token, or `anonymous`."""
-    scheme, _, token = (authorization or "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
-        return "anonymous"
-    return "key-" + hashlib.blake2b(token.strip().encode(), digest_size=8, person=b"dsa-key").hexdigest()
-
-
 class Account:
     """One request's account. Only the event loop's thread may use it."""
 
@@ -79,8 +73,20 @@ class Account:
         key: str,
         jobs: Sequence[Job],
         attempt: str | None = None,
+        verified: bool = False,
     ) -> None:
-        """`attempt` is the name of the request that this is an attempt of; None: it is no other's."""
+        """Open an account.
+
+        Args:
+            books: what all accounts share.
+            request_id: of the request, for its row.
+            endpoint: the same.
+            key: the name of the caller.
+            jobs: the choices.
+            attempt: the name of the request that this is an attempt of; None: it is no other's.
+            verified: the caller has shown a key that this server knows.
+        """
+        self._verified = verified
         self._attempt = attempt
         self._books = books
         self._request_id, self._endpoint, self._key = request_id, endpoint, key
@@ -195,7 +201,9 @@ class Account:
             metered_nanos=bill.metered,
             dense_equivalent_nanos=bill.dense_equivalent,
         )
-        return Settlement(bill, row.prompt_tokens, row.completion_tokens, work), row
+        return Settlement(
+            bill, row.prompt_tokens, row.completion_tokens, work, self._key, self._verified, self._arrived
+        ), row
 
     async def _write(self, entry: Settlement, row: LedgerRow) -> None:
         written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()

@@ -84,6 +84,7 @@ class AccessLog:
             "endpoint": ended.endpoint,
             "status": ended.status,
             "outcome": ended.outcome,
+            "key": ended.key,
             "duration_seconds": round(ended.seconds, 6),
         }
         if (trace_id := _trace_id(ended.traceparent)) is not None:

@@ -86,6 +86,7 @@ class Ended:
         traceparent: the client's W3C trace context.
         tracestate: the second header of the same trace context.
         generation: what was generated; None if nothing was generated.
+        key: the name of the caller's key; None if it was not let in.
     """
 
     request_id: str
@@ -99,3 +100,4 @@ class Ended:
     traceparent: str | None
     tracestate: str | None
     generation: GenerationRecord | None
+    key: str | None = None

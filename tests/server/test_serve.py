@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.serve import ServeError, bind, greeting
+from server.serve import ServeError, bind, greeting, is_local
 from tests.kit import ROOT
 
 pytestmark = pytest.mark.process
@@ -192,6 +192,16 @@ def test_the_greeting_can_be_pasted() -> None:
     )
     assert greeting("m", "::1", 1).startswith("ready at http://[::1]:1 ")
     assert "/v1/completions" in greeting("m", "::1", 1, random_weights=True)
+    assert "-H 'authorization: Bearer KEY'" in greeting("m", "::1", 1, asks_key=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("10.0.0.1", False), ("server.example", False)],
+)  # fmt: skip
+def test_who_can_reach_an_address(host: str, local: bool) -> None:
+    assert is_local(host) is local
 
 
 @pytest.mark.skipif(not socket.has_ipv6 or not os.path.exists("/proc/net/if_inet6"), reason="no IPv6 here")

@@ -69,3 +69,6 @@ class Readiness(BaseModel):
     model: str
     reason: str | None = Field(description="One sentence when not ready.")
     loading: LoadingProgress | None
+    warnings: list[str] = Field(
+        default_factory=list, description="What an operator has to look at, though requests are taken."
+    )

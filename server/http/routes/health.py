@@ -63,4 +63,5 @@ async def ready(request: Request, response: Response) -> Readiness:
         loading=LoadingProgress(stage=loading.stage, done=loading.done, total=loading.total)
         if loading
         else None,
+        warnings=[] if services.keys is None or services.keys.problem is None else [services.keys.problem],
     )

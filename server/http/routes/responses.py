@@ -9,12 +9,13 @@ from starlette.responses import Response
 
 from server.generation.render_responses import ResponsesRenderer
 from server.generation.responses import answer_of, chat_of_response, conversation_of
+from server.http.access import caller_of
 from server.http.body import read_body
 from server.http.middleware import record_of
 from server.http.protocol.errors import ErrorResponse, bad_request
 from server.http.protocol.openapi import describe
 from server.http.protocol.responses import ResponseBody, ResponseDeleted, ResponseEvent, ResponseObject
-from server.http.reply import GenerationReply, Order, sender_of
+from server.http.reply import GenerationReply, Order
 from server.services import services_of
 
 router = APIRouter(tags=["generation"])
@@ -35,7 +36,7 @@ async def create_response(request: Request) -> Response:
     """Answer a conversation. The schema is OpenAI's, with extensions for sparse attention."""
     services = services_of(request)
     request_id = record_of(request.scope).request_id
-    key = sender_of(request.headers)
+    key = caller_of(request.scope).name
 
     async def prepare(request: Request) -> Order:
         body, notices = await read_body(request, ResponseBody)
@@ -66,11 +67,11 @@ async def create_response(request: Request) -> Response:
 @router.get("/v1/responses/{response_id}", summary="Return a stored response", responses=_LOST)
 async def retrieve_response(response_id: str, request: Request) -> ResponseObject:
     """The response with that id, if it is stored still, and the same key made it."""
-    return services_of(request).responses.find(response_id, sender_of(request.headers)).response
+    return services_of(request).responses.find(response_id, caller_of(request.scope).name).response
 
 
 @router.delete("/v1/responses/{response_id}", summary="Forget a stored response", responses=_LOST)
 async def delete_response(response_id: str, request: Request) -> ResponseDeleted:
     """Forget the response with that id."""
-    services_of(request).responses.remove(response_id, sender_of(request.headers))
+    services_of(request).responses.remove(response_id, caller_of(request.scope).name)
     return ResponseDeleted(id=response_id)

@@ -11,12 +11,13 @@ from engine.client import EngineStatus
 from server.generation.choice import Job
 from server.money.accounting import Settlement
 from server.money.pricing import PriceBook
+from server.telemetry.metrics.callers import CallerCollector
 from server.telemetry.metrics.cost import CostCollector
 from server.telemetry.metrics.engine import EngineCollector
 from server.telemetry.metrics.generation import GenerationMeter, GenerationMetrics
 
 REJECTIONS = frozenset(
-    "queue_full draining engine_unavailable body_too_large ledger_unavailable rate_limited".split()
+    "queue_full draining engine_unavailable body_too_large ledger_unavailable rate_limited invalid_api_key forbidden".split()
 )
 """Reasons of rejection that have their own label; all others are `other`."""
 
@@ -31,6 +32,8 @@ class Metrics:
         registry.register(EngineCollector(model_name, status))
         self._cost = CostCollector(prices)
         registry.register(self._cost)
+        self.callers = CallerCollector()
+        registry.register(self.callers)
         self._rejections = Counter(
             "dsa_rejections", "Requests refused before they ran, by reason.", ["reason"], registry=registry
         )
@@ -65,6 +68,7 @@ class Metrics:
     def closed(self, entry: Settlement) -> None:
         """Count the money of a request whose account was closed."""
         self._cost.closed(entry)
+        self.callers.closed(entry)
 
     def ledger_failed(self) -> None:
         """Count a row that was not written."""

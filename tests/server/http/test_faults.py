@@ -38,6 +38,7 @@ async def test_while_the_engine_loads() -> None:
             "model": "fake-model",
             "reason": "the engine is loading the model (loading: weights 1 of 4)",
             "loading": {"stage": "weights", "done": 1, "total": 4},
+            "warnings": [],
         }
         assert (await http.get("/health/live")).status_code == 200
         assert (await http.get("/v1/models")).json()["data"][0]["max_model_len"] is None

@@ -180,7 +180,7 @@ async def test_best_of_n_is_n() -> None:
 
 
 async def test_the_salt_of_the_cache_goes_to_the_engine() -> None:
-    for fields, salt in (({}, ""), ({"cache_salt": "mine"}, "mine")):
+    for fields, salt in (({}, ""), ({"cache_salt": "mine"}, "/mine")):
         engine = speaking("x")
         await post(engine, CHAT, **fields)
         assert engine.submitted[0].cache_salt == salt

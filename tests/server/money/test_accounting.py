@@ -12,7 +12,7 @@ import pytest
 
 from engine.protocol import RequestUsage, SamplingParams, Submit, Work
 from server.generation.choice import ChoiceUsage, Job
-from server.money.accounting import Account, Books, LedgerUnavailableError, Settlement, key_of
+from server.money.accounting import Account, Books, LedgerUnavailableError, Settlement
 from server.money.ledger import Ledger
 from server.money.pricing import DEFAULT_TABLE, PriceBook
 
@@ -171,9 +171,3 @@ async def test_stopping_writes_what_is_open(desk: Desk) -> None:
     desk.books.close()  # and waits for the ledger
     (row,) = desk.rows()
     assert (row["outcome"], row["amount_nanos"], row["device_ns"]) == ("failed", 0, 5 * 10**8)
-
-
-def test_a_key_is_a_digest() -> None:
-    assert key_of(None) == key_of("") == key_of("Basic abc") == key_of("Bearer  ") == "anonymous"
-    assert key_of("Bearer secret") == key_of("bearer  secret ") != key_of("Bearer other")
-    assert "secret" not in key_of("Bearer secret")

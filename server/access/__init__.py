@@ -1,0 +1,1 @@
+"""Who calls, and what the caller may: keys, limits of rate, budgets. Knows no HTTP."""
