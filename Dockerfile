@@ -49,6 +49,7 @@ ARG PULL=""
 ENV PATH=/opt/dsa/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     DSA_CACHE=/models \
+    HF_HOME=/models/huggingface \
     DSA_HOST=0.0.0.0 \
     DSA_PORT=8000
 RUN useradd --system --uid 10001 --create-home dsa \

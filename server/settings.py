@@ -82,7 +82,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     model: Annotated[
         str,
-        Flag("", "A name that dsa can fetch, a .gguf file, or a folder with config.json and *.safetensors."),
+        Flag(
+            "",
+            "A name that dsa can fetch, a .gguf file, a folder with config.json and *.safetensors, or a name of the "
+            "Hugging Face hub: org/name, org/name@revision, org/name:Q4_K_M.",
+        ),
     ] = DEFAULT_MODEL
 
     host: Annotated[str, Flag(SERVER, "Address to listen on; 0.0.0.0 is every network.")] = _HTTP.host

@@ -23,7 +23,7 @@ from engine.memory.superblocks import Superblocks
 
 Number = TypeVar("Number", bound=np.generic)
 
-_ARCHITECTURES: Mapping[str, bool] = {"llama": True, "qwen2": False, "qwen3": False}
+ARCHITECTURES: Mapping[str, bool] = {"llama": True, "qwen2": False, "qwen3": False}
 """`general.architecture`, which is also the `model_type` -> whether neighbouring rows of queries and keys are pairs."""
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -132,7 +132,7 @@ class GGUFSource:
             raise CheckpointError(f"{self._file.path} has no tensor {name}") from None
 
     def _interleaved_heads(self, name: str) -> int | None:
-        if not _ARCHITECTURES[self.config["model_type"]]:
+        if not ARCHITECTURES[self.config["model_type"]]:
             return None
         if ".self_attn.q_proj." in name:
             return int(self.config["num_attention_heads"])
@@ -153,10 +153,10 @@ def _hf_name(name: str) -> str:
 def _check_kind(file: GGUFFile) -> None:
     """Refuse a file that is not one whole model of a known architecture."""
     found = file.metadata.get("general.architecture")
-    if found not in _ARCHITECTURES:
+    if found not in ARCHITECTURES:
         raise CheckpointError(
             f"{file.path} has architecture {found!r}, which is not supported; "
-            f"supported: {', '.join(_ARCHITECTURES)}"
+            f"supported: {', '.join(ARCHITECTURES)}"
         )
     kind = file.metadata.get("general.type", "model")
     if kind != "model":

@@ -11,7 +11,9 @@ from server.hub.models import DEFAULT_MODEL, ModelError, resolve
 
 
 def pull(
-    model: Annotated[str, typer.Argument(help="The model to fetch.")] = DEFAULT_MODEL,
+    model: Annotated[
+        str, typer.Argument(help="A name as dsa serve takes it, also org/name of the Hugging Face hub.")
+    ] = DEFAULT_MODEL,
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash the files again, even if they were before.")
     ] = False,

@@ -32,7 +32,7 @@ def fetch(source: PinnedFile, target: Path, *, report: Report = silent, rehash: 
         return False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(target.name + ".lock"), report):
+        with locked(target.with_name(target.name + ".lock"), report):
             if _stamped(source, target) and not rehash:
                 return False  # another process fetched it while this one waited
             if target.exists():
@@ -53,10 +53,10 @@ def _download(source: PinnedFile, target: Path, report: Report) -> None:
     with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
         if isinstance(source, SplitFile):
             whole = target.with_name(f".{target.name}.unfinished")  # stays if this fails, and is resumed
-            _need_space(target.parent, parts.space(source, whole))
+            need_space(target.parent, parts.space(source, whole))
             parts.download_parts(source, whole, Path(folder), report)
         else:
-            _need_space(target.parent, 3 * source.size)
+            need_space(target.parent, 3 * source.size)
             whole = Path(folder) / "extracted"
             with whole.open("xb") as out:
                 wheels.take(source, Path(folder), out, report)
@@ -113,7 +113,8 @@ def _stamped(source: PinnedFile, target: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, report: Report) -> Iterator[None]:
+def locked(path: Path, report: Report) -> Iterator[None]:
+    """Hold a lock that other processes respect; wait for it if another has it."""
     with path.open("ab") as file:
         _lock(file, report)
         yield  # closing the file unlocks it
@@ -127,12 +128,13 @@ def _lock(file: BinaryIO, report: Report) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def _need_space(folder: Path, needed: int) -> None:
+def need_space(folder: Path, needed: int, variable: str = "DSA_CACHE") -> None:
+    """Raise DownloadError if a folder's disk has less than `needed` bytes free; `variable` names another folder."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DownloadError(
             f"the download needs {needed >> 20} MiB for a moment and {folder} has {free >> 20} MiB free; "
-            "make room, or set DSA_CACHE to a folder on another disk"
+            f"make room, or set {variable} to a folder on another disk"
         )
 
 

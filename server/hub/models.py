@@ -1,4 +1,4 @@
-"""Finds the files of the model that a user names: by a known name, a .gguf file or a folder."""
+"""Finds the files of the model that a user names: by a known name, a .gguf file, a folder, or a name of the hub."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import NamedTuple
 
 from server.hub.catalogue import DEFAULT_MODEL, MODELS
 from server.hub.download import fetch
+from server.hub.repository import RepositoryName, parse_name
 from server.hub.wheels import DownloadError, Report, silent
 
 __all__ = ["DEFAULT_MODEL", "MODELS", "ModelError", "ModelFiles", "cache_folder", "model_file", "resolve"]
+
+
+_OVERLAY = "indexer.safetensors"
 
 
 class ModelError(Exception):
@@ -36,10 +40,11 @@ def resolve(
     rehash: bool = False,
     config_only: bool = False,
 ) -> ModelFiles:
-    """Find a model's files. The files of a known model are downloaded first if they are missing.
+    """Find a model's files. Those of a known model, or of a repository of the hub, are downloaded if they are missing.
 
     Args:
-        model: a name in `MODELS`, or the path of a .gguf file or of a folder.
+        model: a name in `MODELS`, the path of a .gguf file or of a folder, or `org/name` of the Hugging Face hub; what
+            exists here wins.
         overlay: an indexer overlay to use instead of the one that belongs to the model.
         report: gets the progress of a download.
         rehash: hash a cached file again even if its stamp fits.
@@ -52,6 +57,8 @@ def resolve(
         raise ModelError(f"the overlay {overlay} is not a file; expected a .safetensors file with an indexer")
     known = MODELS.get(model)
     if known is None:
+        if not Path(model).expanduser().exists() and (name := parse_name(model)) is not None:
+            return _remote(name, overlay, report, rehash=rehash, config_only=config_only)
         return _config_folder(model, overlay) if config_only else _local(model, overlay)
     if config_only:
         raise ModelError(f"{model} is a file without a config.json; name a folder that has one")
@@ -87,6 +94,20 @@ def _packaged_overlay(model: str) -> Path | None:
     return Path(str(resource)) if resource.is_file() else None
 
 
+def _remote(
+    name: RepositoryName, overlay: Path | None, report: Report, *, rehash: bool, config_only: bool
+) -> ModelFiles:
+    from server.hub.remote import fetch_repository  # its library takes most of a second to import
+
+    try:
+        found = fetch_repository(name, report=report, rehash=rehash, config_only=config_only)
+    except DownloadError as error:
+        raise ModelError(str(error)) from error
+    beside = found.folder / _OVERLAY
+    overlay = overlay or (beside if beside.is_file() else None)
+    return ModelFiles(name.served, found.weights, overlay, found.license)
+
+
 def _local(model: str, overlay: Path | None) -> ModelFiles:
     path = Path(model).expanduser().absolute()
     if path.is_file():
@@ -98,7 +119,8 @@ def _local(model: str, overlay: Path | None) -> ModelFiles:
     if path.is_dir():
         return _folder(path, overlay)
     raise ModelError(
-        f"there is no model {model!r}: it is neither a file or folder nor one of the names {', '.join(MODELS)}"
+        f"there is no model {model!r}: it is neither a file or folder nor one of the names {', '.join(MODELS)}, nor "
+        "org/name of the Hugging Face hub"
     )
 
 
@@ -113,7 +135,7 @@ def _config_folder(model: str, overlay: Path | None) -> ModelFiles:
 
 def _folder(path: Path, overlay: Path | None) -> ModelFiles:
     expected = "expected exactly one .gguf file, or config.json with *.safetensors"
-    beside = path / "indexer.safetensors"
+    beside = path / _OVERLAY
     overlay = overlay or (beside if beside.is_file() else None)
     names = sorted(entry.name for entry in path.iterdir())
     ggufs = [name for name in names if name.endswith(".gguf")]

@@ -17,7 +17,7 @@ def test_every_member_of_the_llama_family_has_its_fields() -> None:
 
 
 def test_every_architecture_of_gguf_files_is_one_of_a_family() -> None:
-    assert gguf._ARCHITECTURES.keys() <= FAMILIES.keys()
+    assert gguf.ARCHITECTURES.keys() <= FAMILIES.keys()
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

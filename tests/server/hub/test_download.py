@@ -155,7 +155,7 @@ def test_two_at_once_fetch_once(source: WheelFile, target: Path) -> None:
 def test_the_second_is_told_that_it_waits(source: WheelFile, target: Path) -> None:
     target.parent.mkdir(parents=True)
     said: list[str] = []
-    with download._locked(target.with_name(target.name + ".lock"), silent):
+    with download.locked(target.with_name(target.name + ".lock"), silent):
         waiting = threading.Thread(
             target=fetch, args=(source, target), kwargs={"report": lambda s, d, t: said.append(s)}
         )

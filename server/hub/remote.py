@@ -1,0 +1,383 @@
+"""Fetches a model's files from the Hugging Face hub, or from a mirror of it, into the cache that its other clients share.
+
+`huggingface_hub` makes the requests and lays out the cache, so its variables count: HF_ENDPOINT, HF_TOKEN, HF_HOME,
+HF_HUB_OFFLINE and the others. Two things are done here, because it does not do them. A file that was stopped in the
+middle goes on where it stopped, in another process too. And each file is held against the hub's hash before it is in
+the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx2
+import huggingface_hub
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+from server.hub.download import locked, need_space
+from server.hub.repository import (
+    CONFIG,
+    INDEX,
+    RemoteFile,
+    RepositoryName,
+    is_adapter,
+    text_files,
+    weight_files,
+)
+from server.hub.shared_cache import Fetched, SharedCache, read_object, verify
+from server.hub.wheels import DownloadError, Report, silent
+
+AT_ONCE = 4
+"""How many files are downloaded at once."""
+
+_SECONDS = 15.0  # for the answer about a repository
+
+logging.getLogger("huggingface_hub").handlers.clear()  # its records go where all others go
+
+
+class _Listing(NamedTuple):
+    """What a repository holds at one commit."""
+
+    commit: str
+    files: Sequence[RemoteFile]
+    license: str | None
+    architecture: str | None  # of its GGUF files
+
+
+def fetch_repository(
+    name: RepositoryName,
+    *,
+    report: Report = silent,
+    rehash: bool = False,
+    config_only: bool = False,
+) -> Fetched:
+    """Make sure that a model of the hub is in the cache. Without a network, what is there already is used.
+
+    Args:
+        name: which repository, revision and file.
+        report: gets the progress.
+        rehash: hash files again that are in the cache.
+        config_only: leave out the weights.
+
+    Raises:
+        DownloadError: there is no such model, or it is not for this client, or the engine does not serve it, or the
+            transfer failed, or a hash is not the hub's; the message says what to do.
+    """
+    report("asking the hub", 0, 0)
+    try:
+        cache = SharedCache(name)
+        listing = _ask(name)
+    except HFValidationError as error:
+        raise DownloadError(
+            f"{name.repository} is no file or folder here, and no name of the hub: {error}"
+        ) from error
+    except (httpx2.HTTPError, OSError) as error:
+        if not _may_be_back_later(error):
+            raise _refusal(name, error) from error
+        held = cache.held(config_only=config_only)
+        if held is None:
+            raise _unreachable(name, error) from error
+        report("the hub cannot be reached: the files of the cache are used", 0, 0)
+        if rehash:
+            report("checking", 0, 0)
+            cache.check(held.folder)
+        return held
+    try:
+        cache.storage.mkdir(parents=True, exist_ok=True)
+        with locked(cache.storage / ".dsa.lock", report):
+            return _Fetch(name, listing, cache, report, rehash=rehash).run(config_only=config_only)
+    except (HfHubHTTPError, httpx2.HTTPError) as error:
+        raise _refusal(name, error) from error
+    except OSError as error:
+        raise DownloadError(
+            f"cannot write {name} into {cache.storage}: {error.strerror or error}; set HF_HOME to a folder with room that "
+            "you can write to"
+        ) from error
+
+
+class _Fetch:
+    """Brings one commit of a repository into the cache."""
+
+    def __init__(
+        self, name: RepositoryName, listing: _Listing, cache: SharedCache, report: Report, *, rehash: bool
+    ) -> None:
+        self._name, self._listing, self._cache = name, listing, cache
+        self._report, self._rehash = report, rehash
+
+    def run(self, *, config_only: bool) -> Fetched:
+        name, files, commit = self._name, self._listing.files, self._listing.commit
+        if is_adapter(files):
+            raise DownloadError(
+                f"{name} is an adapter (LoRA), not a model; name a model with its own weights"
+            )
+        texts = text_files(files) if config_only or not self._means_gguf() else []
+        begun = self._cache.has_weights(commit)
+        # The config is the first: what is not served is told before anything else is fetched.
+        for file in texts:
+            self._get(file, _Progress(self._report, 0))
+            if file.path == CONFIG and not config_only and not begun:
+                self._check_served("--config", str(self._cache.pointer(commit, CONFIG)))
+        folder = self._cache.snapshot(commit)
+        if config_only:
+            self._cache.refer(commit)
+            return Fetched(folder, folder, self._listing.license)
+        index = read_object(folder / INDEX, name) if any(file.path == INDEX for file in texts) else None
+        weights = weight_files(name, files, index)
+        first = weights[0]
+        gguf = first.path.endswith(".gguf")
+        if gguf and self._listing.architecture is not None and not begun:
+            self._check_served("--gguf", self._listing.architecture)
+        self._get_all(weights)
+        self._cache.refer(commit)
+        return Fetched(folder, folder / first.path if gguf else folder, self._listing.license)
+
+    def _means_gguf(self) -> bool:
+        """Whether the weights will be a GGUF file, which has config, tokenizer and template in it."""
+        return self._name.choice is not None or not any(
+            file.name.endswith(".safetensors") for file in self._listing.files
+        )
+
+    def _check_served(self, flag: str, value: str) -> None:
+        """Ask the engine, in a process of its own because it imports torch.
+
+        Raises:
+            DownloadError: the engine does not serve the model.
+        """
+        self._report("asking the engine whether it serves the model", 0, 0)
+        what = f"{self._name}" if flag == "--gguf" else f"{CONFIG} of {self._name}"
+        command = [sys.executable, "-P", "-m", "engine.models", flag, value, "--name", what]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        if asked.returncode != 0:
+            said = (asked.stdout + asked.stderr).strip().splitlines()
+            raise DownloadError(said[-1] if said else f"the engine could not read {what}")
+
+    def _get_all(self, files: Sequence[RemoteFile]) -> None:
+        missing = [file for file in files if not self._is_there(file)]
+        needed = sum(file.size - self._cache.grown(file) for file in missing)
+        need_space(self._cache.storage, needed, "HF_HOME")
+        stage = "checking" if self._rehash and not missing else "downloading"
+        progress = _Progress(self._report, sum(file.size for file in files), stage)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            waiting = [pool.submit(self._get, file, progress) for file in files]
+            try:
+                for one in as_completed(waiting):
+                    one.result()
+            except BaseException:
+                progress.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _is_there(self, file: RemoteFile) -> bool:
+        pointer = self._cache.pointer(self._listing.commit, file.path)
+        return pointer.is_file() and pointer.stat().st_size == file.size
+
+    def _get(self, file: RemoteFile, progress: _Progress) -> None:
+        """Fetch a file, if it is not there.
+
+        Raises:
+            DownloadError: its hash is not the hub's.
+        """
+        pointer = self._cache.pointer(self._listing.commit, file.path)
+        if self._is_there(file):
+            if self._rehash:
+                verify(file, pointer, self._name)
+            progress.add(file.size)
+            return
+        pointer.unlink(missing_ok=True)  # of another size: damaged
+        repository, commit = self._name.repository, self._listing.commit
+        url = hf_hub_url(repository, file.path, revision=commit)
+        etag = get_hf_file_metadata(url).etag
+        if etag is None or not re.fullmatch(r"[\w.+-]+", etag):
+            raise DownloadError(
+                f"{constants.ENDPOINT} answers for {file.path} of {self._name} without an ETag; it is no hub: check HF_ENDPOINT"
+            )
+        blob = self._cache.blobs / etag
+        if blob.is_file() and blob.stat().st_size != file.size:
+            blob.unlink()
+        if not blob.is_file():
+            self._transfer(url, file, blob, progress)
+        hf_hub_download(
+            repository, file.path, revision=commit
+        )  # the blob is there: this only makes the link to it
+
+    def _transfer(self, url: str, file: RemoteFile, blob: Path, progress: _Progress) -> None:
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        grown = self._cache.unfinished(file)
+        bar: Any = partial(_Bar, progress)  # made like a class of tqdm
+        if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
+            # Plain HTTP has no files of this size: Xet, the hub's own protocol, fetches them.
+            whole = hf_hub_download(
+                self._name.repository, file.path, revision=self._listing.commit, tqdm_class=bar
+            )
+            verify(file, Path(whole), self._name)
+            return
+        if self._cache.grown(file) > file.size:
+            grown.unlink()
+        with grown.open("ab") as out:
+            done = out.tell()
+            progress.add(done)
+            http_get(
+                url,
+                out,
+                resume_size=done,
+                headers=build_hf_headers(library_name="dsa-serve"),
+                expected_size=file.size,
+                displayed_filename=file.path,
+                tqdm_class=bar,
+            )
+        verify(file, grown, self._name)
+        grown.replace(blob)
+
+
+class _Progress:
+    """Adds up what the threads have fetched, and stops them."""
+
+    def __init__(self, report: Report, total: int, stage: str = "downloading") -> None:
+        self._report, self._total, self._stage = report, total, stage
+        self._done = 0
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """Count bytes; raises DownloadError once the download was stopped."""
+        if self._stopped:
+            raise DownloadError("the download was stopped")
+        with self._lock:
+            self._done += count
+            if self._total:
+                self._report(self._stage, min(self._done, self._total), self._total)
+
+    def stop(self) -> None:
+        """Let every thread end at its next bytes."""
+        self._stopped = True
+
+
+class _Bar:
+    """What `huggingface_hub` takes for a progress bar of tqdm."""
+
+    def __init__(self, progress: _Progress, **unused: Any) -> None:
+        self._progress = progress
+        self.total: int | None = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        pass
+
+    def update(self, count: int = 1) -> None:
+        self._progress.add(count)
+
+    def update_transfer(self, count: int) -> None:
+        pass
+
+    def set_postfix_str(self, *unused: object, **also: object) -> None:
+        pass
+
+    set_transfer_postfix_str = refresh = close = set_postfix_str
+
+
+def _ask(name: RepositoryName) -> _Listing:
+    """Ask the hub what a repository holds.
+
+    Raises:
+        DownloadError: what answers is no hub.
+        HfHubHTTPError, httpx2.HTTPError, OSError: there is no such repository, or no answer.
+    """
+    try:
+        info = HfApi(library_name="dsa-serve").model_info(
+            name.repository, revision=name.revision, files_metadata=True, timeout=_SECONDS
+        )
+    except json.JSONDecodeError as error:
+        raise DownloadError(f"{constants.ENDPOINT} does not answer as a hub: check HF_ENDPOINT") from error
+    files = [
+        RemoteFile(
+            one.rfilename,
+            one.size or 0,
+            one.lfs.sha256 if one.lfs else None,
+            None if one.lfs else one.blob_id,
+        )
+        for one in info.siblings or ()
+    ]
+    card, gguf = info.card_data, info.gguf or {}
+    license_ = card.get("license") if card is not None else None
+    return _Listing(info.sha or name.revision, files, license_, gguf.get("architecture"))
+
+
+def _may_be_back_later(error: Exception) -> bool:
+    """Whether an error says nothing about the repository: no network, or a hub in trouble."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500 or error.response.status_code == 429
+    return True
+
+
+def _unreachable(name: RepositoryName, error: Exception) -> DownloadError:
+    if constants.HF_HUB_OFFLINE:
+        return DownloadError(
+            f"{name} is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to fetch it: run "
+            f"`dsa pull {name}` once without it"
+        )
+    return DownloadError(
+        f"{name} is neither a file or folder here nor in the cache ({constants.HF_HUB_CACHE}), and the hub cannot be reached "
+        f"at {constants.ENDPOINT} ({_reason(error)}): check the network, or set HF_ENDPOINT to a mirror"
+    )
+
+
+def _refusal(name: RepositoryName, error: Exception) -> DownloadError:
+    """Say in one sentence why the hub does not give the files."""
+    page = f"{constants.ENDPOINT}/{name.repository}"
+    token = huggingface_hub.get_token()
+    if isinstance(error, GatedRepoError):
+        if token:
+            return DownloadError(
+                f"{name.repository} is gated, and the token (HF_TOKEN) is not let in: ask for access at {page}"
+            )
+        return DownloadError(
+            f"{name.repository} is gated: ask for access at {page}, then set HF_TOKEN to a token of that account"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        who = "with the token that is set" if token else "without a token"
+        return DownloadError(
+            f"{name.repository} is no file or folder here, and {constants.ENDPOINT} has no model of that name to see {who}: "
+            "check the name" + (", or the rights of the token" if token else "; a private one needs HF_TOKEN")
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return DownloadError(
+            f"{name.repository} has no revision {name.revision!r}; its branches, tags and commits are at {page}/commits/main"
+        )
+    if isinstance(error, DisabledRepoError):
+        return DownloadError(f"the hub has disabled {name.repository}; name another repository")
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return DownloadError(
+            f"{constants.ENDPOINT} refuses the token in HF_TOKEN: make a new one, or unset it"
+        )
+    return DownloadError(
+        f"{name} could not be fetched from {constants.ENDPOINT} ({_reason(error)}); run the command again: it goes on where "
+        "it stopped"
+    )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, HfHubHTTPError):
+        return f"HTTP {error.response.status_code}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
