@@ -7,6 +7,16 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 
+class DefaultSampling(BaseModel):
+    """How a token is chosen where a request does not say it. What is null is off."""
+
+    temperature: float
+    top_p: float
+    top_k: int | None = Field(description="Of how many of the likeliest tokens; null: of all.")
+    min_p: float | None
+    repetition_penalty: float | None
+
+
 class ModelObject(BaseModel):
     """A model that is served."""
 
@@ -17,9 +27,7 @@ class ModelObject(BaseModel):
     max_model_len: int | None = Field(
         description="Tokens that prompt and output together may have; null while the model loads."
     )
-    default_sampling: dict[str, int | float] = Field(
-        description="How a token is chosen where a request does not say it: `temperature`, `top_p` and so on."
-    )
+    default_sampling: DefaultSampling
     random_weights: bool = Field(
         default=False,
         description="Whether the weights are random numbers (--load-format dummy), so that answers mean nothing.",

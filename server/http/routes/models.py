@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import msgspec
 from fastapi import APIRouter, Request
 
+from server.config import SamplingDefaults
 from server.generation.prompts import model_not_found
 from server.http.protocol.errors import ErrorResponse
-from server.http.protocol.models import ModelList, ModelObject
+from server.http.protocol.models import DefaultSampling, ModelList, ModelObject
 from server.services import Services, services_of
 
 router = APIRouter(tags=["models"])
@@ -41,6 +41,16 @@ def _model(services: Services) -> ModelObject:
         id=services.config.model_name,
         created=services.created,
         max_model_len=model.max_model_len if model else None,
-        default_sampling=msgspec.structs.asdict(services.config.sampling),
+        default_sampling=_told(services.config.sampling),
         random_weights=model is not None and model.random_weights,
+    )
+
+
+def _told(sampling: SamplingDefaults) -> DefaultSampling:
+    return DefaultSampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k or None,
+        min_p=sampling.min_p or None,
+        repetition_penalty=None if sampling.repetition_penalty == 1 else sampling.repetition_penalty,
     )

@@ -13,7 +13,7 @@ from server.config import SamplingDefaults
 from server.hub.catalogue import DEFAULT_MODEL
 from server.hub.sampling import NAMED, read_sampling
 from tests.server.fake_engine import FakeEngine
-from tests.server.kit import chat_body, client, make_app, speaking
+from tests.server.kit import MODEL, chat_body, client, make_app, speaking
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,20 @@ async def test_a_request_changes_only_what_it_says() -> None:
         "temperature": 0.5, "top_p": 0.75, "top_k": 7, "min_p": 0.25, "repetition_penalty": 1.5,
     }  # fmt: skip
     assert isinstance(model["default_sampling"]["top_k"], int)
+
+
+async def test_what_is_off_is_told_as_null() -> None:
+    engine: FakeEngine = speaking()
+    async with client(make_app(engine, sampling=SamplingDefaults(temperature=0.2, top_p=0.9))) as http:
+        model = (await http.get(f"/v1/models/{MODEL}")).json()
+        told = {"temperature": 0.2, "top_p": 0.9, "top_k": None, "min_p": None, "repetition_penalty": None}
+        assert model["default_sampling"] == told
+        # Sent back as they are told, they change nothing.
+        reply = await http.post("/v1/chat/completions", json=chat_body(**told))
+        assert reply.status_code == 200, reply.text
+    (submitted,) = engine.submitted
+    assert (submitted.sampling.top_k, submitted.sampling.min_p, submitted.sampling.repetition_penalty) == (
+        0,
+        0,
+        1,
+    )
