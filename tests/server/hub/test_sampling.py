@@ -77,7 +77,13 @@ async def test_what_is_off_is_told_as_null() -> None:
     engine: FakeEngine = speaking()
     async with client(make_app(engine, sampling=SamplingDefaults(temperature=0.2, top_p=0.9))) as http:
         model = (await http.get(f"/v1/models/{MODEL}")).json()
-        told = {"temperature": 0.2, "top_p": 0.9, "top_k": None, "min_p": None, "repetition_penalty": None}
+        told: dict[str, Any] = {
+            "temperature": 0.2,
+            "top_p": 0.9,
+            "top_k": None,
+            "min_p": None,
+            "repetition_penalty": None,
+        }
         assert model["default_sampling"] == told
         # Sent back as they are told, they change nothing.
         reply = await http.post("/v1/chat/completions", json=chat_body(**told))
