@@ -18,7 +18,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from engine.client import Engine
+from server.access.budget import Budgets
 from server.access.keys import KeyBook
+from server.access.limits import Limits
 from server.chat import ChatFormat
 from server.config import ServerConfig
 from server.generation.admission import Admission
@@ -32,7 +34,7 @@ from server.http.protocol.errors import ApiError, bad_request
 from server.http.protocol.openapi import openapi_of
 from server.http.routes import ROUTERS
 from server.lifecycle import Lifecycle
-from server.money.accounting import Books
+from server.money.accounting import Books, Settlement
 from server.money.ledger import Ledger
 from server.money.pricing import DEFAULT_TABLE, PriceBook
 from server.services import VERSION, Services, services_of
@@ -82,12 +84,24 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
         config.model_name,
         machine,
     )
-    keys = None if config.keys is None else KeyBook(Path(config.keys).expanduser())
+    keys = None
+    if config.keys is not None:
+        keys = KeyBook(Path(config.keys).expanduser(), has_ledger=config.ledger is not None)
     files = [prices.refresh, *([] if keys is None else [keys.refresh])]
     checks = GrammarChecks(text)
     metrics = Metrics(config.model_name, lambda: engine.status, prices)
     ledger = None if config.ledger is None else Ledger(config.ledger)
-    books = Books(prices, ledger, config.model_name, metrics.closed, metrics.ledger_failed)
+    budgets = None
+    if keys is not None and ledger is not None:
+        budgets = Budgets(ledger.spent, lambda: prices.table, config.model_name)
+
+    def closed(entry: Settlement) -> None:
+        metrics.closed(entry)
+        if budgets is not None:
+            budgets.charge(entry)
+
+    books = Books(prices, ledger, config.model_name, closed, metrics.ledger_failed)
+    limits = Limits()
     services = Services(
         config=config,
         engine=engine,
@@ -99,6 +113,8 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
         books=books,
         responses=KeptResponses(config.stored_responses),
         keys=keys,
+        limits=limits,
+        budgets=budgets,
     )
     app = FastAPI(
         title="dsa-serve",
@@ -115,7 +131,9 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     app.state.services = services
     app.state.lifecycle = services.lifecycle
     app.add_middleware(BodyLimitMiddleware, limit=config.max_body_bytes)
-    app.add_middleware(AccessMiddleware, keys=keys, metrics=metrics, public_metrics=config.public_metrics)
+    app.add_middleware(
+        AccessMiddleware, keys=keys, limits=limits, metrics=metrics, public_metrics=config.public_metrics
+    )
     app.add_middleware(RecordMiddleware, metrics=metrics, observers=observers)
     if config.allow_origins != "none":
         app.add_middleware(
@@ -144,7 +162,7 @@ async def _follow(files: Sequence[Callable[[], None]]) -> None:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    if error.status in (413, 429, 503):
+    if error.status in (402, 413, 429, 503):
         services_of(request).metrics.rejected(error.detail.code)
     return error.to_response(request.url.path)
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from engine.client import Engine
+from server.access.budget import Budgets
 from server.access.keys import KeyBook
+from server.access.limits import Limits
 from server.config import ServerConfig
 from server.generation.admission import Admission
 from server.generation.intake import Intake
@@ -40,6 +42,8 @@ class Services:
     books: Books
     responses: KeptResponses
     keys: KeyBook | None = None
+    limits: Limits = field(default_factory=Limits)
+    budgets: Budgets | None = None
     large_bodies: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     created: int = field(default_factory=lambda: int(time.time()))
 

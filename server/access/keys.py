@@ -17,6 +17,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -46,6 +47,60 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class TopKRange(_Part):
+    """How sparse a caller's requests may be.
+
+    Attributes:
+        min: the smallest `dsa.top_k`.
+        max: the largest; None: the model's context.
+        dense: whether `dense` is allowed, which costs more than any number.
+    """
+
+    min: Annotated[int, Field(ge=1)] = 1
+    max: Annotated[int, Field(ge=1)] | None = None
+    dense: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max is not None and self.max < self.min:
+            raise ValueError("max is less than min")
+        return self
+
+    def nearest(self, index_top_k: int | None) -> int | None:
+        """The allowed sparsity that is nearest to one; None is dense."""
+        if index_top_k is None and (self.dense or self.max is None):
+            return None
+        if index_top_k is None:
+            return self.max
+        return max(min(index_top_k, index_top_k if self.max is None else self.max), self.min)
+
+    def allows(self, index_top_k: int | None) -> bool:
+        """Whether a request may be so sparse."""
+        return self.dense if index_top_k is None else self.nearest(index_top_k) == index_top_k
+
+    def __str__(self) -> str:
+        """What is allowed, for a client."""
+        numbers = f"{self.min} or more" if self.max is None else f"{self.min} to {self.max}"
+        return f"{numbers}, or dense" if self.dense else f"{numbers}, and not dense"
+
+
+class Budget(_Part):
+    """How much money a caller may spend.
+
+    Attributes:
+        usd: the amount, a decimal in quotes.
+        period: `total`, or anew each `month` or `day` of UTC.
+    """
+
+    usd: Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?$")]
+    period: Literal["total", "month", "day"] = "total"
+
+    @property
+    def nanos(self) -> int:
+        """The amount in nano-dollars."""
+        return int(Decimal(self.usd) * 10**9)
+
+
 class KeyRecord(_Part):
     """What a file says of one caller.
 
@@ -56,6 +111,11 @@ class KeyRecord(_Part):
         namespace: callers with one namespace share cached prompts; None: nobody shares this caller's.
         created: when the key was made.
         expires: from then on the key is refused.
+        requests_per_minute: None: any number.
+        tokens_per_minute: of prompts and answers; None: any number.
+        concurrent: requests at once; None: any number.
+        top_k: how sparse requests may be; None: as they like.
+        budget: None: any amount.
     """
 
     name: Annotated[str, Field(pattern=f"^{_NAME}$")]
@@ -64,6 +124,11 @@ class KeyRecord(_Part):
     namespace: Annotated[str, Field(pattern=f"^{_NAME}$")] | None = None
     created: Annotated[datetime, BeforeValidator(_moment)] | None = None
     expires: Annotated[datetime, BeforeValidator(_moment)] | None = None
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    concurrent: Annotated[int, Field(ge=1)] | None = None
+    top_k: TopKRange | None = None
+    budget: Budget | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -166,13 +231,13 @@ class KeyBook:
         errors: how many edits were refused.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Read the file. Raises the errors of `read_keys`."""
-        self._path = path
+    def __init__(self, path: Path, *, has_ledger: bool = True) -> None:
+        """Read the file. Raises the errors of `read_keys`. Without a ledger no key may have a budget."""
+        self._path, self._has_ledger = path, has_ledger
         self._stamp = self._look()
         self.problem: str | None = None
         self.errors = 0
-        self._take(read_keys(path))
+        self._take(self._read())
 
     def refresh(self) -> None:
         """Read the file again if it changed; never raises. Any thread may call it, one at a time."""
@@ -181,7 +246,7 @@ class KeyBook:
             return
         self._stamp = stamp
         try:
-            table = read_keys(self._path)
+            table = self._read()
         except KeysError as error:
             self.errors += 1
             self.problem = (
@@ -192,6 +257,15 @@ class KeyBook:
         self._take(table)
         self.problem = None
         _log.warning("%d keys are in force", len(table.keys))
+
+    def _read(self) -> KeyTable:
+        table = read_keys(self._path)
+        rich = next((record for record in table.keys if record.budget is not None), None)
+        if rich is not None and not self._has_ledger:
+            raise KeysError(
+                f"the key {rich.name} has a budget, but there is no ledger to remember what was spent; name one with --ledger"
+            )
+        return table
 
     def find(self, secret: str, now: datetime | None = None) -> KeyRecord | None:
         """The record whose secret this is; None: there is none, or it has expired.

@@ -17,10 +17,14 @@ class GrantedSparsity:
     Attributes:
         index_top_k: what the engine gets: tokens that attention may read; None is dense.
         requested: the client's number if it was not granted, else None.
+        chosen: the request has said how sparse it wants attention to be.
+        possible: the model can be sparse at all.
     """
 
     index_top_k: int | None
     requested: int | None = None
+    chosen: bool = False
+    possible: bool = True
 
 
 def granted(
@@ -39,6 +43,8 @@ def granted(
             param="dsa.top_k",
         )
     if model.indexer is None:
-        return GrantedSparsity(None, requested=asked if isinstance(asked, int) else None)
+        return GrantedSparsity(None, requested=asked if isinstance(asked, int) else None, possible=False)
     wanted = asked or default or model.indexer.default_index_top_k
-    return GrantedSparsity(None if wanted == "dense" else min(wanted, model.max_model_len))
+    return GrantedSparsity(
+        None if wanted == "dense" else min(wanted, model.max_model_len), chosen=asked is not None
+    )

@@ -5,12 +5,16 @@ A route that is added later is closed, too, because only the open ones are liste
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.access.keys import Caller, KeyBook, Role, unverified
+from server.access.limits import Limits
 from server.http.middleware import record_of
 from server.http.protocol.errors import ApiError
+from server.http.quota import quota_errors, standing_headers
 from server.telemetry.metrics import Metrics
 
 PROBES = frozenset(("/health", "/health/live", "/health/ready", "/ping"))
@@ -42,15 +46,23 @@ class AccessMiddleware:
     Args:
         app: what it guards.
         keys: the keys; None: everybody may use everything but the admin's routes.
+        limits: how much each key may do at a time.
         metrics: count refusals.
         public_metrics: everybody may read /metrics.
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: KeyBook | None, metrics: Metrics, public_metrics: bool = False
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyBook | None,
+        limits: Limits,
+        metrics: Metrics,
+        public_metrics: bool = False,
     ) -> None:
         self._app = app
         self._keys = keys
+        self._limits = limits
         self._metrics = metrics
         self._open = PROBES | ({METRICS} if public_metrics else set())
 
@@ -60,15 +72,22 @@ class AccessMiddleware:
             await self._app(scope, receive, send)
             return
         record, path = record_of(scope), scope["path"]
-        try:
-            record.caller = self._admit(path, secret_of(Headers(scope=scope)))
-        except ApiError as error:
-            self._metrics.rejected(error.detail.code)
-            if scope["method"] != "GET":
-                error.headers["connection"] = "close"  # the body is not worth reading
-            await error.to_response(path)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+        with ExitStack() as place:
+            try:
+                caller = record.caller = self._admit(path, secret_of(Headers(scope=scope)))
+                if caller.record is not None and scope["method"] != "GET":  # to read costs nothing
+                    with quota_errors():
+                        try:
+                            place.enter_context(self._limits.enter(caller.record))
+                        finally:
+                            record.headers.update(standing_headers(self._limits, caller.record))
+            except ApiError as error:
+                self._metrics.rejected(error.detail.code)
+                if error.status in (401, 403) and scope["method"] != "GET":
+                    error.headers["connection"] = "close"  # the body is not worth reading
+                await error.to_response(path)(scope, receive, send)
+                return
+            await self._app(scope, receive, send)
 
     def _admit(self, path: str, secret: str | None) -> Caller:
         admin = path == ADMIN or path.startswith(f"{ADMIN}/")

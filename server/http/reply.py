@@ -15,14 +15,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import msgspec
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import EngineDiedError, EngineUnavailableError
-from server.access.keys import Caller
 from server.generation.admission import QueueFullError, TooLargeError
 from server.generation.choice import ChoiceUsage, TextDelta
 from server.generation.generate import (
@@ -49,6 +47,7 @@ from server.http.protocol.errors import (
     unavailable,
 )
 from server.http.protocol.usage import CostUsage, Usage
+from server.http.quota import Reservation, fitted, quota_errors, standing_headers
 from server.money.accounting import Account, LedgerUnavailableError
 from server.money.retries import attempt_name
 from server.services import Services
@@ -90,16 +89,23 @@ class GenerationReply(Response):
                 with _refusals():
                     services.admission.check()
                 request = Request(scope, receive)
-                order = _apart(await self._prepare(request), caller_of(scope))
+                caller = caller_of(scope)
+                order = await self._prepare(request)
+                order = replace(order, work=fitted(order.work, caller))
                 attempt = attempt_name(
-                    caller_of(scope).name,
+                    caller.name,
                     str(scope["path"]),
                     request.headers.get("idempotency-key"),
                     await request.body(),
                 )
-                with _refusals(), services.admission.admit(len(order.work.jobs)) as leave:
+                sender = None if caller.record is None else caller.name
+                with (
+                    _refusals(),
+                    services.admission.admit(len(order.work.jobs), sender) as leave,
+                    self._reserved(order, record) as reservation,
+                ):
                     response = await unless_disconnected(
-                        receive, self._run(order, record, send, scope, leave, attempt)
+                        receive, self._run(order, record, send, scope, leave, attempt, reservation)
                     )
             except (ClientDisconnect, ClientGoneError):
                 record.outcome = "disconnected"
@@ -107,6 +113,20 @@ class GenerationReply(Response):
                 return
             if response is not None:
                 await response(scope, receive, send)
+
+    @contextmanager
+    def _reserved(self, order: Order, record: Record) -> Iterator[Reservation]:
+        """Reserve what the request may use of its key's limits, and say in the headers what is left then."""
+        services, key = self._services, record.caller.record if record.caller is not None else None
+        with quota_errors():
+            reservation = Reservation(services.limits, services.budgets, key, order.work.jobs)
+        if key is not None:
+            record.headers.update(standing_headers(services.limits, key))
+        try:
+            yield reservation
+        finally:
+            if not reservation.owned:
+                reservation.end(None)
 
     async def _run(
         self,
@@ -116,6 +136,7 @@ class GenerationReply(Response):
         scope: Scope,
         leave: Callable[[], None],
         attempt: str | None,
+        reservation: Reservation,
     ) -> Response | None:
         """Generate. Return the response that the caller must send; None after a stream, which is already sent."""
         services, jobs = self._services, order.work.jobs
@@ -130,7 +151,9 @@ class GenerationReply(Response):
             jobs=jobs,
             attempt=attempt,
             verified=caller_of(scope).record is not None,
+            closed=reservation.end,
         )
+        reservation.owned = True
         ended = "failed"
         try:
             async with Generation(services.engine, services.text, jobs, account.settle) as generation:
@@ -293,18 +316,6 @@ class _Run:
                 return internal_error()
         logger.warning("request %s: %s", self._record.request_id, error)
         return explained
-
-
-def _apart(order: Order, caller: Caller) -> Order:
-    """Keep the cached prompts of a caller apart from all others': none can be found, nor timed."""
-    jobs = tuple(
-        replace(
-            job,
-            submit=msgspec.structs.replace(job.submit, cache_salt=caller.salt(job.submit.cache_salt)),
-        )
-        for job in order.work.jobs
-    )
-    return replace(order, work=replace(order.work, jobs=jobs))
 
 
 @contextmanager

@@ -74,6 +74,7 @@ class Account:
         jobs: Sequence[Job],
         attempt: str | None = None,
         verified: bool = False,
+        closed: Callable[[Settlement | None], None] = lambda entry: None,
     ) -> None:
         """Open an account.
 
@@ -85,8 +86,9 @@ class Account:
             jobs: the choices.
             attempt: the name of the request that this is an attempt of; None: it is no other's.
             verified: the caller has shown a key that this server knows.
+            closed: called once, when the row is durable, or with None when it could not be written.
         """
-        self._verified = verified
+        self._verified, self._when_closed = verified, closed
         self._attempt = attempt
         self._books = books
         self._request_id, self._endpoint, self._key = request_id, endpoint, key
@@ -225,6 +227,7 @@ class Account:
                 books.closed(entry)
             else:
                 books.ledger_failed()
+            self._when_closed(entry if ok else None)
             done(ok)
 
         if books.ledger is None:

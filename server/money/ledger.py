@@ -204,6 +204,14 @@ class Ledger:
         """Queue a row and return at once; `done` is called later."""
         self._queue.put((row, done))
 
+    def spent(self, since: str | None = None) -> dict[str, int]:
+        """What each key has been charged since a day (YYYY-MM-DD, UTC; None: ever), in nano-dollars.
+
+        Raises:
+            LedgerError: the ledger cannot be read.
+        """
+        return {row["key"]: row["amount_nanos"] for row in report(self._engine, ["key"], since)}
+
     def close(self) -> None:
         """Write the queued rows, then close the database. Idempotent."""
         if self._thread.is_alive():

@@ -25,10 +25,13 @@ _REFERENCE = "#/components/schemas/{model}"
 
 _ERRORS = {
     400: "The request cannot be run as it is; `message` says what to change.",
+    401: "No valid key was sent, and this server asks for one.",
+    402: "The key's budget is spent, or too small for the request.",
+    403: "The key does not allow it.",
     404: "The model is not served here.",
     413: "The body is too large.",
     415: "The body is not declared to be JSON.",
-    429: "The server is full; `Retry-After` says when to try again.",
+    429: "The server is full, or the key has reached a limit; `Retry-After` says when to try again.",
     500: "The engine could not run this request, or the server met a fault.",
     503: "The model is loading, the engine has died or the server is shutting down.",
 }
@@ -72,7 +75,8 @@ def describe_plain(
 ) -> Description:
     """Describe an endpoint that reads a body and does not generate."""
     responses: dict[int | str, dict[str, Any]] = {
-        status: {"model": error, "description": _ERRORS[status]} for status in (400, 404, 413, 415)
+        status: {"model": error, "description": _ERRORS[status]}
+        for status in (400, 401, 403, 404, 413, 415, 429)
     }
     responses[200] = {"description": "The response.", "model": answer}
     request = {"required": True, "content": {"application/json": {"schema": _reference(body)}}}

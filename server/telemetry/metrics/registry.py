@@ -17,7 +17,8 @@ from server.telemetry.metrics.engine import EngineCollector
 from server.telemetry.metrics.generation import GenerationMeter, GenerationMetrics
 
 REJECTIONS = frozenset(
-    "queue_full draining engine_unavailable body_too_large ledger_unavailable rate_limited invalid_api_key forbidden".split()
+    "queue_full draining engine_unavailable body_too_large ledger_unavailable rate_limited invalid_api_key forbidden "
+    "rate_limit_exceeded concurrency_limit budget_reserved budget_exhausted".split()
 )
 """Reasons of rejection that have their own label; all others are `other`."""
 
