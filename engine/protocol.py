@@ -89,6 +89,7 @@ class Submit(Message, frozen=True, kw_only=True):
     index_top_k: IndexTopK
     grammar: Grammar | None = None  # its stop tokens have to hold a token that ends an answer
     cache_salt: str = ""  # only requests with the same salt share cached pages
+    priority: int = 0  # lower is earlier
 
 
 class Abort(Message, frozen=True, kw_only=True):

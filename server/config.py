@@ -33,6 +33,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         host: the address to listen on.
         port: the port to listen on; 0: any free port.
         max_queue: requests that may be in work or waiting before new ones are refused.
+        min_priority: the earliest place that a request may ask for; lower is earlier.
         default_max_tokens: a request's token limit if it names none; None: up to the end of the context.
         default_top_k: a request's sparsity if it names none; None: the number that the indexer was trained for.
         max_body_bytes: the largest request body.
@@ -55,6 +56,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Port = 8000
     max_queue: Positive = 256
+    min_priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=0)] = 0
     default_max_tokens: Positive | None = 1024  # a small model at temperature 1 may never stop by itself
     default_top_k: Sparsity | None = None
     max_body_bytes: Positive = 8 << 20

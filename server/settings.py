@@ -97,6 +97,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: Annotated[Positive, Flag(SERVER, "Requests in work or waiting before new ones get 429.")] = (
         _HTTP.max_queue
     )
+    min_priority: Annotated[
+        Annotated[int, msgspec.Meta(ge=-(2**31), le=0)],
+        Flag(
+            SERVER,
+            "The lowest `priority` that a request may have; lower is served earlier. 0: requests may only step back.",
+        ),
+    ] = _HTTP.min_priority
     unknown_fields: Annotated[
         UnknownFields,
         Flag(

@@ -38,6 +38,7 @@ class Request:
         self.request_id = submit.request_id
         self.sampling = submit.sampling
         self.index_top_k = submit.index_top_k
+        self.priority = submit.priority
         self.arrival = arrival
         self.num_prompt = len(submit.prompt_token_ids)
         self.token_ids = list(submit.prompt_token_ids)  # prompt, then output

@@ -1,22 +1,24 @@
 """Decides what runs in each step: admission, token and page budgets, preemption, and the end of requests.
 
 There are no phases: each request has `num_computed` and `num_tokens`, and every step closes some of the gap. Which
-pages hold what is `engine.plan.holdings`'s. The rules, in order:
+pages hold what is `engine.plan.holdings`'s. A request's place in the order is its priority (lower is earlier), then its
+arrival. The file has more than 400 lines because the rules belong together:
 
 1. A running request that misses one token (a decode) gets it in every step. The rest of the token budget goes to
-   chunks of the other running requests, in order of arrival. If there are decodes, chunks of running and waiting
+   chunks of the other running requests, in order of place. If there are decodes, chunks of running and waiting
    requests together get no more than the pace allows (`engine.plan.pace`).
-2. Requests take pages in order of arrival, only for this step's tokens. If pages run out, the running request that
-   arrived last gives up its pages and waits again, to be recomputed. So the oldest request never waits for a younger
-   one, and finishes under any load.
-3. If no request was preempted, waiting requests start strictly in order of arrival, each from its longest cached
+2. Requests take pages in order of place, only for this step's tokens. If pages run out, the running request with the
+   last place gives up its pages and waits again, to be recomputed. So the first request never waits for a later one,
+   and finishes under any load.
+3. If no request was preempted, waiting requests start strictly in order of place, each from its longest cached
    prefix, while the budget lasts and the remaining pages can hold all known tokens of the request. (A start with
    fewer pages would only lead to a preemption. The running requests have what they need by then, because a chunk
-   that was cut short has spent the budget.)
-4. The rest of budget and pages goes to drafts, in order of arrival. So a draft never delays a known token and never
+   that was cut short has spent the budget.) Where the budget is spent, requests of a lower class give theirs back for
+   the first of them. Where there is no room, they are preempted, the last first.
+4. The rest of budget and pages goes to drafts, in order of place. So a draft never delays a known token and never
    preempts a request. `apply` gives back the pages of rejected drafts.
 
-As a consequence every running request arrived before every waiting one. Integers only: no tensors here.
+As a consequence every running request is before every waiting one of the same priority. Integers only: no tensors here.
 
 Up to `MAX_IN_FLIGHT` plans may be in flight, for a runner that computes plans one after another while the next is made
 (so do NanoFlow, arXiv 2408.12757, and others). Then a plan is made before the tokens of the one before it are known.
@@ -31,6 +33,7 @@ Their ids are `PENDING` in it, and three rules keep it right:
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from itertools import islice
 
@@ -95,8 +98,8 @@ class Scheduler:
         self._hash_function = hash_function
         self._holdings = Holdings(num_pages, prefix_caching=prefix_caching)
         self._requests: dict[str, Request] = {}
-        self._running: list[Request] = []  # both in order of arrival
-        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # both in order of place
+        self._waiting: list[Request] = []
         self._arrivals = 0
         self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
         self._steps = 0
@@ -129,7 +132,7 @@ class Scheduler:
         )
         self._arrivals += 1
         self._requests[request.request_id] = request
-        self._waiting.append(request)
+        insort(self._waiting, request, key=_order)
 
     def abort(self, request_id: str, now: float) -> Delta | None:
         """End a request now and free its pages. Return its terminal delta, or None if the id is unknown."""
@@ -162,8 +165,9 @@ class Scheduler:
         granted = self._take_pages(wanted)
         if granted is None:
             return None
-        if self._preemptions == preemptions:
-            self._admit(granted, chunks, now)
+        if self._preemptions == preemptions and not self._admit(granted, chunks, now):
+            self._give_back(granted)
+            return None
         if not granted:
             return None
         drafts = self._draft(granted)
@@ -248,8 +252,15 @@ class Scheduler:
         """
         self._holdings.check(self._running)
         queued = [*self._running, *self._waiting]
-        if [r.arrival for r in queued] != sorted(r.arrival for r in self._requests.values()):
-            raise RuntimeError("each request must be queued once, the running before the waiting, by arrival")
+        if sorted(map(_order, queued)) != sorted(map(_order, self._requests.values())):
+            raise RuntimeError("each request must be queued once")
+        for queue in (self._running, self._waiting):
+            if queue != sorted(queue, key=_order):
+                raise RuntimeError("requests must be queued in order of place")
+        for priority in {request.priority for request in queued}:
+            arrivals = [request.arrival for request in queued if request.priority == priority]
+            if arrivals != sorted(arrivals):
+                raise RuntimeError("of one priority, the running requests must be before the waiting ones")
         if len(self._running) > self._max_running:
             raise RuntimeError(f"{len(self._running)} requests run, but max_running is {self._max_running}")
         for request in self._running:
@@ -280,7 +291,10 @@ class Scheduler:
         if self._pace is None or not decodes or not left:
             return left
         others = [request for request, count in missing if count > 1]
-        others += islice(self._waiting, self._max_running - len(self._running))
+        places = self._max_running - len(self._running)
+        if not places and self._waiting and self._waiting[0].priority < self._running[-1].priority:
+            places = 1  # a request of a lower class gives up its own
+        others += islice(self._waiting, places)
         if not others:
             return left
         first = others[0]
@@ -292,40 +306,63 @@ class Scheduler:
         )
 
     def _take_pages(self, wanted: list[tuple[Request, int]]) -> list[tuple[Request, int]] | None:
-        """Take pages for the requests in order of arrival. Return those that got pages and were not preempted.
+        """Take pages for the requests in order of place. Return those that got pages and were not preempted.
 
         While a plan is in flight, take none and return None if there are too few: its rows may not be preempted.
         """
         granted: list[tuple[Request, int]] = []
         for request, count in wanted:
-            # A preempted request arrived last, so nothing was granted to it yet. Its share of the token budget is
+            # A preempted request has the last place, so nothing was granted to it yet. Its share of the token budget is
             # not used: to give it to others would need more pages, and this step has none.
             while self._is_running(request):
                 if self._holdings.extend(request, count):
                     granted.append((request, count))
                     break
                 if self._in_flight:
-                    for one, _ in granted:
-                        self._holdings.trim(one)
+                    self._give_back(granted)
                     return None
                 self._preempt(self._running[-1])
         return granted
 
-    def _admit(self, granted: list[tuple[Request, int]], chunks: int, now: float) -> None:
-        """Start waiting requests in order of arrival, and grant them the rest of the budget for chunks."""
-        while self._waiting and chunks and len(self._running) < self._max_running:
+    def _admit(self, granted: list[tuple[Request, int]], chunks: int, now: float) -> bool:
+        """Start waiting requests in order of place, and grant them the rest of the budget for chunks.
+
+        Return False, and start none, if the first of them needs a preemption while a plan is in flight.
+        """
+        started = False
+        while self._waiting:
             request = self._waiting[0]
-            if not self._holdings.admit(request, now):
+            while not chunks and granted and granted[-1][0].priority > request.priority:
+                later, chunks = granted.pop()  # it goes on in a later step
+                self._holdings.trim(later)
+            if not chunks:
                 break
-            self._waiting.popleft()
-            self._running.append(request)
+            if len(self._running) == self._max_running or not self._holdings.admit(request, now):
+                last = self._running[-1] if self._running else None
+                if last is None or last.priority <= request.priority:
+                    break
+                if self._in_flight:
+                    return started
+                chunks += sum(count for one, count in granted if one is last)
+                granted[:] = [one for one in granted if one[0] is not last]
+                self._preempt(last)
+                continue
+            started = True
+            self._waiting.pop(0)
+            insort(self._running, request, key=_order)
             count = min(request.num_missing, chunks)
             if not self._holdings.extend(request, count):
                 raise RuntimeError(
                     f"request {request.request_id!r} was admitted without pages for {count} tokens"
                 )
-            granted.append((request, count))
+            insort(granted, (request, count), key=lambda grant: _order(grant[0]))
             chunks -= count
+        return True
+
+    def _give_back(self, granted: list[tuple[Request, int]]) -> None:
+        """Release the pages that requests took for a step that is not planned."""
+        for request, _ in granted:
+            self._holdings.trim(request)
 
     def _draft(self, granted: list[tuple[Request, int]]) -> list[tuple[int, ...]]:
         """Return each granted request's drafts, as far as budget and pages are left."""
@@ -354,10 +391,10 @@ class Scheduler:
             self._draft_lengths[held] += 1
 
     def _preempt(self, request: Request) -> None:
-        """Take the pages of the request that arrived last, and put it at the front of the queue."""
+        """Take the pages of the running request with the last place, and put it into the queue."""
         self._running.remove(request)
         self._holdings.pages.release(request.preempt())
-        self._waiting.appendleft(request)
+        insort(self._waiting, request, key=_order)
         self._preemptions += 1
 
     def _remove(self, request: Request) -> None:
@@ -372,7 +409,7 @@ class Scheduler:
 
     def _is_running(self, request: Request) -> bool:
         # While pages are taken, only the last of the running requests leaves.
-        return bool(self._running) and self._running[-1].arrival >= request.arrival
+        return bool(self._running) and _order(self._running[-1]) >= _order(request)
 
     def _refuse_unfit(self, submit: Submit) -> None:
         prompt, output = len(submit.prompt_token_ids), submit.sampling.max_tokens
@@ -397,3 +434,7 @@ class Scheduler:
 
 def _place(request: Request) -> Place:
     return Place(request.num_planned, request.index_top_k)
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.priority, request.arrival

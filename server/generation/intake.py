@@ -277,6 +277,12 @@ class Intake:
         self.prompts.check_name(body.model)
         if body.n is not None and body.n > self._config.max_n:
             raise bad_request(f"n must be at most {self._config.max_n} on this server", param="n")
+        if (body.priority or 0) < self._config.min_priority:
+            raise bad_request(
+                f"priority must be at least {self._config.min_priority} on this server, where lower is earlier; "
+                "--min-priority sets it",
+                param="priority",
+            )
         if body.stream_options is not None and not body.stream:
             raise bad_request("stream_options needs stream to be true", param="stream_options")
         if body.prompt_logprobs is not None and body.stream:
@@ -344,6 +350,7 @@ class Intake:
                     index_top_k=sparsity.index_top_k,
                     grammar=None if enforced is None else Grammar(text=enforced.whole),
                     cache_salt=body.cache_salt or "",
+                    priority=body.priority or 0,
                 )
                 jobs.append(
                     Job(

@@ -179,9 +179,10 @@ class GenerationBody(Body):
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = Field(
         default=None, description="Only requests with the same salt share cached prompts."
     )
-    priority: Annotated[
-        Any, Neutral(0, advice="must be 0 or null: requests run in the order of their arrival")
-    ] = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31), WHOLE] | None = Field(
+        default=None,
+        description="Lower is earlier; default: 0. The server says how low a request may go, by default 0.",
+    )
     seed: Annotated[int, Field(ge=-MAX_INTEGER - 1, le=MAX_INTEGER), WHOLE] | None = None
     response_format: ResponseFormat | None = Field(
         default=None, description="What the answer's text must be."

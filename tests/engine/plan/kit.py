@@ -27,8 +27,15 @@ def make(name: str, prompt: int | tuple[int, ...], max_tokens: int = 4, **fields
     """A request; its prompt is spelled out, or a length of tokens that only this name has."""
     tokens = prompt if isinstance(prompt, tuple) else tuple(1000 + ord(name[0]) for _ in range(prompt))
     index_top_k: int | None = fields.pop("index_top_k", None)
+    priority: int = fields.pop("priority", 0)
     params = SamplingParams(max_tokens=max_tokens, **{"seed": 0, **fields})
-    return Submit(request_id=name, prompt_token_ids=tokens, sampling=params, index_top_k=index_top_k)
+    return Submit(
+        request_id=name,
+        prompt_token_ids=tokens,
+        sampling=params,
+        index_top_k=index_top_k,
+        priority=priority,
+    )
 
 
 def content(before: int, token_id: int, position: int, submit: Submit) -> int:
@@ -213,6 +220,8 @@ class Driver:
             return self._step_ahead()
         self.now += 1.0
         scheduler = self.scheduler
+        places = {r.request_id: (r.priority, r.arrival) for r in scheduler._requests.values()}
+        ran = [r.request_id for r in scheduler._running]
         decoding = {r.request_id for r in scheduler._running if r.num_missing == 1}
         waiting, before = [r.request_id for r in scheduler._waiting], scheduler.stats()
         plan = scheduler.schedule(self.now)
@@ -227,13 +236,27 @@ class Driver:
         assert all(count > 0 for _, count in work.values())
         assert plan.num_tokens <= self.budget
         chunks = sum(count for name, (_, count) in work.items() if name not in decoding)
-        assert chunks <= self._limit(len(decoding)) - len(decoding), "decodes were slowed down"
-        assert next(iter(scheduler._requests)) in work, "the oldest request must make progress"
+        served = len(
+            decoding & work.keys()
+        )  # decodes of a lower class may give theirs to a request that starts
+        assert chunks <= self._limit(len(decoding)) - served, "decodes were slowed down"
+        assert work.keys() & {min(names, key=places.__getitem__) for names in (ran, waiting) if names}, (
+            "the first request must make progress"
+        )
         running = {r.request_id for r in scheduler._running}
-        assert decoding & running <= work.keys(), "a decode was stalled"
+        started = [places[name] for name in running & set(waiting)]
+        first = min((place[0] for place in started), default=1 << 31)
+        stalled = (decoding & running) - work.keys()
+        assert all(places[name][0] > first for name in stalled), "a decode was stalled"
         if after.preemptions_total > before.preemptions_total:
-            assert not running & set(waiting), "admitted in a step that preempted"
-        elif chunks < self._limit(len(decoding)) - len(decoding) and plan.num_tokens < self.budget:
+            lost = [places[name] for name in ran if name not in running]
+            low = min(lost, default=max(places.values()))[0]
+            assert all(place[0] < low for place in started), "admitted in a step that preempted"
+        elif (
+            running <= work.keys()
+            and chunks < self._limit(len(decoding)) - len(decoding)
+            and plan.num_tokens < self.budget
+        ):
             assert all(sum(work[r.request_id]) == len(r.token_ids) for r in scheduler._running), (
                 "budget wasted"
             )

@@ -304,6 +304,7 @@ submits = st.builds(
     max_tokens=st.one_of(st.integers(80, 120), st.integers(1, 120)),
     index_top_k=st.sampled_from([None, None, None, 20, 70, 128, 200, 300]),
     seed=st.sampled_from([0, 0, 0, 0, 1, FAULTY_SEED]),
+    priority=st.sampled_from([0, 0, 0, -2, 1, 5]),
     stop_token_ids=st.sampled_from([(), (), (), (3,)]),
     prompt_logprobs=st.sampled_from([None, None, None, 1]),
     presence_penalty=st.sampled_from([0.0, 0.5]),

@@ -233,7 +233,7 @@ async def test_neutral_values_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"prompt": ""}, None, None),
+        ({"prompt": ""}, None, None),  # the beginning-of-sequence token is a prompt
         ({"prompt": []}, "prompt", "at least 1 item"),
         ({"prompt": [[]]}, "prompt[0]", "at least 1 item"),
         ({"prompt": [1, "a"]}, "prompt[1]", "valid integer"),
@@ -252,7 +252,8 @@ async def test_neutral_values_are_accepted() -> None:
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "room for 8 tokens"),
         ({"min_tokens": 1, "guided_regex": "a"}, "min_tokens", "send one of them"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream to be false"),
-        ({"priority": 3}, "priority", "order of their arrival"),
+        ({"priority": -3}, "priority", "at least 0 on this server"),
+        ({"priority": 3}, None, None),
         ({"suffix": "x"}, "suffix", "no marks for filling in the middle"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
     ],
@@ -260,7 +261,7 @@ async def test_neutral_values_are_accepted() -> None:
 async def test_bad_completion_fields(fields: dict[str, Any], param: str | None, words: str | None) -> None:
     response = await completion(fields)
     if words is None:
-        assert response.status_code == 200  # the beginning-of-sequence token is a prompt
+        assert response.status_code == 200
         return
     error = error_of(response, 400)
     assert error["param"] == param
