@@ -37,7 +37,8 @@ from lab.bench.timing import decode_rate_of_all, gap_percentiles
 from server.chat import choose, load_chat_format
 from server.config import ServerConfig
 from server.hub.models import resolve
-from server.serve import bind, loop_factory, run
+from server.listen import bind
+from server.serve import loop_factory, run
 from server.text.loading import load_tokenizer
 
 LEAST_STEP = 1.4e-3

@@ -28,10 +28,12 @@ from server.generation.grammars import GrammarChecks
 from server.generation.intake import Intake
 from server.generation.responses import KeptResponses
 from server.http.access import AccessMiddleware
+from server.http.hosts import HostMiddleware, allowed_hosts
 from server.http.middleware import BodyLimitMiddleware, RecordMiddleware
 from server.http.paths import PathMiddleware
 from server.http.protocol.errors import ApiError, bad_request
 from server.http.protocol.openapi import openapi_of
+from server.http.quota import QUOTA_HEADERS
 from server.http.routes import ROUTERS
 from server.lifecycle import Lifecycle
 from server.money.accounting import Books, Settlement
@@ -122,6 +124,8 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
         version=VERSION,
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's page loads its program from a foreign host; ours is `routes.docs`
+        redoc_url=None,
         exception_handlers={
             ApiError: _api_error,
             HTTPException: _http_error,
@@ -134,6 +138,11 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     app.add_middleware(
         AccessMiddleware, keys=keys, limits=limits, metrics=metrics, public_metrics=config.public_metrics
     )
+    is_allowed = allowed_hosts(
+        config.allowed_hosts, host=config.host, guarded=keys is not None or config.uds is not None
+    )
+    if is_allowed is not None:
+        app.add_middleware(HostMiddleware, is_allowed=is_allowed)
     app.add_middleware(RecordMiddleware, metrics=metrics, observers=observers)
     if config.allow_origins != "none":
         app.add_middleware(
@@ -141,7 +150,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
             allow_origins=[origin.strip() for origin in config.allow_origins.split(",")],
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "retry-after", *QUOTA_HEADERS],
         )
     app.add_middleware(PathMiddleware)  # added last: the outermost
     for router in ROUTERS:

@@ -49,6 +49,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         sampling: how a token is chosen where a request does not say it.
         keys: the file of callers' keys; None: everybody is let in.
         public_metrics: /metrics needs no key.
+        allowed_hosts: names that clients may call the server by: `auto`, `*`, or a list with commas.
+        ssl_certfile: the certificate chain, PEM; None: no TLS.
+        ssl_keyfile: its private key, PEM.
+        uds: the path of a Unix socket to listen on, in place of host and port; None: there is none.
+        max_connections: clients that may be connected at once.
         allow_origins: pages of which origins may use the server from a browser: `none`, `*`, or a list with commas.
     """
 
@@ -73,6 +78,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     unknown_fields: UnknownFields = "accept"
     keys: str | None = None
     public_metrics: bool = False
+    allowed_hosts: str = "auto"
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    uds: str | None = None
+    max_connections: Positive = 4096
     allow_origins: str = "none"
     sampling: SamplingDefaults = SamplingDefaults()
     stored_responses: int = 1000  # of /v1/responses, in memory; at most 64 MiB of them

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import importlib.util
-import ipaddress
 import json
 import logging
 import resource
+import shlex
 import signal
 import socket
 import sys
@@ -34,10 +33,12 @@ from server.chat.detect import model_type
 from server.config import LogFormat, ServerConfig
 from server.generation.grammars import vocabulary_of
 from server.http.connection import connections
+from server.http.hosts import is_local
 from server.hub.models import resolve
 from server.hub.sampling import read_sampling
 from server.hub.stages import Stages
 from server.lifecycle import Lifecycle
+from server.listen import ServeError, check_certificate, listening
 from server.settings import Settings
 from server.telemetry.logs import configure, engine_output
 from server.text.loading import has_tokenizer, load_tokenizer, stand_in
@@ -47,10 +48,6 @@ _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
 _CLOSE_SECONDS = 2  # time for connections to close after their requests have ended
-
-
-class ServeError(Exception):
-    """The server cannot run; the message says why."""
 
 
 def serve(settings: Settings) -> int:
@@ -64,8 +61,9 @@ def serve(settings: Settings) -> int:
     raise_descriptor_limit()
     if settings.keys is not None:  # a fault in the file is found before anything is loaded
         read_keys(Path(settings.keys).expanduser())
-    with bind(settings.host, settings.port) as listener:  # before loading, to report a taken port at once
-        if settings.keys is None and not is_local(settings.host):
+    check_certificate(settings.ssl_certfile, settings.ssl_keyfile)
+    with listening(settings) as listener:  # before loading, to report a taken port at once
+        if settings.keys is None and settings.uds is None and not is_local(settings.host):
             _log.warning(OPEN_TO_ALL, settings.host)
         with _stages(settings.log_format) as stages:
             random = settings.load_format == "dummy"
@@ -115,12 +113,13 @@ OPEN_TO_ALL = (
 )
 
 
-def is_local(host: str) -> bool:
-    """Whether only this machine can reach an address to listen on."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+_OWN_DESCRIPTORS = 128
+"""Files that the server needs beside its connections: engine, ledger, logs, threads."""
+
+
+def _room(most: int) -> int:
+    """How many connections there is room for, of `most`: each needs a descriptor."""
+    return max(min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OWN_DESCRIPTORS), 16)
 
 
 def raise_descriptor_limit() -> None:
@@ -129,34 +128,6 @@ def raise_descriptor_limit() -> None:
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):  # some systems allow less than they say
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Bind the address, before anything is loaded.
-
-    Raises:
-        ServeError: the address is taken, or does not belong to this machine.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            listener.listen()
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ServeError(
-                f"port {port} of {host} is in use by another process; stop that one, or choose another with --port"
-            ) from error
-        raise ServeError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
-    listener.setblocking(False)
-    return listener
 
 
 async def run(
@@ -181,7 +152,9 @@ async def run(
             server_header=False,
             timeout_keep_alive=75,  # longer than the usual 60 s of proxies, so that they close first
             timeout_graceful_shutdown=_CLOSE_SECONDS,
-            http=connections(config.client_seconds),
+            http=connections(config.client_seconds, limit=_room(config.max_connections)),
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
         )
     )
     signals = _Signals()
@@ -214,9 +187,11 @@ async def _watch(engine: Engine, config: ServerConfig, listener: socket.socket) 
     random = model is not None and model.random_weights
     line = greeting(
         config.model_name,
-        *listener.getsockname()[:2],
+        *(("localhost", 0) if config.uds is not None else listener.getsockname()[:2]),
+        uds=config.uds,
         random_weights=random,
         asks_key=config.keys is not None,
+        tls=config.ssl_certfile is not None,
     )
     if config.log_format == "json":
         _log.info("%s", line.partition(" - try: ")[0])
@@ -280,11 +255,23 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def greeting(
-    model: str, host: str, port: int, *, random_weights: bool = False, asks_key: bool = False
+    model: str,
+    host: str,
+    port: int,
+    *,
+    random_weights: bool = False,
+    asks_key: bool = False,
+    tls: bool = False,
+    uds: str | None = None,
 ) -> str:
     """One line with the address and a command to try; a model with random weights may have no chat format."""
+    options = " -H 'authorization: Bearer KEY'" if asks_key else ""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-    url = f"http://{host}:{port}"
+    url = f"{'https' if tls else 'http'}://{host}:{port}"
+    where = url
+    if uds is not None:
+        where, url = uds, url.partition(":")[0] + "://localhost"
+        options += f" --unix-socket {shlex.quote(uds)}"
     body: dict[str, Any] = {"model": model}
     if random_weights:
         path = "/v1/completions"
@@ -293,8 +280,9 @@ def greeting(
         path = "/v1/chat/completions"
         body["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
     text = json.dumps(body | {"temperature": 0}).replace("'", "'\\''")
-    key = " -H 'authorization: Bearer KEY'" if asks_key else ""
-    return f"ready at {url} - try: curl {url}{path}{key} -H 'content-type: application/json' -d '{text}'"
+    return (
+        f"ready at {where} - try: curl {url}{path}{options} -H 'content-type: application/json' -d '{text}'"
+    )
 
 
 class _Server(uvicorn.Server):

@@ -91,6 +91,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     host: Annotated[str, Flag(SERVER, "Address to listen on; 0.0.0.0 is every network.")] = _HTTP.host
     port: Annotated[Port, Flag(SERVER, "Port to listen on; 0 is any free one.")] = _HTTP.port
+    uds: Annotated[
+        str | None,
+        Flag(SERVER, "Listen on this Unix socket, in place of host and port.", "none", "PATH"),
+    ] = _HTTP.uds
+    max_connections: Annotated[
+        Positive,
+        Flag(SERVER, "Clients connected at once; beyond, only probes are answered, and others get 503."),
+    ] = _HTTP.max_connections
     served_model_name: Annotated[
         str | None, Flag(SERVER, "What clients call the model.", "MODEL's name", "NAME")
     ] = None
@@ -127,6 +135,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         bool,
         Flag(ACCESS, "Let everybody read /metrics, who else needs a key of role metrics or admin.", "off"),
     ] = _HTTP.public_metrics
+    allowed_hosts: Annotated[
+        str,
+        Flag(
+            ACCESS,
+            "Names that clients may call the server by: a list with commas, as api.example.com,*.local; * is any; auto is any, "
+            "but on a loopback address without keys only addresses, localhost and this machine's name.",
+            None,
+            "NAMES",
+        ),
+    ] = _HTTP.allowed_hosts
+    ssl_certfile: Annotated[
+        str | None, Flag(ACCESS, "Serve HTTPS with this certificate chain (PEM).", "no TLS", "FILE")
+    ] = _HTTP.ssl_certfile
+    ssl_keyfile: Annotated[
+        str | None, Flag(ACCESS, "The certificate's private key (PEM).", "in the certificate's file", "FILE")
+    ] = _HTTP.ssl_keyfile
     allow_origins: Annotated[
         str,
         Flag(
@@ -385,6 +409,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             SettingsError: a size is not valid, prompts would be logged without a log, or traces cannot be exported.
         """
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise SettingsError("--ssl-keyfile needs --ssl-certfile, the certificate that the key belongs to")
         if self.log_prompts and self.log_format != "json":
             raise SettingsError("--log-prompts needs --log-format json, whose access lines have the prompts")
         try:

@@ -32,7 +32,7 @@ def serve(
     Without a MODEL it fetches a small one (93 MB, once) and serves that.
     """
     from server.hub.models import ModelError
-    from server.serve import ServeError
+    from server.listen import ServeError
     from server.serve import serve as run
     from server.text.tokenizer import TokenizerError
 

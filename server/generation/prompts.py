@@ -27,6 +27,10 @@ class Prompt:
     text: str
 
 
+MAX_COUNTED = 2 << 20
+"""Characters of a text that is only counted, by /tokenize or count_tokens, where no model's context is a bound."""
+
+
 class Prompts:
     """Makes prompts for one model, given its name, tokenizer and chat format."""
 
@@ -111,8 +115,16 @@ class Prompts:
         return Prompt(tuple(source), self._text.decode(source) if echo else "")
 
     def _check_length(self, length: int, context: int | None) -> None:
-        """Refuse a text of `length` characters that is certain to be too long, before it is tokenized."""
+        """Refuse a text of `length` characters that is certain to be too long, before it is tokenized.
+
+        Without a context the text is only counted, or the end of it is used.
+        """
         longest = self._text.longest
+        if context is None and length > MAX_COUNTED:
+            raise bad_request(
+                f"the text has {length} characters, but this server takes at most {MAX_COUNTED} at a time; send it in parts",
+                code="text_too_long",
+            )
         if context is not None and longest is not None and length > context * longest:
             raise bad_request(
                 f"the prompt has {length} characters, but this model's context is {context} tokens, which have at most "

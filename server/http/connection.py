@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,29 @@ _CHECK_SECONDS = 0.5
 _LEAST_RATE = 256  # bytes a second of a body, over the time that a client has
 
 
+PROBE_CONNECTIONS = 64
+"""So many clients beyond the limit may still ask how the server is. A server that is busy must not look dead."""
+
+PROBE_PATHS = frozenset((b"/health", b"/health/live", b"/health/ready", b"/ping"))
+
+
+@dataclass(slots=True)
+class Connected:
+    """How many clients are connected, and may be."""
+
+    limit: int
+    count: int = 0
+
+
 class Connection(HttpToolsProtocol):
     """uvicorn's HTTP protocol over httptools, for clients that may be slow or hostile."""
 
-    def __init__(self, *args: Any, seconds: float, **more: Any) -> None:
-        """`seconds`: how long a client may take for its headers, or do nothing in the middle of a body or an answer."""
+    def __init__(self, *args: Any, seconds: float, connected: Connected, **more: Any) -> None:
+        """Args: see `connections`; and what counts all of them."""
         super().__init__(*args, **more)
+        self._connected = connected
+        self._surplus = False
+        self._refused = False
         self._seconds = seconds
         self._check_handle: asyncio.TimerHandle | None = None
         self._in_headers = True
@@ -43,11 +61,16 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to watch the clock."""
         super().connection_made(transport)
+        self._connected.count += 1
+        self._surplus = self._connected.count > self._connected.limit
+        if self._connected.count > self._connected.limit + PROBE_CONNECTIONS:
+            transport.abort()
         self._since = self.loop.time()
         self._check_handle = self.loop.call_later(_CHECK_SECONDS, self._check)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Watch no more."""
+        self._connected.count -= 1
         if self._check_handle is not None:
             self._check_handle.cancel()
         super().connection_lost(exc)
@@ -83,6 +106,9 @@ class Connection(HttpToolsProtocol):
         self._in_headers, self._in_body, self._not_headers = False, True, True
         self._header_bytes = self._body_bytes = 0
         self._since = self.loop.time()
+        if self._surplus and self.url.partition(b"?")[0] not in PROBE_PATHS:
+            self._surplus_refused()
+            return
         existing = self.cycle
         super().on_headers_complete()
         if self.cycle is not None and self.cycle is not existing:
@@ -91,12 +117,14 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A part of a body came."""
         self._body_bytes += len(body)
-        super().on_body(body)
+        if not self._refused:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """A request was read. What comes next, if anything, are headers."""
         self._in_body, self._in_headers, self._not_headers = False, True, True
-        super().on_message_complete()
+        if not self._refused:
+            super().on_message_complete()
 
     def close_gently(self) -> None:
         """Close after an answer. If the body is not read, throw its rest away first."""
@@ -137,6 +165,13 @@ class Connection(HttpToolsProtocol):
         elif self._header_bytes:
             self._refuse(408, f"the headers did not come within {self._seconds:g} s; send the request again")
 
+    def _surplus_refused(self) -> None:
+        self._refused = True
+        self._refuse(
+            503,
+            f"{self._connected.limit} clients are connected, which is all that this server takes; try again later",
+        )
+
     def _refuse(self, status: int, message: str) -> None:
         """Answer in place of the application, if it has not begun to, and close."""
         if (
@@ -153,7 +188,7 @@ class Connection(HttpToolsProtocol):
             body = json.dumps({"error": error}).encode()
             head = (
                 f"HTTP/1.1 {status} {_PHRASES[status]}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n{_MORE.get(status, '')}\r\n"
             )
             self.transport.write(head.encode() + body)
         if self.cycle is not None and not self.cycle.response_complete:
@@ -163,8 +198,9 @@ class Connection(HttpToolsProtocol):
         self.close_gently()
 
 
-_CODES = {408: "request_timeout", 431: "headers_too_large"}
-_PHRASES = {408: "Request Timeout", 431: "Request Header Fields Too Large"}
+_CODES = {408: "request_timeout", 431: "headers_too_large", 503: "too_many_connections"}
+_PHRASES = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
+_MORE = {503: "retry-after: 5\r\n"}
 
 
 class _Closing:
@@ -182,6 +218,11 @@ class _Closing:
         self._connection.close_gently()
 
 
-def connections(seconds: float) -> Any:
-    """The protocol class for `uvicorn.Config`, which makes one for each client. `seconds`: see `Connection`."""
-    return partial(Connection, seconds=seconds)
+def connections(seconds: float, limit: int = 4096) -> Any:
+    """The protocol class for `uvicorn.Config`, which makes one for each client.
+
+    Args:
+        seconds: how long a client may take for its headers, or do nothing in the middle of a body or an answer.
+        limit: clients connected at once; beyond, only probes are answered.
+    """
+    return partial(Connection, seconds=seconds, connected=Connected(limit))

@@ -17,6 +17,12 @@ from server.generation.intake import Admitted
 from server.http.protocol.errors import RATE_LIMIT, ApiError, bad_request
 from server.money.accounting import Settlement
 
+QUOTA_HEADERS = tuple(
+    f"x-ratelimit-{what}-{kind}"
+    for what in ("limit", "remaining", "reset")
+    for kind in ("requests", "tokens")
+)
+
 
 def standing_headers(limits: Limits, record: KeyRecord) -> dict[str, str]:
     """The headers that say how much a key has left, under OpenAI's names."""

@@ -64,6 +64,7 @@ def make_config(**changes: Any) -> ServerConfig:
         "host": "127.0.0.1",
         "port": 0,
         "model_name": MODEL,
+        "allowed_hosts": "*",
         "max_queue": 32,
         "default_max_tokens": None,
         "default_top_k": None,
@@ -98,17 +99,19 @@ def completion_body(prompt: Any = "hi", **fields: Any) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def serving(
-    app: FastAPI, *, buffer: int | None = None, seconds: float = 30
+    app: FastAPI, *, buffer: int | None = None, seconds: float = 30, limit: int = 4096
 ) -> AsyncGenerator[str, None]:
     """Run the app on a real server; yields its address.
 
-    The system keeps about `buffer` bytes for slow readers; clients may do nothing for `seconds`.
+    The system keeps about `buffer` bytes for slow readers; clients may do nothing for `seconds`; `limit` may be connected.
     """
     listener = socket.create_server(("127.0.0.1", 0))
     if buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)  # the connections inherit it
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, http=connections(seconds))
+        uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=1, http=connections(seconds, limit)
+        )
     )
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:

@@ -16,7 +16,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.serve import ServeError, bind, greeting, is_local
+from server.http.hosts import is_local
+from server.listen import ServeError, bind
+from server.serve import greeting
 from tests.kit import ROOT
 
 pytestmark = pytest.mark.process
@@ -26,7 +28,8 @@ import asyncio, sys
 import msgspec
 from engine.client import EngineState
 from server.config import ServerConfig
-from server.serve import ServeError, bind, run
+from server.listen import ServeError, bind
+from server.serve import run
 from tests.server.kit import TEXT, PlainChat, ids
 from tests.server.fake_engine import FakeEngine, Script
 

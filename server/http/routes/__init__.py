@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from server.http.routes.chat import router as chat
 from server.http.routes.completions import router as completions
+from server.http.routes.docs import router as docs
 from server.http.routes.health import router as health
 from server.http.routes.messages import router as messages
 from server.http.routes.metrics import router as metrics
@@ -24,4 +25,5 @@ ROUTERS: tuple[APIRouter, ...] = (
     health,
     version,
     metrics,
+    docs,
 )

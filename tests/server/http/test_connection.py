@@ -15,7 +15,7 @@ from server.http.connection import HEADER_BYTES
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.test_disconnect import connect, until
 from tests.server.http.test_outlet import lazy_client
-from tests.server.kit import chat_body, make_app, say, serving, speaking
+from tests.server.kit import chat_body, completion_body, make_app, say, serving, speaking
 
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
@@ -162,3 +162,28 @@ async def test_half_a_body_does_not_hold_a_drain() -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503")
         writer.close()
+
+
+async def test_beyond_the_most_connections_only_probes_are_answered() -> None:
+    app = make_app(speaking())
+    async with app.router.lifespan_context(app), serving(app, limit=3) as url:
+        host, port = url.removeprefix("http://").split(":")
+        idle = [await asyncio.open_connection(host, int(port)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        async with httpx.AsyncClient(base_url=url) as http:
+            for path in ("/health/live", "/health/ready?x=1", "/ping"):
+                assert (await http.get(path)).status_code == 200
+            for method, path in (
+                ("POST", "/v1/completions"),
+                ("GET", "/v1/models"),
+                ("GET", "/health/live/x"),
+            ):
+                refused = await http.request(method, path, json=completion_body())
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
+                assert refused.headers["retry-after"] == "5"
+        for _, writer in idle:
+            writer.close()
+            await writer.wait_closed()
+        await asyncio.sleep(0.1)
+        async with httpx.AsyncClient(base_url=url) as http:
+            assert (await http.post("/v1/completions", json=completion_body())).status_code == 200

@@ -102,3 +102,12 @@ async def test_what_ended_a_choice() -> None:
             ):
                 answer = (await http.post(path, json=body | fields)).json()
                 assert answer["choices"][0]["stop_reason"] == reason
+
+
+async def test_a_text_that_is_only_counted_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.generation.prompts.MAX_COUNTED", 100)
+    async with client(make_app(speaking())) as http:
+        assert (await http.post("/tokenize", json={"prompt": "a" * 100})).status_code == 200
+        error_of(await http.post("/tokenize", json={"prompt": "a" * 101}), 400, "text_too_long")
+        long = {"max_tokens": 1, "messages": [{"role": "user", "content": "a" * 101}]}
+        assert (await http.post("/v1/messages/count_tokens", json=long)).status_code == 400

@@ -87,7 +87,8 @@ SERVER = """
 import asyncio, logging, sys
 from engine.client import EngineState
 from server.config import ServerConfig
-from server.serve import bind, run
+from server.listen import bind
+from server.serve import run
 from server.telemetry.logs import configure
 from tests.server.kit import TEXT, PlainChat, ids
 from tests.server.fake_engine import FakeEngine, Script
