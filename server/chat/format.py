@@ -20,6 +20,7 @@ class ChatFormat(ABC):
         thinking: a request may switch reasoning on and off.
         thinking_with_tools: a request may have both tools and reasoning.
         names: the prompt has the names of speakers.
+        source: the Jinja template that the format runs; None if it is code.
     """
 
     tools: bool = False
@@ -27,6 +28,7 @@ class ChatFormat(ABC):
     thinking: bool = False
     thinking_with_tools: bool = False
     names: bool = False
+    source: str | None = None
 
     @abstractmethod
     def render(

@@ -48,6 +48,7 @@ class JinjaFormat(ChatFormat):
         self, template: str, tokens: Mapping[str, str] | None = None, *, reasons: bool = False
     ) -> None:
         self._tokens = dict(tokens or {})
+        self.source = template
         self.reasons = reasons
         environment = _environment()
         try:

@@ -13,7 +13,7 @@ from server.chat import ChatFormat, PromptError, encode_chat
 from server.generation.conversation import Conversation, read_conversation
 from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.errors import ENGINE, ApiError, bad_request, unavailable
-from server.http.protocol.tokens import DetokenizeBody, TokenizeBody
+from server.http.protocol.tokens import DetokenizeBody, TokenizeBody, TokenizerInfo
 from server.text.tokenizer import LONG_TEXT, Tokenizer, TokenizerError
 
 T = TypeVar("T")
@@ -179,6 +179,20 @@ class Prompts:
         self.check_name(body.model)
         check_ids(body.tokens, "tokens", self._text.vocab_size)
         return self._text.decode(body.tokens, skip_special=False)
+
+    def describe(self) -> TokenizerInfo:
+        """Say what the tokenizer and the chat format are."""
+        text = self._text
+        bos, eos = text.bos_token_id, next(iter(text.eos_token_ids), None)
+        return TokenizerInfo(
+            vocab_size=text.vocab_size,
+            bos_token=None if bos is None else text.token_text(bos),
+            bos_token_id=bos,
+            eos_token=None if eos is None else text.token_text(eos),
+            eos_token_id=eos,
+            add_bos_token=text.adds_bos,
+            chat_template=self._chat.source,
+        )
 
 
 def check_ids(token_ids: Sequence[int], param: str, size: int, *, keys: bool = False) -> None:

@@ -8,7 +8,16 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 _UNDER_V1 = ("/chat/completions", "/completions", "/models", "/responses", "/messages")
-_AT_ROOT = ("/tokenize", "/detokenize", "/health", "/version", "/ping", "/load", "/metrics")
+_AT_ROOT = (
+    "/tokenize",
+    "/detokenize",
+    "/tokenizer_info",
+    "/health",
+    "/version",
+    "/ping",
+    "/load",
+    "/metrics",
+)
 
 
 def canonical(path: str) -> str:

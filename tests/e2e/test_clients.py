@@ -2,6 +2,7 @@
 
 Their pins clash with each other's, so they are not installed here. DSA_TEST_CLIENTS names a folder of environments (`python -m
 venv`), one for each program of `tests/e2e/clients`, with the package in it: DSA_TEST_CLIENTS=/tmp/clients make test-slow.
+`lm_eval` is `lm-eval[api]`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 
 from tests.e2e.serving import MODEL, Server
 
-CLIENTS = ("instructor", "langchain", "litellm", "openai_agents", "pydantic_ai")
+CLIENTS = ("guidellm", "instructor", "langchain", "litellm", "lm_eval", "openai_agents", "pydantic_ai")
 FOLDER = os.environ.get("DSA_TEST_CLIENTS")
 PROGRAMS = Path(__file__).parent / "clients"
 
@@ -32,7 +33,13 @@ pytestmark = [
 @pytest.mark.parametrize("name", CLIENTS)
 def test_a_client_works_unchanged(server: Server, name: str) -> None:
     python = Path(FOLDER or "") / name / "bin" / "python"
-    environ = {"PATH": os.environ["PATH"], "OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    environ = {
+        "PATH": os.environ["PATH"],
+        "HOME": os.environ.get("HOME", "/tmp"),
+        "OPENAI_API_KEY": "none",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(
         [python, "-P", PROGRAMS / f"use_{name}.py", server.url, MODEL],
         capture_output=True, text=True, timeout=280, env=environ, check=False,

@@ -43,6 +43,23 @@ class Tokenized(BaseModel):
     warnings: list[Notice] | None = None
 
 
+class TokenizerInfo(BaseModel):
+    """What a client needs that counts tokens or writes prompts by itself."""
+
+    tokenizer_class: str = Field(
+        default="PreTrainedTokenizerFast", description="The kind, in transformers' words."
+    )
+    vocab_size: int = Field(description="One more than the largest token id.")
+    bos_token: str | None = Field(description="The token that begins a sequence, if there is one.")
+    bos_token_id: int | None
+    eos_token: str | None = Field(description="The first of the tokens that end an answer.")
+    eos_token_id: int | None
+    add_bos_token: bool = Field(description="Whether a text begins with `bos_token`.")
+    chat_template: str | None = Field(
+        description="Null where the chat format is code, or the model has none."
+    )
+
+
 class DetokenizeBody(Body):
     """Token ids."""
 

@@ -1,4 +1,4 @@
-"""POST /tokenize and POST /detokenize."""
+"""POST /tokenize, POST /detokenize and GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from server.http.body import read_body
 from server.http.protocol.openapi import describe_plain
-from server.http.protocol.tokens import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
+from server.http.protocol.tokens import DetokenizeBody, Detokenized, TokenizeBody, Tokenized, TokenizerInfo
 from server.services import services_of
 
 router = APIRouter(tags=["tokens"])
@@ -50,3 +50,9 @@ async def detokenize(request: Request) -> Response:
     if notices:
         answer = answer.model_copy(update={"warnings": notices})
     return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+@router.get("/tokenizer_info", summary="What are the tokenizer and the chat template?")
+async def tokenizer_info(request: Request) -> TokenizerInfo:
+    """Describe the tokenizer, for clients that count tokens or write prompts by themselves."""
+    return services_of(request).intake.prompts.describe()

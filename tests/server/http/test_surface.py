@@ -79,6 +79,7 @@ async def test_the_schema() -> None:
         "/v1/models/{model_id}",
         "/tokenize",
         "/detokenize",
+        "/tokenizer_info",
         "/health",
         "/ping",
         "/version",

@@ -41,6 +41,16 @@ async def test_detokenize() -> None:
         assert (await http.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
 
 
+async def test_tokenizer_info() -> None:
+    async with client(make_app(speaking())) as http:
+        for path in ("/tokenizer_info", "/v1/tokenizer_info/"):
+            assert (await http.get(path)).json() == {
+                "tokenizer_class": "PreTrainedTokenizerFast", "vocab_size": 259, "bos_token": "<|bos|>", "bos_token_id": BOS,
+                "eos_token": "<|eos|>", "eos_token_id": EOS, "add_bos_token": True, "chat_template": None,
+            }  # fmt: skip
+        assert (await http.head("/tokenizer_info")).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("path", "body", "words"),
     [
