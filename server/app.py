@@ -36,6 +36,7 @@ from server.http.protocol.openapi import openapi_of
 from server.http.quota import QUOTA_HEADERS
 from server.http.routes import ROUTERS
 from server.lifecycle import Lifecycle
+from server.live import LiveSettings
 from server.money.accounting import Books, Settlement
 from server.money.ledger import Ledger
 from server.money.pricing import DEFAULT_TABLE, PriceBook
@@ -104,12 +105,17 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
 
     books = Books(prices, ledger, config.model_name, closed, metrics.ledger_failed)
     limits = Limits()
+    intake, admission = (
+        Intake(config, text, chat, checks),
+        Admission(config.max_queue, config.max_queue_tokens),
+    )
     services = Services(
         config=config,
         engine=engine,
         text=text,
-        intake=Intake(config, text, chat, checks),
-        admission=Admission(config.max_queue),
+        intake=intake,
+        admission=admission,
+        live=LiveSettings(config, admission, intake, prices),
         lifecycle=Lifecycle(),
         metrics=metrics,
         books=books,

@@ -34,6 +34,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         port: the port to listen on; 0: any free port.
         max_queue: requests that may be in work or waiting before new ones are refused.
         min_priority: the earliest place that a request may ask for; lower is earlier.
+        max_queue_tokens: tokens of prompts that may wait to be computed before new requests are refused; None: any number.
+        request_seconds: how long a request may take from its arrival; 0: no limit.
         default_max_tokens: a request's token limit if it names none; None: up to the end of the context.
         default_top_k: a request's sparsity if it names none; None: the number that the indexer was trained for.
         max_body_bytes: the largest request body.
@@ -61,6 +63,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Port = 8000
     max_queue: Positive = 256
+    max_queue_tokens: Positive | None = None
+    request_seconds: Seconds = 0.0
     min_priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=0)] = 0
     default_max_tokens: Positive | None = 1024  # a small model at temperature 1 may never stop by itself
     default_top_k: Sparsity | None = None

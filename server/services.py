@@ -21,6 +21,7 @@ from server.generation.responses import KeptResponses
 from server.generation.streamed import Head
 from server.http.protocol.notices import Notice
 from server.lifecycle import Lifecycle
+from server.live import LiveSettings
 from server.money.accounting import Books
 from server.telemetry.metrics import Metrics
 from server.text.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ class Services:
     lifecycle: Lifecycle
     metrics: Metrics
     books: Books
+    live: LiveSettings
     responses: KeptResponses
     keys: KeyBook | None = None
     limits: Limits = field(default_factory=Limits)

@@ -112,6 +112,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "The lowest `priority` that a request may have; lower is served earlier. 0: requests may only step back.",
         ),
     ] = _HTTP.min_priority
+    max_queue_tokens: Annotated[
+        Positive | None,
+        Flag(
+            SERVER,
+            "Tokens of prompts that wait to be computed before new requests get 429: a bound of the time to a first token.",
+            "any number",
+        ),
+    ] = _HTTP.max_queue_tokens
+    request_seconds: Annotated[
+        Seconds,
+        Flag(
+            SERVER,
+            "Longest time of a request, which then ends with an error; a request may ask for less. 0: no limit.",
+        ),
+    ] = _HTTP.request_seconds
     unknown_fields: Annotated[
         UnknownFields,
         Flag(

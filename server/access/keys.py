@@ -116,6 +116,7 @@ class KeyRecord(_Part):
         concurrent: requests at once; None: any number.
         top_k: how sparse requests may be; None: as they like.
         budget: None: any amount.
+        priority: added to the `priority` of each request; lower is earlier.
     """
 
     name: Annotated[str, Field(pattern=f"^{_NAME}$")]
@@ -129,6 +130,7 @@ class KeyRecord(_Part):
     concurrent: Annotated[int, Field(ge=1)] | None = None
     top_k: TopKRange | None = None
     budget: Budget | None = None
+    priority: Annotated[int, Field(ge=-(2**20), le=2**20)] = 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:

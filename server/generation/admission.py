@@ -1,55 +1,138 @@
-"""Limits the work that waits or runs: a request that exceeds the limit is refused. Knows no HTTP."""
+"""Limits the work that waits or runs: a request that exceeds the limit is refused. Knows no HTTP.
+
+Two bounds hold: choices, waiting or running, and tokens of prompts that have not been computed. The second is what a new
+request waits for. A refusal says when to come back: from how fast places and tokens became free lately, and from how many
+were sent away before, because they come back as well.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+HALF_LIFE = 30.0
+"""In seconds: how fast old measurements of the rate lose their weight."""
+
+UNKNOWN_SECONDS = 5.0
+MOST_SECONDS = 300.0
+
 
 class QueueFullError(Exception):
-    """There is no room now; the message says how many choices may run."""
+    """There is no room now; the message says what is taken.
+
+    Attributes:
+        retry_after: about when there is room, in seconds from now.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class TooLargeError(Exception):
     """One request alone asks for more choices than the limit."""
 
 
+class Flow:
+    """How fast something becomes free, and how much of it is promised to those who were sent away.
+
+    Args:
+        clock: in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._at = clock()
+        self._amount = 0.0  # what became free, and in how many busy seconds; old values fade
+        self._seconds = 0.0
+        self._promised = 0.0
+
+    def freed(self, amount: float, *, busy: bool) -> None:
+        """Note that so much became free. `busy`: some of it was taken since the last note."""
+        now = self._clock()
+        past = now - self._at
+        self._at = now
+        kept = 0.5 ** (past / HALF_LIFE)
+        self._amount = self._amount * kept + amount
+        self._seconds = self._seconds * kept + (past if busy else 0.0)
+        self._promised = max(self._promised - amount, 0.0)
+
+    def wait(self, amount: float) -> float:
+        """Send one away who wants so much. Returns in how many seconds it may be there, within bounds."""
+        self._promised += amount
+        if not self._amount or not self._seconds:
+            return UNKNOWN_SECONDS
+        return min(max(self._promised * self._seconds / self._amount, 1.0), MOST_SECONDS)
+
+
+class QueuePlace:
+    """What one request holds. Each of the two methods counts once."""
+
+    def __init__(self, admission: Admission, choices: int, tokens: int, sender: str | None) -> None:
+        self._admission = admission
+        self._choices, self._tokens, self._sender = choices, tokens, sender
+
+    def begun(self) -> None:
+        """The first token is there, so the prompts are computed."""
+        tokens, self._tokens = self._tokens, 0
+        if tokens:
+            self._admission.computed(tokens)
+
+    def leave(self) -> None:
+        """The engine has done the work."""
+        self.begun()
+        choices, self._choices = self._choices, 0
+        if choices:
+            self._admission.left(choices, self._sender)
+
+
 class Admission:
-    """Counts choices, the unit that the engine queues and runs.
+    """Counts choices, the unit that the engine queues and runs, and the tokens of prompts that wait.
 
     Attributes:
         limit: how many choices may wait or run together.
+        max_tokens: how many tokens of prompts may wait to be computed; None: any number.
         admitted: how many choices wait or run now.
+        tokens: how many tokens of prompts wait now.
 
     No sender may hold more places than are free after it, so nobody can take all of them: one alone gets half, of two each gets
     a third, and there is always room for who comes next (Choudhury and Hahne, "Dynamic queue length thresholds for
     shared-memory packet switches", 1998, with a factor of 1).
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(
+        self, limit: int, max_tokens: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.limit = limit
+        self.max_tokens = max_tokens
         self.admitted = 0
+        self.tokens = 0
         self._held: Counter[str] = Counter()
+        self._places, self._prompts = Flow(clock), Flow(clock)
 
     def check(self) -> None:
-        """Refuse a request early, before its body is read, when the limit is reached.
+        """Refuse a request early, before its body is read, when a limit is reached.
 
         Raises:
             QueueFullError: other requests use the whole limit.
         """
         if self.admitted >= self.limit:
-            raise self._full()
+            raise self._full(1)
+        if self.max_tokens is not None and self.tokens >= self.max_tokens:
+            raise self._deep(1)
 
     @contextmanager
-    def admit(self, choices: int, sender: str | None = None) -> Iterator[Callable[[], None]]:
-        """Count a request's choices as admitted while the block runs, or until it calls what it is given.
+    def admit(self, choices: int, sender: str | None = None, tokens: int = 0) -> Iterator[QueuePlace]:
+        """Hold a request's place while the block runs, or until it leaves.
+
+        It leaves when the engine has done the work, so that a client that does not read its answer holds no place.
 
         Args:
             choices: how many.
             sender: who asks; None: senders are not told apart.
-
-        It calls that when the engine has done the work, so that a client that does not read its answer holds no place.
+            tokens: of the prompts. A request alone may have more than the limit: else it could never run.
 
         Raises:
             QueueFullError: other requests leave too little room.
@@ -66,34 +149,53 @@ class Admission:
                 f"{self.limit} that this server takes; split it into smaller ones"
             )
         if self.admitted + choices > self.limit:
-            raise self._full()
+            raise self._full(choices)
         if sender is not None:
             mine, free = self._held[sender] + choices, self.limit - self.admitted - choices
             if mine > max(free, 1):
                 raise QueueFullError(
-                    f"{self._held[sender]} choices of this key are waiting or running, and of {self.limit} places only "
-                    f"{free + choices} are free for everybody; try again later"
+                    f"{mine - choices} choices of this key are waiting or running, and of {self.limit} places only "
+                    f"{free + choices} are free for everybody; try again later",
+                    self._places.wait(choices),
                 )
-            self._held[sender] = mine
-        held = choices
-        self.admitted += held
-
-        def leave() -> None:
-            nonlocal held
-            self.admitted -= held
-            if sender is not None and held:
-                self._held[sender] -= held
-                if not self._held[sender]:
-                    del self._held[sender]
-            held = 0
-
+        if self.max_tokens is not None and self.tokens and self.tokens + tokens > self.max_tokens:
+            raise self._deep(tokens)
+        if sender is not None:
+            self._held[sender] += choices
+        self._places.freed(0, busy=self.admitted > 0)
+        self._prompts.freed(0, busy=self.tokens > 0)
+        self.admitted += choices
+        self.tokens += tokens
+        place = QueuePlace(self, choices, tokens, sender)
         try:
-            yield leave
+            yield place
         finally:
-            leave()
+            place.leave()
 
-    def _full(self) -> QueueFullError:
+    def computed(self, tokens: int) -> None:
+        """So many tokens of prompts wait no more. Places call it."""
+        self._prompts.freed(tokens, busy=True)
+        self.tokens -= tokens
+
+    def left(self, choices: int, sender: str | None) -> None:
+        """So many choices are done. Places call it."""
+        self._places.freed(choices, busy=True)
+        self.admitted -= choices
+        if sender is not None:
+            self._held[sender] -= choices
+            if not self._held[sender]:
+                del self._held[sender]
+
+    def _full(self, choices: int) -> QueueFullError:
         return QueueFullError(
             f"the server is full: {self.admitted} of at most {self.limit} choices are waiting or running; "
-            "try again later"
+            "try again later",
+            self._places.wait(choices),
+        )
+
+    def _deep(self, tokens: int) -> QueueFullError:
+        return QueueFullError(
+            f"the server is full: {self.tokens} tokens of prompts wait to be computed, and at most {self.max_tokens} may; "
+            "try again later",
+            self._prompts.wait(tokens),
         )

@@ -64,7 +64,7 @@ class Generation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self.stop()
 
     async def settle(self, seconds: float) -> None:
         """Wait at most `seconds` for the engine's first delta or refusal. The engine refuses at once or never.
@@ -120,12 +120,13 @@ class Generation:
         self._running -= 1
         if error is not None and self._error is None:
             self._error = error
-            self._stop()  # the request has one answer, so one failure ends it
+            self.stop()  # the request has one answer, so one failure ends it
         if error is not None or not self._running:
             self._first.set()
             self._over.set()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Want no more: abort the jobs that still run. Idempotent."""
         for stream in self._streams:
             stream.close()
 

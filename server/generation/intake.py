@@ -23,7 +23,7 @@ from server.generation.conversation import Conversation, read_conversation
 from server.generation.grammars import GrammarChecks
 from server.generation.infill import infill_of
 from server.generation.prompts import Prompt, Prompts, check_ids, loaded_model, prompt_end
-from server.generation.room import check_least, cut, room_of
+from server.generation.room import check_least, context_of, cut, room_of
 from server.generation.sparsity import GrantedSparsity, granted
 from server.generation.structure import Enforced, Structure, WantedCalls, wanted_of
 from server.http.protocol.chat import ChatCompletionBody
@@ -45,12 +45,14 @@ class Admitted:
         echoes: for each choice, the text that its output begins with.
         sparsity: how sparse attention is.
         notices: what of the request has no effect.
+        timeout: how long it may take, in seconds from its arrival; None: it does not say.
     """
 
     jobs: tuple[Job, ...]
     echoes: tuple[str, ...]
     sparsity: GrantedSparsity
     notices: tuple[Notice, ...] = ()
+    timeout: float | None = None
 
 
 class Intake:
@@ -69,6 +71,10 @@ class Intake:
         self._infill = infill_of(text)
         self._structure = Structure(checks, text.control_tokens, chat)
         self.prompts = Prompts(config.model_name, text, chat)
+
+    def use(self, config: ServerConfig) -> None:
+        """Read requests by other settings from now on."""
+        self._config = config
 
     async def chat(self, body: ChatCompletionBody, status: EngineStatus, request_id: str) -> Admitted:
         """Turn a conversation into jobs.
@@ -93,7 +99,7 @@ class Intake:
                 param="tool_choice",
             )
         written = await self.prompts.written(
-            said, add_generation_prompt=opens, open_end=open_end, context=_context(body, model)
+            said, add_generation_prompt=opens, open_end=open_end, context=context_of(body, model)
         )
         opening: tuple[int, ...] = ()
         if said.must_call:
@@ -220,7 +226,7 @@ class Intake:
                     f"prompt[{index}]" if many else "prompt",
                     echo=bool(body.echo),
                     size=model.vocab_size,
-                    context=_context(body, model),
+                    context=context_of(body, model),
                 ),
                 body,
                 model,
@@ -370,12 +376,8 @@ class Intake:
                         ),
                     )
                 )
-        return Admitted(tuple(jobs), tuple(prompt.text for prompt in prompts for _ in range(n)), sparsity)
-
-
-def _context(body: GenerationBody, model: ModelInfo) -> int | None:
-    """How many tokens a prompt may have at most; None: it is cut."""
-    return model.max_model_len if body.truncate_prompt_tokens is None else None
+        echoes = tuple(prompt.text for prompt in prompts for _ in range(n))
+        return Admitted(tuple(jobs), echoes, sparsity, timeout=body.timeout)
 
 
 def _derive(seed: int, choice: int) -> int:

@@ -9,6 +9,11 @@ from server.http.protocol.sampling import GenerationBody
 from server.text.tokenizer import Tokenizer
 
 
+def context_of(body: GenerationBody, model: ModelInfo) -> int | None:
+    """How many tokens a prompt may have at most; None: it is cut."""
+    return model.max_model_len if body.truncate_prompt_tokens is None else None
+
+
 def cut(
     prompt: Prompt, body: GenerationBody, model: ModelInfo, text: Tokenizer, max_tokens: int | None
 ) -> Prompt:

@@ -12,6 +12,7 @@ import msgspec
 from server.access.budget import Budgets, BudgetSpentError, Demand
 from server.access.keys import Caller, KeyRecord
 from server.access.limits import LimitError, Limits, NeverError
+from server.generation.admission import QueueFullError, TooLargeError
 from server.generation.choice import Job
 from server.generation.intake import Admitted
 from server.http.protocol.errors import RATE_LIMIT, ApiError, bad_request
@@ -63,6 +64,23 @@ def quota_errors() -> Iterator[None]:
         raise ApiError(402, str(error), kind="insufficient_quota", code="budget_exhausted") from None
 
 
+@contextmanager
+def admission_errors() -> Iterator[None]:
+    """Turn the errors of admission into HTTP errors."""
+    try:
+        yield
+    except TooLargeError as error:
+        raise bad_request(str(error), param="n", code="too_many_choices") from None
+    except QueueFullError as error:
+        raise ApiError(
+            429,
+            str(error),
+            kind=RATE_LIMIT,
+            code="queue_full",
+            headers={"retry-after": str(math.ceil(error.retry_after))},
+        ) from None
+
+
 def fitted(work: Admitted, caller: Caller) -> Admitted:
     """The work as its caller may have it: with its own cached prompts, and as sparse as its key says.
 
@@ -83,11 +101,15 @@ def fitted(work: Admitted, caller: Caller) -> Admitted:
                 code="top_k_not_allowed",
             )
         index_top_k = allowed.nearest(index_top_k)
+    step = caller.record.priority if caller.record is not None else 0
     jobs = tuple(
         replace(
             job,
             submit=msgspec.structs.replace(
-                job.submit, cache_salt=caller.salt(job.submit.cache_salt), index_top_k=index_top_k
+                job.submit,
+                cache_salt=caller.salt(job.submit.cache_salt),
+                index_top_k=index_top_k,
+                priority=min(max(job.submit.priority + step, -(2**31)), 2**31 - 1),
             ),
         )
         for job in work.jobs

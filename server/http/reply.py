@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import EngineDiedError, EngineUnavailableError
-from server.generation.admission import QueueFullError, TooLargeError
+from server.generation.admission import QueuePlace
 from server.generation.choice import ChoiceUsage, TextDelta
 from server.generation.generate import (
     Generation,
@@ -33,13 +33,13 @@ from server.generation.generate import (
 from server.generation.intake import Admitted
 from server.generation.render import Renderer, total_usage
 from server.http.access import caller_of
+from server.http.deadline import DEADLINE, DeadlineError, deadline_of, seconds_of, too_late
 from server.http.disconnect import ClientGoneError, unless_disconnected
 from server.http.middleware import Record, outcome_of, record_of
 from server.http.outlet import Outlet
 from server.http.protocol import sse
 from server.http.protocol.errors import (
     ENGINE,
-    RATE_LIMIT,
     ApiError,
     bad_request,
     draining,
@@ -47,7 +47,7 @@ from server.http.protocol.errors import (
     unavailable,
 )
 from server.http.protocol.usage import CostUsage, Usage
-from server.http.quota import Reservation, fitted, quota_errors, standing_headers
+from server.http.quota import Reservation, admission_errors, fitted, quota_errors, standing_headers
 from server.money.accounting import Account, LedgerUnavailableError
 from server.money.retries import attempt_name
 from server.services import Services
@@ -86,12 +86,18 @@ class GenerationReply(Response):
             if services.lifecycle.draining:
                 raise draining()
             try:
-                with _refusals():
+                with admission_errors():
                     services.admission.check()
                 request = Request(scope, receive)
                 caller = caller_of(scope)
                 order = await self._prepare(request)
                 order = replace(order, work=fitted(order.work, caller))
+                said = (
+                    order.work.timeout,
+                    services.live.config.request_seconds or None,
+                    seconds_of(request.headers),
+                )
+                deadline = deadline_of(record.started, *said)
                 attempt = attempt_name(
                     caller.name,
                     str(scope["path"]),
@@ -99,13 +105,15 @@ class GenerationReply(Response):
                     await request.body(),
                 )
                 sender = None if caller.record is None else caller.name
+                jobs = order.work.jobs
+                tokens = sum(len(job.submit.prompt_token_ids) for job in jobs if not job.shares_prompt)
                 with (
-                    _refusals(),
-                    services.admission.admit(len(order.work.jobs), sender) as leave,
+                    admission_errors(),
+                    services.admission.admit(len(jobs), sender, tokens) as place,
                     self._reserved(order, record) as reservation,
                 ):
                     response = await unless_disconnected(
-                        receive, self._run(order, record, send, scope, leave, attempt, reservation)
+                        receive, self._run(order, record, send, scope, place, attempt, reservation, deadline)
                     )
             except (ClientDisconnect, ClientGoneError):
                 record.outcome = "disconnected"
@@ -134,9 +142,10 @@ class GenerationReply(Response):
         record: Record,
         send: Send,
         scope: Scope,
-        leave: Callable[[], None],
+        place: QueuePlace,
         attempt: str | None,
         reservation: Reservation,
+        deadline: float | None,
     ) -> Response | None:
         """Generate. Return the response that the caller must send; None after a stream, which is already sent."""
         services, jobs = self._services, order.work.jobs
@@ -157,11 +166,15 @@ class GenerationReply(Response):
         ended = "failed"
         try:
             async with Generation(services.engine, services.text, jobs, account.settle) as generation:
-                run = _Run(generation, meter, order, record, account, leave)
+                run = _Run(generation, meter, order, record, account, place, deadline)
                 response = await (run.stream(send) if order.stream else run.whole())
                 complete = run.complete
+                ended = run.ended
         except asyncio.CancelledError:
             ended = "cancelled"
+            raise
+        except ApiError as error:
+            ended = "deadline" if error.detail.code == DEADLINE else ended
             raise
         finally:
             meter.close(complete=complete)
@@ -179,9 +192,12 @@ class _Run:
         order: Order,
         record: Record,
         account: Account,
-        leave: Callable[[], None],
+        place: QueuePlace,
+        deadline: float | None,
     ) -> None:
-        self._leave = leave
+        self._place = place
+        self._deadline = deadline
+        self.ended = "failed"  # how the account ends if it is not finished
         self._account = account
         self._generation = generation
         self._meter = meter
@@ -200,8 +216,8 @@ class _Run:
 
         try:
             self._generation.listen(take)
-            await self._generation.over()
-            self._leave()
+            await self._over(None)
+            self._place.leave()
             usage = await self._finish()
         except Exception as error:
             raise self._explain(error) from error
@@ -210,7 +226,7 @@ class _Run:
 
     async def stream(self, send: Send) -> None:
         try:
-            await self._generation.settle(ACCEPT_SECONDS)
+            await self._generation.settle(min(ACCEPT_SECONDS, self._left() or ACCEPT_SECONDS))
         except Exception as error:
             raise self._explain(error) from error
         start = Response(headers=sse.HEADERS, media_type=sse.MEDIA_TYPE)
@@ -225,6 +241,8 @@ class _Run:
         except Exception as error:
             explained = self._explain(error)
             self._record.outcome = outcome_of(explained.status)
+            if isinstance(error, DeadlineError):
+                self.ended = "deadline"
             last = renderer.failure(explained)
         finally:
             await outlet.close()
@@ -241,10 +259,11 @@ class _Run:
             self._generation.listen(take)
             await self._end(outlet)
         except Exception:
-            self._leave()
+            self._generation.stop()
+            self._place.leave()
             await outlet.drain()
             raise
-        self._leave()
+        self._place.leave()
         await outlet.drain()
         return self._order.renderer.ending(await self._finish())
 
@@ -253,14 +272,37 @@ class _Run:
         seconds = KEEP_ALIVE_SECONDS
         while True:
             try:
-                return await self._generation.over(seconds)
+                return await self._over(seconds)
             except QuietError:
                 if not outlet.slow and time.monotonic() - outlet.last >= KEEP_ALIVE_SECONDS:
                     outlet.write(sse.KEEP_ALIVE)
                 quiet = 0.0 if outlet.slow else time.monotonic() - outlet.last
                 seconds = max(KEEP_ALIVE_SECONDS - quiet, 0.001)
 
+    def _left(self) -> float | None:
+        """Seconds until the deadline; None: there is none."""
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+
+    async def _over(self, seconds: float | None) -> None:
+        """Return when the generation is over.
+
+        Raises:
+            QuietError: it is not, after so many seconds.
+            DeadlineError: it is not, and its time is.
+            Exception: any other error that ends it.
+        """
+        left = self._left()
+        if left is None or (seconds is not None and seconds < left):
+            return await self._generation.over(seconds)
+        try:
+            await self._generation.over(left)
+        except QuietError:
+            self._generation.stop()
+            raise DeadlineError from None
+
     def _note(self, delta: TextDelta) -> None:
+        if delta.token_ids or delta.finish_reason is not None:
+            self._place.begun()
         now = time.monotonic()
         self._meter.delta(delta, now)
         if self._record.generation is not None:
@@ -299,6 +341,8 @@ class _Run:
         match error:
             case ApiError():
                 return error
+            case DeadlineError():
+                return too_late((self._deadline or 0) - self._record.started)
             case EngineUnavailableError():
                 return unavailable(str(error), code="engine_unavailable", kind=ENGINE)
             case EngineDiedError():
@@ -316,16 +360,3 @@ class _Run:
                 return internal_error()
         logger.warning("request %s: %s", self._record.request_id, error)
         return explained
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Turn the errors of admission into HTTP errors."""
-    try:
-        yield
-    except TooLargeError as error:
-        raise bad_request(str(error), param="n", code="too_many_choices") from None
-    except QueueFullError as error:
-        raise ApiError(
-            429, str(error), kind=RATE_LIMIT, code="queue_full", headers={"retry-after": "1"}
-        ) from None

@@ -2,7 +2,7 @@
 
 The engine reports to an `Account` what each choice used. When the last choice is settled, the account prices the
 whole request and appends one row to the ledger. The last event of a successful request is sent only after its row
-is durable. A cancelled request pays for what was computed. A failed request pays nothing, but its row says what it
+is durable. A request that was cancelled, or whose time was over, pays for what was computed. A failed request pays nothing, but its row says what it
 used. The prices are `server.money.pricing`, the table of rows is `server.money.ledger`.
 """
 
@@ -160,7 +160,9 @@ class Account:
                 uncached += min(usage.work.rows, usage.prompt_tokens - usage.cached_tokens)
                 charged = True
             completion += usage.completion_tokens
-        entry, row = self._price(Tokens(cached, uncached, completion), outcome, free=outcome != "cancelled")
+        entry, row = self._price(
+            Tokens(cached, uncached, completion), outcome, free=outcome not in ("cancelled", "deadline")
+        )
         self._append(entry, row, lambda written: None)
 
     def _price(self, tokens: Tokens, outcome: str, *, free: bool) -> tuple[Settlement, LedgerRow]:

@@ -143,15 +143,25 @@ def read_table(path: Path) -> PriceTable:
         PriceError: the file cannot be read, or its content is wrong.
     """
     try:
-        return PriceTable.model_validate(yaml.safe_load(path.read_text("utf-8")))
+        return parse_table(yaml.safe_load(path.read_text("utf-8")), f"the price table {path}")
     except OSError as error:
         raise PriceError(f"the price table {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PriceError(f"the price table {path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def parse_table(content: Any, name: str = "the price table") -> PriceTable:
+    """Check what a price table's file holds.
+
+    Raises:
+        PriceError: it is wrong.
+    """
+    try:
+        return PriceTable.model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the table"
-        raise PriceError(f"the price table {path} is wrong at {where}: {problem['msg']}") from error
+        raise PriceError(f"{name} is wrong at {where}: {problem['msg']}") from error
 
 
 class PriceBook:
@@ -191,8 +201,23 @@ class PriceBook:
         self.table, self.current = table, True
         _log.warning("price table version %r is in force", table.version)
 
+    def use(self, table: PriceTable) -> None:
+        """Use another table until the file changes.
+
+        Raises:
+            PriceError: it has the version of the table that is used, or no price for the model.
+        """
+        table = self._fitted(table)
+        if table != self.table and table.version == self.table.version:
+            raise PriceError(
+                f"the price table has the version {table.version!r}, as the one in force; give it a new one"
+            )
+        self.table = table
+
     def _read(self) -> PriceTable:
-        table = read_table(self._path)
+        return self._fitted(read_table(self._path))
+
+    def _fitted(self, table: PriceTable) -> PriceTable:
         if self._machine_hour is not None:
             table = table.model_copy(update={"machine_hour": self._machine_hour})
         table.entry(self._model, datetime.now(UTC))

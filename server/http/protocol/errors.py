@@ -17,6 +17,7 @@ UNAVAILABLE = "service_unavailable_error"
 ENGINE = "engine_error"
 SERVER = "server_error"
 RATE_LIMIT = "rate_limit_error"
+TIMEOUT = "timeout_error"
 
 
 class ErrorDetail(BaseModel):
@@ -58,6 +59,7 @@ _MESSAGES_KINDS = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 
 

@@ -13,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from server.http.protocol.admin import SettingsBody
 from server.http.protocol.base import ID_TITLE, Body
 from server.http.protocol.chat import ChatCompletionBody, ChatCompletionChunk
 from server.http.protocol.completions import Completion, CompletionBody
@@ -33,6 +34,7 @@ _ERRORS = {
     415: "The body is not declared to be JSON.",
     429: "The server is full, or the key has reached a limit; `Retry-After` says when to try again.",
     500: "The engine could not run this request, or the server met a fault.",
+    504: "The answer did not end within the time that the request, or the server, allows.",
     503: "The model is loading, the engine has died or the server is shutting down.",
 }
 
@@ -104,6 +106,7 @@ def openapi_of(app: FastAPI, *, vocabulary: int, empty_prompts: bool) -> Callabl
                     (TokenizeBody, "validation"),
                     (DetokenizeBody, "validation"),
                     (ResponseBody, "validation"),
+                    (SettingsBody, "validation"),
                     (ResponseEvent, "serialization"),
                     (MessagesBody, "validation"),
                     (CountTokensBody, "validation"),

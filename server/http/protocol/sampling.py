@@ -183,6 +183,11 @@ class GenerationBody(Body):
         default=None,
         description="Lower is earlier; default: 0. The server says how low a request may go, by default 0.",
     )
+    timeout: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds from its arrival after which the request ends with an error; the header X-Request-Timeout says the same.",
+    )
     seed: Annotated[int, Field(ge=-MAX_INTEGER - 1, le=MAX_INTEGER), WHOLE] | None = None
     response_format: ResponseFormat | None = Field(
         default=None, description="What the answer's text must be."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from server.http.routes.admin import router as admin
 from server.http.routes.chat import router as chat
 from server.http.routes.completions import router as completions
 from server.http.routes.docs import router as docs
@@ -26,4 +27,5 @@ ROUTERS: tuple[APIRouter, ...] = (
     version,
     metrics,
     docs,
+    admin,
 )

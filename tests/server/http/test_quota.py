@@ -252,3 +252,32 @@ async def test_limits_of_a_changed_file_are_those_of_the_next_request(
         here.app.state.services.keys.refresh()
         assert (await here.ask("alice")).status_code == 200
         assert (await here.ask("alice")).status_code == 429
+
+
+async def test_a_keys_priority_is_added_to_the_requests(tmp_path: Path) -> None:
+    engine = speaking()
+    async with desk(tmp_path, engine, alice={"priority": -5}, bob={"priority": 5}) as here:
+        for name, own, wanted in (
+            ("alice", 0, -5),
+            ("alice", 3, -2),
+            ("bob", 0, 5),
+            ("bob", 2**31 - 1, 2**31 - 1),
+        ):
+            fields: dict[str, Any] = {"priority": own}
+            assert (await here.ask(name, **fields)).status_code == 200
+            assert engine.submitted[-1].priority == wanted
+        early: dict[str, Any] = {"priority": -1}
+        assert (await here.ask("bob", **early)).status_code == 400  # nobody steps forward by itself
+
+
+async def test_tokens_of_prompts_that_wait_are_bounded(tmp_path: Path) -> None:
+    engine = speaking(first_delay=0.5)
+    async with desk(tmp_path, engine, config={"max_queue_tokens": 100}) as here:
+        long = asyncio.create_task(here.ask("alice", prompt="a" * 90))
+        await asyncio.sleep(0.2)
+        refused = await here.ask("bob", prompt="b" * 20)
+        error_of(refused, 429, "queue_full")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert (await here.ask("bob", prompt="b")).status_code == 200  # there is room for this one
+        assert (await long).status_code == 200
+        assert (await here.ask("bob", prompt="b" * 200)).status_code == 200  # alone it may be longer

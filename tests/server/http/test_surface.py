@@ -87,6 +87,8 @@ async def test_the_schema() -> None:
         "/health/live",
         "/health/ready",
         "/metrics",
+        "/admin/settings",
+        "/admin/changes",
     }
 
 
