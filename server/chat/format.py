@@ -71,7 +71,8 @@ class ChatFormat(ABC):
         """Return a new parser for one answer.
 
         Args:
-            tools: names of the tools that may be called; None if no tool may be called.
+            tools: names of the tools that may be called; None if no tool may be called. A mapping also has the schema
+                of each one's arguments, which says what a value is where a format does not quote it.
             thinking: the prompt has opened the model's reasoning.
             single: the answer ends with its first call.
         """

@@ -14,8 +14,9 @@ from typing import Any
 BEGIN = '%llguidance {"no_forcing": true}\n'
 """The first line: text that must come may come in any tokens, as the model likes."""
 
-BLANKS = r"[ \t\n\r]{1,64}"
-"""Whitespace between two parts of JSON. Without a bound a weak model may write nothing else."""
+BLANKS = r"( |\n[ \t]{0,24})"
+"""Whitespace between two parts of JSON: one blank, or a line break and the next line's indentation. Without a bound a weak
+model may write nothing else. llama.cpp's `json-schema-to-grammar` has such a rule, too."""
 
 FREE = r"/(?s:.*)/"
 """Any text. It has no control tokens, because no text has one in a grammar."""
@@ -123,17 +124,19 @@ def literal(text: str, control_tokens: Mapping[str, int] | None = None) -> str:
     return " ".join(parts) or '""'
 
 
-def json_value(schema: Mapping[str, Any] | bool, *, lenient: bool = False, blanks: bool = True) -> str:
+def json_value(
+    schema: Mapping[str, Any] | bool, *, lenient: bool = False, blanks: str | None = BLANKS
+) -> str:
     """Return the expression for JSON that a schema allows.
 
     Args:
         schema: a JSON schema
         lenient: leave out what cannot be enforced
-        blanks: there may be whitespace between the parts
+        blanks: what whitespace there may be between the parts, as a regular expression; None: there is none
     """
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    options: dict[str, Any] = {"whitespace_pattern": BLANKS} if blanks else {"whitespace_flexible": False}
+    options: dict[str, Any] = {"whitespace_pattern": blanks} if blanks else {"whitespace_flexible": False}
     if lenient:
         options["lenient"] = True
     return f"%json {json.dumps({**schema, 'x-guidance': options})}"

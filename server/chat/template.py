@@ -12,6 +12,7 @@ from server.chat.llama_json import LlamaJsonFormat, is_llama_json
 from server.chat.mistral import MistralFormat, is_mistral
 from server.chat.parsing import THINK, THOUGHT
 from server.chat.pythonic import PythonicFormat, is_pythonic
+from server.chat.tagged import GlmFormat, QwenCoderFormat, is_glm, is_qwen_coder
 from server.chat.tool_template import ToolTemplate
 from server.text.tokenizer import Tokenizer
 
@@ -20,6 +21,8 @@ TOOL_FORMATS: dict[str, type[ToolTemplate]] = {
     "llama-json": LlamaJsonFormat,  # Llama 3.1, 3.2, 3.3
     "pythonic": PythonicFormat,  # Llama 3.2 and 4, with templates for it
     "mistral": MistralFormat,  # Mistral, Mixtral, Magistral
+    "qwen-coder": QwenCoderFormat,  # Qwen3-Coder
+    "glm": GlmFormat,  # GLM 4.5 and later
 }
 """Name of a way to write calls -> the format of templates that have it. Beside these there is `none`."""
 
@@ -40,6 +43,8 @@ def choose_tools(template: str, name: str) -> tuple[str, str]:
         )
     for known, found in (
         ("mistral", is_mistral),
+        ("qwen-coder", is_qwen_coder),
+        ("glm", is_glm),
         ("hermes", is_hermes),
         ("pythonic", is_pythonic),
         ("llama-json", is_llama_json),

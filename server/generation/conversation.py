@@ -7,7 +7,7 @@ the assistant have calls and reasoning.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ class Conversation:
         tools: the tools that the prompt describes.
         thinking: whether the model reasons; None is the format's default.
         budget: the limit of reasoning, in tokens; None is no limit.
-        callable: names of the tools that may be called; None if no tool may be called.
+        callable: the tools that may be called, by name, each with the schema of its arguments; None if no tool may be
+            called.
         must_call: the answer has to call a tool.
         named: the tool that the answer has to call, if one is named.
         single: the answer ends with its first call.
@@ -45,7 +46,7 @@ class Conversation:
     tools: Sequence[dict[str, Any]]
     thinking: bool | None
     budget: int | None
-    callable: frozenset[str] | None
+    callable: Mapping[str, Mapping[str, Any]] | None
     must_call: bool
     named: str | None
     single: bool
@@ -103,7 +104,7 @@ def read_conversation(body: ChatCompletionBody, chat: ChatFormat) -> Conversatio
         tools=tools,
         thinking=thinking,
         budget=budget,
-        callable=names if functions else None,
+        callable={function.name: function.parameters or {} for function in functions} or None,
         must_call=must_call,
         named=named,
         single=body.parallel_tool_calls is False,

@@ -37,6 +37,10 @@ class UnfitGrammarError(Exception):
     """A grammar cannot be enforced; the message says why."""
 
 
+class NoCompilerError(Exception):
+    """Grammars cannot be checked now; the message says why."""
+
+
 class Begin(msgspec.Struct, frozen=True):
     """The first message to a worker."""
 
@@ -95,6 +99,7 @@ class GrammarChecks:
 
         Raises:
             UnfitGrammarError: it cannot be enforced.
+            NoCompilerError: there is no process to check it now.
         """
         key = hashlib.blake2b(f"{text}\0{own}".encode(errors="replace"), digest_size=16).digest()
         verdict = self._verdicts.get(key)
@@ -143,23 +148,27 @@ class _Worker:
 
     @classmethod
     async def start(cls) -> _Worker:
-        return cls(
-            await asyncio.create_subprocess_exec(
+        try:
+            process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "server.generation.grammar_worker",
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        except OSError as error:
+            raise NoCompilerError(
+                f"the server's compiler of grammars cannot be started ({error.strerror}); try again later"
+            ) from None
+        return cls(process)
 
     async def begin(self, begin: Begin) -> None:
         """Send the vocabulary and wait until it is read.
 
         Raises:
-            UnfitGrammarError: the process does not start.
+            NoCompilerError: the process does not start.
         """
         if await self._exchange(begin) is None:
             self.kill()
-            raise UnfitGrammarError("the server's compiler of grammars does not start; try again later")
+            raise NoCompilerError("the server's compiler of grammars does not start; try again later")
 
     async def ask(self, candidate: Candidate) -> GrammarVerdict | None:
         """Return the verdict; None if the process has ended or takes too long."""

@@ -209,4 +209,5 @@ def _usage(usage: Usage) -> MessagesUsage:
         output_tokens=usage.completion_tokens,
         dsa=usage.dsa,
         cost=usage.cost,
+        cost_details=usage.cost_details,
     )

@@ -154,6 +154,7 @@ class ResponsesRenderer:
             total_tokens=usage.total_tokens,
             dsa=usage.dsa,
             cost=usage.cost,
+            cost_details=usage.cost_details,
         )
         response = self._response("incomplete" if self._cut else "completed", usage=tokens)
         self._keep(response)

@@ -13,10 +13,10 @@ from typing import Any
 
 from server.chat import ChatFormat
 from server.chat.errors import UnfitToolError
-from server.chat.grammar import BEGIN, FREE, CallRules, ToolForm, json_value, literal, regex, without
+from server.chat.grammar import BEGIN, BLANKS, FREE, CallRules, ToolForm, json_value, literal, regex, without
 from server.chat.parsing import THINK, THOUGHT
-from server.generation.grammars import GrammarChecks, UnfitGrammarError
-from server.http.protocol.errors import ApiError, bad_request
+from server.generation.grammars import GrammarChecks, NoCompilerError, UnfitGrammarError
+from server.http.protocol.errors import ApiError, bad_request, unavailable
 from server.http.protocol.sampling import GenerationBody
 from server.http.protocol.structured import JsonFormat, SchemaFormat, StructuredOutputs
 
@@ -93,7 +93,7 @@ def _outputs(outputs: StructuredOutputs) -> list[WantedText]:
 
 
 def _read(outputs: StructuredOutputs, prefix: str) -> list[WantedText]:
-    blanks = not outputs.disable_any_whitespace
+    blanks = None if outputs.disable_any_whitespace else outputs.whitespace_pattern or BLANKS
     found: list[WantedText] = []
     if (schema := outputs.json_schema) is not None:
         read = _parsed(schema, f"{prefix}json") if isinstance(schema, str) else schema
@@ -268,7 +268,10 @@ class Structure:
             raise UnfitGrammarError(
                 f"it is too large, because it takes {len(text)} characters as a grammar, and at most {MAX_SCHEMA} may be"
             )
-        return await self._checks.check(text, own, vocab_size)
+        try:
+            return await self._checks.check(text, own, vocab_size)
+        except NoCompilerError as error:
+            raise unavailable(str(error), code="no_grammar_compiler") from None
 
 
 def _written(body: str, wanted: WantedText | None, rules: CallRules | None = None, before: str = "") -> str:

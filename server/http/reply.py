@@ -326,7 +326,7 @@ class _Run:
         self.complete = True
         self._record.outcome = outcome
         usage = total_usage(usages, self._order.work.sparsity.requested)
-        cost = CostUsage(
+        details = CostUsage(
             amount=bill.amount,
             currency="USD",
             unit="nano",
@@ -335,7 +335,7 @@ class _Run:
             dense_equivalent_amount=bill.dense_equivalent,
             effective_top_k=usage.dsa.top_k,
         )
-        return usage.model_copy(update={"cost": cost})
+        return usage.model_copy(update={"cost": bill.amount / 1e9, "cost_details": details})
 
     def _explain(self, error: Exception) -> ApiError:
         match error:

@@ -57,7 +57,7 @@ async def ask(
                 continue
             chunk = json.loads(line.removeprefix("data: "))
             if chunk.get("usage"):
-                answers[name] = chunk["usage"]["cost"]
+                answers[name] = chunk["usage"]["cost_details"]
             seen += 1
             if long:
                 long_begun.set()
@@ -116,5 +116,5 @@ async def test_answers_ledger_and_metrics_agree(start: Callable[..., Server]) ->
     server.process.wait()
     assert (
         rows(server)[answer.headers["x-request-id"]]["amount_nanos"]
-        == answer.json()["usage"]["cost"]["amount"]
+        == answer.json()["usage"]["cost_details"]["amount"]
     )

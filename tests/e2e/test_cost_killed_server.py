@@ -35,14 +35,16 @@ async def ask(url: str, number: int, answers: dict[str, int]) -> None:
                 if number % 2:
                     response = await http.post(f"{url}/v1/completions", json=body)
                     assert response.status_code == 200
-                    answers[response.headers["x-request-id"]] = response.json()["usage"]["cost"]["amount"]
+                    answers[response.headers["x-request-id"]] = response.json()["usage"]["cost_details"][
+                        "amount"
+                    ]
                     continue
                 streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
                 async with http.stream("POST", f"{url}/v1/completions", json=streamed) as response:
                     amount: int | None = None
                     async for line in lines(response):
                         if line.startswith("data: {") and (usage := json.loads(line[6:]).get("usage")):
-                            amount = usage["cost"]["amount"]
+                            amount = usage["cost_details"]["amount"]
                         if line == "data: [DONE]":
                             assert amount is not None
                             answers[response.headers["x-request-id"]] = amount
@@ -81,7 +83,7 @@ async def test_every_answer_is_in_the_ledger_once(start: Callable[..., Server], 
         assert not left, "the engine outlived its server"
     server = await asyncio.to_thread(lambda: start(*flags).wait_ready())  # on the same ledger file
     last = await asyncio.to_thread(lambda: server.post("/v1/completions", prompt="last", max_tokens=2))
-    answers[last.headers["x-request-id"]] = last.json()["usage"]["cost"]["amount"]
+    answers[last.headers["x-request-id"]] = last.json()["usage"]["cost_details"]["amount"]
     written = rows(ledger)
     assert len(written) == len(dict(written))
     assert answers.items() <= dict(written).items()

@@ -99,7 +99,7 @@ def test_budgets_outlive_a_server_that_is_killed(
             codes.append(answer.status_code)
             if answer.status_code != 200:
                 break
-            paid += answer.json()["usage"]["cost"]["amount"]
+            paid += answer.json()["usage"]["cost_details"]["amount"]
         if not last:
             assert codes == [200] * 4
             running = threading.Thread(target=ask_the_dying, args=(server,))

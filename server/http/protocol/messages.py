@@ -21,7 +21,7 @@ from server.http.protocol.notices import NOTICES, Notice
 from server.http.protocol.sampling import MAX_STOPS, ModelName, SparsityOptions, StopText
 from server.http.protocol.structured import OutputFormat
 from server.http.protocol.tools import MAX_TOOLS, CalledName, CallId, Name
-from server.http.protocol.usage import CostUsage, SparsityUsage
+from server.http.protocol.usage import COST, CostUsage, SparsityUsage
 
 MAX_BLOCKS = 1024
 
@@ -235,7 +235,8 @@ class MessagesUsage(BaseModel):
     cache_read_input_tokens: int = Field(description="Prompt tokens whose keys and values were reused.")
     output_tokens: int
     dsa: SparsityUsage | None = None
-    cost: CostUsage | None = None
+    cost: float | None = COST
+    cost_details: CostUsage | None = None
 
 
 class OutputMessage(BaseModel):

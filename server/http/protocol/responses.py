@@ -12,7 +12,13 @@ from server.http.protocol.notices import NOTICES, Notice
 from server.http.protocol.sampling import ModelName, SparsityOptions
 from server.http.protocol.structured import ResponseTextFormat
 from server.http.protocol.tools import MAX_TOOLS, CalledName, CallId, FunctionTool, Name
-from server.http.protocol.usage import CompletionTokensDetails, CostUsage, PromptTokensDetails, SparsityUsage
+from server.http.protocol.usage import (
+    COST,
+    CompletionTokensDetails,
+    CostUsage,
+    PromptTokensDetails,
+    SparsityUsage,
+)
 
 MAX_PARTS = 1024
 
@@ -268,7 +274,8 @@ class ResponseTokens(BaseModel):
     output_tokens_details: CompletionTokensDetails
     total_tokens: int
     dsa: SparsityUsage
-    cost: CostUsage | None
+    cost: float | None = COST
+    cost_details: CostUsage | None
 
 
 class ResponseFault(BaseModel):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StringConstraints, Tag
+from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag
+from pydantic_core import PydanticCustomError
 
 from server.http.protocol.base import TAG, Body, Neutral
 
@@ -115,6 +117,17 @@ Schema = Annotated[
 ]
 
 
+_BLANKS = re.compile(r"(?:\\[ntr]|[ \t\n\r]|[\[\]()|?*+]|\{[0-9]{0,3},?[0-9]{0,3}\})+")
+
+
+def _blanks(pattern: str) -> str:
+    if len(pattern) > 256 or not _BLANKS.fullmatch(pattern):
+        raise PydanticCustomError(
+            "blanks", "must be a regular expression of blanks, tabs and line breaks only, such as '[ \\n]?'"
+        )
+    return pattern
+
+
 class StructuredOutputs(Body):
     """What an answer is; exactly one of the first five. The names are vLLM's."""
 
@@ -137,6 +150,8 @@ class StructuredOutputs(Body):
     structural_tag: Annotated[Any, Neutral(advice="must be null: send tools instead, with strict true")] = (
         None
     )
-    whitespace_pattern: Annotated[
-        Any, Neutral(advice="must be null: the whitespace of JSON is this server's choice")
-    ] = None
+    whitespace_pattern: Annotated[str, AfterValidator(_blanks)] | None = Field(
+        default=None,
+        description="What may be between the parts of JSON besides nothing, as a regular expression of blanks, tabs and "
+        "line breaks. Default: one blank, or a line break with indentation.",
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -25,6 +25,11 @@ class SparsityUsage(BaseModel):
     top_k: int | Literal["dense"] = Field(description="Earlier tokens that each token could attend to.")
     requested: int | None = Field(default=None, description="What was asked for, where it was not granted.")
     note: str | None = Field(default=None, description="Why it was not granted.")
+
+
+COST: Any = Field(
+    default=None, description="What is charged, in US dollars; `cost_details` has the exact amount."
+)
 
 
 class CostUsage(BaseModel):
@@ -58,4 +63,5 @@ class Usage(BaseModel):
         default=None, description="Only where the model's chat format has reasoning."
     )
     dsa: SparsityUsage
-    cost: CostUsage | None = None
+    cost: float | None = COST
+    cost_details: CostUsage | None = None

@@ -102,3 +102,39 @@ GEMMA = """{%- if messages[0].role == 'system' %}{{ raise_exception('System role
 {%- endfor %}
 {%- if add_generation_prompt %}[model]{% endif %}
 """
+
+_TAGGED = """{%%- if tools %%}#tools {%% for tool in tools %%}{{ tool | tojson }}{%% endfor %%}
+ %s~
+{%%- endif %%}
+{%%- for message in messages %%}
+#{{ message.role }} {{ message.content }}
+{%%- for call in message.tool_calls or [] %%}
+%s
+{%%- endfor %%}~
+{%%- endfor %%}
+{%%- if add_generation_prompt %%}
+#assistant {%% endif %%}
+"""
+
+QWEN_CODER = _TAGGED % (
+    "Call as <function=example>",
+    """<tool_call>
+<function={{ call.function.name }}>
+{% for key, value in call.function.arguments | items %}
+<parameter={{ key }}>
+{{ value if value is string else value | tojson }}
+</parameter>
+{% endfor %}
+</function>
+</tool_call>""",
+)
+
+GLM = _TAGGED % (
+    "Call as <tool_call>{function-name}",
+    """<tool_call>{{ call.function.name + "\\n" }}
+{%- for key, value in call.function.arguments | items %}
+<arg_key>{{ key }}</arg_key>
+<arg_value>{{ value if value is string else value | tojson }}</arg_value>
+{% endfor %}
+</tool_call>""",
+)

@@ -23,10 +23,11 @@ from server.chat.llama_json import LlamaJsonFormat
 from server.chat.mistral import MistralFormat
 from server.chat.parts import Content, Parser, Part, Warn, merge
 from server.chat.pythonic import PythonicFormat
+from server.chat.tagged import GlmFormat, QwenCoderFormat
 from server.generation.grammars import vocabulary_of
 from tests.schemas import random_schema
 from tests.server.chat.kit import VOCABULARY, calls
-from tests.server.chat.templates import LLAMA, MISTRAL, MISTRAL_LIST, PYTHONIC
+from tests.server.chat.templates import GLM, LLAMA, MISTRAL, MISTRAL_LIST, PYTHONIC, QWEN_CODER
 from tests.server.chat.test_hermes import FORMAT as HERMES
 
 FORMATS: dict[str, ChatFormat] = {
@@ -35,6 +36,8 @@ FORMATS: dict[str, ChatFormat] = {
     "pythonic": PythonicFormat(PYTHONIC),
     "mistral": MistralFormat(MISTRAL),
     "mistral-list": MistralFormat(MISTRAL_LIST),
+    "qwen-coder": QwenCoderFormat(QWEN_CODER),
+    "glm": GlmFormat(GLM),
     "deepseek-v3.1": DeepSeekV31(),
     "deepseek-v3.2": DeepSeekV32(),
 }
@@ -64,11 +67,20 @@ EXTRA = [
         "=",
     ),
 ]
-"""Texts that a random walk would not find."""
+TAGGED = [
+    "\n<function=",
+    "</function>\n",
+    "<parameter=",
+    "\n</parameter>",
+    "<arg_key>",
+    "</arg_key>\n<arg_value>",
+    "</arg_value>",
+]
+"""Texts that a random walk would not find; the second list is for two formats only."""
 
 TEXTS = [
     *(VOCABULARY.raw(token_id) for token_id in range(VOCABULARY.vocab_size)),
-    *(text.encode() for text in EXTRA),
+    *(text.encode() for text in (*EXTRA, *TAGGED)),
 ]
 NAMES = {token_id: text for text, token_id in VOCABULARY.control_tokens.items()}
 END = 257
@@ -93,16 +105,18 @@ def weight(token_id: int) -> float:
 
 
 WEIGHTS = np.array([weight(token_id) for token_id in range(len(TEXTS))])
+PLAIN_WEIGHTS = np.array([*WEIGHTS[: -len(TAGGED)], *[0.0] * len(TAGGED)])
 
 
-def walk(grammar: str, seed: int, most: int = 1500) -> list[int] | None:
+def walk(grammar: str, seed: int, name: str, most: int = 1500) -> list[int] | None:
     """The tokens of an answer that a grammar allows; None: it does not end soon."""
     random = np.random.default_rng(seed)
+    weights = WEIGHTS if name in ("qwen-coder", "glm") else PLAIN_WEIGHTS
     matcher = COMPILER.compile(grammar)
     out: list[int] = []
     for _ in range(most):
         bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")[: len(TEXTS)]
-        chances = WEIGHTS * bits
+        chances = weights * bits
         token_id = int(random.choice(len(TEXTS), p=chances / chances.sum()))
         if token_id == END:
             return out
@@ -143,9 +157,13 @@ def forms(seed: int) -> list[ToolForm]:
     return found
 
 
+def schemas_of(tools: list[ToolForm]) -> dict[str, Any]:
+    return {tool.name: tool.schema for tool in tools}
+
+
 def check(parts: list[Part], tools: list[ToolForm], *, single: bool = False) -> int:
     """Every call is valid; how many there are."""
-    schemas = {tool.name: tool.schema for tool in tools}
+    schemas = schemas_of(tools)
     faults = [part for part in parts if isinstance(part, Warn) and part.code not in HARMLESS]
     assert not faults
     found = calls(parts)
@@ -162,9 +180,9 @@ def test_calls_that_must_come(name: str) -> None:
     for seed in range(40):
         tools, named, single = forms(seed), (None, "plan")[seed % 2], seed % 3 == 0
         rules = chat.call_rules(tools, named=named, single=single, tokens=VOCABULARY.control_tokens)
-        answer = walk(BEGIN + "\n".join([f"start: {rules.rest}", *rules.lines]), seed)
+        answer = walk(BEGIN + "\n".join([f"start: {rules.rest}", *rules.lines]), seed, name)
         if answer is not None:
-            parser = chat.parser(tools=["plan", "see"], single=single)
+            parser = chat.parser(tools=schemas_of(tools), single=single)
             parts = parse(parser, chat.opening(named), answer)
             assert not any(isinstance(part, Content) for part in parts)
             assert check(parts, tools, single=single) >= 1
@@ -179,9 +197,9 @@ def test_text_with_calls_or_without(name: str) -> None:
     for seed in range(60):
         tools = forms(seed)
         rules = chat.call_rules(tools, named=None, single=False, tokens=VOCABULARY.control_tokens)
-        answer = walk(BEGIN + "\n".join([f"start: {rules.said}", *rules.lines]), seed)
+        answer = walk(BEGIN + "\n".join([f"start: {rules.said}", *rules.lines]), seed, name)
         if answer is not None:
-            parts = parse(chat.parser(tools=["plan", "see"]), "", answer)
+            parts = parse(chat.parser(tools=schemas_of(tools)), "", answer)
             found[min(check(parts, tools), 1)] += 1
     assert found[0] >= 5
     assert found[1] >= 5
@@ -193,7 +211,7 @@ def test_a_tool_that_is_not_strict_may_have_any_schema(name: str) -> None:
     rules = FORMATS[name].call_rules(
         [ToolForm("plan", schema, strict=False)], named="plan", single=True, tokens=VOCABULARY.control_tokens
     )
-    answer = walk(BEGIN + "\n".join([f"start: {rules.rest}", *rules.lines]), 2)
+    answer = walk(BEGIN + "\n".join([f"start: {rules.rest}", *rules.lines]), 2, name)
     assert answer is not None
     parts = parse(FORMATS[name].parser(tools=["plan"], single=True), FORMATS[name].opening("plan"), answer)
     assert len(calls(parts)) == 1

@@ -59,7 +59,8 @@ async def test_answers() -> None:
             "total_tokens": 10,
             "prompt_tokens_details": {"cached_tokens": 2},
             "dsa": {"top_k": 32},
-            "cost": {
+            "cost": 0.0,
+            "cost_details": {
                 "amount": 0,
                 "currency": "USD",
                 "unit": "nano",

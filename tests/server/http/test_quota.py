@@ -174,7 +174,7 @@ async def test_a_budget_is_spent_to_the_nano_dollar_and_is_one_keys(tmp_path: Pa
     ) as here:
         costs = []
         while (answer := await here.ask("alice", max_tokens=20)).status_code == 200:
-            costs.append(answer.json()["usage"]["cost"]["amount"])
+            costs.append(answer.json()["usage"]["cost_details"]["amount"])
         error_of(answer, 402, "budget_exhausted")
         assert "lower max_tokens" in answer.json()["error"]["message"]
         assert costs == [3360] * 4  # 13,440 spent; 6,560 are left, and a fifth may need 9,244

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from typing import Any
 
@@ -66,6 +67,12 @@ CASES: list[tuple[dict[str, Any], list[str], list[str]]] = [
         ['{"a":1}'],
         ['{"a": 1}'],
     ),
+    (
+        {"structured_outputs": {"json_object": True, "whitespace_pattern": "[ ]{2}"}},
+        ['{"a":  1}', '{"a":1}'],
+        ['{"a": 1}'],
+    ),
+    ({"response_format": {"type": "json_object"}}, ['{\n\t"a": 1\n}'], ['{"a":  1}', '{\n\n"a": 1}']),
     ({"structured_outputs": {"regex": r"\d{2}/\d{2}"}}, ["12/34"], ["1/34", "12/345"]),
     ({"guided_regex": "[a-c]+"}, ["abc"], ["", "d"]),
     (
@@ -181,3 +188,15 @@ async def test_a_grammar_that_fails_later_says_so(stream: bool) -> None:
     error = events(reply)[-1]["error"] if stream else error_of(reply, 400)
     assert error["code"] == "grammar_failed"
     assert "too slow" in error["message"]
+
+
+async def test_no_process_for_the_compiler_is_the_servers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(*args: Any, **options: Any) -> Any:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("asyncio.create_subprocess_exec", refuse)
+    async with client(make_app(speaking("{}"))) as http:
+        body = chat_body("hi", response_format={"type": "json_object"})
+        response = await http.post("/v1/chat/completions", json=body)
+        assert error_of(response, 503)["code"] == "no_grammar_compiler"
+        assert response.headers["retry-after"]

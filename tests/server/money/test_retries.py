@@ -58,7 +58,7 @@ async def test_a_second_attempt_pays_what_is_left() -> None:
             answer = await http.post(
                 PATH, json=completion_body("hi", model="deepseek-v3.2"), headers={"Idempotency-Key": key}
             )
-            return int(answer.json()["usage"]["cost"]["amount"])
+            return int(answer.json()["usage"]["cost_details"]["amount"])
 
         first, second, other = await amount("a"), await amount("a"), await amount("b")
     assert 0 < first < other
