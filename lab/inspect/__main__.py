@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import json
 import os
@@ -16,6 +17,9 @@ import typer
 from engine.config import WeightDtype
 from lab.inspect.ceilings import CEILINGS, Ceilings, ceilings_of
 from lab.tool import OverlayFlag, fail, find, one_of, program, size, start
+from server.hub.models import ModelError, held_files, resolve
+from server.hub.repository import parse_name
+from server.hub.stages import Stages
 
 if TYPE_CHECKING:
     from lab.inspect.report import Devices
@@ -31,7 +35,7 @@ def inspect(
         str,
         typer.Argument(
             help="A name that dsa can fetch, a .gguf file, a folder with config.json (weights may be missing), "
-            f"a config.json, or the published config {PRESETS[0]}."
+            f"a config.json, org/name of the Hugging Face hub (of which only the config is fetched), or the published config {PRESETS[0]}."
         ),
     ],
     context: Annotated[
@@ -147,6 +151,11 @@ def _files(model: str, overlay: Path | None) -> tuple[Path, Path | None]:
     if path.suffix == ".json" or (path / "config.json").is_file():
         beside = path / "indexer.safetensors"
         return path, beside if overlay is None and beside.is_file() else overlay
+    if (name := parse_name(model)) is not None and name.choice is None and not path.exists():
+        with contextlib.suppress(ModelError), Stages() as stages:
+            found = resolve(model, overlay=overlay, report=stages, config_only=True)
+            whole = held_files(name)  # the hub's config is enough, and better are weights that are there
+            return (found.weights / "config.json", overlay) if whole is None else (whole, found.overlay)
     files = find(model, overlay)
     return files.weights, files.overlay
 

@@ -108,6 +108,17 @@ def _remote(
     return ModelFiles(name.served, found.weights, overlay, found.license)
 
 
+def held_files(name: RepositoryName) -> Path | None:
+    """The weights of a repository that are whole in the cache; None if they are not. Nobody is asked."""
+    from server.hub.shared_cache import SharedCache
+
+    try:
+        held = SharedCache(name).held(config_only=False)
+    except DownloadError:
+        return None
+    return None if held is None else held.weights
+
+
 def _local(model: str, overlay: Path | None) -> ModelFiles:
     path = Path(model).expanduser().absolute()
     if path.is_file():

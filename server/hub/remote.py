@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import re
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,7 @@ AT_ONCE = 4
 """How many files are downloaded at once."""
 
 _SECONDS = 15.0  # for the answer about a repository
+_STOP_SECONDS = 1.0  # for a thread to end at its next bytes
 
 logging.getLogger("huggingface_hub").handlers.clear()  # its records go where all others go
 
@@ -130,6 +131,8 @@ class _Fetch:
             raise DownloadError(
                 f"{name} is an adapter (LoRA), not a model; name a model with its own weights"
             )
+        if config_only and not any(file.path == CONFIG for file in files):
+            raise DownloadError(f"{name} has no {CONFIG}; name a repository that has one")
         texts = text_files(files) if config_only or not self._means_gguf() else []
         begun = self._cache.has_weights(commit)
         # The config is the first: what is not served is told before anything else is fetched.
@@ -177,15 +180,33 @@ class _Fetch:
         need_space(self._cache.storage, needed, "HF_HOME")
         stage = "checking" if self._rehash and not missing else "downloading"
         progress = _Progress(self._report, sum(file.size for file in files), stage)
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            waiting = [pool.submit(self._get, file, progress) for file in files]
+        waiting = queue.SimpleQueue[RemoteFile | None]()
+        ended = queue.SimpleQueue[BaseException | None]()
+        for file in (*files, *([None] * AT_ONCE)):
+            waiting.put(file)
+
+        def work() -> None:
             try:
-                for one in as_completed(waiting):
-                    one.result()
-            except BaseException:
-                progress.stop()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+                while (file := waiting.get()) is not None:
+                    self._get(file, progress)
+            except BaseException as error:
+                ended.put(error)
+            else:
+                ended.put(None)
+
+        # Daemons, because a thread that waits for a silent hub does not end at Ctrl-C.
+        threads = [threading.Thread(target=work, name="download", daemon=True) for _ in range(AT_ONCE)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in threads:
+                if (error := ended.get()) is not None:
+                    raise error
+        except Exception:
+            progress.stop()
+            for thread in threads:
+                thread.join(_STOP_SECONDS)
+            raise
 
     def _is_there(self, file: RemoteFile) -> bool:
         pointer = self._cache.pointer(self._listing.commit, file.path)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,12 +46,25 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         yield hub
 
 
-def pull(model: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from server.cli.main import main; sys.argv[0] = 'dsa'; main()"
-    return subprocess.run(
-        [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}", "pull", model],
-        capture_output=True, text=True, check=False, timeout=100,
+PULL = [
+    sys.executable, "-P", "-c",
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from server.cli.main import main; sys.argv[0] = 'dsa'; main()",
+    "pull", "org/tiny",
+]  # fmt: skip
+
+
+def pull() -> subprocess.CompletedProcess[str]:
+    return subprocess.run(PULL, capture_output=True, text=True, check=False, timeout=100)
+
+
+def inspect() -> dict[str, Any]:
+    run = subprocess.run(
+        [sys.executable, "-m", "lab.inspect", "org/tiny", "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=100,
     )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    report: dict[str, Any] = json.loads(run.stdout)
+    return report
 
 
 def answer_of(server: Server) -> str:
@@ -63,15 +79,19 @@ def answer_of(server: Server) -> str:
 @pytest.mark.process
 @pytest.mark.timeout(300)
 def test_a_model_of_the_hub(hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the model needs is told before its weights are fetched.
+    before = inspect()
+    assert before["served"]
+    assert not any(name.endswith("-of-00004.safetensors") for name in hub.sent)
     flags = ("org/tiny", "--kv-cache-memory", "64MiB", "--threads", "1")
     # The first transfer breaks for good after its first bytes, the second file comes with a wrong byte.
     hub.cut[SHARD] = [2000, *itertools.repeat(0, 9)]
-    broken = pull("org/tiny")
+    broken = pull()
     assert (broken.returncode, broken.stdout) == (1, "")
     assert "run the command again: it goes on where it stopped" in broken.stderr
     hub.cut.clear()
     hub.spoilt.add(SHARD)
-    wrong = pull("org/tiny")
+    wrong = pull()
     assert wrong.returncode == 1
     assert f"error: {SHARD} of org/tiny has the hash" in wrong.stderr
     hub.spoilt.clear()
@@ -95,4 +115,25 @@ def test_a_model_of_the_hub(hub: StandIn, tmp_path: Path, monkeypatch: pytest.Mo
     hub.asked.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert serve() == first
+    after = inspect()
+    assert after["parameters"] == before["parameters"]
+    assert (before["weights"]["files"], after["weights"]["files"]) == (
+        "expected of this config",
+        "on disk",
+    )
     assert hub.asked == []
+
+
+@pytest.mark.process
+def test_ctrl_c_ends_a_transfer_from_a_silent_hub(hub: StandIn, tmp_path: Path) -> None:
+    hub.silent.add(SHARD)
+    with subprocess.Popen(PULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while SHARD not in hub.sent:
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(5) == 130
+        finally:
+            process.kill()
+    assert list(tmp_path.glob("home/hub/models--org--tiny/blobs/*.unfinished"))

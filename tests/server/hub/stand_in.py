@@ -37,6 +37,7 @@ class StandIn:
         cut: name of a file -> how many bytes of it are sent before the connection breaks; each is used once a number.
         spoilt: names of files that come with a wrong byte.
         gated: the repositories that only `token` lets in.
+        silent: names of files of which a few bytes are sent, and then nothing.
         down: every request is answered with 503.
     """
 
@@ -46,6 +47,8 @@ class StandIn:
         self.cut: dict[str, list[int]] = {}
         self.spoilt: set[str] = set()
         self.gated: set[str] = set()
+        self.silent: set[str] = set()
+        self._leave = threading.Event()
         self.token = "hf_good"
         self.down = False
         self.ignores_ranges = False
@@ -91,6 +94,7 @@ class StandIn:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._leave.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -183,7 +187,10 @@ class StandIn:
             headers = headers | {"Content-Range": f"bytes {start}-{whole - 1}/{whole}"}
         if request.command == "GET":
             self.sent.append(name)
-        if request.command == "GET" and self.cut.get(name):
+        if request.command == "GET" and name in self.silent:
+            _send(request, status, content, headers, sent=5)
+            self._leave.wait(60)
+        elif request.command == "GET" and self.cut.get(name):
             _send(request, status, content, headers, sent=self.cut[name].pop(0))
         else:
             _send(request, status, content, headers)
