@@ -21,20 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
-import huggingface_hub
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import (
-    DisabledRepoError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from server.hub.download import locked, need_space
+from server.hub.refusals import may_be_back_later, refusal, unreachable
 from server.hub.repository import (
     CONFIG,
     INDEX,
@@ -93,11 +86,11 @@ def fetch_repository(
             f"{name.repository} is no file or folder here, and no name of the hub: {error}"
         ) from error
     except (httpx2.HTTPError, OSError) as error:
-        if not _may_be_back_later(error):
-            raise _refusal(name, error) from error
+        if not may_be_back_later(error):
+            raise refusal(name, error) from error
         held = cache.held(config_only=config_only)
         if held is None:
-            raise _unreachable(name, error) from error
+            raise unreachable(name, error) from error
         report("the hub cannot be reached: the files of the cache are used", 0, 0)
         if rehash:
             report("checking", 0, 0)
@@ -108,7 +101,7 @@ def fetch_repository(
         with locked(cache.storage / ".dsa.lock", report):
             return _Fetch(name, listing, cache, report, rehash=rehash).run(config_only=config_only)
     except (HfHubHTTPError, httpx2.HTTPError) as error:
-        raise _refusal(name, error) from error
+        raise refusal(name, error) from error
     except OSError as error:
         raise DownloadError(
             f"cannot write {name} into {cache.storage}: {error.strerror or error}; set HF_HOME to a folder with room that "
@@ -343,62 +336,3 @@ def _ask(name: RepositoryName) -> _Listing:
     card, gguf = info.card_data, info.gguf or {}
     license_ = card.get("license") if card is not None else None
     return _Listing(info.sha or name.revision, files, license_, gguf.get("architecture"))
-
-
-def _may_be_back_later(error: Exception) -> bool:
-    """Whether an error says nothing about the repository: no network, or a hub in trouble."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500 or error.response.status_code == 429
-    return True
-
-
-def _unreachable(name: RepositoryName, error: Exception) -> DownloadError:
-    if constants.HF_HUB_OFFLINE:
-        return DownloadError(
-            f"{name} is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to fetch it: run "
-            f"`dsa pull {name}` once without it"
-        )
-    return DownloadError(
-        f"{name} is neither a file or folder here nor in the cache ({constants.HF_HUB_CACHE}), and the hub cannot be reached "
-        f"at {constants.ENDPOINT} ({_reason(error)}): check the network, or set HF_ENDPOINT to a mirror"
-    )
-
-
-def _refusal(name: RepositoryName, error: Exception) -> DownloadError:
-    """Say in one sentence why the hub does not give the files."""
-    page = f"{constants.ENDPOINT}/{name.repository}"
-    token = huggingface_hub.get_token()
-    if isinstance(error, GatedRepoError):
-        if token:
-            return DownloadError(
-                f"{name.repository} is gated, and the token (HF_TOKEN) is not let in: ask for access at {page}"
-            )
-        return DownloadError(
-            f"{name.repository} is gated: ask for access at {page}, then set HF_TOKEN to a token of that account"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        who = "with the token that is set" if token else "without a token"
-        return DownloadError(
-            f"{name.repository} is no file or folder here, and {constants.ENDPOINT} has no model of that name to see {who}: "
-            "check the name" + (", or the rights of the token" if token else "; a private one needs HF_TOKEN")
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return DownloadError(
-            f"{name.repository} has no revision {name.revision!r}; its branches, tags and commits are at {page}/commits/main"
-        )
-    if isinstance(error, DisabledRepoError):
-        return DownloadError(f"the hub has disabled {name.repository}; name another repository")
-    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
-        return DownloadError(
-            f"{constants.ENDPOINT} refuses the token in HF_TOKEN: make a new one, or unset it"
-        )
-    return DownloadError(
-        f"{name} could not be fetched from {constants.ENDPOINT} ({_reason(error)}); run the command again: it goes on where "
-        "it stopped"
-    )
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, HfHubHTTPError):
-        return f"HTTP {error.response.status_code}"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
