@@ -21,6 +21,7 @@ class ChatFormat(ABC):
         thinking_with_tools: a request may have both tools and reasoning.
         names: the prompt has the names of speakers.
         source: the Jinja template that the format runs; None if it is code.
+        variables: what else a request may set of the prompt, by name.
     """
 
     tools: bool = False
@@ -29,6 +30,15 @@ class ChatFormat(ABC):
     thinking_with_tools: bool = False
     names: bool = False
     source: str | None = None
+    variables: frozenset[str] = frozenset()
+
+    def with_variables(self, values: Mapping[str, Any]) -> ChatFormat:
+        """The format with some of its `variables` set."""
+        return self
+
+    def writes_role(self, role: str) -> bool:
+        """Whether a message may have this role, which is none of OpenAI's."""
+        return False
 
     @abstractmethod
     def render(

@@ -7,6 +7,7 @@ published templates are written for.
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -29,6 +30,11 @@ from server.text.tokenizer import TokenizerError
 _SWITCHES = ("thinking", "enable_thinking")
 """The names that templates use for the switch that turns reasoning on."""
 
+_OWN = frozenset(
+    (*_SWITCHES, "messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
+) | frozenset(("bos_token", "eos_token", "unk_token", "pad_token"))
+"""Names of variables that other fields set, or none."""
+
 _PROBE = "speaker7f3a"
 """A name that no template writes by itself."""
 
@@ -48,6 +54,7 @@ class JinjaFormat(ChatFormat):
         self, template: str, tokens: Mapping[str, str] | None = None, *, reasons: bool = False
     ) -> None:
         self._tokens = dict(tokens or {})
+        self._values: Mapping[str, Any] = {}
         self.source = template
         self.reasons = reasons
         environment = _environment()
@@ -55,6 +62,7 @@ class JinjaFormat(ChatFormat):
             self._template: Template = environment.from_string(template)
             names = meta.find_undeclared_variables(environment.parse(template))
             self.thinking = reasons and not names.isdisjoint(_SWITCHES)
+            self.variables = frozenset(names - _OWN - self._tokens.keys())
         except TemplateError as error:
             raise PromptError(f"the checkpoint's chat template is not valid: {_reason(error)}") from error
         self.names = self._writes_names()
@@ -64,6 +72,22 @@ class JinjaFormat(ChatFormat):
         with contextlib.suppress(PromptError):
             probe = [{"role": "user", "content": "hi", "name": _PROBE}]
             return _PROBE in JinjaFormat.render(self, probe)  # a subclass is not whole yet
+        return False
+
+    def with_variables(self, values: Mapping[str, Any]) -> JinjaFormat:
+        """The format with some of the template's variables set."""
+        if not values:
+            return self
+        changed = copy.copy(self)
+        changed._values = values
+        return changed
+
+    def writes_role(self, role: str) -> bool:
+        """Whether the template writes this role as it is."""
+        with contextlib.suppress(PromptError):
+            probe = [{"role": "user", "content": "hi"}, {"role": role, "content": _PROBE}]
+            text = JinjaFormat.render(self, probe)
+            return role in text and _PROBE in text
         return False
 
     def render(
@@ -89,6 +113,7 @@ class JinjaFormat(ChatFormat):
                 add_generation_prompt=add_generation_prompt,
                 tools=list(tools) or None,
                 documents=None,
+                **self._values,
                 **switches,
                 **self._tokens,
             )

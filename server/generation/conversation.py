@@ -13,11 +13,13 @@ from typing import Any
 
 from server.chat import ChatFormat
 from server.chat.grammar import ToolForm
-from server.http.protocol.chat import ChatCompletionBody, ChatMessage
+from server.http.protocol.chat import ROLES, ChatCompletionBody, ChatMessage
 from server.http.protocol.errors import bad_request
 from server.http.protocol.notices import Notice
 from server.http.protocol.tools import NamedTool, PastCall
 
+KWARGS = "chat_template_kwargs"
+_SWITCHES = ("thinking", "enable_thinking")
 NO_TOOLS = "this model's chat format has no tool calling; leave it out and describe the tools in a message"
 MAX_NOTICES = 20
 _ROLES = {"developer": "system"}
@@ -39,7 +41,8 @@ class Conversation:
         named: the tool that the answer has to call, if one is named.
         single: the answer ends with its first call.
         forms: what the arguments of the callable tools must be.
-        notices: what of the messages has no effect.
+        variables: what else of the prompt's format is set.
+        notices: what of the body has no effect.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -51,6 +54,7 @@ class Conversation:
     named: str | None
     single: bool
     forms: tuple[ToolForm, ...]
+    variables: Mapping[str, Any]
     notices: tuple[Notice, ...] = ()
 
 
@@ -60,7 +64,9 @@ def read_conversation(body: ChatCompletionBody, chat: ChatFormat) -> Conversatio
     Raises:
         ApiError: the format cannot express the body; the message says what to change.
     """
-    thinking, budget = _thinking(body, chat)
+    lost: list[Notice] = []
+    thinking, budget = _thinking(body, chat, lost)
+    variables = _variables(body.chat_template_kwargs or {}, chat, lost)
     choice = body.tool_choice
     named = choice.function.name if isinstance(choice, NamedTool) else None
     must_call = named is not None or choice == "required"
@@ -116,8 +122,23 @@ def read_conversation(body: ChatCompletionBody, chat: ChatFormat) -> Conversatio
             )
             for function in functions
         ),
-        notices=() if chat.names else tuple(itertools.islice(_unwritten(body.messages), MAX_NOTICES)),
+        variables=variables,
+        notices=(
+            *lost,
+            *(() if chat.names else itertools.islice(_unwritten(body.messages), MAX_NOTICES)),
+        ),
     )
+
+
+def _variables(asked: Mapping[str, Any], chat: ChatFormat, lost: list[Notice]) -> dict[str, Any]:
+    """What a body sets of the template. Names that other fields set, or nobody may set, are none of its variables."""
+    found = {name: value for name, value in asked.items() if name in chat.variables}
+    for name in asked:
+        if name not in found and name not in _SWITCHES:
+            path = f"{KWARGS}.{name}"
+            why = "the model's template has no such variable that a request may set"
+            lost.append(Notice(code="no_effect", message=f"{path} had no effect: {why}", param=path))
+    return found
 
 
 def _unwritten(messages: Sequence[ChatMessage]) -> Iterator[Notice]:
@@ -132,15 +153,19 @@ def _unwritten(messages: Sequence[ChatMessage]) -> Iterator[Notice]:
             )
 
 
-def _thinking(body: ChatCompletionBody, chat: ChatFormat) -> tuple[bool | None, int | None]:
+def _thinking(
+    body: ChatCompletionBody, chat: ChatFormat, lost: list[Notice]
+) -> tuple[bool | None, int | None]:
     said: dict[str, bool] = {}
     if body.thinking is not None:
         said["thinking"] = body.thinking.type == "enabled"
-    kwargs = body.chat_template_kwargs
-    if kwargs is not None and kwargs.thinking is not None:
-        said["chat_template_kwargs.thinking"] = kwargs.thinking
-    if kwargs is not None and kwargs.enable_thinking is not None:
-        said["chat_template_kwargs.enable_thinking"] = kwargs.enable_thinking
+    for switch in _SWITCHES:
+        path, value = f"{KWARGS}.{switch}", (body.chat_template_kwargs or {}).get(switch)
+        if value and not chat.thinking:
+            why = "the model's template has no switch for thinking"
+            lost.append(Notice(code="no_effect", message=f"{path} had no effect: {why}", param=path))
+        elif value is not None:
+            said[path] = value
     if body.reasoning_effort is not None:
         said["reasoning_effort"] = body.reasoning_effort not in ("none", "minimal")
     for name, wanted in said.items():
@@ -220,6 +245,10 @@ def _call(call: PastCall) -> dict[str, Any]:
 
 
 def _check(message: ChatMessage, path: str, chat: ChatFormat) -> None:
+    if message.role not in ROLES and not chat.writes_role(message.role):
+        raise bad_request(
+            f"{path}.role must be 'system', 'developer', 'user', 'assistant' or 'tool'", param=f"{path}.role"
+        )
     if not chat.tools and (message.role == "tool" or message.tool_calls):
         name = "role" if message.role == "tool" else "tool_calls"
         may = "'system', 'developer', 'user' or 'assistant'" if name == "role" else "empty"

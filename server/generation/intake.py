@@ -19,7 +19,7 @@ from server.chat.answer import Answer
 from server.chat.parsing import THINK, THOUGHT
 from server.config import ServerConfig
 from server.generation.choice import Job
-from server.generation.conversation import Conversation, read_conversation
+from server.generation.conversation import KWARGS, Conversation, read_conversation
 from server.generation.grammars import GrammarChecks
 from server.generation.infill import infill_of
 from server.generation.prompts import Prompt, Prompts, check_ids, loaded_model, prompt_end
@@ -30,7 +30,7 @@ from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.completions import CompletionBody
 from server.http.protocol.errors import bad_request
 from server.http.protocol.notices import Notice
-from server.http.protocol.sampling import GenerationBody
+from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
 from server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -92,6 +92,15 @@ class Intake:
                 param="max_tokens",
             )
         said = read_conversation(body, self._chat)
+        if self._config.unknown_fields == "refuse":
+            for notice in said.notices:
+                if (notice.param or "").startswith(KWARGS):
+                    raise bad_request(notice.message, param=notice.param)
+        if body.echo and not body.continue_final_message:
+            raise bad_request(
+                "echo gives back the text that an answer continues, so it needs continue_final_message to be true",
+                param="echo",
+            )
         open_end, opens = prompt_end(said.messages, body.add_generation_prompt, body.continue_final_message)
         if said.must_call and not opens:
             raise bad_request(
@@ -126,7 +135,8 @@ class Intake:
             answer=self._answer(body, said, opening, thinking=thinking),
             enforced=enforced,
         )
-        return replace(work, notices=said.notices)
+        echo = said.messages[-1]["content"] if body.echo else ""
+        return replace(work, notices=said.notices, echoes=tuple(echo for _ in work.jobs))
 
     async def _enforced(
         self,
@@ -321,7 +331,8 @@ class Intake:
         stop_ids = dict.fromkeys(token_id for token_id in stop_ids if token_id < size)
         prompt_only = max_tokens == 0
         n = body.n or 1
-        asked = [count for count in (prompt_logprobs, body.prompt_logprobs) if count is not None]
+        own_logprobs = MAX_TOP_LOGPROBS if body.prompt_logprobs == -1 else body.prompt_logprobs
+        asked = [count for count in (prompt_logprobs, own_logprobs) if count is not None]
         if body.prompt_logprobs is not None:
             prompt_logprobs_start = 0
         options = body.stream_options

@@ -69,7 +69,7 @@ class Prompts:
             return await _apart(
                 length,
                 lambda: encode_chat(
-                    self._chat,
+                    self._chat.with_variables(said.variables),
                     self._text,
                     said.messages,
                     add_generation_prompt,

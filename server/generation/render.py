@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from engine.protocol import TokenLogprob
 from server.chat.parts import CallArguments, CallStart, Content, Reasoning, Warn, merge
-from server.generation.choice import ChoiceUsage, TextDelta
-from server.generation.streamed import LEAST, Streamed, output_ids
+from server.generation.choice import ChoiceUsage, Job, TextDelta
+from server.generation.streamed import LEAST, Head, Shown, Streamed, output_ids
 from server.http.protocol.chat import (
     AssistantMessage,
     ChatChoice,
@@ -32,6 +32,7 @@ from server.http.protocol.usage import (
     SparsityUsage,
     Usage,
 )
+from server.text.tokenizer import Tokenizer
 
 NO_INDEXER = "this model has no trained indexer, so attention was dense"
 
@@ -96,7 +97,27 @@ def warning(part: Warn) -> ChoiceWarning:
 
 
 class ChatRenderer(Streamed):
-    """Renders /v1/chat/completions."""
+    """Renders /v1/chat/completions.
+
+    Args:
+        head: of every object.
+        text: the model's tokenizer.
+        jobs: of the choices.
+        shown: what is shown beside the text.
+        echoes: for each choice, the text that it begins with; empty: there is none.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        *,
+        text: Tokenizer,
+        jobs: Sequence[Job],
+        shown: Shown,
+        echoes: Sequence[str] = (),
+    ) -> None:
+        super().__init__(head, text=text, jobs=jobs, shown=shown)
+        self._echoes = echoes or ("",) * len(jobs)
 
     def chunks(self, delta: TextDelta) -> Sequence[BaseModel]:
         """Return one chunk for each run of parts of one kind, because clients expect one kind in a chunk.
@@ -109,6 +130,8 @@ class ChatRenderer(Streamed):
         if delta.index not in self._opened:
             self._opened.add(delta.index)
             first = messages[0].model_dump(exclude_unset=True) if messages else {}
+            if echo := self._echoes[delta.index]:
+                first["content"] = echo + (first.get("content") or "")
             messages[:1] = [MessageDelta(**({"role": "assistant", "content": "", "refusal": None} | first))]
         elif not messages and (
             delta.logprobs
@@ -169,7 +192,7 @@ class ChatRenderer(Streamed):
 
     def _whole_fields(self, choices: Sequence[Sequence[TextDelta]]) -> dict[str, Any]:
         if self._shown.prompt_logprobs is None:
-            return {}
+            return {"prompt_logprobs": None}
         return {"prompt_logprobs": self._prompt_logprobs(0, choices[0])}
 
     def _first_fields(self) -> dict[str, Any]:
@@ -182,7 +205,7 @@ class ChatRenderer(Streamed):
 
     def _choice(self, index: int, deltas: Sequence[TextDelta]) -> ChatChoice:
         parts = merge(part for delta in deltas for part in delta.parts)
-        content = "".join(part.text for part in parts if isinstance(part, Content))
+        content = self._echoes[index] + "".join(part.text for part in parts if isinstance(part, Content))
         fields: dict[str, Any] = {}
         if reasoning := "".join(part.text for part in parts if isinstance(part, Reasoning)):
             fields["reasoning_content"] = reasoning

@@ -14,7 +14,7 @@ from server.generation.choice import Job, TextDelta
 from server.http.protocol import sse
 from server.http.protocol.errors import ApiError
 from server.http.protocol.notices import Notice
-from server.http.protocol.sampling import GenerationBody
+from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
 from server.http.protocol.token_ids import PromptLogprob, PromptLogprobs
 from server.http.protocol.usage import RunningUsage, Usage
 from server.text.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def shown_of(body: GenerationBody, *, logprobs: int | None = None, echo: bool = 
         token_ids=bool(body.return_token_ids),
         logprobs=logprobs,
         echo=echo,
-        prompt_logprobs=body.prompt_logprobs,
+        prompt_logprobs=MAX_TOP_LOGPROBS if body.prompt_logprobs == -1 else body.prompt_logprobs,
     )
 
 

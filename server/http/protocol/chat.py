@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, StringConstraints, Tag
+from pydantic_core import PydanticCustomError
 
 from server.http.protocol.base import (
     TAG,
@@ -61,11 +63,22 @@ MessageContent = Annotated[
 _NO_FUNCTIONS = "functions are the older name of tools; send tools and tool_choice"
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+def _check_role(role: str) -> str:
+    if not _ROLE.fullmatch(role):
+        raise PydanticCustomError("role", "must be 'system', 'developer', 'user', 'assistant' or 'tool'")
+    return role
+
+
 class ChatMessage(Body):
     """One message of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
-        description="`developer` is `system`. `tool` is the result of a call, where the model's format has calls."
+    role: Annotated[str, StringConstraints(max_length=32), AfterValidator(_check_role)] = Field(
+        description="`system`, `developer` (which is `system`), `user`, `assistant` or `tool` (the result of a call, where "
+        "the model's format has calls); or another that the model's template writes."
     )
     content: MessageContent | None = Field(
         default=None, description="Only a message with tool calls may do without."
@@ -104,11 +117,31 @@ class ThinkingOptions(Body):
     )
 
 
-class TemplateOptions(Body):
-    """What a request may set of the prompt's format: thinking, under the names of two families."""
+_PLAIN_VALUE = re.compile(r"[\w .,:+-]{0,64}")
 
-    thinking: bool | None = None
-    enable_thinking: bool | None = None
+
+def _check_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    for name, value in variables.items():
+        switch = name in ("thinking", "enable_thinking")
+        if not (value is None or isinstance(value, bool)) and (
+            switch
+            or not isinstance(value, int | float | str)
+            or (isinstance(value, str) and not _PLAIN_VALUE.fullmatch(value))
+        ):
+            may = "true or false" if switch else "true, false, a number or a short plain text"
+            raise PydanticCustomError("template_variable", "{name} must be {may}", {"name": name, "may": may})
+    return variables
+
+
+TemplateOptions = Annotated[
+    dict[Annotated[str, StringConstraints(max_length=64)], Any],
+    Field(
+        max_length=32,
+        description="Variables of the model's own chat template; `thinking` and `enable_thinking` are the switch of "
+        "reasoning. One that the template does not have has no effect, and the answer's `warnings` say so.",
+    ),
+    AfterValidator(_check_variables),
+]
 
 
 Metadata = Annotated[
@@ -158,6 +191,10 @@ class ChatCompletionBody(GenerationBody):
     )
     continue_final_message: bool | None = Field(
         default=None, description="The answer continues the last message, which is the assistant's."
+    )
+    echo: bool | None = Field(
+        default=None,
+        description="With continue_final_message: the answer begins with the text that it continues.",
     )
     thinking: ThinkingOptions | None = None
     thinking_token_budget: AtLeastOne | None = Field(

@@ -24,6 +24,8 @@ class ModelObject(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(description="When this server started, in seconds since 1970.")
     owned_by: str = "dsa-serve"
+    root: str = Field(description="The same name: nothing is laid over the model under another name.")
+    parent: None = None
     max_model_len: int | None = Field(
         description="Tokens that prompt and output together may have; null while the model loads."
     )

@@ -171,9 +171,10 @@ class GenerationBody(Body):
         default=None,
         description="Only the last so many tokens of a prompt are used; -1: as many as the context has room for.",
     )
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
+    prompt_logprobs: Annotated[int, Field(ge=-1, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
         default=None,
-        description="Report log-probabilities of the prompt, with so many alternatives; not in streams.",
+        description="Report log-probabilities of the prompt, with so many alternatives (-1: as many as there may be); not "
+        "in streams.",
     )
     return_token_ids: bool | None = Field(default=None, description="The answer has its tokens' ids, too.")
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = Field(

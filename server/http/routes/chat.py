@@ -36,6 +36,7 @@ async def create_chat_completion(request: Request) -> Response:
             text=services.text,
             jobs=work.jobs,
             shown=shown_of(body),
+            echoes=work.echoes,
         )
         return Order(work, renderer, stream=bool(body.stream))
 

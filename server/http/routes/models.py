@@ -39,6 +39,7 @@ def _model(services: Services) -> ModelObject:
     model = services.engine.status.model
     return ModelObject(
         id=services.config.model_name,
+        root=services.config.model_name,
         created=services.created,
         max_model_len=model.max_model_len if model else None,
         default_sampling=_told(services.config.sampling),

@@ -44,6 +44,7 @@ async def test_answers() -> None:
     assert body == {
         "object": "chat.completion",
         "model": "fake-model",
+        "prompt_logprobs": None,
         "choices": [
             {
                 "index": 0,

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from server.app import create_app
+from server.chat.jinja import JinjaFormat
 from server.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, Script
 from tests.server.kit import (
@@ -246,3 +247,65 @@ async def test_the_middle_is_filled_in(marks: tuple[str, ...]) -> None:
     assert engine.submitted[0].prompt_token_ids == (BOS, before, *prefix, between, *suffix, after)
     assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("mid", "stop")
     assert answer["choices"][0]["stop_reason"] is None
+
+
+async def test_an_answer_may_begin_with_what_it_continues() -> None:
+    said = [{"role": "user", "content": "a saying"}, {"role": "assistant", "content": "An apple"}]
+    fields = {"messages": said, "continue_final_message": True, "add_generation_prompt": False}
+    for echo, text in ((True, "An apple a day"), (False, " a day")):
+        whole = await post(speaking(" a day"), CHAT, **fields, echo=echo)
+        assert text_of(whole.json()["choices"][0]) == text
+        stream = await post(speaking(" a day"), CHAT, **fields, echo=echo, stream=True)
+        deltas = [choice["delta"] for event in events(stream)[:-1] for choice in event["choices"]]
+        assert "".join(delta.get("content") or "" for delta in deltas) == text
+    refused = error_of(await post(speaking("x"), CHAT, echo=True), 400)
+    assert refused["param"] == "echo"
+
+
+async def test_all_alternatives_of_the_prompt_are_twenty() -> None:
+    engine = speaking("x")
+    answer = await post(engine, CHAT, prompt_logprobs=-1)
+    assert engine.submitted[0].sampling.prompt_logprobs == 20
+    assert answer.json()["prompt_logprobs"][0] is None
+    assert (await post(speaking("x"), CHAT)).json()["prompt_logprobs"] is None
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|user|>{{ message.role }}:{{ message.content }}{% endfor %}"
+    "{% if style %}[{{ style }}]{% endif %}{% if enable_thinking %}!{% endif %}"
+)
+
+
+async def with_template(**fields: Any) -> tuple[httpx.Response, str]:
+    """The answer, and the prompt, of a model with a template of its own."""
+    engine = speaking("x")
+    app = create_app(make_config(), engine, TOKENIZER, JinjaFormat(TEMPLATE))
+    async with client(app) as http:
+        response = await http.post(CHAT, json=chat_body("hi", **fields))
+    prompt = engine.submitted[0].prompt_token_ids if engine.submitted else ()
+    return response, TOKENIZER.decode(list(prompt), skip_special=False)
+
+
+async def test_a_templates_own_variables_can_be_set() -> None:
+    response, prompt = await with_template(
+        chat_template_kwargs={"style": "short", "messages": 1, "tone": True}
+    )
+    assert prompt.endswith("user:hi[short]")
+    assert [notice["param"] for notice in response.json()["warnings"]] == [
+        "chat_template_kwargs.messages",
+        "chat_template_kwargs.tone",
+    ]
+    for value in ("<|user|>", [1], "x" * 65):
+        response, _ = await with_template(chat_template_kwargs={"style": value})
+        assert error_of(response, 400)["param"] == "chat_template_kwargs"
+    response, prompt = await with_template(chat_template_kwargs={"enable_thinking": True})
+    assert prompt.endswith("user:hi")  # the vocabulary has no tokens for reasoning
+    assert response.json()["warnings"][0]["param"] == "chat_template_kwargs.enable_thinking"
+
+
+async def test_a_role_that_the_template_writes() -> None:
+    _, prompt = await with_template(messages=[{"role": "critic", "content": "no"}])
+    assert prompt.endswith("critic:no")
+    for role in ("<|user|>", "a b", "x" * 33):
+        response, _ = await with_template(messages=[{"role": role, "content": "no"}])
+        error_of(response, 400)
