@@ -64,6 +64,11 @@ def read_conversation(body: ChatCompletionBody, chat: ChatFormat) -> Conversatio
     Raises:
         ApiError: the format cannot express the body; the message says what to change.
     """
+    if body.echo and not body.continue_final_message:
+        raise bad_request(
+            "echo gives back the text that an answer continues, so it needs continue_final_message to be true",
+            param="echo",
+        )
     lost: list[Notice] = []
     thinking, budget = _thinking(body, chat, lost)
     variables = _variables(body.chat_template_kwargs or {}, chat, lost)
@@ -128,6 +133,17 @@ def read_conversation(body: ChatCompletionBody, chat: ChatFormat) -> Conversatio
             *(() if chat.names else itertools.islice(_unwritten(body.messages), MAX_NOTICES)),
         ),
     )
+
+
+def refuse_lost_variables(said: Conversation) -> None:
+    """Refuse what a body sets of the template without effect.
+
+    Raises:
+        ApiError: it sets such a thing.
+    """
+    for notice in said.notices:
+        if (notice.param or "").startswith(KWARGS):
+            raise bad_request(notice.message, param=notice.param)
 
 
 def _variables(asked: Mapping[str, Any], chat: ChatFormat, lost: list[Notice]) -> dict[str, Any]:

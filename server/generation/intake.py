@@ -19,7 +19,7 @@ from server.chat.answer import Answer
 from server.chat.parsing import THINK, THOUGHT
 from server.config import ServerConfig
 from server.generation.choice import Job
-from server.generation.conversation import KWARGS, Conversation, read_conversation
+from server.generation.conversation import Conversation, read_conversation, refuse_lost_variables
 from server.generation.grammars import GrammarChecks
 from server.generation.infill import infill_of
 from server.generation.prompts import Prompt, Prompts, check_ids, loaded_model, prompt_end
@@ -93,14 +93,7 @@ class Intake:
             )
         said = read_conversation(body, self._chat)
         if self._config.unknown_fields == "refuse":
-            for notice in said.notices:
-                if (notice.param or "").startswith(KWARGS):
-                    raise bad_request(notice.message, param=notice.param)
-        if body.echo and not body.continue_final_message:
-            raise bad_request(
-                "echo gives back the text that an answer continues, so it needs continue_final_message to be true",
-                param="echo",
-            )
+            refuse_lost_variables(said)
         open_end, opens = prompt_end(said.messages, body.add_generation_prompt, body.continue_final_message)
         if said.must_call and not opens:
             raise bad_request(
