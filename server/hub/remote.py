@@ -97,9 +97,12 @@ def fetch_repository(
             cache.check(held.folder)
         return held
     try:
+        fetch = _Fetch(name, listing, cache, report, rehash=rehash, config_only=config_only)
+        if not rehash and (whole := fetch.whole()) is not None:
+            return whole
         cache.storage.mkdir(parents=True, exist_ok=True)
         with locked(cache.storage / ".dsa.lock", report):
-            return _Fetch(name, listing, cache, report, rehash=rehash).run(config_only=config_only)
+            return fetch.run()
     except (HfHubHTTPError, httpx2.HTTPError) as error:
         raise refusal(name, error) from error
     except OSError as error:
@@ -110,42 +113,65 @@ def fetch_repository(
 
 
 class _Fetch:
-    """Brings one commit of a repository into the cache."""
+    """Brings one commit of a repository into the cache.
+
+    Raises:
+        DownloadError: the repository holds no model that can be fetched.
+    """
 
     def __init__(
-        self, name: RepositoryName, listing: _Listing, cache: SharedCache, report: Report, *, rehash: bool
-    ) -> None:
+        self, name: RepositoryName, listing: _Listing, cache: SharedCache, report: Report, *,
+        rehash: bool, config_only: bool,
+    ) -> None:  # fmt: skip
         self._name, self._listing, self._cache = name, listing, cache
-        self._report, self._rehash = report, rehash
-
-    def run(self, *, config_only: bool) -> Fetched:
-        name, files, commit = self._name, self._listing.files, self._listing.commit
-        if is_adapter(files):
+        self._report, self._rehash, self._config_only = report, rehash, config_only
+        if is_adapter(listing.files):
             raise DownloadError(
                 f"{name} is an adapter (LoRA), not a model; name a model with its own weights"
             )
-        if config_only and not any(file.path == CONFIG for file in files):
+        if config_only and not any(file.path == CONFIG for file in listing.files):
             raise DownloadError(f"{name} has no {CONFIG}; name a repository that has one")
-        texts = text_files(files) if config_only or not self._means_gguf() else []
-        begun = self._cache.has_weights(commit)
+        self._texts = text_files(listing.files) if config_only or not self._means_gguf() else []
+
+    def whole(self) -> Fetched | None:
+        """The model, if all of it is in the cache already, which may be read-only; else None."""
+        if not all(map(self._is_there, self._texts)):
+            return None
+        weights = [] if self._config_only else self._weights()
+        return self._found(weights) if all(map(self._is_there, weights)) else None
+
+    def run(self) -> Fetched:
+        """Fetch what is missing.
+
+        Raises:
+            DownloadError: the engine does not serve the model, or its weights cannot be read, or a hash is wrong.
+        """
+        commit, architecture = self._listing.commit, self._listing.architecture
+        asks = not self._config_only and not self._cache.has_weights(commit)
         # The config is the first: what is not served is told before anything else is fetched.
-        for file in texts:
+        for file in self._texts:
             self._get(file, _Progress(self._report, 0))
-            if file.path == CONFIG and not config_only and not begun:
+            if file.path == CONFIG and asks:
                 self._check_served("--config", str(self._cache.pointer(commit, CONFIG)))
-        folder = self._cache.snapshot(commit)
-        if config_only:
-            self._cache.refer(commit)
-            return Fetched(folder, folder, self._listing.license)
-        index = read_object(folder / INDEX, name) if any(file.path == INDEX for file in texts) else None
-        weights = weight_files(name, files, index)
-        first = weights[0]
-        gguf = first.path.endswith(".gguf")
-        if gguf and self._listing.architecture is not None and not begun:
-            self._check_served("--gguf", self._listing.architecture)
-        self._get_all(weights)
+        weights = [] if self._config_only else self._weights()
+        if _is_gguf(weights) and architecture is not None and asks:
+            self._check_served("--gguf", architecture)
+        if weights:
+            self._get_all(weights)
         self._cache.refer(commit)
-        return Fetched(folder, folder / first.path if gguf else folder, self._listing.license)
+        return self._found(weights)
+
+    def _weights(self) -> list[RemoteFile]:
+        """Choose the files with the weights; the index of shards must be there."""
+        path = self._cache.pointer(self._listing.commit, INDEX)
+        index = read_object(path, self._name) if any(file.path == INDEX for file in self._texts) else None
+        return weight_files(self._name, self._listing.files, index)
+
+    def _found(self, weights: Sequence[RemoteFile]) -> Fetched:
+        folder = self._cache.snapshot(self._listing.commit)
+        return Fetched(
+            folder, folder / weights[0].path if _is_gguf(weights) else folder, self._listing.license
+        )
 
     def _means_gguf(self) -> bool:
         """Whether the weights will be a GGUF file, which has config, tokenizer and template in it."""
@@ -309,6 +335,10 @@ class _Bar:
         pass
 
     set_transfer_postfix_str = refresh = close = set_postfix_str
+
+
+def _is_gguf(weights: Sequence[RemoteFile]) -> bool:
+    return bool(weights) and weights[0].path.endswith(".gguf")
 
 
 def _ask(name: RepositoryName) -> _Listing:

@@ -81,6 +81,16 @@ class TestFetching:
             "/api/models/org/name/revision/main"
         ]
 
+    def test_a_whole_cache_may_be_read_only(self, hub: StandIn, tmp_path: Path) -> None:
+        hub.put("org/name", FILES)
+        first = resolve("org/name")
+        locks = list((tmp_path / "cache").rglob("*.lock"))
+        assert locks
+        for file in locks:
+            file.unlink()
+        assert resolve("org/name") == first
+        assert not list((tmp_path / "cache").rglob("*.lock"))
+
     def test_progress_reaches_the_end(self, hub: StandIn) -> None:
         hub.put("org/name", FILES)
         said: list[tuple[str, int, int]] = []
