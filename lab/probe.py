@@ -104,7 +104,7 @@ class Probe:
         family = read_model(source)
         laid = None if overlay is None else read_overlay(overlay, source)
         kernels = choose_backend("auto", self.device)
-        self.dtype = resolve_dtype(dtype, self.device)
+        self.dtype = resolve_dtype(dtype, self.device, compiled=family.compiled_steps)
         self.max_positions = family.max_positions
         self._model, _ = family.build(
             source if laid is None else laid.over(source),

@@ -239,6 +239,11 @@ class Family(Protocol):
         """The most positions that one request may use, as the config says."""
         ...
 
+    @property
+    def compiled_steps(self) -> bool:
+        """Whether the CPU's compiled kernels do this family's whole step."""
+        ...
+
     def shape(self, indexer: IndexerInfo | None) -> Shape:
         """The model's weights and bytes, with an overlay's indexer if there is one.
 

@@ -169,7 +169,9 @@ def _open(config: EngineConfig, rank: int, progress: Progress) -> _Opened:
         family,
         overlay,
         device,
-        resolve_dtype(config.dtype, device),
+        resolve_dtype(
+            config.dtype, device, compiled=family.compiled_steps and config.kernels in ("auto", "native")
+        ),
         config.max_model_len or family.max_positions,
     )
 
@@ -409,13 +411,20 @@ def _nth_cuda(device: torch.device, rank: int, count: int) -> torch.device:
     return torch.device("cuda", rank)
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in. `auto` is bfloat16 if the hardware multiplies bfloat16, else float32."""
+def resolve_dtype(name: str, device: torch.device, *, compiled: bool = False) -> torch.dtype:
+    """Return the dtype to compute in.
+
+    Args:
+        name: `float32`, `bfloat16` or `auto`: bfloat16 where that is faster, else float32
+        compiled: whether the compiled kernels do the model's steps, on a CPU (`Family.compiled_steps`). They are faster in
+            bfloat16 on any processor; torch only on one that multiplies bfloat16
+    """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    return torch.bfloat16 if device.type == "cuda" or _cpu_multiplies_bfloat16() else torch.float32
+    fast = device.type == "cuda" or cpu_multiplies_bfloat16() or (compiled and native.library() is not None)
+    return torch.bfloat16 if fast else torch.float32
 
 
-def _cpu_multiplies_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 on this CPU. If it does not, bfloat16 is slower than float32."""
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this CPU. If it does not, torch is slower in bfloat16 than in float32."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

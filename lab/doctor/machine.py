@@ -16,7 +16,7 @@ import torch
 from engine.kernels import native
 from engine.kernels.native.levels import LEVELS
 from engine.kernels.toolchain import triton_missing
-from engine.step.build import resolve_dtype
+from engine.step.build import cpu_multiplies_bfloat16
 
 _PACKAGES = ("dsa-serve", "torch", "triton", "numpy", "msgspec", "ziglang")
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -54,7 +54,7 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "free_bytes": _free_memory(),
-        "multiplies_bf16": resolve_dtype("auto", torch.device("cpu")) is torch.bfloat16,
+        "multiplies_bf16": cpu_multiplies_bfloat16(),
     }
 
 

@@ -73,9 +73,9 @@ def examination(
 
 
 def choice() -> dict[str, str]:
-    """What `dsa serve` would choose here if no flag says otherwise."""
+    """What `dsa serve` would choose here, for a llama model, if no flag says otherwise."""
     device = resolve_device("auto")
-    dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
+    dtype = str(resolve_dtype("auto", device, compiled=True)).removeprefix("torch.")
     return {"device": str(device), "dtype": dtype, "backend": choose_backend("auto", device).name}
 
 

@@ -9,6 +9,8 @@ enum { FETCHED = 32 }; // how many tokens ahead to prefetch
 // are summed.
 enum { AT_ONCE = 1024 };
 
+enum { MOST_DIMS = 256 }; // of a head, for the forms below that are not plain
+
 enum { TOGETHER = 6 }; // the most queries of a head that read a token together: their sums must fit the registers
 
 static inline int padded(int count) { return (count + 31) & ~31; }
@@ -19,7 +21,7 @@ int64_t dsa_attend_scratch(int count) {
     return 8 * n + TOGETHER * (4 + 2) * n + 64;
 }
 
-// Attention of one KV head in plain C, for any sizes.
+// Attention of one KV head in plain C, for any sizes and any processor.
 static void attend_head(const bf16 *query, const bf16 *const *tokens, int64_t at, int count, int G, int D, float scale, bf16 *out,
                         float *weights) {
     for (int g = 0; g < G; g++) {
@@ -209,6 +211,92 @@ static void attend_known(int G, int parts, const bf16 *query, const bf16 *const 
     }
 }
 
+#else // any processor, in vectors of 8 that the compiler splits for it
+
+// scale * q . k of G queries and all tokens. `query` [G][D] is float32: of each 16 dims the even ones come first. It
+// prefetches `fetch` bytes of later tokens.
+static inline __attribute__((always_inline)) void dots(int G, int D, const float *query, const bf16 *const *tokens, int64_t at,
+                                                       int64_t fetch, int count, int n, float scale, float *weights) {
+    for (int s = 0; s < count; s++) {
+        const bf16 *key = tokens[s] + at;
+        if (s + FETCHED < count) {
+            const char *next = (const char *)(tokens[s + FETCHED] + at);
+            for (int64_t line = 0; line < fetch; line += 64) __builtin_prefetch(next + line, 0, 2);
+        }
+        v8f sums[TOGETHER] = {0};
+        for (int i = 0; i < D; i += 16) {
+            const v8u pairs = load_8(key + i);
+            const v8f even = evens(pairs), odd = odds(pairs);
+            for (int g = 0; g < G; g++)
+                sums[g] += even * (v8f)load_8(query + g * D + i) + odd * (v8f)load_8(query + g * D + i + 8);
+        }
+        for (int g = 0; g < G; g++) weights[(int64_t)g * n + s] = scale * sum_8(sums[g]);
+    }
+}
+
+// Turn one query's scores into e^(x - max). Returns their sum.
+static float soften(float *x, int count) {
+    float most = -INFINITY, total = 0.0f;
+    v16f largest = (v16f){0} - INFINITY, sums = {0};
+    int s = 0;
+    for (; s + 16 <= count; s += 16) {
+        const v16f y = load_16(x + s);
+        largest = chosen_16(y > largest, y, largest);
+    }
+    most = most_16(largest);
+    for (; s < count; s++) most = x[s] > most ? x[s] : most;
+    for (s = 0; s + 16 <= count; s += 16) {
+        const v16f y = exp_negative_16(load_16(x + s) - most);
+        memcpy(x + s, &y, sizeof y);
+        sums += y;
+    }
+    for (; s < count; s++) total += x[s] = exp_negative(x[s] - most);
+    return total + sum_16(sums);
+}
+
+// out[g] = sum_s weights[g][s] value[s] / total[g]. Sixteen dims of all queries at a time, so that their sums fit the registers.
+static inline __attribute__((always_inline)) void combine(int G, int D, const bf16 *const *tokens, int64_t at, int count, int n,
+                                                          const float *weights, const float *totals, bf16 *out) {
+    for (int i = 0; i < D; i += 16) {
+        v8f even[TOGETHER] = {0}, odd[TOGETHER] = {0};
+        for (int s = 0; s < count; s++) {
+            const v8u pairs = load_8(tokens[s] + at + D + i);
+            for (int g = 0; g < G; g++) {
+                const float weight = weights[(int64_t)g * n + s];
+                even[g] += weight * evens(pairs);
+                odd[g] += weight * odds(pairs);
+            }
+        }
+        for (int g = 0; g < G; g++)
+            for (int j = 0; j < 8; j++) {
+                out[g * D + i + 2 * j] = narrow(even[g][j] / totals[g]);
+                out[g * D + i + 2 * j + 1] = narrow(odd[g][j] / totals[g]);
+            }
+    }
+}
+
+static inline __attribute__((always_inline)) void attend_queries(int G, int D, const bf16 *query, const bf16 *const *tokens,
+                                                                 int64_t at, int64_t fetch, int count, int n, float scale,
+                                                                 bf16 *out, float *weights) {
+    float q[TOGETHER * MOST_DIMS], totals[TOGETHER];
+    for (int i = 0; i < G * D; i++) q[i / 16 * 16 + i % 2 * 8 + i % 16 / 2] = wide(query[i]);
+    dots(G, D, q, tokens, at, fetch, count, n, scale, weights);
+    for (int g = 0; g < G; g++) totals[g] = soften(weights + (int64_t)g * n, count);
+    combine(G, D, tokens, at, count, n, weights, totals, out);
+}
+
+static void attend_known(int G, int D, const bf16 *query, const bf16 *const *tokens, int64_t at, int64_t fetch, int count, int n,
+                         float scale, bf16 *out, float *weights) {
+    switch (G) {
+    case 1: attend_queries(1, D, query, tokens, at, fetch, count, n, scale, out, weights); break;
+    case 2: attend_queries(2, D, query, tokens, at, fetch, count, n, scale, out, weights); break;
+    case 3: attend_queries(3, D, query, tokens, at, fetch, count, n, scale, out, weights); break;
+    case 4: attend_queries(4, D, query, tokens, at, fetch, count, n, scale, out, weights); break;
+    case 5: attend_queries(5, D, query, tokens, at, fetch, count, n, scale, out, weights); break;
+    case 6: attend_queries(6, D, query, tokens, at, fetch, count, n, scale, out, weights); break;
+    }
+}
+
 #endif
 
 void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, const int64_t *block_table,
@@ -241,16 +329,23 @@ void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, c
         const bf16 *q = query + (int64_t)head * G * D;
         bf16 *o = out + (int64_t)head * G * D;
         const int64_t at = (int64_t)head * 2 * D;
+        // The first head prefetches all heads of a token from memory; the other heads find them in the cache.
+        const int64_t fetch = (head == first ? last - first : 1) * 4 * (int64_t)D;
+        const int turns = (G + TOGETHER - 1) / TOGETHER, together = (G + turns - 1) / turns; // 8 as 4 and 4
 #ifdef DSA_AVX512
         if (D % 32 == 0 && D <= 128) {
             bf16 *soft = (bf16 *)(weights + (int64_t)n * TOGETHER);
             float *totals = (float *)(soft + (int64_t)n * TOGETHER);
-            // The first head prefetches all heads of a token from memory; the other heads find them in the cache.
-            const int64_t fetch = (head == first ? last - first : 1) * 4 * (int64_t)D;
-            const int turns = (G + TOGETHER - 1) / TOGETHER, together = (G + turns - 1) / turns; // 8 as 4 and 4
             for (int g = 0; g < G; g += together)
                 attend_known(G - g < together ? G - g : together, D / 32, q + g * D, tokens, at, fetch, count, n, scale, o + g * D,
                              weights, soft, totals);
+            continue;
+        }
+#else
+        if (D % 16 == 0 && D <= MOST_DIMS) {
+            for (int g = 0; g < G; g += together)
+                attend_known(G - g < together ? G - g : together, D, q + g * D, tokens, at, fetch, count, n, scale, o + g * D,
+                             weights);
             continue;
         }
 #endif

@@ -1,6 +1,6 @@
 // Softmax attention in one pass over the context with a running maximum (Milakov and Gimelshein, arXiv 1805.02867;
-// FlashAttention, arXiv 2205.14135). Products are in bfloat16 with float32 sums. A page's keys and values are repacked
-// once for all rows of the block, as pairs for vdpbf16ps.
+// FlashAttention, arXiv 2205.14135). A page's keys and values are repacked once for all rows of the block: as pairs of
+// bfloat16 for vdpbf16ps, which has float32 sums, or else as float32.
 #include "dense.h"
 
 #include <math.h>
@@ -15,9 +15,15 @@ int dsa_dense_rows(int G) { return G > ROWS / 2 ? 1 : ROWS / G; }
 
 int dsa_dense_known(int D) { return D % 32 == 0 && D <= 256; }
 
+typedef bf16 factor;    // of a query or weight
+typedef uint32_t panel; // a pair of what it is multiplied with
+enum { DEPTH = 2 };     // how many numbers a panel's element has
+
+static void set_factors(factor *out, const bf16 *x, int n) { memcpy(out, x, sizeof(bf16) * (size_t)n); }
+
 // c[UNIT][16 n] = a[UNIT][pairs] b[pairs][16 n], added to c with `add`. a and b are pairs of bfloat16; each lane of b
 // has one pair.
-static inline __attribute__((always_inline)) void product(int n, int add, const bf16 *a, int a_row, const uint32_t *b,
+static inline __attribute__((always_inline)) void product(int n, int add, const factor *a, int a_row, const panel *b,
                                                           int b_row, int pairs, float *c, int c_row) {
     __m512 sums[UNIT][4];
     for (int i = 0; i < UNIT; i++)
@@ -64,7 +70,7 @@ static inline __attribute__((always_inline)) void transpose(__m512i r[16]) {
 }
 
 // Repack a page's keys as [D / 2][64 tokens] pairs of dims, and its values as [32][D] pairs of tokens.
-static void repack(const bf16 *page, int Hkv, int head, int D, uint32_t *keys, uint32_t *values) {
+static void repack(const bf16 *page, int Hkv, int head, int D, panel *keys, panel *values) {
     const int64_t token = (int64_t)Hkv * 2 * D;
     const bf16 *first = page + (int64_t)head * 2 * D;
     for (int c = 0; c < PAGE; c += 16)
@@ -87,7 +93,7 @@ static void repack(const bf16 *page, int Hkv, int head, int D, uint32_t *keys, u
 
 // Turn one query's scores x [64] of a page into weights; `visible` has a bit for each token that the query may see.
 // Returns the factor for the sums so far.
-static inline float soften(const float *x, uint64_t visible, float scale, float *most, float *total, bf16 *out) {
+static inline float soften(const float *x, uint64_t visible, float scale, float *most, float *total, factor *out) {
     __m512 y[4], largest = _mm512_set1_ps(*most);
     for (int i = 0; i < 4; i++) {
         __mmask16 in = (__mmask16)(visible >> (16 * i));
@@ -111,11 +117,80 @@ static inline float soften(const float *x, uint64_t visible, float scale, float 
     return shrink;
 }
 
-static uint64_t seen(int64_t position, const uint8_t *allowed, int64_t window, int64_t start) {
-    if (allowed) {
-        __m512i bytes = _mm512_loadu_si512(allowed + start);
-        return _mm512_test_epi8_mask(bytes, bytes);
+static uint64_t permitted(const uint8_t *allowed) {
+    __m512i bytes = _mm512_loadu_si512(allowed);
+    return _mm512_test_epi8_mask(bytes, bytes);
+}
+
+#else // any processor, in float32, in vectors of 16 that the compiler splits for it
+
+int dsa_dense_known(int D) { return D % 16 == 0 && D <= 256; }
+
+typedef float factor, panel;
+enum { DEPTH = 1 };
+
+static void set_factors(factor *out, const bf16 *x, int n) {
+    for (int i = 0; i < n; i++) out[i] = wide(x[i]);
+}
+
+// c[UNIT][16 n] = a[UNIT][count] b[count][16 n], added to c with `add`.
+static inline __attribute__((always_inline)) void product(int n, int add, const factor *a, int a_row, const panel *b, int b_row,
+                                                          int count, float *c, int c_row) {
+    for (int j = 0; j < n; j++, b += 16, c += 16) {
+        v16f sums[UNIT];
+        for (int i = 0; i < UNIT; i++) sums[i] = add ? load_16(c + i * c_row) : (v16f){0};
+        for (int k = 0; k < count; k++) {
+            const v16f right = load_16(b + (int64_t)k * b_row);
+            for (int i = 0; i < UNIT; i++) sums[i] += a[i * a_row + k] * right;
+        }
+        for (int i = 0; i < UNIT; i++) memcpy(c + i * c_row, &sums[i], sizeof sums[i]);
     }
+}
+
+// Unpack a page's keys as [D][64 tokens], and its values as [64 tokens][D].
+static void repack(const bf16 *page, int Hkv, int head, int D, panel *keys, panel *values) {
+    const int64_t token = (int64_t)Hkv * 2 * D;
+    const bf16 *first = page + (int64_t)head * 2 * D;
+    for (int i = 0; i < D; i++)
+        for (int c = 0; c < PAGE; c++) keys[i * PAGE + c] = wide(first[c * token + i]);
+    for (int c = 0; c < PAGE; c++)
+        for (int i = 0; i < D; i++) values[c * D + i] = wide(first[c * token + D + i]);
+}
+
+// Turn one query's scores x [64] of a page into weights; `visible` has a bit for each token that the query may see.
+// Returns the factor for the sums so far.
+static inline float soften(float *x, uint64_t visible, float scale, float *most, float *total, factor *out) {
+    v16f largest = (v16f){0} + *most, sum = {0};
+    if (visible != ~0ull)
+        for (int c = 0; c < PAGE; c++)
+            if (!(visible >> c & 1)) x[c] = -INFINITY;
+    for (int c = 0; c < PAGE; c += 16) {
+        const v16f y = load_16(x + c) * scale;
+        largest = chosen_16(y > largest, y, largest);
+    }
+    const float now = most_16(largest);
+    for (int c = 0; c < PAGE; c += 16) {
+        const v16f y = exp_negative_16(load_16(x + c) * scale - now);
+        memcpy(out + c, &y, sizeof y);
+        sum += y;
+    }
+    const float shrink = now > *most ? exp_negative(*most - now) : 1.0f;
+    *total = *total * shrink + sum_16(sum);
+    *most = now;
+    return shrink;
+}
+
+static uint64_t permitted(const uint8_t *allowed) {
+    uint64_t bits = 0;
+    for (int c = 0; c < PAGE; c++) bits |= (uint64_t)(allowed[c] != 0) << c;
+    return bits;
+}
+
+#endif
+
+// A bit for each token of the page at `start` that a query may see.
+static uint64_t seen(int64_t position, const uint8_t *allowed, int64_t window, int64_t start) {
+    if (allowed) return permitted(allowed + start);
     int64_t count = position - start + 1;
     uint64_t bits = count >= PAGE ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1;
     int64_t hidden = window ? position - window + 1 - start : 0; // so many are before the window
@@ -126,21 +201,22 @@ void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int
                      const int64_t *block_table, const int64_t *positions, const uint8_t *allowed, int64_t context,
                      int64_t window, int rows, int head, int Hkv, int G, int D, float scale, bf16 *out) {
     const int count = rows * G, padded = (count + UNIT - 1) / UNIT * UNIT;
-    char *at = dsa_scratch(padded * (2 * D + 4 * D + 4 * PAGE + 2 * PAGE + 8) + 4 * PAGE * D + 1024);
-    uint32_t *keys = (uint32_t *)at;                      // [D / 2][64]
-    uint32_t *values = keys + PAGE * D / 2;               // [32][D]
-    float *scores = (float *)(values + PAGE * D / 2);     // [padded][64]
-    float *sums = scores + padded * PAGE;                 // [padded][D]
-    bf16 *q = (bf16 *)(sums + padded * D);                // [padded][D]
-    bf16 *weights = q + padded * D;                       // [padded][64]
-    float *most = (float *)(weights + padded * PAGE);     // [padded]
-    float *totals = most + padded;                        // [padded]
+    const int size = (int)sizeof(factor);
+    char *at = dsa_scratch(padded * ((size + 4) * (D + PAGE) + 8) + 8 / DEPTH * PAGE * D + 1024);
+    panel *keys = (panel *)(void *)at;                          // [D / DEPTH][64]
+    panel *values = keys + PAGE * D / DEPTH;                    // [64 / DEPTH][D]
+    float *scores = (float *)(void *)(values + PAGE * D / DEPTH); // [padded][64]
+    float *sums = scores + padded * PAGE;                       // [padded][D]
+    factor *q = (factor *)(void *)(sums + padded * D);          // [padded][D]
+    factor *weights = q + padded * D;                           // [padded][64]
+    float *most = (float *)(void *)(weights + padded * PAGE);   // [padded]
+    float *totals = most + padded;                              // [padded]
     memset(sums, 0, sizeof(float) * (size_t)(padded * D));
-    memset(q + count * D, 0, sizeof(bf16) * (size_t)((padded - count) * D));
-    memset(weights, 0, sizeof(bf16) * (size_t)(padded * PAGE));
+    memset(q + count * D, 0, sizeof(factor) * (size_t)((padded - count) * D));
+    memset(weights, 0, sizeof(factor) * (size_t)(padded * PAGE));
     int64_t furthest = 0, nearest = 0;
     for (int r = 0; r < rows; r++) {
-        memcpy(q + r * G * D, query + r * row_size, sizeof(bf16) * (size_t)(G * D));
+        set_factors(q + r * G * D, query + r * row_size, G * D);
         if (positions[r] > furthest) furthest = positions[r];
     }
     if (allowed) furthest = context - 1;
@@ -157,12 +233,12 @@ void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int
     for (int64_t page = nearest / PAGE; page <= furthest / PAGE; page++) {
         repack((const bf16 *)((const char *)plane + block_table[page] * page_stride), Hkv, head, D, keys, values);
         for (int i = 0; i < padded; i += UNIT)
-            product(4, 0, q + i * D, D, keys, PAGE, D / 2, scores + i * PAGE, PAGE);
+            product(4, 0, q + i * D, D, keys, PAGE, D / DEPTH, scores + i * PAGE, PAGE);
         for (int r = 0; r < rows; r++) {
             uint64_t visible = seen(positions[r], allowed ? allowed + r * context : 0, window, page * PAGE);
             for (int i = r * G; i < (r + 1) * G; i++) {
                 if (!visible) {
-                    memset(weights + i * PAGE, 0, sizeof(bf16) * PAGE);
+                    memset(weights + i * PAGE, 0, sizeof(factor) * PAGE);
                     continue;
                 }
                 float shrink = soften(scores + i * PAGE, visible, scale, most + i, totals + i, weights + i * PAGE);
@@ -173,23 +249,12 @@ void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int
         for (int i = 0; i < padded; i += UNIT) {
             int j = 0;
             for (; j + 64 <= D; j += 64)
-                product(4, 1, weights + i * PAGE, PAGE, values + j, D, PAGE / 2, sums + i * D + j, D);
-            if (j < D) product(2, 1, weights + i * PAGE, PAGE, values + j, D, PAGE / 2, sums + i * D + j, D);
+                product(4, 1, weights + i * PAGE, PAGE, values + j, D, PAGE / DEPTH, sums + i * D + j, D);
+            for (; j + 32 <= D; j += 32)
+                product(2, 1, weights + i * PAGE, PAGE, values + j, D, PAGE / DEPTH, sums + i * D + j, D);
+            if (j < D) product(1, 1, weights + i * PAGE, PAGE, values + j, D, PAGE / DEPTH, sums + i * D + j, D);
         }
     }
     for (int i = 0; i < count; i++)
         for (int j = 0; j < D; j++) out[i / G * row_size + i % G * D + j] = narrow(sums[i * D + j] / totals[i]);
 }
-
-#else
-
-int dsa_dense_known(int D) { return D < 0; }
-
-void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride,
-                     const int64_t *block_table, const int64_t *positions, const uint8_t *allowed, int64_t context,
-                     int64_t window, int rows, int head, int Hkv, int G, int D, float scale, bf16 *out) {
-    (void)query, (void)row_size, (void)plane, (void)page_stride, (void)block_table, (void)positions, (void)allowed;
-    (void)context, (void)window, (void)rows, (void)head, (void)Hkv, (void)G, (void)D, (void)scale, (void)out;
-}
-
-#endif

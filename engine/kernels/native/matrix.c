@@ -92,26 +92,37 @@ __attribute__((always_inline)) static inline void multiply(const struct run *run
     for (int r = 0; r < rows; r++) _mm512_storeu_ps(run->out + r * run->stride, total[r]);
 }
 
-#else // any processor, in vectors of 16 that the compiler splits for it
+#else // any processor, in vectors of 8 that the compiler splits for it
 
-typedef float v16f __attribute__((vector_size(64)));
-typedef uint32_t v16u __attribute__((vector_size(64)));
+enum { TOGETHER = 4 }; // rows whose sums fit the registers
+
+__attribute__((always_inline)) static inline void multiply_few(const struct run *run, const bf16 *x, int rows, float *out) {
+    const size_t inputs = (size_t)run->groups * DSA_GROUP;
+    v8f total[TOGETHER][2] = {0};
+    for (int g = 0; g < run->groups; g++, x += DSA_GROUP) {
+        v8f part[TOGETHER][2] = {0};
+        for (int i = 0; i < DSA_GROUP / 2; i++) {
+            const uint8_t *at = run->numbers + (g * (DSA_GROUP / 2) + i) * WORD;
+            const v8u a = load_8(at), b = load_8(at + WORD / 2);
+            for (int r = 0; r < rows; r++) {
+                uint32_t both; // neighbouring inputs, in every lane
+                memcpy(&both, x + r * inputs + 2 * i, sizeof both);
+                const v8f even = evens((v8u){0} + both), odd = odds((v8u){0} + both);
+                part[r][0] += evens(a) * even + odds(a) * odd;
+                part[r][1] += evens(b) * even + odds(b) * odd;
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int h = 0; h < 2; h++) total[r][h] += part[r][h];
+    }
+    for (int r = 0; r < rows; r++) memcpy(out + r * run->stride, total[r], sizeof total[r]);
+}
 
 __attribute__((always_inline)) static inline void multiply(const struct run *run, int rows) {
     const size_t inputs = (size_t)run->groups * DSA_GROUP;
-    v16f total[ROWS] = {0};
-    for (int g = 0; g < run->groups; g++) {
-        const bf16 *x = run->values + g * DSA_GROUP;
-        v16f part[ROWS] = {0};
-        for (int i = 0; i < DSA_GROUP / 2; i++) {
-            v16u word;
-            memcpy(&word, run->numbers + (g * (DSA_GROUP / 2) + i) * WORD, sizeof word);
-            v16f even = (v16f)(word << 16), odd = (v16f)(word & 0xffff0000);
-            for (int r = 0; r < rows; r++) part[r] += even * wide(x[r * inputs + 2 * i]) + odd * wide(x[r * inputs + 2 * i + 1]);
-        }
-        for (int r = 0; r < rows; r++) total[r] += part[r];
-    }
-    for (int r = 0; r < rows; r++) memcpy(run->out + r * run->stride, &total[r], sizeof total[r]);
+    for (int first = 0; first < rows; first += TOGETHER)
+        multiply_few(run, run->values + first * inputs, rows - first < TOGETHER ? rows - first : TOGETHER,
+                     run->out + first * run->stride);
 }
 
 #endif

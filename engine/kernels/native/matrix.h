@@ -27,7 +27,8 @@ struct dsa_matrix {
 struct dsa_rows {
     bf16 *values; // [count, inputs]
     int32_t count, inputs;
-    // [count, inputs / 32, 2, 32]: value = scale * (256 * upper + lower); NULL if no weight needs them, as all that follows
+    // [count, inputs / 32, 2, 32]: value = scale * (256 * upper + lower); without AVX-512 [count, inputs] of 16 bits, in the
+    // order of integers.c. NULL if no weight needs them, as all that follows
     int8_t *integers;
     float *scales;       // [count, inputs / 32]
     float *integer_sums; // [count, inputs / 32]: scale * the group's sum of integers

@@ -35,8 +35,11 @@ static int count_at_least(const float *x, int n, int step, float t) {
         count += __builtin_popcount(_mm512_mask_cmp_ps_mask(rest, _mm512_maskz_loadu_ps(rest, x + i), edge, _CMP_GE_OQ));
     }
 #else
-    for (int i = 0; i < n; i += 16 * step)
-        for (int j = i; j < i + 16 && j < n; j++) count += x[j] >= t;
+    v16i found = {0};
+    int i = 0;
+    for (; i + 16 <= n; i += 16 * step) found -= load_16(x + i) >= t; // true is -1
+    for (int j = 0; j < 16; j++) count += found[j];
+    for (; i < n; i++) count += x[i] >= t;
 #endif
     return count;
 }

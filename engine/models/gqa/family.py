@@ -34,6 +34,10 @@ class Gqa:
     def max_positions(self) -> int:
         return self.config.max_positions
 
+    @property
+    def compiled_steps(self) -> bool:
+        return True
+
     def shape(self, indexer: IndexerInfo | None) -> Shape:
         return shape(self.config, indexer)
 

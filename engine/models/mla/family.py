@@ -29,6 +29,10 @@ class Mla:
     def max_positions(self) -> int:
         return self.config.max_positions
 
+    @property
+    def compiled_steps(self) -> bool:
+        return False
+
     def shape(self, indexer: IndexerInfo | None) -> Shape:
         """Return the model's weights and bytes. An overlay is a CheckpointError: this family takes none."""
         self._refuse(indexer)

@@ -66,6 +66,23 @@ def test_a_whole_step_in_compiled_code(tmp_path: Path) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_auto_is_bfloat16_where_that_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multiplies: bool
+) -> None:
+    """A llama model's compiled steps are faster in bfloat16 on any CPU; torch's operations only on one that multiplies it."""
+    monkeypatch.setattr(module, "cpu_multiplies_bfloat16", lambda: multiplies)
+    llama, deepseek = tmp_path / "llama", tmp_path / "deepseek"
+    tiny_checkpoint(llama)
+    tiny_deepseek("deepseek_v32", deepseek)
+    compiled = multiplies or native.library() is not None
+    for folder, kernels, fast in (
+        (llama, "auto", compiled), (llama, "torch", multiplies), (deepseek, "auto", multiplies)
+    ):  # fmt: skip
+        config = EngineConfig(weights=str(folder), kernels=kernels, device="cpu", kv_cache_bytes=16_000_000)  # type: ignore[arg-type]
+        assert build(config).ready.model.dtype == ("bfloat16" if fast else "float32"), (folder, kernels)
+
+
 def test_what_the_compiled_kernels_leave_to_torch(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path)
     said = told(built_of(tmp_path, dtype="float32"))
