@@ -263,7 +263,7 @@ class ChatRenderer(Streamed):
 
     def _alternative(self, token_id: int, logprob: float) -> TopLogprob:
         return TopLogprob(
-            token=self._text.token_text(token_id),
+            token=self._token_name(token_id),
             logprob=max(logprob, LEAST),
             bytes=self._text.token_bytes(token_id),
         )

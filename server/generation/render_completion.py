@@ -44,7 +44,7 @@ class CompletionRenderer(Streamed):
             and delta.finish_reason is None
         ):
             return []
-        return [self._completion([self._choice(delta.index, text, [delta], first=first)])]
+        return [self._completion([self._choice(delta.index, text, [delta], first=first, stream=True)])]
 
     def usage_chunk(self, usage: Usage) -> BaseModel:
         """The chunk without choices that ends a stream."""
@@ -55,7 +55,7 @@ class CompletionRenderer(Streamed):
         rendered = []
         for index, deltas in enumerate(choices):
             text = self._with_echo(index, "".join(delta.text for delta in deltas))
-            rendered.append(self._choice(index, text, deltas, first=True))
+            rendered.append(self._choice(index, text, deltas, first=True, stream=False))
         return self._completion(rendered).model_copy(update={"usage": usage})
 
     def _with_echo(self, index: int, text: str) -> str:
@@ -64,7 +64,9 @@ class CompletionRenderer(Streamed):
         self._opened.add(index)
         return self._echoes[index] + text
 
-    def _choice(self, index: int, text: str, deltas: Sequence[TextDelta], *, first: bool) -> CompletionChoice:
+    def _choice(
+        self, index: int, text: str, deltas: Sequence[TextDelta], *, first: bool, stream: bool
+    ) -> CompletionChoice:
         last = deltas[-1]
         choice = CompletionChoice(
             index=index,
@@ -72,7 +74,9 @@ class CompletionRenderer(Streamed):
             logprobs=self._logprobs(index, deltas),
             finish_reason="length" if last.finish_reason == "length" else last.finish_reason and "stop",
         )
-        fields: dict[str, Any] = {}
+        fields: dict[str, Any] = (
+            {} if stream else {"prompt_token_ids": None, "token_ids": None, "prompt_logprobs": None}
+        )
         if last.finish_reason is not None:
             fields["stop_reason"] = last.stop_reason
         if self._shown.token_ids:
@@ -110,7 +114,7 @@ class CompletionRenderer(Streamed):
         return out
 
     def _add(self, out: CompletionLogprobs, index: int, token_id: int, entry: TokenLogprob | None) -> None:
-        out.tokens.append(self._text.token_text(token_id))
+        out.tokens.append(self._token_name(token_id))
         out.text_offset.append(self._offsets[index].next(token_id))
         out.token_logprobs.append(None if entry is None else max(entry.logprob, LEAST))
         out.top_logprobs.append(None if entry is None else self._top(entry))
@@ -119,7 +123,7 @@ class CompletionRenderer(Streamed):
         top: dict[str, float] = {}
         for token_id, logprob in (*entry.top[: self._shown.logprobs], (entry.token_id, entry.logprob)):
             # Two tokens may have the same text (halves of characters); only the likelier one is shown.
-            top.setdefault(self._text.token_text(token_id), max(logprob, LEAST))
+            top.setdefault(self._token_name(token_id), max(logprob, LEAST))
         return top
 
 

@@ -50,6 +50,7 @@ class Shown:
         usage: a stream ends with the usage.
         running_usage: every chunk of a stream has the tokens so far.
         token_ids: of the prompt and of the output.
+        named_by_id: log-probabilities name tokens by their ids.
         logprobs: alternatives to each token of a completion; None: no log-probabilities of a completion are shown.
         echo: those of the prompt are shown before them.
         prompt_logprobs: alternatives to each token of the prompt; None: nothing is shown of the prompt.
@@ -58,6 +59,7 @@ class Shown:
     usage: bool = False
     running_usage: bool = False
     token_ids: bool = False
+    named_by_id: bool = False
     logprobs: int | None = None
     echo: bool = False
     prompt_logprobs: int | None = None
@@ -71,6 +73,7 @@ def shown_of(body: GenerationBody, *, logprobs: int | None = None, echo: bool = 
         usage=usage,
         running_usage=usage and bool(options and options.continuous_usage_stats),
         token_ids=bool(body.return_token_ids),
+        named_by_id=bool(body.return_tokens_as_token_ids),
         logprobs=logprobs,
         echo=echo,
         prompt_logprobs=MAX_TOP_LOGPROBS if body.prompt_logprobs == -1 else body.prompt_logprobs,
@@ -169,6 +172,10 @@ class Streamed:
             )
             for token_id, (logprob, rank) in ({entry.token_id: (entry.logprob, entry.rank)} | ranked).items()
         }
+
+    def _token_name(self, token_id: int) -> str:
+        """What log-probabilities call a token."""
+        return f"token_id:{token_id}" if self._shown.named_by_id else self._text.token_text(token_id)
 
     def _first_notices(self) -> dict[str, Any]:
         """The notices, for the first object of an answer only."""

@@ -176,6 +176,9 @@ class GenerationBody(Body):
         description="Report log-probabilities of the prompt, with so many alternatives (-1: as many as there may be); not "
         "in streams.",
     )
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None, description="Log-probabilities name tokens by their ids, as `token_id:123`."
+    )
     return_token_ids: bool | None = Field(default=None, description="The answer has its tokens' ids, too.")
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = Field(
         default=None, description="Only requests with the same salt share cached prompts."

@@ -26,7 +26,10 @@ async def tokenize(request: Request) -> Response:
     token_ids = await services.intake.prompts.tokenize(body)
     model = services.engine.status.model
     answer = Tokenized(
-        count=len(token_ids), max_model_len=model.max_model_len if model else None, tokens=list(token_ids)
+        count=len(token_ids),
+        max_model_len=model.max_model_len if model else None,
+        tokens=list(token_ids),
+        token_strs=None,
     )
     if body.return_token_strs:
         strings = [services.text.token_text(token_id) for token_id in token_ids]

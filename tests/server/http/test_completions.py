@@ -22,8 +22,11 @@ async def test_answers() -> None:
     assert body["object"] == "text_completion"
     assert body["id"].startswith("cmpl-")
     assert body["choices"] == [
-        {"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
-    ]
+        {
+            "index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop", "stop_reason": None,
+            "prompt_token_ids": None, "token_ids": None, "prompt_logprobs": None,
+        }
+    ]  # fmt: skip
     assert body["usage"]["total_tokens"] == 9
     assert engine.submitted[0].prompt_token_ids == (BOS, *ids("hi"))
 

@@ -309,3 +309,17 @@ async def test_a_role_that_the_template_writes() -> None:
     for role in ("<|user|>", "a b", "x" * 33):
         response, _ = await with_template(messages=[{"role": role, "content": "no"}])
         error_of(response, 400)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_log_probabilities_may_name_tokens_by_their_ids(path: str) -> None:
+    asked = {"logprobs": True, "top_logprobs": 1} if path == CHAT else {"logprobs": 1}
+    answer = await post(speaking("ab"), path, return_tokens_as_token_ids=True, **asked)
+    shown = answer.json()["choices"][0]["logprobs"]
+    names = [entry["token"] for entry in shown["content"]] if path == CHAT else shown["tokens"]
+    assert names[:2] == [f"token_id:{token_id}" for token_id in ids("ab")]
+
+
+async def test_a_completion_that_is_whole_has_null_where_nothing_was_asked() -> None:
+    (choice,) = (await post(speaking("x"), COMPLETIONS)).json()["choices"]
+    assert [choice[name] for name in ("prompt_token_ids", "token_ids", "prompt_logprobs")] == [None] * 3

@@ -28,7 +28,7 @@ HI = {"role": "user", "content": "hi"}
 async def test_tokenize(body: dict[str, Any], tokens: list[int]) -> None:
     async with client(make_app(speaking())) as http:
         answer = (await http.post("/tokenize", json=body)).json()
-        assert answer == {"count": len(tokens), "max_model_len": 256, "tokens": tokens}
+        assert answer == {"count": len(tokens), "max_model_len": 256, "tokens": tokens, "token_strs": None}
         answer = (await http.post("/tokenize", json=body | {"return_token_strs": True, "colour": 1})).json()
         assert "".join(answer["token_strs"]).endswith("hi" if "hi" in str(body["prompt" if "prompt" in body else "messages"])[-12:] else "<|eos|>")  # fmt: skip
         assert [notice["param"] for notice in answer["warnings"]] == ["colour"]
