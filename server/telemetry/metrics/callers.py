@@ -49,14 +49,17 @@ class CallerCollector(Collector):
         )
         for labels, count in sorted(self._requests.items()):
             requests.add_metric(list(labels), count)
-        yield requests
+        if self._requests:  # a server without keys has none of these
+            yield requests
         tokens = CounterMetricFamily(
             "dsa_key_tokens", "Tokens that each key was charged for.", labels=["key", "kind"]
         )
         for labels, count in sorted(self._tokens.items()):
             tokens.add_metric(list(labels), count)
-        yield tokens
+        if self._tokens:
+            yield tokens
         cost = CounterMetricFamily("dsa_key_cost_usd", "What each key was charged.", labels=["key"])
         for label, nanos in sorted(self._nanos.items()):
             cost.add_metric([label], nanos / NANO)
-        yield cost
+        if self._nanos:
+            yield cost
