@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -323,3 +325,68 @@ async def test_log_probabilities_may_name_tokens_by_their_ids(path: str) -> None
 async def test_a_completion_that_is_whole_has_null_where_nothing_was_asked() -> None:
     (choice,) = (await post(speaking("x"), COMPLETIONS)).json()["choices"]
     assert [choice[name] for name in ("prompt_token_ids", "token_ids", "prompt_logprobs")] == [None] * 3
+
+
+SAID = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+EFFECTS: list[tuple[str, str, Any, dict[str, Any]]] = [
+    (CHAT, "echo", True, {"messages": SAID, "add_generation_prompt": False, "continue_final_message": True}),
+    (CHAT, "logprobs", True, {}),
+    (CHAT, "top_logprobs", 2, {"logprobs": True}),
+    (CHAT, "max_completion_tokens", 3, {}),
+    (COMPLETIONS, "echo", True, {}),
+    (COMPLETIONS, "logprobs", 0, {}),
+    (COMPLETIONS, "logprobs", 2, {}),
+    *(
+        (path, name, value, base)
+        for path in (CHAT, COMPLETIONS)
+        for name, value, base in (
+            ("cache_salt", "mine", {}),
+            ("dsa", {"top_k": 8}, {}),
+            ("frequency_penalty", 0.5, {}),
+            ("ignore_eos", True, {}),
+            ("include_stop_str_in_output", True, {"stop": "."}),
+            ("logit_bias", {"5": 2.0}, {}),
+            ("max_tokens", 3, {}),
+            ("min_p", 0.1, {}),
+            ("min_tokens", 2, {}),
+            ("n", 2, {}),
+            ("presence_penalty", 0.5, {}),
+            ("priority", 4, {}),
+            ("prompt_logprobs", 1, {}),
+            ("repetition_penalty", 1.2, {}),
+            ("return_token_ids", True, {}),
+            ("seed", 8, {}),
+            ("skip_special_tokens", False, {}),
+            ("stop", ".", {}),
+            ("stop_token_ids", [70], {}),
+            ("stream", True, {}),
+            ("stream_options", {"include_usage": True}, {"stream": True}),
+            (
+                "stream_options",
+                {"include_usage": True, "continuous_usage_stats": True},
+                {"stream": True, "stream_options": {"include_usage": True}},
+            ),
+            ("temperature", 0.3, {}),
+            ("top_k", 3, {}),
+            ("top_p", 0.4, {}),
+            ("truncate_prompt_tokens", 1, {}),
+        )
+    ),
+]
+
+
+async def told(path: str, fields: Mapping[str, Any]) -> tuple[Any, str]:
+    """What the engine gets, and what the client gets without what differs from answer to answer."""
+    engine = FakeEngine(lambda submit: Script(token_ids=[*ids("one."), USER, *ids(" two"), EOS]))
+    answer = await post(engine, path, **{"seed": 7, **fields})
+    assert answer.status_code == 200, answer.text
+    text = re.sub(r'"(id|system_fingerprint)":"[^"]*"|"created":[0-9]+', "", answer.text)
+    return [msgspec.structs.replace(one, request_id="") for one in engine.submitted], text
+
+
+@pytest.mark.parametrize(("path", "name", "value", "base"), EFFECTS)
+async def test_every_field_has_an_effect(path: str, name: str, value: Any, base: dict[str, Any]) -> None:
+    before, after = await told(path, base), await told(path, {**base, name: value})
+    assert before == await told(path, base)
+    assert before != after
+    assert "warnings" not in after[1]
