@@ -27,7 +27,7 @@ from server.generation.admission import Admission
 from server.generation.grammars import GrammarChecks
 from server.generation.intake import Intake
 from server.generation.responses import KeptResponses
-from server.http.access import AccessMiddleware
+from server.http.access import PROBES, AccessMiddleware
 from server.http.hosts import HostMiddleware, allowed_hosts
 from server.http.middleware import BodyLimitMiddleware, RecordMiddleware
 from server.http.paths import PathMiddleware
@@ -162,7 +162,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     for router in ROUTERS:
         app.include_router(router)
     app.openapi = openapi_of(  # type: ignore[method-assign]
-        app, vocabulary=text.vocab_size, empty_prompts=text.adds_bos
+        app, vocabulary=text.vocab_size, empty_prompts=text.adds_bos, open_paths=PROBES
     )
     return app
 

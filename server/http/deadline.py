@@ -43,7 +43,7 @@ def deadline_of(started: float, *allowed: float | None) -> float | None:
 def too_late(seconds: float) -> ApiError:
     """The error of a request that had so many seconds."""
     return ApiError(
-        504,
+        408,  # not a 5xx: it is the client that allowed no more
         f"the answer did not end within the request's {seconds:g} s; ask for less, or allow more time",
         kind=TIMEOUT,
         code=DEADLINE,

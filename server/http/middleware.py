@@ -222,6 +222,6 @@ def outcome_of(status: int | None) -> str:
         return "rejected"
     if status == 503:
         return "unavailable"
-    if status == 504:
+    if status == 408:
         return "deadline"
     return {2: "ok", 4: "client_error", 5: "server_error"}.get(status // 100, "other")

@@ -59,7 +59,7 @@ _MESSAGES_KINDS = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
-    504: "timeout_error",
+    408: "timeout_error",
 }
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypedDict
 
 from fastapi import FastAPI
@@ -34,7 +34,7 @@ _ERRORS = {
     415: "The body is not declared to be JSON.",
     429: "The server is full, or the key has reached a limit; `Retry-After` says when to try again.",
     500: "The engine could not run this request, or the server met a fault.",
-    504: "The answer did not end within the time that the request, or the server, allows.",
+    408: "The answer did not end within the time that the request, or the server, allows.",
     503: "The model is loading, the engine has died or the server is shutting down.",
 }
 
@@ -85,13 +85,16 @@ def describe_plain(
     return {"responses": responses, "openapi_extra": {"requestBody": request}}
 
 
-def openapi_of(app: FastAPI, *, vocabulary: int, empty_prompts: bool) -> Callable[[], dict[str, Any]]:
+def openapi_of(
+    app: FastAPI, *, vocabulary: int, empty_prompts: bool, open_paths: Collection[str]
+) -> Callable[[], dict[str, Any]]:
     """Return the function that makes the app's schema at its first call.
 
     Args:
         app: with all its routes.
         vocabulary: the number of token ids, which bounds them in the schema.
         empty_prompts: an empty text is a prompt, because a token begins every sequence.
+        open_paths: paths that never ask for a key.
     """
 
     def openapi() -> dict[str, Any]:
@@ -122,6 +125,7 @@ def openapi_of(app: FastAPI, *, vocabulary: int, empty_prompts: bool) -> Callabl
             _bound(schema, vocabulary - 1)
             if not empty_prompts:
                 _set_min_length(components["CompletionBody"]["properties"]["prompt"])
+            _close(schema, open_paths)
             app.openapi_schema = schema
         return app.openapi_schema
 
@@ -138,6 +142,23 @@ def _bound(schema: Any, largest: int) -> None:
     elif isinstance(schema, list):
         for part in schema:
             _bound(part, largest)
+
+
+def _close(schema: dict[str, Any], open_paths: Collection[str]) -> None:
+    """Write down how a key is sent, and what is answered without one."""
+    schema["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    for path, operations in schema["paths"].items():
+        if path in open_paths:
+            continue
+        for operation in operations.values():
+            operation["security"] = [{"bearer": []}, {"x-api-key": []}, {}]  # the last: a server without keys
+            for status in (401, 403):
+                content = {"application/json": {"schema": _reference(ErrorResponse)}}
+                refusal = {"description": _ERRORS[status], "content": content}
+                operation["responses"].setdefault(str(status), refusal)
 
 
 def _set_min_length(prompt: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ async def test_a_request_ends_when_its_time_is_over(engine: FakeEngine, how: str
             ("/v1/chat/completions", chat_body(max_tokens=200, **fields)),
         ):
             begun = time.monotonic()
-            error = error_of(await http.post(path, json=body, headers=headers), 504, "deadline_exceeded")
+            error = error_of(await http.post(path, json=body, headers=headers), 408, "deadline_exceeded")
             assert "within the request's 0.3 s" in error["message"]
             assert error["type"] == "timeout_error"
             stream = await http.post(path, json=body | {"stream": True}, headers=headers)
@@ -67,10 +67,10 @@ async def test_the_other_forms_end_too() -> None:
     headers = {"x-request-timeout": "0.2"}
     async with app.router.lifespan_context(app), client(app) as http:
         refused = await http.post("/v1/messages", json=MESSAGE, headers=headers)
-        assert (refused.status_code, refused.json()["error"]["type"]) == (504, "timeout_error")
+        assert (refused.status_code, refused.json()["error"]["type"]) == (408, "timeout_error")
         streamed = (await http.post("/v1/messages", json=MESSAGE | {"stream": True}, headers=headers)).text
         assert streamed.count("event: error") == 1
-        error_of(await http.post("/v1/responses", json=RESPONSE, headers=headers), 504, "deadline_exceeded")
+        error_of(await http.post("/v1/responses", json=RESPONSE, headers=headers), 408, "deadline_exceeded")
         streamed = (await http.post("/v1/responses", json=RESPONSE | {"stream": True}, headers=headers)).text
         kinds = [json.loads(line[6:])["type"] for line in streamed.splitlines() if line.startswith("data: {")]
         assert kinds[-1] in ("response.failed", "error")
@@ -81,7 +81,7 @@ async def test_the_earliest_time_counts_and_enough_time_changes_nothing() -> Non
     app = make_app(speaking("aaaa", delay=0.05), request_seconds=20)
     async with app.router.lifespan_context(app), client(app) as http:
         body, wait = completion_body(timeout=0.05), {"x-request-timeout": "9"}
-        error_of(await http.post("/v1/completions", json=body, headers=wait), 504, "deadline_exceeded")
+        error_of(await http.post("/v1/completions", json=body, headers=wait), 408, "deadline_exceeded")
         for fields in ({}, {"timeout": 10}, {"timeout": 1e9, "stream": True}):
             answer = await http.post("/v1/completions", json=completion_body(**fields), headers=wait)
             assert (answer.status_code, "error" in answer.text) == (200, False)
@@ -113,7 +113,7 @@ async def test_what_was_computed_is_paid(tmp_path: Path) -> None:
     app = make_app(engine, ledger=str(tmp_path / "usage.sqlite"), model_name="deepseek-v3.2")
     body = completion_body(timeout=0.4, max_tokens=200) | {"model": "deepseek-v3.2"}
     async with app.router.lifespan_context(app), client(app) as http:
-        assert (await http.post("/v1/completions", json=body)).status_code == 504
+        assert (await http.post("/v1/completions", json=body)).status_code == 408
         async with asyncio.timeout(5):
             while app.state.services.books.open_accounts:  # noqa: ASYNC110 - there is no event
                 await asyncio.sleep(0.01)
