@@ -9,9 +9,10 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jsonschema
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -93,14 +94,21 @@ class Call(NamedTuple):
     finish_reason: str
 
 
-def streamed(server: Server, question: str) -> list[Call]:
+def strict(tool: dict[str, Any]) -> dict[str, Any]:
+    schema = {**tool["function"]["parameters"], "additionalProperties": False}
+    return {"type": "function", "function": {**tool["function"], "parameters": schema, "strict": True}}
+
+
+def streamed(
+    server: Server, question: str, tools: Sequence[Any] = TOOLS, tool_choice: Any = "auto"
+) -> list[Call]:
     """Ask over the stream; join the pieces as OpenAI's clients do."""
     parts: dict[int, list[str]] = {}
     reason = ""
     with server.sdk() as sdk:
         stream = sdk.chat.completions.create(
-            model=CODER_MODEL, messages=[{"role": "user", "content": question}], tools=TOOLS, temperature=0,
-            max_tokens=MOST_TOKENS, stream=True,
+            model=CODER_MODEL, messages=[{"role": "user", "content": question}], tools=list(tools), temperature=0,
+            tool_choice=tool_choice, max_tokens=MOST_TOKENS, stream=True,
         )  # fmt: skip
         for chunk in stream:
             for choice in chunk.choices:
@@ -178,3 +186,23 @@ def test_the_calls_that_the_model_makes_come_well_formed() -> None:
         except (AssertionError, ValueError, KeyError) as problem:
             broken.append((question, calls, repr(problem)))
     assert not broken
+
+
+@pytest.mark.parametrize("tool_choice", ["auto", "required"])
+def test_arguments_of_strict_tools_are_valid(tool_choice: str) -> None:
+    tools = [strict(tool) for tool in TOOLS]
+    server = Server(CODER_MODEL)
+    try:
+        server.wait_ready()
+        answers = [streamed(server, question, tools, tool_choice) for question in QUESTIONS]
+    finally:
+        server.close()
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+    finished = 0
+    for question, calls in zip(QUESTIONS, answers, strict=True):
+        assert calls or tool_choice == "auto", question
+        for call in calls:
+            if call.finish_reason == "tool_calls":  # else the limit of tokens cut it
+                jsonschema.Draft202012Validator(schemas[call.name]).validate(json.loads(call.arguments))
+                finished += 1
+    assert finished >= (18 if tool_choice == "required" else 10), answers

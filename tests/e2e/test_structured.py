@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -60,15 +61,20 @@ def said(message: dict[str, Any]) -> str:
     return json.dumps(message["tool_calls"]) if message.get("tool_calls") else message["content"] or ""
 
 
+def reason_of(choice: dict[str, Any]) -> str:
+    """The finish reason; `cut` where a stop string was it."""
+    return "cut" if isinstance(choice.get("stop_reason"), str) else choice["finish_reason"] or ""
+
+
 def ask(server: Server, **body: Any) -> list[tuple[str, str]]:
-    """(text, finish reason) of each choice."""
+    """(text, reason) of each choice."""
     fields = {"max_tokens": 400, "seed": 1, "logit_bias": end_bias(server), **body}
     messages = [{"role": "user", "content": "Say it."}]
     reply = server.post("/v1/chat/completions", model="tiny", messages=messages, **fields)
     assert reply.status_code == 200, reply.text
     if not fields.get("stream"):
         choices = reply.json()["choices"]
-        return [(said(choice["message"]), choice["finish_reason"]) for choice in choices]
+        return [(said(choice["message"]), reason_of(choice)) for choice in choices]
     texts: dict[int, str] = {}
     ends: dict[int, str] = {}
     for line in reply.text.splitlines():
@@ -78,7 +84,7 @@ def ask(server: Server, **body: Any) -> list[tuple[str, str]]:
             for choice in event["choices"]:
                 index = choice["index"]
                 texts[index] = texts.get(index, "") + (choice["delta"].get("content") or "")
-                ends[index] = choice["finish_reason"] or ends.get(index, "")
+                ends[index] = reason_of(choice) or ends.get(index, "")
     return [(texts[index], ends[index]) for index in sorted(texts)]
 
 
@@ -102,6 +108,42 @@ def test_every_finished_answer_validates(served: Server) -> None:
     with ThreadPoolExecutor(4) as threads:
         finished = sum(threads.map(one, range(24)))
     assert finished >= 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_five_hundred_schemas(served: Server) -> None:
+    """Two choices each, streamed or not; a third has stop strings, a fifth a short limit. What is finished is valid."""
+
+    def one(seed: int) -> Counter[str]:
+        schema = random_schema(seed)
+        response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        fields: dict[str, Any] = {"stream": seed % 2 == 0, "max_tokens": 12 if seed % 5 == 0 else 100}
+        if seed % 3 == 0:
+            fields["stop"] = [",", "\n"]
+        body = {"response_format": response_format, "n": 2, "seed": seed, "thinking": {"type": "disabled"}}
+        try:
+            answers = ask(served, **body, **fields)
+        except (
+            AssertionError
+        ) as error:  # a draw may leave no value, which is said before anything is computed
+            if "nsatisfiable" not in str(error):
+                raise
+            return Counter(refused=1)
+        assert len(answers) == 2
+        for text, reason in answers:
+            assert reason in ("stop", "length", "cut"), seed
+            assert reason != "cut" or "stop" in fields
+            if reason == "stop":
+                jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+        return Counter(reason for _, reason in answers)
+
+    with ThreadPoolExecutor(8) as threads:
+        found = sum(threads.map(one, range(500)), Counter[str]())
+    assert found["refused"] <= 20, found
+    assert found["stop"] >= 200, found
+    assert found["length"] >= 50, found
+    assert found["cut"] >= 50, found
 
 
 def test_every_finished_call_validates(served: Server) -> None:
