@@ -95,7 +95,7 @@ async def test_changes_hold_from_the_next_request_on(http: httpx.AsyncClient, en
 
 async def test_prices_change(http: httpx.AsyncClient) -> None:
     assert (await change(http, prices=TABLE)).json()["price_version"] == "live-1"
-    cost = (await ask(http)).json()["usage"]["cost"]
+    cost = (await ask(http)).json()["usage"]["cost_details"]
     assert (cost["price_version"], cost["amount"]) == ("live-1", 3 * 2000 + 6 * 3000)
     other = TABLE | {"machine_hour": "2"}
     for table in (other, {"version": "x"}, TABLE | {"version": "y", "prices": []}):
