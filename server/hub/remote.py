@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +105,8 @@ def fetch_repository(
     except (HfHubHTTPError, httpx2.HTTPError) as error:
         raise refusal(name, error) from error
     except OSError as error:
+        if error.errno is None:  # the library's own: sizes that do not fit, an answer that is not a hub's
+            raise refusal(name, error) from error
         raise DownloadError(
             f"cannot write {name} into {cache.storage}: {error.strerror or error}; set HF_HOME to a folder with room that "
             "you can write to"
@@ -150,7 +151,7 @@ class _Fetch:
         asks = not self._config_only and not self._cache.has_weights(commit)
         # The config is the first: what is not served is told before anything else is fetched.
         for file in self._texts:
-            self._get(file, _Progress(self._report, 0))
+            self._get(file, TransferProgress(self._report, 0))
             if file.path == CONFIG and asks:
                 self._check_served("--config", str(self._cache.pointer(commit, CONFIG)))
         weights = [] if self._config_only else self._weights()
@@ -198,7 +199,7 @@ class _Fetch:
         needed = sum(file.size - self._cache.grown(file) for file in missing)
         need_space(self._cache.storage, needed, "HF_HOME")
         stage = "checking" if self._rehash and not missing else "downloading"
-        progress = _Progress(self._report, sum(file.size for file in files), stage)
+        progress = TransferProgress(self._report, sum(file.size for file in files), stage)
         waiting = queue.SimpleQueue[RemoteFile | None]()
         ended = queue.SimpleQueue[BaseException | None]()
         for file in (*files, *([None] * AT_ONCE)):
@@ -231,7 +232,7 @@ class _Fetch:
         pointer = self._cache.pointer(self._listing.commit, file.path)
         return pointer.is_file() and pointer.stat().st_size == file.size
 
-    def _get(self, file: RemoteFile, progress: _Progress) -> None:
+    def _get(self, file: RemoteFile, progress: TransferProgress) -> None:
         """Fetch a file, if it is not there.
 
         Raises:
@@ -260,15 +261,21 @@ class _Fetch:
             repository, file.path, revision=commit
         )  # the blob is there: this only makes the link to it
 
-    def _transfer(self, url: str, file: RemoteFile, blob: Path, progress: _Progress) -> None:
+    def _transfer(self, url: str, file: RemoteFile, blob: Path, progress: TransferProgress) -> None:
         blob.parent.mkdir(parents=True, exist_ok=True)
         grown = self._cache.unfinished(file)
-        bar: Any = partial(_Bar, progress)  # made like a class of tqdm
+        bar = bar_of(progress)
         if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
             # Plain HTTP has no files of this size: Xet, the hub's own protocol, fetches them.
-            whole = hf_hub_download(
-                self._name.repository, file.path, revision=self._listing.commit, tqdm_class=bar
-            )
+            try:
+                whole = hf_hub_download(
+                    self._name.repository, file.path, revision=self._listing.commit, tqdm_class=bar
+                )
+            except ValueError as error:
+                raise DownloadError(
+                    f"{file.path} of {self._name} has {file.size >> 30} GiB, which this hub does not send without Xet: install "
+                    "hf_xet and unset HF_HUB_DISABLE_XET, or use a repository whose weights are in smaller files"
+                ) from error
             verify(file, Path(whole), self._name)
             return
         if self._cache.grown(file) > file.size:
@@ -289,7 +296,7 @@ class _Fetch:
         grown.replace(blob)
 
 
-class _Progress:
+class TransferProgress:
     """Adds up what the threads have fetched, and stops them."""
 
     def __init__(self, report: Report, total: int, stage: str = "downloading") -> None:
@@ -312,29 +319,31 @@ class _Progress:
         self._stopped = True
 
 
-class _Bar:
-    """What `huggingface_hub` takes for a progress bar of tqdm."""
+def bar_of(progress: TransferProgress) -> type[Any]:
+    """Make the class that `huggingface_hub` takes for one of tqdm: its bars count into `progress`."""
 
-    def __init__(self, progress: _Progress, **unused: Any) -> None:
-        self._progress = progress
-        self.total: int | None = None
+    class Bar:
+        def __init__(self, **unused: Any) -> None:
+            self.total: int | None = None
 
-    def __enter__(self) -> _Bar:
-        return self
+        def __enter__(self) -> Bar:
+            return self
 
-    def __exit__(self, *unused: object) -> None:
-        pass
+        def __exit__(self, *unused: object) -> None:
+            pass
 
-    def update(self, count: int = 1) -> None:
-        self._progress.add(count)
+        def update(self, count: int = 1) -> None:
+            progress.add(count)
 
-    def update_transfer(self, count: int) -> None:
-        pass
+        def update_transfer(self, count: int) -> None:
+            """Xet's bytes on the wire, which are fewer; a class that has this method is one bar for both."""
 
-    def set_postfix_str(self, *unused: object, **also: object) -> None:
-        pass
+        def set_postfix_str(self, *unused: object, **also: object) -> None:
+            pass
 
-    set_transfer_postfix_str = refresh = close = set_postfix_str
+        set_transfer_postfix_str = refresh = close = set_postfix_str
+
+    return Bar
 
 
 def _is_gguf(weights: Sequence[RemoteFile]) -> bool:

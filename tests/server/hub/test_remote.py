@@ -8,13 +8,15 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 
 from server.hub.models import ModelError, ModelFiles, resolve
-from server.hub.remote import _Fetch
+from server.hub.remote import TransferProgress, _Fetch, bar_of
 from tests.server.hub.stand_in import StandIn
 
 CONFIG = json.dumps({"model_type": "llama"}).encode()
@@ -160,6 +162,24 @@ class TestFetching:
         assert {one.token for one in hub.asked if one.path.startswith("/storage")} == {None}
 
 
+def test_a_transfer_by_xet_counts_each_byte_once() -> None:
+    """With the library's own reporter of Xet, which has another number for the bytes on the wire."""
+    said: list[int] = []
+    progress = TransferProgress(lambda stage, done, total: said.append(done), 10)
+    bars = XetDownloadProgressReporter(
+        reconstruction_desc="x", total=10, log_level=30, tqdm_class=bar_of(progress)
+    )
+    for done, sent in ((4, 3), (10, 7)):
+        bars.update_progress(
+            SimpleNamespace(
+                total_bytes=10, total_bytes_completed=done, total_bytes_completion_rate=None,
+                total_transfer_bytes_completed=sent, total_transfer_bytes_completion_rate=1.0,
+            )
+        )  # fmt: skip
+    bars.close()
+    assert said == [4, 10]
+
+
 @pytest.mark.usefixtures("any_family")
 class TestBrokenTransfers:
     def test_a_break_is_resumed_at_once(self, hub: StandIn) -> None:
@@ -303,6 +323,23 @@ class TestSentences:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
         assert "make room, or set HF_HOME to a folder on another disk" in fails("org/name")
         assert "model.safetensors" not in hub.sent
+
+    def test_a_file_too_large_for_plain_http(self, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub.put("org/name", FILES)
+        monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 5000)
+        message = fails("org/name")
+        assert message.startswith(
+            "model.safetensors of org/name has 0 GiB, which this hub does not send without Xet"
+        )
+
+    def test_a_size_that_does_not_fit(self, hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub.put("org/name", FILES)
+        content = StandIn._content
+        monkeypatch.setattr(
+            StandIn, "_content",
+            lambda self, request, name, whole, headers: content(self, request, name, whole[:-3], headers),
+        )  # fmt: skip
+        assert "should be of size" in fails("org/name")
 
     def test_an_adapter(self, hub: StandIn) -> None:
         hub.put("org/name", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * 5000})
