@@ -5,12 +5,13 @@ from typing import Literal
 
 import instructor
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class City(BaseModel):
-    """A city."""
+    """A city. Nothing else is allowed in it, else a small model may go on to other fields up to its limit."""
 
+    model_config = ConfigDict(extra="forbid")
     name: Literal["Paris", "Rome"]
     people: Literal[1, 2]
 
