@@ -49,7 +49,7 @@ def test_the_format_is_found_in_the_template(template: str, name: str) -> None:
     assert why.startswith("described") == (template not in (HERMES, LLAMA, PYTHONIC, MISTRAL, MISTRAL_LIST))
     assert choose_tools(template, "pythonic") == ("pythonic", "as set")
     assert choose_tools(template, "none") == ("none", "as set")
-    with pytest.raises(PromptError, match="there are auto, hermes, llama-json, pythonic, mistral, none"):
+    with pytest.raises(PromptError, match="there are auto, hermes, .*, none"):
         choose_tools(template, "other")
 
 
