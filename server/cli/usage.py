@@ -33,7 +33,9 @@ def usage(
     format: Annotated[Literal["table", "csv", "json"], typer.Option(help="How to print.")] = "table",
 ) -> None:
     """Say what requests used and cost, from the usage ledger. Amounts are USD; JSON and CSV have nano-dollars."""
-    from server.money.ledger import DIMENSIONS, SUMS, LedgerError, open_database, report
+    from server.money.journal import rows_in
+    from server.money.ledger import journal_folder
+    from server.money.rows import DIMENSIONS, SUMS, LedgerError, open_database, report
     from server.settings import default_ledger
 
     columns = [name.strip() for name in by.split(",") if name.strip()]
@@ -43,6 +45,10 @@ def usage(
     try:
         where = ledger or os.environ.get("DSA_LEDGER") or default_ledger()
         rows = report(open_database(where, create=False), columns, since, until)
+        folder = journal_folder(where)
+        if folder is not None and (waiting := rows_in(folder)):
+            note = f"up to {waiting} more rows wait in {folder}; a server that runs, or the next one, moves them here"
+            typer.echo(note, err=True)
     except LedgerError as error:
         fail(error)
     names = [*columns, "requests", *SUMS]

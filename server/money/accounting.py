@@ -3,7 +3,7 @@
 The engine reports to an `Account` what each choice used. When the last choice is settled, the account prices the
 whole request and appends one row to the ledger. The last event of a successful request is sent only after its row
 is durable. A request that was cancelled, or whose time was over, pays for what was computed. A failed request pays nothing, but its row says what it
-used. The prices are `server.money.pricing`, the table of rows is `server.money.ledger`.
+used. The prices are `server.money.pricing`, the table of rows is `server.money.rows`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from datetime import UTC, datetime
 
 from engine.protocol import RequestUsage, Work, add_work
 from server.generation.choice import ChoiceUsage, Job
-from server.money.ledger import Ledger, LedgerRow
+from server.money.ledger import Ledger
 from server.money.pricing import NANO, Bill, PriceBook, Tokens, price
 from server.money.retries import Retries
+from server.money.rows import LedgerRow
 
 SETTLE_SECONDS = 10.0
 """How long an answer waits for the engine to release its choices. It takes a step, unless the engine hangs."""

@@ -1,204 +1,99 @@
-"""The usage ledger: one row for each request. A thread appends rows in batches; no row is ever changed.
+"""The usage ledger: one row for each request. Threads append rows in batches; no row is ever changed.
 
-A row is durable before the request's last event is sent. So if a client saw the end of its answer, the row exists,
-even if a process is killed afterwards. If a process is killed in between, a row may exist for an end that the
-client never saw. Request ids are unique. If the commit of a batch fails half-way, the batch is written again
-without the rows that exist already, so no row is written twice.
+A row is durable before the request's last event is sent: in a journal on this machine's disk, from which it is moved into
+the database. So if a client saw the end of its answer, the row exists, even if a process is killed afterwards. If a process
+is killed in between, a row may exist for an end that the client never saw. Request ids are unique. If the commit of a batch
+fails half-way, the batch is written again without the rows that exist already, so no row is written twice.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Engine,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    create_engine,
-    event,
-    func,
-    insert,
-    inspect,
-    select,
-)  # fmt: skip
+from sqlalchemy import String, insert
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import (
-    ArgumentError,
-    DatabaseError,
-    DataError,
-    IntegrityError,
-    OperationalError,
-    SQLAlchemyError,
-)
-from sqlalchemy.schema import DDL
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, OperationalError, SQLAlchemyError
+
+from server.money.journal import Journal
+from server.money.rows import TABLE, LedgerError, LedgerRow, first_line, known_rows, open_database, report
 
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0)
-_CREATE_SECONDS = (0.05, 0.1, 0.2, 0.4)
+_WARN_SECONDS = 60.0
+_AT_ONCE = 500  # rows in one commit
 
-TABLE = Table(
-    "dsa_usage",
-    MetaData(),
-    Column("request_id", String(64), primary_key=True),
-    Column("arrived_us", BigInteger, nullable=False),  # microseconds since 1970, UTC
-    Column("day", String(10), nullable=False, index=True),  # day of the arrival, UTC
-    Column("key", String(64), nullable=False),  # a digest of the bearer token; never the token
-    Column("model", String(256), nullable=False),
-    Column("endpoint", String(64), nullable=False),
-    Column("outcome", String(32), nullable=False),
-    Column("top_k", Integer),  # NULL is dense
-    Column("prompt_tokens", BigInteger, nullable=False),
-    Column("cached_tokens", BigInteger, nullable=False),
-    Column("completion_tokens", BigInteger, nullable=False),
-    Column("reasoning_tokens", BigInteger, nullable=False),
-    Column("selected_tokens", BigInteger, nullable=False),
-    Column("index_pairs", BigInteger, nullable=False),
-    Column("kv_rows_read", BigInteger, nullable=False),
-    Column("flops", BigInteger, nullable=False),
-    Column("cache_bytes", BigInteger, nullable=False),
-    Column("device_ns", BigInteger, nullable=False),
-    Column("dense_ns", BigInteger, nullable=False),
-    Column("price_version", String(64), nullable=False),
-    Column("currency", String(3), nullable=False),
-    Column("amount_nanos", BigInteger, nullable=False),
-    Column("metered_nanos", BigInteger, nullable=False),
-    Column("dense_equivalent_nanos", BigInteger, nullable=False),
-)
-for _action in ("UPDATE", "DELETE"):
-    event.listen(
-        TABLE,
-        "after_create",
-        DDL(  # type: ignore[no-untyped-call]
-            f"CREATE TRIGGER dsa_usage_no_{_action.lower()} BEFORE {_action} ON dsa_usage "
-            "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
-        ).execute_if(dialect="sqlite"),
-    )
+MOST_WAITING = 100_000
+"""Rows that may wait for the database. Beyond that, answers wait for it, too."""
 
-
-class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A row of `TABLE`. Amounts are in nano-dollars; `_us` is microseconds, `_ns` nanoseconds."""
-
-    request_id: str
-    arrived_us: int
-    day: str
-    key: str
-    model: str
-    endpoint: str
-    outcome: str
-    top_k: int | None
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    reasoning_tokens: int
-    selected_tokens: int
-    index_pairs: int
-    kv_rows_read: int
-    flops: int
-    cache_bytes: int
-    device_ns: int
-    dense_ns: int
-    price_version: str
-    currency: str
-    amount_nanos: int
-    metered_nanos: int
-    dense_equivalent_nanos: int
-
-
-class LedgerError(ValueError):
-    """The ledger cannot be opened, read or written; the message says why."""
-
+BEHIND_SECONDS = 60.0
+"""For so long the database may take no rows before the server says that it is not ready."""
 
 Done = Callable[[bool], None]
 """Called once a row is durable (True) or could not be written (False), in the ledger's thread."""
 
 
-def open_database(where: str, *, create: bool) -> Engine:
-    """Connect to a SQLAlchemy URL or a SQLite file.
+class _UnavailableError(Exception):
+    """The database takes no rows now. `left` are those that it does not have."""
 
-    Raises:
-        LedgerError: the database cannot be opened.
-    """
-    try:
-        if "://" not in where:
-            path = Path(where).expanduser()
-            if create:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            elif not path.is_file():
-                raise LedgerError(f"there is no ledger at {path}; name one with --ledger")
-            where = f"sqlite:///{path}"
-        engine = create_engine(make_url(where))
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", _tune_sqlite)
-        if create:
-            _create(engine)
-            _check_columns(engine, where)
-    except (SQLAlchemyError, ArgumentError, OSError, ImportError) as error:
-        raise LedgerError(
-            f"the ledger {where} cannot be opened: {str(error).splitlines()[0]}; choose another with --ledger"
-        ) from error
-    return engine
-
-
-def _create(engine: Engine) -> None:
-    """Create the table if it is missing. It tries again, because servers that start together may disturb each other."""
-    for wait in (*_CREATE_SECONDS, None):
-        try:
-            return TABLE.metadata.create_all(engine)
-        except SQLAlchemyError:
-            if wait is None:
-                raise
-            time.sleep(wait)
-    return None
-
-
-def _check_columns(engine: Engine, where: str) -> None:
-    """Refuse a table of the same name with other columns, which would fail at every row."""
-    has = {column["name"] for column in inspect(engine).get_columns(TABLE.name)}
-    if lacks := [column.name for column in TABLE.columns if column.name not in has]:
-        engine.dispose()
-        raise LedgerError(
-            f"the table {TABLE.name} of the ledger {where} has no column {lacks[0]}, so it is another program's or "
-            "another version's; choose another ledger with --ledger"
-        )
-
-
-def _tune_sqlite(connection: Any, record: object) -> None:
-    cursor = connection.cursor()
-    # With these, a commit is on disk when it returns, and readers do not wait for the writer.
-    for pragma in ("busy_timeout = 5000", "journal_mode = WAL", "synchronous = FULL"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+    def __init__(self, problem: str, left: dict[str, LedgerRow]) -> None:
+        super().__init__(problem)
+        self.problem, self.left = problem, left
 
 
 class Ledger:
-    """Appends rows from any thread; `close` writes the rows that are still queued."""
+    """Takes rows from any thread.
+
+    One thread makes rows durable in a journal on this machine's disk, so no answer waits for the database. Another moves
+    them into the database, and tries for as long as it takes. What a killed process left in the journal is moved by the
+    next one.
+    """
 
     def __init__(self, where: str) -> None:
-        """Open the database or create it.
+        """Open the database and the journal, or create them.
 
         Raises:
             LedgerError: the database cannot be opened.
         """
         self._engine = open_database(where, create=True)
+        self._journal = _open_journal(where)
         self._queue: queue.SimpleQueue[tuple[LedgerRow, Done] | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()  # guards the journal, `_waiting` and `_over`
+        self._waiting: list[LedgerRow] = [] if self._journal is None else list(self._journal.left)
+        self._over = False
+        self._moving = threading.Lock()  # while rows go from `_waiting` to the database
         self.problem: str | None = None
+        self._since = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
+        self._mover = threading.Thread(target=self._move_all, name="ledger-mover", daemon=True)
+        if self._waiting:
+            _log.info("%d usage rows of an earlier process are moved into the ledger", len(self._waiting))
         self._thread.start()
+        self._mover.start()
 
     problem: str | None
     """Why the newest rows could not be written; None: they were. Any thread may read it."""
+
+    @property
+    def behind(self) -> bool:
+        """Whether rows cannot be written, and answers wait for that or will soon."""
+        if self.problem is None:
+            return False
+        late = time.monotonic() - self._since > BEHIND_SECONDS
+        return self._journal is None or late or self.waiting > MOST_WAITING // 2
+
+    @property
+    def waiting(self) -> int:
+        """How many durable rows are not in the database yet."""
+        return len(self._waiting)
 
     def append(self, row: LedgerRow, done: Done) -> None:
         """Queue a row and return at once; `done` is called later."""
@@ -210,14 +105,29 @@ class Ledger:
         Raises:
             LedgerError: the ledger cannot be read.
         """
-        return {row["key"]: row["amount_nanos"] for row in report(self._engine, ["key"], since)}
+        with self._moving:  # so that a row is either still waiting or in the database
+            sums = {row["key"]: int(row["amount_nanos"]) for row in report(self._engine, ["key"], since)}
+            with self._changed:
+                waiting = {row.request_id: row for row in reversed(self._waiting)}
+            for known in known_rows(self._engine, waiting):
+                del waiting[known]
+        for row in waiting.values():
+            if since is None or row.day >= since:
+                sums[row.key] = sums.get(row.key, 0) + row.amount_nanos
+        return sums
 
     def close(self) -> None:
-        """Write the queued rows, then close the database. Idempotent."""
+        """Write the queued rows, then close the database. Idempotent. Rows that it does not take stay in the journal."""
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
+            with self._changed:
+                self._over = True
+                self._changed.notify()
+            self._mover.join()
             self._engine.dispose()
+            if self._journal is not None:
+                self._journal.close()
 
     def _run(self) -> None:
         over = False
@@ -234,14 +144,79 @@ class Ledger:
                 except queue.Empty:
                     break
             if batch:
-                lost = self._write([row for row, _ in batch])
+                lost = self._take([row for row, _ in batch])
                 for row, done in batch:
                     done(row.request_id not in lost)
 
-    def _write(self, rows: list[LedgerRow]) -> set[str]:
-        """Insert each request once. Return the ids of the rows that could not be written."""
+    def _take(self, rows: list[LedgerRow]) -> set[str]:
+        """Make rows durable. Return the ids of those that are not."""
+        unfit = {row.request_id: why for row in rows if (why := _unfit(row)) is not None}
+        for row in rows:
+            if row.request_id in unfit:
+                _lost(row, unfit[row.request_id])
+        rows = [row for row in rows if row.request_id not in unfit]
+        if not rows:
+            return set(unfit)
+        with self._changed:
+            if self._journal is not None and len(self._waiting) + len(rows) <= MOST_WAITING:
+                try:
+                    self._journal.append(rows)
+                    self._waiting += rows
+                    self._changed.notify()
+                    return set(unfit)
+                except OSError as error:  # the disk is full, say: perhaps the database is elsewhere
+                    _log.error("the journal of usage rows cannot be written: %s", error)
+        try:
+            return self._write(rows, _RETRY_SECONDS) | set(unfit)
+        except _UnavailableError as error:
+            for row in error.left.values():
+                _lost(row, error.problem)
+            return set(error.left) | set(unfit)
+
+    def _move_all(self) -> None:
+        said = 0.0  # when a warning was last given
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._over)
+                if not self._waiting:
+                    return
+            try:
+                with self._moving:
+                    self._move()
+                continue
+            except _UnavailableError as error:
+                if self._over or time.monotonic() - said > _WARN_SECONDS:
+                    said = time.monotonic()
+                    _log.warning(
+                        "%d usage rows wait for the ledger's database: %s", self.waiting, error.problem
+                    )
+            with self._changed:
+                if self._over:
+                    _log.warning("they stay in the journal, and the next start moves them")
+                    return
+                self._changed.wait_for(lambda: self._over, _RETRY_SECONDS[-1] if _RETRY_SECONDS else 0.0)
+
+    def _move(self) -> None:
+        rows = self._waiting[:_AT_ONCE]
+        self._write(rows, ())
+        with self._changed:
+            del self._waiting[: len(rows)]
+            if not self._waiting and self._journal is not None:
+                self._journal.clear()
+
+    def _write(self, rows: list[LedgerRow], waits: Sequence[float]) -> set[str]:
+        """Insert each request once. Return the ids of rows that the database refused for what is in them.
+
+        Args:
+            rows: what to insert.
+            waits: seconds before each further attempt while the database takes no rows.
+
+        Raises:
+            _UnavailableError: it took none of the others, after some attempts.
+        """
         left = {row.request_id: row for row in reversed(rows)}  # of rows with one id, only the first
-        for wait in (*_RETRY_SECONDS, None):
+        waiting = iter(waits)
+        while True:
             again = True
             try:
                 with self._engine.begin() as connection:
@@ -249,70 +224,77 @@ class Ledger:
                 self.problem = None
                 return set()
             except OperationalError as error:  # a state of the database, which may end
-                self.problem = problem = _first_line(error)
+                problem = self._fails(first_line(error))
             except (
                 SQLAlchemyError,
                 OverflowError,
             ) as error:  # a fault of the rows; drivers raise OverflowError without SQLAlchemy's wrapper
-                problem, again = _first_line(error), False
+                problem, again = first_line(error), False
                 if isinstance(error, DatabaseError) and not isinstance(error, IntegrityError | DataError):
-                    self.problem = problem  # the file is damaged or overwritten
+                    problem, again = self._fails(problem), True  # the file is damaged or overwritten
             try:  # the commit may have succeeded although it reported an error
-                with self._engine.connect() as connection:
-                    query = select(TABLE.c.request_id).where(TABLE.c.request_id.in_(left))
-                    for known in connection.scalars(query).all():
-                        del left[known]
-                        again = True
-                if not left:
+                if has := known_rows(self._engine, left):
+                    left = {name: row for name, row in left.items() if name not in has}
+                    if left:
+                        continue
+                    self.problem = None
                     return set()
-            except SQLAlchemyError as error:
-                problem, again = _first_line(error), True
+            except LedgerError as error:
+                problem, again = str(error), True
             if not again and len(left) > 1:  # one bad row must not prevent the others
-                return set[str]().union(*(self._write([row]) for row in left.values()))
-            if not again or wait is None:
-                break
+                return set[str]().union(*(self._write([row], waits) for row in left.values()))
+            if not again:
+                for row in left.values():
+                    _lost(row, problem)
+                return set(left)
+            if (wait := next(waiting, None)) is None:
+                self._engine.dispose()  # a connection that is open may go on with a file that is no longer there
+                raise _UnavailableError(problem, left)
             time.sleep(wait)
-        for row in left.values():  # keep the lost rows in the log
-            text = msgspec.json.encode(row).decode()
-            _log.error("the ledger could not be written (%s); the row is %s", problem, text)
-        return set(left)
+
+    def _fails(self, problem: str) -> str:
+        if self.problem is None:
+            self._since = time.monotonic()
+        self.problem = problem
+        return problem
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-DIMENSIONS = ("key", "model", "day", "outcome", "endpoint", "price_version")
-SUMS = (
-    "prompt_tokens", "cached_tokens", "completion_tokens", "device_ns",
-    "amount_nanos", "metered_nanos", "dense_equivalent_nanos",
-)  # fmt: skip
-
-
-def report(
-    engine: Engine, by: Iterable[str], since: str | None = None, until: str | None = None
-) -> list[dict[str, Any]]:
-    """Sum the rows, grouped by some of `DIMENSIONS`.
-
-    Args:
-        engine: the database.
-        by: columns to group by.
-        since: the first day, as YYYY-MM-DD in UTC; None is no limit.
-        until: the last day, included; None is no limit.
-
-    Raises:
-        LedgerError: the ledger cannot be read.
-    """
-    columns = [TABLE.c[name] for name in by]
-    sums = [func.coalesce(func.sum(TABLE.c[name]), 0).label(name) for name in SUMS]
-    query = select(*columns, func.count().label("requests"), *sums)
-    if since is not None:
-        query = query.where(TABLE.c.day >= since)
-    if until is not None:
-        query = query.where(TABLE.c.day <= until)
+def _open_journal(where: str) -> Journal[LedgerRow] | None:
+    folder = journal_folder(where)
+    if folder is None:
+        return None
     try:
-        with engine.connect() as connection:
-            rows = connection.execute(query.group_by(*columns).order_by(*columns)).mappings()
-            return [{name: int(v) if name in SUMS else v for name, v in row.items()} for row in rows]
-    except SQLAlchemyError as error:
-        raise LedgerError(f"the ledger cannot be read: {str(error).splitlines()[0]}") from error
+        return Journal(folder, LedgerRow)
+    except OSError as error:
+        _log.warning(
+            "usage rows have no journal on this machine, so answers wait for the ledger's database: %s", error
+        )
+        return None
+
+
+def journal_folder(where: str) -> Path | None:
+    """Where rows wait for a ledger: beside a SQLite file, or in the user's folder for state. None: nowhere."""
+    if "://" not in where:
+        return Path(f"{Path(where).expanduser()}.waiting")
+    url = make_url(where)
+    if url.get_backend_name() != "sqlite":
+        state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+        return state / "dsa-serve" / "ledger" / hashlib.sha256(where.encode()).hexdigest()[:16]
+    return Path(f"{url.database}.waiting") if url.database and url.database != ":memory:" else None
+
+
+def _unfit(row: LedgerRow) -> str | None:
+    """Why no database takes a row, which would else be found out after its answer."""
+    for column in TABLE.columns:
+        value = getattr(row, column.name)
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            return f"{column.name} is {value}, which has more than 64 bits"
+        if isinstance(column.type, String) and len(value) > (column.type.length or len(value)):
+            return f"{column.name} has {len(value)} characters, more than {column.type.length}"
+    return None
+
+
+def _lost(row: LedgerRow, problem: str) -> None:
+    """Keep a row that is lost in the log."""
+    text = msgspec.json.encode(row).decode()
+    _log.error("the ledger could not be written (%s); the row is %s", problem, text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,15 +14,11 @@ import pytest
 
 from tests.e2e.serving import MODEL, Server, until
 from tests.kit import ROOT
+from tests.ledger import ledger_rows
 
 
 def rows(server: Server) -> dict[str, dict[str, Any]]:
-    connection = sqlite3.connect(server.ledger)
-    connection.row_factory = sqlite3.Row
-    try:
-        return {row["request_id"]: dict(row) for row in connection.execute("select * from dsa_usage")}
-    finally:
-        connection.close()
+    return {row["request_id"]: row for row in ledger_rows(server.ledger)}
 
 
 def nanos(server: Server, prefix: str) -> int:

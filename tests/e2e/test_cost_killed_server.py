@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import psutil
 import pytest
 
 from tests.e2e.serving import MODEL, Server, until
+from tests.ledger import ledger_rows
 
 
 async def lines(response: httpx.Response) -> AsyncIterator[str]:
@@ -53,12 +53,7 @@ async def ask(url: str, number: int, answers: dict[str, int]) -> None:
 
 
 def rows(ledger: Path) -> list[tuple[Any, ...]]:
-    connection = sqlite3.connect(ledger)
-    try:
-        assert connection.execute("pragma integrity_check").fetchall() == [("ok",)]
-        return connection.execute("select request_id, amount_nanos from dsa_usage").fetchall()
-    finally:
-        connection.close()
+    return [(row["request_id"], row["amount_nanos"]) for row in ledger_rows(ledger)]
 
 
 def answered(answers: dict[str, int], wanted: int) -> bool:

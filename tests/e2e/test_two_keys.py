@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import httpx
 import pytest
 
 from tests.e2e.serving import MODEL, Server
+from tests.ledger import ledger_rows
 from tests.server.access.kit import bearer, write_keys
 
 PRICES = """
@@ -39,12 +39,7 @@ def ask_the_dying(server: Server) -> None:
 
 
 def booked(ledger: Path, name: str) -> int:
-    connection = sqlite3.connect(ledger)
-    try:
-        query = "select coalesce(sum(amount_nanos), 0) from dsa_usage where key = ?"
-        return int(connection.execute(query, (name,)).fetchone()[0])
-    finally:
-        connection.close()
+    return sum(row["amount_nanos"] for row in ledger_rows(ledger) if row["key"] == name)
 
 
 @pytest.fixture

@@ -50,8 +50,13 @@ async def ready(request: Request, response: Response) -> Readiness:
     elif status.quiet_seconds > QUIET_SECONDS:
         state, reason = "stalled", f"the engine has made no progress for {status.quiet_seconds:.0f} s"
     ledger = services.books.ledger
-    if reason is None and ledger is not None and ledger.problem is not None:
-        state, reason = "ledger", f"the usage ledger cannot be written: {ledger.problem}"
+    warnings = [] if services.keys is None or services.keys.problem is None else [services.keys.problem]
+    if ledger is not None and ledger.problem is not None:
+        said = f"the usage ledger cannot be written, and {ledger.waiting} rows wait for it: {ledger.problem}"
+        if reason is None and ledger.behind:
+            state, reason = "ledger", said
+        else:
+            warnings.append(said)
     loading = status.loading if status.state is not EngineState.READY else None
     if reason is not None:
         response.status_code = 503
@@ -63,5 +68,5 @@ async def ready(request: Request, response: Response) -> Readiness:
         loading=LoadingProgress(stage=loading.stage, done=loading.done, total=loading.total)
         if loading
         else None,
-        warnings=[] if services.keys is None or services.keys.problem is None else [services.keys.problem],
+        warnings=warnings,
     )

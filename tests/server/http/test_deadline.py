@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.protocol import Work
+from tests.ledger import ledger_rows
 from tests.server.fake_engine import FakeEngine
 from tests.server.kit import (
     chat_body,
@@ -22,7 +23,6 @@ from tests.server.kit import (
     say,
     speaking,
 )
-from tests.server.money.test_accounting import Desk
 
 RESPONSE = {"model": "fake-model", "input": "hi"}
 MESSAGE = {"model": "fake-model", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
@@ -117,12 +117,6 @@ async def test_what_was_computed_is_paid(tmp_path: Path) -> None:
         async with asyncio.timeout(5):
             while app.state.services.books.open_accounts:  # noqa: ASYNC110 - there is no event
                 await asyncio.sleep(0.01)
-    row = rows(tmp_path / "usage.sqlite")[0]
+    row = ledger_rows(tmp_path / "usage.sqlite")[0]
     assert row["outcome"] == "deadline"
     assert row["amount_nanos"] > 0
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    desk = Desk.__new__(Desk)
-    desk.path = path
-    return desk.rows()

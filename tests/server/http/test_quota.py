@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastapi import FastAPI
 
 from engine.protocol import Work
 from server.access.keys import KeyRecord, KeyTable
+from tests.ledger import ledger_rows
 from tests.server.access.kit import bearer, code_of, write_keys
 from tests.server.fake_engine import FakeEngine
 from tests.server.kit import chat_body, client, completion_body, error_of, make_app, say, speaking
@@ -45,12 +45,7 @@ class Desk:
         return held
 
     def booked(self, name: str) -> int:
-        connection = sqlite3.connect(self.ledger)
-        try:
-            query = "select coalesce(sum(amount_nanos), 0) from dsa_usage where key = ?"
-            return int(connection.execute(query, (name,)).fetchone()[0])
-        finally:
-            connection.close()
+        return sum(row["amount_nanos"] for row in ledger_rows(self.ledger) if row["key"] == name)
 
     async def quiet(self) -> None:
         async with asyncio.timeout(10):

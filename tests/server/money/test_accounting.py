@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import sqlite3
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -15,6 +16,7 @@ from server.generation.choice import ChoiceUsage, Job
 from server.money.accounting import Account, Books, LedgerUnavailableError, Settlement
 from server.money.ledger import Ledger
 from server.money.pricing import DEFAULT_TABLE, PriceBook
+from tests.ledger import ledger_rows
 
 MODEL = "deepseek-v3.2"  # USD a million tokens: 0.28, cached 0.028, output 0.42
 
@@ -49,12 +51,7 @@ class Desk:
         return Account(self.books, request_id="r", endpoint="/v1/completions", key="anonymous", jobs=jobs)
 
     def rows(self) -> list[dict[str, Any]]:
-        connection = sqlite3.connect(self.path)
-        connection.row_factory = sqlite3.Row
-        try:
-            return [dict(row) for row in connection.execute("select * from dsa_usage")]
-        finally:
-            connection.close()
+        return ledger_rows(self.path)
 
     async def counted(self) -> Settlement:
         async with asyncio.timeout(10):
@@ -153,7 +150,11 @@ async def test_cancelled_in_the_queue_costs_nothing(desk: Desk) -> None:
 async def test_without_its_row_an_answer_is_held_back(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr("server.money.ledger._RETRY_SECONDS", ())
+    monkeypatch.setattr("server.money.journal.os.fdatasync", full)
     with sqlite3.connect(desk.path) as other:
         other.execute("alter table dsa_usage rename to away")
     other.close()

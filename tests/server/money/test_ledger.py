@@ -11,68 +11,35 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import event
 
 from server.money import ledger as module
-from server.money.ledger import Ledger, LedgerError, LedgerRow, open_database, report
+from server.money.ledger import Ledger
+from server.money.rows import LedgerError, open_database, report
 from tests.kit import ROOT
+from tests.ledger import ledger_rows
 from tests.server.fake_engine import FakeEngine
 from tests.server.kit import client, make_app
-
-
-def row(name: str, **changes: Any) -> LedgerRow:
-    values: dict[str, Any] = {
-        "request_id": name, "arrived_us": 1, "day": "2026-01-02", "key": "anonymous", "model": "m",
-        "endpoint": "/v1/completions", "outcome": "stop", "top_k": None, "prompt_tokens": 3, "cached_tokens": 1,
-        "completion_tokens": 2, "reasoning_tokens": 0, "selected_tokens": 0, "index_pairs": 0, "kv_rows_read": 0,
-        "flops": 0, "cache_bytes": 0, "device_ns": 5, "dense_ns": 6, "price_version": "1", "currency": "USD",
-        "amount_nanos": 7, "metered_nanos": 8, "dense_equivalent_nanos": 9,
-    }  # fmt: skip
-    return LedgerRow(**(values | changes))
-
-
-def read(path: Path, columns: str = "request_id") -> list[Any]:
-    connection = sqlite3.connect(path)
-    try:
-        return connection.execute(f"select {columns} from dsa_usage order by request_id").fetchall()
-    finally:
-        connection.close()
-
-
-class Heard:
-    """Collects the calls of `done` from the ledger's thread."""
-
-    def __init__(self) -> None:
-        self.said: list[bool] = []
-        self._any = threading.Condition()
-
-    def __call__(self, written: bool) -> None:
-        with self._any:
-            self.said.append(written)
-            self._any.notify_all()
-
-    def wait(self, count: int) -> list[bool]:
-        with self._any:
-            assert self._any.wait_for(lambda: len(self.said) >= count, 30)
-        return self.said
+from tests.server.money.kit import Heard, folder_of, read, row, until
 
 
 def test_a_row_is_on_disk_when_it_is_said_to_be(tmp_path: Path) -> None:
     path = tmp_path / "new" / "usage.sqlite"  # its folder is made
-    ledger, heard, seen = Ledger(str(path)), Heard(), []
+    ledger, heard = Ledger(str(path)), Heard()
+    seen: list[str] = []
 
     def done(written: bool) -> None:
-        seen.extend(read(path))
+        seen.extend(row["request_id"] for row in ledger_rows(path))
         heard(written)
 
     ledger.append(row("a"), done)
     assert heard.wait(1) == [True]
-    assert seen == [("a",)]
+    assert seen == ["a"]
+    until(lambda: read(path) == [("a",)])
     ledger.close()
+    assert not list(folder_of(path).iterdir())
 
 
 def test_nothing_is_doubled(tmp_path: Path) -> None:
@@ -92,23 +59,6 @@ def test_nothing_is_doubled(tmp_path: Path) -> None:
     assert read(path, "request_id, amount_nanos") == [("a", 7), ("b", 1), ("x", 7)]
 
 
-def test_a_batch_is_one_commit_and_the_caller_never_waits(tmp_path: Path) -> None:
-    path, heard = tmp_path / "usage.sqlite", Heard()
-    ledger = Ledger(str(path))
-    commits: list[object] = []
-    event.listen(ledger._engine, "commit", commits.append)
-    with sqlite3.connect(path) as blocker:
-        blocker.execute("begin immediate")
-        for number in range(200):
-            ledger.append(row(f"{number:03}"), heard)
-        assert heard.said == []  # all were taken while nothing could be written
-    blocker.close()
-    assert heard.wait(200) == [True] * 200
-    assert len(commits) <= 2
-    ledger.close()
-    assert len(read(path)) == 200
-
-
 def test_closing_writes_what_is_queued(tmp_path: Path) -> None:
     path, heard = tmp_path / "usage.sqlite", Heard()
     ledger = Ledger(str(path))
@@ -123,27 +73,26 @@ def test_closing_writes_what_is_queued(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_written_harms_no_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A number too large for the database raises the driver's error, not SQLAlchemy's; the thread must survive it."""
+    """What no database takes is found before the row is said to be durable."""
     path, heard = tmp_path / "usage.sqlite", Heard()
     ledger = Ledger(str(path))
-    with sqlite3.connect(path) as blocker:
-        blocker.execute("begin immediate")
-        ledger.append(row("first"), heard)
-        time.sleep(0.1)
-        for name in ("good", "huge", "well"):
-            ledger.append(row(name, flops=2**70 if name == "huge" else 1), heard)
-    blocker.close()
-    assert heard.wait(4) == [True, True, False, True]
-    ledger.append(row("next"), heard)
-    assert heard.wait(5)[-1] is True
+    for name, changes in (
+        ("good", {}),
+        ("huge", {"flops": 2**70}),
+        ("long", {"outcome": "x" * 33}),
+        ("well", {}),
+    ):
+        ledger.append(row(name, **changes), heard)
+    assert heard.wait(4) == [True, False, False, True]
     ledger.close()
-    assert read(path) == [("first",), ("good",), ("next",), ("well",)]
-    (record,) = (entry for entry in caplog.records if entry.levelname == "ERROR")
-    lost = json.loads(record.getMessage().partition("the row is ")[2])
+    assert read(path) == [("good",), ("well",)]
+    huge, long = (entry for entry in caplog.records if entry.levelname == "ERROR")
+    lost = json.loads(huge.getMessage().partition("the row is ")[2])
     assert (lost["request_id"], lost["flops"]) == ("huge", 2**70)
+    assert "outcome has 33 characters, more than 32" in long.getMessage()
 
 
-def test_a_database_that_comes_back_is_written_again(
+def test_a_database_that_comes_back_gets_what_waited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, heard = tmp_path / "usage.sqlite", Heard()
@@ -151,16 +100,20 @@ def test_a_database_that_comes_back_is_written_again(
     ledger = Ledger(str(path))
     with sqlite3.connect(path) as other:
         other.execute("alter table dsa_usage rename to away")
-    ledger.append(row("lost"), heard)
-    assert heard.wait(1) == [False]
-    assert '"request_id":"lost"' in caplog.text
+    ledger.append(row("early"), heard)
+    assert heard.wait(1) == [True]
+    until(lambda: ledger.problem is not None)
+    assert not ledger.behind  # not yet: it may come back
+    monkeypatch.setattr(module, "BEHIND_SECONDS", 0.0)
+    assert ledger.behind
+    until(lambda: "1 usage rows wait" in caplog.text)
     with other:
         other.execute("alter table away rename to dsa_usage")
     other.close()
-    ledger.append(row("kept"), heard)
-    assert heard.wait(2) == [False, True]
+    ledger.append(row("late"), heard)
+    assert heard.wait(2) == [True, True]
     ledger.close()
-    assert read(path) == [("kept",)]
+    assert (read(path), ledger.problem) == ([("early",), ("late",)], None)
 
 
 def test_rows_are_never_changed(tmp_path: Path) -> None:
@@ -213,7 +166,8 @@ def test_processes_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "usage.sqlite"
     code = """
 import sys, msgspec
-from server.money.ledger import Ledger, LedgerRow
+from server.money.ledger import Ledger
+from server.money.rows import LedgerRow
 row, ledger = msgspec.json.decode(sys.argv[2], type=LedgerRow), Ledger(sys.argv[1])
 for number in range(100):
     ledger.append(msgspec.structs.replace(row, request_id=f"{row.request_id}-{number}"), print)
@@ -274,8 +228,13 @@ async def test_readiness_says_that_the_ledger_cannot_be_written(
         path.write_bytes(b"no database" * 10_000)  # overwritten while it runs
         for suffix in ("-wal", "-shm"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
-        ledger.append(row("lost"), heard)
-        assert await asyncio.to_thread(heard.wait, 1) == [False]
+        ledger.append(row("early"), heard)
+        assert await asyncio.to_thread(heard.wait, 1) == [True]
+        await asyncio.to_thread(until, lambda: ledger.problem is not None)
+        soon = await http.get("/health/ready")
+        assert soon.status_code == 200  # answers do not wait for it yet
+        assert "1 rows wait for it" in soon.json()["warnings"][0]
+        monkeypatch.setattr(module, "BEHIND_SECONDS", 0.0)
         ready = await http.get("/health/ready")
         assert ready.status_code == 503
         assert ready.json()["state"] == "ledger"
@@ -283,10 +242,10 @@ async def test_readiness_says_that_the_ledger_cannot_be_written(
         assert (await http.get("/health/live")).status_code == 200
         path.unlink()
         again = Ledger(str(path))  # makes the table
-        ledger._engine.dispose()
-        ledger.append(row("kept"), heard)
+        ledger.append(row("late"), heard)
         assert (await asyncio.to_thread(heard.wait, 2))[1]
-        assert (await http.get("/health/ready")).status_code == 200
+        await asyncio.to_thread(until, lambda: ledger.problem is None and not ledger.waiting)
+        assert (await http.get("/health/ready")).json()["warnings"] == []
         again.close()
     ledger.close()
-    assert read(path) == [("kept",)]
+    assert read(path) == [("early",), ("late",)]
