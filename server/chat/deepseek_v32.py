@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from server.chat.deepseek import ASSISTANT, BOS, EOS, USER, calls_of, require_tokens, text_of
-from server.chat.errors import PromptError, UnfitToolError
+from server.chat.errors import PromptError
 from server.chat.format import ChatFormat
 from server.chat.grammar import FREE, ArgumentList, CallRules, ToolForm, json_value, literal
 from server.chat.parsing import THINK, THOUGHT, Calls, Lexer, json_object_problem, stray
@@ -212,15 +212,8 @@ def _parameter_rules(name: str, tool: ToolForm) -> list[str]:
     Raises:
         UnfitToolError: the tool is strict, and its schema is not a plain list of properties.
     """
-    parameters = tool.parameters()
-    if parameters is None or any(re.search(r'["\n]', key) for key in parameters.schemas):
-        if tool.strict:
-            raise UnfitToolError(
-                f"the parameters of {tool.name!r} must be an object with properties and no other conditions, because "
-                "this model's format writes them one by one"
-            )
-        return [f"{name}: any"]
-    if parameters.open:
+    parameters = tool.listed(r'[^"\n]*')
+    if parameters is None:
         return [f"{name}: any"]
     parts, lines = [], []
     for number, key in enumerate(parameters.schemas):

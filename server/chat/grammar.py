@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from server.chat.errors import UnfitToolError
+
 BEGIN = '%llguidance {"no_forcing": true}\n'
 """The first line: text that must come may come in any tokens, as the model likes."""
 
@@ -86,6 +88,25 @@ class ToolForm:
             shared={key: self.schema[key] for key in ("$defs", "definitions") if key in self.schema},
             open=not (properties or required or closed),
         )
+
+    def listed(self, names: str) -> ArgumentList | None:
+        """The arguments one by one, for a format that writes them so; None: they may be any.
+
+        Args:
+            names: a regular expression of the names of arguments that the format can write
+
+        Raises:
+            UnfitToolError: the tool is strict, and its schema is not a plain list of such arguments.
+        """
+        parameters = self.parameters()
+        if parameters is not None and all(re.fullmatch(names, key) for key in parameters.schemas):
+            return None if parameters.open else parameters
+        if self.strict:
+            raise UnfitToolError(
+                f"the parameters of {self.name!r} must be an object with properties and no other conditions, because "
+                "this model's format writes them one by one"
+            )
+        return None
 
     def arguments(self) -> str:
         """The expression for the arguments as JSON."""

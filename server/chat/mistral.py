@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from server.chat.call_json import CallReader, ObjectEnd
 from server.chat.grammar import CallRules, ToolForm, literal
-from server.chat.parsing import Calls, stray
+from server.chat.parsing import stray
 from server.chat.parts import Parser, Part, Warn
-from server.chat.text_calls import TextCallParser, unexpected
+from server.chat.text_calls import PartwiseCallParser
 from server.chat.tool_template import ToolTemplate, WrittenMessage
 
 CALLS, ARGUMENTS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
@@ -115,34 +115,17 @@ class MistralFormat(ToolTemplate):
         return CallRules(lines=lines, said=said, calls=calls, rest=f"{rest} after")
 
 
-class _Parser(TextCallParser):
+class _Parser(PartwiseCallParser):
     """Its own states: block (before a call), object (a call of a list), name, id (dropped), arguments."""
 
     def __init__(self, tools: Collection[str] | None, *, reasons: bool, thinking: bool, single: bool) -> None:
         super().__init__(
             tools, (CALLS, ARGUMENTS, CALL_ID), reasons=reasons, thinking=thinking, single=single
         )
-        self._record = self._calls if tools is not None else Calls(())
         self._reader = CallReader(self._record)
         self._arguments = ObjectEnd()
         self._listed = False
         self._name = ""
-        self._unwanted: list[str] = []  # all letters of calls that the request does not allow
-
-    def _letter(self, letter: str) -> Iterator[Part]:
-        if self._state == "fresh":
-            self._raw.append(letter)
-            if not letter.isspace():
-                yield from self._settle()
-            return
-        self._unwanted.append(letter)
-        yield from self._wanted(self._inside(letter))
-
-    def _wanted(self, parts: Iterator[Part]) -> Iterator[Part]:
-        if self._calls.tools is not None:
-            yield from parts
-        else:
-            list(parts)
 
     def _inside(self, letter: str) -> Iterator[Part]:
         match self._state:
@@ -228,10 +211,7 @@ class _Parser(TextCallParser):
         self._take()
 
     def _finish(self) -> Iterator[Part]:
-        if self._calls.tools is None:
-            yield unexpected("".join(self._unwanted))
-            return
-        listed = self._state == "block" and self._listed
-        yield from self._cut("the answer ended inside this call")
+        listed = self._calls.tools is not None and self._state == "block" and self._listed
+        yield from super()._finish()
         if listed:
             yield Warn("truncated_tool_call", "the answer ended without the end of the list of calls")

@@ -15,7 +15,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from server.chat.call_json import BLANK, spaced
-from server.chat.errors import UnfitToolError
 from server.chat.grammar import CallRules, ToolForm, json_value, literal
 from server.chat.parsing import stray
 from server.chat.parts import Parser, Part, Warn
@@ -25,7 +24,7 @@ from server.chat.tool_template import ToolTemplate, WrittenMessage
 START, END, PYTHON = "<|python_start|>", "<|python_end|>", "<|python_tag|>"
 _SIGNS = re.compile(r"\[\s*func(tion)?_?name1?\s*\(")
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
-_PLAIN_KEY = re.compile(r"""[^\s=(),\[\]{}"']+( [^\s=(),\[\]{}"']+)*""")
+_PLAIN_KEY = r"""[^\s=(),\[\]{}"']+( [^\s=(),\[\]{}"']+)*"""
 
 
 def is_pythonic(template: str) -> bool:
@@ -102,15 +101,8 @@ def _argument_rules(name: str, tool: ToolForm) -> list[str]:
     Raises:
         UnfitToolError: the tool is strict, and its schema is not a plain list of properties.
     """
-    parameters = tool.parameters()
-    if parameters is None or not all(map(_PLAIN_KEY.fullmatch, parameters.schemas)):
-        if tool.strict:
-            raise UnfitToolError(
-                f"the parameters of {tool.name!r} must be an object with properties and no other conditions, because "
-                "this model's format writes them one by one"
-            )
-        parameters = None
-    if parameters is None or parameters.open:
+    parameters = tool.listed(_PLAIN_KEY)
+    if parameters is None:
         pair = f"{name}_key {literal('=')} {name}_value"
         return [
             f"{name}: ({pair} ({literal(', ')} {pair})*)?",

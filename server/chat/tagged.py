@@ -25,11 +25,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from server.chat.errors import UnfitToolError
 from server.chat.grammar import FREE, ArgumentList, CallRules, ToolForm, json_value, literal
-from server.chat.parsing import Calls, stray
+from server.chat.parsing import stray
 from server.chat.parts import Content, Parser, Part, Warn
-from server.chat.text_calls import TextCallParser, unexpected
+from server.chat.text_calls import PartwiseCallParser, unexpected
 from server.chat.tool_template import RESULT, RESULT_END, ToolTemplate, WrittenMessage
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"
@@ -195,15 +194,8 @@ def _argument_rules(name: str, tool: ToolForm, tags: Tags, tokens: Mapping[str, 
     Raises:
         UnfitToolError: the tool is strict, and its schema is not a plain list of properties.
     """
-    parameters = tool.parameters()
-    if parameters is None or any(re.search(r"[<>\n]|^\s|\s$", key) for key in parameters.schemas):
-        if tool.strict:
-            raise UnfitToolError(
-                f"the parameters of {tool.name!r} must be an object with properties and no other conditions, because "
-                "this model's format writes them one by one"
-            )
-        return [f"{name}: any"]
-    if parameters.open:
+    parameters = tool.listed(r"(?!\s)[^<>\n]*(?<!\s)")
+    if parameters is None:
         return [f"{name}: any"]
     parts, lines = [], []
     for number, key in enumerate(parameters.schemas):
@@ -228,7 +220,7 @@ def _value_rule(
     return f"({' | '.join(map(literal, texts))}) {closing}" if texts else "any_value"
 
 
-class _Parser(TextCallParser):
+class _Parser(PartwiseCallParser):
     """Its own states: head (before the name), name, between (before an argument or the end), key, gap, value."""
 
     def __init__(
@@ -244,7 +236,6 @@ class _Parser(TextCallParser):
         self._written = tags
         self._function = tags.name.strip()  # "": the name follows the call's tag
         self._value_end = tags.value_end.strip()
-        self._record = self._calls if tools is not None else Calls(())
         self._schemas: Mapping[str, Any] = tools if isinstance(tools, Mapping) else {}
         self._properties: Mapping[str, Any] = {}
         self._tagged = True  # the call is between tags
@@ -253,18 +244,8 @@ class _Parser(TextCallParser):
         self._text = False  # the argument is text, and passed on as it comes
         self._held = ""  # a line break that may be the value's last letter, and then is no part of it
         self._begun = False  # a letter of the value came
-        self._unwanted: list[str] = []  # all letters of calls that the request does not allow
 
     # ---- what comes in ----
-
-    def _letter(self, letter: str) -> Iterator[Part]:
-        if self._state == "fresh":
-            self._raw.append(letter)
-            if not letter.isspace():
-                yield from self._settle()
-            return
-        self._unwanted.append(letter)
-        yield from self._wanted(self._inside(letter))
 
     def _tag(self, tag: str) -> Iterator[Part]:
         if self._state not in ("fresh", "content"):
@@ -288,11 +269,8 @@ class _Parser(TextCallParser):
                 yield from self._letters(letter)
 
     def _wanted(self, parts: Iterator[Part]) -> Iterator[Part]:
-        if self._calls.tools is not None:
-            yield from parts
-            return
-        list(parts)
-        if self._state in ("fresh", "content"):
+        yield from super()._wanted(parts)
+        if self._calls.tools is None and self._state in ("fresh", "content"):
             raw, self._unwanted = "".join(self._unwanted), []
             yield unexpected(raw)
 
@@ -400,12 +378,6 @@ class _Parser(TextCallParser):
                 yield from self._record.add("".join(self._raw))
             yield from self._record.cut(message)
         self._take()
-
-    def _finish(self) -> Iterator[Part]:
-        if self._calls.tools is None:
-            yield unexpected("".join(self._unwanted))
-            return
-        yield from self._cut("the answer ended inside this call")
 
 
 def _as_json(raw: str, schema: Any) -> str:

@@ -132,6 +132,55 @@ class TextCallParser(ABC):
             yield from self._tag(tag)
 
 
+class PartwiseCallParser(TextCallParser):
+    """A reader of calls whose name and arguments stand apart.
+
+    Calls that the request does not allow are read, too: to find their end, and to tell what they were.
+    """
+
+    def __init__(
+        self,
+        tools: Collection[str] | None,
+        tags: Collection[str],
+        *,
+        reasons: bool,
+        thinking: bool,
+        single: bool,
+    ) -> None:
+        super().__init__(tools, tags, reasons=reasons, thinking=thinking, single=single)
+        self._record = self._calls if tools is not None else Calls(())
+        self._unwanted: list[str] = []  # all letters of calls that the request does not allow
+
+    @abstractmethod
+    def _inside(self, letter: str) -> Iterator[Part]:
+        """Read a letter inside a call."""
+
+    @abstractmethod
+    def _cut(self, message: str) -> Iterator[Part]:
+        """End a call that is not complete."""
+
+    def _letter(self, letter: str) -> Iterator[Part]:
+        if self._state == "fresh":
+            self._raw.append(letter)
+            if not letter.isspace():
+                yield from self._settle()
+            return
+        self._unwanted.append(letter)
+        yield from self._wanted(self._inside(letter))
+
+    def _wanted(self, parts: Iterator[Part]) -> Iterator[Part]:
+        if self._calls.tools is not None:
+            yield from parts
+        else:
+            list(parts)
+
+    def _finish(self) -> Iterator[Part]:
+        if self._calls.tools is None:
+            yield unexpected("".join(self._unwanted))
+        else:
+            yield from self._cut("the answer ended inside this call")
+
+
 def unexpected(raw: str) -> Warn:
     """Make a report about a call in an answer that may have none."""
     return Warn("unexpected_tool_call", "the model called a tool, but this request allows none", raw=raw)

@@ -36,13 +36,17 @@ class Journal(Generic[Row]):
             OSError: the folder cannot be written.
         """
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._folder, self._type = folder, row
+        self._folder = folder
         self._encoder, self._decoder = msgspec.json.Encoder(), msgspec.json.Decoder(row)
         self.left: list[Row] = []
         self._taken = self._take_over()
         self._path = folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.rows"
-        self._file = self._path.open("ab", buffering=0)
+        # It gets its name when it is locked, so that no other process can take it over in between.
+        unnamed = self._path.with_suffix(".new")
+        self._file = unnamed.open("ab", buffering=0)
         fcntl.flock(self._file, fcntl.LOCK_EX)
+        unnamed.rename(self._path)
+        _sync_folder(folder)
 
     left: list[Row]
     """Rows of processes that have ended. `clear` removes them from the disk."""
@@ -59,8 +63,12 @@ class Journal(Generic[Row]):
             except OSError:  # its process runs
                 file.close()
                 continue
-            taken.append((path, file))
-            self.left += self._read(path, file.read())
+            if rows := self._read(path, file.read()):
+                taken.append((path, file))
+                self.left += rows
+            else:
+                path.unlink(missing_ok=True)
+                file.close()
         return taken
 
     def _read(self, path: Path, content: bytes) -> list[Row]:
@@ -107,6 +115,15 @@ class Journal(Generic[Row]):
         self._file.close()
         for _, file in self._taken:
             file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names of a folder's files durable, too."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def rows_in(folder: Path) -> int:

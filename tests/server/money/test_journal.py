@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import sqlite3
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -91,6 +93,35 @@ def test_rows_of_a_running_process_are_its_own(tmp_path: Path) -> None:
     blocker.close()
     first.close()
     assert read(path) == [("a",)]
+
+
+def test_a_file_has_its_name_only_when_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a process that starts at the same time would take it over, and its owner would wait for the lock."""
+    begun: list[Journal[LedgerRow]] = []
+    lock = fcntl.flock
+
+    def another_starts(file: Any, how: int) -> None:
+        if how == fcntl.LOCK_EX and not begun:
+            monkeypatch.setattr("server.money.journal.fcntl.flock", lock)
+            begun.append(Journal(tmp_path, LedgerRow))
+        lock(file, how | fcntl.LOCK_NB)  # raises if the other one has it
+
+    monkeypatch.setattr("server.money.journal.fcntl.flock", another_starts)
+    journal = Journal(tmp_path, LedgerRow)
+    assert len(list(tmp_path.glob("*.rows"))) == 2
+    for one in (journal, *begun):
+        one.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_left_without_a_row_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "1-a.rows").touch()
+    (tmp_path / "2-b.rows").write_text('{"request_id": "cut')
+    journal = Journal(tmp_path, LedgerRow)
+    assert journal.left == []
+    assert "not finished" in caplog.text
+    journal.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_no_journal(
