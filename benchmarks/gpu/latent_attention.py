@@ -92,7 +92,7 @@ class Bench:
     def error(self, plane: Tensor) -> float:
         """The largest relative error of a row: sparse and dense, long and short, positions left out, padding."""
         ends = [self._tokens - 1, 4000, 100, 0, -1, self._tokens - 1, 70]
-        rows = self._rows(len(ends), TOP_K)
+        rows = self.rows(len(ends))
         rows.positions.copy_(torch.tensor(ends))
         rows.index_top_k[5:] = 0
         selected = torch.full((len(ends), TOP_K), -1, dtype=torch.int32, device=self._device)
@@ -100,7 +100,7 @@ class Bench:
             chosen = torch.randperm(end + 1, device=self._device)[:TOP_K].sort().values
             selected[row, : len(chosen)] = chosen.int()
         selected[1, ::3] = -1
-        query = self._query(len(ends))
+        query = self.query(len(ends))
         out = attend_latents(query, plane, rows, selected, 512, SCALE, self._tokens)
         worst = float(out[4].abs().max())
         for row, end in enumerate(ends):
@@ -117,22 +117,22 @@ class Bench:
 
     def sparse(self, plane: Tensor, count: int) -> float:
         """Decodes of `count` rows."""
-        return self._time(plane, self._rows(count, TOP_K), [self._selected(count) for _ in range(CALLS)])
+        return self._time(plane, self.rows(count), [self.selected(count) for _ in range(CALLS)])
 
     def prompt(self, count: int) -> float:
         """The last `count` rows of a prompt."""
-        rows = self._rows(count, TOP_K)
+        rows = self.rows(count)
         rows.request.zero_()
         rows.positions.copy_(torch.arange(self._tokens - count, self._tokens))
-        selected = self._selected(64, self._tokens - count).repeat(count // 64, 1)
+        selected = self.selected(64, self._tokens - count).repeat(count // 64, 1)
         return self._time(self.fp8, rows, [selected])
 
     def dense(self, count: int) -> float:
         """Decodes of `count` rows that read everything."""
-        return self._time(self.fp8, self._rows(count, 0), [None])
+        return self._time(self.fp8, self.rows(count, 0), [None])
 
     def _time(self, plane: Tensor, rows: Rows, selections: Sequence[Tensor | None]) -> float:
-        queries = [self._query(len(rows.positions)) for _ in selections]
+        queries = [self.query(len(rows.positions)) for _ in selections]
 
         def all_of_them() -> None:
             for query, selected in zip(queries, selections, strict=True):
@@ -140,17 +140,20 @@ class Bench:
 
         return _microseconds(all_of_them) / len(selections)
 
-    def _rows(self, count: int, top_k: int) -> Rows:
+    def rows(self, count: int, top_k: int = TOP_K) -> Rows:
+        """Decodes at the contexts' ends."""
         each: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
         request = torch.arange(count, **each) % REQUESTS
         ends = torch.full((count,), self._tokens - 1, **each)
         return Rows(request, ends, torch.full((count,), top_k, **each), self._table)
 
-    def _selected(self, count: int, below: int = 0) -> Tensor:
+    def selected(self, count: int, below: int = 0) -> Tensor:
+        """Random selections, ascending: [count, 2048] int32."""
         drawn = torch.rand(count, below or self._tokens, device=self._device)
         return drawn.topk(TOP_K).indices.sort().values.int()
 
-    def _query(self, count: int) -> Tensor:
+    def query(self, count: int) -> Tensor:
+        """Random queries: [count, 128, 576] bfloat16."""
         return (self._random(count, HEADS, 576) * 0.3).to(torch.bfloat16)
 
     def _random(self, *shape: int) -> Tensor:
