@@ -37,8 +37,8 @@ from engine.step.core import EngineCore, StepRunner
 from engine.step.drafting import LayerDrafter
 from engine.step.grammars import Grammars
 from engine.step.lead import LeadRunner
-from engine.step.runner import Draw, Runner
-from engine.step.sampler import sample
+from engine.step.runner import Runner
+from engine.step.sampler import Draw, sample
 from engine.step.sizes import num_pages, sizes_of
 
 
@@ -243,7 +243,8 @@ def _build(
     if model.row_step is not None:
         score_bytes = max(score_bytes, STEP_SCORE_BYTES)
     costs = model.tile_costs(score_bytes, config.sparse_form)
-    drafter = None if layer is None else LayerDrafter(layer, config.draft_tokens, cache, costs)
+    draw: Draw = _device_draw() if kernels.name == "triton" else sample
+    drafter = None if layer is None else LayerDrafter(layer, config.draft_tokens, cache, costs, draw)
     rows = sizes.max_running * (1 if layer is None else 1 + config.draft_tokens)
     model.prepare(cache, rows, lambda done, total: progress("capturing graphs", done, total), compilers)
     if layer is not None:
@@ -253,7 +254,6 @@ def _build(
             lambda done, total: progress("capturing the draft layer's graphs", done, total),
             compilers,
         )
-    draw: Draw = _device_draw() if kernels.name == "triton" else sample
     runner = (
         Runner(model, cache, costs, device, drafter, draw)
         if team is None
@@ -265,6 +265,8 @@ def _build(
         ahead = _device_runner(
             model, step, cache, score_bytes, device, compilers, masks=vocabulary is not None
         )
+    elif device.type == "cuda" and kernels.name == "triton":
+        _rehearse_draws(model.vocab_size, device, compilers, masks=vocabulary is not None)
     if compilers is not None:
         compilers.started()
         compilers.close()
@@ -347,6 +349,14 @@ def _device_draw() -> Draw:
     from engine.step.device_sampler import sample_on_device  # needs Triton
 
     return sample_on_device
+
+
+def _rehearse_draws(
+    vocab: int, device: torch.device, compilers: KernelCompilers | None, *, masks: bool
+) -> None:
+    from engine.step.device_sampler import rehearse  # needs Triton
+
+    rehearse(vocab, device, compilers, masks=masks)
 
 
 def _compilers() -> KernelCompilers:

@@ -19,18 +19,11 @@ from engine.memory.staging import Staging
 from engine.models.family import KernelCompilers, RowStep
 from engine.plan.types import Sampled, SampleSpec
 from engine.protocol import TokenLogprob, has_penalty
-from engine.step.device_sampler import logprobs_of, needs_of, no_masks, rows_of, table
+from engine.step.device_sampler import logprobs_of, needs_of, no_masks, rows_of, table, usual_needs
 from engine.step.masking import TokenMasks
 from engine.step.sampler import NOT_FINITE
 
 _COLUMNS = COLUMNS.value
-_USUAL = tuple(
-    Needs(draws=draws, filters=filters, changes=False, logprobs=False)
-    for draws, filters in ((False, False), (True, False), (True, True))
-)
-_MASKED = tuple(
-    Needs(draws=draws, filters=draws, changes=False, logprobs=False, masks=True) for draws in (False, True)
-)
 _LEAST_SLOTS = 8
 
 
@@ -131,7 +124,7 @@ class DeviceDraws:
         made = {
             (size, needs): self._made(size, needs, hidden)
             for size in reversed(self._sizes)
-            for needs in (_USUAL + _MASKED if masks else _USUAL)
+            for needs in usual_needs(masks=masks)
         }
         if compilers is not None:
             with compilers.together():

@@ -23,14 +23,17 @@ from engine.memory.planes import PagedCache
 from engine.models.family import DraftLayer
 from engine.plan.tiles import TileCosts
 from engine.plan.types import Sampled, SampleSpec, ScheduledRequest, StepPlan
-from engine.step.sampler import sample
+from engine.step.sampler import Draw, sample
 from engine.step.speculation import advanced
 
 
 class LayerDrafter:
     """Fills the draft layer's cache for every row of a step, and guesses up to `count` tokens for each request."""
 
-    def __init__(self, layer: DraftLayer, count: int, cache: PagedCache, costs: TileCosts) -> None:
+    def __init__(
+        self, layer: DraftLayer, count: int, cache: PagedCache, costs: TileCosts, draw: Draw = sample
+    ) -> None:
+        self._draw = draw
         self._layer = layer
         self._count = count
         self._cache = cache
@@ -65,7 +68,7 @@ class LayerDrafter:
             if not rows:
                 break
             specs = [advanced(row.spec, drafts[row.index]) for row in rows]
-            drawn = [one.token_id for one in sample(self._layer.logits(hidden), specs)]
+            drawn = [one.token_id for one in self._draw(self._layer.logits(hidden), specs, None)]
             for row, token_id in zip(rows, drawn, strict=True):
                 if token_id is not None:
                     drafts[row.index].append(token_id)

@@ -13,7 +13,8 @@ from engine.parallel.team import Team
 from engine.plan.tiles import TileCosts
 from engine.plan.types import StepPlan
 from engine.step.drafting import LayerDrafter
-from engine.step.runner import Draw, Runner
+from engine.step.runner import Runner
+from engine.step.sampler import Draw
 
 
 class LeadRunner(Runner):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import accumulate
 
 import msgspec
@@ -19,11 +19,8 @@ from engine.plan.tiles import TileCosts
 from engine.plan.types import Drawn, Sampled, SampleSpec, StepPlan, StepResult
 from engine.step.drafting import LayerDrafter
 from engine.step.masking import TokenMasks
-from engine.step.sampler import prompt_logprobs, sample
+from engine.step.sampler import Draw, prompt_logprobs, sample
 from engine.step.speculation import row_specs, verify
-
-Draw = Callable[[Tensor, Sequence[SampleSpec], TokenMasks | None], list[Drawn]]
-"""Draws a token from each row of logits [N, vocab]: `engine.step.sampler.sample` or the like."""
 
 
 class Computed:

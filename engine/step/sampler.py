@@ -23,6 +23,9 @@ from engine.step.race import race
 
 _LOGIT_ROWS = 64  # rows of prompt logits held at once: 64 x 49152 float32 is 12 MiB
 
+Draw = Callable[[Tensor, Sequence[SampleSpec], TokenMasks | None], list[Drawn]]
+"""Draws a token from each row of logits [N, vocab], as `sample` does."""
+
 LogitRow = NDArray[np.float32]
 """[vocab]"""
 

@@ -32,7 +32,7 @@ class Kernel(JITFunction[Any]):  # type: ignore[misc]
     ) -> Any:
         compilers = compilers_at_work()
         if compilers is None:
-            with noted(f"{self.__module__}.{self.__name__}"):
+            with noted(f"{self.__module__}.{self.__name__} ({self._form(constexprs)})"):
                 return super()._do_compile(key, signature, device, constexprs, options, attrs, warmup)
         if not compilers.knows((self.__module__, self.__name__, key)):
             target = self.device_caches[device][2]
@@ -42,6 +42,12 @@ class Kernel(JITFunction[Any]):  # type: ignore[misc]
                 )
             )
         return None  # nothing is kept, so that the first launch takes it from the cache on disk
+
+    def _form(self, constexprs: dict[tuple[int, ...], Any]) -> str:
+        """Its numbers that are known when it is compiled, for the log."""
+        return ", ".join(
+            f"{self.arg_names[place[0]]} {value}" for place, value in constexprs.items() if len(place) == 1
+        )
 
 
 def kernel(function: Callable[..., Any]) -> Any:
