@@ -41,12 +41,10 @@ def framed(body: bytes) -> bytes:
     return _HEADER.pack(len(body)) + body
 
 
-def _body_length(header: bytes | bytearray) -> int:
+def _body_length(header: bytes | bytearray, most: int = MAX_FRAME_BYTES) -> int:
     (length,) = _HEADER.unpack(header)
-    if length > MAX_FRAME_BYTES:
-        raise ProtocolError(
-            f"a frame announced {length} bytes, more than the {MAX_FRAME_BYTES} that any message has"
-        )
+    if length > most:
+        raise ProtocolError(f"a frame announced {length} bytes, more than the {most} that any message has")
     return int(length)
 
 
@@ -62,14 +60,18 @@ def decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
         raise ProtocolError(f"not a message: {error}") from None
 
 
-def read_frame(sock: socket.socket) -> bytes | None:
+def read_frame(sock: socket.socket, most: int = MAX_FRAME_BYTES) -> bytes | None:
     """Read the body of the next frame from a blocking socket; None if the other side has closed its end.
+
+    Args:
+        sock: the socket
+        most: the bytes that a body may have; nothing of a longer one is read
 
     Raises:
         ProtocolError: the bytes are not a frame.
     """
     header = _read(sock, _HEADER.size)
-    return None if header is None else _read(sock, _body_length(header))
+    return None if header is None else _read(sock, _body_length(header, most))
 
 
 def _read(sock: socket.socket, count: int) -> bytes | None:

@@ -71,6 +71,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tensor_parallel: int = 1  # devices that compute the model together, with a process for each
     nodes: int = 1  # hosts that share the devices evenly; all but the first run `engine.parallel.node`
     leader: str | None = None  # HOST:PORT where the first host listens, only there, and the others join
+    node_secret_file: str | None = (
+        None  # a file with what all nodes know and nobody else (`engine.parallel.secret`)
+    )
     sparse_form: SparseForm = "auto"
     drafter: Drafter = "off"
     speculative_tokens: int | None = None  # drafts for each request in a step; None: DEFAULT_DRAFT_TOKENS
@@ -108,6 +111,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if self.leader is not None:
             host_and_port(self.leader)
+        elif self.node_secret_file is not None:
+            raise ValueError("node_secret_file is for several nodes; with one node leave it out")
         if self.load_format == "dummy" and self.overlay is not None:
             raise ValueError(
                 "load_format is dummy, so the weights are random and no overlay fits them; leave the overlay out"

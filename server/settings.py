@@ -300,6 +300,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "HOST:PORT",
         ),
     ] = _ENGINE.leader
+    node_secret_file: Annotated[
+        str | None,
+        Flag(
+            MEMORY,
+            "A secret of 32 bytes or more that only the nodes have; dsa worker needs the same.",
+            "none, which only a leader on the loopback may do without",
+            "FILE",
+        ),
+    ] = _ENGINE.node_secret_file
     prefix_caching: Annotated[
         bool, Flag(MEMORY, "Reuse what requests that begin alike have in common.", "on")
     ] = _ENGINE.prefix_caching

@@ -6,6 +6,9 @@ import fcntl
 import os
 import socket
 import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 import msgspec
@@ -14,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from engine.parallel.admit import admit_only
 from engine.parallel.ranks import Ranks
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
@@ -32,13 +36,27 @@ class Meeting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Door:
-    """The leader's end of a meeting over several hosts: a store that listens on one of its addresses."""
+    """The leader's end of a meeting over several hosts: a store that listens on one of its addresses.
 
-    def __init__(self, host: str, count: int) -> None:
-        """Listen on a free port of the numeric address `host`, and on no other address."""
+    The store has no password, and whoever writes into it can keep the ranks from meeting. So it opens only when all nodes
+    have proved who they are, and on Linux the system drops packets to its port that do not come from one of them.
+    """
+
+    def __init__(self, host: str, count: int, nodes: Sequence[str]) -> None:
+        """Listen on a free port of the numeric address `host`, and on no other address.
+
+        Args:
+            host: the leader's address
+            count: how many ranks there are
+            nodes: the numeric addresses of the other nodes
+        """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as listener:
             listener.bind((host, 0))
+            own = (
+                ["::1" if family == socket.AF_INET6 else "127.0.0.1"] if ip_address(host).is_loopback else []
+            )
+            admit_only(listener, [host, *own, *nodes])
             listener.listen(count)
             self.meeting = Meeting(host=host, port=listener.getsockname()[1])
             self.store: Store = TCPStore(
@@ -105,6 +123,11 @@ def interface_of(address: str) -> str | None:
             continue
         if socket.inet_ntoa(packed[20:24]) == address:
             return name
+    with suppress(OSError), Path("/proc/net/if_inet6").open() as lines:  # Linux: address, ..., interface
+        for line in lines:
+            packed6, *_, name = line.split()
+            if socket.inet_ntop(socket.AF_INET6, bytes.fromhex(packed6)) == address.partition("%")[0]:
+                return name
     return None
 
 

@@ -1,6 +1,7 @@
 """The messages between the processes of one engine, in the frames of `engine.channel`, never pickle.
 
-On one host the sockets are inherited pairs. Another node has one TCP connection to the leader.
+On one host the sockets are inherited pairs. Another node has one TCP connection to the leader, over which both have
+proved that they know the same secret (`engine.parallel.secret`) before anything here is read.
 
 Plans are messages and not a collective operation, because a worker may wait for days for the next plan. A collective
 that waits ends the group (after 10 minutes with NCCL) and keeps the device busy until then.
@@ -16,12 +17,15 @@ from typing import TypeVar
 
 import msgspec
 
-from engine.channel import decode, frame, framed, read_frame
+from engine.channel import MAX_FRAME_BYTES, decode, frame, framed, read_frame
 from engine.config import EngineConfig
 from engine.parallel.group import Meeting
 from engine.protocol import Failed, Message
 
 T = TypeVar("T")
+
+MAX_MEETING_BYTES = 1 << 20
+"""Far more than any message has that nodes exchange when they meet, or that a node sends later. Plans may be longer."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while the processes meet and load."""
@@ -65,10 +69,16 @@ ToNode = Welcome | Failed
 
 
 class Link:
-    """One end of a connection. It blocks. At most one thread may read; any thread may write."""
+    """One end of a connection. It blocks. At most one thread may read; any thread may write.
 
-    def __init__(self, sock: socket.socket) -> None:
+    Args:
+        sock: the connection
+        most: the bytes that a message from the other end may have
+    """
+
+    def __init__(self, sock: socket.socket, most: int = MAX_FRAME_BYTES) -> None:
         self._sock = sock
+        self._most = most
         self._writing = threading.Lock()
 
     def send(self, value: msgspec.Struct) -> None:
@@ -100,8 +110,12 @@ class Link:
         return value
 
     def receive_body(self) -> bytes | None:
-        """Read the next value without decoding it; None if the other end is gone."""
-        return read_frame(self._sock)
+        """Read the next value without decoding it; None if the other end is gone.
+
+        Raises:
+            ProtocolError: the bytes are not a frame, or it is longer than this link's messages.
+        """
+        return read_frame(self._sock, self._most)
 
     def close(self) -> None:
         """Close the socket; the other end sees the end of the stream."""

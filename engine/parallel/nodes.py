@@ -1,7 +1,8 @@
 """The leader's side of the other nodes: it accepts and checks them, sends them plans, and notices when one is gone.
 
-The port has no password, and neither have NCCL's and gloo's own ports: use a network that only the nodes can reach.
-Its bytes are decoded into plain types, so a stranger who connects is refused and cannot run anything here.
+A caller has to prove first that it knows the secret (`engine.parallel.secret`). Nothing that a stranger sends is decoded,
+takes memory or lasts, and the leader goes on waiting for its nodes. Messages are decoded into plain types, never pickle.
+NCCL's and gloo's own ports cannot ask for a secret: use a network that only the nodes can reach.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import socket
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,8 @@ from engine.config import EngineConfig, host_and_port
 from engine.errors import ConfigError, ProtocolError
 from engine.parallel.fingerprint import fingerprint
 from engine.parallel.group import Meeting
-from engine.parallel.link import FromWorker, Hello, Link, Progress, Welcome
+from engine.parallel.link import MAX_MEETING_BYTES, FromWorker, Hello, Link, Progress, Welcome
+from engine.parallel.secret import NodeSecret, ProofError, read_secret
 from engine.protocol import Failed
 
 if TYPE_CHECKING:
@@ -32,7 +35,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_HELLO_SECONDS = 10.0  # time for a caller to send its `Hello`
+_PROOF_SECONDS = 10.0  # time for a caller to prove itself, and then again to send its `Hello`
+_UNPROVED = 64  # callers at once that have not proved themselves; of more, the first are closed
+_LOGGED_STRANGERS = 20  # of each leader; the others are only counted
 _LOOKUP_SECONDS = 60.0  # a host's name may become known only after the host has started
 _POLL_SECONDS = 0.2
 _SILENT_SECONDS = 20  # a host that does not answer for so long is gone
@@ -41,7 +46,8 @@ _SILENT_SECONDS = 20  # a host that does not answer for so long is gone
 @dataclass(eq=False)
 class _Node:
     link: Link
-    name: str  # its address
+    name: str  # its address and port
+    address: str
 
 
 class Nodes:
@@ -53,24 +59,28 @@ class Nodes:
         on_failed: called with the reason when a node is gone, unless `close` was called
 
     Raises:
-        ConfigError: the leader's address does not belong to this host, or is taken.
+        ConfigError: the leader's address does not belong to this host, is taken, or can be reached from other hosts and
+            there is no secret; or the secret's file is not usable.
     """
 
     def __init__(self, config: EngineConfig, on_loaded: OnLoaded, on_failed: OnFailed) -> None:
         self._config = config
         self._on_loaded = on_loaded
         self._on_failed = on_failed
+        self._secret: NodeSecret = read_secret(config.node_secret_file)
         self._own = hello(config.weights, config.overlay)
         self._changed = threading.Condition()
         self._nodes: list[_Node] = []
+        self._unproved: deque[socket.socket] = deque()
         self._started = False
         self._closing = False
-        self._listener = _listen(config.leader or "")
+        self._listener = _listen(config.leader or "", self._secret)
         self.address: str = self._listener.getsockname()[0]
+        self.strangers = 0  # callers that were no nodes
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def gather(self, meeting: Meeting, progress: Progress) -> None:
-        """Wait until all nodes have joined, and give each its ranks. After this no node can join or leave."""
+    def gather(self, progress: Progress) -> list[str]:
+        """Wait until all nodes have joined; return their numeric addresses. After this no node can join or leave."""
         wanted, stage = self._config.nodes - 1, f"waiting for the other nodes at {self._config.leader}"
         with self._changed:
             while len(self._nodes) < wanted:
@@ -79,6 +89,12 @@ class Nodes:
             self._started = True
         progress(stage, wanted, wanted)
         self._listener.close()  # a node that comes later tries again until a new engine opens the port
+        if self.strangers:
+            _log.warning("%d callers at %s were no nodes", self.strangers, self._config.leader)
+        return [node.address for node in self._nodes]
+
+    def assign(self, meeting: Meeting) -> None:
+        """Give each node its ranks, and say where all ranks meet."""
         each = self._config.devices_a_node
         for place, node in enumerate(self._nodes, 1):
             _log.info("node %s has ranks %d to %d", node.name, place * each, place * each + each - 1)
@@ -104,46 +120,77 @@ class Nodes:
     def _accept(self) -> None:
         """Accept callers, each with a thread of its own. This runs in a thread."""
         self._listener.settimeout(_POLL_SECONDS)
-        while True:
+        while not (self._started or self._closing):
             try:
                 caller, address = self._listener.accept()
             except TimeoutError:
                 continue
-            except OSError:  # closed
-                return
-            name = f"{address[0]}:{address[1]}"
-            threading.Thread(target=self._serve, args=(caller, name), daemon=True).start()
+            except OSError as error:
+                if not (
+                    self._started or self._closing
+                ):  # no descriptor is free, say: the next caller may find one
+                    _log.warning("no caller can be accepted at %s: %s", self._config.leader, error)
+                    time.sleep(_POLL_SECONDS)
+                continue
+            self._make_room(caller)
+            threading.Thread(target=self._serve, args=(caller, address), daemon=True).start()
 
-    def _serve(self, caller: socket.socket, name: str) -> None:
+    def _make_room(self, caller: socket.socket) -> None:
+        """Close the caller that has waited longest if too many have proved nothing. A node needs milliseconds for it."""
+        with self._changed:
+            self._unproved.append(caller)
+            longest = self._unproved.popleft() if len(self._unproved) > _UNPROVED else None
+        if longest is not None:
+            with suppress(OSError):
+                longest.shutdown(socket.SHUT_RDWR)  # its thread sees the end and closes it
+
+    def _serve(self, caller: socket.socket, address: tuple[str, int]) -> None:
         """Check one caller, read its messages and report its end. Each caller has a thread for this."""
-        link = Link(caller)
+        name = f"{address[0]}:{address[1]}"
+        link = Link(caller, MAX_MEETING_BYTES)
         try:
-            caller.settimeout(_HELLO_SECONDS)
+            self._prove(caller)
+            caller.settimeout(_PROOF_SECONDS)
             said = link.receive(msgspec.msgpack.Decoder(Hello))
             if said is None:
-                link.close()
-                return
+                raise ProofError("it did not say what it has")
             caller.settimeout(None)
             keep_alive(caller)
-            node = _Node(link, name)
-            refusal = _difference(self._own, said)
-            with self._changed:
-                if refusal is None and not self._started and len(self._nodes) < self._config.nodes - 1:
-                    self._nodes.append(node)
-                    self._changed.notify_all()
-                elif refusal is None:
-                    link.close()  # all nodes have joined already
-                    return
-            if refusal is not None:
-                _log.warning("node %s was turned away: %s", name, refusal)
-                link.send(Failed(message=refusal))
-                link.close()
-                return
-        except (ProtocolError, OSError) as error:
-            _log.warning("a caller at %s was no node: %s", name, error)
+        except (ProofError, ProtocolError, OSError) as error:
+            self._count_stranger(name, str(error))
             link.close()
             return
-        self._listen_to(node)
+        node = _Node(link, name, address[0])
+        refusal = _difference(self._own, said)
+        with self._changed:
+            joined = refusal is None and not self._started and len(self._nodes) < self._config.nodes - 1
+            if joined:
+                self._nodes.append(node)
+                self._changed.notify_all()
+        if joined:
+            self._listen_to(node)
+            return
+        if refusal is not None:  # else all nodes have joined already
+            _log.warning("node %s was turned away: %s", name, refusal)
+            with suppress(OSError):
+                link.send(Failed(message=refusal))
+        link.close()
+
+    def _prove(self, caller: socket.socket) -> None:
+        try:
+            self._secret.admit(caller, _PROOF_SECONDS)
+        finally:
+            with self._changed, suppress(ValueError):  # others may have needed its room
+                self._unproved.remove(caller)
+
+    def _count_stranger(self, name: str, reason: str) -> None:
+        with self._changed:
+            self.strangers += 1
+            count = self.strangers
+        if count <= _LOGGED_STRANGERS:
+            _log.warning("a caller at %s was no node: %s", name, reason)
+        if count == _LOGGED_STRANGERS:
+            _log.warning("more such callers are counted, and not logged")
 
     def _listen_to(self, node: _Node) -> None:
         decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
@@ -210,7 +257,7 @@ def _difference(own: Hello, said: Hello) -> str | None:
     return None
 
 
-def _listen(leader: str) -> socket.socket:
+def _listen(leader: str, secret: NodeSecret) -> socket.socket:
     host, port = host_and_port(leader)
     until = time.monotonic() + _LOOKUP_SECONDS
     while True:
@@ -223,9 +270,15 @@ def _listen(leader: str) -> socket.socket:
                     f"leader is {leader}, but {host} has no address: {error.strerror}"
                 ) from error
             time.sleep(1.0)
-    if ipaddress.ip_address(address[0]).is_unspecified:
+    number = ipaddress.ip_address(address[0])
+    if number.is_unspecified:
         raise ConfigError(
             f"leader is {leader}, which is every network; name the address by which the other nodes reach this host"
+        )
+    if not (secret or number.is_loopback):
+        raise ConfigError(
+            f"leader is {leader}, where anybody who reaches it could join as a node; give node_secret_file, a file that "
+            "only the nodes have, and the same to each dsa worker as --node-secret-file"
         )
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

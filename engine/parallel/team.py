@@ -42,7 +42,7 @@ class Team:
             progress: gets the progress of waiting for the nodes
 
         Raises:
-            ConfigError: the leader's address does not belong to this host, or is taken.
+            ConfigError: the leader's address or the secret's file cannot be used; see `Nodes`.
         """
         self._count = config.tensor_parallel
         self._on_lost = on_lost
@@ -59,9 +59,10 @@ class Team:
             if config.leader is not None:
                 self._nodes = Nodes(config, self._hear_loaded, self._hear_failed)
                 self._address = self._nodes.address
-                self._door = Door(self._address, self._count)
+                addresses = self._nodes.gather(progress)
+                self._door = Door(self._address, self._count, addresses)
                 meeting = self._door.meeting
-                self._nodes.gather(meeting, progress)
+                self._nodes.assign(meeting)
             self._meeting = meeting
             ranks = range(1, config.devices_a_node)
             self._crew = Crew(ranks, config, meeting, self._hear_loaded, self._hear_failed, self._address)

@@ -26,6 +26,15 @@ def worker(
             help="The leader's overlay, if it has one.", metavar="FILE", show_default="the model's own"
         ),
     ] = None,
+    node_secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="The leader's secret, in a file of this host; needed unless the leader is this host.",
+            metavar="FILE",
+            envvar="DSA_NODE_SECRET_FILE",
+            show_default="none",
+        ),
+    ] = None,
     wait_seconds: Annotated[
         float, typer.Option(help="How long to look for a leader that cannot be reached.", min=0)
     ] = 600,
@@ -33,8 +42,9 @@ def worker(
     """Lend this host's devices to a dsa serve on another host.
 
     The leader runs dsa serve MODEL --tensor-parallel N --nodes M --leader
-    HOST:PORT, each other node dsa worker MODEL --leader HOST:PORT: N / M devices
-    of each compute the model together. All settings are the leader's; versions and
+    HOST:PORT, each other node dsa worker MODEL --leader HOST:PORT, and all of them
+    --node-secret-file with the same secret: N / M devices of each compute the
+    model together. All settings are the leader's; versions and
     model files must be the same. When the leader's engine starts anew, this node
     joins it again.
     """
@@ -47,7 +57,8 @@ def worker(
     except ModelError as error:
         fail(error)
     options = {
-        "weights": files.weights, "overlay": files.overlay, "leader": leader, "wait-seconds": wait_seconds
+        "weights": files.weights, "overlay": files.overlay, "leader": leader, "node-secret-file": node_secret_file,
+        "wait-seconds": wait_seconds,
     }  # fmt: skip
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     become("engine.parallel.node", *given)

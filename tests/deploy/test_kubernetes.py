@@ -322,7 +322,12 @@ def test_nodes_of_a_group_join_and_are_sized_alike() -> None:
     assert given["leader"] == option(arguments, "leader")
     assert f":{serving['ports'][1]['containerPort']}" in given["leader"]
     places = {mount["mountPath"] for mount in working["volumeMounts"]}
-    assert places == {"/models", "/tmp", "/dev/shm"}
+    assert places == {"/models", "/tmp", "/dev/shm", "/etc/dsa-node"}
+    # Both have the same secret, in a file that others cannot read.
+    assert str(given["node_secret_file"]) == option(arguments, "node_secret_file") == "/etc/dsa-node/secret"
+    for made in (leader, worker):
+        (secret,) = (volume["secret"] for volume in made["spec"]["volumes"] if "secret" in volume)
+        assert secret == {"secretName": "dsa-node-secret", "defaultMode": 0o440}
     assert {pair["value"] for pair in working["env"]} <= places
     # Ranks talk to one another on ports that they choose, and nobody else may.
     (ranks,) = (item["spec"] for item in rendered(folder) if item["metadata"]["name"] == "dsa-serve-ranks")

@@ -25,6 +25,7 @@ from engine.parallel.group import Meeting, interface_of
 from engine.parallel.link import Assignment, Link, ToNode
 from engine.parallel.node import Node
 from engine.parallel.nodes import Nodes, hello
+from engine.parallel.secret import NodeSecret
 from engine.protocol import Failed, SamplingParams, Submit
 from engine.step.build import Built, build
 from tests.engine.models.mla.kit import tiny_deepseek
@@ -77,6 +78,14 @@ class Agent:
         self._reader.join(10)
         assert self.process.stderr is not None
         self.process.stderr.close()
+
+
+def secret_file(folder: Path, secret: bytes = b"0123456789abcdef0123456789abcdef") -> str:
+    """A file with a secret, as the nodes have it."""
+    path = folder / "secret"
+    path.write_bytes(secret)
+    path.chmod(0o600)
+    return str(path)
 
 
 @contextmanager
@@ -174,8 +183,9 @@ def door(folder: Path) -> Iterator[tuple[Nodes, str]]:
 
 
 def call(leader: str, data: bytes) -> object:
-    """What a caller gets that sends these bytes."""
+    """What a node gets that sends these bytes."""
     with socket.create_connection(host_and_port(leader), 10) as sock:
+        NodeSecret().prove(sock, 10)
         sock.sendall(data)
         return Link(sock).receive(msgspec.msgpack.Decoder(ToNode))
 
@@ -213,7 +223,7 @@ def test_another_version_is_turned_away(folder: Path, door: tuple[Nodes, str]) -
         )
 
 
-def test_a_stranger_gets_nothing(door: tuple[Nodes, str]) -> None:
+def test_a_node_that_says_something_else_gets_nothing(door: tuple[Nodes, str]) -> None:
     for data in (
         b"GET / HTTP/1.1\r\n\r\n",  # a length of 1.2 GB
         frame(Assignment(config=EngineConfig(weights="x"), rank=1, meeting=Meeting())),
@@ -225,6 +235,7 @@ def test_a_stranger_gets_nothing(door: tuple[Nodes, str]) -> None:
 def test_who_leaves_before_all_are_there_is_not_counted(folder: Path, door: tuple[Nodes, str]) -> None:
     nodes, leader = door
     with socket.create_connection(host_and_port(leader), 10) as sock:
+        NodeSecret().prove(sock, 10)
         Link(sock).send(hello(str(folder), None))
         until(lambda: len(nodes._nodes) == 1)
         assert call(leader, frame(hello(str(folder), None))) is None  # one too many
@@ -251,8 +262,9 @@ def test_a_leader_that_does_not_come_is_given_up(folder: Path) -> None:
     ],
 )
 def test_an_address_that_is_not_this_hosts_is_refused(
-    folder: Path, settings: dict[str, Any], sentence: str
+    folder: Path, settings: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:
+    settings = {**settings, "node_secret_file": secret_file(tmp_path)}
     with pytest.raises(ConfigError, match=sentence):
         build(msgspec.structs.replace(config_of(folder, 2), **settings))
 
@@ -262,6 +274,7 @@ def test_an_address_that_is_not_this_hosts_is_refused(
     [
         ({"nodes": 2}, "several nodes need the leader's HOST:PORT"),
         ({"leader": "a:7000"}, "several nodes need the leader's HOST:PORT"),
+        ({"node_secret_file": "/run/secret"}, "node_secret_file is for several nodes"),
         ({"nodes": 3, "leader": "a:7000", "tensor_parallel": 4}, "which 3 nodes cannot share evenly"),
         *(
             ({"nodes": 2, "leader": leader}, "expected HOST:PORT")
