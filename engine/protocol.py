@@ -21,6 +21,10 @@ BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 IndexTopK = int | None
 """How many tokens of its context a row of attention may read: at least 1, or None, which is all of them (dense)."""
 
+SELECTION_FLAWS = ("empty", "short", "outside", "repeated")
+"""What can be wrong with the tokens that a layer selects for a row: there is none; there are fewer than there should be; one
+lies outside of the row's context; one occurs twice."""
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 """Why a request ended: a stop token, its token limit, an abort by the server, or a fault of the request."""
 
@@ -272,6 +276,7 @@ class EngineStats(Value, frozen=True, kw_only=True):
     batch_requests_total: int = 0  # requests summed over steps
     batch_size_counts_total: tuple[int, ...] = ()  # steps by number of requests; see `BATCH_BOUNDS`
     nonfinite_logits_total: int = 0  # requests that ended because their logits were not finite
+    invalid_selections_total: tuple[int, ...] = ()  # requests that ended because of one, by `SELECTION_FLAWS`
     failed_steps_total: int = 0  # steps that raised; every request in one ends with an error
 
 

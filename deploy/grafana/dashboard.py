@@ -175,6 +175,8 @@ PANELS: tuple[tuple[str, str, list[tuple[str, str]]], ...] = (
                 ("rows that the ledger could not take", "dsa_ledger_errors_total"),
                 ("refused edits of the price table", "dsa_price_table_errors_total"),
                 ("requests with logits that are not finite", "dsa_nonfinite_logits_total"),
+                ("requests with an invalid selection", "dsa_invalid_selections_total"),
+                ("answers that end in a loop", "dsa_token_loops_total"),
                 ("failed steps", "dsa_engine_failed_steps_total"),
             )
         ],

@@ -33,6 +33,7 @@ class Batch:
         Tensor  # [T] int64: how many tokens the row selects; 0: it is dense and reads its whole context
     )
     block_table: Tensor  # [R, P] int64: the pages of each request, padded with page 0
+    flaws: Tensor  # [T] int32: layers add what is wrong with the row's selection, see `engine.kernels.interface.selection`
     segments: tuple[Segment, ...]  # [R]: the rows of each request as Python integers
 
     @cached_property
@@ -115,6 +116,7 @@ def build_batch(plan: StepPlan, device: torch.device, tables: PageTables | None 
         request=to_device(request_of, device),
         index_top_k=to_device(index_top_k, device),
         block_table=to_device(block_table, device),
+        flaws=torch.zeros(first, dtype=torch.int32, device=device),
         segments=tuple(segments),
     )
 

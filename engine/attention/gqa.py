@@ -16,6 +16,7 @@ from engine.config import PAGE_SIZE
 from engine.errors import EngineError
 from engine.kernels.interface.attention import Kernels
 from engine.kernels.interface.composed import index_scores_as_stored
+from engine.kernels.interface.selection import watched
 from engine.memory.blocks import E4M3
 from engine.plan.sparsity import is_dense
 
@@ -59,6 +60,7 @@ def attend(
             if index is None or index_plane is None:
                 raise EngineError("a sparse row was scheduled on a model that has no indexer")
             if tile.form == "gather":
+                flaws = torch.zeros(tile.shape, dtype=torch.int32, device=query.device)
                 result = kernels.attend_sparse(
                     rows,
                     *_of(index, tile),
@@ -68,7 +70,9 @@ def attend(
                     tile.positions,
                     tile.index_top_k,
                     scale,
+                    flaws,
                 )
+                tile.flaws[tile.rows] |= flaws.flatten()
             else:
                 selected = select(index, index_plane, tile, kernels)
                 allowed = selection_mask(selected, tile.block_table.shape[1] * PAGE_SIZE)
@@ -115,7 +119,10 @@ def select(
     )
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
-    return kernels.select(scores, tile.index_top_k)
+    selected = kernels.select(scores, tile.index_top_k)
+    selected, flaws = watched(selected, tile.positions, tile.index_top_k, scores.shape[-1], allowed)
+    tile.flaws[tile.rows] |= flaws.flatten()
+    return selected
 
 
 def _of(index: IndexQueries, tile: TileTensors) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,6 +27,7 @@ class TileTensors:
     positions: Tensor  # [R, Q] int64
     block_table: Tensor  # [R, P] int64, padded with page 0
     index_top_k: Tensor  # [R, Q] int64
+    flaws: Tensor  # [T] int32: the batch's
     expanded: bool = False  # see `engine.plan.tiles.Tile`
 
 
@@ -41,8 +41,7 @@ class Tiling:
     @cached_property
     def tiles(self) -> tuple[TileTensors, ...]:
         """The tiles; they are cut at the first access."""
-        device = self.batch.token_ids.device
-        return tuple(_tensors(tile, device) for tile in cut(self.batch.segments, self.costs))
+        return tuple(_tensors(tile, self.batch.flaws) for tile in cut(self.batch.segments, self.costs))
 
     @property
     def selects(self) -> bool:
@@ -50,7 +49,8 @@ class Tiling:
         return any(tile.form != "dense" for tile in self.tiles)
 
 
-def _tensors(tile: Tile, device: torch.device) -> TileTensors:
+def _tensors(tile: Tile, flaws: Tensor) -> TileTensors:
+    device = flaws.device
     shape = (len(tile.rows), len(tile.rows[0]))
     return TileTensors(
         form=tile.form,
@@ -59,6 +59,7 @@ def _tensors(tile: Tile, device: torch.device) -> TileTensors:
         positions=to_device(np.array(tile.positions, dtype=np.int64), device),
         block_table=to_device(_table(tile.page_ids, tile.context_pages), device),
         index_top_k=to_device(np.array(tile.index_top_k, dtype=np.int64), device).unsqueeze(1).expand(shape),
+        flaws=flaws,
         expanded=tile.expanded,
     )
 

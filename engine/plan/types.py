@@ -93,6 +93,7 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # one for each prompt target
     error: str | None = None  # only this request failed, for example because its logits are not finite
     nonfinite: bool = False  # with an error: the logits were not finite
+    flaws: int = 0  # with an error: bits, in the order of `engine.protocol.SELECTION_FLAWS`
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -21,7 +21,16 @@ from engine.errors import RankError
 from engine.plan.meter import Meter
 from engine.plan.scheduler import MAX_IN_FLIGHT, Scheduler
 from engine.plan.types import Sampled, StepPlan, StepResult
-from engine.protocol import Delta, EngineStats, FinishReason, RequestUsage, StepOutput, Submit, Work
+from engine.protocol import (
+    SELECTION_FLAWS,
+    Delta,
+    EngineStats,
+    FinishReason,
+    RequestUsage,
+    StepOutput,
+    Submit,
+    Work,
+)
 from engine.step.grammars import Compiled, Grammars
 from engine.step.masking import Masking, TokenMasks
 
@@ -115,6 +124,7 @@ class EngineCore:
         self._flights: deque[_Launched] = deque()
         self._done = -math.inf  # when the last step was done, on the clock
         self._nonfinite = 0
+        self._invalid = [0] * len(SELECTION_FLAWS)
         self._told_at = self._gauged_at = 0.0
         self._told = meter.counters()
 
@@ -136,6 +146,7 @@ class EngineCore:
         return msgspec.structs.replace(
             self._scheduler.stats(),
             nonfinite_logits_total=self._nonfinite,
+            invalid_selections_total=tuple(self._invalid),
             failed_steps_total=self._failed_steps_total,
         )
 
@@ -237,11 +248,28 @@ class EngineCore:
         # Steps that overlap share no time: the device computes one after another.
         self._meter.charge(plan, now - max(launched.began, self._done))
         self._done = now
-        self._nonfinite += sum(sampled.nonfinite for sampled in result.sampled)
+        self._note(plan, result)
         deltas = self._over(self._scheduler.apply(plan, result, now))
         if self._flights and self._flights[0].held:
             self._draw(self._flights[0])
         return self.tell(deltas, gauges=False)
+
+    def _note(self, plan: StepPlan, result: StepResult) -> None:
+        """Count and log what the step's sentinels saw: logits that are not finite, and invalid selections."""
+        for request, sampled in zip(plan.requests, result.sampled, strict=True):
+            if not sampled.nonfinite and not sampled.flaws:
+                continue
+            self._nonfinite += sampled.nonfinite
+            for i in range(len(SELECTION_FLAWS)):
+                self._invalid[i] += sampled.flaws >> i & 1
+            _log.error(
+                "request %s ends at step %d, with positions %d to %d: %s",
+                request.request_id,
+                self._scheduler.stats().steps_total + 1,
+                request.start,
+                request.start + len(request.token_ids) - 1,
+                sampled.error,
+            )
 
     def _launch(self, plan: StepPlan) -> _Launched:
         """Launch the plan. An error becomes the result of its requests.

@@ -17,12 +17,13 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.attention.batch import PageTables, build_batch
+from engine.attention.batch import Batch, PageTables, build_batch
 from engine.errors import EngineError
 from engine.memory.planes import PagedCache
 from engine.models.family import KernelCompilers, Model, RowStep
 from engine.plan.types import PENDING, Sampled, SampleSpec, ScheduledRequest, StepPlan, StepResult
 from engine.step.device_draws import DeviceDraws, Told
+from engine.step.faults import with_flaws
 from engine.step.masking import TokenMasks
 from engine.step.sampler import prompt_logprobs
 
@@ -110,7 +111,7 @@ class DeviceRunner:
             return self._draws.draw(hidden, rows, specs, list(places), masks) if rows else None
 
         self._held = hold
-        flight = DeviceFlight(self.model, plan, draw, scored, self._device)
+        flight = DeviceFlight(self.model, plan, batch, draw, scored, self._device)
         if not hold:
             flight.draw(masks)
         return flight
@@ -131,11 +132,13 @@ class DeviceFlight:
         self,
         model: Model,
         plan: StepPlan,
+        batch: Batch,
         draw: Callable[[TokenMasks | None], Told | None],
         scored: Sequence[tuple[int, Tensor]],
         device: torch.device,
     ) -> None:
         self._model, self._plan, self._draw, self._scored, self._device = model, plan, draw, scored, device
+        self._batch = batch
         self._told: Told | None = None
         self._done: torch.cuda.Event | None = None
 
@@ -155,7 +158,7 @@ class DeviceFlight:
         sampled: list[Sampled] = []
         drawn = iter(() if self._told is None else self._told.drawn())
         if not self._scored and len(self._plan.requests) == (0 if self._told is None else len(self._told)):
-            return StepResult(sampled=tuple(drawn))
+            return StepResult(sampled=with_flaws(self._batch, tuple(drawn)))
         for request in self._plan.requests:
             if request.sample is None:
                 sampled.append(_NOTHING)
@@ -169,7 +172,7 @@ class DeviceFlight:
                     self._model.logits, hidden, request.prompt_targets, request.prompt_alternatives
                 ),
             )
-        return StepResult(sampled=tuple(sampled))
+        return StepResult(sampled=with_flaws(self._batch, sampled))
 
 
 _NOTHING = Sampled()

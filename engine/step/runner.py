@@ -18,6 +18,7 @@ from engine.models.family import Model
 from engine.plan.tiles import TileCosts
 from engine.plan.types import Drawn, Sampled, SampleSpec, StepPlan, StepResult
 from engine.step.drafting import LayerDrafter
+from engine.step.faults import with_flaws
 from engine.step.masking import TokenMasks
 from engine.step.sampler import Draw, prompt_logprobs, sample
 from engine.step.speculation import row_specs, verify
@@ -96,6 +97,7 @@ class Runner(AtOnce):
                 )
                 one = msgspec.structs.replace(one, prompt_logprobs=scored)
             results.append(one)
+        results = list(with_flaws(batch, results))
         if self._drafter is not None:
             results = self._drafter.propose(plan, batch, hidden, results)
         if not rows and self._device.type == "cuda":

@@ -11,6 +11,7 @@ import msgspec
 from engine.protocol import Delta, Grammar, RequestUsage, Submit, TokenLogprob
 from server.chat.answer import Answer
 from server.chat.parts import Content, Part
+from server.generation.loops import repeated_tokens
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
 
@@ -63,6 +64,7 @@ class ChoiceUsage:
         queue_seconds: time between submission and first step, None if not known.
         reasoning_tokens: output tokens that are reasoning; None if the model has no reasoning.
         prefill_seconds: time between first step and first token, None if not known.
+        repeated_tokens: the answer ends in a loop of so many tokens; None: it does not.
     """
 
     prompt_tokens: int
@@ -72,6 +74,7 @@ class ChoiceUsage:
     queue_seconds: float | None
     reasoning_tokens: int | None = None
     prefill_seconds: float | None = None
+    repeated_tokens: int | None = None
 
 
 class TextDelta(msgspec.Struct, frozen=True):
@@ -275,6 +278,7 @@ class Choice:
             queue_seconds=known.queue_seconds if known else None,
             reasoning_tokens=self._reader.reasoning_tokens if self._job.thinks else None,
             prefill_seconds=known.prefill_seconds if known else None,
+            repeated_tokens=repeated_tokens(self._output),
         )
 
 

@@ -105,6 +105,8 @@ class AccessLog:
                 "queue_seconds": round(max(queued), 6) if queued else None,
                 "time_to_first_token_seconds": None if first is None else round(first - ended.started, 6),
             }
+            if any(choice.repeated_tokens for choice in choices):
+                fields["repeated_tokens"] = [choice.repeated_tokens for choice in choices]
             if self._prompt_of is not None:
                 prompts = dict.fromkeys(job.submit.prompt_token_ids for job in generation.jobs)
                 fields["prompts"] = [self._prompt_of(ids) for ids in prompts]

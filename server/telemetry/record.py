@@ -20,6 +20,7 @@ class ChoiceRecord:
         prefill_seconds: from the first step to the first token; known with the first token.
         ended: when its last token came.
         finish: how it ended; None if it was cut short.
+        repeated_tokens: it ends in a loop of so many tokens; None: it does not.
     """
 
     prompt_tokens: int
@@ -29,6 +30,7 @@ class ChoiceRecord:
     prefill_seconds: float | None = None
     ended: float | None = None
     finish: Finish | None = None
+    repeated_tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -67,6 +69,7 @@ class GenerationRecord:
         if delta.usage is not None:
             choice.ended, choice.finish = now, delta.finish_reason
             choice.tokens = delta.usage.completion_tokens
+            choice.repeated_tokens = delta.usage.repeated_tokens
             choice.cached_tokens = delta.usage.cached_tokens if choice.prompt_tokens else 0
 
 

@@ -49,6 +49,21 @@ def test_every_sample_is_well_formed(server: Server) -> None:
     assert server.metrics()["dsa_engine_up"] == 1
 
 
+def test_an_answer_that_loops_is_counted(server: Server) -> None:
+    before = server.metrics()["dsa_token_loops_total"]
+    with server.sdk() as sdk:
+        looping = sdk.completions.create(
+            model=MODEL,
+            prompt="and so on and so on " * 8,
+            max_tokens=120,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        sdk.completions.create(model=MODEL, prompt="Once upon a time", max_tokens=100, temperature=1, seed=1)
+    assert looping.choices[0].text.count("and so on") > 20
+    assert server.metrics()["dsa_token_loops_total"] == before + 1
+
+
 def test_counters_add_up_with_the_usages(server: Server, tokenizer: Tokenizer) -> None:
     until(lambda: server.metrics()["dsa_requests_running"] == 0)
     before = server.metrics()

@@ -141,13 +141,15 @@ class Kernels(Fp8Kernels, Int8Kernels, LatentKernels, Protocol):
 
     def attend_sparse(
         self, query: Tensor, index_query: Tensor, head_weights: Tensor, kv_plane: Tensor, key_plane: Tensor,
-        block_table: Tensor, positions: Tensor, index_top_k: Tensor, scale: float,
+        block_table: Tensor, positions: Tensor, index_top_k: Tensor, scale: float, flaws: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Compute index scores (in the number format of `key_plane`), then `select`, then `attend_selected`.
 
         Args:
             query: [R, Q, Hkv, G, D]
             index_query: [R, Q, H, d]
+            flaws: [R, Q] int32, to which the flaws of selections are added (`engine.kernels.interface.selection`);
+                None: nobody looks
             (others as in these operations)
 
         Returns:

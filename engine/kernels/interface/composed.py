@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.interface.attention import Kernels
+from engine.kernels.interface.selection import watched
 from engine.memory.blocks import E4M3
 
 
@@ -38,7 +39,11 @@ class Composed:
 
     def attend_sparse(
         self: Kernels, query: Tensor, index_query: Tensor, head_weights: Tensor, kv_plane: Tensor, key_plane: Tensor,
-        block_table: Tensor, positions: Tensor, index_top_k: Tensor, scale: float,
+        block_table: Tensor, positions: Tensor, index_top_k: Tensor, scale: float, flaws: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         scores = index_scores_as_stored(self, index_query, head_weights, key_plane, block_table, positions)
-        return self.attend_selected(query, kv_plane, block_table, self.select(scores, index_top_k), scale)
+        selected = self.select(scores, index_top_k)
+        if flaws is not None:
+            selected, found = watched(selected, positions, index_top_k, scores.shape[-1])
+            flaws |= found
+        return self.attend_selected(query, kv_plane, block_table, selected, scale)

@@ -43,6 +43,10 @@ void dsa_index_scores_row(const int8_t *query, const float *weights, const int32
 // at the edge the later position wins. `scratch` has room for 2 * (n + 16) floats.
 int dsa_select_row(const float *scores, int n, int index_top_k, int32_t *selected, float *scratch);
 
+// What is wrong with selected[found], which should be `wanted` ascending positions from `first` to `last` - 1: 0, or the
+// bits of engine/kernels/interface/selection.py.
+int32_t dsa_selection_flaws(const int32_t *selected, int found, int wanted, int first, int last);
+
 // ---- attention of one row ------------------------------------------------------------------------------------
 
 // Bytes of scratch that dsa_attend_row needs for `count` tokens.

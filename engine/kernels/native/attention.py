@@ -38,7 +38,7 @@ _SIGNATURES: Final = {
     ),
     "dsa_attend_sparse": (
         c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
-        c_int, c_int, c_int, c_int, c_int, c_float, c_void_p,
+        c_int, c_int, c_int, c_int, c_int, c_float, c_void_p, c_void_p,
     ),
 }  # fmt: skip
 
@@ -146,7 +146,7 @@ class NativeAttention(VectorisedKernels):
 
     def attend_sparse(
         self, query: Tensor, index_query: Tensor, head_weights: Tensor, kv_plane: Tensor, key_plane: Tensor,
-        block_table: Tensor, positions: Tensor, index_top_k: Tensor, scale: float,
+        block_table: Tensor, positions: Tensor, index_top_k: Tensor, scale: float, flaws: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Score, select and attend with a block of rows at a time, if the index keys are 8-bit integers."""
         known = _bfloat16(query, kv_plane, index_query) and key_plane.dtype is torch.uint8
@@ -161,6 +161,7 @@ class NativeAttention(VectorisedKernels):
                 positions,
                 index_top_k,
                 scale,
+                flaws,
             )
         query, index_query, index_top_k = (
             query.contiguous(),
@@ -174,6 +175,7 @@ class NativeAttention(VectorisedKernels):
             ctypes.byref(tile), query.data_ptr(), index_query.data_ptr(), head_weights.data_ptr(),
             kv_plane.data_ptr(), _stride(kv_plane), key_plane.data_ptr(), _stride(key_plane), index_top_k.data_ptr(),
             *index_query.shape[2:], *query.shape[2:], scale, out.data_ptr(),
+            None if flaws is None else flaws.data_ptr(),
         )  # fmt: skip
         del kept
         return out

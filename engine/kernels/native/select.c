@@ -162,3 +162,13 @@ int dsa_select_row(const float *scores, int n, int index_top_k, int32_t *selecte
     }
     return made;
 }
+
+enum { EMPTY = 1, SHORT = 2, OUTSIDE = 4, REPEATED = 8 };
+
+int32_t dsa_selection_flaws(const int32_t *selected, int found, int wanted, int first, int last) {
+    if (found == 0) return EMPTY;
+    int32_t outside = 0, unordered = 0;
+    for (int i = 0; i < found; i++) outside |= (selected[i] < first) | (selected[i] >= last);
+    for (int i = 1; i < found; i++) unordered |= selected[i] <= selected[i - 1];
+    return (found < wanted ? SHORT : 0) | (outside ? OUTSIDE : 0) | (unordered ? REPEATED : 0);
+}

@@ -275,6 +275,7 @@ static void part_of(struct work *w, struct dsa_step *step, const struct dsa_laye
     step->request += from;
     step->index_top_k += from;
     step->out += (size_t)from * w->model->hidden;
+    if (step->flaws) step->flaws += from;
     step->rows = step->rows - from < AT_ONCE ? step->rows - from : AT_ONCE;
     w->x += (size_t)from * w->model->hidden;
     w->step = step;

@@ -44,6 +44,7 @@ struct dsa_step {
     const int64_t *index_top_k;
     const int64_t *block_table; // [requests, pages]
     bf16 *out;                  // [rows, hidden] after the last norm
+    int32_t *flaws;             // [rows] of selections in any layer, see dsa_selection_flaws; 0: nobody looks
     int64_t pages;
     int32_t rows;
     int32_t longest; // the longest context of a row, in positions

@@ -23,6 +23,18 @@ static void plain_scores(const bf16 *query, const float *weights, const uint8_t 
     }
 }
 
+// Select the best of a row's scores, the first of which is the one of position `begin`. Returns how many there are.
+static int select_row(const struct dsa_step *step, int r, const float *scores, int begin, int context, int32_t *selected,
+                      float *scratch) {
+    int wanted = (int)step->index_top_k[r], visible = context - begin;
+    int found = dsa_select_row(scores + begin, visible, wanted, selected, scratch);
+    for (int i = 0; begin && i < found; i++) selected[i] += begin;
+    if (step->flaws)
+        step->flaws[r] |= dsa_selection_flaws(selected, found, wanted < visible ? wanted : visible, begin, context);
+    if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so may the row be
+    return found;
+}
+
 // The best of a row's scores, and attention over them.
 static void select_and_attend(struct work *w, const struct dsa_layer *layer, int r, const float *scores, uint8_t *own) {
     const struct dsa_model *m = w->model;
@@ -30,9 +42,7 @@ static void select_and_attend(struct work *w, const struct dsa_layer *layer, int
     const int D = m->head_dim, context = (int)step->positions[r] + 1, begin = first_seen(step, layer, r);
     int32_t *selected = (int32_t *)(void *)(own + scores_bytes(step->longest));
     uint8_t *rest = own + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
-    int found = dsa_select_row(scores + begin, context - begin, (int)step->index_top_k[r], selected, (float *)(void *)rest);
-    for (int i = 0; begin && i < found; i++) selected[i] += begin;
-    if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
+    int found = select_row(step, r, scores, begin, context, selected, (float *)(void *)rest);
     dsa_attend_row(w->query + (size_t)r * m->heads * D, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
                    table_of(step, r), selected, 0, found, 0, m->kv_heads, m->kv_heads, m->heads / m->kv_heads, D,
                    1.0f / sqrtf((float)D), w->attended.values + (size_t)r * m->heads * D, rest);
@@ -65,9 +75,7 @@ static void attend(struct work *w, const struct dsa_layer *layer, int r, uint8_t
         if (members > 1) dsa_barrier();
         count = (int)step->index_top_k[r];
         if (member == 0) {
-            int found = dsa_select_row(scores + begin, context - begin, count, selected, (float *)(void *)rest);
-            for (int i = 0; begin && i < found; i++) selected[i] += begin;
-            if (found == 0) selected[found++] = context - 1; // all scores are not-a-number: so will the row be
+            int found = select_row(step, r, scores, begin, context, selected, (float *)(void *)rest);
             // Fewer only with not-a-number among the scores. The last again changes no sum that matters then.
             for (; found < count; found++) selected[found] = selected[found - 1];
         }

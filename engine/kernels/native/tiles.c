@@ -180,6 +180,7 @@ struct sparse_job {
     struct scoring scoring;
     struct attention attention;
     const int64_t *index_top_k;
+    int32_t *flaws; // [R][Q], or 0
 };
 
 static void sparse_item(void *arg, int64_t item) {
@@ -200,6 +201,7 @@ static void sparse_item(void *arg, int64_t item) {
     for (int64_t row = first; row < last; row++) {
         int n = (int)positions[row] + 1, wanted = (int)smaller(index_top_k[row], n);
         int count = dsa_select_row(scores + (row - first) * context, n, wanted, chosen, (float *)(scratch + thin_at));
+        if (job->flaws) job->flaws[r * tile->rows + row] |= dsa_selection_flaws(chosen, count, wanted, 0, n);
         // `count` is 0 if every score is not-a-number. The row is lost then, but attention needs at least one token.
         if (count == 0) chosen[count++] = (int32_t)positions[row];
         attend_one(&job->attention, r, row, chosen, count, scratch + thin_at);
@@ -209,10 +211,11 @@ static void sparse_item(void *arg, int64_t item) {
 void dsa_attend_sparse(const struct dsa_tile *tile, const bf16 *query, const bf16 *index_query,
                        const float *head_weights, const bf16 *kv_plane, int64_t kv_stride, const uint8_t *key_plane,
                        int64_t key_stride, const int64_t *index_top_k, int H, int d, int Hkv, int G, int D, float scale,
-                       bf16 *out) {
+                       bf16 *out, int32_t *flaws) {
     struct sparse_job job = {{tile, index_query, head_weights, key_plane, key_stride, H, d},
                              {tile, query, kv_plane, kv_stride, Hkv, G, D, scale, out},
-                             index_top_k};
+                             index_top_k,
+                             flaws};
     each(tile->requests * blocks(tile), sparse_item, &job);
 }
 

@@ -37,6 +37,6 @@ void dsa_attend_dense(const struct dsa_tile *tile, const bf16 *query, const bf16
 void dsa_attend_sparse(const struct dsa_tile *tile, const bf16 *query, const bf16 *index_query,
                        const float *head_weights, const bf16 *kv_plane, int64_t kv_stride, const uint8_t *key_plane,
                        int64_t key_stride, const int64_t *index_top_k, int H, int d, int Hkv, int G, int D, float scale,
-                       bf16 *out);
+                       bf16 *out, int32_t *flaws);
 
 #endif

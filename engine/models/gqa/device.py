@@ -33,6 +33,7 @@ from engine.memory.planes import PagedCache
 from engine.models.family import KernelCompilers
 from engine.models.gqa.layer import GqaLayer, plain
 from engine.models.gqa.native import Wired
+from engine.models.rows.audit import Audit, look
 from engine.models.rows.graphs import StepGraphs
 from engine.models.rows.inputs import RowInputs, Sharing, row_inputs
 
@@ -55,6 +56,7 @@ class DeviceStep:
         self._heads, self._dim = (0, 0) if indexer is None else (indexer.num_heads, indexer.head_dim)
         self.sharing = Sharing(attention.block_rows(c.group), scores.block_rows(self._heads))
         self._graphs: StepGraphs | None = None
+        self._audit = Audit()
         self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
         self._fused = [self._fuse(i) for i in range(c.num_layers)]
         self._output = [self._fuse_output(i) for i in range(c.num_layers)]
@@ -162,11 +164,15 @@ class DeviceStep:
 
     def forward(self, batch: Batch, cache: PagedCache, budget_bytes: int) -> Tensor:
         """As `GqaModel.forward`, of a batch whose tensors are on the CPU. The next step may overwrite what it returns."""
-        hidden = None if self._graphs is None else self._graphs.run(batch)
+        audited = batch.selecting is not None and self._audit.due()
+        hidden = None if audited or self._graphs is None else self._graphs.run(batch)
         if hidden is None:
-            hidden = self.compute(
-                row_inputs(batch, self._model.norm.device, budget_bytes, self.sharing), cache
-            )
+            inputs = row_inputs(batch, self._model.norm.device, budget_bytes, self.sharing)
+            if audited:
+                inputs = replace(inputs, flaws=batch.flaws.to(inputs.token_ids.device))
+            hidden = self.compute(inputs, cache)
+            if inputs.flaws is not None:
+                batch.flaws.copy_(inputs.flaws)
         return hidden
 
     def compute(self, inputs: RowInputs, cache: PagedCache) -> Tensor:
@@ -299,7 +305,10 @@ class DeviceStep:
                 cuts = torch.empty(count, 2, dtype=torch.int32, device=rated.device)
                 chosen.append(select(rated, rows, inputs.top_k, cuts))
                 masked.append(masks(rated, rows, cuts, inputs.top_k))
-        return _joined(chosen), _joined(masked) if masked else None
+        selected = _joined(chosen)
+        if inputs.flaws is not None:
+            look(inputs.flaws, selected, inputs.rows, inputs.max_context)
+        return selected, _joined(masked) if masked else None
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

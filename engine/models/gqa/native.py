@@ -35,7 +35,7 @@ _VECTORS = (
     "input_norm", "post_norm", "qkv_bias", "o_bias", "gate_up_bias", "down_bias", "q_norm", "k_norm",
     "key_norm_weight", "key_norm_bias",
 )  # fmt: skip
-_ROWS = ("token_ids", "positions", "request", "index_top_k", "block_table", "out")
+_ROWS = ("token_ids", "positions", "request", "index_top_k", "block_table", "out", "flaws")
 _ADAPTER = ("qkv_down", "qkv_up", "o_down", "o_up")
 
 
@@ -146,6 +146,7 @@ class NativeStep:
             batch.index_top_k.data_ptr(),
             batch.block_table.data_ptr(),
             out.data_ptr(),
+            batch.flaws.data_ptr(),
             batch.block_table.shape[1],
             rows,
             longest,

@@ -8,6 +8,7 @@ attended as decodes are, in the absorbed form; dense rows of longer ones in the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -24,6 +25,7 @@ from engine.models.family import KernelCompilers
 from engine.models.mla.config import MlaConfig
 from engine.models.mla.device_layer import DeviceLayer, Residual, head_logits
 from engine.models.mla.layer import MlaLayer
+from engine.models.rows.audit import Audit
 from engine.models.rows.graphs import StepGraphs
 from engine.models.rows.inputs import RowInputs, Sharing, row_inputs
 from engine.plan.tiles import LatentTileCosts
@@ -60,6 +62,7 @@ class LatentStep:
         self._model = model
         self.sharing = sharing_of(model.config, model.norm.dtype)
         self._graphs: StepGraphs | None = None
+        self._audit = Audit()
         self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
         self._layers = [DeviceLayer(layer, i, model.rotary) for i, layer in enumerate(model.layers)]
         self._kinds = list({layer.kind: layer for layer in reversed(self._layers)}.values())[::-1]
@@ -93,10 +96,15 @@ class LatentStep:
 
     def forward(self, batch: Batch, cache: PagedCache, budget_bytes: int) -> Tensor:
         """As `MlaModel.forward`, of a batch whose tensors are on the CPU. The next step may overwrite what it returns."""
-        hidden = None if self._graphs is None else self._graphs.run(batch)
+        audited = batch.selecting is not None and self._audit.due()
+        hidden = None if audited or self._graphs is None else self._graphs.run(batch)
         if hidden is None:
             inputs = row_inputs(batch, self._model.norm.device, budget_bytes, self.sharing)
+            if audited:
+                inputs = replace(inputs, flaws=batch.flaws.to(inputs.token_ids.device))
             hidden = self.compute(inputs, cache)
+            if inputs.flaws is not None:
+                batch.flaws.copy_(inputs.flaws)
         return hidden
 
     def compute(self, inputs: RowInputs, cache: PagedCache) -> Tensor:

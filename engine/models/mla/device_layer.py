@@ -33,6 +33,7 @@ from engine.layers.rope import RotaryTable
 from engine.memory.blocks import BLOCK, BlockWeight, Matrix
 from engine.memory.planes import PagedCache, PlaneSpec
 from engine.models.mla.layer import MlaLayer, MlaMlp, MlaMoe
+from engine.models.rows.audit import look
 from engine.models.rows.inputs import RowInputs
 
 
@@ -262,4 +263,7 @@ def _selected(query: Tensor, weights: Tensor, plane: Tensor, inputs: RowInputs) 
             query[own], weights[own], plane, piece.rows, inputs.max_context, piece.blocks, fill=False
         )
         chosen.append(select(rated, piece.rows, inputs.top_k))
-    return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+    selected = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+    if inputs.flaws is not None:
+        look(inputs.flaws, selected, inputs.rows, inputs.max_context)
+    return selected

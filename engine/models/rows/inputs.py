@@ -60,6 +60,7 @@ class RowInputs:
     blocks: Blocks | None  # of attention; None: every row is a decode
     pieces: tuple[Piece, ...]
     dense: ExpandedPlan | None = None  # of the dense rows of chunks, where the family expands their context
+    flaws: Tensor | None = None  # [T] int32, to which those of selections are added; None: nobody looks
 
 
 def spans_of(batch: Batch, sharing: Sharing) -> list[Span]:

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from engine.client import EngineState, EngineStatus
-from engine.protocol import BATCH_BOUNDS, EngineStats, add_counters
+from engine.protocol import BATCH_BOUNDS, SELECTION_FLAWS, EngineStats, add_counters
 
 ENGINE_COUNTERS = (
     ("steps_total", "dsa_engine_steps", "Steps that the engine ran."),
@@ -90,6 +90,7 @@ class EngineCollector(Collector):
         )
         for field, name, text in ENGINE_COUNTERS:
             yield CounterMetricFamily(name, text, getattr(totals, field))
+        yield _invalid_selections(totals.invalid_selections_total)
         yield from _drafts(totals.draft_lengths_total)
         yield _batch_sizes(totals)
         yield self._info(status)
@@ -131,6 +132,17 @@ class EngineCollector(Collector):
         info = GaugeMetricFamily("dsa_model_info", "What is served; always 1.", labels=list(labels))
         info.add_metric(list(labels.values()), 1)
         return info
+
+
+def _invalid_selections(counts: Sequence[int]) -> Metric:
+    family = CounterMetricFamily(
+        "dsa_invalid_selections",
+        "Requests that ended because a layer selected an invalid set of tokens.",
+        labels=["kind"],
+    )
+    for kind, count in zip(SELECTION_FLAWS, counts or (0,) * len(SELECTION_FLAWS), strict=True):
+        family.add_metric([kind], count)
+    return family
 
 
 def _drafts(lengths: Sequence[int]) -> Iterator[Metric]:

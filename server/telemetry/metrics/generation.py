@@ -64,6 +64,11 @@ class GenerationMetrics:
         self.decode = histogram(
             "dsa_request_decode_seconds", "From the first token to the last.", _REQUEST_BUCKETS
         )
+        self.loops = Counter(
+            "dsa_token_loops",
+            "Answers that end in a loop of the same tokens.",
+            registry=registry,
+        )
         self.between = Gaps()
         registry.register(self.between)
         self._completion = tokens.labels("completion")
@@ -132,6 +137,8 @@ class GenerationMeter:
         metrics.completion_tokens += rest
         metrics.prompt_cached.inc(usage.cached_tokens)
         metrics.prompt_computed.inc(self._prompts.pop(delta.index) - usage.cached_tokens)
+        if usage.repeated_tokens is not None:
+            metrics.loops.inc()
         if usage.queue_seconds is not None:
             metrics.queue.observe(max(usage.queue_seconds, 0.0))
         if usage.prefill_seconds is not None:

@@ -143,7 +143,16 @@ def test_apps_share_nothing() -> None:
 def test_every_engine_counter_is_exposed() -> None:
     totals = {name for name in EngineStats.__struct_fields__ if name.endswith("_total")}
     in_the_histogram = {"batch_requests_total", "batch_size_counts_total", "draft_lengths_total"}
-    assert {name for name, _, _ in ENGINE_COUNTERS} | in_the_histogram == totals
+    by_kind = {"invalid_selections_total"}
+    assert {name for name, _, _ in ENGINE_COUNTERS} | in_the_histogram | by_kind == totals
+
+
+def test_invalid_selections_are_counted_by_kind() -> None:
+    stats = EngineStats(invalid_selections_total=(1, 0, 2, 0))
+    metrics = Metrics("a", lambda: EngineStatus(state=EngineState.READY, stats=stats))
+    text = metrics.expose("")[0].decode()
+    for kind, count in (("empty", 1), ("short", 0), ("outside", 2), ("repeated", 0)):
+        assert f'dsa_invalid_selections_total{{kind="{kind}"}} {count}.0' in text
 
 
 def test_counters_of_engines_that_are_gone_are_kept() -> None:
