@@ -243,8 +243,6 @@ def _build(
     if model.row_step is not None:
         score_bytes = max(score_bytes, STEP_SCORE_BYTES)
     costs = model.tile_costs(score_bytes, config.sparse_form)
-    draw: Draw = _device_draw() if kernels.name == "triton" else sample
-    drafter = None if layer is None else LayerDrafter(layer, config.draft_tokens, cache, costs, draw)
     rows = sizes.max_running * (1 if layer is None else 1 + config.draft_tokens)
     model.prepare(cache, rows, lambda done, total: progress("capturing graphs", done, total), compilers)
     if layer is not None:
@@ -254,19 +252,21 @@ def _build(
             lambda done, total: progress("capturing the draft layer's graphs", done, total),
             compilers,
         )
+    step = model.row_step if team is None and not config.draft_tokens else None
+    masks = vocabulary is not None
+    draw: Draw = sample
+    if kernels.name == "triton":
+        at_once = 0 if step is not None else sizes.max_running * (1 + config.draft_tokens)
+        draw = _device_draw(model.vocab_size, at_once, device, compilers, masks=masks)
+    drafter = None if layer is None else LayerDrafter(layer, config.draft_tokens, cache, costs, draw)
     runner = (
         Runner(model, cache, costs, device, drafter, draw)
         if team is None
         else LeadRunner(model, cache, costs, device, drafter, draw, team)
     )
-    step = model.row_step if team is None and not config.draft_tokens else None
     ahead = None
     if step is not None:
-        ahead = _device_runner(
-            model, step, cache, score_bytes, device, compilers, masks=vocabulary is not None
-        )
-    elif device.type == "cuda" and kernels.name == "triton":
-        _rehearse_draws(model.vocab_size, device, compilers, masks=vocabulary is not None)
+        ahead = _device_runner(model, step, cache, score_bytes, device, compilers, masks=masks)
     if compilers is not None:
         compilers.started()
         compilers.close()
@@ -338,6 +338,10 @@ def _described(model: Model, sampling: str) -> str:
     return "kernels: " + "; ".join(f"{', '.join(names)}: {what}" for what, names in together.items())
 
 
+_MOST_DRAWN = 256
+"""Rows whose logits the graphs that draw hold: 4 bytes a token of the vocabulary and row."""
+
+
 def _sampling(draw: Draw, ahead: StepRunner | None) -> str:
     """What draws tokens. Without a runner ahead of the host, penalties are counted on the host."""
     if ahead is not None:
@@ -345,18 +349,18 @@ def _sampling(draw: Draw, ahead: StepRunner | None) -> str:
     return "torch" if draw is sample else "Triton, with penalties torch"
 
 
-def _device_draw() -> Draw:
-    from engine.step.device_sampler import sample_on_device  # needs Triton
+def _device_draw(
+    vocab: int, rows: int, device: torch.device, compilers: KernelCompilers | None, *, masks: bool
+) -> Draw:
+    """What draws on a device; on CUDA up to so many rows at once by graphs (0: none)."""
+    from engine.step.device_draws import DeviceDraws, GivenLogits  # needs Triton
+    from engine.step.device_sampler import sample_on_device
 
-    return sample_on_device
-
-
-def _rehearse_draws(
-    vocab: int, device: torch.device, compilers: KernelCompilers | None, *, masks: bool
-) -> None:
-    from engine.step.device_sampler import rehearse  # needs Triton
-
-    rehearse(vocab, device, compilers, masks=masks)
+    if not rows or device.type != "cuda":
+        return sample_on_device
+    draws = DeviceDraws(GivenLogits(min(rows, _MOST_DRAWN), device), vocab, device)
+    draws.capture(torch.zeros(1, vocab, device=device), compilers, masks=masks)
+    return draws.at_once
 
 
 def _compilers() -> KernelCompilers:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +17,18 @@ from engine.kernels.capture import captured
 from engine.kernels.triton.race import COLUMNS
 from engine.kernels.triton.sampling import DrawRows, Draws, Needs, count_tokens, draw, remember
 from engine.memory.staging import Staging
-from engine.models.family import KernelCompilers, RowStep
-from engine.plan.types import Sampled, SampleSpec
+from engine.models.family import KernelCompilers
+from engine.plan.types import Drawn, Sampled, SampleSpec
 from engine.protocol import TokenLogprob, has_penalty
-from engine.step.device_sampler import logprobs_of, needs_of, no_masks, rows_of, table, usual_needs
+from engine.step.device_sampler import (
+    logprobs_of,
+    needs_of,
+    no_masks,
+    rows_of,
+    sample_on_device,
+    table,
+    usual_needs,
+)
 from engine.step.masking import TokenMasks
 from engine.step.sampler import NOT_FINITE
 
@@ -46,6 +55,13 @@ class Told:
 
     def __len__(self) -> int:
         return len(self._specs)
+
+    def tokens(self) -> list[Drawn]:
+        """Wait, and give each row's token, of rows about which nothing else is told."""
+        if self._done is not None:
+            self._done.synchronize()
+        tokens: list[int] = self._tokens.tolist()
+        return [NOT_FINITE if token < 0 else Drawn(token_id=token) for token in tokens]
 
     def drawn(self) -> list[Sampled]:
         """Wait, and give what each row's request gets."""
@@ -84,7 +100,7 @@ class _Places:
 
     asked: Tensor  # [R * (1 + COLUMNS)] int64: the rows' numbers in the step, then `DrawRows.table`
     masks: Tensor  # [R * (1 + W)] int32: each row's mask's number, then the masks; empty without masks
-    wanted: Tensor  # [R, E]: the rows' hidden states
+    wanted: Tensor  # [R, E]: the rows' hidden states; all graphs read them from one place
     told: Tensor  # [R] int64: the tokens; -1 where the logits are not finite
 
 
@@ -96,10 +112,32 @@ class _Graph:
     places: _Places
 
 
+class Head(Protocol):
+    """What rows of tokens are drawn from."""
+
+    drawn: Tensor
+    """[R] int64: gets the tokens."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits: [N, E] -> [N, V] float32."""
+        ...
+
+
+class GivenLogits:
+    """Logits that are there already, as a `Head` of up to so many rows."""
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        self.drawn = torch.zeros(most, dtype=torch.int64, device=device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What is given: [N, V]."""
+        return hidden
+
+
 class DeviceDraws:
     """The drawing of one model's tokens on one device."""
 
-    def __init__(self, head: RowStep, vocab: int, device: torch.device) -> None:
+    def __init__(self, head: Head, vocab: int, device: torch.device) -> None:
         """`head.drawn` gets the tokens of each step's rows."""
         self._head, self._device = head, device
         self._vocab = vocab
@@ -108,6 +146,7 @@ class DeviceDraws:
         self._history = _History(vocab, device)
         self._graphs: dict[tuple[int, Needs], _Graph] = {}
         self._sizes: list[int] = []
+        self._wanted = torch.empty(0, device=device)
         self._greedy = table((), (), len(head.drawn)).reshape(-1)
 
     def capture(self, hidden: Tensor, compilers: KernelCompilers | None, *, masks: bool = False) -> None:
@@ -119,10 +158,11 @@ class DeviceDraws:
             masks: rows may have masks
         """
         most = len(self._head.drawn)
+        self._wanted = hidden.new_zeros(most, hidden.shape[1])
         self._sizes = [*(size for size in _SIZES if size < most), most]
         pool = torch.cuda.graph_pool_handle()
         made = {
-            (size, needs): self._made(size, needs, hidden)
+            (size, needs): self._made(size, needs)
             for size in reversed(self._sizes)
             for needs in usual_needs(masks=masks)
         }
@@ -168,6 +208,20 @@ class DeviceDraws:
         told = _to_host(draws.tokens.where(draws.finite, -1))
         return Told(specs, told, _all_to_host(draws) if needs.logprobs else None)
 
+    def at_once(
+        self, logits: Tensor, specs: Sequence[SampleSpec], masks: TokenMasks | None = None
+    ) -> list[Drawn]:
+        """Draw a token from each row of given logits [N, V], and wait: as `sample_on_device`, by graphs in the usual ways.
+
+        The head is `GivenLogits`.
+        """
+        needs = needs_of(specs, masked=masks is not None)
+        size = next((size for size in self._sizes if size >= len(specs)), 0)
+        usual = self._graphs.get((size, needs))
+        if usual is None:
+            return sample_on_device(logits, specs, masks)
+        return self._replay(usual, size, needs, logits, range(len(specs)), specs, masks).tokens()
+
     def _replay(
         self,
         usual: _Graph,
@@ -202,7 +256,7 @@ class DeviceDraws:
         host[size:] = masks.words.reshape(-1)
         self._mask_staging.send(to[: size + words])
 
-    def _made(self, size: int, needs: Needs, hidden: Tensor) -> tuple[Callable[[], None], _Places]:
+    def _made(self, size: int, needs: Needs) -> tuple[Callable[[], None], _Places]:
         """What draws from up to `size` rows, and what it reads and writes."""
         device = self._device
         host = self._staging.take(size * (1 + _COLUMNS)).numpy()
@@ -214,7 +268,7 @@ class DeviceDraws:
             masks=torch.full(
                 (size * (1 + words) if needs.masks else 0,), -1, dtype=torch.int32, device=device
             ),
-            wanted=hidden.new_zeros(size, hidden.shape[1]),
+            wanted=self._wanted[:size],
             told=torch.zeros(size, dtype=torch.int64, device=device),
         )
         self._staging.send(places.asked)

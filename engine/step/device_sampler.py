@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels.triton.sampling import DrawRows, Draws, Needs, draw
-from engine.models.family import KernelCompilers
 from engine.plan.types import Drawn, SampleSpec
 from engine.protocol import TokenLogprob, has_penalty
 from engine.step.masking import TokenMasks
@@ -64,38 +63,6 @@ def usual_needs(*, masks: bool) -> tuple[Needs, ...]:
         for draws in (False, True)
     )
     return plain + masked if masks else plain
-
-
-def rehearse(vocab: int, device: torch.device, compilers: KernelCompilers | None, *, masks: bool) -> None:
-    """Compile and load the kernels with which `sample_on_device` draws in the usual ways, so that no request waits for it.
-
-    Args:
-        vocab: of the model
-        device: of the logits
-        compilers: compile kernels together; None: one by one
-        masks: rows may have masks
-    """
-    logits = torch.zeros(1, vocab, device=device)
-    nothing = torch.zeros(1, 1, device=device)
-    words, of = no_masks(1, device)
-
-    def draw_each() -> None:
-        for needs in usual_needs(masks=masks):
-            own = words.expand(1, -(-vocab // 32)).contiguous() if needs.masks else words
-            rows = DrawRows(
-                table=torch.from_numpy(table((), (), 1)).to(device),
-                bias_ids=nothing.int(),
-                bias_values=nothing,
-                history=nothing.int(),
-                masks=own,
-                mask_of=of,
-            )
-            draw(logits, rows, needs)
-
-    if compilers is not None:
-        with compilers.together():
-            draw_each()
-    draw_each()
 
 
 def logprobs_of(
