@@ -165,14 +165,13 @@ class DeviceStep:
     def forward(self, batch: Batch, cache: PagedCache, budget_bytes: int) -> Tensor:
         """As `GqaModel.forward`, of a batch whose tensors are on the CPU. The next step may overwrite what it returns."""
         audited = batch.selecting is not None and self._audit.due()
-        hidden = None if audited or self._graphs is None else self._graphs.run(batch)
+        flaws = batch.flaws.to(self._model.norm.device) if audited else None
+        hidden = None if self._graphs is None else self._graphs.run(batch, flaws=flaws)
         if hidden is None:
             inputs = row_inputs(batch, self._model.norm.device, budget_bytes, self.sharing)
-            if audited:
-                inputs = replace(inputs, flaws=batch.flaws.to(inputs.token_ids.device))
-            hidden = self.compute(inputs, cache)
-            if inputs.flaws is not None:
-                batch.flaws.copy_(inputs.flaws)
+            hidden = self.compute(replace(inputs, flaws=flaws), cache)
+        if flaws is not None:
+            batch.flaws.copy_(flaws)
         return hidden
 
     def compute(self, inputs: RowInputs, cache: PagedCache) -> Tensor:

@@ -1,7 +1,7 @@
 """Now and then a step over rows looks at its selections (`engine.kernels.interface.selection`).
 
 A look in every step would add a launch for each layer to steps whose launches are what they cost. A weight or a kernel that
-went bad stays bad, so one step in `SECONDS` is computed kernel by kernel, without its graph, and looked at.
+went bad stays bad, so one step in `SECONDS` launches the kernels of its graph one by one, and looks. Its numbers are the graph's.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def look(flaws: Tensor, selected: Tensor, rows: Rows, context: int) -> None:
 
     Args:
         flaws: [T] int32
-        selected: [T, K] int32, -1 for none
-        rows: T; dense rows select nothing
+        selected: [T or more, K] int32, -1 for none; rows after T are padding
+        rows: as many; dense rows select nothing
         context: no position reaches it
     """
-    last = slice(max(0, len(selected) - MOST_ROWS), len(selected))
+    last = slice(max(0, len(flaws) - MOST_ROWS), len(flaws))
     positions, top_k = rows.positions[last].long(), rows.index_top_k[last].long()
     _, found = watched(
         selected[last].long().unsqueeze(1), positions.unsqueeze(1), top_k.unsqueeze(1), context

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -121,7 +121,7 @@ class StepGraphs:
             given = None if self._given is None else self._given.new_zeros(rows, self._given.shape[1])
             self._sample(inputs, given)
 
-    def run(self, batch: Batch, given: Tensor | None = None) -> Tensor | None:
+    def run(self, batch: Batch, given: Tensor | None = None, flaws: Tensor | None = None) -> Tensor | None:
         """Hidden states [T, E] of a batch whose tensors are on the CPU; None: no graph is so large.
 
         The next graph may overwrite them.
@@ -129,6 +129,8 @@ class StepGraphs:
         Args:
             batch: T rows
             given: [T, E] on the device, where something is given with each row
+            flaws: [T] int32 on the device; if given, the kernels of the graph are launched one by one, and selections are looked
+                at (`engine.models.rows.audit`). So the step gives the same bits
         """
         plan = expanded_plan(batch, self._sharing)
         shape = self._shape_of(batch, expanded=plan is not None)
@@ -143,6 +145,9 @@ class StepGraphs:
             self._given[: len(given)].copy_(given)
         shape.fill(self._staging.take(shape.size).numpy(), batch)
         self._staging.send(step.buffer)
+        if flaws is not None:
+            inputs = replace(shape.inputs(step.buffer), dense=step.dense, flaws=flaws)
+            return self._compute(inputs, self._given_to(shape))[: len(batch.token_ids)]
         step.graph.replay()
         return step.hidden[: len(batch.token_ids)]
 

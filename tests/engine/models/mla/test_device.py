@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.attention.batch import build_batch
 from engine.config import EngineConfig
+from engine.kernels.interface.selection import REPEATED
 from engine.models.mla.model import MlaModel
 from engine.plan.types import ScheduledRequest, StepPlan
 from engine.step.build import Built, build
@@ -26,9 +27,12 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 prepare()
 
-from engine.models.mla import device, device_layer  # noqa: E402 - needs Triton
+from engine.kernels.triton.rows import Rows  # noqa: E402 - needs Triton
+from engine.kernels.triton.select import select  # noqa: E402
+from engine.models.mla import device, device_layer  # noqa: E402
 from engine.models.mla.device import LatentStep  # noqa: E402
 from engine.models.rows import inputs, padded  # noqa: E402
+from engine.models.rows.audit import MOST_ROWS  # noqa: E402
 from engine.models.rows.padded import Padded  # noqa: E402
 
 pytestmark = [pytest.mark.model, pytest.mark.interpreted]
@@ -234,3 +238,32 @@ def test_a_buffer_of_one_shape_gives_the_same(tmp_path: Path) -> None:
             given.dense.fill(plan)
         hidden = filled.compute(given, other.cache)[: len(batch.token_ids)]
         torch.testing.assert_close(hidden, plain, rtol=1e-5, atol=1e-5)
+        hidden = hidden.clone()
+        flaws = torch.zeros(len(batch.token_ids), dtype=torch.int32, device=CHIP)
+        audited = filled.compute(replace(given, flaws=flaws), other.cache)[: len(flaws)]
+        assert torch.equal(audited, hidden), "a look at the selections changes nothing"
+        assert not flaws.any()
+
+
+def test_a_look_finds_a_bad_selection_beside_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row whose selection repeats a position is marked, though more rows of padding follow than are looked at."""
+    tiny_deepseek("deepseek_v32", tmp_path, num_hidden_layers=1, first_k_dense_replace=0)
+    one = built(tmp_path)
+    _, step = stepped(one)
+    batch = build_batch(plan_of(STEPS[2], tokens_of(4)), CPU)
+    count = len(batch.token_ids)
+    shape = Padded(count + MOST_ROWS, PAGES * 64, TOP_K, False, 0, step.sharing, False)
+    buffer = torch.zeros(shape.size, dtype=torch.int32)
+    shape.fill(buffer.numpy(), batch)
+    sparse = int((batch.positions >= TOP_K).nonzero()[0])
+
+    def bad(scores: torch.Tensor, rows: Rows, width: int) -> torch.Tensor:
+        selected = select(scores, rows, width)
+        selected[sparse, 1] = selected[sparse, 0]
+        return selected
+
+    monkeypatch.setattr(device_layer, "select", bad)
+    flaws = torch.zeros(count, dtype=torch.int32, device=CHIP)
+    step.compute(replace(shape.inputs(buffer.to(CHIP)), flaws=flaws), one.cache)
+    assert flaws[sparse] & REPEATED
+    assert not flaws[torch.arange(count, device=CHIP) != sparse].any()
