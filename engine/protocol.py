@@ -60,6 +60,7 @@ class SamplingParams(Value, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0  # stop tokens are not drawn before so many tokens; <= max_tokens
     logprobs: int | None = None  # alternatives to report per generated token; None reports nothing
+    logprob_token_ids: tuple[int, ...] = ()  # with `logprobs`: report these tokens in place of the likeliest
     prompt_logprobs: int | None = None  # per prompt token; a cached prefix of these is not reused
     prompt_logprobs_start: int = 0  # >= 0; the first prompt token that gets a log-probability
 
@@ -182,7 +183,9 @@ class TokenLogprob(Value, frozen=True, kw_only=True, gc=False):
     token_id: int
     logprob: float
     rank: int  # 1 is the most likely
-    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+    top: tuple[
+        tuple[int, float], ...
+    ]  # (token id, logprob), most likely first, or in the order that was asked for
 
 
 class Work(Value, frozen=True, kw_only=True, array_like=True):

@@ -21,6 +21,7 @@ from engine.client import Engine
 from server.access.budget import Budgets
 from server.access.keys import KeyBook
 from server.access.limits import Limits
+from server.canary import Canary
 from server.chat import ChatFormat
 from server.config import ServerConfig
 from server.generation.admission import Admission
@@ -65,11 +66,14 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         try:
             await engine.start()  # the engine loads in the background; until then requests get 503
-            following = asyncio.create_task(_follow(files), name="files that may change")
+            tasks = [asyncio.create_task(_follow(files), name="files that may change")]
+            if services.canary is not None:
+                tasks.append(asyncio.create_task(services.canary.run(), name="canary"))
             try:
                 yield
             finally:
-                following.cancel()
+                for task in tasks:
+                    task.cancel()
         finally:
             await engine.stop()
             await checks.close()
@@ -123,6 +127,9 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
         keys=keys,
         limits=limits,
         budgets=budgets,
+        canary=Canary(engine, text, config.canary_interval, metrics.canary)
+        if config.canary_interval
+        else None,
     )
     app = FastAPI(
         title="dsa-serve",

@@ -40,6 +40,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         default_top_k: a request's sparsity if it names none; None: the number that the indexer was trained for.
         max_body_bytes: the largest request body.
         hang_seconds: an engine that makes no progress for so long is replaced; 0: never.
+        canary_interval: seconds between two runs of the canary; 0: it never runs.
         client_seconds: how long a client may take for its headers, or do nothing in the middle of a body or an answer.
         drain_seconds: how long running requests may go on after the signal to stop.
         max_n: the most choices of one request.
@@ -49,6 +50,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         otlp_endpoint: where traces go; None: nowhere.
         unknown_fields: what becomes of a field that an endpoint does not know.
         sampling: how a token is chosen where a request does not say it.
+        enable_force_include_usage: every stream ends with its usage.
+        return_tokens_as_token_ids: log-probabilities always name tokens by their ids.
         keys: the file of callers' keys; None: everybody is let in.
         public_metrics: /metrics needs no key.
         allowed_hosts: names that clients may call the server by: `auto`, `*`, or a list with commas.
@@ -70,6 +73,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     default_top_k: Sparsity | None = None
     max_body_bytes: Positive = 8 << 20
     hang_seconds: Seconds = 30.0
+    canary_interval: Seconds = 0.0
     client_seconds: Annotated[float, msgspec.Meta(gt=0)] = 30.0
     drain_seconds: Seconds = 30.0
     max_n: Positive = 8
@@ -82,6 +86,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     unknown_fields: UnknownFields = "accept"
     keys: str | None = None
     public_metrics: bool = False
+    enable_force_include_usage: bool = False
+    return_tokens_as_token_ids: bool = False
     allowed_hosts: str = "auto"
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None

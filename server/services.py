@@ -14,8 +14,10 @@ from engine.client import Engine
 from server.access.budget import Budgets
 from server.access.keys import KeyBook
 from server.access.limits import Limits
+from server.canary import Canary
 from server.config import ServerConfig
 from server.generation.admission import Admission
+from server.generation.background import Background
 from server.generation.intake import Intake
 from server.generation.responses import KeptResponses
 from server.generation.streamed import Head
@@ -43,6 +45,8 @@ class Services:
     books: Books
     live: LiveSettings
     responses: KeptResponses
+    canary: Canary | None = None
+    background: Background = field(default_factory=Background)
     keys: KeyBook | None = None
     limits: Limits = field(default_factory=Limits)
     budgets: Budgets | None = None

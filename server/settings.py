@@ -112,6 +112,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "The lowest `priority` that a request may have; lower is served earlier. 0: requests may only step back.",
         ),
     ] = _HTTP.min_priority
+    canary_interval: Annotated[
+        Seconds,
+        Flag(
+            SERVER,
+            "Seconds between two runs of the canary, a fixed prompt that an idle server answers cold and on its cached prefix; "
+            "answers that change are counted and told in /health/ready.",
+            "off",
+            "SECONDS",
+        ),
+    ] = _HTTP.canary_interval
+    enable_force_include_usage: Annotated[
+        bool, Flag(SERVER, "Every stream ends with its usage, whether its request asks for it or not.", "off")
+    ] = _HTTP.enable_force_include_usage
+    return_tokens_as_token_ids: Annotated[
+        bool, Flag(SERVER, "Log-probabilities always name tokens by their ids, as token_id:123.", "off")
+    ] = _HTTP.return_tokens_as_token_ids
     max_queue_tokens: Annotated[
         Positive | None,
         Flag(

@@ -21,6 +21,7 @@ from engine.models.family import KernelCompilers
 from engine.plan.types import Drawn, Sampled, SampleSpec
 from engine.protocol import TokenLogprob, has_penalty
 from engine.step.device_sampler import (
+    given_logprobs,
     logprobs_of,
     needs_of,
     no_masks,
@@ -39,15 +40,22 @@ _LEAST_SLOTS = 8
 class Told:
     """What a step drew, on its way to the host."""
 
-    def __init__(self, specs: Sequence[SampleSpec], tokens: Tensor, draws: Draws | None) -> None:
+    def __init__(
+        self,
+        specs: Sequence[SampleSpec],
+        tokens: Tensor,
+        draws: Draws | None,
+        given: Sequence[Tensor | None] | None = None,
+    ) -> None:
         """Copies to the host are under way.
 
         Args:
             specs: of the rows
             tokens: [N] int64 on the host, -1 where the logits are not finite; filled when the device gets there
             draws: what else is told, likewise; None: nothing
+            given: log-probabilities of tokens that specs name, likewise; None: no spec does
         """
-        self._specs, self._tokens, self._draws = specs, tokens, draws
+        self._specs, self._tokens, self._draws, self._given = specs, tokens, draws, given
         self._done: torch.cuda.Event | None = None
         if tokens.is_pinned():
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -70,7 +78,7 @@ class Told:
         tokens: list[int] = self._tokens.tolist()
         if self._draws is None:
             return [_BAD if token < 0 else Sampled(token_ids=(token,)) for token in tokens]
-        told = logprobs_of(self._draws, tokens, self._specs)
+        told = logprobs_of(self._draws, tokens, self._specs, self._given)
         return [_sampled(token, one) for token, one in zip(tokens, told, strict=True)]
 
 
@@ -112,7 +120,7 @@ class _Graph:
     places: _Places
 
 
-class Head(Protocol):
+class DrawHead(Protocol):
     """What rows of tokens are drawn from."""
 
     drawn: Tensor
@@ -124,7 +132,7 @@ class Head(Protocol):
 
 
 class GivenLogits:
-    """Logits that are there already, as a `Head` of up to so many rows."""
+    """Logits that are there already, as a `DrawHead` of up to so many rows."""
 
     def __init__(self, most: int, device: torch.device) -> None:
         self.drawn = torch.zeros(most, dtype=torch.int64, device=device)
@@ -137,7 +145,7 @@ class GivenLogits:
 class DeviceDraws:
     """The drawing of one model's tokens on one device."""
 
-    def __init__(self, head: Head, vocab: int, device: torch.device) -> None:
+    def __init__(self, head: DrawHead, vocab: int, device: torch.device) -> None:
         """`head.drawn` gets the tokens of each step's rows."""
         self._head, self._device = head, device
         self._vocab = vocab
@@ -205,8 +213,11 @@ class DeviceDraws:
         if any(slot >= 0 for slot in slots):
             count_tokens(asked, draws.tokens)
         self._head.drawn[: len(rows)].copy_(draws.tokens)
+        given = None
+        if any(spec.params.logprob_token_ids for spec in specs):
+            given = [None if one is None else _to_host(one) for one in given_logprobs(logits, specs)]
         told = _to_host(draws.tokens.where(draws.finite, -1))
-        return Told(specs, told, _all_to_host(draws) if needs.logprobs else None)
+        return Told(specs, told, _all_to_host(draws) if needs.logprobs else None, given)
 
     def at_once(
         self, logits: Tensor, specs: Sequence[SampleSpec], masks: TokenMasks | None = None

@@ -27,10 +27,12 @@ _PADDING = _ROW.pack(0, 0, -1, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 def sample_on_device(
     logits: Tensor, specs: Sequence[SampleSpec], masks: TokenMasks | None = None
 ) -> list[Drawn]:
-    """As `engine.step.sampler.sample`, and through it the rows with penalties, whose histories are on the host."""
-    hosted = [row for row, spec in enumerate(specs) if has_penalty(spec.params)]
+    """As `engine.step.sampler.sample`; through it the rows with penalties, whose histories are on the host, and rare ones."""
+    hosted = [
+        row for row, spec in enumerate(specs) if has_penalty(spec.params) or spec.params.logprob_token_ids
+    ]
     if hosted:
-        own = [row for row, spec in enumerate(specs) if not has_penalty(spec.params)]
+        own = [row for row in range(len(specs)) if row not in set(hosted)]
         parts = [None if masks is None or not rows else masks.part(rows) for rows in (hosted, own)]
         drawn = dict(
             zip(hosted, sample(logits[hosted], [specs[row] for row in hosted], parts[0]), strict=True)
@@ -65,10 +67,24 @@ def usual_needs(*, masks: bool) -> tuple[Needs, ...]:
     return plain + masked if masks else plain
 
 
+def given_logprobs(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Tensor | None]:
+    """The log-probabilities [n] of the tokens that each spec names; None where it names none."""
+    return [
+        row.log_softmax(-1)[list(spec.params.logprob_token_ids)] if spec.params.logprob_token_ids else None
+        for row, spec in zip(logits, specs, strict=True)
+    ]
+
+
 def logprobs_of(
-    draws: Draws, tokens: Sequence[int], specs: Sequence[SampleSpec]
+    draws: Draws,
+    tokens: Sequence[int],
+    specs: Sequence[SampleSpec],
+    given: Sequence[Tensor | None] | None = None,
 ) -> list[TokenLogprob | None]:
-    """What each spec asks to be told about its token; None where it asks nothing."""
+    """What each spec asks to be told about its token; None where it asks nothing.
+
+    `given`: what `given_logprobs` gave, on the host; None: no spec names tokens.
+    """
     assert draws.logprobs is not None
     assert draws.ranks is not None
     assert draws.top_ids is not None
@@ -80,9 +96,15 @@ def logprobs_of(
         draws.top_ids.tolist(),
         draws.top_logprobs.tolist(),
     )
-    for spec, token, logprob, rank, ids, values in zip(specs, tokens, *columns, strict=True):
+    for number, (spec, token, logprob, rank, ids, values) in enumerate(
+        zip(specs, tokens, *columns, strict=True)
+    ):
         shown = spec.params.logprobs
-        top = tuple(zip(ids[:shown], values[:shown], strict=True))
+        named = None if given is None else given[number]
+        if named is None:
+            top = tuple(zip(ids[:shown], values[:shown], strict=True))
+        else:
+            top = tuple(zip(spec.params.logprob_token_ids, named.tolist(), strict=True))
         told.append(
             None if shown is None else TokenLogprob(token_id=token, logprob=logprob, rank=rank, top=top)
         )

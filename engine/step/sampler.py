@@ -43,13 +43,14 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec], masks: TokenMasks | None
         allowed = None if masks is None else masks.allowed(row, logits.shape[1])
         if finite[row] and (allowed is not None or not _is_plain_greedy(spec)):
             tokens[row] = _draw(logits[row].cpu().numpy(), spec, allowed)
-    reported: dict[int, list[int]] = {}  # rows by how many alternatives they report
+    reported: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # rows by what alternatives they report
     for row, spec in enumerate(specs):
         if finite[row] and spec.params.logprobs is not None:
-            reported.setdefault(spec.params.logprobs, []).append(row)
+            asked = (spec.params.logprobs, spec.params.logprob_token_ids)
+            reported.setdefault(asked, []).append(row)
     logprobs: dict[int, TokenLogprob] = {}
-    for alternatives, rows in reported.items():
-        own = token_logprobs(logits[rows], [tokens[row] for row in rows], alternatives)
+    for (alternatives, given), rows in reported.items():
+        own = token_logprobs(logits[rows], [tokens[row] for row in rows], alternatives, given)
         logprobs.update(zip(rows, own, strict=True))
     return [
         Drawn(token_id=token, logprob=logprobs.get(row)) if good else NOT_FINITE
@@ -96,19 +97,24 @@ def token_logprob(logits: Tensor, token: int, alternatives: int) -> TokenLogprob
     return token_logprobs(logits.unsqueeze(0), [token], alternatives)[0]
 
 
-def token_logprobs(logits: Tensor, tokens: Sequence[int], alternatives: int) -> list[TokenLogprob]:
+def token_logprobs(
+    logits: Tensor, tokens: Sequence[int], alternatives: int, given: Sequence[int] = ()
+) -> list[TokenLogprob]:
     """The log-probabilities (nats) of one token in each row. It waits once for the device, not for every token.
 
     Args:
         logits: [N, vocab] float32
         tokens: N token ids, one for each row
         alternatives: how many of the likeliest tokens to report with each
+        given: report these token ids in place of them
     """
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1))
     ranks = ((logprobs > own).sum(-1, dtype=torch.int32) + 1).tolist()  # as int64 it takes twice as long
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
-    if alternatives:
+    if given:
+        tops = [tuple(zip(given, row, strict=True)) for row in logprobs[:, list(given)].tolist()]
+    elif alternatives:
         values, ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))
         tops = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
     rows = zip(tokens, own.squeeze(-1).tolist(), ranks, tops, strict=True)

@@ -131,6 +131,7 @@ def read_conversation(body: ChatCompletionBody, chat: ChatFormat) -> Conversatio
         notices=(
             *lost,
             *(() if chat.names else itertools.islice(_unwritten(body.messages), MAX_NOTICES)),
+            *(() if chat.reasons else itertools.islice(_thoughts(body.messages), MAX_NOTICES)),
         ),
     )
 
@@ -155,6 +156,15 @@ def _variables(asked: Mapping[str, Any], chat: ChatFormat, lost: list[Notice]) -
             why = "the model's template has no such variable that a request may set"
             lost.append(Notice(code="no_effect", message=f"{path} had no effect: {why}", param=path))
     return found
+
+
+def _thoughts(messages: Sequence[ChatMessage]) -> Iterator[Notice]:
+    """The reasoning of messages, for a model whose format has no place for it."""
+    for index, message in enumerate(messages):
+        if message.thoughts:
+            path = f"messages[{index}].reasoning{'_content' if message.reasoning_content else ''}"
+            why = "this model's chat format has no place for reasoning"
+            yield Notice(code="no_effect", message=f"{path} had no effect: {why}", param=path)
 
 
 def _unwritten(messages: Sequence[ChatMessage]) -> Iterator[Notice]:
@@ -183,7 +193,18 @@ def _thinking(
         elif value is not None:
             said[path] = value
     if body.reasoning_effort is not None:
-        said["reasoning_effort"] = body.reasoning_effort not in ("none", "minimal")
+        wanted = body.reasoning_effort not in ("none", "minimal")
+        if wanted and not chat.thinking:  # agents send it to every model
+            why = "this model's chat format has no switch for thinking"
+            lost.append(
+                Notice(
+                    code="no_effect",
+                    message=f"reasoning_effort had no effect: {why}",
+                    param="reasoning_effort",
+                )
+            )
+        else:
+            said["reasoning_effort"] = wanted
     for name, wanted in said.items():
         if wanted and not chat.thinking:
             lack = (
@@ -235,8 +256,8 @@ def _messages(messages: Sequence[ChatMessage], chat: ChatFormat) -> list[dict[st
                 )
             out[place] = made | {"tool_call_id": message.tool_call_id}
             continue
-        if message.reasoning_content:
-            made["reasoning_content"] = message.reasoning_content
+        if message.thoughts:
+            made["reasoning_content"] = message.thoughts
         out.append(made)
         if message.tool_calls:
             made["tool_calls"] = [_call(call) for call in message.tool_calls]
@@ -272,17 +293,13 @@ def _check(message: ChatMessage, path: str, chat: ChatFormat) -> None:
     for name, role in (
         ("tool_calls", "assistant"),
         ("reasoning_content", "assistant"),
+        ("reasoning", "assistant"),
         ("tool_call_id", "tool"),
     ):
         if getattr(message, name) and message.role != role:
             raise bad_request(
                 f"{path}.{name} belongs into messages of role '{role}'; leave it out", param=f"{path}.{name}"
             )
-    if message.reasoning_content and not chat.reasons:
-        raise bad_request(
-            f"{path}.reasoning_content must be null: this model's chat format has no place for reasoning",
-            param=f"{path}.reasoning_content",
-        )
     if message.content is None and not message.tool_calls:
         raise bad_request(
             f"{path}.content is required; it must be a string or a list of parts "

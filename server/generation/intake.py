@@ -22,6 +22,7 @@ from server.generation.choice import Job
 from server.generation.conversation import Conversation, read_conversation, refuse_lost_variables
 from server.generation.grammars import GrammarChecks
 from server.generation.infill import infill_of
+from server.generation.logprobs import logprob_start, named_tokens
 from server.generation.prompts import Prompt, Prompts, check_ids, loaded_model, prompt_end
 from server.generation.room import check_least, context_of, cut, room_of
 from server.generation.sparsity import GrantedSparsity, granted
@@ -30,7 +31,7 @@ from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.completions import CompletionBody
 from server.http.protocol.errors import bad_request
 from server.http.protocol.notices import Notice
-from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
+from server.http.protocol.sampling import GenerationBody
 from server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ class Intake:
             request_id,
             prompts=[Prompt((*token_ids, *opened), "")],
             max_tokens=limits[0] or limits[1],
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            logprobs=(body.top_logprobs or 0) if body.logprobs or body.logprob_token_ids else None,
             answer=self._answer(body, said, opening, thinking=thinking),
             enforced=enforced,
         )
@@ -258,28 +259,11 @@ class Intake:
             ends=ends,
             prompts=prompts,
             max_tokens=body.max_tokens,
-            logprobs=body.logprobs,
+            logprobs=body.logprobs or 0 if body.logprob_token_ids else body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
-            prompt_logprobs_start=self._logprob_start(body, prompts),
+            prompt_logprobs_start=logprob_start(body, prompts),
             enforced=None if body.max_tokens == 0 else await self._enforced(body, model),
         )
-
-    @staticmethod
-    def _logprob_start(body: CompletionBody, prompts: Sequence[Prompt]) -> int:
-        start = body.logprob_start_len or 0
-        if body.logprob_start_len is not None and not (body.echo and body.logprobs is not None):
-            raise bad_request(
-                "logprob_start_len says where a prompt's log-probabilities begin; ask for those with echo true and "
-                "logprobs",
-                param="logprob_start_len",
-            )
-        shortest = min(len(prompt.token_ids) for prompt in prompts)
-        if start > shortest:
-            raise bad_request(
-                f"logprob_start_len is {start}, but a prompt has only {shortest} tokens",
-                param="logprob_start_len",
-            )
-        return start
 
     def _model(self, body: GenerationBody, status: EngineStatus) -> ModelInfo:
         """Check the fields that do not depend on the prompt. Return the model that the engine has loaded."""
@@ -318,14 +302,14 @@ class Intake:
         size = model.vocab_size
         check_ids([token_id for token_id, _ in bias], "logit_bias", size, keys=True)
         check_ids(body.stop_token_ids or [], "stop_token_ids", size)
+        named = named_tokens(body, size, logprobs)
         stop_ids = dict.fromkeys(body.stop_token_ids or [])
         if not body.ignore_eos:
             stop_ids |= dict.fromkeys((*self._text.eos_token_ids, *ends))
         stop_ids = dict.fromkeys(token_id for token_id in stop_ids if token_id < size)
         prompt_only = max_tokens == 0
         n = body.n or 1
-        own_logprobs = MAX_TOP_LOGPROBS if body.prompt_logprobs == -1 else body.prompt_logprobs
-        asked = [count for count in (prompt_logprobs, own_logprobs) if count is not None]
+        asked = [count for count in (prompt_logprobs, body.prompt_logprobs) if count is not None]
         if body.prompt_logprobs is not None:
             prompt_logprobs_start = 0
         options = body.stream_options
@@ -348,6 +332,7 @@ class Intake:
                     logit_bias=bias,
                     stop_token_ids=() if prompt_only else tuple(stop_ids),
                     logprobs=None if prompt_only else logprobs,
+                    logprob_token_ids=named,
                     min_tokens=0 if prompt_only else body.min_tokens or 0,
                     prompt_logprobs=max(asked, default=None),
                     prompt_logprobs_start=prompt_logprobs_start,

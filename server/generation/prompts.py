@@ -112,7 +112,7 @@ class Prompts:
                 raise bad_request(f"{param} cannot be read: {error}", param=param) from None
             return Prompt(tuple(token_ids), source if echo else "")
         check_ids(source, param, size or self._text.vocab_size)
-        return Prompt(tuple(source), self._text.decode(source) if echo else "")
+        return Prompt(tuple(source), self._text.decode(source, skip_special=False) if echo else "")
 
     def _check_length(self, length: int, context: int | None) -> None:
         """Refuse a text of `length` characters that is certain to be too long, before it is tokenized.
@@ -166,7 +166,7 @@ class Prompts:
                 **fields,
             )
         )
-        if body.add_special_tokens and self._text.bos_token_id is not None:
+        if body.add_special_tokens and self._text.adds_bos and self._text.bos_token_id is not None:
             token_ids = [self._text.bos_token_id, *token_ids]
         return token_ids
 
@@ -207,7 +207,8 @@ def check_ids(token_ids: Sequence[int], param: str, size: int, *, keys: bool = F
         if not 0 <= token_id < size:
             where = f"{param}.{token_id}" if keys else f"{param}[{position}]"
             raise bad_request(
-                f"{where} is not a token id of this model; ids go from 0 to {size - 1}", param=param
+                f"{where} is not a token id of this model; its vocabulary has {size}, so ids go from 0 to {size - 1}",
+                param=param,
             )
 
 

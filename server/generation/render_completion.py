@@ -105,24 +105,37 @@ class CompletionRenderer(Streamed):
         if all(delta.logprobs is None and delta.prompt_logprobs is None for delta in deltas):
             return None
         out = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        ids = self._jobs[index].submit.prompt_token_ids
+        # The echo of a prompt that was sent as ids spells its control tokens out.
+        spelled = bool(self._echoes[index]) and self._echoes[index] == self._text.decode(
+            ids, skip_special=False
+        )
         for delta in deltas:
             prompt = (delta.prompt_logprobs or ()) if self._shown.echo else ()
-            for token_id, entry in zip(self._jobs[index].submit.prompt_token_ids, prompt, strict=False):
-                self._add(out, index, token_id, entry)
+            for token_id, entry in zip(ids, prompt, strict=False):
+                self._add(out, index, token_id, entry, spelled=spelled)
             for token in delta.logprobs or ():
                 self._add(out, index, token.token_id, token)
         return out
 
-    def _add(self, out: CompletionLogprobs, index: int, token_id: int, entry: TokenLogprob | None) -> None:
+    def _add(
+        self,
+        out: CompletionLogprobs,
+        index: int,
+        token_id: int,
+        entry: TokenLogprob | None,
+        *,
+        spelled: bool = False,
+    ) -> None:
         out.tokens.append(self._token_name(token_id))
-        out.text_offset.append(self._offsets[index].next(token_id))
+        out.text_offset.append(self._offsets[index].next(token_id, spelled=spelled))
         out.token_logprobs.append(None if entry is None else max(entry.logprob, LEAST))
         out.top_logprobs.append(None if entry is None else self._top(entry))
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         top: dict[str, float] = {}
-        for token_id, logprob in (*entry.top[: self._shown.logprobs], (entry.token_id, entry.logprob)):
-            # Two tokens may have the same text (halves of characters); only the likelier one is shown.
+        # The chosen one first, as clients of vLLM expect. Two tokens may have the same text (halves of characters).
+        for token_id, logprob in ((entry.token_id, entry.logprob), *entry.top[: self._shown.logprobs]):
             top.setdefault(self._token_name(token_id), max(logprob, LEAST))
         return top
 
@@ -135,8 +148,8 @@ class _Offsets:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._length = 0
 
-    def next(self, token_id: int) -> int:
+    def next(self, token_id: int, *, spelled: bool = False) -> int:
         start = self._length
-        if token_id not in self._text.special_ids:
+        if spelled or token_id not in self._text.special_ids:
             self._length += len(self._utf8.decode(bytes(self._text.token_bytes(token_id))))
         return start

@@ -19,7 +19,7 @@ from server.http.protocol.notices import Notice
 from server.http.protocol.responses import ResponseBody, ResponseFault, ResponseObject, ResponseTokens
 from server.http.protocol.usage import CompletionTokensDetails, Usage
 
-Status = Literal["in_progress", "completed", "incomplete", "failed"]
+Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
 class ResponsesRenderer:
@@ -64,8 +64,16 @@ class ResponsesRenderer:
 
     def failure(self, error: ApiError) -> bytes:
         """The failed response."""
+        return self._event("response.failed", response=self._dump(self.failed(error)))
+
+    def waiting(self, status: Status) -> ResponseObject:
+        """The response before it has an answer."""
+        return self._response(status)
+
+    def failed(self, error: ApiError) -> ResponseObject:
+        """The response that has an error in place of an answer."""
         fault = ResponseFault(code=error.detail.code or "server_error", message=error.detail.message)
-        return self._event("response.failed", response=self._dump(self._response("failed", error=fault)))
+        return self._response("failed", error=fault)
 
     def whole(self, choices: Sequence[Sequence[TextDelta]], usage: Usage) -> ResponseObject:
         """The response without streaming."""
@@ -173,7 +181,7 @@ class ResponsesRenderer:
             created_at=head.created,
             status=status,
             model=head.model,
-            output=[dict(item) for item in self._items] if status != "in_progress" else [],
+            output=[dict(item) for item in self._items] if status not in ("queued", "in_progress") else [],
             error=error,
             incomplete_details={"reason": "max_output_tokens"} if status == "incomplete" else None,
             instructions=body.instructions,
@@ -188,7 +196,7 @@ class ResponsesRenderer:
             reasoning={"effort": effort, "summary": None},
             text={"format": _format_of(body)},
             truncation="disabled",
-            background=False,
+            background=bool(body.background),
             metadata=body.metadata or {},
             user=body.user,
             usage=usage,

@@ -67,7 +67,9 @@ class KeptResponses:
         self._kept: OrderedDict[str, KeptResponse] = OrderedDict()
 
     def add(self, key: str, response: ResponseObject, messages: Sequence[ChatMessage]) -> None:
-        """Keep a response, and forget the oldest ones beyond the limits."""
+        """Keep a response, in place of one with the same id, and forget the oldest ones beyond the limits."""
+        if (old := self._kept.pop(response.id, None)) is not None:
+            self._bytes -= old.size
         size = 2048 + len(response.model_dump_json()) + sum(len(m.model_dump_json()) for m in messages)
         self._kept[response.id] = KeptResponse(key, response, messages, size)
         self._bytes += size
@@ -87,7 +89,8 @@ class KeptResponses:
         """
         kept = self.get(response_id, key)
         if kept is None:
-            raise ApiError(404, "no response with this id is stored here", code="response_not_found")
+            shown = response_id if response_id.isprintable() and len(response_id) <= 128 else ""
+            raise ApiError(404, f"Response with id {shown!r} not found.", code="response_not_found")
         return kept
 
     def remove(self, response_id: str, key: str) -> None:

@@ -10,11 +10,12 @@ from pydantic import BaseModel
 
 from engine.protocol import TokenLogprob
 from server.chat.parts import Content
+from server.config import ServerConfig
 from server.generation.choice import Job, TextDelta
 from server.http.protocol import sse
 from server.http.protocol.errors import ApiError
 from server.http.protocol.notices import Notice
-from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
+from server.http.protocol.sampling import GenerationBody
 from server.http.protocol.token_ids import PromptLogprob, PromptLogprobs
 from server.http.protocol.usage import RunningUsage, Usage
 from server.text.tokenizer import Tokenizer
@@ -65,18 +66,20 @@ class Shown:
     prompt_logprobs: int | None = None
 
 
-def shown_of(body: GenerationBody, *, logprobs: int | None = None, echo: bool = False) -> Shown:
-    """Read what a body wants to see."""
+def shown_of(
+    body: GenerationBody, config: ServerConfig, *, logprobs: int | None = None, echo: bool = False
+) -> Shown:
+    """Read what a body wants to see, or the server's settings show to all."""
     options = body.stream_options
-    usage = bool(options and options.include_usage)
+    usage = config.enable_force_include_usage or bool(options and options.include_usage)
     return Shown(
         usage=usage,
         running_usage=usage and bool(options and options.continuous_usage_stats),
         token_ids=bool(body.return_token_ids),
-        named_by_id=bool(body.return_tokens_as_token_ids),
+        named_by_id=config.return_tokens_as_token_ids or bool(body.return_tokens_as_token_ids),
         logprobs=logprobs,
         echo=echo,
-        prompt_logprobs=MAX_TOP_LOGPROBS if body.prompt_logprobs == -1 else body.prompt_logprobs,
+        prompt_logprobs=body.prompt_logprobs,
     )
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -30,12 +31,12 @@ from server.generation.generate import (
     GrammarFailedError,
     QuietError,
 )
-from server.generation.intake import Admitted
-from server.generation.render import Renderer, total_usage
+from server.generation.render import total_usage
 from server.http.access import caller_of
 from server.http.deadline import DEADLINE, DeadlineError, deadline_of, seconds_of, too_late
 from server.http.disconnect import ClientGoneError, unless_disconnected
 from server.http.middleware import Record, outcome_of, record_of
+from server.http.order import Later, Order
 from server.http.outlet import Outlet
 from server.http.protocol import sse
 from server.http.protocol.errors import (
@@ -60,15 +61,6 @@ ACCEPT_SECONDS = 0.05
 """How long the headers of a stream wait for a refusal of the engine. The first token ends the wait."""
 
 KEEP_ALIVE_SECONDS = 15.0
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """A request body as its endpoint understood it: the work, and how to send the answer."""
-
-    work: Admitted
-    renderer: Renderer
-    stream: bool
 
 
 class GenerationReply(Response):
@@ -104,23 +96,50 @@ class GenerationReply(Response):
                     request.headers.get("idempotency-key"),
                     await request.body(),
                 )
-                sender = None if caller.record is None else caller.name
-                jobs = order.work.jobs
-                tokens = sum(len(job.submit.prompt_token_ids) for job in jobs if not job.shares_prompt)
-                with (
-                    admission_errors(),
-                    services.admission.admit(len(jobs), sender, tokens) as place,
-                    self._reserved(order, record) as reservation,
-                ):
-                    response = await unless_disconnected(
-                        receive, self._run(order, record, send, scope, place, attempt, reservation, deadline)
-                    )
+                work = self._admitted(order, record, send, scope, attempt, deadline)
+                if order.later is None:
+                    response = await unless_disconnected(receive, work)
+                else:
+                    services.background.start(order.later.response_id, self._apart(order.later, work))
+                    queued = order.later.queued.model_dump_json(exclude_unset=True)
+                    response = Response(queued, media_type="application/json")
             except (ClientDisconnect, ClientGoneError):
                 record.outcome = "disconnected"
                 logger.info("request %s: the client hung up", record.request_id)
                 return
             if response is not None:
                 await response(scope, receive, send)
+
+    async def _admitted(
+        self,
+        order: Order,
+        record: Record,
+        send: Send,
+        scope: Scope,
+        attempt: str | None,
+        deadline: float | None,
+    ) -> Response | None:
+        """Take a place and what the key allows, and generate."""
+        caller, jobs = caller_of(scope), order.work.jobs
+        tokens = sum(len(job.submit.prompt_token_ids) for job in jobs if not job.shares_prompt)
+        sender = None if caller.record is None else caller.name
+        with (
+            admission_errors(),
+            self._services.admission.admit(len(jobs), sender, tokens) as place,
+            self._reserved(order, record) as reservation,
+        ):
+            return await self._run(order, record, send, scope, place, attempt, reservation, deadline)
+
+    async def _apart(self, later: Later, work: Coroutine[Any, Any, Response | None]) -> None:
+        """Generate in the background. The renderer stores the response."""
+        with self._services.lifecycle.track():
+            try:
+                await work
+            except ApiError as error:
+                later.failed(error)
+            except Exception as error:
+                logger.error("the background response %s failed", later.response_id, exc_info=error)
+                later.failed(internal_error())
 
     @contextmanager
     def _reserved(self, order: Order, record: Record) -> Iterator[Reservation]:

@@ -126,6 +126,11 @@ class Tokenizer:
         """Return one token's text; a part of a character shows as U+FFFD."""
         return self.raw(token_id).decode("utf-8", errors="replace")
 
+    def piece(self, token_id: int) -> str:
+        """Return one token as the vocabulary writes it, such as `Ġhello`; "" for an id that it does not have."""
+        piece: str | None = self._backend.id_to_token(token_id)
+        return piece or ""
+
     def token_bytes(self, token_id: int) -> list[int]:
         """Return one token's bytes. A character may need the bytes of several neighbouring tokens."""
         return list(self.raw(token_id))

@@ -113,3 +113,17 @@ def test_counters_add_up_with_the_usages(server: Server, tokenizer: Tokenizer) -
     assert pages[1] > 0
     (info,) = (name for name in after if name.startswith("dsa_model_info"))
     assert f'num_gpu_blocks="{int(sum(pages))}"' in info
+
+
+@pytest.mark.slow
+def test_the_canary_of_an_idle_server_agrees_with_itself() -> None:
+    server = Server("--canary-interval", "0.5")
+    try:
+        server.wait_ready()
+        until(lambda: server.metrics()['dsa_canary_runs_total{outcome="agree"}'] >= 2)
+        assert server.metrics()['dsa_canary_runs_total{outcome="disagree"}'] == 0
+        assert server.metrics()["dsa_prefix_cache_hits_tokens_total"] >= 2 * 128
+        assert server.metrics()['dsa_tokens_total{kind="completion"}'] == 0
+        assert server.get("/health/ready").json()["warnings"] == []
+    finally:
+        server.close()

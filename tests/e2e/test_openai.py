@@ -22,6 +22,39 @@ def counts(usage: Any) -> dict[str, Any]:
     return fields
 
 
+def test_log_probabilities_of_named_tokens(server: Server, tokenizer: Tokenizer) -> None:
+    (paris,), (rome,) = tokenizer.encode(" Paris"), tokenizer.encode(" Rome")
+    prompt = "The capital of France is"
+    with server.sdk() as sdk:
+        whole = sdk.completions.create(
+            model=MODEL, prompt=prompt, temperature=0, max_tokens=2,
+            extra_body={"logprob_token_ids": [rome, paris], "return_tokens_as_token_ids": True},
+        )  # fmt: skip
+        likeliest = sdk.completions.create(
+            model=MODEL, prompt=prompt, temperature=0, max_tokens=1, logprobs=1,
+        )  # fmt: skip
+        chat = sdk.chat.completions.create(
+            model=MODEL,
+            messages=FRANCE,
+            temperature=0,
+            max_tokens=3,
+            extra_body={"logprob_token_ids": [rome, paris]},
+        )
+    assert whole.choices[0].logprobs is not None
+    assert likeliest.choices[0].logprobs is not None
+    tops = whole.choices[0].logprobs.top_logprobs
+    assert tops is not None
+    assert all({f"token_id:{rome}", f"token_id:{paris}"} <= top.keys() for top in tops)
+    assert tops[0][f"token_id:{paris}"] > tops[0][f"token_id:{rome}"]
+    first = likeliest.choices[0].logprobs
+    if first.tokens == [" Paris"]:
+        assert first.token_logprobs is not None
+        assert first.token_logprobs[0] == pytest.approx(tops[0][f"token_id:{paris}"], abs=0.1)
+    assert chat.choices[0].logprobs is not None
+    for place in chat.choices[0].logprobs.content or ():
+        assert [one.token for one in place.top_logprobs] == [" Rome", " Paris"]
+
+
 @pytest.mark.parametrize("top_k", [None, 128, "dense"])
 def test_the_capital_of_france(server: Server, top_k: int | str | None) -> None:
     extra: dict[str, Any] = {} if top_k is None else {"dsa": {"top_k": top_k}}

@@ -99,7 +99,13 @@ class ChatMessage(Body):
     reasoning_content: str | None = Field(
         default=None, description="Of an earlier answer; the model's format decides how long it is kept."
     )
+    reasoning: str | None = Field(default=None, description="Another name of `reasoning_content`.")
     function_call: Annotated[Any, Neutral(advice=f"must be null: {_NO_FUNCTIONS}")] = None
+
+    @property
+    def thoughts(self) -> str:
+        """The reasoning, by either name."""
+        return self.reasoning_content or self.reasoning or ""
 
     def text(self) -> str:
         """The content as one string; each part begins on a new line."""

@@ -243,9 +243,10 @@ class ResponseBody(Body):
         default=None, description="It limits tools that the server runs, and there are none."
     )
     dsa: SparsityOptions | None = Field(default=None, description="Sparse attention, for this request only.")
-    background: Annotated[
-        Any, Neutral(False, advice="must be false or null: stream the response instead")
-    ] = None
+    background: bool | None = Field(
+        default=None,
+        description="The answer is made while nobody waits: GET /v1/responses/{id} returns it when it is there.",
+    )
     conversation: Annotated[Any, Neutral(advice="must be null: use previous_response_id")] = None
     prompt: Annotated[Any, Neutral(advice="must be null: this server has no prompt templates")] = None
     prompt_cache_retention: Annotated[
@@ -291,7 +292,7 @@ class ResponseObject(BaseModel):
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
     model: str
     output: list[dict[str, Any]] = Field(description="Items: reasoning, messages and calls, in their order.")
     error: ResponseFault | None
@@ -308,7 +309,7 @@ class ResponseObject(BaseModel):
     reasoning: dict[str, Any]
     text: dict[str, Any]
     truncation: Literal["disabled"]
-    background: Literal[False]
+    background: bool
     metadata: dict[str, str]
     user: str | None
     usage: ResponseTokens | None

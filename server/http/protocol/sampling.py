@@ -35,6 +35,7 @@ MAX_BAD_WORDS = 64
 MAX_STOP_TOKENS = 128
 MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
+MAX_NAMED_LOGPROBS = 128
 
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 
@@ -171,10 +172,16 @@ class GenerationBody(Body):
         default=None,
         description="Only the last so many tokens of a prompt are used; -1: as many as the context has room for.",
     )
-    prompt_logprobs: Annotated[int, Field(ge=-1, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
         default=None,
-        description="Report log-probabilities of the prompt, with so many alternatives (-1: as many as there may be); not "
-        "in streams.",
+        description="Report log-probabilities of the prompt, with so many alternatives; not in streams.",
+    )
+    logprob_token_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_NAMED_LOGPROBS), WHOLES] | None
+    ) = Field(
+        default=None,
+        description="Report the log-probabilities of these tokens at each place of the answer, in this order, in place of the "
+        "likeliest ones.",
     )
     return_tokens_as_token_ids: bool | None = Field(
         default=None, description="Log-probabilities name tokens by their ids, as `token_id:123`."

@@ -30,7 +30,9 @@ class TokenizeBody(Body):
     continue_final_message: bool | None = Field(
         default=None, description="Leave the last message open, so that an answer continues it."
     )
-    return_token_strs: bool | None = Field(default=None, description="Return each token's text, too.")
+    return_token_strs: bool | None = Field(
+        default=None, description="Return each token as the vocabulary writes it, too."
+    )
 
 
 class Tokenized(BaseModel):

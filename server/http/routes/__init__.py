@@ -9,6 +9,7 @@ from server.http.routes.chat import router as chat
 from server.http.routes.completions import router as completions
 from server.http.routes.docs import router as docs
 from server.http.routes.health import router as health
+from server.http.routes.invocations import router as invocations
 from server.http.routes.messages import router as messages
 from server.http.routes.metrics import router as metrics
 from server.http.routes.models import router as models
@@ -19,6 +20,7 @@ from server.http.routes.version import router as version
 ROUTERS: tuple[APIRouter, ...] = (
     chat,
     completions,
+    invocations,
     responses,
     messages,
     models,

@@ -9,9 +9,10 @@ from server.generation.render import ChatRenderer
 from server.generation.streamed import shown_of
 from server.http.body import read_body
 from server.http.middleware import record_of
+from server.http.order import Order
 from server.http.protocol.chat import ChatCompletion, ChatCompletionBody, ChatCompletionChunk
 from server.http.protocol.openapi import describe
-from server.http.reply import GenerationReply, Order
+from server.http.reply import GenerationReply
 from server.services import services_of
 
 router = APIRouter(tags=["generation"])
@@ -35,7 +36,7 @@ async def create_chat_completion(request: Request) -> Response:
             services.head(f"chatcmpl-{request_id}", [*notices, *work.notices]),
             text=services.text,
             jobs=work.jobs,
-            shown=shown_of(body),
+            shown=shown_of(body, services.config),
             echoes=work.echoes,
         )
         return Order(work, renderer, stream=bool(body.stream))

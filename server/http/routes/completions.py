@@ -9,9 +9,10 @@ from server.generation.render_completion import CompletionRenderer
 from server.generation.streamed import shown_of
 from server.http.body import read_body
 from server.http.middleware import record_of
+from server.http.order import Order
 from server.http.protocol.completions import Completion, CompletionBody
 from server.http.protocol.openapi import describe
-from server.http.reply import GenerationReply, Order
+from server.http.reply import GenerationReply
 from server.services import services_of
 
 router = APIRouter(tags=["generation"])
@@ -35,7 +36,12 @@ async def create_completion(request: Request) -> Response:
             services.head(f"cmpl-{request_id}", notices),
             text=services.text,
             jobs=work.jobs,
-            shown=shown_of(body, logprobs=body.logprobs, echo=bool(body.echo)),
+            shown=shown_of(
+                body,
+                services.config,
+                logprobs=len(body.logprob_token_ids) if body.logprob_token_ids else body.logprobs,
+                echo=bool(body.echo),
+            ),
             echoes=work.echoes,
         )
         return Order(work, renderer, stream=bool(body.stream))

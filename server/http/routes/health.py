@@ -51,6 +51,9 @@ async def ready(request: Request, response: Response) -> Readiness:
         state, reason = "stalled", f"the engine has made no progress for {status.quiet_seconds:.0f} s"
     ledger = services.books.ledger
     warnings = [] if services.keys is None or services.keys.problem is None else [services.keys.problem]
+    if services.canary is not None and services.canary.problem is not None:
+        # Requests are taken still: a fault of the software would take every server away at once.
+        warnings.append(services.canary.problem)
     if ledger is not None and ledger.problem is not None:
         said = f"the usage ledger cannot be written, and {ledger.waiting} rows wait for it: {ledger.problem}"
         if reason is None and ledger.behind:

@@ -9,6 +9,7 @@ from server.generation.messages import chat_of
 from server.generation.render_messages import MessagesRenderer
 from server.http.body import read_body
 from server.http.middleware import record_of
+from server.http.order import Order
 from server.http.protocol.errors import MESSAGES, MessagesErrorResponse
 from server.http.protocol.messages import (
     CountTokensBody,
@@ -18,7 +19,7 @@ from server.http.protocol.messages import (
     TokenCount,
 )
 from server.http.protocol.openapi import describe, describe_plain
-from server.http.reply import GenerationReply, Order
+from server.http.reply import GenerationReply
 from server.services import services_of
 
 router = APIRouter(tags=["generation"])

@@ -32,7 +32,7 @@ async def tokenize(request: Request) -> Response:
         token_strs=None,
     )
     if body.return_token_strs:
-        strings = [services.text.token_text(token_id) for token_id in token_ids]
+        strings = [services.text.piece(token_id) for token_id in token_ids]
         answer = answer.model_copy(update={"token_strs": strings})
     if notices:
         answer = answer.model_copy(update={"warnings": notices})

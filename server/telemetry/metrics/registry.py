@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.exposition import choose_encoder
 
 from engine.client import EngineStatus
+from server.canary import CanaryOutcome
 from server.generation.choice import Job
 from server.money.accounting import Settlement
 from server.money.pricing import PriceBook
@@ -46,6 +48,11 @@ class Metrics:
         self._unknown = Counter(
             "dsa_unknown_fields", "Fields of requests that their endpoint does not know.", registry=registry
         )
+        self._canary = Counter(
+            "dsa_canary_runs", "Runs of the canary, by how they ended.", ["outcome"], registry=registry
+        )
+        for outcome in get_args(CanaryOutcome):
+            self._canary.labels(outcome)
         self._requests = Counter(
             "dsa_requests",
             "Requests answered, by how they ended.",
@@ -61,6 +68,10 @@ class Metrics:
     def rejected(self, reason: str | None) -> None:
         """Count a request that was refused before it ran."""
         self._rejections.labels(reason if reason in REJECTIONS else "other").inc()
+
+    def canary(self, outcome: CanaryOutcome) -> None:
+        """Count a run of the canary."""
+        self._canary.labels(outcome).inc()
 
     def unknown_fields(self, count: int) -> None:
         """Count fields that an endpoint did not know."""

@@ -41,12 +41,13 @@ def test_rows_of_every_kind() -> None:
         spec(temperature=0.0, logit_bias=((11, 50.0),)),
         spec(temperature=0.5),
         spec(9, temperature=0.7, repetition_penalty=1.3),
+        spec(temperature=0.0, logprobs=0, logprob_token_ids=(499, 3)),
     ]
-    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(0)) * 3
+    logits = torch.randn(7, 500, generator=torch.Generator().manual_seed(0)) * 3
     logits[4, 17] = math.nan
     ours, theirs = sample_on_device(logits.to(DEVICE), specs), sample(logits, specs)
     assert [one.token_id for one in ours] == [one.token_id for one in theirs]
-    assert [one.nonfinite for one in ours] == [False, False, False, False, True, False]
+    assert [one.nonfinite for one in ours] == [False, False, False, False, True, False, False]
     for own, other in zip(ours, theirs, strict=True):
         assert (own.logprob is None) == (other.logprob is None)
         if own.logprob is not None and other.logprob is not None:

@@ -227,3 +227,17 @@ def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
         best = expected[row].topk(3)
         assert [token for token, _ in entry.top] == best.indices.tolist()
         assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_named_tokens_are_reported_in_place_of_the_likeliest() -> None:
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(3))
+    named, plain = sample(
+        logits, [spec(temperature=0, logprobs=0, logprob_token_ids=(7, 3)), spec(temperature=0, logprobs=2)]
+    )
+    expected = logits.log_softmax(-1)
+    assert named.logprob is not None
+    assert [token for token, _ in named.logprob.top] == [7, 3]
+    assert [value for _, value in named.logprob.top] == pytest.approx(expected[0, [7, 3]].tolist())
+    assert named.logprob.logprob == pytest.approx(float(expected[0].max()))
+    assert plain.logprob is not None
+    assert len(plain.logprob.top) == 2

@@ -78,7 +78,7 @@ async def test_echo() -> None:
     assert body["choices"][0]["logprobs"] is None
     assert engine.submitted[0].sampling.prompt_logprobs is None
     body = (await post(speaking("cd"), completion_body([[BOS, *ids("ab")]], echo=True))).json()
-    assert body["choices"][0]["text"] == "abcd"
+    assert body["choices"][0]["text"] == "<|bos|>abcd"  # what was sent, spelled out
 
 
 async def test_echo_with_logprobs() -> None:

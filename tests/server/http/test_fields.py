@@ -264,14 +264,6 @@ async def test_an_answer_may_begin_with_what_it_continues() -> None:
     assert refused["param"] == "echo"
 
 
-async def test_all_alternatives_of_the_prompt_are_twenty() -> None:
-    engine = speaking("x")
-    answer = await post(engine, CHAT, prompt_logprobs=-1)
-    assert engine.submitted[0].sampling.prompt_logprobs == 20
-    assert answer.json()["prompt_logprobs"][0] is None
-    assert (await post(speaking("x"), CHAT)).json()["prompt_logprobs"] is None
-
-
 TEMPLATE = (
     "{% for message in messages %}<|user|>{{ message.role }}:{{ message.content }}{% endfor %}"
     "{% if style %}[{{ style }}]{% endif %}{% if enable_thinking %}!{% endif %}"

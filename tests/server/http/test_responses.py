@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import pytest_asyncio
@@ -197,9 +199,9 @@ def test_what_is_kept_has_a_bound() -> None:
         ),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'function'"),
         ({"tools": [WEATHER]}, "tools", "tool"),
-        ({"background": True}, "background", "stream"),
+        ({"background": True, "store": False}, "background", "store"),
+        ({"background": True, "stream": True}, "background", "stream"),
         ({"truncation": "auto"}, "truncation", "disabled"),
-        ({"reasoning": {"effort": "high"}}, "reasoning_effort", "thinking"),
         ({"previous_response_id": "resp_x"}, "previous_response_id", "not the id"),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater than"),
     ],
@@ -209,6 +211,75 @@ async def test_bad_fields(fields: dict[str, Any], param: str, words: str) -> Non
         error = error_of(await http.post(PATH, json={"model": MODEL, "input": "hi"} | fields), 400)
     assert words in error["message"], error
     assert (error["param"] or "").startswith(param), error
+
+
+async def until_over(http: httpx.AsyncClient, response_id: str) -> Any:
+    for _ in range(200):
+        kept = (await http.get(f"{PATH}/{response_id}")).json()
+        if kept["status"] != "queued":
+            return kept
+        await asyncio.sleep(0.01)
+    raise AssertionError("it stays queued")
+
+
+async def test_a_response_is_made_in_the_background() -> None:
+    engine = speaking("Hello.", delay=0.02)
+    async with client(make_app(engine)) as http:
+        first = (await http.post(PATH, json={"input": "hi", "background": True})).json()
+        assert (first["status"], first["background"], first["output"]) == ("queued", True, [])
+        done = await until_over(http, first["id"])
+        assert (done["id"], done["status"], done["background"]) == (first["id"], "completed", True)
+        assert done["output"][0]["content"][0]["text"] == "Hello."
+        assert done["usage"]["output_tokens"] > 0
+        after = (await http.post(f"{PATH}/{first['id']}/cancel")).json()
+        assert after["status"] == "completed"
+        next_one = await http.post(PATH, json={"input": "more", "previous_response_id": first["id"]})
+        assert next_one.status_code == 200
+
+
+async def test_a_response_in_the_background_is_cancelled() -> None:
+    engine = speaking("a long story " * 20, delay=0.05)
+    async with client(make_app(engine)) as http:
+        first = (await http.post(PATH, json={"input": "hi", "background": True})).json()
+        await asyncio.sleep(0.1)
+        ended = (await http.post(f"{PATH}/{first['id']}/cancel")).json()
+        assert ended["status"] == "cancelled"
+        assert engine.aborted
+        assert (await http.get(f"{PATH}/{first['id']}")).json()["status"] == "cancelled"
+        deleted = (await http.delete(f"{PATH}/{first['id']}")).json()
+        assert deleted["deleted"] is True
+        lost = error_of(await http.get(f"{PATH}/{first['id']}"), 404)
+        assert first["id"] in lost["message"]
+        plain = (await http.post(PATH, json={"input": "hi", "max_output_tokens": 1})).json()
+        assert error_of(await http.post(f"{PATH}/{plain['id']}/cancel"), 400)["param"] == "response_id"
+
+
+async def test_a_response_in_the_background_that_fails_says_why() -> None:
+    async with client(make_app(speaking(fault="die", fault_after=2))) as http:
+        first = (await http.post(PATH, json={"input": "hi", "background": True})).json()
+        ended = await until_over(http, first["id"])
+        assert (ended["status"], ended["error"]["code"]) == ("failed", "engine_died")
+
+
+async def test_reasoning_and_effort_of_a_model_without_are_left_out_and_named() -> None:
+    said = [
+        {"role": "user", "content": "hi"},
+        {
+            "type": "reasoning",
+            "id": "rs_1",
+            "summary": [],
+            "content": [{"type": "reasoning_text", "text": "Hm."}],
+        },
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "more"},
+    ]
+    async with client(make_app(speaking())) as http:
+        answer = (await http.post(PATH, json={"input": said, "reasoning": {"effort": "low"}})).json()
+    assert answer["status"] == "completed"
+    assert [one["param"] for one in answer["warnings"]] == [
+        "reasoning_effort",
+        "messages[1].reasoning_content",
+    ]
 
 
 async def test_what_the_endpoint_does_not_know_is_named() -> None:

@@ -74,6 +74,7 @@ async def test_the_schema() -> None:
         "/v1/messages",
         "/v1/responses",
         "/v1/responses/{response_id}",
+        "/v1/responses/{response_id}/cancel",
         "/v1/messages/count_tokens",
         "/v1/models",
         "/v1/models/{model_id}",
