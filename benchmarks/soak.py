@@ -1,0 +1,456 @@
+"""A long time of everything that clients and machines do to a server, and what must be as before at its end.
+
+`python -P -m benchmarks.soak --minutes 20` starts `dsa serve` with the default model. Clients send short and long prompts,
+streamed or not, with several choices or deadlines; they hang up, read slowly, send nonsense, or half a request. Meanwhile the
+engine is killed five times and stopped twice (SIGSTOP). It is left alone in the first and the last third, so that what
+its memory does can be seen. At the end the server has to have:
+
+- given each request exactly one end: a whole answer, or one terminal event of a stream
+- memory (RssAnon, of server and engine) that does not grow, apart from the first minutes of a life
+- as many pages, asyncio tasks, descriptors and threads as after the first request
+
+It prints progress and a table; with `--out` it writes soak.json and soak.png. The exit status is 1 if something was not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+
+from benchmarks.wire import Answer, HungUpError, ask, encoded, quantile
+from tests.e2e.serving import MODEL, Resources, Server
+
+SAMPLE_SECONDS = 2.0
+WARM_PART = 0.3
+"""Of a life's time, that is not counted: memory grows while caches fill."""
+FLAT_MIB = 0.5
+"""A process is flat if it grows less than so many MiB a minute, by the median of all slopes (Theil and Sen)."""
+COMPLETIONS = "/v1/completions"
+
+
+class Sample(NamedTuple):
+    """What the processes hold at one moment; -1: the engine is not there."""
+
+    at: float  # seconds since the beginning
+    server_mib: float  # RssAnon
+    engine_mib: float
+    engine_pid: int
+    server_files: int
+    engine_files: int
+    threads: int  # of the server
+    pages: float
+    requests: int  # ended so far
+
+
+@dataclass
+class Tally:
+    """What clients have got."""
+
+    ends: Counter[str] = field(default_factory=Counter)  # by kind of client and how the request ended
+    wrong: list[str] = field(default_factory=list)  # requests without an end, or with several
+    gaps: list[float] = field(default_factory=list)  # between events of a stream, seconds
+
+    @property
+    def requests(self) -> int:
+        """How many requests have ended."""
+        return self.ends.total()
+
+    def add(self, kind: str, answer: Answer, *, left: bool = False) -> None:
+        """Count one request. `left`: the client did not wait for the end."""
+        how = "left" if left else str(answer.error or answer.status or answer.lost)
+        self.ends[f"{kind}: {how}"] += 1
+        if not left and answer.terminal != 1:
+            self.wrong.append(f"{kind}: {answer}")
+
+
+class Clients:
+    """Clients of every kind, until they are told to stop."""
+
+    def __init__(self, url: str, seed: int) -> None:
+        self.url = url
+        self.tally = Tally()
+        self.over = False
+        self._chance = random.Random(seed)
+        self._kinds: list[tuple[int, Callable[[], Awaitable[None]]]] = [
+            (30, self.stream), (15, self.whole), (5, self.choices), (10, self.hang_up), (5, self.hang_up_at_once),
+            (5, self.deadline), (4, self.slow), (15, self.nonsense), (3, self.large_nonsense), (3, self.half),
+        ]  # fmt: skip
+
+    async def run(self) -> None:
+        """One client, that is of another kind for each request."""
+        weights, kinds = [weight for weight, _ in self._kinds], [kind for _, kind in self._kinds]
+        while not self.over:
+            await self._chance.choices(kinds, weights)[0]()
+            await asyncio.sleep(self._chance.expovariate(5.0))
+
+    def body(self, **fields: Any) -> dict[str, Any]:
+        """Short and long prompts and answers; some begin alike."""
+        length = min(int(self._chance.lognormvariate(3.5, 1.2)) + 1, 1500)
+        first = [self._chance.randrange(1000, 1004)] * (length // 2)
+        return {
+            "model": MODEL, "prompt": first + [self._chance.randrange(1000, 20000) for _ in range(length - len(first))],
+            "max_tokens": min(int(self._chance.lognormvariate(2.0, 1.0)) + 1, 100), "ignore_eos": True,
+            "temperature": self._chance.choice([0, 1]), "dsa": {"top_k": self._chance.choice([64, 512, "dense"])},
+        } | fields  # fmt: skip
+
+    async def stream(self) -> None:
+        """A stream, read to its end."""
+        answer = await ask(self.url, encoded(COMPLETIONS, self.body(stream=True)))
+        self.tally.add("stream", answer)
+        self.tally.gaps += [b - a for a, b in zip(answer.events, answer.events[1:], strict=False)]
+
+    async def whole(self) -> None:
+        """An answer in one piece."""
+        self.tally.add("whole", await ask(self.url, encoded(COMPLETIONS, self.body())))
+
+    async def choices(self) -> None:
+        """Two answers to two prompts."""
+        prompts = [self.body()["prompt"][:50] for _ in range(2)]
+        stream = self._chance.random() < 0.5
+        answer = await ask(self.url, encoded(COMPLETIONS, self.body(prompt=prompts, n=2, stream=stream)))
+        self.tally.add("choices", answer)
+
+    async def hang_up(self) -> None:
+        """Leaves in the middle of a stream."""
+        patience, left = self._chance.randrange(1, 10), False
+
+        def count(answer: Answer) -> None:
+            nonlocal left
+            if len(answer.events) >= patience and not answer.ends:
+                left = True
+                raise HungUpError
+
+        answer = await ask(self.url, encoded(COMPLETIONS, self.body(stream=True)), count)
+        self.tally.add("hang up", answer, left=left)
+
+    async def hang_up_at_once(self) -> None:
+        """Sends a request and leaves."""
+        with suppress(OSError):
+            _, writer = await self._connect()
+            writer.write(encoded(COMPLETIONS, self.body(stream=self._chance.random() < 0.5)))
+            await asyncio.sleep(self._chance.choice([0.0, 0.05, 1.0]))
+            await self._close(writer)
+        self.tally.ends["hang up at once: left"] += 1
+
+    async def deadline(self) -> None:
+        """Has less time than it needs, perhaps."""
+        fields = {"stream": self._chance.random() < 0.5, "timeout": self._chance.uniform(0.1, 3.0)}
+        self.tally.add("deadline", await ask(self.url, encoded(COMPLETIONS, self.body(**fields))))
+
+    async def slow(self) -> None:
+        """Reads a few bytes at a time."""
+        request = encoded(COMPLETIONS, self.body(stream=True, logprobs=5))
+        answer = await ask(self.url, request, pause=0.1, read_bytes=2000)
+        self.tally.add("slow", answer)
+
+    async def nonsense(self) -> None:
+        """A request that cannot be answered, or only with an error."""
+        path, body = self._chance.choice(
+            [
+                (COMPLETIONS, b"{"), (COMPLETIONS, b"\xff\xfe"), (COMPLETIONS, b""), (COMPLETIONS, []),
+                (COMPLETIONS, {"model": "other", "prompt": "x"}), (COMPLETIONS, {"model": MODEL}),
+                (COMPLETIONS, self.body(prompt=[10**9])), (COMPLETIONS, self.body(prompt=[1] * 9000)),
+                (COMPLETIONS, self.body(max_tokens=-1)), (COMPLETIONS, self.body(temperature="hot")),
+                (COMPLETIONS, self.body(logit_bias={"x": 1})), (COMPLETIONS, self.body(n=10_000)),
+                ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": 5}]}),
+                ("/v1/chat/completions", {"model": MODEL, "messages": [[[]]]}), ("/nowhere", {}),
+                ("/v1/responses", {"model": MODEL, "input": [{}]}), ("/v1/messages", {"messages": None}),
+                (COMPLETIONS, self.body(response_format={"type": "json_schema", "json_schema": {}})),
+            ]
+        )  # fmt: skip
+        self.tally.add("nonsense", await ask(self.url, encoded(path, body)))
+
+    async def large_nonsense(self) -> None:
+        """Some hundred kilobytes that cannot be answered."""
+        body = self._chance.choice(
+            [
+                self.body(prompt="1" * 500_000), self.body(prompt=[1] + [""] * 100_000),
+                b"[" * 200_000, self.body(prompt=[[]] * 100_000), self.body(junk={str(i): i for i in range(20_000)}),
+            ]
+        )  # fmt: skip
+        self.tally.add("large nonsense", await ask(self.url, encoded(COMPLETIONS, body)))
+
+    async def half(self) -> None:
+        """Half a request, and then the end of the connection."""
+        with suppress(OSError):
+            _, writer = await self._connect()
+            request = encoded(COMPLETIONS, self.body())
+            writer.write(request[: self._chance.randrange(1, len(request))])
+            await asyncio.sleep(self._chance.choice([0.0, 0.5, 2.0]))
+            await self._close(writer)
+        self.tally.ends["half: left"] += 1
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        url = httpx.URL(self.url)
+        return await asyncio.open_connection(url.host, url.port)
+
+    @staticmethod
+    async def _close(writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+
+class Soak:
+    """One run against one server."""
+
+    def __init__(self, server: Server, options: argparse.Namespace) -> None:
+        self.server = server
+        self.options = options
+        self.seconds = 60.0 * options.minutes
+        self.clients = Clients(server.url, options.seed)
+        self.samples: list[Sample] = []
+        self.faults: list[tuple[float, str]] = []
+        self.away: list[float] = []  # seconds from a fault until the server was ready again
+        self.begun = 0.0
+
+    async def run(self) -> tuple[Resources, Resources]:
+        """Returns the resources before and after."""
+        tally = self.clients.tally
+        await self.clients.whole()
+        before = await asyncio.to_thread(self.server.resources)
+        self.begun = time.monotonic()
+        sampler = asyncio.create_task(self._sample())
+        clients = [asyncio.create_task(self.clients.run()) for _ in range(self.options.clients)]
+        await self._faults()
+        await asyncio.sleep(max(self.begun + self.seconds - time.monotonic(), 0))
+        self.clients.over = True
+        await asyncio.gather(*clients)
+        sampler.cancel()
+        await asyncio.gather(sampler, return_exceptions=True)
+        print(f"{tally.requests} requests have ended; waiting until all is free", flush=True)
+        after = before
+        for _ in range(60):
+            after = await asyncio.to_thread(self.server.resources)
+            if after == before:
+                break
+            await asyncio.sleep(1)
+        return before, after
+
+    async def _faults(self) -> None:
+        """Kill and stop the engine in the middle third, each time when it is ready."""
+        kinds = ["kill"] * self.options.kills
+        for place in range(self.options.stops):
+            kinds.insert((place + 1) * len(kinds) // (self.options.stops + 1), "stop")
+        for place, kind in enumerate(kinds):
+            at = self.seconds * (1 + (place / len(kinds))) / 3
+            await asyncio.sleep(max(self.begun + at - time.monotonic(), 0))
+            engine = self.server.engine
+            began = time.monotonic()
+            self.faults.append((began - self.begun, kind))
+            (engine.kill if kind == "kill" else engine.suspend)()
+            await asyncio.to_thread(self._replaced, engine)
+            self.away.append(time.monotonic() - began)
+            print(f"{self._now()} {kind} of the engine; ready again after {self.away[-1]:.1f} s", flush=True)
+
+    def _replaced(self, engine: psutil.Process) -> None:
+        """Wait until another engine is ready."""
+        while True:
+            with suppress(ValueError, psutil.Error, httpx.HTTPError):
+                if self.server.engine.pid != engine.pid and self.server.ready:
+                    return
+            time.sleep(0.3)
+
+    async def _sample(self) -> None:
+        told = 0.0
+        process = psutil.Process(self.server.process.pid)
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=30) as http:
+            while True:
+                pages = -1.0
+                with suppress(httpx.HTTPError):
+                    for line in (await http.get("/metrics")).text.splitlines():
+                        if line.startswith('dsa_kv_pages{state="used"}'):
+                            pages = float(line.split()[-1])
+                engine = None
+                with suppress(ValueError, psutil.Error):
+                    engine = self.server.engine
+                sample = Sample(
+                    time.monotonic() - self.begun, anonymous_mib(process.pid),
+                    -1.0 if engine is None else anonymous_mib(engine.pid), -1 if engine is None else engine.pid,
+                    process.num_fds(), -1 if engine is None else files(engine), process.num_threads(), pages,
+                    self.clients.tally.requests,
+                )  # fmt: skip
+                self.samples.append(sample)
+                if sample.at - told >= 30:
+                    told = sample.at
+                    print(
+                        f"{self._now()} {sample.requests} requests, {len(self.clients.tally.wrong)} wrong; RssAnon: server "
+                        f"{sample.server_mib:.1f} MiB, engine {sample.engine_mib:.1f} MiB; {sample.server_files} "
+                        f"descriptors, {sample.pages:.0f} pages",
+                        flush=True,
+                    )
+                await asyncio.sleep(SAMPLE_SECONDS)
+
+    def _now(self) -> str:
+        past = time.monotonic() - self.begun
+        return f"{int(past // 60):2d}:{int(past % 60):02d}"
+
+
+def anonymous_mib(pid: int) -> float:
+    """RssAnon of a process, in MiB; -1: there is no such process."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) / 1024
+    return -1.0
+
+
+def files(process: psutil.Process) -> int:
+    """Open descriptors of a process; -1: it has just ended."""
+    with suppress(psutil.Error):
+        return process.num_fds()
+    return -1
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """The median of the slopes of all pairs of points (Theil, 1950; Sen, 1968), by the minute; points have seconds."""
+    slopes = [
+        60 * (b - a) / (then - now) for i, (now, a) in enumerate(points) for then, b in points[i + 1 :] if then > now
+    ]  # fmt: skip
+    return quantile(slopes, 0.5)
+
+
+class Life(NamedTuple):
+    """One process's memory after its warm-up."""
+
+    name: str
+    seconds: float  # of the whole life
+    first: float  # MiB, medians of the first and the last tenth
+    last: float
+    slope: float  # MiB a minute
+
+
+def lives(samples: list[Sample], shortest: float) -> list[Life]:
+    """The server's life, and those of the engines that lived at least `shortest` seconds."""
+    series = {"server": [(one.at, one.server_mib) for one in samples]}
+    for one in samples:
+        if one.engine_mib > 0:
+            series.setdefault(f"engine {one.engine_pid}", []).append((one.at, one.engine_mib))
+    found = []
+    for name, points in series.items():
+        seconds = points[-1][0] - points[0][0]
+        warm = [point for point in points if point[0] >= points[0][0] + WARM_PART * seconds]
+        if seconds < shortest or len(warm) < 10:
+            continue
+        tenth = max(len(warm) // 10, 1)
+        first, last = ([mib for _, mib in part] for part in (warm[:tenth], warm[-tenth:]))
+        found.append(Life(name, seconds, quantile(first, 0.5), quantile(last, 0.5), slope(warm)))
+    return found
+
+
+def report(soak: Soak, before: Resources, after: Resources) -> tuple[list[str], bool]:
+    """The table's lines, and whether all was kept."""
+    tally = soak.clients.tally
+    rows = [
+        ("requests", f"{tally.requests}: {dict(sorted(tally.ends.items()))}", True),
+        ("without exactly one end", f"{len(tally.wrong)} {tally.wrong[:3] or ''}", not tally.wrong),
+        (
+            f"{len(soak.faults)} faults",
+            f"ready again after at most {max(soak.away, default=0):.1f} s",
+            all(seconds < 60 for seconds in soak.away),
+        ),
+    ]
+    # Of short lives a slope says nothing.
+    rows += [
+        (
+            f"RssAnon of {life.name}, {life.seconds / 60:.1f} min",
+            f"{life.first:.1f} -> {life.last:.1f} MiB, {life.slope:+.2f} MiB a minute",
+            soak.options.minutes < 10 or life.slope < FLAT_MIB,
+        )
+        for life in lives(soak.samples, soak.seconds / 5)
+    ]
+    for name, was, now in zip(Resources._fields, before, after, strict=True):
+        told = (len(was), len(now)) if isinstance(was, list) and isinstance(now, list) else (was, now)
+        rows.append((name.replace("_", " "), f"{told[0]} -> {told[1]}", was == now))
+    gaps = tally.gaps
+    rows.append(
+        ("gaps in streams", f"p50 {quantile(gaps, 0.5):.2f} s, p99 {quantile(gaps, 0.99):.2f} s", True)
+    )
+    lines = [f"| {what} | {told} | {'kept' if kept else 'NOT KEPT'} |" for what, told, kept in rows]
+    return lines, all(kept for _, _, kept in rows)
+
+
+def draw(soak: Soak, path: Path) -> None:
+    """Memory, descriptors and pages over time, with the faults."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    minutes = [one.at / 60 for one in soak.samples]
+    there = [one for one in soak.samples if one.engine_mib > 0]
+    figure, axes = plt.subplots(4, 1, figsize=(9, 9), layout="constrained", sharex=True)
+    axes[0].plot(minutes, [one.server_mib for one in soak.samples])
+    axes[0].set_ylabel("server RssAnon, MiB")
+    axes[1].plot([one.at / 60 for one in there], [one.engine_mib for one in there], ".", markersize=2)
+    axes[1].set_ylabel("engine RssAnon, MiB")
+    axes[2].plot(minutes, [one.server_files for one in soak.samples], label="server")
+    axes[2].plot([one.at / 60 for one in there], [one.engine_files for one in there], label="engine")
+    axes[2].set_ylabel("descriptors")
+    axes[2].legend(loc="upper right")
+    known = [one for one in soak.samples if one.pages >= 0]
+    axes[3].plot([one.at / 60 for one in known], [one.pages for one in known])
+    axes[3].set_ylabel("pages in use")
+    axes[3].set_xlabel("minutes")
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        for at, kind in soak.faults:
+            axis.axvline(at / 60, color="tab:red" if kind == "kill" else "tab:orange", linewidth=0.8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Run, print, and say whether all was kept."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=20.0, help="(%(default)g)")
+    parser.add_argument("--clients", type=int, default=10, help="at once (%(default)d)")
+    parser.add_argument("--kills", type=int, default=5, help="of the engine (%(default)d)")
+    parser.add_argument(
+        "--stops", type=int, default=2, help="of the engine, until it is replaced (%(default)d)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a folder for soak.json and soak.png")
+    options = parser.parse_args()
+    server = Server("--max-queue", "32")
+    try:
+        server.wait_ready()
+        soak = Soak(server, options)
+        before, after = asyncio.run(soak.run())
+        lines, kept = report(soak, before, after)
+        if "Traceback" in server.errors:
+            lines.append("| the server's log | has a traceback | NOT KEPT |")
+            kept = False
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "server.log").write_text(server.errors)
+            found = {
+                "samples": soak.samples,
+                "faults": soak.faults,
+                "away": soak.away,
+                "ends": soak.clients.tally.ends,
+            }
+            (options.out / "soak.json").write_text(json.dumps(found))
+            draw(soak, options.out / "soak.png")
+    finally:
+        server.close()
+    print(f"\n| {options.minutes:g} minutes | | |\n|---|---|---|", *lines, sep="\n")
+    sys.exit(0 if kept else 1)
+
+
+if __name__ == "__main__":
+    main()
