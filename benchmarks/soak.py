@@ -7,7 +7,7 @@ its memory does can be seen. At the end the server has to have:
 
 - given each request exactly one end: a whole answer, or one terminal event of a stream
 - memory (RssAnon, of server and engine) that does not grow, apart from the first minutes of a life
-- as many pages, asyncio tasks, descriptors and threads as after the first request
+- as many pages, asyncio tasks, descriptors and threads as after two requests of each kind
 
 It prints progress and a table; with `--out` it writes soak.json and soak.png. The exit status is 1 if something was not kept.
 """
@@ -95,6 +95,10 @@ class Clients:
         while not self.over:
             await self._chance.choices(kinds, weights)[0]()
             await asyncio.sleep(self._chance.expovariate(5.0))
+
+    async def each(self) -> None:
+        """Two of every kind at once, so that pools of threads and caches are there."""
+        await asyncio.gather(*(kind() for _, kind in self._kinds * 2))
 
     def body(self, **fields: Any) -> dict[str, Any]:
         """Short and long prompts and answers; some begin alike."""
@@ -220,7 +224,8 @@ class Soak:
     async def run(self) -> tuple[Resources, Resources]:
         """Returns the resources before and after."""
         tally = self.clients.tally
-        await self.clients.whole()
+        await self.clients.each()
+        await asyncio.sleep(3)
         before = await asyncio.to_thread(self.server.resources)
         self.begun = time.monotonic()
         sampler = asyncio.create_task(self._sample())

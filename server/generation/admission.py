@@ -16,7 +16,12 @@ HALF_LIFE = 30.0
 """In seconds: how fast old measurements of the rate lose their weight."""
 
 UNKNOWN_SECONDS = 5.0
-MOST_SECONDS = 300.0
+MOST_SECONDS = 60.0
+"""OpenAI's Python client takes a longer `Retry-After` for none, and comes back within seconds."""
+
+_USUAL_SHARE = 0.1
+"""The weight of the newest request in the mean size of prompts."""
+
 
 
 class QueueFullError(Exception):
@@ -110,6 +115,7 @@ class Admission:
         self.admitted = 0
         self.tokens = 0
         self._held: Counter[str] = Counter()
+        self._usual_tokens = 0.0  # of a request's prompts, by those let in lately
         self._places, self._prompts = Flow(clock), Flow(clock)
 
     def check(self) -> None:
@@ -121,7 +127,7 @@ class Admission:
         if self.admitted >= self.limit:
             raise self._full(1)
         if self.max_tokens is not None and self.tokens >= self.max_tokens:
-            raise self._deep(1)
+            raise self._deep(max(self._usual_tokens, 1.0))
 
     @contextmanager
     def admit(self, choices: int, sender: str | None = None, tokens: int = 0) -> Iterator[QueuePlace]:
@@ -166,6 +172,7 @@ class Admission:
         self._prompts.freed(0, busy=self.tokens > 0)
         self.admitted += choices
         self.tokens += tokens
+        self._usual_tokens += (tokens - self._usual_tokens) * (_USUAL_SHARE if self._usual_tokens else 1.0)
         place = QueuePlace(self, choices, tokens, sender)
         try:
             yield place
@@ -193,7 +200,7 @@ class Admission:
             self._places.wait(choices),
         )
 
-    def _deep(self, tokens: int) -> QueueFullError:
+    def _deep(self, tokens: float) -> QueueFullError:
         return QueueFullError(
             f"the server is full: {self.tokens} tokens of prompts wait to be computed, and at most {self.max_tokens} may; "
             "try again later",

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 
 from server.generation.admission import (
+    MOST_SECONDS,
     UNKNOWN_SECONDS,
     Admission,
     QueueFullError,
@@ -119,7 +120,7 @@ def test_retry_after_is_when_a_place_is_free(seconds: float) -> None:
             with pytest.raises(QueueFullError) as caught, admission.admit(1):
                 pass
             waits.append(caught.value.retry_after)
-    assert waits == pytest.approx([max(seconds * n, 1) for n in range(1, 7)], rel=0.05)
+    assert waits == pytest.approx([min(max(seconds * n, 1), MOST_SECONDS) for n in range(1, 7)], rel=0.05)
 
 
 def test_retry_after_follows_the_tokens_that_are_computed() -> None:
@@ -136,6 +137,25 @@ def test_retry_after_follows_the_tokens_that_are_computed() -> None:
         with pytest.raises(QueueFullError) as caught, admission.admit(1, tokens=400):
             pass
         assert caught.value.retry_after == pytest.approx(8, rel=0.05)
+
+
+def test_who_is_sent_away_before_the_body_is_read_wants_what_others_have() -> None:
+    """Else everybody would be told to come back in a second."""
+    clock = Clock()
+    admission = Admission(100, 1000, clock=clock)
+    for _ in range(30):
+        with admission.admit(1, tokens=200) as place:
+            clock.now += 2  # 100 tokens a second
+            place.begun()
+    waits = []
+    with ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(admission.admit(1, tokens=200))
+        for _ in range(3):
+            with pytest.raises(QueueFullError) as caught:
+                admission.check()
+            waits.append(caught.value.retry_after)
+    assert waits == pytest.approx([2, 4, 6], rel=0.05)
 
 
 def test_what_was_promised_is_forgotten_when_it_was_free() -> None:
