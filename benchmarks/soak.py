@@ -431,7 +431,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a folder for soak.json and soak.png")
     options = parser.parse_args()
-    server = Server("--max-queue", "32")
+    # A small cache, which is full when the engine is warm: else its memory grows as pages are first touched.
+    server = Server("--max-queue", "32", "--max-model-len", "2048", "--kv-cache-memory", "128MiB")
     try:
         server.wait_ready()
         soak = Soak(server, options)

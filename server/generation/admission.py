@@ -23,7 +23,6 @@ _USUAL_SHARE = 0.1
 """The weight of the newest request in the mean size of prompts."""
 
 
-
 class QueueFullError(Exception):
     """There is no room now; the message says what is taken.
 

@@ -89,16 +89,15 @@ def test_each_promise_about_overload_can_be_broken() -> None:
         "others": [], "crowd": {"attempts": [1, 2, 3], "seconds": 3.5},
     }  # fmt: skip
     assert all(line.kept for line in judge(good))
-    for place, change in enumerate(
-        (
-            {"accepted": [(0.0, 3.5, 1)] * 100},
-            {"refused": [(0.0, 0.06, 1)] * 100},
-            {"accepted": [(0.0, 2.5, 1)] * 80},
-            {"others": [(500, None)]},
-            {"crowd": {"attempts": [9, 9], "seconds": 2.0}},
-            {"probes": [0.2] * 10},
-        )
-    ):
+    changes: list[dict[str, Any]] = [
+        {"accepted": [(0.0, 3.5, 1)] * 100},
+        {"refused": [(0.0, 0.06, 1)] * 100},
+        {"accepted": [(0.0, 2.5, 1)] * 80},
+        {"others": [(500, None)]},
+        {"crowd": {"attempts": [9, 9], "seconds": 2.0}},
+        {"probes": [0.2] * 10},
+    ]
+    for place, change in enumerate(changes):
         assert [line.kept for line in judge(good | change)] == [other != place for other in range(6)]
 
 

@@ -238,7 +238,7 @@ def test_clients_that_never_read_hold_no_place(start: Callable[..., Server]) -> 
         "logprobs": 5,
     }
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
     with ExitStack() as stack, unharmed(server, stream=False):
         for _ in range(3):
             sock = socket.socket()
