@@ -7,6 +7,7 @@ were sent away before, because they come back as well.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -42,6 +43,8 @@ class TooLargeError(Exception):
 class Flow:
     """How fast something becomes free, and how much of it is promised to those who were sent away.
 
+    A promise ends when its time has come: who comes back then is let in, or sent away with another one.
+
     Args:
         clock: in seconds.
     """
@@ -51,7 +54,7 @@ class Flow:
         self._at = clock()
         self._amount = 0.0  # what became free, and in how many busy seconds; old values fade
         self._seconds = 0.0
-        self._promised = 0.0
+        self._promised: dict[int, float] = {}  # by the second in which it ends, of the clock
 
     def freed(self, amount: float, *, busy: bool) -> None:
         """Note that so much became free. `busy`: some of it was taken since the last note."""
@@ -61,14 +64,19 @@ class Flow:
         kept = 0.5 ** (past / HALF_LIFE)
         self._amount = self._amount * kept + amount
         self._seconds = self._seconds * kept + (past if busy else 0.0)
-        self._promised = max(self._promised - amount, 0.0)
 
     def wait(self, amount: float) -> float:
         """Send one away who wants so much. Returns in how many seconds it may be there, within bounds."""
-        self._promised += amount
-        if not self._amount or not self._seconds:
-            return UNKNOWN_SECONDS
-        return min(max(self._promised * self._seconds / self._amount, 1.0), MOST_SECONDS)
+        now = self._clock()
+        for second in [second for second in self._promised if second < now]:
+            del self._promised[second]
+        seconds = UNKNOWN_SECONDS
+        if self._amount and self._seconds:
+            promised = sum(self._promised.values()) + amount
+            seconds = min(max(promised * self._seconds / self._amount, 1.0), MOST_SECONDS)
+        end = math.ceil(now + seconds)
+        self._promised[end] = self._promised.get(end, 0.0) + amount
+        return seconds
 
 
 class QueuePlace:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
 from contextlib import ExitStack
+from heapq import heappop, heappush
+from itertools import count
 
 import pytest
 
@@ -180,3 +184,36 @@ def test_before_anything_is_known() -> None:
     with admission.admit(1), pytest.raises(QueueFullError) as caught:
         admission.check()
     assert caught.value.retry_after == UNKNOWN_SECONDS
+
+
+@pytest.mark.parametrize(("clients", "attempts"), [(30, 2.5), (60, 3.0), (120, 4.0)])
+def test_a_crowd_that_obeys_is_served_without_gaps_and_does_not_come_back_often(
+    clients: int, attempts: float
+) -> None:
+    """All come at once to a queue of 16 prompts and a machine that computes 1.33 of them in a second."""
+    clock, chance = Clock(), random.Random(0)
+    admission = Admission(256, 1024, clock=clock)
+    for _ in range(30):  # a time of work, from which the rate is known
+        with admission.admit(1, tokens=64) as place:
+            clock.now += 0.75
+            place.begun()
+    begun, free, tries, order = clock.now, clock.now, 0, count()
+    events: list[tuple[float, int, ExitStack | None]] = [(begun, next(order), None) for _ in range(clients)]
+    while events:
+        clock.now, _, stack = heappop(events)
+        if stack is not None:
+            stack.close()
+            continue
+        tries += 1
+        stack = ExitStack()
+        try:
+            admission.check()
+            stack.enter_context(admission.admit(1, tokens=64))
+        except QueueFullError as error:
+            later = clock.now + math.ceil(error.retry_after) + chance.random()
+            heappush(events, (later, next(order), None))
+        else:
+            free = max(free, clock.now) + 0.75
+            heappush(events, (free, next(order), stack))
+    assert tries / clients < attempts
+    assert (clock.now - begun) / (0.75 * clients) < 1.25
