@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks.overload import judge
-from benchmarks.soak import Sample, Tally, lives, slope
+from benchmarks.soak import Sample, lives, slope
+from benchmarks.soak_clients import Tally
 from benchmarks.wire import Answer, HungUpError, ask, encoded, quantile
 from tests.kit import ROOT
 
