@@ -75,6 +75,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         None  # a file with what all nodes know and nobody else (`engine.parallel.secret`)
     )
     sparse_form: SparseForm = "auto"
+    batch_invariant: bool = (
+        False  # a row's bits do not depend on the rows beside it, nor on how its prompt is cut
+    )
     drafter: Drafter = "off"
     speculative_tokens: int | None = None  # drafts for each request in a step; None: DEFAULT_DRAFT_TOKENS
     cost_calibration: str | None = None  # a file of `dsa calibrate`; None: costs are assumed

@@ -144,6 +144,7 @@ class ModelInfo(Value, frozen=True, kw_only=True):
     indexer: IndexerInfo | None  # None: attention is always dense, whatever index_top_k says
     random_weights: bool = False  # of no checkpoint: for benchmarks, and what the model says means nothing
     cost_model: Literal["assumed", "measured"] = "assumed"  # the origin of the cost model's coefficients
+    batch_invariant: bool = False  # the same prompt gives the same tokens in any company, to the bit
 
 
 class Capacity(Value, frozen=True, kw_only=True):

@@ -386,6 +386,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     score_memory: Annotated[
         str, Flag(ADVANCED, "Memory for one tile of attention scores.", None, "SIZE", "score_budget_bytes")
     ] = size_text(_ENGINE.score_budget_bytes)
+    batch_invariant: Annotated[
+        bool,
+        Flag(
+            ADVANCED,
+            "Give each prompt the same tokens in any company, to the bit. Decoding costs nothing on a CPU; prompts cost "
+            "more (docs/operations.md says how much).",
+            "off",
+        ),
+    ] = _ENGINE.batch_invariant
     sparse_form: Annotated[
         SparseForm, Flag(ADVANCED, "How long contexts are attended: auto, gather or mask.")
     ] = _ENGINE.sparse_form

@@ -191,6 +191,7 @@ class Placement:
     device: torch.device
     precision: Precision = field(default_factory=Precision)  # of the cache, the indexer and the weights
     ranks: Ranks = ALONE  # which part of the model this process holds; `check_split` has accepted the number
+    batch_invariant: bool = False  # whether a row's bits may not depend on the rows beside it
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ class Family(Protocol):
 
         Raises:
             CheckpointError: the tensors are not what the config needs, or an overlay does not fit this family.
-            ConfigError: the family or the checkpoint does not have the precision.
+            ConfigError: the family or the checkpoint does not have the precision, or it cannot be batch invariant there.
         """
         ...
 

@@ -210,6 +210,7 @@ def _placement(config: EngineConfig, opened: _Opened, ranks: Ranks) -> Placement
         opened.device,
         Precision(config.kv_cache_dtype, config.indexer_dtype, config.weight_dtype),
         ranks,
+        config.batch_invariant,
     )
 
 
@@ -299,6 +300,7 @@ def _build(
             indexer=model.indexer,
             random_weights=config.load_format == "dummy",
             cost_model="assumed" if config.cost_calibration is None else "measured",
+            batch_invariant=config.batch_invariant,
         ),
         capacity=Capacity(
             num_pages=pages,

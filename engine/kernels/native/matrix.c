@@ -61,10 +61,10 @@ static inline __m512bh pair(const bf16 *x) { // two neighbouring inputs, in ever
     return (__m512bh)_mm512_set1_epi32(both);
 }
 
-// Multiply a run with `rows` rows, a constant where this is inlined. Each row has several sums in turn, because one sum
-// would have to wait for its own last addition.
-__attribute__((always_inline)) static inline void multiply(const struct run *run, int rows) {
-    const int chains = rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+// Multiply a run with `rows` rows; both are constants where this is inlined. Each of few rows has several sums in turn,
+// because one sum would have to wait for its own last addition; `alike`: one, as each of many rows has.
+__attribute__((always_inline)) static inline void multiply(const struct run *run, int alike, int rows) {
+    const int chains = alike ? 1 : rows == 1 ? 4 : rows <= 3 ? 2 : 1;
     const size_t inputs = (size_t)run->groups * DSA_GROUP;
     const bf16 *x = run->values;
     const uint8_t *w = run->numbers;
@@ -118,8 +118,10 @@ __attribute__((always_inline)) static inline void multiply_few(const struct run 
     for (int r = 0; r < rows; r++) memcpy(out + r * run->stride, total[r], sizeof total[r]);
 }
 
-__attribute__((always_inline)) static inline void multiply(const struct run *run, int rows) {
+// Each row has one sum, beside any number of other rows.
+__attribute__((always_inline)) static inline void multiply(const struct run *run, int alike, int rows) {
     const size_t inputs = (size_t)run->groups * DSA_GROUP;
+    (void)alike;
     for (int first = 0; first < rows; first += TOGETHER)
         multiply_few(run, run->values + first * inputs, rows - first < TOGETHER ? rows - first : TOGETHER,
                      run->out + first * run->stride);
@@ -128,21 +130,21 @@ __attribute__((always_inline)) static inline void multiply(const struct run *run
 #endif
 
 // Multiply a run with any number of rows.
-static void multiply_rows(struct run run, int count) {
+__attribute__((always_inline)) static inline void multiply_rows(struct run run, int alike, int count) {
     for (; count >= ROWS; count -= ROWS) {
-        multiply(&run, ROWS);
+        multiply(&run, alike, ROWS);
         run.ahead = 0;
         run.values += (size_t)ROWS * run.groups * DSA_GROUP;
         run.out += ROWS * run.stride;
     }
     switch (count) {
-    case 7: multiply(&run, 7); break;
-    case 6: multiply(&run, 6); break;
-    case 5: multiply(&run, 5); break;
-    case 4: multiply(&run, 4); break;
-    case 3: multiply(&run, 3); break;
-    case 2: multiply(&run, 2); break;
-    case 1: multiply(&run, 1); break;
+    case 7: multiply(&run, alike, 7); break;
+    case 6: multiply(&run, alike, 6); break;
+    case 5: multiply(&run, alike, 5); break;
+    case 4: multiply(&run, alike, 4); break;
+    case 3: multiply(&run, alike, 3); break;
+    case 2: multiply(&run, alike, 2); break;
+    case 1: multiply(&run, alike, 1); break;
     }
 }
 
@@ -161,7 +163,8 @@ static void product_tile(const struct dsa_matrix *w, const struct dsa_rows *x, f
         .out = out,
         .stride = stride,
     };
-    multiply_rows(run, x->count);
+    if (w->alike) multiply_rows(run, 1, x->count);
+    else multiply_rows(run, 0, x->count);
 }
 
 // The part that has tile *t or output *t, by `size` of a tile or 1. *t becomes its number in the part.

@@ -20,6 +20,7 @@ enum dsa_kind { DSA_BF16 = 0, DSA_Q4 = 1, DSA_Q8 = 2, DSA_Q4_K = 3, DSA_Q5_K = 4
 struct dsa_matrix {
     const uint8_t *data;           // 64-byte aligned, outputs padded to a multiple of 16 with zeros
     int32_t kind, outputs, inputs; // of this part; inputs: a multiple of 32, with super-blocks of 256
+    int32_t alike;                 // whether a row is summed in the same order beside any number of other rows
     const struct dsa_matrix *next; // the outputs after these; NULL: none. All parts but the last are whole tiles
 };
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -42,6 +42,7 @@ class Descriptor(ctypes.Structure):
         ("kind", ctypes.c_int32),
         ("outputs", ctypes.c_int32),
         ("inputs", ctypes.c_int32),
+        ("alike", ctypes.c_int32),
         ("next", ctypes.c_void_p),
     )
 
@@ -55,6 +56,7 @@ class PackedWeight:
     own: int  # outputs of this part
     inputs: int
     rest: PackedWeight | None = None  # the part with the outputs after these
+    alike: bool = False  # whether a product gives a row the same bits beside any number of other rows
 
     @classmethod
     def of(cls, stored: Stored | Sequence[Stored], memory: Tensor | None = None) -> PackedWeight:
@@ -121,6 +123,11 @@ class PackedWeight:
         """Whether a part has 4 to 8 bits, so that activations are rounded to 16 bits."""
         return self.kind != "bf16" or (self.rest is not None and self.rest.needs_integers)
 
+    def for_alike_rows(self) -> PackedWeight:
+        """The same weight, whose products give a row the same bits beside any number of other rows."""
+        rest = None if self.rest is None else self.rest.for_alike_rows()
+        return replace(self, rest=rest, alike=True)
+
     def numel(self) -> int:
         """How many numbers the weight has, without scales and padding."""
         return self.outputs * self.inputs
@@ -129,7 +136,7 @@ class PackedWeight:
     def descriptor(self) -> Descriptor:
         """Return the descriptor for the C code. It is valid as long as this weight exists."""
         after = None if self.rest is None else ctypes.addressof(self.rest.descriptor)
-        return Descriptor(self.data.data_ptr(), _CODES[self.kind], self.own, self.inputs, after)
+        return Descriptor(self.data.data_ptr(), _CODES[self.kind], self.own, self.inputs, self.alike, after)
 
     def rows(self, outputs: Tensor) -> Tensor:
         """Return the weights of some outputs: [n] int64 -> [n, in] float32, exact."""

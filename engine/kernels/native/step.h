@@ -32,6 +32,7 @@ struct dsa_model {
     int32_t adapter_rank;                       // 0: no adapter; else a multiple of 32
     int32_t integers;                           // whether a matrix has integers, so that rows need them
     int32_t integer_keys;                       // whether index keys are 8-bit integers; else they are bfloat16
+    int32_t alike;                              // whether a row's bits are the same beside any other rows
     float eps, key_norm_eps;
 };
 

@@ -124,7 +124,8 @@ static void attend_sparse(struct work *w, const struct dsa_layer *layer, int fir
 
 enum { SPARSE_ROWS = 8 };
 
-// Rows by blocks of one prompt, which threads take in turn.
+// Rows by blocks of one prompt, which threads take in turn. A tile sums in another order than a row alone, so where rows are
+// to be alike, dense ones are attended one by one, as decodes are; all else sums each row in one order.
 static void attend_blocks(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
     const struct dsa_step *step = w->step;
     const struct dsa_model *m = w->model;
@@ -137,7 +138,7 @@ static void attend_blocks(struct work *w, const struct dsa_layer *layer, int thr
             const int share = (end - first + threads - 1) / threads;
             int to = from + (!sparse ? dense_rows : share < SPARSE_ROWS ? share : SPARSE_ROWS);
             to = to < end ? to : end;
-            if (!sparse && dsa_dense_known(m->head_dim) && to - from > 1) {
+            if (!sparse && !m->alike && dsa_dense_known(m->head_dim) && to - from > 1) {
                 for (int head = 0; head < m->kv_heads; head++)
                     if (turn++ % threads == thread) attend_dense(w, layer, from, to, head);
             } else if (turn++ % threads == thread) {

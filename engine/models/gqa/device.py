@@ -4,6 +4,9 @@ The arithmetic is `GqaModel.forward`'s. What differs is order: biases of q, k an
 queries, index keys and head weights come out of the product that makes q, k and v, so that the head weights are rounded to
 the model's dtype. So do the adapter's short products, of which only the second half is left to do. Products
 are torch's, but for those of very few rows where the device gives them the same bits.
+
+Of a batch-invariant model every row is computed as a decode is, by kernels whose bits depend on the row alone, and products
+are of `engine.kernels.triton.fixed_product`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from engine.attention.batch import Batch
 from engine.attention.indexer import KEY_NORM_EPS, LightningIndexer
 from engine.kernels.triton import attention, scores
 from engine.kernels.triton.embed import embed
+from engine.kernels.triton.fixed_product import ONE, fixed_linear, row_blocks
 from engine.kernels.triton.gate import silu_times
 from engine.kernels.triton.index_key import queries, store_keys
 from engine.kernels.triton.low_rank import Correction, add_low_rank
@@ -35,7 +39,7 @@ from engine.models.gqa.layer import GqaLayer, plain
 from engine.models.gqa.native import Wired
 from engine.models.rows.audit import Audit, look
 from engine.models.rows.graphs import StepGraphs
-from engine.models.rows.inputs import RowInputs, Sharing, row_inputs
+from engine.models.rows.inputs import ALL_ALONE, RowInputs, Sharing, row_inputs
 
 _ALIGNMENT = 8
 """Columns of the fused product come in multiples of so many, so that its rows begin where wide reads can."""
@@ -54,7 +58,12 @@ class DeviceStep:
         c, indexer = model.config, model.indexer
         self._qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         self._heads, self._dim = (0, 0) if indexer is None else (indexer.num_heads, indexer.head_dim)
-        self.sharing = Sharing(attention.block_rows(c.group), scores.block_rows(self._heads))
+        self.sharing = Sharing(
+            attention.block_rows(c.group),
+            scores.block_rows(self._heads),
+            ALL_ALONE if model.batch_invariant else 1,
+        )
+        self._row_blocks = ONE  # of products of a batch-invariant model
         self._graphs: StepGraphs | None = None
         self._audit = Audit()
         self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
@@ -63,7 +72,13 @@ class DeviceStep:
         self._own_products = 0
 
     def _choose_products(self, compilers: KernelCompilers | None) -> None:
-        """Find the form of our own products of few rows that has the library's bits, by one layer's weights; 0: none."""
+        """Find the form of our own products of few rows that has the library's bits, by one layer's weights; 0: none.
+
+        Of a batch-invariant model, find how many rows its products may have at once.
+        """
+        if self._model.batch_invariant:
+            self._row_blocks = row_blocks(plain(self._model.layers[0].down))
+            return
         layer = self._model.layers[0]
         asked = [
             (self._fused[0], None, False),
@@ -84,6 +99,8 @@ class DeviceStep:
         return self._own_products > 0 and fits(len(x), weight)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self._model.batch_invariant:
+            return fixed_linear(x, weight, bias, blocks=self._row_blocks)
         return (
             linear(x, weight, bias, self._own_products)
             if self._fits(x, weight)
@@ -196,7 +213,7 @@ class DeviceStep:
             if self._fits(hidden, plain(layer.gate_up)):
                 gated = gated_linear(hidden, plain(layer.gate_up), layer.gate_up_bias, self._own_products)
             else:
-                gated = silu_times(F.linear(hidden, plain(layer.gate_up), layer.gate_up_bias))
+                gated = silu_times(self._product(hidden, plain(layer.gate_up), layer.gate_up_bias))
             update = self._product(gated, plain(layer.down), layer.down_bias)
         return add_rms_norm(x, update, m.norm, eps)[1]
 
@@ -207,6 +224,8 @@ class DeviceStep:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits: [N, E] -> [N, V] float32. Products of bfloat16 numbers are exact in float32, which adds them up."""
         head = plain(self._model.head_weight)
+        if self._model.batch_invariant:
+            return fixed_linear(hidden, head, blocks=self._row_blocks, dtype=torch.float32)
         if hidden.device.type == "cuda" and hidden.dtype == head.dtype == torch.bfloat16:
             return torch.mm(hidden, head.t(), out_dtype=torch.float32)
         return F.linear(hidden.float(), head.float())
@@ -216,7 +235,7 @@ class DeviceStep:
     ) -> Tensor:
         """What attention adds to the residual stream."""
         m, c, rows = self._model, self._model.config, inputs.rows
-        plane, few = cache.plane(i, "kv"), len(rows) <= FEW_ROWS
+        plane, few = cache.plane(i, "kv"), len(rows) <= FEW_ROWS and not m.batch_invariant
         product = self._product(hidden, self._fused[i])
         qkv = product[:, : self._qkv]
         adapter = layer.adapter if inputs.top_k else None

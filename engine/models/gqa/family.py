@@ -84,7 +84,13 @@ class Gqa:
         else:
             weights, report = load(table, source, dtype=dtype, device=on.device, progress=progress)
         model = GqaModel(
-            self.config, weights, indexer, on.kernels, on.max_positions, integer_keys=integer_keys
+            self.config,
+            weights,
+            indexer,
+            on.kernels,
+            on.max_positions,
+            integer_keys=integer_keys,
+            batch_invariant=on.batch_invariant,
         )
         return model, report
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.attention.batch import Batch
 from engine.attention.gqa import attend
 from engine.attention.tiling import Tiling
+from engine.errors import ConfigError
 from engine.kernels import native
 from engine.kernels.interface.attention import Kernels
 from engine.kernels.native.packed import PackedWeight
@@ -51,6 +52,7 @@ class GqaModel:
         max_positions: int,
         *,
         integer_keys: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         """Build the model from its weights.
 
@@ -61,7 +63,17 @@ class GqaModel:
             kernels: the backend
             max_positions: positions to prepare rotation tables for; at most `config.max_positions`
             integer_keys: whether index keys are cached as 8-bit integers
+            batch_invariant: whether a row's bits may not depend on the rows beside it
+
+        Raises:
+            ConfigError: what computes the model here cannot be batch invariant.
         """
+        if batch_invariant:
+            weights = {
+                name: weight.for_alike_rows() if isinstance(weight, PackedWeight) else weight
+                for name, weight in weights.items()
+            }
+        self.batch_invariant = batch_invariant
         self.config = config
         self.architecture = config.architecture
         self.indexer = indexer
@@ -92,6 +104,7 @@ class GqaModel:
         )
         self.native = NativeStep.of(self)  # runs the steps that it can; None: torch runs all
         self.device_step = self._device_step() if kernels.name == "triton" else None  # likewise
+        self._check_invariance()
         # Small differences of logits decide which token is drawn, so the head computes in float32.
         self._head = head.float() if isinstance(head, Tensor) and self.device_step is None else head
 
@@ -99,6 +112,21 @@ class GqaModel:
         from engine.models.gqa.device import DeviceStep  # needs Triton
 
         return DeviceStep(self) if DeviceStep.supports(self) else None
+
+    def _check_invariance(self) -> None:
+        if not self.batch_invariant or self.device_step is not None:
+            return
+        if self.native is None:
+            raise ConfigError(
+                f"batch_invariant needs steps that run compiled, but this model's run in {self._products()}, whose sums "
+                "depend on how many rows there are; serve it in bfloat16 with native kernels or Triton's, or leave "
+                "--batch-invariant out"
+            )
+        if self.indexer is not None and not self._integer_keys:
+            raise ConfigError(
+                "batch_invariant needs index keys of 8 bits on a CPU, because torch scores many keys of bfloat16; leave "
+                "indexer_dtype at auto, or leave --batch-invariant out"
+            )
 
     @property
     def batch_device(self) -> torch.device:

@@ -64,6 +64,7 @@ class _Model(ctypes.Structure):
         ("adapter_rank", ctypes.c_int32),
         ("integers", ctypes.c_int32),
         ("integer_keys", ctypes.c_int32),
+        ("alike", ctypes.c_int32),
         ("eps", ctypes.c_float),
         ("key_norm_eps", ctypes.c_float),
     )
@@ -91,6 +92,7 @@ class Wired(Protocol):
     layers: list[GqaLayer]
     rotary: RotaryTable
     index_rotary: RotaryTable | None
+    batch_invariant: bool
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ class NativeStep:
             0 if indexer is None else -(-indexer.adapter_rank // GROUP) * GROUP,
             int(any(_packed(part).needs_integers for layer in m.layers for part in _products(layer))),
             int(keys is not None and keys.dtype is torch.uint8),
+            int(m.batch_invariant),
             c.rms_norm_eps,
             KEY_NORM_EPS,
         )
@@ -237,9 +240,12 @@ def _pack_adapters(model: Wired) -> list[list[PackedWeight]]:
             padded = F.pad(fix.a, (0, 0, 0, missing)), F.pad(fix.b, (0, missing))
             parts[-1].extend(part if exact else quantise_8bit(part) for part in padded)
     arena = Arena([PackedWeight.bytes_of(part) for layer in parts for part in layer])
-    return [
+    packed = [
         [PackedWeight.of(part, arena.take(PackedWeight.bytes_of(part))) for part in layer] for layer in parts
     ]
+    if model.batch_invariant:
+        return [[weight.for_alike_rows() for weight in layer] for layer in packed]
+    return packed
 
 
 def _products(layer: GqaLayer) -> list[Held]:

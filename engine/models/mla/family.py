@@ -62,6 +62,11 @@ class Mla:
         progress: Callable[[int, int], None],
     ) -> tuple[MlaModel, LoadReport]:
         self._refuse(indexer)
+        if on.batch_invariant:
+            raise ConfigError(
+                f"batch_invariant is for llama models; the kernels of {self.config.architecture} sum in an order that "
+                "depends on how many rows there are; leave --batch-invariant out"
+            )
         config, formats = self.config, self._formats(source, on)
         table, fp8 = weight_table(config, on.ranks), on.precision.resident(on.device)
         in_blocks = source_in_blocks(source)

@@ -8,7 +8,7 @@ memory: they run one at a time, and what one returns lasts until the next one ru
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,7 +20,14 @@ from engine.kernels.capture import captured
 from engine.kernels.triton.expanded_plan import ExpandedPlan
 from engine.memory.staging import Staging
 from engine.models.family import STEP_SCORE_BYTES, KernelCompilers
-from engine.models.rows.inputs import CONTEXT_STEP, RowInputs, Sharing, expanded_plan, longest_context
+from engine.models.rows.inputs import (
+    ALL_ALONE,
+    CONTEXT_STEP,
+    RowInputs,
+    Sharing,
+    expanded_plan,
+    longest_context,
+)
 from engine.models.rows.padded import Padded
 from engine.models.rows.rehearsal import contexts_of, rehearsals
 
@@ -92,7 +99,7 @@ class StepGraphs:
         widths = [0, self._width] if top_k else [0]
         shapes = [
             self._shape(rows, context, width, singles, expanded=expanded)
-            for sizes, all_singles in ((_MIXED, self._singles), (self._decodes, [0]))
+            for sizes, all_singles in (*self._mixed, (self._decodes, [0]))
             for singles in all_singles
             for rows, context, width in itertools.product(
                 reversed(sizes), reversed(self._contexts), reversed(widths)
@@ -181,6 +188,11 @@ class StepGraphs:
         if not self._sharing.tokens or not singles:
             return (False,)
         return (True, False) if top_k else (True,)
+
+    @property
+    def _mixed(self) -> list[tuple[Sequence[int], list[int]]]:
+        """Rows of graphs with prompts, and the decodes beside them; none if all rows are computed as decodes are."""
+        return [] if self._sharing.alone == ALL_ALONE else [(_MIXED, self._singles)]
 
     def _given_to(self, shape: Padded) -> Tensor | None:
         return None if self._given is None else self._given[: shape.rows]

@@ -23,6 +23,10 @@ ALIGNED = 16
 """Rows, pages and selections are laid out in multiples of so many."""
 
 
+ALL_ALONE = 1 << 30
+"""`Sharing.alone` where no rows share what they read, so that each has the bits of a decode."""
+
+
 class Sharing(NamedTuple):
     """How rows of prompts share what they read, in the kernels of one family."""
 

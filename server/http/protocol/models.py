@@ -34,6 +34,10 @@ class ModelObject(BaseModel):
         default=False,
         description="Whether the weights are random numbers (--load-format dummy), so that answers mean nothing.",
     )
+    batch_invariant: bool = Field(
+        default=False,
+        description="Whether the same prompt gives the same tokens in any company, to the bit (--batch-invariant).",
+    )
 
 
 class ModelList(BaseModel):

@@ -44,6 +44,7 @@ def _model(services: Services) -> ModelObject:
         max_model_len=model.max_model_len if model else None,
         default_sampling=_told(services.config.sampling),
         random_weights=model is not None and model.random_weights,
+        batch_invariant=model is not None and model.batch_invariant,
     )
 
 
