@@ -63,7 +63,7 @@ class DeviceStep:
             scores.block_rows(self._heads),
             ALL_ALONE if model.batch_invariant else 1,
         )
-        self._row_blocks = ONE  # of products of a batch-invariant model
+        self._row_blocks: tuple[int, ...] = ONE  # of products of a batch-invariant model
         self._graphs: StepGraphs | None = None
         self._audit = Audit()
         self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)

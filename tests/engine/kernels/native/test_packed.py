@@ -344,3 +344,26 @@ def test_what_may_lose_bits_loses_them_only_beside_weights_of_4(
         assert held.kind == kind
         worst = (held.dequantise(torch.float32) - Indexer.weight).abs().max()
         assert (0.05 < worst < 0.3) if kind == "q4" else worst < 0.02
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("kind", ["q4", "q8", "bf16", *SUPER])
+def test_a_row_has_the_same_bits_beside_any_number_of_rows(kind: str) -> None:
+    """With `for_alike_rows`, however many rows there are and wherever the row is among them."""
+    inputs = 2304
+    weight = weight_of(kind, 40, inputs)[0].for_alike_rows()
+    x = torch.randn(300, inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for dtype in (torch.float32, torch.bfloat16):
+        wanted = weight.multiply(x, dtype=dtype)
+        for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33):
+            for first in (0, 5, 260):
+                found = weight.multiply(x[first : first + rows], dtype=dtype)
+                assert torch.equal(found, wanted[first : first + rows])
+
+
+def test_rows_are_alike_in_every_part_of_a_weight() -> None:
+    stored = [quantise_4bit(torch.randn(16, 64)), torch.randn(16, 64)]
+    weight = PackedWeight.of(stored).for_alike_rows()
+    assert weight.descriptor.alike == 1
+    assert weight.rest is not None
+    assert weight.rest.descriptor.alike == 1
