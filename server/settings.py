@@ -390,8 +390,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         bool,
         Flag(
             ADVANCED,
-            "Give each prompt the same tokens in any company, to the bit. Decoding costs nothing on a CPU; prompts cost "
-            "more (docs/operations.md says how much).",
+            "Give each prompt the same tokens in any company, to the bit. On a CPU only dense rows of prompts cost more: "
+            "of 512 tokens 7 %, after 1,536 others 40 %.",
             "off",
         ),
     ] = _ENGINE.batch_invariant

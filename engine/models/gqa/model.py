@@ -114,8 +114,13 @@ class GqaModel:
         return DeviceStep(self) if DeviceStep.supports(self) else None
 
     def _check_invariance(self) -> None:
-        if not self.batch_invariant or self.device_step is not None:
+        if not self.batch_invariant:
             return
+        if self.device_step is not None:
+            raise ConfigError(
+                "batch_invariant is proved on a CPU only, so a GPU does not promise it; leave --batch-invariant out, or "
+                "serve with --device cpu"
+            )
         if self.native is None:
             raise ConfigError(
                 f"batch_invariant needs steps that run compiled, but this model's run in {self._products()}, whose sums "

@@ -362,8 +362,7 @@ def test_a_row_has_the_same_bits_beside_any_number_of_rows(kind: str) -> None:
 
 
 def test_rows_are_alike_in_every_part_of_a_weight() -> None:
-    stored = [quantise_4bit(torch.randn(16, 64)), torch.randn(16, 64)]
-    weight = PackedWeight.of(stored).for_alike_rows()
+    weight = PackedWeight.of((quantise_4bit(torch.randn(16, 64)), torch.randn(16, 64))).for_alike_rows()
     assert weight.descriptor.alike == 1
     assert weight.rest is not None
     assert weight.rest.descriptor.alike == 1
