@@ -18,6 +18,7 @@ from server.http.protocol.base import ID_TITLE, Body
 from server.http.protocol.chat import ChatCompletionBody, ChatCompletionChunk
 from server.http.protocol.completions import Completion, CompletionBody
 from server.http.protocol.errors import ErrorResponse
+from server.http.protocol.generate import GenerateBody
 from server.http.protocol.messages import CountTokensBody, MessageEvent, MessagesBody
 from server.http.protocol.responses import ResponseBody, ResponseEvent
 from server.http.protocol.tokens import DetokenizeBody, TokenizeBody
@@ -106,6 +107,7 @@ def openapi_of(
                 [
                     (ChatCompletionBody, "validation"),
                     (CompletionBody, "validation"),
+                    (GenerateBody, "validation"),
                     (TokenizeBody, "validation"),
                     (DetokenizeBody, "validation"),
                     (ResponseBody, "validation"),

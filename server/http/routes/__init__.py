@@ -8,6 +8,7 @@ from server.http.routes.admin import router as admin
 from server.http.routes.chat import router as chat
 from server.http.routes.completions import router as completions
 from server.http.routes.docs import router as docs
+from server.http.routes.generate import router as generate
 from server.http.routes.health import router as health
 from server.http.routes.invocations import router as invocations
 from server.http.routes.messages import router as messages
@@ -20,6 +21,7 @@ from server.http.routes.version import router as version
 ROUTERS: tuple[APIRouter, ...] = (
     chat,
     completions,
+    generate,
     invocations,
     responses,
     messages,

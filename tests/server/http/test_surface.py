@@ -76,6 +76,7 @@ async def test_the_schema() -> None:
         "/v1/responses/{response_id}",
         "/v1/responses/{response_id}/cancel",
         "/v1/messages/count_tokens",
+        "/inference/v1/generate",
         "/v1/models",
         "/v1/models/{model_id}",
         "/tokenize",

@@ -8,7 +8,7 @@ import pytest
 
 from tests.server.http.test_fields import CHAT, COMPLETIONS, post
 from tests.server.kit import TEXT as TOKENIZER
-from tests.server.kit import chat_body, client, completion_body, error_of, events, make_app, speaking
+from tests.server.kit import chat_body, client, completion_body, error_of, events, ids, make_app, speaking
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -71,3 +71,26 @@ async def test_sagemaker_calls_either_endpoint() -> None:
                 ),
                 400,
             )
+
+
+async def test_token_ids_in_and_out() -> None:
+    engine = speaking("hello")
+    sampling = {"max_tokens": 3, "temperature": 0.0, "detokenize": False, "ignore_eos": True}
+    body = {"token_ids": ids("hi"), "sampling_params": sampling, "stream": False}
+    async with client(make_app(engine)) as http:
+        answer = (await http.post("/inference/v1/generate", json=body)).json()
+        assert answer["choices"] == [{"index": 0, "token_ids": ids("hel"), "finish_reason": "length"}]
+        assert answer["usage"]["completion_tokens"] == 3
+        (submitted,) = engine.submitted
+        assert submitted.prompt_token_ids == tuple(ids("hi"))
+        assert (submitted.sampling.max_tokens, submitted.sampling.temperature) == (3, 0.0)
+        assert submitted.sampling.stop_token_ids == ()
+        for fields, param in (
+            ({"sampling_params": sampling | {"stop": ["x"]}}, "sampling_params.stop"),
+            ({"sampling_params": sampling | {"temperature": 7}}, "sampling_params.temperature"),
+            ({"token_ids": []}, "token_ids"),
+            ({"token_ids": [1 << 20]}, "prompt"),
+            ({"stream": True}, "stream"),
+        ):
+            error = error_of(await http.post("/inference/v1/generate", json=body | fields), 400)
+            assert (error["param"] or "").startswith(param), error
