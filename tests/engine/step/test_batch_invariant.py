@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kernels import native
+from engine.models.gqa.model import GqaModel
 from engine.step.build import Built, build
 from server.text.tokenizer import Tokenizer
 from tests.engine.invariance import Answers, Engine, Prompt, differing
@@ -84,6 +87,25 @@ def test_ready_says_it(tmp_path: Path) -> None:
 def test_what_cannot_be_invariant_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"batch_invariant {message}.*leave --batch-invariant out"):
         small(tmp_path, batch_invariant=True, **settings)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused there until this has passed on one; then the refusal can go."""
+    monkeypatch.setattr(GqaModel, "_check_invariance", lambda _: None)
+    built = small(tmp_path, batch_invariant=True, device="cuda", max_running=16)
+    prompts = small_prompts(50)
+    engine = Engine(built)
+    wanted = engine.alone(prompts)
+    found = {
+        name: differing(run(prompts), wanted)
+        for name, run in engine.situations.items()
+        if name != "with drafts"
+    }
+    assert found == dict.fromkeys(found, (0, 0))
+    # An engine with drafts takes no plans ahead, and draws elsewhere.
+    engine = Engine(replace(built, ahead=None))
+    assert differing(engine.with_drafts(prompts), engine.alone(prompts)) == (0, 0)
 
 
 @compiled
