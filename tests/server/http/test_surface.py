@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from server.http.protocol.chat import ChatCompletionBody
 from server.http.protocol.completions import CompletionBody
-from tests.server.kit import client, make_app, speaking
+from tests.server.fake_engine import FakeEngine
+from tests.server.kit import chat_body, client, make_app, speaking
 
 
 async def test_models() -> None:
@@ -22,6 +24,22 @@ async def test_models() -> None:
         assert (model["id"], model["object"], model["max_model_len"]) == ("fake-model", "model", 256)
         assert (await http.get("/v1/models/fake-model")).json() == model
         assert (await http.get("/v1/models/a/b")).json()["error"]["code"] == "model_not_found"
+
+
+async def test_a_batch_invariant_model_says_so_and_has_a_fingerprint_of_its_own() -> None:
+    told = []
+    for invariant in (False, True):
+        engine: FakeEngine = speaking()
+        known = engine.status.model
+        assert known is not None
+        model = msgspec.structs.replace(known, batch_invariant=invariant)
+        engine._status = msgspec.structs.replace(engine.status, model=model)
+        async with client(make_app(engine)) as http:
+            (listed,) = (await http.get("/v1/models")).json()["data"]
+            answer = (await http.post("/v1/chat/completions", json=chat_body())).json()
+        assert listed["batch_invariant"] is invariant
+        told.append(answer["system_fingerprint"])
+    assert told[0] != told[1]
 
 
 async def test_a_models_name_may_be_a_path() -> None:
