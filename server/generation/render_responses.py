@@ -8,16 +8,18 @@ from typing import Any, Literal
 
 import msgspec
 
+from engine.protocol import TokenLogprob
 from server.chat.parts import CallArguments, CallStart, Content, Part, Reasoning, Warn, merge
 from server.generation.choice import TextDelta
 from server.generation.render import new_call_id, warning
-from server.generation.streamed import Head
+from server.generation.streamed import LEAST, Head
 from server.http.protocol import sse
 from server.http.protocol.chat import ChoiceWarning
 from server.http.protocol.errors import ApiError
 from server.http.protocol.notices import Notice
 from server.http.protocol.responses import ResponseBody, ResponseFault, ResponseObject, ResponseTokens
 from server.http.protocol.usage import CompletionTokensDetails, Usage
+from server.text.tokenizer import Tokenizer
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
@@ -29,10 +31,16 @@ class ResponsesRenderer:
         head: what every object of the answer has.
         body: the request, which the response repeats in part.
         keep: is called with the finished response.
+        text: the model's tokenizer.
     """
 
-    def __init__(self, head: Head, body: ResponseBody, keep: Callable[[ResponseObject], None]) -> None:
+    def __init__(
+        self, head: Head, body: ResponseBody, keep: Callable[[ResponseObject], None], text: Tokenizer
+    ) -> None:
         self._head = head
+        self._text = text
+        self._logprobs: list[dict[str, Any]] = []  # of the open item
+        self._new_logprobs: list[dict[str, Any]] = []  # that no event has told
         self._body = body
         self._keep = keep
         self._number = 0  # of the next event
@@ -52,6 +60,7 @@ class ResponsesRenderer:
     def events(self, delta: TextDelta) -> bytes:
         """The events of a delta."""
         self._cut |= delta.finish_reason == "length"
+        self._new_logprobs += [self._logprob(token) for token in delta.logprobs or ()]
         if delta.only_text and self._kind == "message":
             return self._grow("response.output_text.delta", delta.text) if delta.text else b""
         return b"".join(self._part(part) for part in merge(delta.parts))
@@ -114,14 +123,16 @@ class ResponsesRenderer:
         prefix = {"message": "msg", "reasoning": "rs"}.get(kind, "fc")
         item = {"id": f"{prefix}_{secrets.token_hex(12)}", "type": kind, "status": "in_progress", **fields}
         self._items.append(item)
-        self._kind, self._said = kind, []
+        self._kind, self._said, self._logprobs = kind, [], []
         return self._event("response.output_item.added", output_index=len(self._items) - 1, item=item)
 
     def _grow(self, name: str, text: str) -> bytes:
         self._said.append(text)
         where = self._where()
         if self._kind == "message":
-            where["logprobs"] = []
+            where["logprobs"] = new = self._new_logprobs
+            self._logprobs += new
+            self._new_logprobs = []
         return self._event(name, **where, delta=text)
 
     def _end(self) -> bytes:
@@ -134,14 +145,30 @@ class ResponsesRenderer:
             item["arguments"] = text
             ended = self._event("response.function_call_arguments.done", **where, arguments=text)
         else:
-            part = _part_of(kind, text)
+            if kind == "message":
+                self._logprobs += self._new_logprobs
+            self._new_logprobs = []
+            part = _part_of(kind, text, self._logprobs)
             item["content"] = [part]
             name = "output_text" if kind == "message" else "reasoning_text"
-            logprobs: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+            logprobs: dict[str, Any] = {"logprobs": self._logprobs} if kind == "message" else {}
             ended = self._event(f"response.{name}.done", **where, text=text, **logprobs)
             ended += self._event("response.content_part.done", **where, part=part)
         item["status"] = "incomplete" if self._cut else "completed"
         return ended + self._event("response.output_item.done", output_index=where["output_index"], item=item)
+
+    def _logprob(self, token: TokenLogprob) -> dict[str, Any]:
+        """A token with its alternatives."""
+
+        def named(token_id: int, logprob: float) -> dict[str, Any]:
+            return {
+                "token": self._text.token_text(token_id),
+                "logprob": max(logprob, LEAST),
+                "bytes": self._text.token_bytes(token_id),
+            }
+
+        top = [named(token_id, logprob) for token_id, logprob in token.top]
+        return {**named(token.token_id, token.logprob), "top_logprobs": top}
 
     def _where(self) -> dict[str, Any]:
         where: dict[str, Any] = {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
@@ -213,7 +240,7 @@ def _format_of(body: ResponseBody) -> dict[str, Any]:
     return {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_unset=True)
 
 
-def _part_of(kind: str, text: str) -> dict[str, Any]:
+def _part_of(kind: str, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     if kind == "reasoning":
         return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}

@@ -130,6 +130,8 @@ def chat_of_response(body: ResponseBody, messages: Sequence[ChatMessage]) -> Cha
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
+        logprobs=body.wants_logprobs or None,
+        top_logprobs=body.top_logprobs if body.wants_logprobs else None,
         tools=[_tool(tool) for tool in body.tools or ()] or None,
         tool_choice=(
             NamedTool(type="function", function=NamedFunction(name=choice.name))

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from server.http.protocol.base import TAG, WHOLE, AtLeastOne, Body, Label, Neutral, tag_of_list
 from server.http.protocol.chat import MAX_MESSAGES, ChoiceWarning, Effort, Metadata
 from server.http.protocol.notices import NOTICES, Notice
-from server.http.protocol.sampling import ModelName, SparsityOptions
+from server.http.protocol.sampling import MAX_TOP_LOGPROBS, ModelName, SparsityOptions
 from server.http.protocol.structured import ResponseTextFormat
 from server.http.protocol.tools import MAX_TOOLS, CalledName, CallId, FunctionTool, Name
 from server.http.protocol.usage import (
@@ -36,7 +36,9 @@ class ContentPart(Body):
     annotations: Annotated[
         Any, Neutral([], advice="must be empty: annotations are not part of the prompt")
     ] = None
-    logprobs: Annotated[Any, Neutral([], advice="must be empty: it is not part of the prompt")] = None
+    logprobs: list[Any] | None = Field(
+        default=None, description="Of an earlier answer; not part of the prompt."
+    )
 
 
 def _text_tag(value: Any) -> str | None:
@@ -196,6 +198,7 @@ Extra = Literal[
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
     "message.input_image.image_url",
+    "message.output_text.logprobs",
 ]
 
 
@@ -231,7 +234,8 @@ class ResponseBody(Body):
     text: TextOptions | None = None
     include: Annotated[list[Extra], Field(max_length=16)] | None = Field(
         default=None,
-        description="None of these exists here: reasoning comes in clear, and the server runs no tools.",
+        description="`message.output_text.logprobs` adds log-probabilities. None of the others exists here: reasoning comes "
+        "in clear, and the server runs no tools.",
     )
     metadata: Metadata | None = Field(default=None, description="Labels; they change nothing.")
     user: Label | None = Field(default=None, description="A label; it changes nothing.")
@@ -255,12 +259,17 @@ class ResponseBody(Body):
     service_tier: Annotated[
         Any, Neutral("auto", "default", advice="must be 'auto', 'default' or null: there is one service tier")
     ] = None
-    top_logprobs: Annotated[
-        Any, Neutral(0, advice="must be 0 or null: /v1/chat/completions has log-probabilities")
-    ] = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
+        default=None, description="Log-probabilities, with so many alternatives."
+    )
     truncation: Annotated[
         Any, Neutral("disabled", advice="must be 'disabled' or null: leave out old items yourself")
     ] = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer has log-probabilities."""
+        return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
 
 
 # ---- response -----------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ async def create_response(request: Request) -> Response:
                 services.responses.add(key, response, [*messages, *answer_of(response.output)])
 
         renderer = ResponsesRenderer(
-            services.head(f"resp_{request_id}", [*notices, *work.notices]), body, keep
+            services.head(f"resp_{request_id}", [*notices, *work.notices]), body, keep, services.text
         )
         later = None
         if body.background:

@@ -213,6 +213,23 @@ async def test_bad_fields(fields: dict[str, Any], param: str, words: str) -> Non
     assert (error["param"] or "").startswith(param), error
 
 
+@pytest.mark.parametrize("fields", [{"include": ["message.output_text.logprobs"]}, {"top_logprobs": 2}])
+async def test_log_probabilities(fields: dict[str, Any]) -> None:
+    engine = speaking("hey")
+    async with client(make_app(engine)) as http:
+        answer = (await http.post(PATH, json={"input": "hi", **fields})).json()
+        part = answer["output"][0]["content"][0]
+        assert [one["token"] for one in part["logprobs"]][:3] == ["h", "e", "y"]
+        assert part["logprobs"][0].keys() == {"token", "logprob", "bytes", "top_logprobs"}
+        assert engine.submitted[0].sampling.logprobs == fields.get("top_logprobs", 0)
+        text = (await http.post(PATH, json={"input": "hi", "stream": True, **fields})).text
+        plain = (await http.post(PATH, json={"input": "hi"})).json()
+    told = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    deltas = [event for event in told if event["type"] == "response.output_text.delta"]
+    assert [one["token"] for event in deltas for one in event["logprobs"]][:3] == ["h", "e", "y"]
+    assert plain["output"][0]["content"][0]["logprobs"] == []
+
+
 async def until_over(http: httpx.AsyncClient, response_id: str) -> Any:
     for _ in range(200):
         kept = (await http.get(f"{PATH}/{response_id}")).json()
