@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from benchmarks.overload import judge
-from benchmarks.soak import Sample, lives, slope
+from benchmarks.soak import Sample, grown, lives, slope
 from benchmarks.soak_clients import Tally
 from benchmarks.wire import Answer, HungUpError, ask, encoded, quantile
+from tests.e2e.serving import Resources
 from tests.kit import ROOT
 
 
@@ -81,6 +82,13 @@ def test_memory_that_grows_is_told_from_memory_that_is_warm() -> None:
     assert {life.slope for life in lives(filling, 100)} == {0.0}
     assert slope([(0, 1.0), (60, 2.0), (120, 3.0)]) == pytest.approx(1.0)
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+
+
+def test_what_is_left_behind_is_named() -> None:
+    before = Resources(["a", "b"], 20, 6, 9, 5, 0, 0)
+    assert grown(before, before) == grown(before, before._replace(server_threads=7)) == []
+    assert grown(before, before._replace(server_threads=60)) == ["server_threads"]
+    assert grown(before, before._replace(tasks=["a", "b", "c"], pages_used=1)) == ["tasks", "pages_used"]
 
 
 def test_each_promise_about_overload_can_be_broken() -> None:
