@@ -2,7 +2,7 @@
 
 `python -P -m benchmarks.overload` starts `dsa serve` with the default model and a bound on waiting prompt tokens, measures its capacity with
 as many clients as it computes at once, and then sends requests at 4 times that rate for 3 minutes, at times that do not
-depend on the answers (Poisson). A crowd follows that comes at once, and whose clients come back when `Retry-After` says so.
+depend on the answers (Poisson). Before, a crowd comes at once, whose clients come back when `Retry-After` says so.
 It writes a table, and with `--out` a JSON file and a plot. The exit status is 1 if a line of the table is not kept.
 
 The server's bound in seconds is the bound in tokens, divided by the tokens of prompts that it computes in a second at its
@@ -126,12 +126,14 @@ async def measure(options: argparse.Namespace, server: Server) -> dict[str, Any]
     print(f"alone: {1000 * quantile(alone, 0.5):.0f} ms to the first token", flush=True)
     capacity = await overload.capacity(options.clients, options.capacity_seconds)
     print(f"capacity: {capacity:.2f} requests/s of {PROMPT} + {OUTPUT} tokens", flush=True)
+    # Before the storm, whose clients never come back: the server would keep places for them for a minute.
+    attempts, crowd_seconds = await overload.crowd(options.crowd)
+    print(f"crowd: served in {crowd_seconds:.0f} s", flush=True)
     probing = asyncio.create_task(overload.probe())
     answers = await overload.storm(options.times * capacity, options.seconds)
     probing.cancel()
     await asyncio.gather(probing, return_exceptions=True)
     print(f"storm: {len(answers)} requests in {options.seconds:.0f} s", flush=True)
-    attempts, crowd_seconds = await overload.crowd(options.crowd)
     accepted = [answer for answer in answers if answer.status == 200]
     refused = [answer for answer in answers if answer.status == 429]
     begun = min(answer.began for answer in answers)
