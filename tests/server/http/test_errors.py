@@ -78,7 +78,6 @@ USER: dict[str, Any] = {"role": "user", "content": "x"}
         ({"store": True}, "store", "stores nothing"),
         ({"store": 0}, "store", "stores nothing"),
         ({"service_tier": "flex"}, "service_tier", "one service tier"),
-        ({"reasoning_effort": "high"}, "reasoning_effort", "does not steer reasoning"),
         ({"metadata": {"a": 1}}, "metadata.a", "valid string"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is required"),
@@ -223,6 +222,15 @@ NEUTRAL = {
     "dsa": None,
     "top_k": -1,
 }
+
+
+async def test_effort_without_reasoning_is_a_warning() -> None:
+    """Agents send it to every model, whether it reasons or not."""
+    answer = await chat({"reasoning_effort": "high"})
+    assert answer.status_code == 200
+    assert [(one["code"], one["param"]) for one in answer.json()["warnings"]] == [
+        ("no_effect", "reasoning_effort")
+    ]
 
 
 async def test_neutral_values_are_accepted() -> None:
