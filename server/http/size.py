@@ -15,24 +15,52 @@ MAX_VALUES = 1 << 16
 MAX_NUMBERS = 1 << 20
 """Numbers of one body: token ids."""
 
-# A string; numbers with what stands between them; the beginning of a list or an object. A damaged string ends the count:
-# the parser then stops there, too. The quantifiers are possessive, so no text takes more than one pass.
-_PARTS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[0-9][0-9eE+.,\s-]*+|[\[{]|"', re.DOTALL)
+_PIECE = 1 << 16
+"""Bytes that are looked at without a break: meanwhile no other thread runs."""
+
+_PARTS = re.compile(rb'["0-9\[{]')
+"""The beginning of a string, of numbers, of a list or of an object."""
+
+# Possessive, so no text takes more than one pass.
+_NUMBERS = re.compile(rb"[0-9eE+.,\s-]*+")
+_INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+_QUOTE = 0x22
 
 
 def too_many(raw: bytes) -> str | None:
     """Say what a body has too many of; None: it is within the limits. Takes time in proportion to what it may hold."""
-    values = numbers = 0
-    for part in _PARTS.finditer(raw):
+    values = numbers = at = 0
+    while (part := _PARTS.search(raw, at)) is not None:
         start, end = part.span()
         if raw[start] in b'"[{':
-            if end - start == 1 and raw[start] == 0x22:
-                return None
+            if raw[start] == _QUOTE and (end := _after_string(raw, end)) < 0:
+                return None  # a damaged string ends the count: the parser then stops there, too
             values += 1
             if values > MAX_VALUES:
                 return f"the body has more than {MAX_VALUES} strings, lists and objects; send less in one request"
         else:
-            numbers += 1 + raw.count(b",", start, end)
+            numbers += 1
+            while (more := _after(_NUMBERS, raw, end)) > end:
+                numbers += raw.count(b",", end, more)
+                end = more
             if numbers > MAX_NUMBERS:
                 return f"the body has more than {MAX_NUMBERS} numbers; send less in one request"
+        at = end
     return None
+
+
+def _after_string(raw: bytes, at: int) -> int:
+    """Where a string ends whose text begins at `at`; -1: it does not."""
+    while True:
+        end = _after(_INSIDE, raw, at)
+        if end < len(raw) and raw[end] == _QUOTE:
+            return end + 1
+        if end == at:
+            return -1
+        at = end
+
+
+def _after(parts: re.Pattern[bytes], raw: bytes, at: int) -> int:
+    """Where the parts that begin at `at` end, or a piece of them."""
+    found = parts.match(raw, at, at + _PIECE)
+    return at if found is None else found.end()

@@ -31,6 +31,10 @@ LIVE_SECONDS, GAP_SECONDS = 0.1, 0.5
 QUIET_SECONDS = 4.0
 
 
+class LateError(AssertionError):
+    """Others felt what was done: the message says how long."""
+
+
 @dataclass
 class Felt:
     """What others feel."""
@@ -113,8 +117,10 @@ def unharmed(server: Server, *, stream: bool = True) -> Iterator[None]:
         felt = watch.renew()
     live, gap = felt.worst()
     assert felt.failed == []
-    assert live < LIVE_SECONDS + quiet_live, f"live took {live:.3f} s, and {quiet_live:.3f} s before"
-    assert gap < GAP_SECONDS + quiet_gap, f"a gap was {gap:.3f} s, and {quiet_gap:.3f} s before"
+    if live >= LIVE_SECONDS + quiet_live:
+        raise LateError(f"live took {live:.3f} s, and {quiet_live:.3f} s before")
+    if gap >= GAP_SECONDS + quiet_gap:
+        raise LateError(f"a gap was {gap:.3f} s, and {quiet_gap:.3f} s before")
 
 
 def post(server: Server, path: str, content: bytes, headers: dict[str, str] | None = None) -> int:
@@ -207,8 +213,16 @@ ATTACKS = [
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 def test_others_feel_nothing(server: Server, attack: Callable[[Server], None]) -> None:
-    with unharmed(server):
-        attack(server)
+    """Once in three times: what an attack does it does each time, and what a busy machine does comes and goes."""
+    for left in (2, 1, 0):
+        try:
+            with unharmed(server):
+                attack(server)
+        except LateError:
+            if not left:
+                raise
+        else:
+            return
 
 
 def test_a_locked_ledger_holds_no_answer(start: Callable[..., Server]) -> None:
