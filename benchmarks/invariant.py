@@ -1,6 +1,6 @@
 """Measures what `--batch-invariant` costs: steps of one model with it and without it, in turn, in one process.
 
-`python -P -m benchmarks.invariant WEIGHTS` prints the time of decodes and of chunks of prompts at several contexts, and the
+`python -m benchmarks.invariant WEIGHTS` prints the time of decodes and of chunks of prompts at several contexts, and the
 ratio of the two engines, of which each is the median of rounds. With `--threads 1` on a CPU it is the time that the process
 had, so that others on the machine count less.
 """

@@ -1,6 +1,6 @@
 """Offers a live server four times what it can do, and shows what those feel who are let in and those who are not.
 
-`python -P -m benchmarks.overload` starts `dsa serve` with the default model and a bound on waiting prompt tokens, measures its capacity with
+`python -m benchmarks.overload` starts `dsa serve` with the default model and a bound on waiting prompt tokens, measures its capacity with
 as many clients as it computes at once, and then sends requests at 4 times that rate for 3 minutes, at times that do not
 depend on the answers (Poisson). Before, a crowd comes at once, whose clients come back when `Retry-After` says so.
 It writes a table, and with `--out` a JSON file and a plot. The exit status is 1 if a line of the table is not kept.

@@ -1,6 +1,6 @@
 """A long time of everything that clients and machines do to a server, and what must be as before at its end.
 
-`python -P -m benchmarks.soak --minutes 20` starts `dsa serve` with the default model. Clients send short and long prompts,
+`python -m benchmarks.soak --minutes 20` starts `dsa serve` with the default model. Clients send short and long prompts,
 streamed or not, with several choices or deadlines; they hang up, read slowly, send nonsense, or half a request. Meanwhile the
 engine is killed five times and stopped twice (SIGSTOP). It is left alone in the first and the last third, so that what
 its memory does can be seen. At the end the server has to have:

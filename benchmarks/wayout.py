@@ -1,6 +1,6 @@
 """Measures the way out: from the engine process through the server process to the clients' sockets, without a model.
 
-    python -P -m benchmarks.wayout [--streams 1,8,64,256] [--rate 20000] [--tokens 256] [--chat] [--json FILE]
+    python -m benchmarks.wayout [--streams 1,8,64,256] [--rate 20000] [--tokens 256] [--chat] [--json FILE]
 
 A real server runs before `benchmarks.wayout_engine`, which has the real loop, scheduler and messages, and makes tokens at
 `--rate` over all streams (a step takes 1.4 ms at least, as on a fast GPU). `lab.bench.crowd` asks, in a process of its own.

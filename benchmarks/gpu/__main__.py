@@ -1,7 +1,7 @@
 """Everything about one GPU in one run of less than ten minutes: conformance, kernels, the step, the model over HTTP.
 
-    python -P -m benchmarks.gpu [WEIGHTS] [--overlay FILE] [--out DIR] [--budget SECONDS] [--only doctor,kernels,...]
-    python -P -m benchmarks.gpu --from report.json --out DIR      # the table and the picture again, on any machine
+    python -m benchmarks.gpu [WEIGHTS] [--overlay FILE] [--out DIR] [--budget SECONDS] [--only doctor,kernels,...]
+    python -m benchmarks.gpu --from report.json --out DIR      # the table and the picture again, on any machine
 
 Each stage is a program of its own, in the order of what matters. A stage that does not fit into the budget is skipped, and
 one whose time is over is stopped; what it has measured so far counts. DIR gets report.json, report.md, report.png, and what
@@ -68,7 +68,7 @@ def write(found: dict[str, Any], out: Path) -> None:
     (out / "report.md").write_text(tables(found), "utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         print(
-            f"no picture: matplotlib is not installed; elsewhere: python -P -m benchmarks.gpu --from {out}/report.json"
+            f"no picture: matplotlib is not installed; elsewhere: python -m benchmarks.gpu --from {out}/report.json"
         )
     elif not draw(found, out / "report.png"):
         print("no picture: there are neither kernels nor steps to draw")
@@ -77,7 +77,7 @@ def write(found: dict[str, Any], out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """See the module; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -P -m benchmarks.gpu",
+        prog="python -m benchmarks.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

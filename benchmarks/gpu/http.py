@@ -1,6 +1,6 @@
 """The default model over HTTP on one GPU: a real `dsa serve`, real sockets, and clients in processes of their own.
 
-    python -P -m benchmarks.gpu.http WEIGHTS [--overlay FILE] [--device cuda] [--only start,decode,streams,prompts,abort,kill]
+    python -m benchmarks.gpu.http WEIGHTS [--overlay FILE] [--device cuda] [--only start,decode,streams,prompts,abort,kill]
         [--streams 8,64,256] [--rounds 3] [--out DIR] [-- FLAGS OF dsa serve]
 
 WEIGHTS is a GGUF file or a folder. Sparse at the overlay's own number of tokens ("sparse") beside dense, in turns. Greedy;

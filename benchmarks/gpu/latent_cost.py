@@ -1,6 +1,6 @@
 """What a million tokens of DeepSeek-V3.2 cost by position, from the measured steps of one of its layers.
 
-    python -P -m benchmarks.gpu.latent_cost [FILE] [--price 2] [--layers 61] [--write]
+    python -m benchmarks.gpu.latent_cost [FILE] [--price 2] [--layers 61] [--write]
 
 FILE is what `benchmarks.gpu.latent_step` wrote. It prints a table; with `--write` the table goes into docs/measured.md, and
 a picture beside it.
@@ -85,7 +85,7 @@ def read(path: Path = FILE) -> Measured:
         return msgspec.json.decode(path.read_bytes(), type=Measured)
     except OSError as error:
         raise SystemExit(
-            f"error: {path} cannot be read ({error.strerror}); python -P -m benchmarks.gpu.latent_step --out DIR writes it"
+            f"error: {path} cannot be read ({error.strerror}); python -m benchmarks.gpu.latent_step --out DIR writes it"
         ) from None
     except msgspec.DecodeError as error:
         raise SystemExit(f"error: {path} is not a file of benchmarks.gpu.latent_step: {error}") from None
@@ -248,7 +248,7 @@ def draw(found: Sequence[Cost], title: str, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables, or write them and the picture."""
     parser = argparse.ArgumentParser(
-        prog="python -P -m benchmarks.gpu.latent_cost", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks.gpu.latent_cost", description=__doc__.splitlines()[0]
     )
     parser.add_argument("file", type=Path, nargs="?", default=FILE)
     parser.add_argument("--price", type=float, default=PRICE, help="USD an hour of one GPU")

@@ -1,6 +1,6 @@
 """A few layers of DeepSeek-V3.2 over HTTP on one GPU: a real `dsa serve` with random weights, under load.
 
-    python -P -m benchmarks.gpu.latent_http [--out DIR] [--layers 4] [--only base,mtp,shared] [--contexts 8192,131072]
+    python -m benchmarks.gpu.latent_http [--out DIR] [--layers 4] [--only base,mtp,shared] [--contexts 8192,131072]
         [--streams 1,16,64] [--distinct 16,2] [--dense base] [--tokens 96] [--seconds 280] [--quick] [-- FLAGS OF dsa serve]
 
 Layers have the published sizes, all 256 experts, FP8 weights and cache, and the model has the whole vocabulary. Sparse (2048
@@ -279,7 +279,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     own, _, flags = " ".join(map(shlex.quote, arguments)).partition(" -- ")
     parser = argparse.ArgumentParser(
-        prog="python -P -m benchmarks.gpu.latent_http",
+        prog="python -m benchmarks.gpu.latent_http",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """How fast FP8 weights come from files to a device, and how much memory of the host that takes.
 
-    python -P -m benchmarks.gpu.loading [--device cuda] [--gigabytes 8] [--folder DIR] [--out DIR]
+    python -m benchmarks.gpu.loading [--device cuda] [--gigabytes 8] [--folder DIR] [--out DIR]
 
 Writes a folder of DeepSeek-V3.2's experts as DeepSeek publishes them (FP8 blocks with scales, files of 4 GB), then loads it
 in processes of their own: `streamed` (engine.checkpoint.stream) and `in turn`, from a cold page cache as far as the system

@@ -1,4 +1,4 @@
-"""The figures of `python -P -m benchmarks.gpu` as tables in Markdown and as a picture."""
+"""The figures of `python -m benchmarks.gpu` as tables in Markdown and as a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -P -m benchmarks.gpu`: stages within a budget, and their figures as tables and a picture."""
+"""`python -m benchmarks.gpu`: stages within a budget, and their figures as tables and a picture."""
 
 from __future__ import annotations
 
