@@ -113,6 +113,7 @@ def test_each_promise_about_overload_can_be_broken() -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
+@pytest.mark.process
 @pytest.mark.timeout(600)
 def test_a_short_soak_leaves_nothing_behind(default_model: Path) -> None:
     command = [sys.executable, "-P", "-m", "benchmarks.soak", "--minutes=2.5", "--kills=1", "--stops=1"]
