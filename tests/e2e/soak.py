@@ -1,6 +1,6 @@
 """A long time of everything that clients and machines do to a server, and what must be as before at its end.
 
-`python -m benchmarks.soak --minutes 20` starts `dsa serve` with the default model. Clients send short and long prompts,
+`python -m tests.e2e.soak --minutes 20` starts `dsa serve` with the default model. Clients send short and long prompts,
 streamed or not, with several choices or deadlines; they hang up, read slowly, send nonsense, or half a request. Meanwhile the
 engine is killed five times and stopped twice (SIGSTOP). It is left alone in the first and the last third, so that what
 its memory does can be seen. At the end the server has to have:
@@ -27,9 +27,9 @@ from typing import NamedTuple
 import httpx
 import psutil
 
-from benchmarks.soak_clients import Clients
-from benchmarks.wire import quantile
 from tests.e2e.serving import Resources, Server
+from tests.e2e.soak_clients import Clients
+from tests.e2e.wire import quantile
 
 SAMPLE_SECONDS = 2.0
 WARM_PART = 0.3

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.wire import Answer, HungUpError, ask, encoded
 from tests.e2e.serving import MODEL
+from tests.e2e.wire import Answer, HungUpError, ask, encoded
 
 COMPLETIONS = "/v1/completions"
 

@@ -1,6 +1,6 @@
 """Offers a live server four times what it can do, and shows what those feel who are let in and those who are not.
 
-`python -m benchmarks.overload` starts `dsa serve` with the default model and a bound on waiting prompt tokens, measures its capacity with
+`python -m tests.e2e.overload` starts `dsa serve` with the default model and a bound on waiting prompt tokens, measures its capacity with
 as many clients as it computes at once, and then sends requests at 4 times that rate for 3 minutes, at times that do not
 depend on the answers (Poisson). Before, a crowd comes at once, whose clients come back when `Retry-After` says so.
 It writes a table, and with `--out` a JSON file and a plot. The exit status is 1 if a line of the table is not kept.
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.wire import Answer, ask, encoded, quantile
 from tests.e2e.serving import MODEL, Server
+from tests.e2e.wire import Answer, ask, encoded, quantile
 
 PROMPT, OUTPUT = 64, 8
 PROBE_SECONDS = 0.25

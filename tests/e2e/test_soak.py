@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.overload import judge
-from benchmarks.soak import Sample, grown, lives, slope
-from benchmarks.soak_clients import Tally
-from benchmarks.wire import Answer, HungUpError, ask, encoded, quantile
+from tests.e2e.overload import judge
 from tests.e2e.serving import Resources
+from tests.e2e.soak import Sample, grown, lives, slope
+from tests.e2e.soak_clients import Tally
+from tests.e2e.wire import Answer, HungUpError, ask, encoded, quantile
 from tests.kit import ROOT
 
 
@@ -113,10 +113,9 @@ def test_each_promise_about_overload_can_be_broken() -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
-@pytest.mark.process
 @pytest.mark.timeout(600)
 def test_a_short_soak_leaves_nothing_behind(default_model: Path) -> None:
-    command = [sys.executable, "-P", "-m", "benchmarks.soak", "--minutes=2.5", "--kills=1", "--stops=1"]
+    command = [sys.executable, "-P", "-m", "tests.e2e.soak", "--minutes=2.5", "--kills=1", "--stops=1"]
     own = os.environ | {"PYTHONPATH": str(ROOT)}  # `-P` leaves the folder out
     done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
