@@ -71,13 +71,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tensor_parallel: int = 1  # devices that compute the model together, with a process for each
     nodes: int = 1  # hosts that share the devices evenly; all but the first run `engine.parallel.node`
     leader: str | None = None  # HOST:PORT where the first host listens, only there, and the others join
-    node_secret_file: str | None = (
-        None  # a file with what all nodes know and nobody else (`engine.parallel.secret`)
-    )
+    node_secret_file: str | None = None  # a file with what all nodes know, and nobody else
     sparse_form: SparseForm = "auto"
-    batch_invariant: bool = (
-        False  # a row's bits do not depend on the rows beside it, nor on how its prompt is cut
-    )
+    batch_invariant: bool = False  # a row's bits depend neither on other rows nor on how its prompt is cut
     drafter: Drafter = "off"
     speculative_tokens: int | None = None  # drafts for each request in a step; None: DEFAULT_DRAFT_TOKENS
     cost_calibration: str | None = None  # a file of `dsa calibrate`; None: costs are assumed

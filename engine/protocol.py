@@ -184,9 +184,7 @@ class TokenLogprob(Value, frozen=True, kw_only=True, gc=False):
     token_id: int
     logprob: float
     rank: int  # 1 is the most likely
-    top: tuple[
-        tuple[int, float], ...
-    ]  # (token id, logprob), most likely first, or in the order that was asked for
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first, or in the order asked for
 
 
 class Work(Value, frozen=True, kw_only=True, array_like=True):

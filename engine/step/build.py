@@ -340,10 +340,6 @@ def _described(model: Model, sampling: str) -> str:
     return "kernels: " + "; ".join(f"{', '.join(names)}: {what}" for what, names in together.items())
 
 
-_MOST_DRAWN = 256
-"""Rows whose logits the graphs that draw hold: 4 bytes a token of the vocabulary and row."""
-
-
 def _sampling(draw: Draw, ahead: StepRunner | None) -> str:
     """What draws tokens. Without a runner ahead of the host, penalties are counted on the host."""
     if ahead is not None:
@@ -354,15 +350,9 @@ def _sampling(draw: Draw, ahead: StepRunner | None) -> str:
 def _device_draw(
     vocab: int, rows: int, device: torch.device, compilers: KernelCompilers | None, *, masks: bool
 ) -> Draw:
-    """What draws on a device; on CUDA up to so many rows at once by graphs (0: none)."""
-    from engine.step.device_draws import DeviceDraws, GivenLogits  # needs Triton
-    from engine.step.device_sampler import sample_on_device
+    from engine.step.device_draws import given_draws  # needs Triton
 
-    if not rows or device.type != "cuda":
-        return sample_on_device
-    draws = DeviceDraws(GivenLogits(min(rows, _MOST_DRAWN), device), vocab, device)
-    draws.capture(torch.zeros(1, vocab, device=device), compilers, masks=masks)
-    return draws.at_once
+    return given_draws(vocab, rows, device, compilers, masks=masks)
 
 
 def _compilers() -> KernelCompilers:

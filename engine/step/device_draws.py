@@ -31,7 +31,7 @@ from engine.step.device_sampler import (
     usual_needs,
 )
 from engine.step.masking import TokenMasks
-from engine.step.sampler import NOT_FINITE
+from engine.step.sampler import NOT_FINITE, Draw
 
 _COLUMNS = COLUMNS.value
 _LEAST_SLOTS = 8
@@ -45,7 +45,7 @@ class Told:
         specs: Sequence[SampleSpec],
         tokens: Tensor,
         draws: Draws | None,
-        given: Sequence[Tensor | None] | None = None,
+        given: Sequence[Tensor | None] = (),
     ) -> None:
         """Copies to the host are under way.
 
@@ -53,7 +53,7 @@ class Told:
             specs: of the rows
             tokens: [N] int64 on the host, -1 where the logits are not finite; filled when the device gets there
             draws: what else is told, likewise; None: nothing
-            given: log-probabilities of tokens that specs name, likewise; None: no spec does
+            given: with `draws`, log-probabilities of the tokens that each spec names, likewise
         """
         self._specs, self._tokens, self._draws, self._given = specs, tokens, draws, given
         self._done: torch.cuda.Event | None = None
@@ -66,20 +66,21 @@ class Told:
 
     def tokens(self) -> list[Drawn]:
         """Wait, and give each row's token, of rows about which nothing else is told."""
-        if self._done is not None:
-            self._done.synchronize()
-        tokens: list[int] = self._tokens.tolist()
-        return [NOT_FINITE if token < 0 else Drawn(token_id=token) for token in tokens]
+        return [NOT_FINITE if token < 0 else Drawn(token_id=token) for token in self._awaited()]
 
     def drawn(self) -> list[Sampled]:
         """Wait, and give what each row's request gets."""
-        if self._done is not None:
-            self._done.synchronize()
-        tokens: list[int] = self._tokens.tolist()
+        tokens = self._awaited()
         if self._draws is None:
             return [_BAD if token < 0 else Sampled(token_ids=(token,)) for token in tokens]
         told = logprobs_of(self._draws, tokens, self._specs, self._given)
         return [_sampled(token, one) for token, one in zip(tokens, told, strict=True)]
+
+    def _awaited(self) -> list[int]:
+        if self._done is not None:
+            self._done.synchronize()
+        tokens: list[int] = self._tokens.tolist()
+        return tokens
 
 
 _BAD = Sampled(error=NOT_FINITE.error, nonfinite=True)
@@ -140,6 +141,29 @@ class GivenLogits:
     def logits(self, hidden: Tensor) -> Tensor:
         """What is given: [N, V]."""
         return hidden
+
+
+MOST_GIVEN = 256
+"""Rows whose logits graphs hold: 4 bytes a token of the vocabulary and row."""
+
+
+def given_draws(
+    vocab: int, rows: int, device: torch.device, compilers: KernelCompilers | None, *, masks: bool
+) -> Draw:
+    """What draws from logits on a device: up to so many rows at once by graphs, where there are any.
+
+    Args:
+        vocab: of the model
+        rows: of a step, at most; 0: no graphs
+        device: of the logits
+        compilers: compile kernels together; None: one by one
+        masks: rows may have masks
+    """
+    if not rows or device.type != "cuda":
+        return sample_on_device
+    draws = DeviceDraws(GivenLogits(min(rows, MOST_GIVEN), device), vocab, device)
+    draws.capture(torch.zeros(1, vocab, device=device), compilers, masks=masks)
+    return draws.at_once
 
 
 class DeviceDraws:
@@ -213,9 +237,7 @@ class DeviceDraws:
         if any(slot >= 0 for slot in slots):
             count_tokens(asked, draws.tokens)
         self._head.drawn[: len(rows)].copy_(draws.tokens)
-        given = None
-        if any(spec.params.logprob_token_ids for spec in specs):
-            given = [None if one is None else _to_host(one) for one in given_logprobs(logits, specs)]
+        given = [None if one is None else _to_host(one) for one in given_logprobs(logits, specs)]
         told = _to_host(draws.tokens.where(draws.finite, -1))
         return Told(specs, told, _all_to_host(draws) if needs.logprobs else None, given)
 

@@ -27,12 +27,10 @@ _PADDING = _ROW.pack(0, 0, -1, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 def sample_on_device(
     logits: Tensor, specs: Sequence[SampleSpec], masks: TokenMasks | None = None
 ) -> list[Drawn]:
-    """As `engine.step.sampler.sample`; through it the rows with penalties, whose histories are on the host, and rare ones."""
-    hosted = [
-        row for row, spec in enumerate(specs) if has_penalty(spec.params) or spec.params.logprob_token_ids
-    ]
+    """As `engine.step.sampler.sample`, and through it the rows with penalties, whose histories are on the host."""
+    hosted = [row for row, spec in enumerate(specs) if has_penalty(spec.params)]
     if hosted:
-        own = [row for row in range(len(specs)) if row not in set(hosted)]
+        own = [row for row, spec in enumerate(specs) if not has_penalty(spec.params)]
         parts = [None if masks is None or not rows else masks.part(rows) for rows in (hosted, own)]
         drawn = dict(
             zip(hosted, sample(logits[hosted], [specs[row] for row in hosted], parts[0]), strict=True)
@@ -47,7 +45,9 @@ def sample_on_device(
     needs = needs_of(specs, masked=masks is not None)
     draws = draw(logits, rows_of(specs, [0] * len(specs), nobody, device, masks), needs)
     tokens: list[int] = draws.tokens.where(draws.finite, -1).tolist()
-    logprobs = logprobs_of(draws, tokens, specs) if needs.logprobs else [None] * len(specs)
+    logprobs: list[TokenLogprob | None] = [None] * len(specs)
+    if needs.logprobs:
+        logprobs = logprobs_of(draws, tokens, specs, given_logprobs(logits, specs))
     return [
         NOT_FINITE if token < 0 else Drawn(token_id=token, logprob=own)
         for token, own in zip(tokens, logprobs, strict=True)
@@ -79,12 +79,9 @@ def logprobs_of(
     draws: Draws,
     tokens: Sequence[int],
     specs: Sequence[SampleSpec],
-    given: Sequence[Tensor | None] | None = None,
+    given: Sequence[Tensor | None],
 ) -> list[TokenLogprob | None]:
-    """What each spec asks to be told about its token; None where it asks nothing.
-
-    `given`: what `given_logprobs` gave, on the host; None: no spec names tokens.
-    """
+    """What each spec asks to be told about its token; None where it asks nothing. `given`: what `given_logprobs` gave."""
     assert draws.logprobs is not None
     assert draws.ranks is not None
     assert draws.top_ids is not None
@@ -96,11 +93,8 @@ def logprobs_of(
         draws.top_ids.tolist(),
         draws.top_logprobs.tolist(),
     )
-    for number, (spec, token, logprob, rank, ids, values) in enumerate(
-        zip(specs, tokens, *columns, strict=True)
-    ):
+    for spec, token, named, logprob, rank, ids, values in zip(specs, tokens, given, *columns, strict=True):
         shown = spec.params.logprobs
-        named = None if given is None else given[number]
         if named is None:
             top = tuple(zip(ids[:shown], values[:shown], strict=True))
         else:

@@ -152,9 +152,8 @@ def _variables(asked: Mapping[str, Any], chat: ChatFormat, lost: list[Notice]) -
     found = {name: value for name, value in asked.items() if name in chat.variables}
     for name in asked:
         if name not in found and name not in _SWITCHES:
-            path = f"{KWARGS}.{name}"
             why = "the model's template has no such variable that a request may set"
-            lost.append(Notice(code="no_effect", message=f"{path} had no effect: {why}", param=path))
+            lost.append(_no_effect(f"{KWARGS}.{name}", why))
     return found
 
 
@@ -163,20 +162,19 @@ def _thoughts(messages: Sequence[ChatMessage]) -> Iterator[Notice]:
     for index, message in enumerate(messages):
         if message.thoughts:
             path = f"messages[{index}].reasoning{'_content' if message.reasoning_content else ''}"
-            why = "this model's chat format has no place for reasoning"
-            yield Notice(code="no_effect", message=f"{path} had no effect: {why}", param=path)
+            yield _no_effect(path, "this model's chat format has no place for reasoning")
 
 
 def _unwritten(messages: Sequence[ChatMessage]) -> Iterator[Notice]:
     """The names of speakers, for which a format has no place."""
     for index, message in enumerate(messages):
         if message.name and message.role != "tool":  # the call says which tool it is
-            path = f"messages[{index}].name"
-            yield Notice(
-                code="no_effect",
-                message=f"{path} had no effect: this model's prompt has no place for names; write it in the content",
-                param=path,
-            )
+            why = "this model's prompt has no place for names; write it in the content"
+            yield _no_effect(f"messages[{index}].name", why)
+
+
+def _no_effect(path: str, why: str) -> Notice:
+    return Notice(code="no_effect", message=f"{path} had no effect: {why}", param=path)
 
 
 def _thinking(
@@ -189,20 +187,14 @@ def _thinking(
         path, value = f"{KWARGS}.{switch}", (body.chat_template_kwargs or {}).get(switch)
         if value and not chat.thinking:
             why = "the model's template has no switch for thinking"
-            lost.append(Notice(code="no_effect", message=f"{path} had no effect: {why}", param=path))
+            lost.append(_no_effect(path, why))
         elif value is not None:
             said[path] = value
     if body.reasoning_effort is not None:
         wanted = body.reasoning_effort not in ("none", "minimal")
         if wanted and not chat.thinking:  # agents send it to every model
             why = "this model's chat format has no switch for thinking"
-            lost.append(
-                Notice(
-                    code="no_effect",
-                    message=f"reasoning_effort had no effect: {why}",
-                    param="reasoning_effort",
-                )
-            )
+            lost.append(_no_effect("reasoning_effort", why))
         else:
             said["reasoning_effort"] = wanted
     for name, wanted in said.items():

@@ -64,7 +64,7 @@ class Mla:
         self._refuse(indexer)
         if on.batch_invariant:
             raise ConfigError(
-                f"batch_invariant is for llama models; the kernels of {self.config.architecture} sum in an order that "
+                f"batch_invariant is for the llama family; the kernels of {self.config.architecture} sum in an order that "
                 "depends on how many rows there are; leave --batch-invariant out"
             )
         config, formats = self.config, self._formats(source, on)
