@@ -14,12 +14,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention.batch import Batch
 from engine.attention.indexer import KEY_NORM_EPS, LightningIndexer
 from engine.kernels.triton import attention, scores
 from engine.kernels.triton.embed import embed
@@ -37,9 +37,9 @@ from engine.memory.planes import PagedCache
 from engine.models.family import KernelCompilers
 from engine.models.gqa.layer import GqaLayer, plain
 from engine.models.gqa.native import Wired
-from engine.models.rows.audit import Audit, look
-from engine.models.rows.graphs import StepGraphs
-from engine.models.rows.inputs import ALL_ALONE, RowInputs, Sharing, row_inputs
+from engine.models.rows.audit import look
+from engine.models.rows.inputs import ALL_ALONE, RowInputs, Sharing
+from engine.models.rows.step import RowsStep
 
 _ALIGNMENT = 8
 """Columns of the fused product come in multiples of so many, so that its rows begin where wide reads can."""
@@ -49,24 +49,28 @@ FEW_ROWS = 256
 """Up to so many rows, small operations are part of others: a launch costs more than doing them row by row."""
 
 
-class DeviceStep:
+class FlatModel(Wired, Protocol):
+    """What the step needs of a model."""
+
+    max_positions: int
+
+
+class DeviceStep(RowsStep):
     """The device form of one model."""
 
-    def __init__(self, model: Wired) -> None:
+    def __init__(self, model: FlatModel) -> None:
         """Describe `model`, which `supports` said yes to. Its layers' weights become views of fused ones."""
-        self._model = model
         c, indexer = model.config, model.indexer
-        self._qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         self._heads, self._dim = (0, 0) if indexer is None else (indexer.num_heads, indexer.head_dim)
-        self.sharing = Sharing(
+        sharing = Sharing(
             attention.block_rows(c.group),
             scores.block_rows(self._heads),
             ALL_ALONE if model.batch_invariant else 1,
         )
+        super().__init__(sharing, model.norm, model.max_positions, indexer)
+        self._model = model
+        self._qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         self._row_blocks: tuple[int, ...] = ONE  # of products of a batch-invariant model
-        self._graphs: StepGraphs | None = None
-        self._audit = Audit()
-        self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
         self._fused = [self._fuse(i) for i in range(c.num_layers)]
         self._output = [self._fuse_output(i) for i in range(c.num_layers)]
         self._own_products = 0
@@ -151,51 +155,26 @@ class DeviceStep:
         bias = layer.o_bias
         return fused, None if bias is None else F.pad(bias, (0, len(fused) - size))
 
-    def reserve(self, rows: int) -> None:
-        """Make room for what a step of so many requests draws: `drawn` [rows] int64.
-
-        A row whose token id is negative, -1 - i, has the token drawn[i].
-        """
-        self.drawn = torch.zeros(rows, dtype=torch.int64, device=self._model.norm.device)
-
     def capture(
         self,
         cache: PagedCache,
         max_rows: int,
-        max_context: int,
         progress: Callable[[int, int], None],
         compilers: KernelCompilers | None,
     ) -> None:
-        """Capture the graphs of steps; see `engine.models.rows.graphs`."""
-        indexer, device = self._model.indexer, self._model.norm.device
+        """As `RowsStep.capture`; the products' form is chosen before."""
         self._choose_products(compilers)
-        self._graphs = StepGraphs(
-            lambda inputs, _: self.compute(inputs, cache),
-            self.sharing,
-            max_rows,
-            max_context,
-            device,
-            sample=lambda inputs, _: self._through(self.kinds(), inputs, cache),
-        )
-        self._graphs.capture_all(0 if indexer is None else indexer.default_index_top_k, progress, compilers)
-
-    def forward(self, batch: Batch, cache: PagedCache, budget_bytes: int) -> Tensor:
-        """As `GqaModel.forward`, of a batch whose tensors are on the CPU. The next step may overwrite what it returns."""
-        audited = batch.selecting is not None and self._audit.due()
-        flaws = batch.flaws.to(self._model.norm.device) if audited else None
-        hidden = None if self._graphs is None else self._graphs.run(batch, flaws=flaws)
-        if hidden is None:
-            inputs = row_inputs(batch, self._model.norm.device, budget_bytes, self.sharing)
-            hidden = self.compute(replace(inputs, flaws=flaws), cache)
-        if flaws is not None:
-            batch.flaws.copy_(flaws)
-        return hidden
+        super().capture(cache, max_rows, progress, compilers)
 
     def compute(self, inputs: RowInputs, cache: PagedCache) -> Tensor:
         """Write the rows to the cache; hidden states after the last norm, [T, E]; of padding anything finite."""
         return self._through(range(len(self._model.layers)), inputs, cache)
 
-    def kinds(self) -> list[int]:
+    def sample(self, inputs: RowInputs, cache: PagedCache) -> Tensor:
+        """As `RowsStep.sample`."""
+        return self._through(self._kinds(), inputs, cache)
+
+    def _kinds(self) -> list[int]:
         """A layer of each kind: others launch the same kernels."""
         found: dict[tuple[bool, bool], int] = {}
         for i, layer in enumerate(self._model.layers):
@@ -216,10 +195,6 @@ class DeviceStep:
                 gated = silu_times(self._product(hidden, plain(layer.gate_up), layer.gate_up_bias))
             update = self._product(gated, plain(layer.down), layer.down_bias)
         return add_rms_norm(x, update, m.norm, eps)[1]
-
-    def hidden_like(self) -> Tensor:
-        """A tensor [1, E] of the hidden states' size, dtype and device."""
-        return self._model.norm.unsqueeze(0)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits: [N, E] -> [N, V] float32. Products of bfloat16 numbers are exact in float32, which adds them up."""

@@ -155,7 +155,7 @@ class GqaModel:
             return
         self.device_step.reserve(max_rows)
         if self.norm.device.type == "cuda":
-            self.device_step.capture(cache, max_rows, self.max_positions, progress, compilers)
+            self.device_step.capture(cache, max_rows, progress, compilers)
 
     def plane_specs(self) -> tuple[PlaneSpec, ...]:
         c, dtype = self.config, self._dtype

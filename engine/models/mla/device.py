@@ -7,27 +7,23 @@ attended as decodes are, in the absorbed form; dense rows of longer ones in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.attention.batch import Batch
 from engine.kernels.triton import latent_expanded, scores
 from engine.kernels.triton.embed import embed
 from engine.kernels.triton.norm import add_rms_norm
 from engine.layers.rope import RotaryTable
 from engine.memory.blocks import BlockWeight
 from engine.memory.planes import PagedCache
-from engine.models.family import KernelCompilers
 from engine.models.mla.config import MlaConfig
 from engine.models.mla.device_layer import DeviceLayer, Residual, head_logits
 from engine.models.mla.layer import MlaLayer
-from engine.models.rows.audit import Audit
-from engine.models.rows.graphs import StepGraphs
-from engine.models.rows.inputs import RowInputs, Sharing, row_inputs
+from engine.models.rows.inputs import RowInputs, Sharing
+from engine.models.rows.step import RowsStep
 from engine.plan.tiles import LatentTileCosts
 from engine.protocol import IndexerInfo
 
@@ -54,61 +50,24 @@ class LatentModel(Protocol):
         ...
 
 
-class LatentStep:
+class LatentStep(RowsStep):
     """The device form of one model."""
 
     def __init__(self, model: LatentModel) -> None:
         """Describe `model`. Its layers' weights become views of fused ones."""
+        sharing = sharing_of(model.config, model.norm.dtype)
+        super().__init__(sharing, model.norm, model.max_positions, model.indexer)
         self._model = model
-        self.sharing = sharing_of(model.config, model.norm.dtype)
-        self._graphs: StepGraphs | None = None
-        self._audit = Audit()
-        self.drawn = torch.zeros(1, dtype=torch.int64, device=model.norm.device)
         self._layers = [DeviceLayer(layer, i, model.rotary) for i, layer in enumerate(model.layers)]
         self._kinds = list({layer.kind: layer for layer in reversed(self._layers)}.values())[::-1]
-
-    def reserve(self, rows: int) -> None:
-        """Make room for what a step of so many requests draws: `drawn` [rows] int64.
-
-        A row whose token id is negative, -1 - i, has the token drawn[i].
-        """
-        self.drawn = torch.zeros(rows, dtype=torch.int64, device=self._model.norm.device)
-
-    def capture(
-        self,
-        cache: PagedCache,
-        max_rows: int,
-        progress: Callable[[int, int], None],
-        compilers: KernelCompilers | None,
-    ) -> None:
-        """Capture the graphs of steps; see `engine.models.rows.graphs`."""
-        model = self._model
-        self._graphs = StepGraphs(
-            lambda inputs, _: self.compute(inputs, cache),
-            self.sharing,
-            max_rows,
-            model.max_positions,
-            model.norm.device,
-            sample=lambda inputs, _: self._through(self._kinds, inputs, cache),
-        )
-        top_k = 0 if model.indexer is None else model.indexer.default_index_top_k
-        self._graphs.capture_all(top_k, progress, compilers)
-
-    def forward(self, batch: Batch, cache: PagedCache, budget_bytes: int) -> Tensor:
-        """As `MlaModel.forward`, of a batch whose tensors are on the CPU. The next step may overwrite what it returns."""
-        audited = batch.selecting is not None and self._audit.due()
-        flaws = batch.flaws.to(self._model.norm.device) if audited else None
-        hidden = None if self._graphs is None else self._graphs.run(batch, flaws=flaws)
-        if hidden is None:
-            inputs = row_inputs(batch, self._model.norm.device, budget_bytes, self.sharing)
-            hidden = self.compute(replace(inputs, flaws=flaws), cache)
-        if flaws is not None:
-            batch.flaws.copy_(flaws)
-        return hidden
 
     def compute(self, inputs: RowInputs, cache: PagedCache) -> Tensor:
         """Write the rows to the cache; hidden states after the last norm, [T, E]; of padding anything finite."""
         return self._through(self._layers, inputs, cache)
+
+    def sample(self, inputs: RowInputs, cache: PagedCache) -> Tensor:
+        """As `RowsStep.sample`."""
+        return self._through(self._kinds, inputs, cache)
 
     def _through(self, layers: Sequence[DeviceLayer], inputs: RowInputs, cache: PagedCache) -> Tensor:
         m = self._model
@@ -116,10 +75,6 @@ class LatentStep:
         for layer in layers:
             stream = layer(stream, inputs, cache)
         return add_rms_norm(stream.x, stream.update, m.norm, m.config.rms_norm_eps)[1]
-
-    def hidden_like(self) -> Tensor:
-        """A tensor [1, E] of the hidden states' size, dtype and device."""
-        return self._model.norm.unsqueeze(0)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits: [N, E] -> [N, V] float32."""

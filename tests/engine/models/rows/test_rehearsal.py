@@ -36,6 +36,7 @@ from engine.models.gqa.device import DeviceStep  # noqa: E402
 from engine.models.mla.device import LatentStep  # noqa: E402
 from engine.models.rows.inputs import ALIGNED, RowInputs, Sharing, row_inputs  # noqa: E402
 from engine.models.rows.rehearsal import contexts_of, rehearsals  # noqa: E402
+from engine.models.rows.step import RowsStep  # noqa: E402
 
 CPU = torch.device("cpu")
 SHARING = Sharing(attended=16, scored=4, alone=1, tokens=128)
@@ -163,13 +164,13 @@ def test_no_step_wants_a_kernel_that_was_not_rehearsed(
 ) -> None:
     """Random steps of up to 2048 rows, in contexts of up to 160 K."""
     longest, max_rows, top_k, budget = 163_840, 64, 2048, 1 << 27
-    run: Callable[[RowInputs], object]
-    if family == "latent":
-        latent, cache = built(tmp_path)
-        sharing, run = latent.sharing, lambda inputs: latent._through(latent._kinds, inputs, cache)
-    else:
-        flat, cache = grouped(tmp_path)
-        sharing, run = flat.sharing, lambda inputs: flat._through(flat.kinds(), inputs, cache)
+    step: RowsStep
+    step, cache = built(tmp_path) if family == "latent" else grouped(tmp_path)
+    sharing = step.sharing
+
+    def run(inputs: RowInputs) -> None:
+        step.sample(inputs, cache)
+
     launches = Launches(monkeypatch)
     for inputs in rehearsals(max_rows, contexts_of(longest), top_k, budget, sharing, CPU):
         run(inputs)
