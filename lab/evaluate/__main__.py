@@ -27,7 +27,7 @@ def evaluate(
         Path,
         typer.Option(
             metavar="DIR",
-            help="Folder for eval.json and pictures. Parts in it with the same settings are kept.",
+            help="Folder for eval.json, eval.md and pictures. Parts in it with the same settings are kept.",
         ),
     ],
     model: ModelFlag = DEFAULT_MODEL,

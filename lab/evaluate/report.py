@@ -156,7 +156,8 @@ def faithful_tables(result: FaithfulResult) -> Iterator[Table]:
     """Make two tables: forced agreement and KL by kind and length, and what free answers are like."""
     settings = [name for name in result.rows if name != "dense"]
     columns = ["prompts", "tokens", "dense again", *(f"sparse {k}" for k in settings)]
-    table = _table(f"dense's greedy answers read again ({result.device}, {result.dtype})", "prompts", columns)
+    title = f"dense's greedy answers read again ({result.device}, {result.dtype})"
+    table = _table(title, "kind or length", columns)
     for name, dense in result.rows["dense"].items():
         style = "bold" if name == "all" else None
         cells = [_forced(result.rows[k][name]) for k in settings]

@@ -19,6 +19,7 @@ from lab.corpus.manifest import CodeTask, CorpusPrompt, sha256
 from lab.evaluate import code, equality, faithful, loss, needles
 from lab.evaluate.client import EvaluationError, PartProgress, connect
 from lab.evaluate.local_server import serving
+from lab.evaluate.markdown import written
 from lab.evaluate.material import Material
 from lab.evaluate.report import show
 from lab.evaluate.results import IN_PROCESS, PARTS, EvalResults, RecallResult, fingerprint, load
@@ -114,6 +115,7 @@ def evaluate(plan: EvalPlan, console: Console) -> EvalResults:
         results.save(plan.out)
     results.save(plan.out)
     show(console, results, plan.index_top_k)
+    (plan.out / "eval.md").write_text(written(results, plan.index_top_k))
     for path in draw(results, list(plan.index_top_k), plan.out):
         console.print(f"drawn: {path}", highlight=False)
     return results
