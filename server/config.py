@@ -13,6 +13,7 @@ Sparsity = Positive | Literal["dense"]
 LogFormat = Literal["text", "json"]
 SamplingSource = Literal["model", "openai"]
 UnknownFields = Literal["accept", "refuse"]
+ReasoningField = Literal["reasoning_content", "reasoning"]
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +53,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         sampling: how a token is chosen where a request does not say it.
         enable_force_include_usage: every stream ends with its usage.
         return_tokens_as_token_ids: log-probabilities always name tokens by their ids.
+        reasoning_field: the field of a chat's answers that has the reasoning.
+        thinking_budget: after so many tokens the server ends the reasoning of a request without a budget; None: never.
         keys: the file of callers' keys; None: everybody is let in.
         public_metrics: /metrics needs no key.
         allowed_hosts: names that clients may call the server by: `auto`, `*`, or a list with commas.
@@ -88,6 +91,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     public_metrics: bool = False
     enable_force_include_usage: bool = False
     return_tokens_as_token_ids: bool = False
+    reasoning_field: ReasoningField = "reasoning_content"
+    thinking_budget: Positive | None = None
     allowed_hosts: str = "auto"
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None

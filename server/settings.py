@@ -35,6 +35,7 @@ from server.config import (
     LogFormat,
     Port,
     Positive,
+    ReasoningField,
     SamplingSource,
     Seconds,
     ServerConfig,
@@ -128,6 +129,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     return_tokens_as_token_ids: Annotated[
         bool, Flag(SERVER, "Log-probabilities always name tokens by their ids, as token_id:123.", "off")
     ] = _HTTP.return_tokens_as_token_ids
+    reasoning_field: Annotated[
+        ReasoningField,
+        Flag(
+            SERVER,
+            "Where a chat's answers have the reasoning: reasoning_content, as DeepSeek's interface has it, or reasoning, as "
+            "vLLM and OpenRouter have it.",
+            None,
+            "NAME",
+        ),
+    ] = _HTTP.reasoning_field
+    thinking_budget: Annotated[
+        Positive | None,
+        Flag(SERVER, "Most tokens of reasoning for requests that set no budget.", "any number"),
+    ] = _HTTP.thinking_budget
     max_queue_tokens: Annotated[
         Positive | None,
         Flag(

@@ -173,7 +173,9 @@ class Intake:
         thinking: bool,
     ) -> Callable[[], Answer]:
         """Return the function that makes the reader of one choice."""
-        chat, text = self._chat, self._text
+        chat, text, budget = self._chat, self._text, said.budget
+        if budget is None and not (body.presence_penalty or body.frequency_penalty):
+            budget = self._config.thinking_budget  # penalties would forget the reasoning when it is cut
         if opening and thinking and (body.presence_penalty or body.frequency_penalty):
             raise bad_request(
                 "tool_choice with thinking cannot be combined with presence_penalty or frequency_penalty, which "
@@ -189,8 +191,8 @@ class Intake:
                 include_stop=bool(body.include_stop_str_in_output),
                 skip_special=body.skip_special_tokens is not False,
                 min_tokens=body.min_tokens or 0,
-                budget=said.budget,
-                closing=(text.control_tokens[THOUGHT],) if thinking else (),
+                budget=budget,
+                closing=(text.control_tokens[THOUGHT],) if chat.reasons else (),
                 opening=opening if thinking else (),
                 opened=() if thinking else opening,
                 must_call=said.must_call,

@@ -162,6 +162,8 @@ class ChatRenderer(Streamed):
             case Content(text):
                 return MessageDelta(content=text)
             case Reasoning(text):
+                if self._shown.reasoning == "reasoning":
+                    return MessageDelta(reasoning=text)
                 return MessageDelta(reasoning_content=text)
             case CallStart(index, name):
                 function = FunctionDelta(name=name, arguments="")
@@ -208,7 +210,7 @@ class ChatRenderer(Streamed):
         content = self._echoes[index] + "".join(part.text for part in parts if isinstance(part, Content))
         fields: dict[str, Any] = {}
         if reasoning := "".join(part.text for part in parts if isinstance(part, Reasoning)):
-            fields["reasoning_content"] = reasoning
+            fields[self._shown.reasoning] = reasoning
         calls = [part for part in parts if isinstance(part, CallStart)]
         arguments = ["" for _ in calls]
         for part in parts:

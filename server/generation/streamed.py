@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from engine.protocol import TokenLogprob
 from server.chat.parts import Content
-from server.config import ServerConfig
+from server.config import ReasoningField, ServerConfig
 from server.generation.choice import Job, TextDelta
 from server.http.protocol import sse
 from server.http.protocol.errors import ApiError
@@ -55,6 +55,7 @@ class Shown:
         logprobs: alternatives to each token of a completion; None: no log-probabilities of a completion are shown.
         echo: those of the prompt are shown before them.
         prompt_logprobs: alternatives to each token of the prompt; None: nothing is shown of the prompt.
+        reasoning: the name of the field that has a chat's reasoning.
     """
 
     usage: bool = False
@@ -64,6 +65,7 @@ class Shown:
     logprobs: int | None = None
     echo: bool = False
     prompt_logprobs: int | None = None
+    reasoning: ReasoningField = "reasoning_content"
 
 
 def shown_of(
@@ -80,6 +82,7 @@ def shown_of(
         logprobs=logprobs,
         echo=echo,
         prompt_logprobs=body.prompt_logprobs,
+        reasoning=config.reasoning_field,
     )
 
 

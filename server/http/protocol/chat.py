@@ -238,6 +238,11 @@ class ChatCompletionBody(GenerationBody):
 # ---- response -----------------------------------------------------------------------------------
 
 
+OTHER_NAME = Field(
+    default=None, description="The name of `reasoning_content` with `--reasoning-field reasoning`."
+)
+
+
 class TopLogprob(BaseModel):
     """One alternative at a position."""
 
@@ -265,6 +270,7 @@ class AssistantMessage(BaseModel):
     content: str | None = Field(description="Null where there is nothing but calls.")
     refusal: None
     reasoning_content: str | None = None
+    reasoning: str | None = OTHER_NAME
     tool_calls: list[ToolCall] | None = None
 
 
@@ -312,6 +318,7 @@ class MessageDelta(BaseModel):
     content: str | None = None
     refusal: None = None
     reasoning_content: str | None = None
+    reasoning: str | None = OTHER_NAME
     tool_calls: list[ToolCallDelta] | None = None
 
 

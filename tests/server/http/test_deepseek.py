@@ -16,7 +16,7 @@ from server.chat.deepseek_v31 import DeepSeekV31
 from server.chat.deepseek_v32 import DeepSeekV32
 from tests.server.chat.kit import CALL, EOS, OLD_CALL, VOCABULARY, WEATHER, ids, tool, user
 from tests.server.fake_engine import FakeEngine, Script
-from tests.server.kit import MODEL, client, error_of, make_config, serving
+from tests.server.kit import MODEL, client, error_of, events, make_config, serving
 
 
 def engine_of(*answers: str, group: int = 3) -> FakeEngine:
@@ -344,3 +344,46 @@ async def test_nesting_is_no_fault_of_the_server(depth: int) -> None:
         error_of(answer, 400)
     else:
         assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_reasoning_under_the_name_that_vllm_has(stream: bool) -> None:
+    app = create_app(
+        make_config(reasoning_field="reasoning"),
+        engine_of(f"Hm.</think>Two.{EOS}"),
+        VOCABULARY,
+        DeepSeekV32(),
+    )
+    body = {"messages": [user("?")], "thinking": {"type": "enabled"}, "stream": stream}
+    async with client(app) as http:
+        reply = await http.post("/v1/chat/completions", json=body)
+    if stream:
+        said = [chunk["choices"][0]["delta"] for chunk in events(reply)[:-1] if chunk["choices"]]
+    else:
+        said = [reply.json()["choices"][0]["message"]]
+    assert "".join(part.get("reasoning") or "" for part in said) == "Hm."
+    assert not any("reasoning_content" in part for part in said)
+
+
+async def test_the_servers_budget_is_that_of_requests_without_one() -> None:
+    engine = engine_of(
+        "on and on and on", f"Two.{EOS}", "on and on and on", f"Two.{EOS}", f"Hm.</think>c{EOS}"
+    )
+    app = create_app(make_config(thinking_budget=4), engine, VOCABULARY, DeepSeekV32())
+    asked: dict[str, Any] = {"messages": [user("?")]}
+    on = {"type": "enabled"}
+    async with client(app) as http:
+        for thinking, tokens in ((on, 4), (on | {"budget_tokens": 2}, 2)):
+            reply = await http.post("/v1/chat/completions", json=asked | {"thinking": thinking})
+            details = reply.json()["usage"]["completion_tokens_details"]
+            assert details == {"reasoning_tokens": tokens}
+            assert reply.json()["choices"][0]["message"]["content"] == "Two."
+        penalties = asked | {"thinking": on, "presence_penalty": 0.5}
+        reply = await http.post("/v1/chat/completions", json=penalties)
+    assert reply.json()["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": "c",
+        "refusal": None,
+        "reasoning_content": "Hm.",
+    }
+    assert len(engine.submitted) == 5
