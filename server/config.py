@@ -31,6 +31,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         model_name: what clients call the model.
+        model_aliases: other names that clients may call it by; answers have `model_name`.
         host: the address to listen on.
         port: the port to listen on; 0: any free port.
         max_queue: requests that may be in work or waiting before new ones are refused.
@@ -66,6 +67,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model_name: str
+    model_aliases: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: Port = 8000
     max_queue: Positive = 256
@@ -102,3 +104,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingDefaults = SamplingDefaults()
     stored_responses: int = 1000  # of /v1/responses, in memory; at most 64 MiB of them
     ledger: str | None = None  # a SQLAlchemy URL or a SQLite file; None: no ledger
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Every name that clients may call the model by; the first is the one in answers."""
+        return self.model_name, *self.model_aliases

@@ -101,7 +101,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Flag(SERVER, "Clients connected at once; beyond, only probes are answered, and others get 503."),
     ] = _HTTP.max_connections
     served_model_name: Annotated[
-        str | None, Flag(SERVER, "What clients call the model.", "MODEL's name", "NAME")
+        str | None,
+        Flag(
+            SERVER,
+            "What clients call the model; after commas, other names that they may call it by.",
+            "MODEL's name",
+            "NAMES",
+        ),
     ] = None
     max_queue: Annotated[Positive, Flag(SERVER, "Requests in work or waiting before new ones get 429.")] = (
         _HTTP.max_queue
@@ -477,11 +483,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise SettingsError("--ssl-keyfile needs --ssl-certfile, the certificate that the key belongs to")
         if self.log_prompts and self.log_format != "json":
             raise SettingsError("--log-prompts needs --log-format json, whose access lines have the prompts")
+        names = [model_name] if self.served_model_name is None else _names(self.served_model_name)
         try:
             if self.otlp_endpoint is not None:
                 check_endpoint(self.otlp_endpoint)
             given = self._given_to(ServerConfig) | {
-                "model_name": self.served_model_name or model_name,
+                "model_name": names[0],
+                "model_aliases": tuple(names[1:]),
                 "default_max_tokens": self.max_tokens
                 or DEFAULT_MAX_TOKENS.get(model_type, _HTTP.default_max_tokens),
                 "default_top_k": self.top_k,
@@ -526,6 +534,15 @@ FLAGS: dict[str, Flag] = {name: kind.__metadata__[-1] for name, kind in KINDS.it
 def default_ledger() -> str:
     """The default place of the usage ledger: beside the fetched models."""
     return str(cache_folder() / "usage.sqlite")
+
+
+def _names(text: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if "" in names:
+        raise SettingsError(
+            f"served_model_name is {text!r}; expected a name, or names with commas between them"
+        )
+    return names
 
 
 def _decimal(text: str | None) -> str | None:

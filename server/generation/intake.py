@@ -71,7 +71,7 @@ class Intake:
         self._chat = chat
         self._infill = infill_of(text)
         self._structure = Structure(checks, text.control_tokens, chat)
-        self.prompts = Prompts(config.model_name, text, chat)
+        self.prompts = Prompts(config.model_names, text, chat)
 
     def use(self, config: ServerConfig) -> None:
         """Read requests by other settings from now on."""

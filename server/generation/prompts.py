@@ -32,17 +32,17 @@ MAX_COUNTED = 2 << 20
 
 
 class Prompts:
-    """Makes prompts for one model, given its name, tokenizer and chat format."""
+    """Makes prompts for one model, given its names, tokenizer and chat format."""
 
-    def __init__(self, model_name: str, text: Tokenizer, chat: ChatFormat) -> None:
-        self._model_name = model_name
+    def __init__(self, names: Sequence[str], text: Tokenizer, chat: ChatFormat) -> None:
+        self._names = names
         self._text = text
         self._chat = chat
 
     def check_name(self, model: str | None) -> None:
         """Refuse a request that names another model."""
-        if model is not None and model != self._model_name:
-            raise model_not_found(model, self._model_name)
+        if model is not None and model not in self._names:
+            raise model_not_found(model, self._names)
 
     async def written(
         self,
@@ -212,12 +212,12 @@ def check_ids(token_ids: Sequence[int], param: str, size: int, *, keys: bool = F
             )
 
 
-def model_not_found(name: str, served: str) -> ApiError:
+def model_not_found(name: str, served: Sequence[str]) -> ApiError:
     """The 404 for a request that names another model."""
     shown = name if name.isprintable() and len(name) <= 128 else "that"
     return ApiError(
         404,
-        f"the model {shown!r} is not served here; this server has {served!r}",
+        f"the model {shown!r} is not served here; this server has {' and '.join(map(repr, served))}",
         param="model",
         code="model_not_found",
     )

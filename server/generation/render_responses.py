@@ -12,12 +12,18 @@ from engine.protocol import TokenLogprob
 from server.chat.parts import CallArguments, CallStart, Content, Part, Reasoning, Warn, merge
 from server.generation.choice import TextDelta
 from server.generation.render import new_call_id, warning
-from server.generation.streamed import LEAST, Head
+from server.generation.streamed import LEAST, Head, output_ids
 from server.http.protocol import sse
 from server.http.protocol.chat import ChoiceWarning
 from server.http.protocol.errors import ApiError
 from server.http.protocol.notices import Notice
-from server.http.protocol.responses import ResponseBody, ResponseFault, ResponseObject, ResponseTokens
+from server.http.protocol.responses import (
+    RawMessage,
+    ResponseBody,
+    ResponseFault,
+    ResponseObject,
+    ResponseTokens,
+)
 from server.http.protocol.usage import CompletionTokensDetails, Usage
 from server.text.tokenizer import Tokenizer
 
@@ -32,12 +38,20 @@ class ResponsesRenderer:
         body: the request, which the response repeats in part.
         keep: is called with the finished response.
         text: the model's tokenizer.
+        prompt: the token ids of the prompt.
     """
 
     def __init__(
-        self, head: Head, body: ResponseBody, keep: Callable[[ResponseObject], None], text: Tokenizer
+        self,
+        head: Head,
+        body: ResponseBody,
+        keep: Callable[[ResponseObject], None],
+        text: Tokenizer,
+        prompt: Sequence[int] = (),
     ) -> None:
         self._head = head
+        self._prompt = prompt
+        self._output: list[int] = []  # with `enable_response_messages`
         self._text = text
         self._logprobs: list[dict[str, Any]] = []  # of the open item
         self._new_logprobs: list[dict[str, Any]] = []  # that no event has told
@@ -60,6 +74,8 @@ class ResponsesRenderer:
     def events(self, delta: TextDelta) -> bytes:
         """The events of a delta."""
         self._cut |= delta.finish_reason == "length"
+        if self._body.enable_response_messages:
+            self._output += output_ids(delta)
         self._new_logprobs += [self._logprob(token) for token in delta.logprobs or ()]
         if delta.only_text and self._kind == "message":
             return self._grow("response.output_text.delta", delta.text) if delta.text else b""
@@ -202,6 +218,9 @@ class ResponsesRenderer:
         choice = body.tool_choice or "auto"
         effort = body.reasoning.effort if body.reasoning is not None else None
         fields: dict[str, Any] = {"warnings": self._warnings} if self._warnings else {}
+        if body.enable_response_messages:
+            fields["input_messages"] = [self._raw(self._prompt)]
+            fields["output_messages"] = [self._raw(self._output)] if self._output else []
         return ResponseObject(
             id=head.id,
             object="response",
@@ -229,6 +248,10 @@ class ResponsesRenderer:
             usage=usage,
             **fields,
         )
+
+    def _raw(self, token_ids: Sequence[int]) -> RawMessage:
+        text = self._text.decode(token_ids, skip_special=False)
+        return RawMessage(type="raw_message_tokens", message=text, tokens=list(token_ids))
 
     @staticmethod
     def _dump(response: ResponseObject) -> dict[str, Any]:

@@ -141,6 +141,7 @@ def chat_of_response(body: ResponseBody, messages: Sequence[ChatMessage]) -> Cha
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=None if body.text is None else _format(body.text.format),
         reasoning_effort=body.reasoning.effort if body.reasoning is not None else None,
+        return_token_ids=body.enable_response_messages,
         dsa=body.dsa,
     )
 

@@ -81,6 +81,11 @@ def test_sizes_that_are_none(text: str) -> None:
         ({"top_k": "all"}, {}, r"^--top-k is 'all'; expected a number of tokens, or dense"),
         ({"top_k": "0"}, {}, r"^--top-k is '0'; expected"),
         ({"drain_seconds": -1}, {}, r"^--drain-seconds is -1; expected float >= 0"),
+        (
+            {"served_model_name": "a,,b"},
+            {},
+            r"^served_model_name is 'a,,b'; expected a name, or names with commas",
+        ),
         ({"kv_cache_memory": "lots"}, {}, r"^kv_cache_memory is 'lots'; expected a size"),
         (
             {"token_budget": 8, "max_running": 64},
@@ -120,8 +125,14 @@ def test_every_field_of_a_part_has_a_setting() -> None:
     """An engine setting is one field of EngineConfig and one of Settings: none is forgotten."""
     given = {flag.bytes_of or name for name, flag in FLAGS.items()}
     assert set(EngineConfig.__struct_fields__) - given == {"weights"}
-    renamed = {"model_name", "default_max_tokens", "default_top_k", "sampling"}
+    renamed = {"model_name", "model_aliases", "default_max_tokens", "default_top_k", "sampling"}
     assert set(ServerConfig.__struct_fields__) - given == renamed
+
+
+def test_the_first_served_name_is_the_one_in_answers() -> None:
+    assert load_settings({}, {}).server("file").model_names == ("file",)
+    named = load_settings({"served_model_name": "a/b, gpt-4o,a/b"}, {}).server("file")
+    assert (named.model_name, named.model_aliases) == ("a/b", ("gpt-4o",))
 
 
 def test_settings_are_frozen() -> None:

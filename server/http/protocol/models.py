@@ -24,7 +24,7 @@ class ModelObject(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(description="When this server started, in seconds since 1970.")
     owned_by: str = "dsa-serve"
-    root: str = Field(description="The same name: nothing is laid over the model under another name.")
+    root: str = Field(description="The name in answers; `id` may be another name of the same model.")
     parent: None = None
     max_model_len: int | None = Field(
         description="Tokens that prompt and output together may have; null while the model loads."
@@ -41,7 +41,7 @@ class ModelObject(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Every model that is served: one."""
+    """Every name of the one model that is served."""
 
     object: Literal["list"] = "list"
     data: list[ModelObject]

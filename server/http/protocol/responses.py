@@ -251,6 +251,10 @@ class ResponseBody(Body):
         default=None,
         description="The answer is made while nobody waits: GET /v1/responses/{id} returns it when it is there.",
     )
+    enable_response_messages: bool | None = Field(
+        default=None,
+        description="The response has its prompt and its output as text and token ids, as vLLM has them.",
+    )
     conversation: Annotated[Any, Neutral(advice="must be null: use previous_response_id")] = None
     prompt: Annotated[Any, Neutral(advice="must be null: this server has no prompt templates")] = None
     prompt_cache_retention: Annotated[
@@ -295,6 +299,14 @@ class ResponseFault(BaseModel):
     message: str
 
 
+class RawMessage(BaseModel):
+    """A text as the model reads or writes it, with its control tokens."""
+
+    type: Literal["raw_message_tokens"] = "raw_message_tokens"
+    message: str
+    tokens: list[int]
+
+
 class ResponseObject(BaseModel):
     """The response."""
 
@@ -322,6 +334,12 @@ class ResponseObject(BaseModel):
     metadata: dict[str, str]
     user: str | None
     usage: ResponseTokens | None
+    input_messages: list[RawMessage] | None = Field(
+        default=None, description="With enable_response_messages: the prompt."
+    )
+    output_messages: list[RawMessage] | None = Field(
+        default=None, description="With enable_response_messages: the output."
+    )
     warnings: list[Notice | ChoiceWarning] | None = NOTICES
 
 

@@ -15,8 +15,9 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", summary="List what is served")
 async def list_models(request: Request) -> ModelList:
-    """The one model that is served. Answers while it loads, too."""
-    return ModelList(data=[_model(services_of(request))])
+    """The one model that is served, once under each of its names. Answers while it loads, too."""
+    services = services_of(request)
+    return ModelList(data=[_model(services, name) for name in services.config.model_names])
 
 
 @router.get(
@@ -30,15 +31,15 @@ async def list_models(request: Request) -> ModelList:
 async def retrieve_model(model_id: str, request: Request) -> ModelObject:
     """The model of that name."""
     services = services_of(request)
-    if model_id != services.config.model_name:
-        raise model_not_found(model_id, services.config.model_name)
-    return _model(services)
+    if model_id not in services.config.model_names:
+        raise model_not_found(model_id, services.config.model_names)
+    return _model(services, model_id)
 
 
-def _model(services: Services) -> ModelObject:
+def _model(services: Services, name: str) -> ModelObject:
     model = services.engine.status.model
     return ModelObject(
-        id=services.config.model_name,
+        id=name,
         root=services.config.model_name,
         created=services.created,
         max_model_len=model.max_model_len if model else None,

@@ -64,7 +64,11 @@ async def create_response(request: Request) -> Response:
                 services.responses.add(key, response, [*messages, *answer_of(response.output)])
 
         renderer = ResponsesRenderer(
-            services.head(f"resp_{request_id}", [*notices, *work.notices]), body, keep, services.text
+            services.head(f"resp_{request_id}", [*notices, *work.notices]),
+            body,
+            keep,
+            services.text,
+            work.jobs[0].submit.prompt_token_ids,
         )
         later = None
         if body.background:

@@ -164,7 +164,7 @@ async def test_stored_responses_are_the_senders(serve: Serve) -> None:
 
 
 def test_what_is_kept_has_a_bound() -> None:
-    kept = KeptResponses(100, max_bytes=50_000)
+    kept = KeptResponses(100, max_bytes=51_000)
     blank = dict.fromkeys(ResponseObject.model_fields)
     for number in range(20):
         response = ResponseObject.model_construct(
@@ -311,3 +311,24 @@ async def test_a_stream_that_fails_ends_with_the_failed_response() -> None:
     kind, _, data = text.rstrip().rpartition("\n\n")[2].partition("\n")
     assert kind == "event: response.failed"
     assert json.loads(data.removeprefix("data: "))["response"]["error"]["code"] == "engine_died"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_prompt_and_the_output_as_tokens(serve: Serve, stream: bool) -> None:
+    engine = engine_of(f"Hello.{EOS}")
+    sdk = await serve(engine)
+    asked: dict[str, Any] = {"model": MODEL, "input": "hi", "stream": stream}
+    answer = await sdk.responses.create(**asked, extra_body={"enable_response_messages": True})
+    if stream:
+        seen = [event.response async for event in answer if hasattr(event, "response")]
+        assert [len(response.output_messages) for response in seen] == [0, 0, 1]
+        answer = seen[-1]
+    (read,), (written,) = answer.input_messages, answer.output_messages
+    assert read == {
+        "type": "raw_message_tokens",
+        "message": prompt_of(engine),
+        "tokens": list(engine.submitted[0].prompt_token_ids),
+    }
+    assert (written["message"], written["tokens"]) == (f"Hello.{EOS}", ids(f"Hello.{EOS}"))
+    if not stream:
+        assert "input_messages" not in (await sdk.responses.create(**asked)).model_extra

@@ -26,6 +26,20 @@ async def test_models() -> None:
         assert (await http.get("/v1/models/a/b")).json()["error"]["code"] == "model_not_found"
 
 
+async def test_a_model_with_several_names() -> None:
+    app = make_app(speaking("x"), model_aliases=("gpt-4o", "other"))
+    async with client(app) as http:
+        listed = (await http.get("/v1/models")).json()["data"]
+        assert [(model["id"], model["root"]) for model in listed] == [
+            (name, "fake-model") for name in ("fake-model", "gpt-4o", "other")
+        ]
+        assert (await http.get("/v1/models/other")).json() == listed[2]
+        answer = await http.post("/v1/chat/completions", json=chat_body(model="gpt-4o"))
+        assert (answer.status_code, answer.json()["model"]) == (200, "fake-model")
+        refused = (await http.post("/v1/chat/completions", json=chat_body(model="gpt-5"))).json()["error"]
+        assert refused["message"].endswith("this server has 'fake-model' and 'gpt-4o' and 'other'")
+
+
 async def test_a_batch_invariant_model_says_so_and_has_a_fingerprint_of_its_own() -> None:
     told = []
     for invariant in (False, True):
