@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, StringConstraints, Tag
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, StringConstraints, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from server.http.protocol.base import (
@@ -65,6 +65,10 @@ _NO_FUNCTIONS = "functions are the older name of tools; send tools and tool_choi
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_ROLE_SCHEMA = {
+    "type": "string",
+    "anyOf": [{"enum": list(ROLES)}, {"pattern": f"^{_ROLE.pattern}$", "maxLength": 32}],
+}
 
 
 def _check_role(role: str) -> str:
@@ -76,7 +80,9 @@ def _check_role(role: str) -> str:
 class ChatMessage(Body):
     """One message of the conversation."""
 
-    role: Annotated[str, StringConstraints(max_length=32), AfterValidator(_check_role)] = Field(
+    role: Annotated[
+        str, StringConstraints(max_length=32), AfterValidator(_check_role), WithJsonSchema(_ROLE_SCHEMA)
+    ] = Field(
         description="`system`, `developer` (which is `system`), `user`, `assistant` or `tool` (the result of a call, where "
         "the model's format has calls); or another that the model's template writes."
     )

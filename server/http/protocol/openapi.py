@@ -74,12 +74,16 @@ def describe(
 
 
 def describe_plain(
-    *, body: type[Body], answer: type[BaseModel], error: type[BaseModel] = ErrorResponse
+    *,
+    body: type[Body],
+    answer: type[BaseModel],
+    error: type[BaseModel] = ErrorResponse,
+    generates: bool = False,
 ) -> Description:
-    """Describe an endpoint that reads a body and does not generate."""
+    """Describe an endpoint that reads a body and has one form of answer. If it does not generate, it meets fewer errors."""
     responses: dict[int | str, dict[str, Any]] = {
         status: {"model": error, "description": _ERRORS[status]}
-        for status in (400, 401, 403, 404, 413, 415, 429)
+        for status in (_ERRORS if generates else (400, 401, 403, 404, 413, 415, 429))
     }
     responses[200] = {"description": "The response.", "model": answer}
     request = {"required": True, "content": {"application/json": {"schema": _reference(body)}}}

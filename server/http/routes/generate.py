@@ -23,7 +23,7 @@ router = APIRouter(tags=["generation"])
     "/inference/v1/generate",
     summary="Continue token ids with token ids, as vLLM has it",
     response_class=Response,
-    **describe_plain(body=GenerateBody, answer=Generated),
+    **describe_plain(body=GenerateBody, answer=Generated, generates=True),
 )
 async def generate(request: Request) -> Response:
     """Continue token ids. What /v1/completions does with `return_token_ids`, without a text."""
