@@ -111,7 +111,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     limits = Limits()
     intake, admission = (
         Intake(config, text, chat, checks),
-        Admission(config.max_queue, config.max_queue_tokens),
+        Admission(config.max_queue, config.max_queue_tokens, config.max_queue_seconds),
     )
     services = Services(
         config=config,

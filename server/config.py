@@ -9,6 +9,7 @@ import msgspec
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
+SomeSeconds = Annotated[float, msgspec.Meta(gt=0)]
 Sparsity = Positive | Literal["dense"]
 LogFormat = Literal["text", "json"]
 SamplingSource = Literal["model", "openai"]
@@ -37,6 +38,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_queue: requests that may be in work or waiting before new ones are refused.
         min_priority: the earliest place that a request may ask for; lower is earlier.
         max_queue_tokens: tokens of prompts that may wait to be computed before new requests are refused; None: any number.
+        max_queue_seconds: how long nearly all may wait for a first token before new requests are refused; None: any time.
         request_seconds: how long a request may take from its arrival; 0: no limit.
         default_max_tokens: a request's token limit if it names none; None: up to the end of the context.
         default_top_k: a request's sparsity if it names none; None: the number that the indexer was trained for.
@@ -72,6 +74,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: Port = 8000
     max_queue: Positive = 256
     max_queue_tokens: Positive | None = None
+    max_queue_seconds: SomeSeconds | None = None
     request_seconds: Seconds = 0.0
     min_priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=0)] = 0
     default_max_tokens: Positive | None = 1024  # a small model at temperature 1 may never stop by itself
@@ -79,7 +82,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: Positive = 8 << 20
     hang_seconds: Seconds = 30.0
     canary_interval: Seconds = 0.0
-    client_seconds: Annotated[float, msgspec.Meta(gt=0)] = 30.0
+    client_seconds: SomeSeconds = 30.0
     drain_seconds: Seconds = 30.0
     max_n: Positive = 8
     max_prompts: Positive = 64

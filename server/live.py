@@ -47,6 +47,7 @@ class LiveSettings:
         return SettingsNow(
             max_queue=config.max_queue,
             max_queue_tokens=config.max_queue_tokens,
+            max_queue_seconds=config.max_queue_seconds,
             request_seconds=config.request_seconds,
             max_n=config.max_n,
             max_prompts=config.max_prompts,
@@ -104,4 +105,5 @@ class LiveSettings:
         )
         self._admission.limit = self.config.max_queue
         self._admission.max_tokens = self.config.max_queue_tokens
+        self._admission.max_seconds = self.config.max_queue_seconds
         self._intake.use(self.config)

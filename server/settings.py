@@ -39,6 +39,7 @@ from server.config import (
     SamplingSource,
     Seconds,
     ServerConfig,
+    SomeSeconds,
     Sparsity,
     UnknownFields,
 )
@@ -157,6 +158,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "any number",
         ),
     ] = _HTTP.max_queue_tokens
+    max_queue_seconds: Annotated[
+        SomeSeconds | None,
+        Flag(
+            SERVER,
+            "New requests get 429 when their first token would come later than this, by how long others waited lately.",
+            "any time",
+            "SECONDS",
+        ),
+    ] = _HTTP.max_queue_seconds
     request_seconds: Annotated[
         Seconds,
         Flag(
@@ -234,7 +244,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = _HTTP.hang_seconds
     client_seconds: Annotated[
-        Annotated[float, msgspec.Meta(gt=0)],
+        SomeSeconds,
         Flag(
             SERVER,
             "A client is cut off that takes so long for its headers, or that neither sends nor reads for so long in the "

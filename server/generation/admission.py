@@ -1,8 +1,10 @@
 """Limits the work that waits or runs: a request that exceeds the limit is refused. Knows no HTTP.
 
-Two bounds hold: choices, waiting or running, and tokens of prompts that have not been computed. The second is what a new
-request waits for. A refusal says when to come back: from how fast places and tokens became free lately, and from how many
-were sent away before, because they come back as well.
+Three bounds hold: choices, waiting or running; tokens of prompts that have not been computed; and the seconds that nearly
+all who are let in wait for their first token. The engine computes prompts in the order in which they are let in, within a
+class, so a new request waits for the tokens before it: their number divided by how many are computed in a second, times
+what waits scatter by (`server.generation.forecast`). A refusal says when to come back: from how fast places and tokens
+became free lately, and from how many were sent away before, because they come back as well.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from server.generation.forecast import Forecast
 
 HALF_LIFE = 30.0
 """In seconds: how fast old measurements of the rate lose their weight."""
@@ -65,6 +69,10 @@ class Flow:
         self._amount = self._amount * kept + amount
         self._seconds = self._seconds * kept + (past if busy else 0.0)
 
+    def mean(self, amount: float) -> float:
+        """In how many seconds so much became free lately; 0 if nothing is known."""
+        return amount * self._seconds / self._amount if self._amount else 0.0
+
     def wait(self, amount: float) -> float:
         """Send one away who wants so much. Returns in how many seconds it may be there, within bounds."""
         now = self._clock()
@@ -73,7 +81,7 @@ class Flow:
         seconds = UNKNOWN_SECONDS
         if self._amount and self._seconds:
             promised = sum(self._promised.values()) + amount
-            seconds = min(max(promised * self._seconds / self._amount, 1.0), MOST_SECONDS)
+            seconds = min(max(self.mean(promised), 1.0), MOST_SECONDS)
         end = math.ceil(now + seconds)
         self._promised[end] = self._promised.get(end, 0.0) + amount
         return seconds
@@ -82,19 +90,24 @@ class Flow:
 class QueuePlace:
     """What one request holds. Each of the two methods counts once."""
 
-    def __init__(self, admission: Admission, choices: int, tokens: int, sender: str | None) -> None:
+    def __init__(
+        self, admission: Admission, choices: int, tokens: int, sender: str | None, mean: float
+    ) -> None:
         self._admission = admission
-        self._choices, self._tokens, self._sender = choices, tokens, sender
+        self._choices, self._tokens, self._sender, self._mean = choices, tokens, sender, mean
+        self._since = admission.clock()
 
     def begun(self) -> None:
         """The first token is there, so the prompts are computed."""
         tokens, self._tokens = self._tokens, 0
         if tokens:
-            self._admission.computed(tokens)
+            self._admission.computed(tokens, self._mean, self._since)
 
     def leave(self) -> None:
-        """The engine has done the work."""
-        self.begun()
+        """The engine has done the work, or nobody wants it any more."""
+        tokens, self._tokens = self._tokens, 0
+        if tokens:
+            self._admission.given_up(tokens)
         choices, self._choices = self._choices, 0
         if choices:
             self._admission.left(choices, self._sender)
@@ -106,6 +119,9 @@ class Admission:
     Attributes:
         limit: how many choices may wait or run together.
         max_tokens: how many tokens of prompts may wait to be computed; None: any number.
+        max_seconds: how long nearly all who are let in wait for their first token, their own prompt included; None: any time.
+            Before the first prompt is computed nothing is known, and only the other bounds hold.
+        clock: in seconds.
         admitted: how many choices wait or run now.
         tokens: how many tokens of prompts wait now.
 
@@ -115,15 +131,22 @@ class Admission:
     """
 
     def __init__(
-        self, limit: int, max_tokens: int | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        limit: int,
+        max_tokens: int | None = None,
+        max_seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limit = limit
         self.max_tokens = max_tokens
+        self.max_seconds = max_seconds
+        self.clock = clock
         self.admitted = 0
         self.tokens = 0
         self._held: Counter[str] = Counter()
         self._usual_tokens = 0.0  # of a request's prompts, by those let in lately
         self._places, self._prompts = Flow(clock), Flow(clock)
+        self._forecast = Forecast()
 
     def check(self) -> None:
         """Refuse a request early, before its body is read, when a limit is reached.
@@ -135,6 +158,12 @@ class Admission:
             raise self._full(1)
         if self.max_tokens is not None and self.tokens >= self.max_tokens:
             raise self._deep(max(self._usual_tokens, 1.0))
+        if self.tokens:
+            self._check_wait(max(self._usual_tokens, 1.0))
+
+    def forecast(self, tokens: float) -> float:
+        """In how many seconds nearly all get their first token whose prompts have so many tokens, if let in now."""
+        return self._forecast.seconds(self._prompts.mean(self.tokens + tokens))
 
     @contextmanager
     def admit(self, choices: int, sender: str | None = None, tokens: int = 0) -> Iterator[QueuePlace]:
@@ -173,6 +202,9 @@ class Admission:
                 )
         if self.max_tokens is not None and self.tokens and self.tokens + tokens > self.max_tokens:
             raise self._deep(tokens)
+        if self.tokens:  # a request alone may take longer than the bound: else it could never run
+            self._check_wait(tokens)
+        mean = self._prompts.mean(self.tokens + tokens)
         if sender is not None:
             self._held[sender] += choices
         self._places.freed(0, busy=self.admitted > 0)
@@ -180,15 +212,28 @@ class Admission:
         self.admitted += choices
         self.tokens += tokens
         self._usual_tokens += (tokens - self._usual_tokens) * (_USUAL_SHARE if self._usual_tokens else 1.0)
-        place = QueuePlace(self, choices, tokens, sender)
+        place = QueuePlace(self, choices, tokens, sender, mean)
         try:
             yield place
         finally:
             place.leave()
 
-    def computed(self, tokens: int) -> None:
-        """So many tokens of prompts wait no more. Places call it."""
+    def computed(self, tokens: int, mean: float, since: float) -> None:
+        """So many tokens of prompts wait no more. Places call it.
+
+        Args:
+            tokens: of one request.
+            mean: how long it was to wait by the mean rate, in seconds.
+            since: when it was let in.
+        """
         self._prompts.freed(tokens, busy=True)
+        self.tokens -= tokens
+        if self.max_seconds is not None:
+            self._forecast.compare(mean, self.clock() - since, self.max_seconds)
+
+    def given_up(self, tokens: int) -> None:
+        """Nobody waits for so many tokens any more. They say nothing of how fast others are computed. Places call it."""
+        self._prompts.freed(0, busy=True)
         self.tokens -= tokens
 
     def left(self, choices: int, sender: str | None) -> None:
@@ -199,6 +244,14 @@ class Admission:
             self._held[sender] -= choices
             if not self._held[sender]:
                 del self._held[sender]
+
+    def _check_wait(self, tokens: float) -> None:
+        if self.max_seconds is not None and (seconds := self.forecast(tokens)) > self.max_seconds:
+            raise QueueFullError(
+                f"the server is full: a first token may take {seconds:.1f} s now, and at most {self.max_seconds:g} s are "
+                "allowed; try again later",
+                self._prompts.wait(tokens),
+            )
 
     def _full(self, choices: int) -> QueueFullError:
         return QueueFullError(

@@ -1,12 +1,11 @@
 """Offers a live server four times what it can do, and shows what those feel who are let in and those who are not.
 
-`python -m tests.e2e.overload` starts `dsa serve` with the default model and a bound on waiting prompt tokens, measures its capacity with
+`python -m tests.e2e.overload` starts `dsa serve` with the default model and a bound on the time to a first token, measures its capacity with
 as many clients as it computes at once, and then sends requests at 4 times that rate for 3 minutes, at times that do not
 depend on the answers (Poisson). Before, a crowd comes at once, whose clients come back when `Retry-After` says so.
 It writes a table, and with `--out` a JSON file and a plot. The exit status is 1 if a line of the table is not kept.
 
-The server's bound in seconds is the bound in tokens, divided by the tokens of prompts that it computes in a second at its
-capacity.
+The server's bound is `--max-queue-seconds`.
 """
 
 from __future__ import annotations
@@ -139,7 +138,7 @@ async def measure(options: argparse.Namespace, server: Server) -> dict[str, Any]
     begun = min(answer.began for answer in answers)
     return {
         "capacity": capacity,
-        "bound_seconds": options.queue_tokens / (capacity * PROMPT),
+        "bound_seconds": options.queue_seconds,
         "alone": alone,
         "offered": len(answers),
         "accepted": [(answer.began - begun, Overload.first(answer), answer.terminal) for answer in accepted],
@@ -245,13 +244,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8, help="that measure the capacity (%(default)d)")
     parser.add_argument("--capacity-seconds", type=float, default=40.0, help="(%(default)g)")
     parser.add_argument(
-        "--queue-tokens", type=int, default=1024, help="--max-queue-tokens of the server (%(default)d)"
+        "--queue-seconds", type=float, default=3.0, help="--max-queue-seconds of the server (%(default)g)"
     )
     parser.add_argument("--crowd", type=int, default=60, help="clients that come at once (%(default)d)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a folder for overload.json and overload.png")
     options = parser.parse_args()
-    server = Server("--max-queue-tokens", str(options.queue_tokens))
+    server = Server("--max-queue-seconds", str(options.queue_seconds))
     try:
         server.wait_ready()
         found = asyncio.run(measure(options, server))

@@ -18,6 +18,9 @@ class SettingsBody(Body):
 
     max_queue: AtLeastOne = Field(default=1, description="As --max-queue.")
     max_queue_tokens: AtLeastOne | None = Field(default=None, description="As --max-queue-tokens.")
+    max_queue_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="As --max-queue-seconds."
+    )
     request_seconds: Annotated[float, Field(ge=0)] = Field(default=0, description="As --request-seconds.")
     max_n: AtLeastOne = Field(default=1, description="As --max-n.")
     max_prompts: AtLeastOne = Field(default=1, description="As --max-prompts.")
@@ -41,6 +44,7 @@ class SettingsNow(BaseModel):
 
     max_queue: int
     max_queue_tokens: int | None
+    max_queue_seconds: float | None
     request_seconds: float
     max_n: int
     max_prompts: int

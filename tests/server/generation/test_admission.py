@@ -208,7 +208,7 @@ def test_a_crowd_that_obeys_is_served_without_gaps_and_does_not_come_back_often(
         stack = ExitStack()
         try:
             admission.check()
-            stack.enter_context(admission.admit(1, tokens=64))
+            stack.callback(stack.enter_context(admission.admit(1, tokens=64)).begun)
         except QueueFullError as error:
             later = clock.now + math.ceil(error.retry_after) + chance.random()
             heappush(events, (later, next(order), None))
