@@ -169,7 +169,11 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     for router in ROUTERS:
         app.include_router(router)
     app.openapi = openapi_of(  # type: ignore[method-assign]
-        app, vocabulary=text.vocab_size, empty_prompts=text.adds_bos, open_paths=PROBES
+        app,
+        vocabulary=text.vocab_size,
+        max_logprobs=config.max_logprobs,
+        empty_prompts=text.adds_bos,
+        open_paths=PROBES,
     )
     return app
 

@@ -49,6 +49,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         drain_seconds: how long running requests may go on after the signal to stop.
         max_n: the most choices of one request.
         max_prompts: the most prompts of one request.
+        max_logprobs: the most alternatives of a log-probability; -1: the whole vocabulary.
         log_format: lines for a person, or JSON with an access line for each request.
         log_prompts: whether access lines have the prompts.
         otlp_endpoint: where traces go; None: nowhere.
@@ -86,6 +87,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: Seconds = 30.0
     max_n: Positive = 8
     max_prompts: Positive = 64
+    max_logprobs: Annotated[int, msgspec.Meta(ge=-1)] = 20
     log_format: LogFormat = "text"
     log_prompts: bool = False
     otlp_endpoint: str | None = None

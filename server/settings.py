@@ -411,6 +411,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     max_n: Annotated[Positive, Flag(ADVANCED, "Most choices in one request.")] = _HTTP.max_n
     max_prompts: Annotated[Positive, Flag(ADVANCED, "Most prompts in one request.")] = _HTTP.max_prompts
+    max_logprobs: Annotated[
+        Annotated[int, msgspec.Meta(ge=-1)],
+        Flag(
+            ADVANCED,
+            "Most alternatives of a log-probability in one request; -1: the whole vocabulary, some megabytes a token.",
+        ),
+    ] = _HTTP.max_logprobs
     max_body: Annotated[str, Flag(ADVANCED, "Largest request body.", None, "SIZE", "max_body_bytes")] = (
         size_text(_HTTP.max_body_bytes)
     )

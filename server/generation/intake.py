@@ -22,7 +22,7 @@ from server.generation.choice import Job
 from server.generation.conversation import Conversation, read_conversation, refuse_lost_variables
 from server.generation.grammars import GrammarChecks
 from server.generation.infill import infill_of
-from server.generation.logprobs import logprob_start, named_tokens
+from server.generation.logprobs import check_counts, logprob_start, named_tokens, whole_count
 from server.generation.prompts import Prompt, Prompts, check_ids, loaded_model, prompt_end
 from server.generation.room import check_least, context_of, cut, room_of
 from server.generation.sparsity import GrantedSparsity, granted
@@ -282,7 +282,9 @@ class Intake:
             raise bad_request("stream_options needs stream to be true", param="stream_options")
         if body.prompt_logprobs is not None and body.stream:
             raise bad_request("prompt_logprobs needs stream to be false", param="prompt_logprobs")
-        return loaded_model(status)
+        model = loaded_model(status)
+        check_counts(body, self._config.max_logprobs, model.vocab_size)
+        return model
 
     def _work(
         self,
@@ -311,7 +313,9 @@ class Intake:
         stop_ids = dict.fromkeys(token_id for token_id in stop_ids if token_id < size)
         prompt_only = max_tokens == 0
         n = body.n or 1
-        asked = [count for count in (prompt_logprobs, body.prompt_logprobs) if count is not None]
+        asked = [
+            whole_count(count, size) for count in (prompt_logprobs, body.prompt_logprobs) if count is not None
+        ]
         if body.prompt_logprobs is not None:
             prompt_logprobs_start = 0
         options = body.stream_options
@@ -333,7 +337,7 @@ class Intake:
                     repetition_penalty=_default(body.repetition_penalty, own.repetition_penalty),
                     logit_bias=bias,
                     stop_token_ids=() if prompt_only else tuple(stop_ids),
-                    logprobs=None if prompt_only else logprobs,
+                    logprobs=None if prompt_only or logprobs is None else whole_count(logprobs, size),
                     logprob_token_ids=named,
                     min_tokens=0 if prompt_only else body.min_tokens or 0,
                     prompt_logprobs=max(asked, default=None),

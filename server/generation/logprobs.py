@@ -32,6 +32,34 @@ def logprob_start(body: CompletionBody, prompts: Sequence[Prompt]) -> int:
     return start
 
 
+def check_counts(body: GenerationBody, most: int, size: int) -> None:
+    """Check how many alternatives a body asks for.
+
+    Args:
+        body: of the request.
+        most: the most that the server reports; -1: any number.
+        size: of the model's vocabulary.
+
+    Raises:
+        ApiError: a field asks for more.
+    """
+    for name in ("top_logprobs", "logprobs", "prompt_logprobs"):
+        count = getattr(body, name, None)
+        if count is None or isinstance(count, bool) or most == -1 or 0 <= count <= most:
+            continue
+        if count == -1 and most >= size:
+            continue
+        said = f"{name} must be at most {most} on this server; --max-logprobs sets it"
+        if count == -1:
+            said = f"{name} is -1, which is all {size} tokens of the vocabulary; it {said.removeprefix(f'{name} ')}"
+        raise bad_request(said, param=name)
+
+
+def whole_count(count: int, size: int) -> int:
+    """How many alternatives a count is: -1 is all, and there are no more than the vocabulary has."""
+    return size if count == -1 else min(count, size)
+
+
 def named_tokens(body: GenerationBody, size: int, logprobs: int | None) -> tuple[int, ...]:
     """The tokens whose log-probabilities are reported at each place of the answer, in place of the likeliest ones.
 

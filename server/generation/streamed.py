@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,11 +80,16 @@ def shown_of(
         running_usage=usage and bool(options and options.continuous_usage_stats),
         token_ids=bool(body.return_token_ids),
         named_by_id=config.return_tokens_as_token_ids or bool(body.return_tokens_as_token_ids),
-        logprobs=logprobs,
+        logprobs=_every(logprobs),
         echo=echo,
-        prompt_logprobs=body.prompt_logprobs,
+        prompt_logprobs=_every(body.prompt_logprobs),
         reasoning=config.reasoning_field,
     )
+
+
+def _every(count: int | None) -> int | None:
+    """A count as the end of a slice: -1 is all alternatives."""
+    return sys.maxsize if count == -1 else count
 
 
 class Streamed:

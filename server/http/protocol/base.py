@@ -75,6 +75,18 @@ TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "title
 """A token id; `server.generation.intake` checks it against the model's vocabulary."""
 
 
+LOGPROBS_TITLE = "LogprobCount"
+"""The title of the schema of a number of alternatives. The published schema gets the server's bound there."""
+
+LogprobCount = Annotated[
+    int,
+    Field(ge=-1, le=MAX_INTEGER),
+    WHOLE,
+    WithJsonSchema({"type": "integer", "minimum": 0, "title": LOGPROBS_TITLE}),
+]
+"""So many of the likeliest tokens, -1 is all; `server.generation.logprobs` checks it against the server's bound."""
+
+
 Label = Annotated[str, StringConstraints(max_length=512)]
 """Text that the client attaches for its own bookkeeping; it changes nothing here."""
 

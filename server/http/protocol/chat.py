@@ -10,16 +10,16 @@ from pydantic_core import PydanticCustomError
 
 from server.http.protocol.base import (
     TAG,
-    WHOLE,
     AtLeastOne,
     Body,
     CacheControl,
     Label,
+    LogprobCount,
     Neutral,
     tag_of_list,
 )
 from server.http.protocol.notices import FINGERPRINT, NOTICES, STOP_REASON, Notice
-from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
+from server.http.protocol.sampling import GenerationBody
 from server.http.protocol.token_ids import PROMPT_IDS, PROMPT_LOGPROBS, TOKEN_IDS, PromptLogprobs
 from server.http.protocol.tools import (
     MAX_CALLS,
@@ -183,7 +183,7 @@ class ChatCompletionBody(GenerationBody):
         description="At most so many tokens; default: the server's (8192 for DeepSeek and GLM, else 1024, unless set).",
     )
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
+    top_logprobs: LogprobCount | None = None
 
     metadata: Metadata | None = Field(default=None, description="Labels; they change nothing.")
     safety_identifier: Label | None = Field(default=None, description="A label; it changes nothing.")

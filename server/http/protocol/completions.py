@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from server.http.protocol.base import TAG, WHOLE, WHOLES, AtLeastOne, Natural, TokenId, tag_of_list
+from server.http.protocol.base import TAG, WHOLES, AtLeastOne, LogprobCount, Natural, TokenId, tag_of_list
 from server.http.protocol.notices import FINGERPRINT, NOTICES, STOP_REASON, Notice
-from server.http.protocol.sampling import MAX_TOP_LOGPROBS, GenerationBody
+from server.http.protocol.sampling import GenerationBody
 from server.http.protocol.token_ids import PROMPT_IDS, PROMPT_LOGPROBS, TOKEN_IDS, PromptLogprobs
 from server.http.protocol.usage import RunningUsage, Usage
 
@@ -42,7 +42,7 @@ class CompletionBody(GenerationBody):
 
     prompt: PromptField
     echo: bool | None = Field(default=None, description="Put the prompt in front of the text.")
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
+    logprobs: LogprobCount | None = Field(
         default=None,
         description="Report log-probabilities, with so many alternatives; with echo, of the prompt too.",
     )

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.http.protocol.admin import SettingsBody
-from server.http.protocol.base import ID_TITLE, Body
+from server.http.protocol.base import ID_TITLE, LOGPROBS_TITLE, Body
 from server.http.protocol.chat import ChatCompletionBody, ChatCompletionChunk
 from server.http.protocol.completions import Completion, CompletionBody
 from server.http.protocol.errors import ErrorResponse
@@ -91,13 +91,14 @@ def describe_plain(
 
 
 def openapi_of(
-    app: FastAPI, *, vocabulary: int, empty_prompts: bool, open_paths: Collection[str]
+    app: FastAPI, *, vocabulary: int, max_logprobs: int, empty_prompts: bool, open_paths: Collection[str]
 ) -> Callable[[], dict[str, Any]]:
     """Return the function that makes the app's schema at its first call.
 
     Args:
         app: with all its routes.
         vocabulary: the number of token ids, which bounds them in the schema.
+        max_logprobs: the most alternatives of a log-probability; -1: any number.
         empty_prompts: an empty text is a prompt, because a token begins every sequence.
         open_paths: paths that never ask for a key.
     """
@@ -128,7 +129,11 @@ def openapi_of(
             components = schema.setdefault("components", {}).setdefault("schemas", {})
             for name, definition in definitions["$defs"].items():
                 components.setdefault(name, definition)
-            _bound(schema, vocabulary - 1)
+            _bound(schema, ID_TITLE, maximum=vocabulary - 1)
+            if max_logprobs == -1:
+                _bound(schema, LOGPROBS_TITLE, minimum=-1)
+            else:
+                _bound(schema, LOGPROBS_TITLE, maximum=max_logprobs)
             if not empty_prompts:
                 _set_min_length(components["CompletionBody"]["properties"]["prompt"])
             _close(schema, open_paths)
@@ -138,16 +143,16 @@ def openapi_of(
     return openapi
 
 
-def _bound(schema: Any, largest: int) -> None:
-    """Write the bound of token ids into a schema."""
+def _bound(schema: Any, title: str, **bounds: int) -> None:
+    """Write the bounds of a kind of numbers into a schema."""
     if isinstance(schema, dict):
-        if schema.get("title") == ID_TITLE:
-            schema["maximum"] = largest
+        if schema.get("title") == title:
+            schema.update(bounds)
         for part in schema.values():
-            _bound(part, largest)
+            _bound(part, title, **bounds)
     elif isinstance(schema, list):
         for part in schema:
-            _bound(part, largest)
+            _bound(part, title, **bounds)
 
 
 def _close(schema: dict[str, Any], open_paths: Collection[str]) -> None:

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from server.http.protocol.base import TAG, WHOLE, AtLeastOne, Body, Label, Neutral, tag_of_list
+from server.http.protocol.base import TAG, WHOLE, AtLeastOne, Body, Label, LogprobCount, Neutral, tag_of_list
 from server.http.protocol.chat import MAX_MESSAGES, ChoiceWarning, Effort, Metadata
 from server.http.protocol.notices import NOTICES, Notice
-from server.http.protocol.sampling import MAX_TOP_LOGPROBS, ModelName, SparsityOptions
+from server.http.protocol.sampling import ModelName, SparsityOptions
 from server.http.protocol.structured import ResponseTextFormat
 from server.http.protocol.tools import MAX_TOOLS, CalledName, CallId, FunctionTool, Name
 from server.http.protocol.usage import (
@@ -263,7 +263,7 @@ class ResponseBody(Body):
     service_tier: Annotated[
         Any, Neutral("auto", "default", advice="must be 'auto', 'default' or null: there is one service tier")
     ] = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
+    top_logprobs: LogprobCount | None = Field(
         default=None, description="Log-probabilities, with so many alternatives."
     )
     truncation: Annotated[

@@ -16,6 +16,7 @@ from server.http.protocol.base import (
     AtLeastOne,
     Body,
     Label,
+    LogprobCount,
     Natural,
     Neutral,
     TokenId,
@@ -34,7 +35,6 @@ MAX_STOPS = 16
 MAX_BAD_WORDS = 64
 MAX_STOP_TOKENS = 128
 MAX_BIASES = 1024
-MAX_TOP_LOGPROBS = 20
 MAX_NAMED_LOGPROBS = 128
 
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
@@ -172,7 +172,7 @@ class GenerationBody(Body):
         default=None,
         description="Only the last so many tokens of a prompt are used; -1: as many as the context has room for.",
     )
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
+    prompt_logprobs: LogprobCount | None = Field(
         default=None,
         description="Report log-probabilities of the prompt, with so many alternatives; not in streams.",
     )

@@ -62,7 +62,7 @@ USER: dict[str, Any] = {"role": "user", "content": "x"}
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "two names of one limit"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20 on this server"),
         ({"logprobs": 1}, "logprobs", "valid boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ({"dsa": {"top_k": 0}}, "dsa.top_k", "greater than or equal to 1"),
@@ -263,7 +263,7 @@ async def test_neutral_values_are_accepted() -> None:
         ({"priority": -3}, "priority", "at least 0 on this server"),
         ({"priority": 3}, None, None),
         ({"suffix": "x"}, "suffix", "no marks for filling in the middle"),
-        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"logprobs": 21}, "logprobs", "at most 20 on this server"),
     ],
 )
 async def test_bad_completion_fields(fields: dict[str, Any], param: str | None, words: str | None) -> None:

@@ -17,6 +17,33 @@ async def test_all_alternatives_of_the_prompt_are_too_many(path: str) -> None:
     assert error_of(await post(speaking("x"), path, prompt_logprobs=-1), 400)["param"] == "prompt_logprobs"
 
 
+@pytest.mark.parametrize(
+    ("most", "asked", "fits"),
+    [(-1, -1, True), (-1, 500, True), (30, 30, True), (30, 31, False), (30, -1, False)],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_server_that_reports_more_alternatives(path: str, most: int, asked: int, fits: bool) -> None:
+    engine = speaking("x")
+    fields: dict[str, Any] = (
+        {"logprobs": True, "top_logprobs": asked} if path == CHAT else {"logprobs": asked}
+    )
+    known = engine.status.model
+    assert known is not None
+    async with client(make_app(engine, max_logprobs=most)) as http:
+        body = chat_body("hi") if path == CHAT else completion_body("hi")
+        answer = await http.post(path, json=body | fields | {"prompt_logprobs": 2})
+        schema = (await http.get("/openapi.json")).json()["components"]["schemas"]["CompletionBody"]
+    if not fits:
+        assert "at most 30" in error_of(answer, 400)["message"]
+        assert engine.submitted == []
+        return
+    assert answer.status_code == 200
+    wanted = known.vocab_size if asked == -1 else min(asked, known.vocab_size)
+    assert engine.submitted[0].sampling.logprobs == wanted
+    told = next(part for part in schema["properties"]["logprobs"]["anyOf"] if part["type"] == "integer")
+    assert (told["minimum"], told.get("maximum")) == ((-1, None) if most == -1 else (0, 30))
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_named_tokens_are_asked_for_in_place_of_the_likeliest(path: str) -> None:
     engine = speaking("x")
