@@ -35,6 +35,7 @@ class Job:
         include_stop: the text has the stop string, or the stop token's text, that ended it.
         skip_special: control tokens do not show in plain text.
         shows_tokens: the client sees how many tokens each piece of text has, or which.
+        shows_stop: the client sees the id of the stop token, so it sees that token's log-probability, too.
     """
 
     index: int
@@ -49,6 +50,7 @@ class Job:
     include_stop: bool = False
     skip_special: bool = True
     shows_tokens: bool = False
+    shows_stop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,19 +198,21 @@ class Choice:
             parts += reader.finish()
             if finish == "stop" and reader.called:
                 finish = "tool_calls"
+        stop_token = None
+        if delta.finish_reason == "stop" and not reader.ended and len(token_ids) < len(delta.token_ids):
+            stop_token = delta.token_ids[-1]
+        scored = len(token_ids) + (self._job.shows_stop and stop_token is not None)
         return TextDelta(
             index=self._job.index,
             parts=tuple(parts),
             token_ids=token_ids,
             stop_reason=None if finish is None else self._stop_reason(delta),
-            logprobs=delta.logprobs[: len(token_ids)] if delta.logprobs is not None else None,
+            logprobs=delta.logprobs[:scored] if delta.logprobs is not None else None,
             prompt_logprobs=delta.prompt_logprobs,
             finish_reason=finish,
             usage=self._usage(completion_tokens) if finish else None,
             stages=self._stages(delta),
-            stop_token=delta.token_ids[-1]
-            if delta.finish_reason == "stop" and not reader.ended and len(token_ids) < len(delta.token_ids)
-            else None,
+            stop_token=stop_token,
             shows_tokens=self._job.shows_tokens,
         )
 

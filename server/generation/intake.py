@@ -369,6 +369,7 @@ class Intake:
                         shows_tokens=bool(
                             body.return_token_ids or (options and options.continuous_usage_stats)
                         ),
+                        shows_stop=bool(body.return_token_ids),
                     )
                 )
         echoes = tuple(prompt.text for prompt in prompts for _ in range(n))

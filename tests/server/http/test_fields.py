@@ -136,6 +136,22 @@ async def test_token_ids_of_completions() -> None:
     assert "".join(choice["text"] for choice in choices) == "é"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_every_token_id_has_its_log_probability(path: str, stream: bool) -> None:
+    asked: dict[str, Any] = {"logprobs": True if path == CHAT else 0, "return_tokens_as_token_ids": True}
+    for shown in (True, False):
+        answer = await post(speaking("yes"), path, **asked, return_token_ids=shown, stream=stream)
+        objects = events(answer)[:-1] if stream else [answer.json()]
+        told: list[str] = []
+        for part in (one["choices"][0]["logprobs"] for one in objects):
+            if part is not None:
+                told += (
+                    part["tokens"] if path == COMPLETIONS else [token["token"] for token in part["content"]]
+                )
+        assert told == [f"token_id:{token}" for token in (*ids("yes"), *((EOS,) if shown else ()))]
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_usage_with_every_chunk(path: str) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
