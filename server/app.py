@@ -97,7 +97,7 @@ def create_app(config: ServerConfig, engine: Engine, text: Tokenizer, chat: Chat
     files = [prices.refresh, *([] if keys is None else [keys.refresh])]
     checks = GrammarChecks(text)
     metrics = Metrics(config.model_name, lambda: engine.status, prices)
-    ledger = None if config.ledger is None else Ledger(config.ledger)
+    ledger = None if config.ledger is None else Ledger(config.ledger, metrics.ledger_lost)
     budgets = None
     if keys is not None and ledger is not None:
         budgets = Budgets(ledger.spent, lambda: prices.table, config.model_name)

@@ -89,7 +89,10 @@ class Journal(Generic[Row]):
         Raises:
             OSError: they are not, for example because the disk is full. What was written of them is taken back.
         """
-        end = os.fstat(self._file.fileno()).st_size
+        found = os.fstat(self._file.fileno())
+        if not found.st_nlink:
+            raise OSError(f"{self._path} was removed while the server runs")
+        end = found.st_size
         content = b"".join(self._encoder.encode(row) + b"\n" for row in rows)
         try:
             written = self._file.write(content)

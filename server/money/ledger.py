@@ -24,6 +24,7 @@ from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, Operational
 
 from server.money.journal import Journal
 from server.money.rows import TABLE, LedgerError, LedgerRow, first_line, known_rows, open_database, report
+from server.money.watched import WatchedFile, sqlite_path
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ _AT_ONCE = 500  # rows in one commit
 
 MOST_WAITING = 100_000
 """Rows that may wait for the database. Beyond that, answers wait for it, too."""
+
+WATCH_SECONDS = 2.0
+"""The time between two looks at the file of a SQLite ledger, while there are no rows."""
 
 BEHIND_SECONDS = 60.0
 """For so long the database may take no rows before the server says that it is not ready."""
@@ -55,15 +59,26 @@ class Ledger:
     One thread makes rows durable in a journal on this machine's disk, so no answer waits for the database. Another moves
     them into the database, and tries for as long as it takes. What a killed process left in the journal is moved by the
     next one.
+
+    A SQLite file that is removed or replaced while the server runs is noticed, and nothing more is written until the first
+    one is back: rows wait in the journal.
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, lost: Callable[[], None] = lambda: None) -> None:
         """Open the database and the journal, or create them.
+
+        Args:
+            where: a SQLAlchemy URL or a SQLite file.
+            lost: called in one of the ledger's threads each time that the file is found removed or replaced.
 
         Raises:
             LedgerError: the database cannot be opened.
         """
         self._engine = open_database(where, create=True)
+        path = sqlite_path(where)
+        self._file = None if path is None else WatchedFile(path)
+        self._lost: str | None = None
+        self._when_lost = lost
         self._journal = _open_journal(where)
         self._queue: queue.SimpleQueue[tuple[LedgerRow, Done] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards the journal, `_waiting` and `_over`
@@ -84,7 +99,9 @@ class Ledger:
 
     @property
     def behind(self) -> bool:
-        """Whether rows cannot be written, and answers wait for that or will soon."""
+        """Whether rows cannot be written, and answers wait for that or will soon, or the file is not where it was."""
+        if self._lost is not None:
+            return True
         if self.problem is None:
             return False
         late = time.monotonic() - self._since > BEHIND_SECONDS
@@ -106,6 +123,8 @@ class Ledger:
             LedgerError: the ledger cannot be read.
         """
         with self._moving:  # so that a row is either still waiting or in the database
+            if self._look() is not None:  # SQLite would make a new file
+                raise LedgerError(f"the ledger cannot be read: {self._lost}")
             sums = {row["key"]: int(row["amount_nanos"]) for row in report(self._engine, ["key"], since)}
             with self._changed:
                 waiting = {row.request_id: row for row in reversed(self._waiting)}
@@ -177,12 +196,14 @@ class Ledger:
         said = 0.0  # when a warning was last given
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._over)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._waiting or self._over, WATCH_SECONDS)
+                if self._over and not self._waiting:
                     return
             try:
                 with self._moving:
-                    self._move()
+                    self._look()
+                    if self._waiting:
+                        self._move()
                 continue
             except _UnavailableError as error:
                 if self._over or time.monotonic() - said > _WARN_SECONDS:
@@ -195,6 +216,21 @@ class Ledger:
                     _log.warning("they stay in the journal, and the next start moves them")
                     return
                 self._changed.wait_for(lambda: self._over, _RETRY_SECONDS[-1] if _RETRY_SECONDS else 0.0)
+
+    def _look(self) -> str | None:
+        """Look whether the file is where it was. Returns why not. `_moving` is held, or there is no journal."""
+        lost = None if self._file is None else self._file.lost()
+        if lost is not None and self._lost is None:
+            _log.error("%s; until then usage rows wait in the journal", lost)
+            self._engine.dispose()  # open connections would go on with the file that is gone
+            self._when_lost()
+        if lost is None and self._lost is not None:
+            _log.warning("the file of the ledger is back")
+            self.problem = None
+        self._lost = lost
+        if lost is not None:
+            self._fails(lost)
+        return lost
 
     def _move(self) -> None:
         rows = self._waiting[:_AT_ONCE]
@@ -218,6 +254,8 @@ class Ledger:
         waiting = iter(waits)
         while True:
             again = True
+            if (lost := self._look()) is not None:
+                raise _UnavailableError(lost, left)
             try:
                 with self._engine.begin() as connection:
                     connection.execute(insert(TABLE), [msgspec.structs.asdict(row) for row in left.values()])
@@ -274,13 +312,13 @@ def _open_journal(where: str) -> Journal[LedgerRow] | None:
 
 def journal_folder(where: str) -> Path | None:
     """Where rows wait for a ledger: beside a SQLite file, or in the user's folder for state. None: nowhere."""
-    if "://" not in where:
-        return Path(f"{Path(where).expanduser()}.waiting")
-    url = make_url(where)
-    if url.get_backend_name() != "sqlite":
+    path = sqlite_path(where)
+    if path is not None:
+        return Path(f"{path}.waiting")
+    if make_url(where).get_backend_name() != "sqlite":
         state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
         return state / "dsa-serve" / "ledger" / hashlib.sha256(where.encode()).hexdigest()[:16]
-    return Path(f"{url.database}.waiting") if url.database and url.database != ":memory:" else None
+    return None
 
 
 def _unfit(row: LedgerRow) -> str | None:

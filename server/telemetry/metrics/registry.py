@@ -45,6 +45,11 @@ class Metrics:
         self._ledger_errors = Counter(
             "dsa_ledger_errors", "Rows that the usage ledger could not take.", registry=registry
         )
+        self._ledger_lost = Counter(
+            "dsa_ledger_files_lost",
+            "Times that the usage ledger's file was found removed or replaced.",
+            registry=registry,
+        )
         self._unknown = Counter(
             "dsa_unknown_fields", "Fields of requests that their endpoint does not know.", registry=registry
         )
@@ -85,6 +90,10 @@ class Metrics:
     def ledger_failed(self) -> None:
         """Count a row that was not written."""
         self._ledger_errors.inc()
+
+    def ledger_lost(self) -> None:
+        """Count that the file of the ledger is not where it was. Any thread may call it."""
+        self._ledger_lost.inc()
 
     def expose(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics in the format that the Accept header asks for, and the content type."""

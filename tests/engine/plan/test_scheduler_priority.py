@@ -77,3 +77,33 @@ def test_priorities_change_no_text(seed: int) -> None:
         for _ in range(rng.randint(0, 60)):
             driver.step()
     driver.drain()  # which compares every text with that of a request alone
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_of_one_class_nobody_has_a_first_token_before_who_came_earlier(seed: int, ahead: bool) -> None:
+    """Whatever lengths, cached prefixes, paces and preemptions are; in one step several may have theirs."""
+    chance = random.Random(seed)
+    driver = Driver(
+        chance.choice([6, 12, 64]), budget=chance.choice([16, 64, 200]), max_running=chance.choice([2, 4, 12]),
+        max_model_len=300, pace=chance.choice([None, 8]),
+    )  # fmt: skip
+    driver.ahead = ahead
+    classes: dict[str, int] = {}
+    step_of: dict[str, int] = {}  # of the first token
+    step = 0
+    while len(classes) < 40 or driver.scheduler.has_work:
+        while len(classes) < 40 and chance.random() < 0.5:
+            name = f"{chance.choice('abc')}{len(classes):02}"  # three prefixes
+            classes[name] = chance.choice([0, 0, 1])
+            length = chance.choice([1, 3, 64, 65, 129, 200])
+            driver.add(make(name, length, chance.choice([1, 4, 40]), priority=classes[name]))
+        driver.step()
+        step += 1
+        for name, tokens in driver.output.items():
+            if tokens:
+                step_of.setdefault(name, step)
+    assert step_of.keys() == classes.keys()
+    for one in (0, 1):
+        steps = [step_of[name] for name in classes if classes[name] == one]
+        assert steps == sorted(steps)

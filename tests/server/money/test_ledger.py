@@ -22,7 +22,7 @@ from tests.kit import ROOT
 from tests.ledger import ledger_rows
 from tests.server.fake_engine import FakeEngine
 from tests.server.kit import client, make_app
-from tests.server.money.kit import Heard, folder_of, read, row, until
+from tests.server.money.kit import Heard, folder_of, read, row, until, waiting
 
 
 def test_a_row_is_on_disk_when_it_is_said_to_be(tmp_path: Path) -> None:
@@ -114,6 +114,63 @@ def test_a_database_that_comes_back_gets_what_waited(
     assert heard.wait(2) == [True, True]
     ledger.close()
     assert (read(path), ledger.problem) == ([("early",), ("late",)], None)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("url", [False, True])
+def test_a_file_that_is_removed_or_replaced_is_noticed_and_gets_what_waited_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool, url: bool
+) -> None:
+    path, away, heard, lost = tmp_path / "usage.sqlite", tmp_path / "away", Heard(), []
+    monkeypatch.setattr(module, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_RETRY_SECONDS", (0.01,))
+    ledger = Ledger(f"sqlite:///{path}" if url else str(path), lambda: lost.append(True))
+    ledger.append(row("before"), heard)
+    heard.wait(1)
+    until(lambda: read(path) == [("before",)])
+    assert not ledger.behind
+    path.rename(away)
+    if replaced:
+        path.write_bytes(b"")
+    until(lambda: ledger.behind)  # without a row to write
+    assert ledger.problem is not None
+    assert ("another file is at" if replaced else "was removed while") in ledger.problem
+    ledger.append(row("meanwhile"), heard)
+    assert heard.wait(2) == [True, True]  # it is in the journal
+    until(lambda: waiting(path) == ["meanwhile"])
+    with pytest.raises(LedgerError, match="cannot be read"):
+        ledger.spent()
+    assert path.exists() == replaced  # nothing made a new one
+    assert not replaced or path.read_bytes() == b""
+    away.replace(path)
+    until(lambda: not ledger.behind and not ledger.waiting)
+    assert (ledger.problem, lost) == (None, [True])
+    ledger.close()
+    assert read(path) == [("before",), ("meanwhile",)]
+
+
+def test_rows_that_wait_for_a_lost_file_are_moved_by_the_next_start(tmp_path: Path) -> None:
+    path, heard = tmp_path / "usage.sqlite", Heard()
+    ledger = Ledger(str(path))
+    path.unlink()
+    ledger.append(row("a"), heard)
+    assert heard.wait(1) == [True]
+    ledger.close()
+    assert not path.exists()
+    again = Ledger(str(path))
+    until(lambda: read(path) == [("a",)])
+    again.close()
+
+
+def test_a_journal_that_is_removed_is_not_written(tmp_path: Path) -> None:
+    path, heard = tmp_path / "usage.sqlite", Heard()
+    ledger = Ledger(str(path))
+    for file in folder_of(path).iterdir():
+        file.unlink()
+    ledger.append(row("a"), heard)
+    assert heard.wait(1) == [True]
+    assert read(path) == [("a",)]  # not only in a file that nobody finds
+    ledger.close()
 
 
 def test_rows_are_never_changed(tmp_path: Path) -> None:
