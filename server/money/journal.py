@@ -103,6 +103,17 @@ class Journal(Generic[Row]):
             os.ftruncate(self._file.fileno(), end)
             raise
 
+    def has_room(self, size: int = 1 << 16) -> bool:
+        """Whether so many bytes could be written now."""
+        found = os.fstat(self._file.fileno())
+        try:
+            os.posix_fallocate(self._file.fileno(), found.st_size, size)
+        except OSError:
+            return False
+        finally:
+            os.ftruncate(self._file.fileno(), found.st_size)
+        return bool(found.st_nlink)
+
     def clear(self) -> None:
         """Remove all rows: the database has them."""
         os.ftruncate(self._file.fileno(), 0)

@@ -78,6 +78,7 @@ class Ledger:
         path = sqlite_path(where)
         self._file = None if path is None else WatchedFile(path)
         self._lost: str | None = None
+        self._full = False  # the journal could not be written when it was last tried
         self._when_lost = lost
         self._journal = _open_journal(where)
         self._queue: queue.SimpleQueue[tuple[LedgerRow, Done] | None] = queue.SimpleQueue()
@@ -105,7 +106,7 @@ class Ledger:
         if self.problem is None:
             return False
         late = time.monotonic() - self._since > BEHIND_SECONDS
-        return self._journal is None or late or self.waiting > MOST_WAITING // 2
+        return self._journal is None or self._full or late or self.waiting > MOST_WAITING // 2
 
     @property
     def waiting(self) -> int:
@@ -180,10 +181,12 @@ class Ledger:
             if self._journal is not None and len(self._waiting) + len(rows) <= MOST_WAITING:
                 try:
                     self._journal.append(rows)
+                    self._full = False
                     self._waiting += rows
                     self._changed.notify()
                     return set(unfit)
                 except OSError as error:  # the disk is full, say: perhaps the database is elsewhere
+                    self._full = True
                     _log.error("the journal of usage rows cannot be written: %s", error)
         try:
             return self._write(rows, _RETRY_SECONDS) | set(unfit)
@@ -199,6 +202,7 @@ class Ledger:
                 self._changed.wait_for(lambda: self._waiting or self._over, WATCH_SECONDS)
                 if self._over and not self._waiting:
                     return
+                self._try_again()
             try:
                 with self._moving:
                     self._look()
@@ -216,6 +220,13 @@ class Ledger:
                     _log.warning("they stay in the journal, and the next start moves them")
                     return
                 self._changed.wait_for(lambda: self._over, _RETRY_SECONDS[-1] if _RETRY_SECONDS else 0.0)
+
+    def _try_again(self) -> None:
+        """See whether a journal that was full has room: a server that is not ready gets no row to try it with."""
+        if self._full and self._journal is not None and self._journal.has_room():
+            self._full = False
+            if not self._waiting:
+                self.problem = None
 
     def _look(self) -> str | None:
         """Look whether the file is where it was. Returns why not. `_moving` is held, or there is no journal."""

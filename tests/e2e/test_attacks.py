@@ -9,9 +9,11 @@ import contextlib
 import http.client
 import json
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
@@ -19,11 +21,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.e2e.serving import MODEL, Server, until
+from tests.ledger import ledger_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
 
@@ -239,6 +243,90 @@ def test_a_locked_ledger_holds_no_answer(start: Callable[..., Server]) -> None:
             assert time.monotonic() - began < 5
         database.execute("ROLLBACK")
     assert server.end(signal.SIGTERM) == 0
+
+
+def test_a_ledger_that_is_removed_is_noticed_and_goes_on_when_it_is_back(
+    start: Callable[..., Server],
+) -> None:
+    server = start().wait_ready()
+    server.post("/v1/completions", prompt="hello", max_tokens=1)
+    away = server.ledger.with_name("away")
+    with unharmed(server, stream=False):
+        server.ledger.rename(away)
+        until(lambda: not server.ready, 10)
+        told = server.get("/health/ready").json()
+        assert told["state"] == "ledger"
+        assert "was removed while the server runs" in told["reason"]
+        assert server.metrics()["dsa_ledger_files_lost_total"] == 1
+        assert server.post("/v1/completions", prompt="hello", max_tokens=1).status_code == 200
+        assert not server.ledger.exists()
+        away.rename(server.ledger)
+        until(lambda: server.ready, 10)
+    assert server.end(signal.SIGTERM) == 0
+    assert len(ledger_rows(server.ledger)) == 2
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A disk of its own; only an administrator can make one."""
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tmpfs is Linux's")
+def test_a_full_disk_is_told_and_ends_when_there_is_room(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount")
+    with small_disk(tmp_path / "disk", 2 << 20) as disk:
+        server = start("--ledger", str(disk / "usage.sqlite")).wait_ready()
+        assert server.post("/v1/completions", prompt="hello", max_tokens=1).status_code == 200
+        until(lambda: server.get("/health/ready").json()["warnings"] == [])
+        with unharmed(server, stream=False):
+            with (disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+                while filler.write(b"x" * 4096):
+                    pass
+            answer = server.post("/v1/completions", prompt="hello", max_tokens=1)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ledger_unavailable")
+            told = server.get("/health/ready")
+            assert (told.status_code, told.json()["state"]) == (503, "ledger")
+            assert "full" in told.json()["reason"]
+            (disk / "filler").unlink()
+            until(lambda: server.ready, 20)  # nobody has to send a request for that
+        assert server.post("/v1/completions", prompt="hello", max_tokens=1).status_code == 200
+        assert server.end(signal.SIGTERM) == 0
+        assert len(ledger_rows(disk / "usage.sqlite")) == 2
+
+
+def test_half_a_body_does_not_hold_a_drain(start: Callable[..., Server]) -> None:
+    server = start("--client-seconds", "100").wait_ready()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port or 0), 30) as sock:
+        sock.sendall(head)
+        time.sleep(1)  # until the server reads it
+        began = time.monotonic()
+        assert server.end(signal.SIGTERM) == 0
+        assert time.monotonic() - began < 15  # and not the 30 s of a drain
+        assert sock.recv(100).startswith(b"HTTP/1.1 503")
+
+
+def test_a_page_that_points_its_name_here_reads_nothing(server: Server) -> None:
+    for path in ("/docs", "/openapi.json", "/v1/models", "/metrics"):
+        for name in ("evil.example", f"evil.example:{httpx.URL(server.url).port}", "127.0.0.1.evil.example"):
+            answer = httpx.get(server.url + path, headers={"host": name}, timeout=30)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "host_not_allowed")
+    page = server.get("/docs")
+    assert page.status_code == 200
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
 
 
 def test_clients_that_never_read_hold_no_place(start: Callable[..., Server]) -> None:

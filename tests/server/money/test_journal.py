@@ -148,3 +148,34 @@ def test_a_full_disk_is_no_journal(
     assert ledger.problem is not None
     assert '"request_id":"b"' in caplog.text  # a lost row is kept in the log
     ledger.close()
+
+
+def test_a_full_disk_is_told_at_once_and_no_longer_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, heard = tmp_path / "usage.sqlite", Heard()
+    monkeypatch.setattr(module, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_RETRY_SECONDS", (0.01,))
+    ledger = Ledger(str(path))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, sqlite3.connect(path) as other:
+        patch.setattr(Journal, "append", full)
+        patch.setattr(os, "posix_fallocate", full)
+        other.execute("alter table dsa_usage rename to away")
+        ledger.append(row("a"), heard)
+        assert heard.wait(1) == [False]
+        assert ledger.behind
+        time.sleep(0.1)
+        assert ledger.behind  # though nobody tries
+        other.execute("alter table away rename to dsa_usage")
+    other.close()
+    until(lambda: not ledger.behind)
+    assert ledger.problem is None
+    assert waiting(path) == []  # what was tried left nothing behind
+    ledger.append(row("b"), heard)
+    assert heard.wait(2) == [False, True]
+    ledger.close()
+    assert read(path) == [("b",)]
