@@ -2,6 +2,9 @@
 
 `python -m benchmarks.compare --out DIR` runs `dsa bench` suite by suite. Options, or the environment variables
 LLAMA_SERVER, OPENVINO_PYTHON, VLLM_PYTHON and VLLM_MODEL, say where the other servers are. A server that is not named is left out.
+Contexts and prompts follow from the positions of the model (`Lengths`). With a large model `--suites long --rounds 1` is the
+shortest that has everything: each server is asked once a length, and the time to the first token, the decode rate and the
+memory are those of the same request.
 """
 
 from __future__ import annotations
@@ -15,8 +18,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.checkpoint.source import open_source
+from engine.config import PAGE_SIZE
+from engine.models import read_model
+from lab.bench.errors import BenchError
+from lab.bench.servers import cores
 from lab.tool import DSA
-from server.hub.models import DEFAULT_MODEL, resolve
+from server.hub.models import DEFAULT_MODEL, ModelError, resolve
+
+
+class Lengths(NamedTuple):
+    """Contexts that fit a model with so many positions, from nearly none to nearly all.
+
+    With 8,192 positions they are those that `dsa bench` has by default. With 32,768 they are 512, 8,192 and 30,720.
+    """
+
+    positions: int
+
+    @property
+    def longest(self) -> int:
+        """A prompt that leaves room for a question and an answer; whole pages."""
+        return (self.positions - max(self.positions // 16, 1024)) // PAGE_SIZE * PAGE_SIZE
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Of a stream that decodes."""
+        return self.positions // 64, self.positions // 4, self.longest
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """That are read cold. The shortest fills a step of a CPU."""
+        return max(self.positions // 64, 512), self.positions // 4, self.longest
+
+    @property
+    def requests(self) -> tuple[int, ...]:
+        """Of whole requests: the prompts alone where a model has so many positions that each takes minutes."""
+        if self.positions > 1 << 14:
+            return self.prompts
+        eighth = self.positions // 8
+        return eighth, 2 * eighth, 4 * eighth, 6 * eighth, 8 * eighth - 192
 
 
 class Peers(NamedTuple):
@@ -30,10 +70,13 @@ class Peers(NamedTuple):
     cpus: str
     threads: int
     openvino_python: str | None = None
+    overlay: Path | None = None  # the indexer; None: the one that belongs to the model
+    positions: int = 8192  # of the model
 
     def dsa(self) -> list[str]:
         """Return the arguments for this server with its defaults."""
-        return _serve("dsa", [*DSA, "serve", self.model, "--ledger", "none"])
+        overlay = [] if self.overlay is None else ["--overlay", str(self.overlay)]
+        return _serve("dsa", [*DSA, "serve", self.model, *overlay, "--ledger", "none"])
 
     def llama(self, slots: int, tokens: int, *, flash: bool, name: str = "llama.cpp") -> list[str]:
         """Return the arguments for llama-server on the same file; each slot has room for `tokens` tokens.
@@ -65,24 +108,30 @@ class Peers(NamedTuple):
         command = [
             "env", "VLLM_CPU_KVCACHE_SPACE=2", f"VLLM_CPU_OMP_THREADS_BIND={self.cpus}", "HF_HUB_OFFLINE=1",
             "VLLM_NO_USAGE_STATS=1", self.vllm_python, "-m", "vllm.entrypoints.openai.api_server",
-            "--model", self.vllm_model, "--max-model-len", "8192", "--max-num-seqs", "32",
+            "--model", self.vllm_model, "--max-model-len", str(self.positions), "--max-num-seqs", "32",
         ]  # fmt: skip
         return _serve("vLLM", command)
 
 
 def suites(peers: Peers) -> dict[str, list[str]]:
     """Return the arguments of each suite: name -> arguments."""
-    one, flash = peers.llama(1, 8192, flash=False), peers.llama(1, 8192, flash=True, name="llama.cpp -fa on")
+    room, lengths = peers.positions, Lengths(peers.positions)
+    one, flash = peers.llama(1, room, flash=False), peers.llama(1, room, flash=True, name="llama.cpp -fa on")
     many = peers.llama(32, 1280, flash=False)
     own, vllm, openvino = peers.dsa(), peers.vllm(), peers.openvino()
+    single = own + one + flash + openvino + vllm
     return {
-        "decode": own + one + flash + openvino + vllm,
-        "prefill": own + one + flash + openvino + vllm,
+        "decode": ["--contexts", _list(lengths.contexts), *single],
+        "prefill": ["--lengths", _list(lengths.prompts), *single],
         "concurrency": ["--streams", "1,8,32", *own, *many, *vllm],
-        "prefix": own + one + flash + vllm,
-        "long": own + one + flash + vllm,
+        "prefix": ["--prefixes", str(lengths.longest), *own, *one, *flash, *vllm],
+        "long": ["--contexts", _list(lengths.requests), *single],
         "overhead": own,
     }
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def _serve(name: str, command: Sequence[str]) -> list[str]:
@@ -117,16 +166,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="whose file both this server and llama.cpp read (%(default)s)",
     )
-    add("--cpus", default="1", help="cores of the servers; the client takes the others (%(default)s)")
-    add("--threads", type=int, default=1, help="as many as --cpus names (%(default)s)")
+    add("--overlay", type=Path, metavar="FILE", help="this server's indexer; the model's own if left out")
+    add(
+        "--cpus",
+        default="1",
+        help="cores of the servers; the client takes the others, and with all of them it is beside the servers (%(default)s)",
+    )
+    add("--threads", type=int, help="as many as --cpus names, if left out")
     add("--rounds", type=int, default=3, help="samples of each case of each server (%(default)s)")
     options = parser.parse_args(arguments)
     if (options.vllm_python is None) != (options.vllm_model is None):
         parser.error("--vllm-python and --vllm-model belong together")
+    try:
+        files = resolve(options.model, overlay=options.overlay)
+        pinned_to = cores(options.cpus)
+    except (ModelError, BenchError) as error:
+        parser.error(str(error))
+    threads = len(pinned_to) if options.threads is None else options.threads
     found = suites(
         Peers(
             options.llama_server, options.vllm_python, options.vllm_model, options.model,
-            resolve(options.model).weights, options.cpus, options.threads, options.openvino_python,
+            files.weights, options.cpus, threads, options.openvino_python, options.overlay,
+            read_model(open_source(files.weights)).shape().max_positions,
         )
     )  # fmt: skip
     chosen = list(found) if options.suites is None else options.suites.split(",")
@@ -134,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--suites names {unknown[0]!r}; expected some of {', '.join(found)}")
     shared = ["--out", str(options.out), "--cpus", options.cpus, "--rounds", str(options.rounds)]
     for name in chosen:
-        code = subprocess.run([*DSA, "bench", name, *shared, *found[name]]).returncode
+        code = subprocess.run([*DSA, "bench", name, options.model, *shared, *found[name]]).returncode
         if code:
             return code
     return 0

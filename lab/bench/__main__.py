@@ -12,7 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from lab.bench.errors import BenchError
 from lab.bench.inprocess import Overhead
+from lab.bench.servers import cores
 from lab.bench.suites import Concurrency, Decode, Long, Prefill, Prefix, Suite
 from lab.curve.__main__ import curve
 from lab.tool import DSA, fail, find, numbers, program, start
@@ -149,12 +151,15 @@ def _measure(
     for name in [*more, *([own] if own is not None else [])]:
         if name not in names:
             fail(f"{name!r} is none of the servers; there are {', '.join(names)}")
-    cores = _cores(cpus)
-    if endpoints and cores is not None and not commands:
+    try:
+        pinned_to = None if cpus is None else cores(cpus)
+    except BenchError as error:
+        fail(str(error))
+    if endpoints and cpus is not None and not commands:
         fail("--cpus is for servers that --serve starts, but --endpoint names running ones")
     plan = BenchPlan(
         suites=(suite,), endpoints=endpoints, commands=commands, own=own or names[0], fields=more,
-        files=find(model), rounds=rounds, cpus=cores, as_text=text, out=out, start_seconds=start_seconds,
+        files=find(model), rounds=rounds, cpus=pinned_to, as_text=text, out=out, start_seconds=start_seconds,
         command=ctx.obj,
     )  # fmt: skip
     run(plan, Console(width=None if sys.stdout.isatty() else _WIDTH))
@@ -227,18 +232,6 @@ def _json(name: str, text: str) -> dict[str, Any]:
     return (
         value if isinstance(value, dict) else fail(f"--fields of {name} is {text!r}; expected a JSON object")
     )
-
-
-def _cores(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    cores: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
-            fail(f"--cpus is {text!r}; expected cores, such as 1 or 0,2-3")
-        cores += range(int(first), int(last or first) + 1)
-    return tuple(dict.fromkeys(cores))
 
 
 if __name__ == "__main__":

@@ -143,6 +143,21 @@ def pinned(cpus: Sequence[int] | None) -> Iterator[None]:
         os.sched_setaffinity(0, allowed)
 
 
+def cores(text: str) -> tuple[int, ...]:
+    """Read the numbers of cores, such as `1` or `0,2-3`.
+
+    Raises:
+        BenchError: the text is none of this form.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
+            raise BenchError(f"--cpus is {text!r}; expected cores, such as 1 or 0,2-3")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(dict.fromkeys(found))
+
+
 def leave(cpus: Sequence[int]) -> None:
     """Keep this process off the servers' cores, if there are others."""
     if others := os.sched_getaffinity(0) - set(cpus):

@@ -38,6 +38,7 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
 
 DECODE = Metric(name="decode_rate", heading="decode tok/s", better="more", drawn=True)
 OUTPUT = Metric(name="output_rate", heading="output tok/s", better="more")
+RATE = Metric(name="prefill_rate", heading="prompt tok/s", better="more", drawn=True)
 TTFT = Metric(name="ttft", heading="TTFT s", better="less", digits=3, drawn=True)
 P50 = Metric(name="gap_p50", heading="p50 ms", better="less")
 P99 = Metric(name="gap_p99", heading="p99 ms", better="less", drawn=True)
@@ -117,7 +118,7 @@ class Prefill:
     title: ClassVar[str] = "prefill, one stream, cold"
     axis: ClassVar[str] = "prompt (tokens)"
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric(name="prefill_rate", heading="prompt tok/s", better="more", drawn=True),
+        RATE,
         msgspec.structs.replace(TTFT, drawn=False),
     )
 
@@ -223,6 +224,7 @@ class Long:
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric(name="seconds", heading="request s", better="less", digits=2, drawn=True),
         TTFT,
+        msgspec.structs.replace(RATE, drawn=False),
         DECODE,
     )
 
@@ -235,6 +237,7 @@ class Long:
         values = _told(
             seconds=timing.ended - timing.sent,
             ttft=timing.first_token_seconds,
+            prefill_rate=case / timing.first_token_seconds,
             decode_rate=timing.decode_rate,
         )
         return values, [timing]

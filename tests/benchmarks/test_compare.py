@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import curve, tables
-from benchmarks.compare import Peers, suites
+from benchmarks.compare import Lengths, Peers, suites
 from lab.bench.results import BenchResults, Sample, Server
 from lab.bench.suites import Decode
 
@@ -45,6 +45,36 @@ def test_a_peer_that_is_not_named_is_left_out() -> None:
     assert {name: list(serves(arguments)) for name, arguments in found.items()} == {
         key: ["dsa"] for key in found
     }
+
+
+@pytest.mark.parametrize(
+    ("positions", "contexts", "prompts"),
+    [
+        (2048, (32, 512, 1024), (512, 512, 1024)),
+        (8192, (128, 2048, 7168), (512, 2048, 7168)),
+        (32_768, (512, 8192, 30_720), (512, 8192, 30_720)),
+    ],
+)
+def test_lengths_fit_the_model(
+    positions: int, contexts: tuple[int, ...], prompts: tuple[int, ...]
+) -> None:
+    lengths = Lengths(positions)
+    assert lengths.contexts == contexts
+    assert lengths.prompts == prompts
+    assert max(lengths.requests) + 64 <= positions
+    assert lengths.longest + 512 + 1 <= positions, "a tail of `prefix` and a token"
+    found = suites(Peers("llama-server", None, None, "tiny", WEIGHTS, "1", 1, positions=positions))
+    for name in ("decode", "prefill", "prefix", "long"):
+        sizes = [int(size) for size in found[name][1].split(",")]
+        assert max(sizes) < positions
+        one = serves(found[name])["llama.cpp"]
+        assert one[one.index("-c") + 1] == str(positions), "its slot has room for the longest"
+
+
+def test_an_indexer_may_be_named() -> None:
+    peers = Peers(None, None, None, "tiny", WEIGHTS, "1", 1, overlay=Path("/an indexer"))
+    command = serves(suites(peers)["decode"])["dsa"]
+    assert command[command.index("--overlay") + 1] == "/an indexer"
 
 
 def test_tables_are_made_of_the_results_and_written_between_the_marks(
