@@ -6,8 +6,12 @@
 enum { FETCHED = 32 }; // how many tokens ahead to prefetch
 
 // So many tokens are read at once, a multiple of 32: their keys and values stay in the second-level cache until the values
-// are summed.
+// are summed. Processors without AVX-512 have smaller ones.
+#ifdef DSA_AVX512
 enum { AT_ONCE = 1024 };
+#else
+enum { AT_ONCE = 256 };
+#endif
 
 enum { MOST_DIMS = 256 }; // of a head, for the forms below that are not plain
 
@@ -213,13 +217,13 @@ static void attend_known(int G, int parts, const bf16 *query, const bf16 *const 
 
 #else // any processor, in vectors of 8 that the compiler splits for it
 
-// scale * q . k of G queries and all tokens. `query` [G][D] is float32: of each 16 dims the even ones come first. It
-// prefetches `fetch` bytes of later tokens.
+// scale * q . k of G queries and `count` tokens. `query` [G][D] is float32: of each 16 dims the even ones come first. It
+// prefetches `fetch` bytes of later tokens, of which there are `known` with these.
 static inline __attribute__((always_inline)) void dots(int G, int D, const float *query, const bf16 *const *tokens, int64_t at,
-                                                       int64_t fetch, int count, int n, float scale, float *weights) {
+                                                       int64_t fetch, int count, int known, float scale, float *weights) {
     for (int s = 0; s < count; s++) {
         const bf16 *key = tokens[s] + at;
-        if (s + FETCHED < count) {
+        if (s + FETCHED < known) {
             const char *next = (const char *)(tokens[s + FETCHED] + at);
             for (int64_t line = 0; line < fetch; line += 64) __builtin_prefetch(next + line, 0, 2);
         }
@@ -230,20 +234,21 @@ static inline __attribute__((always_inline)) void dots(int G, int D, const float
             for (int g = 0; g < G; g++)
                 sums[g] += even * (v8f)load_8(query + g * D + i) + odd * (v8f)load_8(query + g * D + i + 8);
         }
-        for (int g = 0; g < G; g++) weights[(int64_t)g * n + s] = scale * sum_8(sums[g]);
+        for (int g = 0; g < G; g++) weights[g * AT_ONCE + s] = scale * sum_8(sums[g]);
     }
 }
 
-// Turn one query's scores into e^(x - max). Returns their sum.
-static float soften(float *x, int count) {
-    float most = -INFINITY, total = 0.0f;
-    v16f largest = (v16f){0} - INFINITY, sums = {0};
+// Turn one query's scores into e^(x - max). `largest` is the max of earlier tokens, and becomes that of all. Returns the sum
+// of the new ones.
+static float soften(float *x, int count, float *largest) {
+    float most = *largest, total = 0.0f;
+    v16f larger = (v16f){0} + most, sums = {0};
     int s = 0;
     for (; s + 16 <= count; s += 16) {
         const v16f y = load_16(x + s);
-        largest = chosen_16(y > largest, y, largest);
+        larger = chosen_16(y > larger, y, larger);
     }
-    most = most_16(largest);
+    most = most_16(larger);
     for (; s < count; s++) most = x[s] > most ? x[s] : most;
     for (s = 0; s + 16 <= count; s += 16) {
         const v16f y = exp_negative_16(load_16(x + s) - most);
@@ -251,49 +256,67 @@ static float soften(float *x, int count) {
         sums += y;
     }
     for (; s < count; s++) total += x[s] = exp_negative(x[s] - most);
+    *largest = most;
     return total + sum_16(sums);
 }
 
-// out[g] = sum_s weights[g][s] value[s] / total[g]. Sixteen dims of all queries at a time, so that their sums fit the registers.
-static inline __attribute__((always_inline)) void combine(int G, int D, const bf16 *const *tokens, int64_t at, int count, int n,
-                                                          const float *weights, const float *totals, bf16 *out) {
+// out[g] = out[g] * shrink[g] + sum_s weights[g][s] value[s], of each 16 dims the even ones first. Sixteen dims of all queries
+// at a time, so that their sums fit the registers. `shrink` is NULL for the first tokens, before which `out` has nothing.
+static inline __attribute__((always_inline)) void combine(int G, int D, const bf16 *const *tokens, int64_t at, int count,
+                                                          const float *weights, const float *shrink, float *out) {
     for (int i = 0; i < D; i += 16) {
         v8f even[TOGETHER] = {0}, odd[TOGETHER] = {0};
+        for (int g = 0; shrink && g < G; g++) {
+            even[g] = shrink[g] * (v8f)load_8(out + g * D + i);
+            odd[g] = shrink[g] * (v8f)load_8(out + g * D + i + 8);
+        }
         for (int s = 0; s < count; s++) {
             const v8u pairs = load_8(tokens[s] + at + D + i);
             for (int g = 0; g < G; g++) {
-                const float weight = weights[(int64_t)g * n + s];
+                const float weight = weights[g * AT_ONCE + s];
                 even[g] += weight * evens(pairs);
                 odd[g] += weight * odds(pairs);
             }
         }
-        for (int g = 0; g < G; g++)
-            for (int j = 0; j < 8; j++) {
-                out[g * D + i + 2 * j] = narrow(even[g][j] / totals[g]);
-                out[g * D + i + 2 * j + 1] = narrow(odd[g][j] / totals[g]);
-            }
+        for (int g = 0; g < G; g++) {
+            memcpy(out + g * D + i, &even[g], sizeof even[g]);
+            memcpy(out + g * D + i + 8, &odd[g], sizeof odd[g]);
+        }
     }
 }
 
 static inline __attribute__((always_inline)) void attend_queries(int G, int D, const bf16 *query, const bf16 *const *tokens,
-                                                                 int64_t at, int64_t fetch, int count, int n, float scale,
-                                                                 bf16 *out, float *weights) {
-    float q[TOGETHER * MOST_DIMS], totals[TOGETHER];
+                                                                 int64_t at, int64_t fetch, int count, float scale, bf16 *out) {
+    float weights[TOGETHER * AT_ONCE], q[TOGETHER * MOST_DIMS], sums[TOGETHER * MOST_DIMS], totals[TOGETHER], most[TOGETHER], shrink[TOGETHER];
     for (int i = 0; i < G * D; i++) q[i / 16 * 16 + i % 2 * 8 + i % 16 / 2] = wide(query[i]);
-    dots(G, D, q, tokens, at, fetch, count, n, scale, weights);
-    for (int g = 0; g < G; g++) totals[g] = soften(weights + (int64_t)g * n, count);
-    combine(G, D, tokens, at, count, n, weights, totals, out);
+    for (int g = 0; g < G; g++) {
+        most[g] = -INFINITY;
+        totals[g] = 0.0f;
+    }
+    for (int first = 0; first < count; first += AT_ONCE) {
+        const int some = count - first < AT_ONCE ? count - first : AT_ONCE;
+        dots(G, D, q, tokens + first, at, fetch, some, count - first, scale, weights);
+        for (int g = 0; g < G; g++) {
+            const float before = most[g], total = soften(weights + g * AT_ONCE, some, &most[g]);
+            // Not of -inf minus -inf, which is not-a-number. Not-a-number among the scores stays in the sums.
+            shrink[g] = first == 0 || !(before < most[g]) ? 1.0f : exp_negative(before - most[g]);
+            totals[g] = totals[g] * shrink[g] + total;
+        }
+        combine(G, D, tokens + first, at, some, weights, first ? shrink : 0, sums);
+    }
+    for (int g = 0; g < G; g++)
+        for (int i = 0; i < D; i++) out[g * D + i] = narrow(sums[g * D + i / 16 * 16 + i % 2 * 8 + i % 16 / 2] / totals[g]);
 }
 
-static void attend_known(int G, int D, const bf16 *query, const bf16 *const *tokens, int64_t at, int64_t fetch, int count, int n,
-                         float scale, bf16 *out, float *weights) {
+static void attend_known(int G, int D, const bf16 *query, const bf16 *const *tokens, int64_t at, int64_t fetch, int count,
+                         float scale, bf16 *out) {
     switch (G) {
-    case 1: attend_queries(1, D, query, tokens, at, fetch, count, n, scale, out, weights); break;
-    case 2: attend_queries(2, D, query, tokens, at, fetch, count, n, scale, out, weights); break;
-    case 3: attend_queries(3, D, query, tokens, at, fetch, count, n, scale, out, weights); break;
-    case 4: attend_queries(4, D, query, tokens, at, fetch, count, n, scale, out, weights); break;
-    case 5: attend_queries(5, D, query, tokens, at, fetch, count, n, scale, out, weights); break;
-    case 6: attend_queries(6, D, query, tokens, at, fetch, count, n, scale, out, weights); break;
+    case 1: attend_queries(1, D, query, tokens, at, fetch, count, scale, out); break;
+    case 2: attend_queries(2, D, query, tokens, at, fetch, count, scale, out); break;
+    case 3: attend_queries(3, D, query, tokens, at, fetch, count, scale, out); break;
+    case 4: attend_queries(4, D, query, tokens, at, fetch, count, scale, out); break;
+    case 5: attend_queries(5, D, query, tokens, at, fetch, count, scale, out); break;
+    case 6: attend_queries(6, D, query, tokens, at, fetch, count, scale, out); break;
     }
 }
 
@@ -344,8 +367,7 @@ void dsa_attend_row(const bf16 *query, const bf16 *plane, int64_t page_stride, c
 #else
         if (D % 16 == 0 && D <= MOST_DIMS) {
             for (int g = 0; g < G; g += together)
-                attend_known(G - g < together ? G - g : together, D, q + g * D, tokens, at, fetch, count, n, scale, o + g * D,
-                             weights);
+                attend_known(G - g < together ? G - g : together, D, q + g * D, tokens, at, fetch, count, scale, o + g * D);
             continue;
         }
 #endif

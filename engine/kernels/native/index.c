@@ -99,60 +99,56 @@ static void score_page(const int8_t *query, const float *weights, const int32_t 
 
 #elif defined(__AVX2__)
 
-// Score `heads` heads of one query against 16 tokens: add to sums [2][8], which are before the keys' scales. The query is as
-// pairs [heads][d / 4][2] of 16 bits: dims 0 and 2 of four, dims 1 and 3. Bytes of keys become such pairs by a mask and a shift.
-static inline __attribute__((always_inline)) void score_heads(int heads, const int32_t *pairs, const float *weights,
-                                                              const int32_t *begins, const uint8_t *keys, int d, __m256 *sums) {
-    __m256i products[4][2];
-    for (int h = 0; h < heads; h++) products[h][0] = products[h][1] = _mm256_set1_epi32(begins[h]);
-    for (int j = 0; j < d / 4; j++)
-        for (int half = 0; half < 2; half++) {
-            const __m256i bytes = _mm256_loadu_si256((const void *)(keys + 64 * j + 32 * half));
-            const __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(bytes, 8);
-            for (int h = 0; h < heads; h++) {
-                const int32_t *q = pairs + (h * (d / 4) + j) * 2;
-                const __m256i two = _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_set1_epi32(q[0])),
-                                                     _mm256_madd_epi16(odd, _mm256_set1_epi32(q[1])));
-                products[h][half] = _mm256_add_epi32(products[h][half], two);
-            }
-        }
-    for (int h = 0; h < heads; h++)
-        for (int half = 0; half < 2; half++) {
-            const __m256i positive = _mm256_max_epi32(products[h][half], _mm256_setzero_si256());
-            sums[half] = _mm256_fmadd_ps(_mm256_set1_ps(weights[h]), _mm256_cvtepi32_ps(positive), sums[half]);
-        }
-}
+enum { TOGETHER = 8 }; // heads whose sums fit the registers
 
-static void score_page(const int8_t *query, const float *weights, const int32_t *begins, const uint8_t *page,
-                       const uint8_t *next, int H, int d, float *out) {
-    __m256 sums[4][2];
-    const uint8_t *scales = page + PAGE * d;
-    for (int g = 0; g < 4; g++) sums[g][0] = sums[g][1] = _mm256_setzero_ps();
-    if (next)
-        for (int line = 0; line < PAGE * (d + 4); line += 64) __builtin_prefetch(next + line, 0, 2);
-    for (int h = 0; h < H; h += 4) {
-        const int heads = H - h < 4 ? H - h : 4;
-        int32_t pairs[4 * 512 / 2];
-        for (int i = 0; i < heads * d; i += 4) {
-            const int8_t *q = query + h * d + i;
-            const int16_t ordered[4] = {q[0], q[2], q[1], q[3]};
-            memcpy(pairs + i / 2, ordered, sizeof ordered);
-        }
-        for (int g = 0; g < 4; g++) {
-            const uint8_t *keys = page + g * 16 * d;
-            switch (heads) {
-            case 1: score_heads(1, pairs, weights + h, begins + h, keys, d, sums[g]); break;
-            case 2: score_heads(2, pairs, weights + h, begins + h, keys, d, sums[g]); break;
-            case 3: score_heads(3, pairs, weights + h, begins + h, keys, d, sums[g]); break;
-            default: score_heads(4, pairs, weights + h, begins + h, keys, d, sums[g]); break;
-            }
+// Score `heads` heads of one query against 8 tokens: add to their scores before the keys' scales. The query is as pairs
+// [heads][d / 4][2] of 16 bits: dims 0 and 2 of four, dims 1 and 3. Bytes of keys become such pairs by a mask and a shift.
+static inline __attribute__((always_inline)) __m256 score_heads(int heads, const int32_t *pairs, const float *weights,
+                                                                const int32_t *begins, const uint8_t *keys, int d, __m256 sum) {
+    __m256i products[TOGETHER];
+    for (int h = 0; h < heads; h++) products[h] = _mm256_set1_epi32(begins[h]);
+    for (int j = 0; j < d / 4; j++) {
+        const __m256i bytes = _mm256_loadu_si256((const void *)(keys + 64 * j));
+        const __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(bytes, 8);
+        for (int h = 0; h < heads; h++) {
+            const int32_t *q = pairs + (h * (d / 4) + j) * 2;
+            const __m256i two = _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_set1_epi32(q[0])),
+                                                 _mm256_madd_epi16(odd, _mm256_set1_epi32(q[1])));
+            products[h] = _mm256_add_epi32(products[h], two);
         }
     }
-    for (int g = 0; g < 4; g++)
-        for (int half = 0; half < 2; half++) {
-            const float *scale = (const float *)(const void *)(scales + 64 * g + 32 * half);
-            _mm256_storeu_ps(out + 16 * g + 8 * half, _mm256_mul_ps(sums[g][half], _mm256_loadu_ps(scale)));
+    for (int h = 0; h < heads; h++) {
+        const __m256i positive = _mm256_max_epi32(products[h], _mm256_setzero_si256());
+        sum = _mm256_fmadd_ps(_mm256_set1_ps(weights[h]), _mm256_cvtepi32_ps(positive), sum);
+    }
+    return sum;
+}
+
+// `pairs`: the whole query's. The next page is prefetched part by part: in a burst its lines would delay one another.
+static void score_page(const int32_t *pairs, const float *weights, const int32_t *begins, const uint8_t *page,
+                       const uint8_t *next, int H, int d, float *out) {
+    const int part = PAGE * (d + 4) / 8; // of a page, in bytes
+    for (int g = 0; g < 8; g++) {
+        const uint8_t *keys = page + g / 2 * 16 * d + g % 2 * 32;
+        __m256 sum = _mm256_setzero_ps();
+        if (next)
+            for (int line = g * part; line < (g + 1) * part; line += 64) __builtin_prefetch(next + line, 0, 2);
+        for (int h = 0; h < H; h += TOGETHER) {
+            const int32_t *q = pairs + h * d / 2;
+            switch (H - h) {
+            case 1: sum = score_heads(1, q, weights + h, begins + h, keys, d, sum); break;
+            case 2: sum = score_heads(2, q, weights + h, begins + h, keys, d, sum); break;
+            case 3: sum = score_heads(3, q, weights + h, begins + h, keys, d, sum); break;
+            case 4: sum = score_heads(4, q, weights + h, begins + h, keys, d, sum); break;
+            case 5: sum = score_heads(5, q, weights + h, begins + h, keys, d, sum); break;
+            case 6: sum = score_heads(6, q, weights + h, begins + h, keys, d, sum); break;
+            case 7: sum = score_heads(7, q, weights + h, begins + h, keys, d, sum); break;
+            default: sum = score_heads(8, q, weights + h, begins + h, keys, d, sum); break;
+            }
         }
+        const float *scales = (const float *)(const void *)(page + PAGE * d + 32 * g);
+        _mm256_storeu_ps(out + 8 * g, _mm256_mul_ps(sum, _mm256_loadu_ps(scales)));
+    }
 }
 
 #else
@@ -185,8 +181,17 @@ static void score_page(const int8_t *query, const float *weights, const int32_t 
 void dsa_index_scores_row(const int8_t *query, const float *weights, const int32_t *begins, const uint8_t *plane,
                           int64_t page_stride, const int64_t *block_table, int first, int last, int H, int d,
                           float *scores) {
+#if defined(__AVX2__) && !defined(DSA_AVX512)
+    int32_t form[H * d / 2];
+    for (int i = 0; i < H * d; i += 4) {
+        const int16_t ordered[4] = {query[i], query[i + 2], query[i + 1], query[i + 3]};
+        memcpy(form + i / 2, ordered, sizeof ordered);
+    }
+#else
+    const int8_t *form = query;
+#endif
     for (int page = first; page < last; page++) {
         const uint8_t *next = page + 2 < last ? plane + block_table[page + 2] * page_stride : 0;
-        score_page(query, weights, begins, plane + block_table[page] * page_stride, next, H, d, scores + PAGE * page);
+        score_page(form, weights, begins, plane + block_table[page] * page_stride, next, H, d, scores + PAGE * page);
     }
 }

@@ -159,6 +159,15 @@ __attribute__((always_inline)) static inline void add_group(int numbers, const u
     }
 }
 
+// Prefetch what a tile has AHEAD bytes after group g, each byte once: the hardware's prefetcher stops at each page.
+static inline __attribute__((always_inline)) void fetch(int kind, const uint8_t *tile, int groups, int g, const uint8_t *w) {
+    const size_t share = is_super(kind) ? group_bytes(kind) : head_bytes(kind, groups) / (size_t)groups + group_bytes(kind);
+    const uint8_t *ahead = (is_super(kind) ? w : tile + (size_t)g * share) + AHEAD;
+    for (size_t line = 0; line < share; line += 64) __builtin_prefetch(ahead + line, 0, 1);
+    if (is_super(kind) && g % GROUPS == 0)
+        for (size_t line = 0; line < HEAD + SMALL; line += 64) __builtin_prefetch(ahead - HEAD - SMALL + line, 0, 1);
+}
+
 __attribute__((always_inline)) static inline void multiply(const struct run *run, int kind, int plain, int add, int rows) {
     v16f total[ROWS];
     for (int r = 0; r < rows; r++) {
@@ -173,6 +182,7 @@ __attribute__((always_inline)) static inline void multiply(const struct run *run
         if (!plain) {
             w = numbers_of(kind, run->weights, run->all_groups, g), numbers = kind;
             scales_of(kind, run->weights, run->all_groups, g, scales);
+            fetch(kind, run->weights, run->all_groups, g, w);
         }
 #else
         uint8_t unpacked[UNPACKED];

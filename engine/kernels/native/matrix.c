@@ -101,6 +101,8 @@ __attribute__((always_inline)) static inline void multiply_few(const struct run 
     v8f total[TOGETHER][2] = {0};
     for (int g = 0; g < run->groups; g++, x += DSA_GROUP) {
         v8f part[TOGETHER][2] = {0};
+        for (int line = 0; run->ahead && line < DSA_GROUP / 2; line++)
+            __builtin_prefetch(run->ahead + (g * (DSA_GROUP / 2) + line) * WORD, 0, 1);
         for (int i = 0; i < DSA_GROUP / 2; i++) {
             const uint8_t *at = run->numbers + (g * (DSA_GROUP / 2) + i) * WORD;
             const v8u a = load_8(at), b = load_8(at + WORD / 2);
@@ -122,8 +124,9 @@ __attribute__((always_inline)) static inline void multiply_few(const struct run 
 __attribute__((always_inline)) static inline void multiply(const struct run *run, int alike, int rows) {
     const size_t inputs = (size_t)run->groups * DSA_GROUP;
     (void)alike;
-    for (int first = 0; first < rows; first += TOGETHER)
-        multiply_few(run, run->values + first * inputs, rows - first < TOGETHER ? rows - first : TOGETHER,
+    struct run part = *run;
+    for (int first = 0; first < rows; first += TOGETHER, part.ahead = 0)
+        multiply_few(&part, run->values + first * inputs, rows - first < TOGETHER ? rows - first : TOGETHER,
                      run->out + first * run->stride);
 }
 

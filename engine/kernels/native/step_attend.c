@@ -107,22 +107,24 @@ static void attend_dense(struct work *w, const struct dsa_layer *layer, int firs
                     1.0f / sqrtf((float)D), w->attended.values + at);
 }
 
-// Sparse rows of one prompt: a page of index keys is read from the nearest cache for all but the first.
+enum { KEY_PAGES = 4, SPARSE_ROWS = 8 };
+
+// Sparse rows of one prompt: KEY_PAGES pages of index keys are read from the nearest cache for all but the first.
 static void attend_sparse(struct work *w, const struct dsa_layer *layer, int first, int last, uint8_t *own) {
     const struct dsa_model *m = w->model;
     const struct dsa_step *step = w->step;
     const int H = m->index_heads, d = m->index_dim, pages = (int)(step->positions[last - 1] / PAGE) + 1;
     float *scores = dsa_scratch((int64_t)sizeof(float) * PAGE * pages * (last - first));
-    for (int page = first_seen(step, layer, first) / PAGE; page < pages; page++)
-        for (int r = first; r < last; r++)
-            if (page * PAGE <= step->positions[r])
-                dsa_index_scores_row(w->index_integers + (size_t)r * H * d, w->index_weights + (size_t)r * H,
-                                     w->index_begins + (size_t)r * H, layer->index_plane, m->index_stride,
-                                     table_of(step, r), page, page + 1, H, d, scores + (r - first) * pages * PAGE);
+    for (int page = first_seen(step, layer, first) / PAGE; page < pages; page += KEY_PAGES)
+        for (int r = first; r < last; r++) {
+            const int own_pages = (int)(step->positions[r] / PAGE) + 1;
+            const int end = page + KEY_PAGES < own_pages ? page + KEY_PAGES : own_pages;
+            dsa_index_scores_row(w->index_integers + (size_t)r * H * d, w->index_weights + (size_t)r * H,
+                                 w->index_begins + (size_t)r * H, layer->index_plane, m->index_stride, table_of(step, r),
+                                 page, end, H, d, scores + (r - first) * pages * PAGE);
+        }
     for (int r = first; r < last; r++) select_and_attend(w, layer, r, scores + (r - first) * pages * PAGE, own);
 }
-
-enum { SPARSE_ROWS = 8 };
 
 // Rows by blocks of one prompt, which threads take in turn. A tile sums in another order than a row alone, so where rows are
 // to be alike, dense ones are attended one by one, as decodes are; all else sums each row in one order.
