@@ -55,9 +55,7 @@ def test_a_peer_that_is_not_named_is_left_out() -> None:
         (32_768, (512, 8192, 30_720), (512, 8192, 30_720)),
     ],
 )
-def test_lengths_fit_the_model(
-    positions: int, contexts: tuple[int, ...], prompts: tuple[int, ...]
-) -> None:
+def test_lengths_fit_the_model(positions: int, contexts: tuple[int, ...], prompts: tuple[int, ...]) -> None:
     lengths = Lengths(positions)
     assert lengths.contexts == contexts
     assert lengths.prompts == prompts
