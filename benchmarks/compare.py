@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Peers(
             options.llama_server, options.vllm_python, options.vllm_model, options.model,
             files.weights, options.cpus, threads, options.openvino_python, options.overlay,
-            read_model(open_source(files.weights)).shape().max_positions,
+            read_model(open_source(files.weights)).shape(None).max_positions,
         )
     )  # fmt: skip
     chosen = list(found) if options.suites is None else options.suites.split(",")
