@@ -159,7 +159,9 @@ class ResponsesRenderer:
         self._kind = None
         if kind == "function_call":
             item["arguments"] = text
-            ended = self._event("response.function_call_arguments.done", **where, arguments=text)
+            ended = self._event(
+                "response.function_call_arguments.done", **where, name=item["name"], arguments=text
+            )
         else:
             if kind == "message":
                 self._logprobs += self._new_logprobs
@@ -190,7 +192,7 @@ class ResponsesRenderer:
         where: dict[str, Any] = {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
         return where if self._kind == "function_call" else where | {"content_index": 0}
 
-    def _event(self, name: str, **fields: Any) -> bytes:
+    def _event(self, name: str, /, **fields: Any) -> bytes:
         event = {"type": name, "sequence_number": self._number, **fields}
         self._number += 1
         return b"event: " + name.encode() + b"\n" + sse.event(msgspec.json.encode(event).decode())

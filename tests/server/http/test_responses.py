@@ -107,6 +107,8 @@ async def test_a_stream_is_the_response_in_pieces(serve: Serve, group: int) -> N
     assert joined("response.reasoning_text.delta") == "Hm."
     assert joined("response.output_text.delta") == "Look."
     assert json.loads(joined("response.function_call_arguments.delta")) == {"city": "Rio"}
+    (ended,) = [event for event in events if event.type == "response.function_call_arguments.done"]
+    assert (ended.name, json.loads(ended.arguments)) == ("weather", {"city": "Rio"})
     final = events[-1].response
 
     def shape(response: Any) -> Any:
