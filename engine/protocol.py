@@ -40,6 +40,10 @@ class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 # ---- server to engine ---------------------------------------------------------------------------
 
 
+SMALLEST_TEMPERATURE = 2.0**-126
+"""The smallest normal number of float32, in which logits are divided by it. A smaller one may be 0 there."""
+
+
 class SamplingParams(Value, frozen=True, kw_only=True):
     """How to choose each next token. The server has validated the values; the comments state their ranges.
 
@@ -49,7 +53,7 @@ class SamplingParams(Value, frozen=True, kw_only=True):
 
     max_tokens: int  # >= 1; prompt + max_tokens <= max_model_len
     seed: int  # 0 <= seed < 2**64
-    temperature: float = 1.0  # >= 0; 0 is greedy
+    temperature: float = 1.0  # 0, which is greedy, or at least SMALLEST_TEMPERATURE
     top_p: float = 1.0  # (0, 1]
     top_k: int = 0  # 0 switches it off
     min_p: float = 0.0  # [0, 1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from engine.client import EngineStatus
-from engine.protocol import Grammar, ModelInfo, SamplingParams, Submit
+from engine.protocol import SMALLEST_TEMPERATURE, Grammar, ModelInfo, SamplingParams, Submit
 from server.chat import ChatFormat
 from server.chat.answer import Answer
 from server.chat.parsing import THINK, THOUGHT
@@ -328,7 +328,7 @@ class Intake:
                 sampling = SamplingParams(
                     max_tokens=room,
                     seed=_derive(seed, choice),
-                    temperature=_default(body.temperature, own.temperature),
+                    temperature=_temperature(_default(body.temperature, own.temperature)),
                     top_p=_default(body.top_p, own.top_p),
                     top_k=min(max(_default(body.top_k, own.top_k), 0), size),
                     min_p=_default(body.min_p, own.min_p),
@@ -386,6 +386,11 @@ def _derive(seed: int, choice: int) -> int:
 
 def _stops(body: GenerationBody) -> tuple[str, ...]:
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+
+
+def _temperature(wanted: float) -> float:
+    """A temperature that float32 has; a smaller one draws the likeliest token, as 0 does."""
+    return wanted if wanted >= SMALLEST_TEMPERATURE else 0.0
 
 
 def _default(value: T | None, default: T) -> T:

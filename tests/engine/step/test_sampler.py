@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engine.plan.types import SampleSpec
-from engine.protocol import SamplingParams
+from engine.protocol import SMALLEST_TEMPERATURE, SamplingParams
 from engine.step.filters import runners
 from engine.step.sampler import (
     best_tokens,
@@ -138,6 +138,12 @@ def test_draws_follow_the_distribution() -> None:
         counts[drawn.token_id] += 1
     chi_square = sum((c - 4000 * p) ** 2 / (4000 * p) for c, p in zip(counts, probs.tolist(), strict=True))
     assert chi_square < 16.3  # p = 0.001 at 3 degrees of freedom; the seed is fixed, so this never flakes
+
+
+def test_the_smallest_temperature_draws_the_likeliest() -> None:
+    logits = torch.tensor([[0.5, 3.0, 2.9999998, -7.0]])
+    for filters in ({}, {"top_p": 0.5}, {"top_k": 2}, {"min_p": 0.1}):
+        assert sample(logits, [spec(temperature=SMALLEST_TEMPERATURE, **filters)])[0].token_id == 1
 
 
 def test_temperature_sharpens() -> None:
