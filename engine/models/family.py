@@ -227,6 +227,9 @@ class Shape:
     index_layers: int  # how many layers cache an index key
     cache: Mapping[str, tuple[int, int]]  # cache dtype -> bytes of (KV, index key) of a token in a layer
     attention: tuple[AttentionShape, ...]  # of all layers, one for each kind
+    native_cache: tuple[int, int] | None = (
+        None  # likewise, of the CPU's compiled kernels; None: they do not serve it
+    )
 
 
 class Family(Protocol):

@@ -102,6 +102,7 @@ def inspect(
     path, overlay = _files(model, overlay)
     import torch
 
+    from engine.kernels import native
     from engine.step.build import resolve_device, resolve_dtype
     from lab.inspect.report import Wanted, render
     from lab.inspect.report import inspect as look
@@ -109,12 +110,14 @@ def inspect(
 
     described = devices is not None or memory is not None
     found = resolve_device("auto")
+    plainly = dtype == kv_cache_dtype == "auto" and not (described or roofline or plot is not None)
+    compiled = plainly and found.type == "cpu" and native.library() is not None
     if dtype == "auto":
         plain = torch.bfloat16 if described else resolve_dtype("auto", found)
         dtype = str(plain).removeprefix("torch.")
     if stored == "auto" and not described and found.type == "cpu":
         stored = "plain"  # the engine does the same on a CPU
-    wanted = Wanted(context, concurrency, dtype, kv_cache_dtype, stored)
+    wanted = Wanted(context, concurrency, dtype, kv_cache_dtype, stored, native=compiled)
     if roofline or plot is not None:
         asked = Asked(concurrency, chunk, sys.maxsize if context is None else context, price)
         wanted = replace(wanted, roofline=(_ceilings(gpu), asked))

@@ -39,6 +39,9 @@ class Wanted:
     cache_dtype: str  # auto | float32 | bfloat16 | fp8
     weight_dtype: WeightDtype = "auto"  # of weights stored in FP8 blocks; auto keeps them in FP8
     roofline: tuple[Ceilings, Asked] | None = None  # also say the floor of steps on such devices
+    native: bool = (
+        False  # as this CPU's native kernels hold it, where they can: packed weights, index keys in 8 bits
+    )
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
     if whole is not None:
         check(shape.table, whole)
     parameters = count(shape)
-    cache = _cache(shape, wanted, fp8)
+    packed = None if whole is None else loaded_packed_bytes(shape.table, whole)
+    native = wanted.native and packed is not None and shape.native_cache is not None
+    cache = _cache(shape, wanted, fp8, native)
     in_blocks = _in_blocks(whole, fp8)
     loaded = _loaded(shape.table, in_blocks, wanted)
     if wanted.weight_dtype == "fp8" and not loaded.fp8:
@@ -79,7 +84,8 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
     alone = _why_one_device(family, devices.count)
     first = shape.table if alone is not None else shape.rank_table(devices.count)
     # Each device has the whole cache: every head reads the same latents.
-    each = _loaded(first, in_blocks, wanted).total + cache["bytes"]
+    weights = packed if native and packed is not None else _loaded(first, in_blocks, wanted).total
+    each = weights + cache["bytes"]
     floors: dict[str, Any] = {}
     if wanted.roofline is not None:
         held = HeldModel(
@@ -108,7 +114,8 @@ def inspect(path: Path, overlay: Path | None, wanted: Wanted, devices: Devices) 
             "loaded_bytes": loaded.total,
             "loaded_fp8_bytes": loaded.fp8,
             "dequantised_bytes": loaded.dequantised,
-            "packed_bytes": None if whole is None else loaded_packed_bytes(shape.table, whole),
+            "packed_bytes": packed,
+            "packed": native,
         },
         "unused_tensors": [] if whole is None else list(unused({**shape.table, **shape.mtp}, whole)),
         "cache": cache,
@@ -168,7 +175,7 @@ def _loaded(table: Mapping[str, Weight], in_blocks: Callable[[str], bool], wante
     return loaded_bytes(table, _DTYPES[wanted.dtype], in_blocks, keep=wanted.weight_dtype != "plain")
 
 
-def _cache(shape: Shape, wanted: Wanted, fp8: bool) -> dict[str, Any]:
+def _cache(shape: Shape, wanted: Wanted, fp8: bool, native: bool) -> dict[str, Any]:
     """Make the report's `cache`: the bytes of keys, values and index keys.
 
     Raises:
@@ -185,6 +192,8 @@ def _cache(shape: Shape, wanted: Wanted, fp8: bool) -> dict[str, Any]:
     if context > shape.max_positions:
         raise ConfigError(f"--context is {context}, but the model has {shape.max_positions} positions")
     kv, index = shape.cache[kind]
+    if native and shape.native_cache is not None:
+        kind, (kv, index) = "bfloat16, index keys in 8 bits", shape.native_cache
     token = shape.num_layers * kv + shape.index_layers * index
     pages = -(-context // PAGE_SIZE)
     return {
@@ -216,7 +225,9 @@ def render(report: Mapping[str, Any]) -> str:
         loaded = f"{size} in {dtype}, the head in float32"
         if weights["fp8_blocks"]:
             loaded += "; FP8 weights are dequantised on loading"
-    if weights["packed_bytes"] is not None:
+    if weights["packed"]:
+        loaded = f"{_size(weights['packed_bytes'])} in memory, packed as stored for the native kernels"
+    elif weights["packed_bytes"] is not None:
         loaded += f"; {_size(weights['packed_bytes'])} packed as stored, on a CPU with the native kernels"
     kv, index = cache["kv_bytes_per_token_per_layer"], cache["index_bytes_per_token_per_layer"]
     each = f"{kv} + {index} bytes a token a layer ({cache['dtype']}; KV + index key)"

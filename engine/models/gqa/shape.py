@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from engine.memory.layouts import Int8KeyLayout
 from engine.models.family import AttentionShape, Shape
 from engine.models.gqa.config import GqaConfig
 from engine.models.gqa.weights import weight_table
@@ -29,6 +30,10 @@ def shape(config: GqaConfig, indexer: IndexerInfo | None) -> Shape:
             name: (2 * c.num_kv_heads * c.head_dim * size, key * size)
             for name, size in (("bfloat16", 2), ("float32", 4))
         },
+        native_cache=(
+            2 * c.num_kv_heads * c.head_dim * 2,
+            Int8KeyLayout(key).token_bytes if Int8KeyLayout.fits(key) else 2 * key,
+        ),
         attention=tuple(
             AttentionShape(
                 layers=layers,

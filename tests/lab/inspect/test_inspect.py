@@ -99,6 +99,21 @@ def test_packed_weights_take_what_the_loader_takes(default_model: Path) -> None:
     assert "MiB packed as stored, on a CPU with the native kernels" in render(found)
 
 
+def test_native_kernels_need_what_they_allocate(default_model: Path) -> None:
+    if native.library() is None:
+        pytest.skip(str(native.missing()))
+    overlay = resolve(DEFAULT_MODEL).overlay
+    built = build(EngineConfig(weights=str(default_model), overlay=str(overlay), device="cpu"))
+    found = look(default_model, overlay, native=True, context=128)
+    planes = [built.cache.plane(i, name) for i in range(found["layers"]) for name in ("kv", "index_key")]
+    pages = sum(plane[:2].numel() * plane.element_size() for plane in planes)
+    assert found["cache"]["bytes"] == pages
+    assert found["fit"]["needed_bytes"] == built.weights.num_bytes + pages
+    assert "packed as stored for the native kernels" in render(found)
+    plain = look(default_model, overlay, context=128)
+    assert plain["fit"]["needed_bytes"] > found["fit"]["needed_bytes"]
+
+
 def weights_of(report: dict[str, Any]) -> int:
     size: int = report["weights"]["loaded_bytes"]
     return size
