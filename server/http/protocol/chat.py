@@ -304,9 +304,6 @@ class ChatChoice(BaseModel):
 class ChatCompletion(BaseModel):
     """The response when `stream` is false."""
 
-    prompt_token_ids: list[int] | None = PROMPT_IDS
-    prompt_logprobs: PromptLogprobs | None = PROMPT_LOGPROBS
-
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -314,6 +311,8 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str = FINGERPRINT
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = PROMPT_IDS
+    prompt_logprobs: PromptLogprobs | None = PROMPT_LOGPROBS
     warnings: list[Notice] | None = NOTICES
 
 
@@ -343,8 +342,6 @@ class ChatChunkChoice(BaseModel):
 class ChatCompletionChunk(BaseModel):
     """One event when `stream` is true."""
 
-    prompt_token_ids: list[int] | None = PROMPT_IDS
-
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
@@ -352,4 +349,5 @@ class ChatCompletionChunk(BaseModel):
     system_fingerprint: str = FINGERPRINT
     choices: list[ChatChunkChoice]
     usage: Usage | RunningUsage | None = None
+    prompt_token_ids: list[int] | None = PROMPT_IDS
     warnings: list[Notice] | None = NOTICES
