@@ -140,3 +140,12 @@ async def test_streams() -> None:
     assert chunks[0]["choices"][0]["logprobs"]["tokens"] == ["<|bos|>", "a", "b", "c"]
     assert chunks[1]["choices"][0]["logprobs"]["text_offset"] == [3]
     assert (last["choices"], last["usage"]["prompt_tokens"]) == ([], 3)
+
+
+@pytest.mark.parametrize(
+    ("sent", "used"), [(1e-60, 0.0), (5e-324, 0.0), (1e-39, 0.0), (1e-37, 1e-37), (0.0, 0.0)]
+)
+async def test_a_temperature_that_float32_does_not_have_is_greedy(sent: float, used: float) -> None:
+    engine = speaking("hello")
+    assert (await post(engine, completion_body("hi", temperature=sent))).status_code == 200
+    assert engine.submitted[0].sampling.temperature == used

@@ -14,7 +14,6 @@ from engine.protocol import Submit
 from server.app import create_app
 from server.chat.deepseek_v31 import DeepSeekV31
 from server.chat.deepseek_v32 import DeepSeekV32
-from server.chat.jinja import JinjaFormat
 from tests.server.chat.kit import CALL, EOS, OLD_CALL, VOCABULARY, WEATHER, ids, tool, user
 from tests.server.fake_engine import FakeEngine, Script
 from tests.server.kit import MODEL, client, error_of, events, make_config, serving
@@ -388,14 +387,3 @@ async def test_the_servers_budget_is_that_of_requests_without_one() -> None:
         "reasoning_content": "Hm.",
     }
     assert len(engine.submitted) == 5
-
-
-async def test_reasoning_that_the_model_opens_itself_has_the_servers_budget() -> None:
-    engine = engine_of("<think>on and on and on", f"Two.{EOS}")
-    chat = JinjaFormat("{% for m in messages %}{{ m.content }}{% endfor %}", reasons=True)
-    app = create_app(make_config(thinking_budget=4), engine, VOCABULARY, chat)
-    async with client(app) as http:
-        reply = await http.post("/v1/chat/completions", json={"messages": [user("?")]})
-    message = reply.json()["choices"][0]["message"]
-    assert (message["reasoning_content"], message["content"]) == ("on a", "Two.")
-    assert engine.submitted[1].prompt_token_ids[-1] == ids("</think>")[0]

@@ -398,11 +398,3 @@ async def test_every_field_has_an_effect(path: str, name: str, value: Any, base:
     assert before == await told(path, base)
     assert before != after
     assert "warnings" not in after[1]
-
-
-@pytest.mark.parametrize(
-    ("sent", "used"), [(1e-60, 0.0), (5e-324, 0.0), (1e-39, 0.0), (1e-37, 1e-37), (0.0, 0.0)]
-)
-async def test_a_temperature_that_float32_does_not_have_is_greedy(sent: float, used: float) -> None:
-    (submitted,), _ = await told("/v1/completions", {"temperature": sent})
-    assert submitted.sampling.temperature == used

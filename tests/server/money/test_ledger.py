@@ -296,12 +296,12 @@ async def test_readiness_says_that_the_ledger_cannot_be_written(
         assert ready.json()["state"] == "ledger"
         assert "the usage ledger cannot be written" in ready.json()["reason"]
         assert (await http.get("/health/live")).status_code == 200
-        path.unlink()
-        again = Ledger(str(path))  # makes the table
+        backup = Ledger(str(tmp_path / "backup.sqlite"))  # makes the table
+        backup.close()
+        path.write_bytes((tmp_path / "backup.sqlite").read_bytes())  # into the same file
         ledger.append(row("late"), heard)
         assert (await asyncio.to_thread(heard.wait, 2))[1]
         await asyncio.to_thread(until, lambda: ledger.problem is None and not ledger.waiting)
         assert (await http.get("/health/ready")).json()["warnings"] == []
-        again.close()
     ledger.close()
     assert read(path) == [("early",), ("late",)]

@@ -116,6 +116,22 @@ class PlainLlama:
             mask[t, sorted(range(t + 1), key=lambda s: (-row[s], -s))[:index_top_k]] = True
         return mask
 
+    @staticmethod
+    def clear(scores: Sequence[Tensor], index_top_k: int, within: float = 1e-5) -> bool:
+        """Whether float32 selects as float64 does: no row's last selected score is within so much of its next one, but equal.
+
+        Args:
+            scores: of each layer, [T, T]
+            index_top_k: tokens that a row selects
+            within: a part of the row's largest score
+        """
+        for layer in scores:
+            rows = layer[index_top_k:].sort(-1, descending=True).values
+            gap = rows[:, index_top_k - 1] - rows[:, index_top_k] if len(rows) else rows.new_zeros(0)
+            if ((gap > 0) & (gap < within * rows.abs().masked_fill(rows.isinf(), 0).amax(-1))).any():
+                return False
+        return True
+
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
         return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.c.rms_norm_eps) * weight
 
