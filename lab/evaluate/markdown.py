@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
-from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -18,12 +17,7 @@ from lab.evaluate.results import EvalResults
 
 def written(results: EvalResults, index_top_ks: Sequence[int]) -> str:
     """Write the tables of all parts that are done."""
-    return "\n".join(map(markdown, only_tables(tables(results, index_top_ks))))
-
-
-def only_tables(made: Iterable[RenderableType]) -> Iterable[Table]:
-    """Leave out what is no table."""
-    return (one for one in made if isinstance(one, Table))
+    return "\n".join(map(markdown, tables(results, index_top_ks)))
 
 
 def markdown(table: Table) -> str:

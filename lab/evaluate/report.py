@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table
 
 from lab.evaluate.code import CodeResult
@@ -31,7 +31,7 @@ def show(console: Console, results: EvalResults, index_top_ks: Sequence[int]) ->
         console.print(table)
 
 
-def tables(results: EvalResults, index_top_ks: Sequence[int]) -> Iterator[RenderableType]:
+def tables(results: EvalResults, index_top_ks: Sequence[int]) -> Iterator[Table]:
     """Make the tables of all parts that are done."""
     if results.faithful is not None:
         yield from faithful_tables(results.faithful)

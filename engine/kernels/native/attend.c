@@ -287,7 +287,8 @@ static inline __attribute__((always_inline)) void combine(int G, int D, const bf
 
 static inline __attribute__((always_inline)) void attend_queries(int G, int D, const bf16 *query, const bf16 *const *tokens,
                                                                  int64_t at, int64_t fetch, int count, float scale, bf16 *out) {
-    float weights[TOGETHER * AT_ONCE], q[TOGETHER * MOST_DIMS], sums[TOGETHER * MOST_DIMS], totals[TOGETHER], most[TOGETHER], shrink[TOGETHER];
+    float weights[TOGETHER * AT_ONCE], q[TOGETHER * MOST_DIMS], sums[TOGETHER * MOST_DIMS];
+    float totals[TOGETHER], most[TOGETHER], shrink[TOGETHER];
     for (int i = 0; i < G * D; i++) q[i / 16 * 16 + i % 2 * 8 + i % 16 / 2] = wide(query[i]);
     for (int g = 0; g < G; g++) {
         most[g] = -INFINITY;
