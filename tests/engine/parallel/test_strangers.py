@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from engine.channel import frame
 from engine.config import host_and_port
 from engine.errors import ConfigError, RankError
+from engine.parallel import node as node_module
 from engine.parallel import nodes as nodes_module
 from engine.parallel.link import RankLoaded
 from engine.parallel.node import Node
@@ -229,18 +231,26 @@ def test_callers_that_prove_nothing_do_not_keep_a_node_out(folder: Path, door: t
 
 
 def test_a_node_with_another_secret_says_so_and_tries_again_until_its_time_is_over(
-    folder: Path, door: tuple[Nodes, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path,
+    door: tuple[Nodes, str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nodes, leader = door
+    pauses: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append)  # only its pauses take time
+    monkeypatch.setattr(node_module, "time", clock)
     (tmp_path / "other").mkdir()
     other = secret_file(tmp_path / "other", b"x" * 32)
     sentence = "the leader does not take this node for one of its own; give both the same --node-secret-file"
-    with caplog.at_level(logging.INFO), pytest.raises(RankError, match=f"for 0.5 s: {sentence}$"):
-        Node(str(folder), None, leader, 0.5, other).run()
+    with caplog.at_level(logging.INFO), pytest.raises(RankError, match=f"for 1.5 s: {sentence}$"):
+        Node(str(folder), None, leader, 1.5, other).run()
     assert [line for line in caplog.messages if sentence in line] == [
         f"waiting for the leader at {leader}: {sentence}"
     ]
-    assert nodes.strangers >= 2
+    assert pauses == [1.0, 1.0]
+    until(lambda: nodes.strangers == 3)
 
 
 def test_other_hosts_need_a_secret(folder: Path, tmp_path: Path) -> None:
