@@ -316,6 +316,7 @@ def _build(
         Meter(cost_model),
         sparse=model.indexer is not None,
         grammars=None if vocabulary is None else Grammars(vocabulary, model.vocab_size),
+        late_masks=ahead is None and draw is sample,
     )
     return Built(
         core=core,

@@ -98,6 +98,7 @@ class EngineCore:
         *,
         sparse: bool,
         grammars: Grammars | None = None,
+        late_masks: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Nothing runs.
@@ -108,6 +109,7 @@ class EngineCore:
             meter: counts what requests use
             sparse: the model has an indexer; without one every request runs dense, whatever it asks for
             grammars: compiles those of requests; None: no request can have one
+            late_masks: the runner draws with `engine.step.sampler.sample`, which may ask for masks late
             clock: in seconds
         """
         self._scheduler = scheduler
@@ -116,6 +118,7 @@ class EngineCore:
         self._sparse = sparse
         self._grammars = grammars
         self._masking = Masking()
+        self._late_masks = late_masks
         self._compiling: dict[str, Submit] = {}  # requests whose grammar a thread compiles
         self._apart: Callable[[Compiled], None] | None = None
         self._clock = clock
@@ -287,7 +290,7 @@ class EngineCore:
             if hold:
                 flight = self._runner.launch(plan, hold=True)
             elif masked:
-                masks, failed = self._masking.masks(plan)
+                masks, failed = self._masking.masks(plan, late=self._late_masks)
                 flight = self._runner.launch(plan, masks)
             else:
                 flight = self._runner.launch(plan)

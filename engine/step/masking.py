@@ -6,6 +6,9 @@ and before the draw. A runner that takes plans ahead has begun to compute the ro
 Drafts are verified under masks, too: the row after a draft has the mask of the grammar's place after that draft. A draft that
 the grammar does not allow is never drawn, so it and what follows are dropped.
 
+On the host a draw asks about a few tokens first, and needs the mask only if these do not tell (`engine.step.foresight`). So
+such masks are late: computed when the draw asks for them.
+
 Masks are computed on threads. If one takes too long, its request ends with an error, and the others go on.
 """
 
@@ -13,9 +16,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +43,23 @@ _THREADS = min(4, os.cpu_count() or 1)
 _FEW = 8
 """So many requests are computed on one thread: to wake more would take longer."""
 
+_ANY, _FIRST_LATE = -1, -2
+
+_BIASES = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, np.float32(0), np.float32(-np.inf))
+"""[256, 8]: what `TokenMasks.bias` is for the 8 tokens of a byte. Four times as fast as to unpack the bits and select by them."""
+
+
+class LateMasks(Protocol):
+    """Masks that are computed when a draw needs them; a question about one token is answered before."""
+
+    def allows(self, number: int, token_id: int) -> bool:
+        """Whether a mask allows a token; False if there is no time left to find out."""
+        ...
+
+    def compute(self, numbers: Sequence[int]) -> list[MaskWords | str]:
+        """Compute masks: each [W], or why there is none."""
+        ...
+
 
 @dataclass(frozen=True)
 class TokenMasks:
@@ -45,24 +67,46 @@ class TokenMasks:
 
     Attributes:
         words: [M, W]: bit t % 32 of word t // 32 says whether token t may be drawn.
-        of: [N], for each row that is drawn from, in the plan's order: its mask's number; -1: any token.
+        of: [N], for each row that is drawn from, in the plan's order: its mask's number; -1: any token; -2 - n: the
+            mask is the n-th of `late`.
+        late: masks that are not computed yet, only for a draw on the host.
     """
 
     words: NDArray[np.int32]
     of: NDArray[np.int32]
+    late: LateMasks | None = None
 
     def part(self, rows: Sequence[int]) -> TokenMasks | None:
         """The masks of some rows; None if none of them has one."""
         of = self.of[list(rows)]
-        return TokenMasks(self.words, of) if (of >= 0).any() else None
+        return TokenMasks(self.words, of, self.late) if (of != _ANY).any() else None
 
-    def allowed(self, row: int, vocab_size: int) -> NDArray[np.bool_] | None:
-        """Which tokens a row may draw, [vocab_size]; None: any."""
+    def rule(self, row: int) -> Callable[[int], bool] | None:
+        """Whether a row may draw a token, if its mask is late; None: it is computed, or there is none."""
+        number = _FIRST_LATE - int(self.of[row])
+        return None if self.late is None or number < 0 else partial(self.late.allows, number)
+
+    def computed(self, rows: Sequence[int]) -> tuple[TokenMasks, dict[int, str]]:
+        """Compute the late masks of some rows. Return masks that have these, and why rows have none."""
+        assert self.late is not None
+        of, words, failed = self.of.copy(), list(self.words), dict[int, str]()
+        for row, mask in zip(
+            rows, self.late.compute([_FIRST_LATE - int(of[row]) for row in rows]), strict=True
+        ):
+            if isinstance(mask, str):
+                failed[row] = mask
+            else:
+                of[row] = len(words)
+                words.append(mask)
+        return TokenMasks(np.array(words, dtype=np.int32), of, self.late), failed
+
+    def bias(self, row: int, vocab_size: int) -> NDArray[np.float32] | None:
+        """What to add to a row's logits, [vocab_size]: 0 for a token that it may draw, -inf for another; None: it may draw any."""
         mask = int(self.of[row])
-        if mask < 0:
+        if mask == _ANY:
             return None
-        bits = np.unpackbits(self.words[mask].view(np.uint8), bitorder="little")
-        return bits[:vocab_size].view(np.bool_)
+        biases: NDArray[np.float32] = np.take(_BIASES, self.words[mask].view(np.uint8), axis=0)
+        return biases.reshape(-1)[:vocab_size]
 
 
 class Masking:
@@ -79,17 +123,25 @@ class Masking:
         """Follow a new answer."""
         self._live[request_id] = _Answer(matcher, frozenset(grammar.after))
 
-    def masks(self, plan: StepPlan) -> tuple[TokenMasks | None, dict[str, str]]:
+    def masks(self, plan: StepPlan, *, late: bool = False) -> tuple[TokenMasks | None, dict[str, str]]:
         """The masks of a plan whose tokens are all known, and why requests failed that have none.
 
         The masks are None if every row may draw any token.
+
+        Args:
+            plan: the step's
+            late: compute the masks of requests without drafts only when a draw asks for them
         """
         asked: list[tuple[str, int, tuple[int, ...]]] = []
+        waiting: list[tuple[str, int]] = []
         count = 0
         for request in plan.requests:
             if request.sample is not None:
                 if request.request_id in self._live:
-                    asked.append((request.request_id, count, request.drafts))
+                    if late and not request.num_drafts:
+                        waiting.append((request.request_id, count))
+                    else:
+                        asked.append((request.request_id, count, request.drafts))
                 count += 1 + request.num_drafts
         results: list[_Result | None] = [None] * len(asked)
         self._compute([(self._live[name], drafts) for name, _, drafts in asked], results)
@@ -104,7 +156,29 @@ class Masking:
                 if mask is not None:
                     of[row] = len(words)
                     words.append(mask)
-        return (TokenMasks(np.stack(words), of) if words else None), failed
+        places: list[_Answer] = []
+        for name, row in waiting:
+            try:
+                if self._live[name].advance():
+                    of[row] = _FIRST_LATE - len(places)
+                    places.append(self._live[name])
+            except GrammarError as error:
+                failed[name] = f"{GRAMMAR_FAULT}: {error}"
+        if not words and not places:
+            return None, failed
+        return TokenMasks(
+            np.array(words, dtype=np.int32), of, _Late(self, places) if places else None
+        ), failed
+
+    def compute(self, answers: Sequence[_Answer]) -> list[MaskWords | str]:
+        """The next masks of answers that have begun: each [W], or why there is none."""
+        results: list[_Result | None] = [None] * len(answers)
+        self._compute([(answer, ()) for answer in answers], results)
+        masks: list[MaskWords | str] = []
+        for result in results:
+            mask = result[0] if isinstance(result, list) else None
+            masks.append(f"{GRAMMAR_FAULT}: {result or _SLOW}" if mask is None else mask)
+        return masks
 
     def accept(self, deltas: Iterable[Delta]) -> None:
         """Go on by the tokens that were drawn, and forget the answers that have ended."""
@@ -147,6 +221,7 @@ class Masking:
 
 _Result = list[MaskWords | None] | str
 _SLOW = "its next token takes too long to find"
+_ALWAYS_SLOW = "its tokens take too long to find"
 
 
 def _shares(count: int) -> list[range]:
@@ -195,12 +270,7 @@ class _Answer:
         There may be fewer than drafts: the rows after a draft that the grammar does not allow need none.
         """
         began = time.thread_time()
-        taken, self._taken = self._taken, []
-        for token_id in taken:
-            if self._begun:
-                self._matcher.consume(token_id)
-            else:
-                self._begun = token_id in self._after
+        self._consume()
         masks: list[MaskWords | None] = []
         if not self._begun:
             place = next((i + 1 for i, draft in enumerate(drafts) if draft in self._after), None)
@@ -211,6 +281,56 @@ class _Answer:
         masks += self._matcher.ahead(drafts)
         self._masks += len(masks)
         self._seconds += time.thread_time() - began
-        if self._seconds > SPARE_SECONDS + MASK_SECONDS * self._masks:
-            raise GrammarError("its tokens take too long to find")
+        if self._is_slow():
+            raise GrammarError(_ALWAYS_SLOW)
         return masks
+
+    def advance(self) -> bool:
+        """Go on by the tokens that were drawn; return whether the grammar has begun.
+
+        Raises:
+            GrammarError: one of them is not allowed, or it takes too much.
+        """
+        began = time.thread_time()
+        self._consume()
+        self._masks += self._begun
+        self._seconds += time.thread_time() - began
+        if self._is_slow():
+            raise GrammarError(_ALWAYS_SLOW)
+        return self._begun
+
+    def allows(self, token_id: int) -> bool:
+        """Whether the next token may be this one, provided that the grammar has begun."""
+        if self._is_slow():
+            return False
+        began = time.thread_time()
+        try:
+            return self._matcher.allows(token_id)
+        except GrammarError:
+            return False  # its mask will say why
+        finally:
+            self._seconds += time.thread_time() - began
+
+    def _is_slow(self) -> bool:
+        return self._seconds > SPARE_SECONDS + MASK_SECONDS * self._masks
+
+    def _consume(self) -> None:
+        taken, self._taken = self._taken, []
+        for token_id in taken:
+            if self._begun:
+                self._matcher.consume(token_id)
+            else:
+                self._begun = token_id in self._after
+
+
+class _Late:
+    """The masks of answers, computed when a draw needs them."""
+
+    def __init__(self, masking: Masking, answers: Sequence[_Answer]) -> None:
+        self._masking, self._answers = masking, answers
+
+    def allows(self, number: int, token_id: int) -> bool:
+        return self._answers[number].allows(token_id)
+
+    def compute(self, numbers: Sequence[int]) -> list[MaskWords | str]:
+        return self._masking.compute([self._answers[number] for number in numbers])

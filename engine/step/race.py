@@ -18,7 +18,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-_REST = np.array([-1])
+REST = np.array([-1])
 """The token id of the tokens that race as one."""
 
 _SECOND = 1 << 40
@@ -63,7 +63,7 @@ def race(
     """
     own = weights[token_ids] / exponential_noise(seed, index, token_ids)
     best = int(own.argmax())
-    if rest <= 0 or rest / exponential_noise(seed, index, _REST)[0] <= own[best]:
+    if rest <= 0 or rest / exponential_noise(seed, index, REST)[0] <= own[best]:
         return int(token_ids[best])
     others = np.setdiff1d(np.flatnonzero(weights), token_ids, assume_unique=True)
     if not len(others):  # `rest` is only a rounding error of the sum: there are no other tokens

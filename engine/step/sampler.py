@@ -17,7 +17,8 @@ from torch import Tensor
 
 from engine.plan.types import Drawn, SampleSpec
 from engine.protocol import TokenLogprob, has_penalty
-from engine.step.filters import runners
+from engine.step.filters import runners, weights_of
+from engine.step.foresight import foresee
 from engine.step.masking import TokenMasks
 from engine.step.race import race
 
@@ -39,10 +40,26 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec], masks: TokenMasks | None
         masks: of the rows: which tokens may be drawn. Log-probabilities are those without a mask
     """
     tokens, finite = best_tokens(logits)
+    unsure: list[int] = []  # rows that only a late mask tells the token of
     for row, spec in enumerate(specs):
-        allowed = None if masks is None else masks.allowed(row, logits.shape[1])
-        if finite[row] and (allowed is not None or not _is_plain_greedy(spec)):
-            tokens[row] = _draw(logits[row].cpu().numpy(), spec, allowed)
+        if not finite[row]:
+            continue
+        if masks is not None and (allows := masks.rule(row)) is not None:
+            token = foresee(penalised(logits[row].cpu().numpy(), spec), spec, allows)
+            if token is None:
+                unsure.append(row)
+            else:
+                tokens[row] = token
+            continue
+        bias = None if masks is None else masks.bias(row, logits.shape[1])
+        if bias is not None or not _is_plain_greedy(spec):
+            tokens[row] = _draw(logits[row].cpu().numpy(), spec, bias)
+    failed: dict[int, str] = {}
+    if masks is not None and unsure:
+        masks, failed = masks.computed(unsure)
+        for row in unsure:
+            if row not in failed:
+                tokens[row] = _draw(logits[row].cpu().numpy(), specs[row], masks.bias(row, logits.shape[1]))
     reported: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # rows by what alternatives they report
     for row, spec in enumerate(specs):
         if finite[row] and spec.params.logprobs is not None:
@@ -53,7 +70,9 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec], masks: TokenMasks | None
         own = token_logprobs(logits[rows], [tokens[row] for row in rows], alternatives, given)
         logprobs.update(zip(rows, own, strict=True))
     return [
-        Drawn(token_id=token, logprob=logprobs.get(row)) if good else NOT_FINITE
+        Drawn(error=failed[row])
+        if row in failed
+        else (Drawn(token_id=token, logprob=logprobs.get(row)) if good else NOT_FINITE)
         for row, (token, good) in enumerate(zip(tokens, finite, strict=True))
     ]
 
@@ -143,16 +162,15 @@ def _is_plain_greedy(spec: SampleSpec) -> bool:
     return spec.params.temperature == 0 and not has_penalty(spec.params) and not spec.biases
 
 
-def _draw(logits: LogitRow, spec: SampleSpec, allowed: NDArray[np.bool_] | None) -> int:
+def _draw(logits: LogitRow, spec: SampleSpec, bias: NDArray[np.float32] | None) -> int:
     """Draw one token from one row: penalties, mask, temperature, filters, then the race."""
     params = spec.params
     logits = penalised(logits, spec)
-    if allowed is not None:
-        logits = np.where(allowed, logits, np.float32(-np.inf))
+    if bias is not None:
+        logits = logits + bias
     if params.temperature == 0:
         return int(logits.argmax())
-    with np.errstate(over="ignore"):  # near temperature 0 all other exponents overflow to -inf
-        weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
+    weights = weights_of(logits, params.temperature)
     token_ids, rest = runners(weights, params)
     return race(weights, token_ids, rest, params.seed, spec.output_index)
 

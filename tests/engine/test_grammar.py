@@ -11,6 +11,7 @@ from engine.errors import GrammarError
 from engine.grammar import GrammarCompiler, MaskWords, Matcher
 from engine.protocol import Vocabulary
 from tests.engine.grammars import CALL, END, FREE, OTHER_END, SIZE, TEXTS, THOUGHT, VOCABULARY, schema_grammar
+from tests.schemas import random_schema
 
 BEGIN = 256 + TEXTS.index(b'{"')
 TRUE = 256 + TEXTS.index(b"true")
@@ -67,6 +68,24 @@ def test_masks_ahead_end_at_the_first_draft_that_is_not_allowed(compiler: Gramma
     assert tokens(matcher.mask()) == before, "the place stays"
     with pytest.raises(GrammarError):
         matcher.consume(ord("c"))
+
+
+def test_a_question_about_a_token_is_answered_as_by_the_mask(compiler: GrammarCompiler) -> None:
+    """Also for the tokens that end an answer, for control tokens, and for ids without text."""
+    random = np.random.default_rng(1)
+    ended = 0
+    for seed in range(40):
+        matcher = compiler.compile(schema_grammar(random_schema(seed)).text)
+        for _ in range(25):
+            allowed = tokens(matcher.mask())
+            assert {token for token in range(SIZE + 40) if matcher.allows(token)} == allowed
+            if allowed & {END, OTHER_END}:
+                ended += 1
+            left = sorted(allowed - {END, OTHER_END})
+            if not left:
+                break
+            matcher.consume(int(random.choice(left)))
+    assert ended > 10
 
 
 def test_looking_ahead_changes_nothing() -> None:
