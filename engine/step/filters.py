@@ -37,19 +37,22 @@ def restricts(params: SamplingParams, vocab_size: int) -> bool:
     return 0 < params.top_k < vocab_size or params.top_p < 1 or params.min_p > 0
 
 
-def runners(weights: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], float]:
+def runners(
+    weights: NDArray[np.float32], params: SamplingParams, vocab_size: int | None = None
+) -> tuple[NDArray[np.int64], float]:
     """Return the tokens that race one by one, and the weight of all others if these race too.
 
     Args:
         weights: [V], in proportion to each token's probability; the largest is 1.
         params: the filters.
+        vocab_size: all tokens; None: these are all.
 
     Returns:
-        (token ids [N] ascending, the summed weight of the others; 0 if the filters removed them).
+        (places [N] ascending, the summed weight of the others; 0 if the filters removed them).
     """
     total = float(weights.sum())
     likely = likely_tokens(weights)
-    if not restricts(params, len(weights)):
+    if not restricts(params, vocab_size or len(weights)):
         return likely, max(0.0, total - float(weights[likely].sum()))
     edge = _edge(weights[likely], total, params)
     if edge is None:

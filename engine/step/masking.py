@@ -45,9 +45,6 @@ _FEW = 8
 
 _ANY, _FIRST_LATE = -1, -2
 
-_BIASES = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, np.float32(0), np.float32(-np.inf))
-"""[256, 8]: what `TokenMasks.bias` is for the 8 tokens of a byte. Four times as fast as to unpack the bits and select by them."""
-
 
 class LateMasks(Protocol):
     """Masks that are computed when a draw needs them; a question about one token is answered before."""
@@ -100,13 +97,10 @@ class TokenMasks:
                 words.append(mask)
         return TokenMasks(np.array(words, dtype=np.int32), of, self.late), failed
 
-    def bias(self, row: int, vocab_size: int) -> NDArray[np.float32] | None:
-        """What to add to a row's logits, [vocab_size]: 0 for a token that it may draw, -inf for another; None: it may draw any."""
+    def words_of(self, row: int) -> MaskWords | None:
+        """A row's mask; None: it may draw any token."""
         mask = int(self.of[row])
-        if mask == _ANY:
-            return None
-        biases: NDArray[np.float32] = np.take(_BIASES, self.words[mask].view(np.uint8), axis=0)
-        return biases.reshape(-1)[:vocab_size]
+        return None if mask == _ANY else self.words[mask]
 
 
 class Masking:

@@ -50,22 +50,34 @@ def exponential_noise(seed: int, index: int, token_ids: NDArray[np.int64]) -> ND
 
 
 def race(
-    weights: NDArray[np.float32], token_ids: NDArray[np.int64], rest: float, seed: int, index: int
+    weights: NDArray[np.float32],
+    places: NDArray[np.int64],
+    rest: float,
+    seed: int,
+    index: int,
+    token_ids: NDArray[np.int64] | None = None,
 ) -> int:
     """Return the id of the token that wins.
 
     Args:
         weights: [V], in proportion to each token's probability.
-        token_ids: [N] ascending, at least one: the tokens that race one by one.
+        places: [N] ascending, at least one: the tokens that race one by one.
         rest: the summed weight of all other tokens if these race too, else 0.
         seed: the request's seed.
         index: how many tokens the request has generated before.
+        token_ids: [V], ascending, whose weights these are; None: of all tokens.
     """
-    own = weights[token_ids] / exponential_noise(seed, index, token_ids)
+
+    def ids(of: NDArray[np.int64]) -> NDArray[np.int64]:
+        return of if token_ids is None else token_ids[of]
+
+    runners = ids(places)
+    own = weights[places] / exponential_noise(seed, index, runners)
     best = int(own.argmax())
     if rest <= 0 or rest / exponential_noise(seed, index, REST)[0] <= own[best]:
-        return int(token_ids[best])
-    others = np.setdiff1d(np.flatnonzero(weights), token_ids, assume_unique=True)
+        return int(runners[best])
+    others = np.setdiff1d(np.flatnonzero(weights), places, assume_unique=True)
     if not len(others):  # `rest` is only a rounding error of the sum: there are no other tokens
-        return int(token_ids[best])
-    return int(others[(weights[others] / exponential_noise(seed, index, others + _SECOND)).argmax()])
+        return int(runners[best])
+    late = ids(others)
+    return int(late[(weights[others] / exponential_noise(seed, index, late + _SECOND)).argmax()])

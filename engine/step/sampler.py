@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.grammar import MaskWords
 from engine.plan.types import Drawn, SampleSpec
 from engine.protocol import TokenLogprob, has_penalty
 from engine.step.filters import runners, weights_of
@@ -51,15 +52,15 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec], masks: TokenMasks | None
             else:
                 tokens[row] = token
             continue
-        bias = None if masks is None else masks.bias(row, logits.shape[1])
-        if bias is not None or not _is_plain_greedy(spec):
-            tokens[row] = _draw(logits[row].cpu().numpy(), spec, bias)
+        mask = None if masks is None else masks.words_of(row)
+        if mask is not None or not _is_plain_greedy(spec):
+            tokens[row] = _draw(logits[row].cpu().numpy(), spec, mask)
     failed: dict[int, str] = {}
     if masks is not None and unsure:
         masks, failed = masks.computed(unsure)
         for row in unsure:
             if row not in failed:
-                tokens[row] = _draw(logits[row].cpu().numpy(), specs[row], masks.bias(row, logits.shape[1]))
+                tokens[row] = _draw(logits[row].cpu().numpy(), specs[row], masks.words_of(row))
     reported: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # rows by what alternatives they report
     for row, spec in enumerate(specs):
         if finite[row] and spec.params.logprobs is not None:
@@ -162,17 +163,36 @@ def _is_plain_greedy(spec: SampleSpec) -> bool:
     return spec.params.temperature == 0 and not has_penalty(spec.params) and not spec.biases
 
 
-def _draw(logits: LogitRow, spec: SampleSpec, bias: NDArray[np.float32] | None) -> int:
+def _draw(logits: LogitRow, spec: SampleSpec, mask: MaskWords | None) -> int:
     """Draw one token from one row: penalties, mask, temperature, filters, then the race."""
     params = spec.params
     logits = penalised(logits, spec)
-    if bias is not None:
-        logits = logits + bias
+    vocab_size, token_ids = len(logits), None
+    if mask is not None:
+        logits, token_ids = _allowed(logits, mask)
     if params.temperature == 0:
-        return int(logits.argmax())
+        best = int(logits.argmax())
+        return best if token_ids is None else int(token_ids[best])
     weights = weights_of(logits, params.temperature)
-    token_ids, rest = runners(weights, params)
-    return race(weights, token_ids, rest, params.seed, spec.output_index)
+    places, rest = runners(weights, params, vocab_size)
+    return race(weights, places, rest, params.seed, spec.output_index, token_ids)
+
+
+def _allowed(logits: LogitRow, mask: MaskWords) -> tuple[LogitRow, NDArray[np.int64] | None]:
+    """The logits of the tokens that a mask allows, with their ids; if it allows many, all logits, and those of the others are -inf."""
+    allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(logits)].view(np.bool_)
+    if _FEW * np.count_nonzero(allowed) <= len(logits):
+        token_ids = np.flatnonzero(allowed)
+        return logits[token_ids], token_ids
+    biases: LogitRow = np.take(_BIASES, mask.view(np.uint8), axis=0)
+    return logits + biases.reshape(-1)[: len(logits)], None
+
+
+_FEW = 8
+"""If a mask allows no more than one in so many tokens, these are drawn from alone."""
+
+_BIASES = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, np.float32(0), np.float32(-np.inf))
+"""[256, 8]: what to add to the logits of a mask's 8 tokens, by its byte. Four times as fast as to select by the bits."""
 
 
 def penalised(logits: LogitRow, spec: SampleSpec) -> LogitRow:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from engine.plan.types import SampleSpec
 from engine.protocol import SamplingParams
+from engine.step import sampler
 from engine.step.foresight import foresee
 from engine.step.masking import TokenMasks
 from engine.step.sampler import sample
@@ -116,3 +117,26 @@ def test_a_grammar_that_bars_all_that_is_likely_needs_its_mask() -> None:
     allowed[SIZE - 2] = True
     assert told_and_drawn(logits, allowed, 0, {}) == (None, SIZE - 2)
     assert told_and_drawn(logits, allowed, 0, {"temperature": 0.0}) == (None, SIZE - 2)
+
+
+@pytest.mark.parametrize("wishes", FILTERS, ids=repr)
+def test_few_allowed_tokens_alone_are_drawn_from_as_among_all(
+    wishes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[int, list[int | None]] = {}
+    for few in (1, 10**6):  # every mask, and none
+        monkeypatch.setattr(sampler, "_FEW", few)
+        random = np.random.default_rng(5)
+        for seed in range(200):
+            logits = (3 * random.standard_normal(SIZE)).astype(np.float32)
+            allowed = random.random(SIZE) < 0.1
+            allowed[random.integers(SIZE)] = True
+            spec = SampleSpec(
+                params=SamplingParams(**{"max_tokens": 1, "seed": seed, **wishes}),
+                output_index=seed % 7,
+                history=(),
+                prompt_len=0,
+            )
+            (one,) = sample(torch.from_numpy(logits)[None], [spec], masks_of(allowed))
+            drawn.setdefault(few, []).append(one.token_id)
+    assert drawn[1] == drawn[10**6]
