@@ -147,8 +147,8 @@ def told_server(told: Told) -> Iterator[str]:
         thread.join(10)
 
 
-async def test_known_times_come_out_as_they_are(words: Words) -> None:
-    told = Told(first=0.1, cached=0.02, gap=0.02)
+async def times_come_out(told: Told, words: Words) -> None:
+    """Every plan's figures are those of a server that is told its times."""
     with told_server(told) as url:
         async with connect("told", f"{url}/v1/") as endpoint:
             await endpoint.greet()
@@ -167,6 +167,18 @@ async def test_known_times_come_out_as_they_are(words: Words) -> None:
             assert 36 < values["decode_rate"] < 165
             assert len(timings) == 6  # cold, and cached
             assert values["ttft"] == pytest.approx(0.1, abs=0.05)
+
+
+@pytest.mark.alone
+async def test_known_times_come_out_as_they_are(words: Words) -> None:
+    for left in (2, 1, 0):  # a machine that stalls makes an answer late, and cannot make one early
+        told = Told(first=0.1, cached=0.02, gap=0.02)
+        try:
+            await times_come_out(told, words)
+            break
+        except AssertionError:
+            if not left:
+                raise
     decodes, prefix = told.bodies[:2], told.bodies[3:5]
     assert decodes[0]["prompt"] == decodes[1]["prompt"]
     assert (decodes[0]["temperature"], decodes[0]["ignore_eos"], decodes[0]["max_tokens"]) == (0, True, 11)

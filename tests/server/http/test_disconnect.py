@@ -126,12 +126,12 @@ async def test_headers_come_before_the_first_token_and_comments_keep_the_stream_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("server.http.reply.KEEP_ALIVE_SECONDS", 0.02)
-    engine = speaking("a", first_delay=0.4)
+    engine = speaking("a", first_delay=2.0)
     async with serving(make_app(engine)) as url, httpx.AsyncClient() as http:
         started = time.monotonic()
         body = chat_body(stream=True)
         async with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
-            assert time.monotonic() - started < 0.3
+            assert time.monotonic() - started < 1.5
             text = (await response.aread()).decode()
     assert text.count(": keep-alive\n\n") >= 3
     assert text.endswith("data: [DONE]\n\n")
