@@ -200,7 +200,8 @@ class Ledger:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._over, WATCH_SECONDS)
-                if self._over and not self._waiting:
+                over = self._over
+                if over and not self._waiting:
                     return
                 self._try_again()
             try:
@@ -210,13 +211,13 @@ class Ledger:
                         self._move()
                 continue
             except _UnavailableError as error:
-                if self._over or time.monotonic() - said > _WARN_SECONDS:
+                if over or time.monotonic() - said > _WARN_SECONDS:
                     said = time.monotonic()
                     _log.warning(
                         "%d usage rows wait for the ledger's database: %s", self.waiting, error.problem
                     )
             with self._changed:
-                if self._over:
+                if over:  # an attempt that began before the end may have failed for what is mended now
                     _log.warning("they stay in the journal, and the next start moves them")
                     return
                 self._changed.wait_for(lambda: self._over, _RETRY_SECONDS[-1] if _RETRY_SECONDS else 0.0)

@@ -22,7 +22,7 @@ from tests.kit import ROOT
 from tests.ledger import ledger_rows
 from tests.server.fake_engine import FakeEngine
 from tests.server.kit import client, make_app
-from tests.server.money.kit import Heard, folder_of, read, row, until, waiting
+from tests.server.money.kit import Heard, folder_of, overwrite, read, row, until, waiting
 
 
 def test_a_row_is_on_disk_when_it_is_said_to_be(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ async def test_readiness_says_that_the_ledger_cannot_be_written(
         assert (await http.get("/health/live")).status_code == 200
         backup = Ledger(str(tmp_path / "backup.sqlite"))  # makes the table
         backup.close()
-        path.write_bytes((tmp_path / "backup.sqlite").read_bytes())  # into the same file
+        overwrite(path, (tmp_path / "backup.sqlite").read_bytes())
         ledger.append(row("late"), heard)
         assert (await asyncio.to_thread(heard.wait, 2))[1]
         await asyncio.to_thread(until, lambda: ledger.problem is None and not ledger.waiting)
