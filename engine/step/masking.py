@@ -215,7 +215,6 @@ class Masking:
 
 _Result = list[MaskWords | None] | str
 _SLOW = "its next token takes too long to find"
-_ALWAYS_SLOW = "its tokens take too long to find"
 
 
 def _shares(count: int) -> list[range]:
@@ -273,10 +272,7 @@ class _Answer:
             if place is None:
                 return masks
         masks += self._matcher.ahead(drafts)
-        self._masks += len(masks)
-        self._seconds += time.thread_time() - began
-        if self._is_slow():
-            raise GrammarError(_ALWAYS_SLOW)
+        self._charge(began, len(masks))
         return masks
 
     def advance(self) -> bool:
@@ -287,10 +283,7 @@ class _Answer:
         """
         began = time.thread_time()
         self._consume()
-        self._masks += self._begun
-        self._seconds += time.thread_time() - began
-        if self._is_slow():
-            raise GrammarError(_ALWAYS_SLOW)
+        self._charge(began, int(self._begun))
         return self._begun
 
     def allows(self, token_id: int) -> bool:
@@ -304,6 +297,12 @@ class _Answer:
             return False  # its mask will say why
         finally:
             self._seconds += time.thread_time() - began
+
+    def _charge(self, began: float, masks: int) -> None:
+        self._masks += masks
+        self._seconds += time.thread_time() - began
+        if self._is_slow():
+            raise GrammarError("its tokens take too long to find")
 
     def _is_slow(self) -> bool:
         return self._seconds > SPARE_SECONDS + MASK_SECONDS * self._masks
