@@ -75,6 +75,14 @@ def distill(
     device: Annotated[
         str, typer.Option(rich_help_panel=_RUN, help="Where to compute: auto, cpu, cuda or cuda:N.")
     ] = "auto",
+    devices: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=_RUN,
+            min=1,
+            help="How many GPUs train together; each takes its share of a step's sequences. Without a GPU: processes.",
+        ),
+    ] = 1,
     dtype: Annotated[
         str,
         typer.Option(rich_help_panel=_RUN, help="Number format of the model: auto, float32 or bfloat16."),
@@ -133,7 +141,7 @@ def distill(
 
     plan = DistillPlan(
         weights=weights, corpus=corpus, out=out, recipe=recipe, start_from=start_from, until=until, minutes=minutes, drop_adapter=drop_adapter,
-        device=device,
+        device=device, devices=devices,
         dtype=dtype, evaluate_every=evaluate_every, evaluate_kind=evaluate_kind, heads=heads, dim=dim, rope=rope,
         default_top_k=default_top_k,
     )  # fmt: skip

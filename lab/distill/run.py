@@ -6,6 +6,7 @@ indexer.safetensors. The training loop itself is `lab.distill.train`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import signal
@@ -22,11 +23,13 @@ from engine.checkpoint.overlay import Overlay, base_fingerprint, read_overlay, w
 from engine.checkpoint.source import Source, open_source
 from engine.errors import ConfigError
 from engine.models.gqa.config import GqaConfig
+from engine.parallel.ranks import Ranks
 from engine.protocol import IndexerInfo
 from engine.step.build import resolve_device, resolve_dtype
 from lab.distill.adapter import Adapter
 from lab.distill.base import open_trunk
 from lab.distill.evaluate import held_out
+from lab.distill.parallel import together
 from lab.distill.recipe import Recipe, read_recipe
 from lab.distill.report import TrainingReport
 from lab.distill.sequences import CorpusSplit
@@ -57,6 +60,7 @@ class DistillPlan:
     minutes: float | None = None
     drop_adapter: bool = False
     device: str = "auto"
+    devices: int = 1
     dtype: str = "auto"
     evaluate_every: int = 0
     evaluate_kind: int = 3
@@ -72,21 +76,34 @@ def run(plan: DistillPlan) -> int:
     Raises:
         EngineError: the recipe, the checkpoint, the corpus or the device cannot be used.
     """
-    try:
-        return _run(plan)
-    except torch.OutOfMemoryError:
-        raise ConfigError("the device has too little memory; lower the recipe's rows or max_length") from None
-
-
-def _run(plan: DistillPlan) -> int:
     try:  # matplotlib is an extra; if it is missing, say so now and not after the training
-        from lab.distill.plot import plot_log
+        import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(
             "matplotlib is not installed; training needs it: pip install 'dsa-serve[train]'"
         ) from None
+    if read_recipe(plan.recipe).sequences_per_step < plan.devices:
+        raise ConfigError(
+            f"--devices is {plan.devices}, but the recipe has fewer sequences_per_step; raise that"
+        )
+    with together(plan.devices, functools.partial(_device, plan), functools.partial(_work, plan)) as ranks:
+        return _work(plan, ranks)
+
+
+def _device(plan: DistillPlan, rank: int) -> torch.device:
+    return resolve_device(plan.device, rank, plan.devices)
+
+
+def _work(plan: DistillPlan, ranks: Ranks) -> int:
+    try:
+        return _run(plan, ranks)
+    except torch.OutOfMemoryError:
+        raise ConfigError("the device has too little memory; lower the recipe's rows or max_length") from None
+
+
+def _run(plan: DistillPlan, ranks: Ranks) -> int:
     recipe = read_recipe(plan.recipe)
-    device = resolve_device(plan.device)
+    device = _device(plan, ranks.rank)
     if device.type == "cuda":
         # Float32 products then round their inputs to 10 bits of mantissa. The main model's queries and keys have
         # 7 bits (bfloat16), so the targets do not change. The indexer's gradients have more noise than this rounding.
@@ -113,11 +130,13 @@ def _run(plan: DistillPlan) -> int:
         def trial(own: Recipe, folder: Path) -> Trainer:
             copy = Student(config, info, config.max_positions, device, recipe.seed)
             copy.load({name: p.detach() for name, p in student.parameters.items()})
-            return Trainer(trunk, copy, splits["train"], own, folder, base, began)
+            return Trainer(trunk, copy, splits["train"], own, folder, base, began, ranks=ranks)
 
-        recipe = _fitted(recipe, plan.minutes, out / "recipe.json", trial)
-    trainer = Trainer(trunk, student, splits["train"], recipe, out, base_fingerprint(source), began, adapter)
-    console = Console()
+        recipe = _fitted(recipe, plan.minutes, out / "recipe.json", trial, ranks, device)
+    trainer = Trainer(
+        trunk, student, splits["train"], recipe, out, base_fingerprint(source), began, adapter, ranks
+    )
+    console = Console(quiet=ranks.rank > 0)
     if trainer.resume():
         console.print(f"resuming at step {trainer.step} of {recipe.total_steps}", highlight=False)
 
@@ -138,9 +157,13 @@ def _run(plan: DistillPlan) -> int:
                     report.say(line)
 
         stopped = _train(trainer, show, plan.until)
+    if ranks.rank > 0:
+        return 0
     if stopped:
         report.say(f"stopped at step {trainer.step}; the same command goes on from there")
         return STOPPED
+    from lab.distill.plot import plot_log
+
     plot_log(out / "log.jsonl", out / "loss.png", recipe.report_top_k)
     _write(out / "indexer.safetensors", trainer, info, recipe, source, start)
     if plan.evaluate_kind > 0:
@@ -152,7 +175,10 @@ def _run(plan: DistillPlan) -> int:
     return 0
 
 
-def _fitted(recipe: Recipe, minutes: float, path: Path, trial: Callable[[Recipe, Path], Trainer]) -> Recipe:
+def _fitted(
+    recipe: Recipe, minutes: float, path: Path, trial: Callable[[Recipe, Path], Trainer], ranks: Ranks,
+    device: torch.device,
+) -> Recipe:  # fmt: skip
     """Return the recipe with as many steps as fit into the time; a run that continues keeps what it began with.
 
     Raises:
@@ -163,7 +189,12 @@ def _fitted(recipe: Recipe, minutes: float, path: Path, trial: Callable[[Recipe,
     if path.is_file():
         return read_recipe(path.read_text())
     made = fitted(recipe, 60 * minutes, trial)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=1))
+    # Each rank has timed its own steps; rank 0's count.
+    steps = torch.tensor([made.warmup_steps, made.sparse_steps], device=device) * (ranks.rank == 0)
+    dense, sparse = (int(number) for number in ranks.sum(steps.float()))
+    made = msgspec.structs.replace(made, warmup_steps=dense, sparse_steps=sparse)
+    if ranks.rank == 0:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=1))
     return made
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.models.gqa.trunk import Trunk
+from engine.parallel.ranks import ALONE, Ranks
 from lab.corpus.manifest import SequenceInfo
 from lab.distill.adaptation import adapt
 from lab.distill.adapter import Adapter
 from lab.distill.objective import divergence, top_mask
+from lab.distill.parallel import shares, sum_gradients
 from lab.distill.recipe import Recipe, Stage
 from lab.distill.sequences import CorpusSplit, answer_rows, sample_rows
 from lab.distill.sparse_forward import attend_selected, by_student, target_of
@@ -42,6 +45,15 @@ class StepLog(msgspec.Struct, frozen=True, kw_only=True):
     distance: float | None = None  # KL(dense || sparse) of predictions, nats for each token; last stage only
 
 
+class Draw(NamedTuple):
+    """What a step does with one sequence."""
+
+    sequence: SequenceInfo
+    length: int  # of its tokens, after cutting
+    rows: Tensor  # [n] int64, the query rows
+    index_top_k: int
+
+
 class Trainer:
     """Owns the student, its optimiser and the position in the data.
 
@@ -54,17 +66,25 @@ class Trainer:
         base: the fingerprint of `trunk`'s weights; a checkpoint resumes only with the same one
         start: the fingerprint of the student's weights at step 0; a checkpoint resumes only with the same one
         adapter: the adapter for the last stage; needed if the recipe has `adapt_steps`
+        ranks: the processes that train this student together; each has a trainer like this one, and rank 0 writes the files
 
     Raises:
-        ConfigError: the adapter is missing, or the model has too few positions for the recipe.
+        ConfigError: the adapter is missing, the model has too few positions for the recipe, or a step has too few
+            sequences for the ranks.
     """
 
     def __init__(
         self, trunk: Trunk, student: Student, split: CorpusSplit, recipe: Recipe, folder: Path, base: str = "",
-        start: str = "random weights", adapter: Adapter | None = None,
+        start: str = "random weights", adapter: Adapter | None = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         if recipe.adapt_steps and adapter is None:
             raise ConfigError("the recipe has adapt_steps, but there is no adapter to train")
+        if recipe.sequences_per_step < ranks.count:
+            raise ConfigError(
+                f"the recipe has {recipe.sequences_per_step} sequences a step, too few for {ranks.count} devices; "
+                "raise sequences_per_step, or use fewer devices"
+            )
+        self._ranks = ranks
         self._trunk = trunk
         self.student = student
         self.adapter = adapter
@@ -96,7 +116,7 @@ class Trainer:
         self.step = 0
 
     def stop(self) -> None:
-        """Make `run` save everything and return after the present step."""
+        """Make `run` save everything and return after the present step. With several ranks, rank 0 decides."""
         self._stopping = True
 
     def run(
@@ -112,16 +132,25 @@ class Trainer:
         data = self._data()
         for _ in range(self.step * self._recipe.sequences_per_step):
             next(data)
-        self._cut_log()
-        with (self._folder / "log.jsonl").open("ab") as log_file:
-            while self.step < end and not self._stopping:
+        main = self._ranks.rank == 0
+        if main:
+            self._cut_log()
+        with (self._folder / "log.jsonl" if main else Path(os.devnull)).open("ab") as log_file:
+            stopping = self._all_stop()
+            while self.step < end and not stopping:
                 log = self._step(data)
                 log_file.write(msgspec.json.encode(log) + b"\n")
                 log_file.flush()
                 on_step(log)
                 self.step += 1
-                if self.step % save_every == 0 or self.step == end or self._stopping:
+                stopping = self._all_stop()
+                if main and (self.step % save_every == 0 or self.step == end or stopping):
                     self.save()
+
+    def _all_stop(self) -> bool:
+        """Whether rank 0 was told to stop. Every rank asks after the same step, so that none waits for one that has left."""
+        asked = torch.tensor([float(self._stopping and self._ranks.rank == 0)], device=self._device)
+        return bool(self._ranks.sum(asked).item())
 
     def _cut_log(self) -> None:
         """Delete the log's lines after the last checkpoint, which a killed run leaves: those steps run again."""
@@ -155,26 +184,26 @@ class Trainer:
         self._optimiser.zero_grad(set_to_none=True)
         layers = self._trunk.config.num_layers
         loss, recall, tokens, distance = torch.zeros(layers), torch.zeros(layers), 0, 0.0
-        for _ in range(recipe.sequences_per_step):
-            sequence = next(data)
-            ids = self._split.tokens(sequence, self._length, self._device)
-            if stage == "adapt" or (stage == "sparse" and recipe.sparse_forward == "selected"):
-                ids = ids[: len(ids) // 8 * 8]  # attention on a mask has fast kernels for such lengths only
-            rows = sample_rows(
-                sequence, len(ids), recipe.rows, recipe.first_row, self._generator,
-                share=recipe.focus_share, before=recipe.focus_before,
-            )  # fmt: skip
+        drawn = [self._draw(next(data), stage) for _ in range(recipe.sequences_per_step)]
+        for own in shares([draw.length for draw in drawn], self._ranks.count)[self._ranks.rank]:
+            draw = drawn[own]
+            ids = self._split.tokens(draw.sequence, draw.length, self._device)
             if stage == "adapt":
-                answers = answer_rows(sequence, len(ids)).to(self._device)
-                one_loss, one_recall, apart = self._adapt(ids, rows.to(self._device), answers)
+                one_loss, one_recall, apart = self._adapt(ids, draw)
                 distance += apart / recipe.sequences_per_step
             else:
-                one_loss, one_recall = self._sequence(ids, rows.to(self._device), stage)
+                one_loss, one_recall = self._sequence(ids, draw, stage)
             loss += one_loss.cpu() / recipe.sequences_per_step
             recall += one_recall.cpu() / recipe.sequences_per_step
-            tokens += len(ids)
+            tokens += draw.length
+        if self._ranks.count > 1:
+            parts = torch.cat((loss, recall, torch.tensor([tokens, distance])))
+            whole = self._ranks.sum(parts.to(self._device)).cpu()
+            loss, recall, rest = torch.split(whole, [layers, layers, 2])
+            tokens, distance = int(rest[0]), float(rest[1])
         if not bool(loss.isfinite().all()):
             raise ConfigError(f"the loss of step {self.step} is not finite; lower the recipe's learning_rate")
+        sum_gradients(list(self.parameters().values()), self._ranks)
         self._clip()
         self._optimiser.step()
         return StepLog(
@@ -182,12 +211,22 @@ class Trainer:
             seconds=time.monotonic() - began, distance=distance if stage == "adapt" else None,
         )  # fmt: skip
 
-    def _sequence(
-        self, ids: Tensor, rows: Tensor, stage: Literal["dense", "sparse"]
-    ) -> tuple[Tensor, Tensor]:
+    def _draw(self, sequence: SequenceInfo, stage: Stage) -> Draw:
+        """Draw what a step does with a sequence. Every rank draws for all of them, and so draws the same."""
+        recipe = self._recipe
+        length = min(sequence.length, self._length)
+        if stage == "adapt" or (stage == "sparse" and recipe.sparse_forward == "selected"):
+            length = length // 8 * 8  # attention on a mask has fast kernels for such lengths only
+        rows = sample_rows(
+            sequence, length, recipe.rows, recipe.first_row, self._generator,
+            share=recipe.focus_share, before=recipe.focus_before,
+        )  # fmt: skip
+        return Draw(sequence, length, rows, self._index_top_k())
+
+    def _sequence(self, ids: Tensor, draw: Draw, stage: Literal["dense", "sparse"]) -> tuple[Tensor, Tensor]:
         """Run every layer's loss backward on one sequence; return loss and recall, each [layers]."""
         trunk, recipe = self._trunk, self._recipe
-        index_top_k = self._index_top_k()
+        rows, index_top_k = draw.rows.to(self._device), draw.index_top_k
         losses, recalls = [], []
         probe = slice(None, None, max(1, len(rows) // RECALL_ROWS))
         with torch.no_grad():
@@ -223,7 +262,7 @@ class Trainer:
         choices = self._recipe.sparse_top_k
         return choices[int(torch.randint(len(choices), (1,), generator=self._generator))]
 
-    def _adapt(self, ids: Tensor, rows: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, float]:
+    def _adapt(self, ids: Tensor, draw: Draw) -> tuple[Tensor, Tensor, float]:
         """Run the adapter's and the indexers' losses backward on one sequence.
 
         Returns:
@@ -232,9 +271,11 @@ class Trainer:
         recipe, adapter = self._recipe, self.adapter
         assert adapter is not None
         share = 1 / recipe.sequences_per_step
+        answers = answer_rows(draw.sequence, draw.length).to(self._device)
         made = adapt(
-            self._trunk, self.student, adapter, ids, rows, self._index_top_k(), share, answers, recipe.target
-        )
+            self._trunk, self.student, adapter, ids, draw.rows.to(self._device), draw.index_top_k, share, answers,
+            recipe.target,
+        )  # fmt: skip
         torch.autograd.backward((made.distance + recipe.answer_weight * made.answers) * share)
         return made.losses, made.recalls, float(made.distance.detach())
 
