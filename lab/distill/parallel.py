@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from engine.errors import EngineError
-from engine.parallel.group import Meeting, join, leave
+from engine.parallel.group import Meeting, join
 from engine.parallel.ranks import Ranks
 
 _GRACE_SECONDS = 5.0
@@ -59,18 +60,28 @@ def sum_gradients(parameters: Sequence[Tensor], ranks: Ranks) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
+def part(ranks: Ranks, device: torch.device) -> None:
+    """Leave the group; every rank calls it when all that they do together is done.
+
+    NCCL ends its communicators while all ranks are still there: a rank that leaves after another one has gone may wait for ever.
+    """
+    if ranks.count > 1:
+        ranks.sum(torch.zeros(1, device=device)).item()
+        dist.destroy_process_group()
+
+
 @contextmanager
 def together(
     count: int, device_of: Callable[[int], torch.device], member: Callable[[Ranks], object]
 ) -> Iterator[Ranks]:
-    """Start the other ranks' processes, join them as rank 0, and wait for them in the end.
+    """Start the other ranks' processes, join them as rank 0, and wait for them in the end. Each rank leaves with `part`.
 
     A rank that dies would leave the others waiting for its part of a sum, so this process then ends too.
 
     Args:
         count: how many ranks there are
         device_of: gives the device of a rank
-        member: what another rank does; it can be pickled, as `device_of` can
+        member: what another rank does, up to `part`; it can be pickled, as `device_of` can
     """
     if count == 1:
         yield Ranks()
@@ -92,7 +103,6 @@ def together(
                 process.join()
         finally:
             over.set()
-            leave()
 
 
 def _member(
@@ -106,7 +116,6 @@ def _member(
         # What is wrong for all ranks is told by rank 0, which ends all processes then.
         time.sleep(_GRACE_SECONDS)
         sys.exit(f"error: device {rank}: {error}")
-    leave()
 
 
 def _watch(process: multiprocessing.process.BaseProcess, over: threading.Event) -> None:

@@ -29,7 +29,7 @@ from engine.step.build import resolve_device, resolve_dtype
 from lab.distill.adapter import Adapter
 from lab.distill.base import open_trunk
 from lab.distill.evaluate import held_out
-from lab.distill.parallel import together
+from lab.distill.parallel import part, together
 from lab.distill.recipe import Recipe, read_recipe
 from lab.distill.report import TrainingReport
 from lab.distill.sequences import CorpusSplit
@@ -157,6 +157,7 @@ def _run(plan: DistillPlan, ranks: Ranks) -> int:
                     report.say(line)
 
         stopped = _train(trainer, show, plan.until)
+    part(ranks, device)
     if ranks.rank > 0:
         return 0
     if stopped:

@@ -110,7 +110,7 @@ DYING = """
 import functools, sys, time, torch
 from lab.distill.parallel import together
 def device(rank): return torch.device("cpu")
-def member(ranks): sys.exit(3)
+def member(ranks): sys.exit(3)  # before it has left the group
 if __name__ == "__main__":
     with together(2, device, member) as ranks:
         ranks.sum(torch.ones(1))
