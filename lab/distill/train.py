@@ -45,7 +45,7 @@ class StepLog(msgspec.Struct, frozen=True, kw_only=True):
     distance: float | None = None  # KL(dense || sparse) of predictions, nats for each token; last stage only
 
 
-class Draw(NamedTuple):
+class Portion(NamedTuple):
     """What a step does with one sequence."""
 
     sequence: SequenceInfo
@@ -211,7 +211,7 @@ class Trainer:
             seconds=time.monotonic() - began, distance=distance if stage == "adapt" else None,
         )  # fmt: skip
 
-    def _draw(self, sequence: SequenceInfo, stage: Stage) -> Draw:
+    def _draw(self, sequence: SequenceInfo, stage: Stage) -> Portion:
         """Draw what a step does with a sequence. Every rank draws for all of them, and so draws the same."""
         recipe = self._recipe
         length = min(sequence.length, self._length)
@@ -221,9 +221,11 @@ class Trainer:
             sequence, length, recipe.rows, recipe.first_row, self._generator,
             share=recipe.focus_share, before=recipe.focus_before,
         )  # fmt: skip
-        return Draw(sequence, length, rows, self._index_top_k())
+        return Portion(sequence, length, rows, self._index_top_k())
 
-    def _sequence(self, ids: Tensor, draw: Draw, stage: Literal["dense", "sparse"]) -> tuple[Tensor, Tensor]:
+    def _sequence(
+        self, ids: Tensor, draw: Portion, stage: Literal["dense", "sparse"]
+    ) -> tuple[Tensor, Tensor]:
         """Run every layer's loss backward on one sequence; return loss and recall, each [layers]."""
         trunk, recipe = self._trunk, self._recipe
         rows, index_top_k = draw.rows.to(self._device), draw.index_top_k
@@ -262,7 +264,7 @@ class Trainer:
         choices = self._recipe.sparse_top_k
         return choices[int(torch.randint(len(choices), (1,), generator=self._generator))]
 
-    def _adapt(self, ids: Tensor, draw: Draw) -> tuple[Tensor, Tensor, float]:
+    def _adapt(self, ids: Tensor, draw: Portion) -> tuple[Tensor, Tensor, float]:
         """Run the adapter's and the indexers' losses backward on one sequence.
 
         Returns:
