@@ -34,6 +34,7 @@ from server.config import LogFormat, ServerConfig
 from server.generation.grammars import vocabulary_of
 from server.http.connection import connections
 from server.http.hosts import is_local
+from server.hub.catalogue import CODER_MODEL, DEFAULT_MODEL
 from server.hub.models import resolve
 from server.hub.sampling import read_sampling
 from server.hub.stages import Stages
@@ -70,6 +71,8 @@ def serve(settings: Settings) -> int:
             files = resolve(
                 settings.model, overlay=settings.overlay_path(), report=stages, config_only=random
             )
+            if settings.model == DEFAULT_MODEL:
+                stages(_A_LARGER_ONE, 0, 0)
             stages("reading the tokenizer", 0, 0)
             if random and not has_tokenizer(files.weights):
                 stages(
@@ -107,6 +110,7 @@ def serve(settings: Settings) -> int:
             sink.flush(1.0)
 
 
+_A_LARGER_ONE = f"{DEFAULT_MODEL} is small, for a first try; {CODER_MODEL} (1.1 GB) writes code, calls tools and has 32K of context"
 OPEN_TO_ALL = (
     "WARNING: this server listens on %s and has no keys: whoever reaches it may use it, read the metrics, and spend the "
     "machine's time. Make a key with dsa keys new NAME --keys FILE and start with --keys FILE, or listen on 127.0.0.1"
