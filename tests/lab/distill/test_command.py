@@ -86,16 +86,19 @@ def test_the_help_says_what_a_newcomer_needs() -> None:
         assert expected in said
 
 
+_CODER = "unmeasured/qwen2.5-coder-1.5b-instruct"
 CARDS = {
     "smollm2-135m-instruct": "README.md",
-    "unmeasured/qwen2.5-coder-1.5b-instruct": "unmeasured/qwen2.5-coder-1.5b-instruct.md",
+    _CODER: f"{_CODER}.md",
 }
 OVERLAYS = ROOT / "engine" / "overlays"
 
 
 def evaluation_of(name: str) -> dict[str, Any]:
     """What a model's card was written from; it is of the file that is there."""
-    evaluation: dict[str, Any] = json.loads((ROOT / "docs" / "overlays" / f"{name}.eval.json").read_text())
+    evaluation: dict[str, Any] = json.loads(
+        (ROOT / "docs" / "overlays" / f"{Path(name).name}.eval.json").read_text()
+    )
     digest = hashlib.sha256((OVERLAYS / f"{name}.safetensors").read_bytes()).hexdigest()
     assert evaluation["settings"]["overlay_sha256"] == digest
     return evaluation
@@ -151,3 +154,12 @@ def test_the_default_models_card_has_the_figures_of_its_evaluation() -> None:
         )
         assert f"+{evaluation['loss']['rows'][top_k]['all']['above_dense']:.4f}" in card
         assert f"| top_k {top_k} | {agreement_row(evaluation, top_k)}" in card
+
+
+def test_the_coder_models_card_has_the_figures_of_its_evaluation() -> None:
+    card, evaluation = (OVERLAYS / CARDS[_CODER]).read_text(), evaluation_of(_CODER)
+    assert "Four held-out prompts" in card
+    assert len(evaluation["faithful"]["prompts"]) == 4
+    row = evaluation["faithful"]["rows"]["2048"]["all"]
+    assert f"| top_k 2048 | {100 * row['agreement']:.1f} % | {row['kl']:.4f} |" in card
+    assert f"{row['length']:.1f} tokens on average" in card
