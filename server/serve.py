@@ -111,6 +111,7 @@ def serve(settings: Settings) -> int:
 
 
 _A_LARGER_ONE = f"{DEFAULT_MODEL} is small, for a first try; {CODER_MODEL} (1.1 GB) writes code, calls tools and has 32K of context"
+
 OPEN_TO_ALL = (
     "WARNING: this server listens on %s and has no keys: whoever reaches it may use it, read the metrics, and spend the "
     "machine's time. Make a key with dsa keys new NAME --keys FILE and start with --keys FILE, or listen on 127.0.0.1"

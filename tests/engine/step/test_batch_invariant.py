@@ -106,13 +106,14 @@ def test_without_it_a_gpu_does_not(tmp_path: Path) -> None:
     assert sum(bits for _, bits in found.values()) > 0
 
 
-def situations(built: Built, prompts: list[Prompt]) -> dict[str, tuple[int, int]]:
-    """How many answers differ from those alone, in each situation: in tokens, and in bits."""
+def situations(built: Built, prompts: list[Prompt], distinct: int = 25) -> dict[str, tuple[int, int]]:
+    """How many answers differ from those alone, in each situation: in tokens, and in bits.
+
+    More than `distinct` of them must differ from one another: they are answers to something.
+    """
     engine = Engine(built)
     wanted = engine.alone(prompts)
-    assert (
-        len({tuple(answer.tokens) for answer in wanted}) > len(prompts) // 2
-    )  # they are answers to something
+    assert len({tuple(answer.tokens) for answer in wanted}) > distinct
     found = {
         name: differing(run(prompts), wanted)
         for name, run in engine.situations.items()
@@ -138,7 +139,7 @@ def test_fifty_prompts_of_the_default_model(default_model: Path, tokenizer: Toke
             batch_invariant=True,
         )
     )
-    assert situations(built, prompts_of(tokenizer)) == ALIKE
+    assert situations(built, prompts_of(tokenizer), distinct=40) == ALIKE
 
 
 def prompts_of(tokenizer: Tokenizer) -> list[Prompt]:

@@ -104,16 +104,6 @@ def evaluation_of(name: str) -> dict[str, Any]:
     return evaluation
 
 
-def agreement_row(evaluation: dict[str, Any], top_k: str, group: str = "all") -> str:
-    row = evaluation["faithful"]["rows"][top_k][group]
-    low, high = row["agreement_interval"]
-    return (
-        f"{row['agreement']:.1%} [{low:.1%}, {high:.1%}] | {row['kl']:.4f} |".replace("%,", ",")
-        .replace("%]", "]")
-        .replace("%", " %")
-    )
-
-
 @pytest.mark.parametrize("name", CARDS)
 def test_a_model_cards_command_is_the_one_that_the_overlays_header_tells_of(
     name: str, planned: list[DistillPlan], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,7 +143,21 @@ def test_the_default_models_card_has_the_figures_of_its_evaluation() -> None:
             in card
         )
         assert f"+{evaluation['loss']['rows'][top_k]['all']['above_dense']:.4f}" in card
-        assert f"| top_k {top_k} | {agreement_row(evaluation, top_k)}" in card
+    for top_k in evaluation["needles"]["retention"]:
+        row = evaluation["faithful"]["rows"][top_k]["all"]
+        low, high = row["agreement_interval"]
+        assert (
+            f"| top_k {top_k} | {row['agreement']:.1%} [{low:.1%}, {high:.1%}] | {row['kl']:.4f} |".replace(
+                "%,", ","
+            )
+            .replace("%]", "]")
+            .replace("%", " %")
+            in card
+        )
+        low, high = row["length_interval"]
+        assert f"| {row['length']:.1f} | {row['length_ratio']:.3f} [{low:.3f}, {high:.3f}] |" in card
+    for picture in re.findall(r"!\[.*\]\((.*)\)", card):
+        assert (OVERLAYS / picture).is_file()
 
 
 def test_the_coder_models_card_has_the_figures_of_its_evaluation() -> None:
