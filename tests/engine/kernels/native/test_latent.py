@@ -174,10 +174,15 @@ def test_what_the_c_code_does_not_do_is_torchs(kernels: NativeKernels, change: s
 def test_a_model_of_deepseeks_family_computes_as_with_torchs_operations(
     kernels: NativeKernels, start: int, rows: int, index_top_k: int | None
 ) -> None:
-    """Through runner, pages and tiles: one layer, so that one selection differs at most by near ties."""
+    """Through runner, pages and tiles: one layer, so that one selection differs at most by near ties.
+
+    Its feed-forward part is dense. A router chooses another expert where two scores are all but equal, which on some
+    processors' products is the case for one token here: that token's output then tells nothing of attention.
+    """
+    settings = config(quick=True) | {"first_k_dense_replace": 1, "intermediate_size": 512}
     hidden = []
     for backend in (kernels, VectorisedKernels()):
-        source = random_source(config(quick=True), torch.device("cpu"))
+        source = random_source(settings, torch.device("cpu"))
         model, _ = read_model(source).build(
             source,
             None,
