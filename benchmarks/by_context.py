@@ -1,0 +1,211 @@
+r"""Draws what sparse attention buys a model by context, and what it changes: speed and price, dense beside sparse, and agreement.
+
+    dsa bench long MODEL --contexts 512,2048,8192,16384,30720 --serve 'sparse=dsa serve MODEL --port {port}' \
+        --serve 'dense=dsa serve MODEL --port {port}' --fields 'dense={"dsa": {"top_k": "dense"}}' --out results
+    dsa eval MODEL --corpus corpus --out agreement --only faithful
+    python -m benchmarks.by_context results/long.json agreement/eval.json --out docs/by_context.png
+
+It prints the figures as a table in Markdown, too. One stream has the machine to itself, so a token costs the machine's price
+for the time that the token takes. A prompt token's time is its share of the time to the first token of a cold prompt; an answer's
+token's time is a step's, behind that prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import msgspec
+
+from lab.bench.results import BenchResults, load
+from lab.evaluate.results import EvalResults
+
+ATTENTION = ("dense", "sparse")
+PRICE = 0.10
+_COLOURS = {"dense": "tab:orange", "sparse": "tab:blue"}
+_PHASES = ("prefill_rate", "decode_rate")
+_NAMES = {"prefill_rate": "prompt", "decode_rate": "answer"}
+
+
+class Speed(NamedTuple):
+    """Of one stream behind a context, in tokens a second: the median of the rounds, the slowest and the fastest."""
+
+    context: int
+    median: float
+    low: float
+    high: float
+
+
+class Agreement(NamedTuple):
+    """How often sparse attention's likeliest token is dense's, in prompts of some lengths; 0 to 1."""
+
+    mean_tokens: float  # of the prompts
+    prompts: int
+    share: float
+    low: float
+    high: float
+    dense_again: float  # the same of dense itself, asked in another batch
+
+
+def speeds(results: BenchResults, server: str, metric: str) -> list[Speed]:
+    """Collect one server's rates by context.
+
+    Raises:
+        SystemExit: the results have none of them.
+    """
+    found = [
+        Speed(case, statistics.median(rates), min(rates), max(rates))
+        for case in sorted(results.figures)
+        if (rates := [s.values[metric] for s in results.samples if (s.server, s.case) == (server, case) and metric in s.values])
+    ]  # fmt: skip
+    if not found:
+        names = ", ".join(one.name for one in results.servers)
+        raise SystemExit(f"error: no {metric} of a server named {server!r}; the file has {names}")
+    return found
+
+
+def agreements(results: EvalResults) -> list[Agreement]:
+    """Collect the agreement at the default top_k by length of the prompts, the shortest first.
+
+    Raises:
+        SystemExit: the results have no such part.
+    """
+    found = results.faithful
+    if found is None or str(results.default_top_k) not in found.rows:
+        raise SystemExit(
+            "error: the evaluation has no agreement at the default top_k; run it with --only faithful"
+        )
+    sparse, dense = found.rows[str(results.default_top_k)], found.rows["dense"]
+    groups = sorted(int(name.split()[1]) for name in sparse if name.startswith("from "))
+    ends = [*groups[1:], 1 << 62]
+    made = []
+    for first, end in zip(groups, ends, strict=True):
+        row = sparse[f"from {first}"]
+        lengths = [one.prompt_tokens for one in found.prompts if first <= one.prompt_tokens < end]
+        if not lengths:
+            continue
+        low, high = row.agreement_interval or (row.agreement, row.agreement)
+        again = dense[f"from {first}"].agreement
+        made.append(Agreement(statistics.mean(lengths), len(lengths), row.agreement, low, high, again))
+    return made
+
+
+def usd(rate: float, price: float) -> float:
+    """Return the price of a million tokens, in USD, of a machine that costs `price` USD an hour and makes `rate` tokens a second."""
+    return price / 3600 * 1e6 / rate
+
+
+def table(results: BenchResults, price: float) -> str:
+    """Make the table of rates and prices by context, in Markdown."""
+    lines = [
+        "| context | "
+        + " | ".join(f"{_NAMES[phase]}: dense tok/s | sparse | dense USD a million | sparse" for phase in _PHASES)
+        + " |",
+        "|---:|" + "---:|" * (4 * len(_PHASES)),
+    ]  # fmt: skip
+    by = {
+        (phase, name): {s.context: s for s in speeds(results, name, phase)}
+        for phase in _PHASES
+        for name in ATTENTION
+    }
+    for context in sorted(results.figures):
+        cells: list[str] = []
+        for phase in _PHASES:
+            rates = [by[phase, name][context].median for name in ATTENTION]
+            cells += [f"{rate:.1f}" for rate in rates]
+            cells += [f"{usd(rate, price):.2f}" for rate in rates]
+        lines.append(f"| {context:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(results: BenchResults, found: list[Agreement], title: str, price: float, path: Path) -> None:
+    """Draw speed of answers, price of prompts and answers, and agreement, and write the PNG `path`."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (speed, cost, same) = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
+    for name in ATTENTION:
+        curve = speeds(results, name, "decode_rate")
+        at = [one.context / 1024 for one in curve]
+        speed.plot(at, [one.median for one in curve], marker="o", color=_COLOURS[name], label=name)
+        speed.fill_between(
+            at, [one.low for one in curve], [one.high for one in curve], color=_COLOURS[name], alpha=0.2
+        )
+        for phase, line in (("decode_rate", "-"), ("prefill_rate", "--")):
+            curve = speeds(results, name, phase)
+            cost.plot(
+                [one.context / 1024 for one in curve], [usd(one.median, price) for one in curve], line,
+                marker="o", color=_COLOURS[name], label=f"{_NAMES[phase]}, {name}",
+            )  # fmt: skip
+    speed.set_title("tokens of an answer a second, one stream")
+    cost.set_title(f"USD a million tokens, at {price:g} USD an hour")
+    for axis in (speed, cost):
+        axis.set_xlabel("context (K is 1024 tokens)")
+        axis.set_ylim(bottom=0)
+    at = [one.mean_tokens / 1024 for one in found]
+    shares = [100 * one.share for one in found]
+    errors = [[100 * (one.share - one.low) for one in found], [100 * (one.high - one.share) for one in found]]
+    same.errorbar(at, shares, yerr=errors, marker="o", capsize=3, color=_COLOURS["sparse"], label="sparse")
+    same.plot(
+        at,
+        [100 * one.dense_again for one in found],
+        "--",
+        color=_COLOURS["dense"],
+        label="dense, asked again",
+    )
+    same.set_title("% of tokens where the likeliest is dense's")
+    same.set_xlabel("mean length of the prompts (K is 1024 tokens)")
+    same.set_ylim(min(90.0, *(100 * one.low for one in found)), 100.2)
+    for axis in (speed, cost, same):
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Print the table, and draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "bench", type=Path, help="long.json of dsa bench, with servers named dense and sparse"
+    )
+    parser.add_argument("agreement", type=Path, help="eval.json of dsa eval")
+    parser.add_argument("--price", type=float, default=PRICE, help="USD an hour of the machine (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("by_context.png"), help="the picture (%(default)s)")
+    options = parser.parse_args()
+    if not options.price > 0:
+        parser.error("--price must be above 0")
+    try:
+        results = load(options.bench)
+        evaluated = msgspec.json.decode(options.agreement.read_bytes(), type=EvalResults)
+    except (OSError, msgspec.DecodeError) as error:
+        parser.error(f"a file cannot be read: {error}")
+    found = agreements(evaluated)
+    draw(results, found, _title(results, evaluated), options.price, options.out)
+    print(table(results, options.price))
+    print("\n| prompts of about | prompts | same token | dense asked again |\n|---:|---:|---:|---:|")
+    for one in found:
+        print(f"| {one.mean_tokens:,.0f} | {one.prompts} | {one.share:.1%} | {one.dense_again:.1%} |")
+
+
+def _title(results: BenchResults, evaluated: EvalResults) -> str:
+    machine: dict[str, Any] = results.machine
+    cpus = next((server.cpus for server in results.servers if server.cpus), None)
+    where = (
+        machine["processor"]
+        if cpus is None
+        else f"{machine['processor']}, {len(cpus)} core{'s' * (len(cpus) > 1)}"
+    )
+    return (
+        f"{results.settings.get('model', evaluated.settings['model'])}, top_k {evaluated.default_top_k}: {where}; "
+        f"agreement on {evaluated.settings['device']}"
+    )
+
+
+if __name__ == "__main__":
+    main()
