@@ -5,8 +5,9 @@
 #include "pool.h"
 
 // WORD: bytes of a pair of inputs x 16 outputs; ROWS: the most rows that are multiplied with a tile at once, so that
-// their sums fit the registers; AHEAD: how many bytes ahead of their use weights are prefetched.
-enum { WORD = 64, ROWS = 8, AHEAD = 8192 };
+// their sums fit the registers; AHEAD: how many bytes ahead of their use weights are prefetched; TAKEN: how many bytes of
+// weights a thread takes at once for a few rows.
+enum { WORD = 64, ROWS = 8, AHEAD = 8192, TAKEN = 1 << 16 };
 
 static inline size_t tile_bytes(int kind, int inputs) {
     return dsa_is_integer(kind) ? dsa_tile_bytes(kind, inputs) : (size_t)inputs / 2 * WORD;
@@ -180,6 +181,11 @@ static const struct dsa_matrix *part_of(const struct dsa_matrix *w, int *t, int 
     return w;
 }
 
+int dsa_product_unit(const struct dsa_matrix *w, int rows) {
+    const int tiles = (int)(TAKEN / tile_bytes(w->kind, w->inputs));
+    return rows >= 2 * ROWS || tiles < 1 ? 1 : tiles;
+}
+
 void dsa_product(const struct dsa_matrix *w, const struct dsa_rows *x, float *out, size_t stride, int first, int last) {
     for (int t = first; t < last; t++) {
         int within = t;
@@ -239,8 +245,6 @@ static void linear_part(void *arg, int thread, int threads) {
     int first, last;
     dsa_share(all->count, 1, thread, threads, &first, &last);
     for (int r = first; r < last; r++) dsa_finish_row(&job->rows, r);
-    dsa_barrier();
-    dsa_share(dsa_tiles(job->weight), 1, thread, threads, &first, &last);
     int step = CACHED / inputs / ROWS * ROWS;
     step = step < 8 * ROWS ? 8 * ROWS : step > MOST_ROWS ? MOST_ROWS : step;
     _Alignas(64) float out[MOST_ROWS * DSA_LANES];
@@ -257,12 +261,15 @@ static void linear_part(void *arg, int thread, int threads) {
             some.integer_sums = all->integer_sums + (size_t)row * groups;
             some.begins = all->begins + (size_t)row * 2 * groups;
         }
-        for (int t = first; t < last; t++) {
-            int within = t;
-            const struct dsa_matrix *part = part_of(job->weight, &within, DSA_LANES);
-            product_tile(part, &some, out, DSA_LANES, within);
-            for (int r = 0; r < count; r++) store(job, row + r, t * DSA_LANES, out + r * DSA_LANES);
-        }
+        const int unit = dsa_product_unit(job->weight, count);
+        dsa_barrier(); // rows are finished, and of the rows before nothing is left to take
+        while (dsa_take(0, dsa_tiles(job->weight), unit, thread, threads, &first, &last))
+            for (int t = first; t < last; t++) {
+                int within = t;
+                const struct dsa_matrix *part = part_of(job->weight, &within, DSA_LANES);
+                product_tile(part, &some, out, DSA_LANES, within);
+                for (int r = 0; r < count; r++) store(job, row + r, t * DSA_LANES, out + r * DSA_LANES);
+            }
     }
 }
 

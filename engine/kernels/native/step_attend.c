@@ -126,13 +126,20 @@ static void attend_sparse(struct work *w, const struct dsa_layer *layer, int fir
     for (int r = first; r < last; r++) select_and_attend(w, layer, r, scores + (r - first) * pages * PAGE, own);
 }
 
-// Rows by blocks of one prompt, which threads take in turn. A tile sums in another order than a row alone, so where rows are
+// The next block that no thread has, of at most so many; -1: there is none. All threads take of one part, so in order.
+static int next_turn(int most) {
+    int mine, end;
+    return dsa_take(0, most, 1, 0, 1, &mine, &end) ? mine : -1;
+}
+
+// Rows by blocks of one prompt, which threads take as they come. A tile sums in another order than a row alone, so where rows are
 // to be alike, dense ones are attended one by one, as decodes are; all else sums each row in one order.
 static void attend_blocks(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
     const struct dsa_step *step = w->step;
     const struct dsa_model *m = w->model;
     const int dense_rows = dsa_dense_rows(m->heads / m->kv_heads);
-    int turn = 0;
+    const int most = step->rows * m->kv_heads;
+    int turn = 0, mine = next_turn(most);
     uint8_t *own = w->own + w->own_bytes * (size_t)thread;
     for (int first = 0; first < step->rows;) {
         int end = run_end(step, layer, first), sparse = is_sparse(step, layer, first);
@@ -142,11 +149,15 @@ static void attend_blocks(struct work *w, const struct dsa_layer *layer, int thr
             to = to < end ? to : end;
             if (!sparse && !m->alike && dsa_dense_known(m->head_dim) && to - from > 1) {
                 for (int head = 0; head < m->kv_heads; head++)
-                    if (turn++ % threads == thread) attend_dense(w, layer, from, to, head);
-            } else if (turn++ % threads == thread) {
+                    if (turn++ == mine) {
+                        attend_dense(w, layer, from, to, head);
+                        mine = next_turn(most);
+                    }
+            } else if (turn++ == mine) {
                 if (sparse && m->integer_keys) attend_sparse(w, layer, from, to, own);
                 else
                     for (int r = from; r < to; r++) attend(w, layer, r, own, own, 0, 1);
+                mine = next_turn(most);
             }
             from = to;
         }
