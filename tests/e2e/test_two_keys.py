@@ -33,9 +33,18 @@ def ask(server: Server, name: str, prompt: str, max_tokens: int) -> tuple[httpx.
     return answer, time.monotonic() - begun
 
 
-def ask_the_dying(server: Server) -> None:
+def stream(server: Server, began: threading.Event) -> None:
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 40, "ignore_eos": True, "stream": True}
+    url = f"{server.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, headers=bearer("alice"), timeout=100) as answer:
+        for _ in answer.iter_lines():
+            began.set()
+
+
+def ask_the_dying(server: Server, began: threading.Event) -> None:
+    """Ask for a stream, say when it has begun, and see it break off."""
     with pytest.raises(httpx.HTTPError):
-        ask(server, "alice", "x", 40)
+        stream(server, began)
 
 
 def booked(ledger: Path, name: str) -> int:
@@ -97,9 +106,10 @@ def test_budgets_outlive_a_server_that_is_killed(
             paid += answer.json()["usage"]["cost_details"]["amount"]
         if not last:
             assert codes == [200] * 4
-            running = threading.Thread(target=ask_the_dying, args=(server,))
+            began = threading.Event()
+            running = threading.Thread(target=ask_the_dying, args=(server, began))
             running.start()
-            time.sleep(0.3)
+            assert began.wait(60)
             server.process.kill()
             server.process.wait()
             running.join()
