@@ -27,13 +27,15 @@ class OpenVino:
     Args:
         model: a .gguf file, or a folder of OpenVINO's own
         threads: of the CPU
+        round_activations: to 8 bits, as OpenVINO does by default; else they stay floating-point numbers
     """
 
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, threads: int, round_activations: bool = True) -> None:
         import openvino_genai as genai  # type: ignore[import-not-found, unused-ignore]
 
         self._genai = genai
-        self._pipeline = genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=threads)
+        more = {} if round_activations else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+        self._pipeline = genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=threads, **more)
 
     def answer(self, prompt: list[int], max_tokens: int, say: Any) -> None:
         """See `Pipeline`."""
@@ -124,8 +126,12 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument(
+        "--no-dynamic-quantisation", action="store_true", help="do not round activations to 8 bits"
+    )
     options = parser.parse_args()
-    serve(OpenVino(options.model, options.threads), options.port).serve_forever()
+    pipeline = OpenVino(options.model, options.threads, not options.no_dynamic_quantisation)
+    serve(pipeline, options.port).serve_forever()
 
 
 if __name__ == "__main__":
