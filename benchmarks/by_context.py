@@ -13,6 +13,7 @@ token's time is a step's, behind that prompt.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,22 +22,15 @@ import matplotlib as mpl
 import msgspec
 
 from lab.bench.results import BenchResults, load
+from lab.bench.statistics import Spread
+from lab.curve.measure import ATTENTION
+from lab.evaluate.faithful import LENGTHS
 from lab.evaluate.results import EvalResults
 
-ATTENTION = ("dense", "sparse")
 PRICE = 0.10
 _COLOURS = {"dense": "tab:orange", "sparse": "tab:blue"}
 _PHASES = ("prefill_rate", "decode_rate")
 _NAMES = {"prefill_rate": "prompt", "decode_rate": "answer"}
-
-
-class Speed(NamedTuple):
-    """Of one stream behind a context, in tokens a second: the median of the rounds, the slowest and the fastest."""
-
-    context: int
-    median: float
-    low: float
-    high: float
 
 
 class Agreement(NamedTuple):
@@ -50,17 +44,17 @@ class Agreement(NamedTuple):
     dense_again: float  # the same of dense itself, asked in another batch
 
 
-def speeds(results: BenchResults, server: str, metric: str) -> list[Speed]:
-    """Collect one server's rates by context.
+def speeds(results: BenchResults, server: str, metric: str) -> dict[int, Spread]:
+    """Return one server's rates by context, in tokens a second.
 
     Raises:
         SystemExit: the results have none of them.
     """
-    found = [
-        Speed(case, statistics.median(rates), min(rates), max(rates))
-        for case in sorted(results.figures)
-        if (rates := [s.values[metric] for s in results.samples if (s.server, s.case) == (server, case) and metric in s.values])
-    ]  # fmt: skip
+    found = {
+        case: of[server][metric]
+        for case, of in sorted(results.figures.items())
+        if metric in of.get(server, {})
+    }
     if not found:
         names = ", ".join(one.name for one in results.servers)
         raise SystemExit(f"error: no {metric} of a server named {server!r}; the file has {names}")
@@ -79,16 +73,13 @@ def agreements(results: EvalResults) -> list[Agreement]:
             "error: the evaluation has no agreement at the default top_k; run it with --only faithful"
         )
     sparse, dense = found.rows[str(results.default_top_k)], found.rows["dense"]
-    groups = sorted(int(name.split()[1]) for name in sparse if name.startswith("from "))
-    ends = [*groups[1:], 1 << 62]
     made = []
-    for first, end in zip(groups, ends, strict=True):
-        row = sparse[f"from {first}"]
+    for first, end in zip(LENGTHS, (*LENGTHS[1:], math.inf), strict=True):
         lengths = [one.prompt_tokens for one in found.prompts if first <= one.prompt_tokens < end]
         if not lengths:
             continue
+        row, again = sparse[f"from {first}"], dense[f"from {first}"].agreement
         low, high = row.agreement_interval or (row.agreement, row.agreement)
-        again = dense[f"from {first}"].agreement
         made.append(Agreement(statistics.mean(lengths), len(lengths), row.agreement, low, high, again))
     return made
 
@@ -106,11 +97,7 @@ def table(results: BenchResults, price: float) -> str:
         + " |",
         "|---:|" + "---:|" * (4 * len(_PHASES)),
     ]  # fmt: skip
-    by = {
-        (phase, name): {s.context: s for s in speeds(results, name, phase)}
-        for phase in _PHASES
-        for name in ATTENTION
-    }
+    by = {(phase, name): speeds(results, name, phase) for phase in _PHASES for name in ATTENTION}
     for context in sorted(results.figures):
         cells: list[str] = []
         for phase in _PHASES:
@@ -129,15 +116,14 @@ def draw(results: BenchResults, found: list[Agreement], title: str, price: float
     figure, (speed, cost, same) = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
     for name in ATTENTION:
         curve = speeds(results, name, "decode_rate")
-        at = [one.context / 1024 for one in curve]
-        speed.plot(at, [one.median for one in curve], marker="o", color=_COLOURS[name], label=name)
-        speed.fill_between(
-            at, [one.low for one in curve], [one.high for one in curve], color=_COLOURS[name], alpha=0.2
-        )
+        at, rates = [context / 1024 for context in curve], list(curve.values())
+        speed.plot(at, [one.median for one in rates], marker="o", color=_COLOURS[name], label=name)
+        lows, highs = [one.low for one in rates], [one.high for one in rates]
+        speed.fill_between(at, lows, highs, color=_COLOURS[name], alpha=0.2)
         for phase, line in (("decode_rate", "-"), ("prefill_rate", "--")):
             curve = speeds(results, name, phase)
             cost.plot(
-                [one.context / 1024 for one in curve], [usd(one.median, price) for one in curve], line,
+                [context / 1024 for context in curve], [usd(one.median, price) for one in curve.values()], line,
                 marker="o", color=_COLOURS[name], label=f"{_NAMES[phase]}, {name}",
             )  # fmt: skip
     speed.set_title("tokens of an answer a second, one stream")
