@@ -24,9 +24,6 @@ UNKNOWN_SECONDS = 5.0
 MOST_SECONDS = 60.0
 """OpenAI's Python client takes a longer `Retry-After` for none, and comes back within seconds."""
 
-AIM = 0.95
-"""Requests are let in up to this part of the longest wait: the rest is for what no forecast sees, such as connections."""
-
 _USUAL_SHARE = 0.1
 """The weight of the newest request in the mean size of prompts."""
 
@@ -249,7 +246,7 @@ class Admission:
                 del self._held[sender]
 
     def _check_wait(self, tokens: float) -> None:
-        if self.max_seconds is not None and (seconds := self.forecast(tokens)) > AIM * self.max_seconds:
+        if self.max_seconds is not None and (seconds := self.forecast(tokens)) > self.max_seconds:
             raise QueueFullError(
                 f"the server is full: a first token may take {seconds:.1f} s now, and at most {self.max_seconds:g} s are "
                 "allowed; try again later",

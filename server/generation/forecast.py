@@ -18,6 +18,9 @@ ENOUGH = 100
 UNKNOWN_FACTOR = 1.25
 """The factor is at least this while fewer than `ENOUGH` waits are known: what waits of a steady machine scatter by."""
 
+UNSEEN = 1.05
+"""A client waits so many times as long as the server sees: connections and its own work come on top (measured under overload)."""
+
 MOST_FACTOR = 3.0
 """The largest ratio that counts: an engine that stopped for a while says nothing of one that runs."""
 
@@ -38,8 +41,8 @@ class Forecast:
         return min(max(*self._ratios, least), MOST_FACTOR) if self._ratios else least
 
     def seconds(self, mean: float) -> float:
-        """How long nearly all wait, in seconds, whose wait is `mean` by the mean rate."""
-        return mean * self.factor
+        """How long nearly all clients wait, in seconds, whose wait is `mean` by the mean rate."""
+        return mean * self.factor * UNSEEN
 
     def compare(self, mean: float, took: float, bound: float) -> None:
         """Note a wait that has ended.

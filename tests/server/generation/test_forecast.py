@@ -18,7 +18,7 @@ from engine.plan.tiles import TileCosts
 from engine.plan.types import Sampled, StepPlan, StepResult
 from engine.protocol import SamplingParams, Submit
 from server.generation.admission import Admission, QueueFullError, QueuePlace
-from server.generation.forecast import ENOUGH, LAST, MOST_FACTOR, UNKNOWN_FACTOR, Forecast
+from server.generation.forecast import ENOUGH, LAST, MOST_FACTOR, UNKNOWN_FACTOR, UNSEEN, Forecast
 
 PROMPT, OUTPUT = 64, 8
 SHAPE = ModelShape(
@@ -158,7 +158,7 @@ def test_four_times_the_capacity_keeps_the_bound_and_the_machine_busy(
 
 def test_the_factor_is_the_largest_of_late_and_never_below_one() -> None:
     forecast = Forecast()
-    assert forecast.seconds(2.0) == 2 * UNKNOWN_FACTOR
+    assert forecast.seconds(2.0) == 2 * UNKNOWN_FACTOR * UNSEEN
     forecast.compare(2.0, 3.0, bound=3.0)
     assert forecast.factor == 1.5
     for _ in range(ENOUGH):
@@ -189,7 +189,7 @@ def test_a_bound_in_seconds_lets_one_in_alone_and_says_what_it_expects() -> None
         now += 1.0
         place.begun()
     with admission.admit(1, tokens=400) as place:  # 4 s
-        full = pytest.raises(QueueFullError, match=r"a first token may take 6\.2 s now, and at most 2 s")
+        full = pytest.raises(QueueFullError, match=r"a first token may take 6\.6 s now, and at most 2 s")
         with full, admission.admit(1, tokens=100):
             pass
         with pytest.raises(QueueFullError):
