@@ -86,7 +86,7 @@ def test_the_help_says_what_a_newcomer_needs() -> None:
         assert expected in said
 
 
-_CODER = "unmeasured/qwen2.5-coder-1.5b-instruct"
+_CODER = "qwen2.5-coder-1.5b-instruct"
 CARDS = {
     "smollm2-135m-instruct": "README.md",
     _CODER: f"{_CODER}.md",
@@ -162,8 +162,21 @@ def test_the_default_models_card_has_the_figures_of_its_evaluation() -> None:
 
 def test_the_coder_models_card_has_the_figures_of_its_evaluation() -> None:
     card, evaluation = (OVERLAYS / CARDS[_CODER]).read_text(), evaluation_of(_CODER)
-    assert "Four held-out prompts" in card
-    assert len(evaluation["faithful"]["prompts"]) == 4
-    row = evaluation["faithful"]["rows"]["2048"]["all"]
-    assert f"| top_k 2048 | {100 * row['agreement']:.1f} % | {row['kl']:.4f} |" in card
-    assert f"{row['length']:.1f} tokens on average" in card
+    faithful, kept = evaluation["faithful"], evaluation["needles"]["retention"]["2048"]
+    lengths = [prompt["prompt_tokens"] for prompt in faithful["prompts"]]
+    assert len(lengths) >= 100 and kept["of"] >= 200  # what the project asks of such a measurement
+    assert f"{len(lengths)} held-out prompts of {min(lengths):,} to {max(lengths):,} tokens" in card
+    for group in ("from 2048", "from 4096", "from 8192", "from 16384", "all"):
+        row, dense = faithful["rows"]["2048"][group], faithful["rows"]["dense"][group]
+        low, high = (100 * bound for bound in row["agreement_interval"])
+        line = f"| {group} | {row['prompts']} | {100 * dense['agreement']:.1f} % | {100 * row['agreement']:.1f} % "
+        assert f"{line}[{low:.1f}, {high:.1f}] | {row['kl']:.4f} |" in card
+    row = faithful["rows"]["2048"]["all"]
+    low, high = row["length_interval"]
+    assert f"| {row['length']:.1f} | {row['length_ratio']:.3f} [{low:.3f}, {high:.3f}] |" in card
+    assert f"{kept['right']} of {kept['of']} = {100 * kept['right'] / kept['of']:.1f} %" in card
+    for setting, name in (("dense", "dense"), ("2048", "top_k 2048")):
+        passed = sum(task["passed"][setting] for task in evaluation["code"]["tasks"])
+        assert re.search(rf"\| {name} \| .* \| {passed} of {len(evaluation['code']['tasks'])} \|", card)
+    for picture in re.findall(r"!\[.*\]\((.*)\)", card):
+        assert (OVERLAYS / picture).is_file()
