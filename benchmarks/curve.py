@@ -1,6 +1,6 @@
-"""Makes the text about the cost curve in README.md and docs/measured.md, from the file of `dsa bench curve --out docs`.
+"""Makes the text about the cost curve in docs/measured.md, from the file of `dsa bench curve --out docs`.
 
-`python -m benchmarks.curve` prints the text. With `--write` it replaces the text in both files.
+`python -m benchmarks.curve` prints the text. With `--write` it replaces the text in that file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lab.curve.report import HIGH, LOW, CurveReport
 from lab.inspect.roofline import Phase
 
 ROOT = Path(__file__).parents[1]
-MEASURED, README = ROOT / "docs" / "measured.md", ROOT / "README.md"
+MEASURED = ROOT / "docs" / "measured.md"
 CURVE = ROOT / "docs" / "curve.json"
 WIDTH = 118
 BEGIN, END = "<!-- curve: begin -->", "<!-- curve: end -->"
@@ -75,6 +75,11 @@ def _sentence(report: CurveReport, phase: Phase) -> str:
     )
 
 
+def text_of(report: CurveReport) -> str:
+    """Make the whole text: the table and what it shows."""
+    return f"{table(report)}\n\n{sentences(report)}"
+
+
 def put(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Replace the text between the file's markers.
 
@@ -89,16 +94,15 @@ def put(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
 
 
 def main() -> None:
-    """Print the text, or write it into the files."""
+    """Print the text, or write it into the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into README.md and docs/measured.md")
+    parser.add_argument("--write", action="store_true", help="into docs/measured.md")
     options = parser.parse_args()
     report = read()
     if options.write:
-        put(MEASURED, table(report))
-        put(README, sentences(report))
+        put(MEASURED, text_of(report))
     else:
-        print(table(report), sentences(report), sep="\n\n")
+        print(text_of(report))
 
 
 if __name__ == "__main__":

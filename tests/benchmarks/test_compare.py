@@ -114,8 +114,7 @@ def test_the_published_page_has_room_for_the_tables() -> None:
 def test_the_pages_say_what_the_published_curve_says() -> None:
     report = curve.read()
     assert not report.quick
-    assert curve.table(report) in curve.MEASURED.read_text("utf-8")
-    assert curve.sentences(report) in curve.README.read_text("utf-8")
+    assert curve.text_of(report) in curve.MEASURED.read_text("utf-8")
 
 
 def test_the_curves_text_takes_the_place_of_what_is_there(tmp_path: Path) -> None:
