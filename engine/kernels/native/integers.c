@@ -5,6 +5,8 @@
 
 #include <math.h>
 
+#include "amx.h"
+
 // SUPER: inputs of a super-block; GROUPS of it; ROWS: rows that are multiplied with a tile at once; FEW: with more rows a
 // panel of PANEL groups is unpacked once for all of them (measured); AHEAD: how many bytes ahead weights are prefetched.
 enum { SUPER = 256, GROUPS = 8, HEAD = 64, SMALL = 256, SCALES = 32, NIBBLES = 256, ROWS = 8, FEW = 16, PANEL = 32, AHEAD = 8192 };
@@ -173,6 +175,23 @@ void dsa_integer_tile(int kind, const uint8_t *weights, const struct dsa_rows *x
     struct run run = {weights, groups, groups, x->integers, x->scales, x->integer_sums, x->begins, out, stride};
     (x->count > FEW ? MANY_ROWS : FEW_ROWS)[kind](run, x->count);
 }
+
+#ifdef DSA_AVX512
+#define SPLIT(KIND) \
+    case DSA_##KIND: \
+        for (int g = first; g < last; g++, out += 2 * DSA_SPLIT) split_group(DSA_##KIND, weights, groups, g, out); \
+        break;
+
+void dsa_integer_split(int kind, const uint8_t *weights, int groups, int first, int last, uint8_t *out) {
+    switch (kind) {
+        SPLIT(Q4)
+        SPLIT(Q8)
+        SPLIT(Q4_K)
+        SPLIT(Q5_K)
+        SPLIT(Q6_K)
+    }
+}
+#endif
 
 void dsa_integer_weights(int kind, const uint8_t *weights, int lane, int inputs, float *out) {
     _Alignas(64) uint8_t plain[UNPACKED];

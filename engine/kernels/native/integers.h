@@ -28,6 +28,10 @@ void dsa_integer_set_group(struct dsa_rows *rows, int at, int group, const float
 // Multiply a tile, whose weights begin at `weights`, with all rows; out[r * stride] is the tile's first output of row r.
 void dsa_integer_tile(int kind, const uint8_t *weights, const struct dsa_rows *x, float *out, size_t stride);
 
+// Unpack groups first to last - 1 of a tile that has `groups` groups, for amx.h: two tiles of bfloat16 for each group, first of
+// upper halves and then of lower ones, with a pair of inputs for each output in 16 rows of 64 bytes. With AVX-512 only.
+void dsa_integer_split(int kind, const uint8_t *weights, int groups, int first, int last, uint8_t *out);
+
 // Unpack one output (`lane`) of a tile, exactly, to out [inputs].
 void dsa_integer_weights(int kind, const uint8_t *weights, int lane, int inputs, float *out);
 

@@ -165,3 +165,30 @@ __attribute__((always_inline)) static inline void make_plain(int kind, const uin
     _mm512_storeu_ps(out + BYTES, one);
     _mm512_storeu_ps(out + BYTES + 64, two);
 }
+
+// Unpack group g of a tile to two tiles of bfloat16; see dsa_integer_split.
+__attribute__((always_inline)) static inline void split_group(int kind, const uint8_t *tile, int groups, int g, uint8_t *out) {
+    word words[8];
+    __m512 one, two;
+    const __m512i byte = _mm512_set1_epi32(255), upper = _mm512_set1_epi32((int)0xffff0000);
+    // Of 32 bfloat16, the first and the second 16 as pairs.
+    const __m512i ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i pairs = _mm512_or_si512(ramp, _mm512_slli_epi32(_mm512_add_epi32(ramp, _mm512_set1_epi32(16)), 16));
+    unpack(kind, numbers_of(kind, tile, groups, g), words);
+    scales_of(kind, tile, groups, g, &one, &two);
+    for (int j = 0; j < 8; j++) {
+        const __m512 scale = kind == DSA_Q6_K && j >= 4 ? two : one;
+        const __m512 minus = kind == DSA_Q6_K ? _mm512_mul_ps(scale, _mm512_set1_ps(32.0f)) : two;
+        for (int h = 0; h < 2; h++, out += 64) {
+            const __m512i even = _mm512_and_si512(h ? _mm512_srli_epi32(words[j], 16) : words[j], byte);
+            const __m512i odd = h ? _mm512_srli_epi32(words[j], 24) : _mm512_and_si512(_mm512_srli_epi32(words[j], 8), byte);
+            const __m512 a = _mm512_fmsub_ps(scale, _mm512_cvtepi32_ps(even), minus);
+            const __m512 b = _mm512_fmsub_ps(scale, _mm512_cvtepi32_ps(odd), minus);
+            const __m512i near = _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+            const __m512 c = _mm512_sub_ps(a, (__m512)_mm512_slli_epi32(near, 16));
+            const __m512 d = _mm512_sub_ps(b, (__m512)_mm512_and_si512(near, upper));
+            _mm512_store_si512(out, near);
+            _mm512_store_si512(out + DSA_SPLIT, _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(d, c)));
+        }
+    }
+}

@@ -1,8 +1,8 @@
 // Products with packed weights; see matrix.h. Those with integers are in integers.c, those with bfloat16 here.
 #include "matrix.h"
 
+#include "amx.h"
 #include "integers.h"
-#include "pool.h"
 
 // WORD: bytes of a pair of inputs x 16 outputs; ROWS: the most rows that are multiplied with a tile at once, so that
 // their sums fit the registers; AHEAD: how many bytes ahead of their use weights are prefetched; TAKEN: how many bytes of
@@ -19,10 +19,21 @@ int dsa_needs_integers(const struct dsa_matrix *w) {
     return 0;
 }
 
+// Where group g of row `at` is in `upper` and `lower`.
+static inline size_t place_of(const struct dsa_rows *rows, int at, int g) {
+    const size_t block = (size_t)(at / DSA_BLOCK) * (rows->inputs / DSA_GROUP) + g;
+    return (block * DSA_BLOCK + at % DSA_BLOCK) * DSA_GROUP;
+}
+
 void dsa_finish_row(struct dsa_rows *rows, int at) {
-    if (!rows->integers) return;
     const int groups = rows->inputs / DSA_GROUP;
     const bf16 *x = rows->values + (size_t)at * rows->inputs;
+    if (rows->upper) { // the rows were rounded before, so nothing is left for `lower`
+        for (int g = 0; g < groups; g++)
+            memcpy(rows->upper + place_of(rows, at, g), x + g * DSA_GROUP, DSA_GROUP * sizeof(bf16));
+        return;
+    }
+    if (!rows->integers) return;
     for (int g = 0; g < groups; g++, x += DSA_GROUP) {
         float values[DSA_GROUP];
         for (int i = 0; i < DSA_GROUP; i++) values[i] = wide(x[i]);
@@ -33,7 +44,20 @@ void dsa_finish_row(struct dsa_rows *rows, int at) {
 void dsa_set_group(struct dsa_rows *rows, int at, int group, const float *x) {
     bf16 *out = rows->values + (size_t)at * rows->inputs + group * DSA_GROUP;
 #ifdef DSA_AVX512
-    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x)));
+    const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
+    const __m512i near = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    _mm512_storeu_si512(out, near);
+    if (rows->upper) {
+        const size_t place = place_of(rows, at, group);
+        _mm512_storeu_si512(rows->upper + place, near);
+        if (!rows->lower) return;
+        const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(near));
+        const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(near, 1));
+        const __m512 c = _mm512_sub_ps(a, (__m512)_mm512_slli_epi32(first, 16));
+        const __m512 d = _mm512_sub_ps(b, (__m512)_mm512_slli_epi32(second, 16));
+        _mm512_storeu_si512(rows->lower + place, (__m512i)_mm512_cvtne2ps_pbh(d, c));
+        return;
+    }
 #else
     for (int i = 0; i < DSA_GROUP; i++) out[i] = narrow(x[i]);
 #endif
@@ -181,16 +205,24 @@ static const struct dsa_matrix *part_of(const struct dsa_matrix *w, int *t, int 
     return w;
 }
 
-int dsa_product_unit(const struct dsa_matrix *w, int rows) {
+int dsa_product_unit(const struct dsa_matrix *w, const struct dsa_rows *rows) {
     const int tiles = (int)(TAKEN / tile_bytes(w->kind, w->inputs));
-    return rows >= 2 * ROWS || tiles < 1 ? 1 : tiles;
+    if (rows->upper) return dsa_amx_unit(w->inputs);
+    return rows->count >= 2 * ROWS || tiles < 1 ? 1 : tiles;
 }
 
 void dsa_product(const struct dsa_matrix *w, const struct dsa_rows *x, float *out, size_t stride, int first, int last) {
-    for (int t = first; t < last; t++) {
+    for (int t = first, count = 1; t < last; t += count) {
         int within = t;
         const struct dsa_matrix *part = part_of(w, &within, DSA_LANES);
-        product_tile(part, x, out + (size_t)t * DSA_LANES, stride, within);
+        if (!x->upper) {
+            product_tile(part, x, out + (size_t)(t - first) * DSA_LANES, stride, within);
+            continue;
+        }
+        const int rest = (part->outputs + DSA_LANES - 1) / DSA_LANES - within;
+        const size_t bytes = tile_bytes(part->kind, part->inputs);
+        count = rest < last - t ? rest : last - t;
+        dsa_amx_product(part->kind, part->data + within * bytes, bytes, count, x, out + (size_t)(t - first) * DSA_LANES, stride);
     }
 }
 
@@ -207,92 +239,4 @@ void dsa_weights(const struct dsa_matrix *w, int output, float *out) {
         memcpy(&stored, tile + WORD * (i / 2) + 4 * lane + 2 * (i % 2), sizeof stored);
         out[i] = wide(stored);
     }
-}
-
-// --- products for callers from Python, on all threads ---
-
-// CACHED: how many activations are multiplied with a tile at once, so that they stay in the second-level cache from
-// tile to tile.
-enum { CACHED = 1 << 18, MOST_ROWS = 1024 };
-
-struct linear_job {
-    const struct dsa_matrix *weight;
-    struct dsa_rows rows;
-    bf16 *narrow;
-    float *wide;
-};
-
-static void store(const struct linear_job *job, int row, int output, const float *from) {
-    const int outputs = dsa_outputs(job->weight), count = outputs - output < DSA_LANES ? outputs - output : DSA_LANES;
-    const size_t at = (size_t)row * outputs + output;
-    if (job->wide) {
-        memcpy(job->wide + at, from, count * sizeof(float));
-        return;
-    }
-#ifdef DSA_AVX512
-    if (count == DSA_LANES) {
-        _mm256_storeu_si256((void *)(job->narrow + at), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from)));
-        return;
-    }
-#endif
-    for (int i = 0; i < count; i++) job->narrow[at + i] = narrow(from[i]);
-}
-
-static void linear_part(void *arg, int thread, int threads) {
-    struct linear_job *job = arg;
-    const struct dsa_rows *all = &job->rows;
-    const int inputs = all->inputs, groups = inputs / DSA_GROUP;
-    int first, last;
-    dsa_share(all->count, 1, thread, threads, &first, &last);
-    for (int r = first; r < last; r++) dsa_finish_row(&job->rows, r);
-    int step = CACHED / inputs / ROWS * ROWS;
-    step = step < 8 * ROWS ? 8 * ROWS : step > MOST_ROWS ? MOST_ROWS : step;
-    _Alignas(64) float out[MOST_ROWS * DSA_LANES];
-    for (int row = 0; row < all->count; row += step) {
-        const int count = all->count - row < step ? all->count - row : step;
-        struct dsa_rows some = {
-            .values = all->values + (size_t)row * inputs,
-            .count = count,
-            .inputs = inputs,
-        };
-        if (all->integers) {
-            some.integers = all->integers + (size_t)row * 2 * inputs;
-            some.scales = all->scales + (size_t)row * groups;
-            some.integer_sums = all->integer_sums + (size_t)row * groups;
-            some.begins = all->begins + (size_t)row * 2 * groups;
-        }
-        const int unit = dsa_product_unit(job->weight, count);
-        dsa_barrier(); // rows are finished, and of the rows before nothing is left to take
-        while (dsa_take(0, dsa_tiles(job->weight), unit, thread, threads, &first, &last))
-            for (int t = first; t < last; t++) {
-                int within = t;
-                const struct dsa_matrix *part = part_of(job->weight, &within, DSA_LANES);
-                product_tile(part, &some, out, DSA_LANES, within);
-                for (int r = 0; r < count; r++) store(job, row + r, t * DSA_LANES, out + r * DSA_LANES);
-            }
-    }
-}
-
-// Bytes of scratch that `dsa_linear` needs.
-int64_t dsa_linear_scratch(const struct dsa_matrix *weight, int count) {
-    const int64_t groups = (int64_t)count * (weight->inputs / DSA_GROUP);
-    return dsa_needs_integers(weight) ? groups * (4 + 4 + 8 + 2 * DSA_GROUP) : 0;
-}
-
-// x [count, inputs] bfloat16 -> [count, outputs]: to `wide` in float32, or if that is NULL to `narrow` in bfloat16.
-void dsa_linear(const struct dsa_matrix *weight, bf16 *x, int count, uint8_t *scratch, bf16 *narrow, float *wide) {
-    struct linear_job job = {weight, {.values = x, .count = count, .inputs = weight->inputs}, narrow, wide};
-    const size_t groups = (size_t)count * (size_t)(weight->inputs / DSA_GROUP);
-    if (dsa_needs_integers(weight)) {
-        job.rows.scales = (float *)(void *)scratch;
-        job.rows.integer_sums = job.rows.scales + groups;
-        job.rows.begins = (int32_t *)(void *)(job.rows.integer_sums + groups);
-        job.rows.integers = (int8_t *)(void *)(job.rows.begins + 2 * groups);
-    }
-    dsa_parallel(linear_part, &job);
-}
-
-// Unpack the weights of `outputs` [count] to out [count, inputs].
-void dsa_rows_of(const struct dsa_matrix *weight, const int64_t *outputs, int count, float *out) {
-    for (int i = 0; i < count; i++) dsa_weights(weight, (int)outputs[i], out + (size_t)i * weight->inputs);
 }

@@ -34,6 +34,10 @@ struct dsa_rows {
     float *scales;       // [count, inputs / 32]
     float *integer_sums; // [count, inputs / 32]: scale * the group's sum of integers
     int32_t *begins;     // [count, inputs / 16]: -32 * the sum of integers of half a group
+    // [count / 16, inputs / 32, 16, 32], with count rounded up to whole blocks of 16: the rows as tiles for amx.h. NULL unless
+    // they are multiplied with AMX; integers are not made then
+    bf16 *upper;
+    bf16 *lower; // likewise: what rounding to `upper` left. NULL if it left nothing, or if all weights are bfloat16
 };
 
 // The tiles of all parts, and their outputs.
@@ -62,9 +66,9 @@ void dsa_set_group(struct dsa_rows *rows, int at, int group, const float *x);
 void dsa_finish_row(struct dsa_rows *rows, int at);
 
 // How many tiles a thread takes at once: few where a tile is multiplied with many rows or is large.
-int dsa_product_unit(const struct dsa_matrix *w, int rows);
+int dsa_product_unit(const struct dsa_matrix *w, const struct dsa_rows *rows);
 
-// out[r * stride + o] = sum_i x[r, i] * w[o, i] for the outputs of tiles first to last - 1, with float32 sums. It
+// out[r * stride + o - 16 * first] = sum_i x[r, i] * w[o, i] for the outputs of tiles first to last - 1, with float32 sums. It
 // writes whole tiles, so `out` must have room for the outputs rounded up to 16.
 void dsa_product(const struct dsa_matrix *w, const struct dsa_rows *x, float *out, size_t stride, int first, int last);
 

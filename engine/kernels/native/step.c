@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include "amx.h"
 #include "pool.h"
 
 enum { AT_ONCE = 256 }; // how many rows go through a layer together
@@ -46,11 +47,16 @@ static size_t lay_out(struct work *w, const struct dsa_model *m, int rows, int l
         } else { \
             (place).integers = 0; \
         } \
+        (place).upper = (place).lower = 0; \
+        if (blocks) TAKE((place).upper, bf16, (size_t)blocks * DSA_BLOCK * (width)); \
+        if (blocks && m->integers) TAKE((place).lower, bf16, (size_t)blocks * DSA_BLOCK * (width)); \
     } while (0)
     TAKE(w->x, float, rows * m->hidden);
     rows = rows < AT_ONCE ? rows : AT_ONCE;
+    const int blocks = !m->alike && dsa_amx_rows(rows) ? (rows + DSA_BLOCK - 1) / DSA_BLOCK : 0;
     TAKE_ROWS(w->normed, m->hidden);
     TAKE_ROWS(w->attended, attended);
+    w->attended.lower = 0; // attention rounds its sums
     TAKE_ROWS(w->activated, m->intermediate);
     TAKE(w->wide, float, (size_t)rows * w->widest);
     TAKE(w->index_wide, float, (size_t)rows * w->index_width);
@@ -123,10 +129,10 @@ static void norm_rows(struct work *w, const float *weight, int thread, int threa
 // Compute outputs of weight * rows, to out[r * stride]; the threads take them as they come.
 static void product(int job, const struct dsa_matrix *weight, const struct dsa_rows *rows, float *out, int stride,
                     int thread, int threads) {
-    const int unit = dsa_product_unit(weight, rows->count);
+    const int unit = dsa_product_unit(weight, rows);
     int first, last;
     while (dsa_take(job, dsa_tiles(weight), unit, thread, threads, &first, &last))
-        dsa_product(weight, rows, out, (size_t)stride, first, last);
+        dsa_product(weight, rows, out + first * DSA_LANES, (size_t)stride, first, last);
 }
 
 // The adapter's second product, from `inner`, the result of its first, to `correction`.
@@ -143,10 +149,10 @@ static void correct(struct work *w, const struct dsa_matrix *up, int thread, int
 // Add weight * rows + bias to x. With `corrected`, also add the correction of each row that has a selection in that layer.
 static void product_to_x(struct work *w, const struct dsa_matrix *weight, const float *bias, const struct dsa_rows *rows,
                          const struct dsa_layer *corrected, int thread, int threads) {
-    const int n = w->model->hidden, unit = dsa_product_unit(weight, rows->count);
+    const int n = w->model->hidden, unit = dsa_product_unit(weight, rows);
     int first, last;
     while (dsa_take(RESIDUAL, dsa_tiles(weight), unit, thread, threads, &first, &last)) {
-        dsa_product(weight, rows, w->wide, (size_t)w->widest, first, last);
+        dsa_product(weight, rows, w->wide + first * DSA_LANES, (size_t)w->widest, first, last);
         last = last * DSA_LANES < n ? last * DSA_LANES : n;
         for (int r = 0; r < w->step->rows; r++) {
             const size_t at = (size_t)r * w->widest;
@@ -215,12 +221,13 @@ static inline float silu(float x) {
 // silu(gate) * up of groups of outputs. The thread that takes a group computes both products itself.
 static void gated(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
     const int n = w->model->intermediate, pairs = n / DSA_GROUP, tiles = DSA_GROUP / DSA_LANES;
-    const int unit = (dsa_product_unit(&layer->gate_up, w->step->rows) + 2 * tiles - 1) / (2 * tiles);
+    const int unit = (dsa_product_unit(&layer->gate_up, &w->normed) + 2 * tiles - 1) / (2 * tiles);
     const size_t stride = (size_t)w->widest;
     int first, last;
     while (dsa_take(MAIN, pairs, unit, thread, threads, &first, &last)) {
-        dsa_product(&layer->gate_up, &w->normed, w->wide, stride, first * tiles, last * tiles);
-        dsa_product(&layer->gate_up, &w->normed, w->wide, stride, (first + pairs) * tiles, (last + pairs) * tiles);
+        float *gates = w->wide + first * DSA_GROUP;
+        dsa_product(&layer->gate_up, &w->normed, gates, stride, first * tiles, last * tiles);
+        dsa_product(&layer->gate_up, &w->normed, gates + n, stride, (first + pairs) * tiles, (last + pairs) * tiles);
         for (int r = 0; r < w->step->rows; r++)
             for (int g = first; g < last; g++) {
                 float *gate = w->wide + r * stride + (size_t)g * DSA_GROUP;
@@ -286,7 +293,11 @@ static void part_of(struct work *w, struct dsa_step *step, const struct dsa_laye
     step->rows = step->rows - from < AT_ONCE ? step->rows - from : AT_ONCE;
     w->x += (size_t)from * w->model->hidden;
     w->step = step;
-    w->normed.count = w->attended.count = w->activated.count = w->narrowed.count = step->rows;
+    struct dsa_rows *each[] = {&w->normed, &w->attended, &w->activated, &w->narrowed};
+    for (size_t i = 0; i < sizeof each / sizeof *each; i++) {
+        each[i]->count = step->rows;
+        if (!dsa_amx_rows(step->rows)) each[i]->upper = 0;
+    }
     w->sparse = 0;
     for (int r = 0; layer && r < step->rows; r++) w->sparse |= is_sparse(step, layer, r);
 }

@@ -1,0 +1,31 @@
+// Products of many rows with Intel AMX, whose tiles multiply bfloat16 and sum in float32. matrix.c calls them.
+//
+// bfloat16 has 8 significant bits, too few for activations and for unpacked weights. So each number is the sum of two:
+// `upper`, the nearest bfloat16, and `lower`, the nearest to what is left. A product is upper * upper + lower * upper +
+// upper * lower. What is left out is below 2^-16 of the product.
+#ifndef DSA_AMX_H
+#define DSA_AMX_H
+
+#include "matrix.h"
+
+// DSA_BLOCK: rows of a tile of activations. DSA_SPLIT: bytes of a tile of activations or weights, 32 inputs each.
+enum { DSA_BLOCK = 16, DSA_SPLIT = 1024 };
+
+// Whether AMX may be used: this processor has it, and the kernel permits it to this process.
+int dsa_amx_here(void);
+
+// Turn AMX on or off for the products after this call; returns whether it is on. It is on wherever it may be used.
+int dsa_use_amx(int wanted);
+
+// Whether so many rows are multiplied with AMX.
+int dsa_amx_rows(int count);
+
+// How many tiles of weights with so many inputs should be multiplied at once.
+int dsa_amx_unit(int inputs);
+
+// Multiply `tiles` tiles of `bytes` bytes each, which begin at `weights`, with all rows; out[r * stride] is the first output of
+// row r. The rows have `upper`, and `lower` if they are not exact.
+void dsa_amx_product(int kind, const uint8_t *weights, size_t bytes, int tiles, const struct dsa_rows *x, float *out,
+                     size_t stride);
+
+#endif
