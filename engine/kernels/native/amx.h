@@ -20,8 +20,8 @@ int dsa_use_amx(int wanted);
 // Whether so many rows are multiplied with AMX.
 int dsa_amx_rows(int count);
 
-// How many tiles of weights with so many inputs should be multiplied at once.
-int dsa_amx_unit(int inputs);
+// How many tiles of a weight a thread should take at once, so that all threads have about the same.
+int dsa_amx_unit(int tiles, int threads);
 
 // Multiply `tiles` tiles of `bytes` bytes each, which begin at `weights`, with all rows; out[r * stride] is the first output of
 // row r. The rows have `upper`, and `lower` if they are not exact.

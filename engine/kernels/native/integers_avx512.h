@@ -166,15 +166,21 @@ __attribute__((always_inline)) static inline void make_plain(int kind, const uin
     _mm512_storeu_ps(out + BYTES + 64, two);
 }
 
-// Unpack group g of a tile to two tiles of bfloat16; see dsa_integer_split.
+// The upper halves of float32 in two vectors, as pairs.
+static inline __m512i pairs(__m512i even, __m512i odd) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    return _mm512_ternarylogic_epi32(upper, odd, _mm512_srli_epi32(even, 16), 0xea); // (upper & odd) | even
+}
+
+// Unpack group g of a tile to two tiles of bfloat16; see dsa_integer_split. Upper halves are cut, which keeps not-a-number, and
+// lower ones are rounded.
 __attribute__((always_inline)) static inline void split_group(int kind, const uint8_t *tile, int groups, int g, uint8_t *out) {
     word words[8];
     __m512 one, two;
-    const __m512i byte = _mm512_set1_epi32(255), upper = _mm512_set1_epi32((int)0xffff0000);
-    // Of 32 bfloat16, the first and the second 16 as pairs.
-    const __m512i ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i pairs = _mm512_or_si512(ramp, _mm512_slli_epi32(_mm512_add_epi32(ramp, _mm512_set1_epi32(16)), 16));
-    unpack(kind, numbers_of(kind, tile, groups, g), words);
+    const __m512i byte = _mm512_set1_epi32(255), upper = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
+    const uint8_t *numbers = numbers_of(kind, tile, groups, g);
+    for (size_t line = 0; line < group_bytes(kind); line += 64) __builtin_prefetch(numbers + AHEAD + line, 0, 1);
+    unpack(kind, numbers, words);
     scales_of(kind, tile, groups, g, &one, &two);
     for (int j = 0; j < 8; j++) {
         const __m512 scale = kind == DSA_Q6_K && j >= 4 ? two : one;
@@ -184,11 +190,10 @@ __attribute__((always_inline)) static inline void split_group(int kind, const ui
             const __m512i odd = h ? _mm512_srli_epi32(words[j], 24) : _mm512_and_si512(_mm512_srli_epi32(words[j], 8), byte);
             const __m512 a = _mm512_fmsub_ps(scale, _mm512_cvtepi32_ps(even), minus);
             const __m512 b = _mm512_fmsub_ps(scale, _mm512_cvtepi32_ps(odd), minus);
-            const __m512i near = _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-            const __m512 c = _mm512_sub_ps(a, (__m512)_mm512_slli_epi32(near, 16));
-            const __m512 d = _mm512_sub_ps(b, (__m512)_mm512_and_si512(near, upper));
-            _mm512_store_si512(out, near);
-            _mm512_store_si512(out + DSA_SPLIT, _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(d, c)));
+            const __m512i c = (__m512i)_mm512_sub_ps(a, (__m512)_mm512_and_si512((__m512i)a, upper));
+            const __m512i d = (__m512i)_mm512_sub_ps(b, (__m512)_mm512_and_si512((__m512i)b, upper));
+            _mm512_store_si512(out, pairs((__m512i)a, (__m512i)b));
+            _mm512_store_si512(out + DSA_SPLIT, pairs(_mm512_add_epi32(c, half), _mm512_add_epi32(d, half)));
         }
     }
 }

@@ -3,6 +3,7 @@
 
 #include "amx.h"
 #include "integers.h"
+#include "pool.h"
 
 // WORD: bytes of a pair of inputs x 16 outputs; ROWS: the most rows that are multiplied with a tile at once, so that
 // their sums fit the registers; AHEAD: how many bytes ahead of their use weights are prefetched; TAKEN: how many bytes of
@@ -207,7 +208,7 @@ static const struct dsa_matrix *part_of(const struct dsa_matrix *w, int *t, int 
 
 int dsa_product_unit(const struct dsa_matrix *w, const struct dsa_rows *rows) {
     const int tiles = (int)(TAKEN / tile_bytes(w->kind, w->inputs));
-    if (rows->upper) return dsa_amx_unit(w->inputs);
+    if (rows->upper) return dsa_amx_unit(dsa_tiles(w), dsa_threads());
     return rows->count >= 2 * ROWS || tiles < 1 ? 1 : tiles;
 }
 
