@@ -47,6 +47,18 @@ def set_threads(count: int) -> None:
         found.dsa_set_threads(count)
 
 
+def use_amx(wanted: bool) -> bool:
+    """Turn AMX on or off for the products after this call; return whether it is on. It is on wherever it may be used."""
+    found = library()
+    return found is not None and bool(found.dsa_use_amx(wanted))
+
+
+def uses_amx() -> bool:
+    """Whether products of many rows use AMX now."""
+    found = library()
+    return found is not None and bool(found.dsa_uses_amx())
+
+
 @cache
 def _open() -> _Found:
     machine, flags = platform.machine(), _cpu_flags()

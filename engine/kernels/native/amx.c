@@ -8,9 +8,9 @@
 
 // MANY: from so many rows on AMX is used (measured). PANEL: the most groups of a panel. UNIT: the most tiles of
 // weights that are multiplied at once: with several panels the activations come from a far cache for each unit.
-enum { MANY = 24, PANEL = 32, UNIT = 8 };
+enum { MANY = 16, PANEL = 24, UNIT = 8 };
 
-static int panels_of(int groups) { return (groups + PANEL - 1) / PANEL; }
+int dsa_amx_rows(int count) { return count >= MANY && dsa_uses_amx(); }
 
 int dsa_amx_unit(int tiles, int threads) {
     int best = 2, least = tiles + UNIT;
@@ -45,24 +45,20 @@ static int is_permitted(void) {
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
-int dsa_amx_here(void) {
+static int state_now(void) {
     int now = atomic_load_explicit(&state, memory_order_relaxed);
-    if (now == UNKNOWN) {
-        now = is_permitted() ? ON : ABSENT;
-        atomic_store_explicit(&state, now, memory_order_relaxed);
-    }
-    return now != ABSENT;
+    if (now != UNKNOWN) return now;
+    const int found = is_permitted() ? ON : ABSENT;
+    return atomic_compare_exchange_strong(&state, &now, found) ? found : now;
 }
 
 int dsa_use_amx(int wanted) {
-    if (!dsa_amx_here()) return 0;
-    atomic_store(&state, wanted ? ON : OFF);
+    if (state_now() == ABSENT) return 0;
+    atomic_store_explicit(&state, wanted ? ON : OFF, memory_order_relaxed);
     return wanted != 0;
 }
 
-int dsa_amx_rows(int count) {
-    return count >= MANY && dsa_amx_here() && atomic_load_explicit(&state, memory_order_relaxed) == ON;
-}
+int dsa_uses_amx(void) { return state_now() == ON; }
 
 // The layout of the instruction's operand.
 struct configuration {
@@ -242,7 +238,7 @@ static void multiply_panel(const struct unit *u, const uint8_t *const weights[2]
 
 AMX void dsa_amx_product(int kind, const uint8_t *weights, size_t bytes, int tiles, const struct dsa_rows *x, float *out,
                          size_t stride) {
-    const int groups = x->inputs / DSA_GROUP, panels = panels_of(groups), each = (groups + panels - 1) / panels;
+    const int groups = x->inputs / DSA_GROUP, panels = (groups + PANEL - 1) / PANEL, each = (groups + panels - 1) / panels;
     const size_t blocks = (size_t)(x->count + DSA_BLOCK - 1) / DSA_BLOCK;
     const size_t panel_bytes = (size_t)each * 2 * DSA_SPLIT, sums_bytes = panels > 1 ? UNIT * blocks * 1024 : 0;
     uint8_t *scratch = dsa_scratch((int64_t)(4 * panel_bytes + sums_bytes + 2 * 1024));
@@ -277,17 +273,12 @@ AMX void dsa_amx_product(int kind, const uint8_t *weights, size_t bytes, int til
 
 #else // other processors have no AMX
 
-int dsa_amx_here(void) { return 0; }
-
 int dsa_use_amx(int wanted) {
     (void)wanted;
     return 0;
 }
 
-int dsa_amx_rows(int count) {
-    (void)count;
-    return 0;
-}
+int dsa_uses_amx(void) { return 0; }
 
 void dsa_amx_product(int kind, const uint8_t *weights, size_t bytes, int tiles, const struct dsa_rows *x, float *out,
                      size_t stride) {

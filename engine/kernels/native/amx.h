@@ -11,11 +11,11 @@
 // DSA_BLOCK: rows of a tile of activations. DSA_SPLIT: bytes of a tile of activations or weights, 32 inputs each.
 enum { DSA_BLOCK = 16, DSA_SPLIT = 1024 };
 
-// Whether AMX may be used: this processor has it, and the kernel permits it to this process.
-int dsa_amx_here(void);
-
 // Turn AMX on or off for the products after this call; returns whether it is on. It is on wherever it may be used.
 int dsa_use_amx(int wanted);
+
+// Whether it is on.
+int dsa_uses_amx(void);
 
 // Whether so many rows are multiplied with AMX.
 int dsa_amx_rows(int count);

@@ -228,7 +228,7 @@ class GqaModel:
                 else f", with up to {FEW_ROWS} rows, else torch's"
             )
             said = own | {
-                "products": f"{level}, weights packed as stored or in bfloat16",
+                "products": self._packed_products(),
                 "steps": f"one call each{most}",
             }
         else:
@@ -257,7 +257,11 @@ class GqaModel:
                 or "packed weights are for the native kernels, bfloat16 and rows of whole groups of 32"
             )
             return f"torch ({why})"
-        return f"compiled for {native.level()}, weights packed as stored or in bfloat16"
+        return self._packed_products()
+
+    def _packed_products(self) -> str:
+        amx = ", those of many rows with AMX" if native.uses_amx() and not self.batch_invariant else ""
+        return f"compiled for {native.level()}, weights packed as stored or in bfloat16{amx}"
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache, costs: TileCosts) -> Tensor:

@@ -83,14 +83,17 @@ def weight_of(kind: str, outputs: int, inputs: int, seed: int = 0) -> tuple[Pack
 
 @pytest.fixture(params=["best", "plain"])
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The processor's best library, and the one without its 16-bit instructions."""
+    """The processor's best library, and the one without its 16-bit instructions; both without AMX (test_amx.py)."""
     if request.param == "plain":
         plain = native._cpu_flags() - {"avx512_bf16"}
         monkeypatch.setattr(native, "_cpu_flags", lambda: plain)
         native._open.cache_clear()
         if native.library() is None:
             pytest.skip(str(native.missing()))
+    before = native.uses_amx()
+    native.use_amx(False)
     yield
+    native.use_amx(before)
     native._open.cache_clear()
 
 
