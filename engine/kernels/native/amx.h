@@ -8,6 +8,10 @@
 
 #include "matrix.h"
 
+#if defined(DSA_AVX512) && defined(__linux__)
+#define DSA_AMX __attribute__((target("amx-tile,amx-bf16")))
+#endif
+
 // DSA_BLOCK: rows of a tile of activations. DSA_SPLIT: bytes of a tile of activations or weights, 32 inputs each.
 enum { DSA_BLOCK = 16, DSA_SPLIT = 1024 };
 
@@ -19,6 +23,15 @@ int dsa_uses_amx(void);
 
 // Whether so many rows are multiplied with AMX.
 int dsa_amx_rows(int count);
+
+// Set all tiles to 16 rows of 64 bytes. From then until the end this thread has their content to save and restore.
+void dsa_amx_begin(void);
+void dsa_amx_end(void);
+
+// c[rows][columns] = a[rows][pairs] b[pairs][columns], added to c with `add`; between begin and end. a has pairs of bfloat16 in a
+// row, `a_row` numbers apart; each lane of b has a pair. rows and pairs: multiples of 16, columns: of 32.
+void dsa_amx_multiply(int rows, int columns, int pairs, int add, const bf16 *a, int a_row, const uint32_t *b, int b_row,
+                      float *c, int c_row);
 
 // How many tiles of a weight a thread should take at once, so that all threads have about the same.
 int dsa_amx_unit(int tiles, int threads);

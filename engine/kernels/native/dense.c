@@ -1,13 +1,15 @@
 // Softmax attention in one pass over the context with a running maximum (Milakov and Gimelshein, arXiv 1805.02867;
 // FlashAttention, arXiv 2205.14135). A page's keys and values are repacked once for all rows of the block: as pairs of
-// bfloat16 for vdpbf16ps, which has float32 sums, or else as float32.
+// bfloat16 for vdpbf16ps or AMX, which have float32 sums, or else as float32.
 #include "dense.h"
 
 #include <math.h>
 
+#include "amx.h"
 #include "scratch.h"
 
-enum { UNIT = 6, ROWS = 96 }; // UNIT: rows of the inner product; ROWS: queries of a block, a multiple of UNIT
+// UNIT: rows of the inner product, BLOCK: with AMX; ROWS: queries of a block, a multiple of both.
+enum { UNIT = 6, BLOCK = 16, ROWS = 96 };
 
 int dsa_dense_rows(int G) { return G > ROWS / 2 ? 1 : ROWS / G; }
 
@@ -197,10 +199,31 @@ static uint64_t seen(int64_t position, const uint8_t *allowed, int64_t window, i
     return hidden >= PAGE ? 0 : hidden <= 0 ? bits : bits & ~((1ull << hidden) - 1);
 }
 
+// c[rows][columns] = a[rows][count] b[count][columns], added to c with `add`.
+static void multiply(int amx, int rows, int columns, int add, const factor *a, int a_row, const panel *b, int b_row, int count,
+                     float *c, int c_row) {
+#ifdef DSA_AMX
+    if (amx) {
+        dsa_amx_multiply(rows, columns, count, add, a, a_row, b, b_row, c, c_row);
+        return;
+    }
+#endif
+    (void)amx;
+    for (int i = 0; i < rows; i += UNIT, a += UNIT * a_row, c += UNIT * c_row) {
+        int j = 0;
+        for (; j + 64 <= columns; j += 64)
+            if (add) product(4, 1, a, a_row, b + j, b_row, count, c + j, c_row);
+            else product(4, 0, a, a_row, b + j, b_row, count, c + j, c_row);
+        for (; j + 32 <= columns; j += 32) product(2, add, a, a_row, b + j, b_row, count, c + j, c_row);
+        if (j < columns) product(1, add, a, a_row, b + j, b_row, count, c + j, c_row);
+    }
+}
+
 void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride,
                      const int64_t *block_table, const int64_t *positions, const uint8_t *allowed, int64_t context,
                      int64_t window, int rows, int head, int Hkv, int G, int D, float scale, bf16 *out) {
-    const int count = rows * G, padded = (count + UNIT - 1) / UNIT * UNIT;
+    const int count = rows * G, amx = dsa_amx_rows(count), unit = amx ? BLOCK : UNIT;
+    const int padded = (count + unit - 1) / unit * unit;
     const int size = (int)sizeof(factor);
     char *at = dsa_scratch(padded * ((size + 4) * (D + PAGE) + 8) + 8 / DEPTH * PAGE * D + 1024);
     panel *keys = (panel *)(void *)at;                          // [D / DEPTH][64]
@@ -230,10 +253,10 @@ void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int
         most[i] = -1e30f; // not -inf: -inf minus -inf is not-a-number
         totals[i] = 0.0f;
     }
+    if (amx) dsa_amx_begin();
     for (int64_t page = nearest / PAGE; page <= furthest / PAGE; page++) {
         repack((const bf16 *)((const char *)plane + block_table[page] * page_stride), Hkv, head, D, keys, values);
-        for (int i = 0; i < padded; i += UNIT)
-            product(4, 0, q + i * D, D, keys, PAGE, D / DEPTH, scores + i * PAGE, PAGE);
+        multiply(amx, padded, PAGE, 0, q, D, keys, PAGE, D / DEPTH, scores, PAGE);
         for (int r = 0; r < rows; r++) {
             uint64_t visible = seen(positions[r], allowed ? allowed + r * context : 0, window, page * PAGE);
             for (int i = r * G; i < (r + 1) * G; i++) {
@@ -246,15 +269,9 @@ void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int
                     for (int j = 0; j < D; j++) sums[i * D + j] *= shrink;
             }
         }
-        for (int i = 0; i < padded; i += UNIT) {
-            int j = 0;
-            for (; j + 64 <= D; j += 64)
-                product(4, 1, weights + i * PAGE, PAGE, values + j, D, PAGE / DEPTH, sums + i * D + j, D);
-            for (; j + 32 <= D; j += 32)
-                product(2, 1, weights + i * PAGE, PAGE, values + j, D, PAGE / DEPTH, sums + i * D + j, D);
-            if (j < D) product(1, 1, weights + i * PAGE, PAGE, values + j, D, PAGE / DEPTH, sums + i * D + j, D);
-        }
+        multiply(amx, padded, D, 1, weights, PAGE, values, D, PAGE / DEPTH, sums, D);
     }
+    if (amx) dsa_amx_end();
     for (int i = 0; i < count; i++)
         for (int j = 0; j < D; j++) out[i / G * row_size + i % G * D + j] = narrow(sums[i * D + j] / totals[i]);
 }

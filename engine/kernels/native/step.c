@@ -213,9 +213,15 @@ static void place_row(struct work *w, const struct dsa_layer *layer, int r) {
                         w->index_begins + (size_t)r * H);
 }
 
-static inline float silu(float x) {
-    float e = exp_negative(-fabsf(x)), over = 1.0f / (1.0f + e);
-    return x * (x >= 0 ? over : e * over);
+// x[i] = silu(x[i]) * up[i] of a group.
+static inline void silu(float *x, const float *up) {
+    const v16f zero = {0};
+    for (int i = 0; i < DSA_GROUP; i += 16) {
+        const v16f gate = load_16(x + i), size = chosen_16(gate > zero, -gate, gate); // minus its absolute value
+        const v16f e = exp_negative_16(size), over = 1.0f / (1.0f + e);
+        const v16f made = gate * chosen_16(gate >= zero, over, e * over) * load_16(up + i);
+        memcpy(x + i, &made, sizeof made);
+    }
 }
 
 // silu(gate) * up of groups of outputs. The thread that takes a group computes both products itself.
@@ -237,7 +243,7 @@ static void gated(struct work *w, const struct dsa_layer *layer, int thread, int
                         gate[i] += layer->gate_up_bias[g * DSA_GROUP + i];
                         up[i] += layer->gate_up_bias[n + g * DSA_GROUP + i];
                     }
-                for (int i = 0; i < DSA_GROUP; i++) gate[i] = silu(gate[i]) * up[i];
+                silu(gate, up);
                 dsa_set_group(&w->activated, r, g, gate);
             }
     }
