@@ -109,7 +109,7 @@ static inline v16f exp_negative_16(v16f x) {
 #ifdef DSA_AVX512
 static inline __m512 exp_negative16(__m512 x) {
     __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-    t = _mm512_max_ps(_mm512_set1_ps(-200.0f), t); // scalef gives 0 below; in this order not-a-number stays
+    const __mmask16 there = _mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ); // so that not-a-number stays
     __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(t, n);
     __m512 p = _mm512_set1_ps(1.535336188e-4f);
@@ -119,7 +119,7 @@ static inline __m512 exp_negative16(__m512 x) {
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402264791e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931472028e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+    return _mm512_maskz_scalef_ps(there, p, n);
 }
 #endif
 
