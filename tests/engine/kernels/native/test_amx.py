@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -148,7 +147,10 @@ def test_parts_of_several_kinds() -> None:
 def test_not_a_number_stays_in_its_row(kind: str, fault: float, at: int) -> None:
     weight, _ = weight_of(kind, 40, 768)
     x = random_rows(50, 768).bfloat16()
-    for product in (lambda x: weight.multiply(x, dtype=torch.float32), lambda x: from_float32(weight, x.float())):
+    for product in (
+        lambda x: weight.multiply(x, dtype=torch.float32),
+        lambda x: from_float32(weight, x.float()),
+    ):
         before = product(x)
         faulty = x.clone()
         faulty[21, at] = fault
@@ -189,5 +191,5 @@ def test_zeros_and_the_largest_numbers() -> None:
     weight, exact = weight_of("q4_k", 16, 256)
     assert (from_float32(weight, torch.zeros(20, 256)) == 0).all()
     for size in (1e30, 1e-20):
-        x = random_rows(20, 256) * np.float32(size)
+        x = random_rows(20, 256) * size
         assert error(from_float32(weight, x), x.double() @ exact.T) < 1e-5

@@ -28,8 +28,13 @@ def neighbours(numbers: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(numbers.shape)
 
 
-def convert(model: Any, path: Path, tensors: dict[str, torch.Tensor] | None = None) -> Path:
-    """Write the model's weights, or `tensors` in their place, as one GGUF file."""
+def convert(
+    model: Any,
+    path: Path,
+    tensors: dict[str, torch.Tensor] | None = None,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+) -> Path:
+    """Write the model's weights, or `tensors` in their place, as one GGUF file, with matrices of one kind."""
     c = model.config
     names = gguf.get_tensor_name_map(ARCHITECTURES[c.model_type], c.num_hidden_layers)
     writer = gguf.GGUFWriter(path, c.model_type)
@@ -56,7 +61,8 @@ def convert(model: Any, path: Path, tensors: dict[str, torch.Tensor] | None = No
             numbers = neighbours(numbers, c.num_key_value_heads)
         to = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert to is not None, name
-        writer.add_tensor(to, np.ascontiguousarray(numbers))
+        own = kind if numbers.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(to, gguf.quantize(np.ascontiguousarray(numbers), own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
