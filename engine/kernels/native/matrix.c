@@ -42,23 +42,34 @@ void dsa_finish_row(struct dsa_rows *rows, int at) {
     }
 }
 
+#ifdef DSA_AVX512
+
+static inline __m512i nearest(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
+
+// Set one group of row `at` as two bfloat16 for each number.
+static void split_group(struct dsa_rows *rows, int at, int group, __m512 a, __m512 b) {
+    const size_t place = place_of(rows, at, group);
+    const __m512i near = nearest(a, b);
+    _mm512_storeu_si512(rows->upper + place, near);
+    if (!rows->lower) return;
+    const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(near));
+    const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(near, 1));
+    const __m512 c = _mm512_sub_ps(a, (__m512)_mm512_slli_epi32(first, 16));
+    const __m512 d = _mm512_sub_ps(b, (__m512)_mm512_slli_epi32(second, 16));
+    _mm512_storeu_si512(rows->lower + place, nearest(c, d));
+}
+
+#endif
+
 void dsa_set_group(struct dsa_rows *rows, int at, int group, const float *x) {
     bf16 *out = rows->values + (size_t)at * rows->inputs + group * DSA_GROUP;
 #ifdef DSA_AVX512
     const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
-    const __m512i near = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-    _mm512_storeu_si512(out, near);
     if (rows->upper) {
-        const size_t place = place_of(rows, at, group);
-        _mm512_storeu_si512(rows->upper + place, near);
-        if (!rows->lower) return;
-        const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(near));
-        const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(near, 1));
-        const __m512 c = _mm512_sub_ps(a, (__m512)_mm512_slli_epi32(first, 16));
-        const __m512 d = _mm512_sub_ps(b, (__m512)_mm512_slli_epi32(second, 16));
-        _mm512_storeu_si512(rows->lower + place, (__m512i)_mm512_cvtne2ps_pbh(d, c));
+        split_group(rows, at, group, a, b);
         return;
     }
+    _mm512_storeu_si512(out, nearest(a, b));
 #else
     for (int i = 0; i < DSA_GROUP; i++) out[i] = narrow(x[i]);
 #endif

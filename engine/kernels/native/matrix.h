@@ -26,7 +26,7 @@ struct dsa_matrix {
 
 // Rows of activations, rounded to bfloat16, and for integer weights to 16 bits, too.
 struct dsa_rows {
-    bf16 *values; // [count, inputs]
+    bf16 *values; // [count, inputs]; dsa_set_group does not set them if there is `upper`
     int32_t count, inputs;
     // [count, inputs / 32, 2, 32]: value = scale * (256 * upper + lower); without AVX-512 [count, inputs] of 16 bits, in the
     // order of integers.c. NULL if no weight needs them, as all that follows

@@ -329,6 +329,8 @@ static void run(void *arg, int thread, int threads) {
         struct dsa_step step = *w->step;
         struct work part = *w;
         part_of(&part, &step, 0, from);
+        part.normed.upper = 0; // no product follows
+        part.normed.integers = 0;
         norm_rows(&part, m->norm, thread, threads);
         dsa_barrier();
         if (thread == 0)
