@@ -1,8 +1,9 @@
 // Products of many rows with Intel AMX, whose tiles multiply bfloat16 and sum in float32. matrix.c calls them.
 //
 // bfloat16 has 8 significant bits, too few for activations and for unpacked weights. So each number is the sum of two:
-// `upper`, the nearest bfloat16, and `lower`, the nearest to what is left. A product is upper * upper + lower * upper +
-// upper * lower. What is left out is below 2^-16 of the product.
+// `upper`, the number rounded or cut to bfloat16, and `lower`, the nearest to what is left. A product is upper * upper +
+// lower * upper + upper * lower. Without lower * lower and what `lower` rounds, each product is within 2^-14, and sums of many
+// are within 5e-6 (measured; 2e-5 with activations in 16 bits).
 #ifndef DSA_AMX_H
 #define DSA_AMX_H
 

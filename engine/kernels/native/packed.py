@@ -3,7 +3,7 @@
 The values are exactly those of the checkpoint, or those that `engine.memory.quantised` made. With weights of bfloat16,
 products take bfloat16 activations, multiply without rounding, and sum in float32. With weights of 4 to 8 bits, activations
 are rounded to 16 bits, too: 32 neighbours are scaled by their largest absolute value (`engine/kernels/native/integers.c`).
-Products of many rows use AMX where the processor has it, with activations and weights to 2^-16 (`engine/kernels/native/amx.h`).
+Products of many rows use AMX where the processor has it, with two bfloat16 for each number (`engine/kernels/native/amx.h`).
 """
 
 from __future__ import annotations
