@@ -1,5 +1,5 @@
 // Softmax attention in one pass over the context with a running maximum (Milakov and Gimelshein, arXiv 1805.02867;
-// FlashAttention, arXiv 2205.14135). A page's keys and values are repacked once for all rows of the block: as pairs of
+// FlashAttention, arXiv 2205.14135). 64 keys and values are repacked once for all rows of the block: as pairs of
 // bfloat16 for vdpbf16ps or AMX, which have float32 sums, or else as float32.
 #include "dense.h"
 
@@ -71,22 +71,20 @@ static inline __attribute__((always_inline)) void transpose(__m512i r[16]) {
     }
 }
 
-// Repack a page's keys as [D / 2][64 tokens] pairs of dims, and its values as [32][D] pairs of tokens.
-static void repack(const bf16 *page, int Hkv, int head, int D, panel *keys, panel *values) {
-    const int64_t token = (int64_t)Hkv * 2 * D;
-    const bf16 *first = page + (int64_t)head * 2 * D;
+// Repack 64 tokens, each a key and a value: keys as [D / 2][64 tokens] pairs of dims, values as [32][D] pairs of tokens.
+static void repack(const bf16 *const tokens[PAGE], int D, panel *keys, panel *values) {
     for (int c = 0; c < PAGE; c += 16)
         for (int part = 0; part < D; part += 32) {
             __m512i r[16];
-            for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(first + (c + i) * token + part);
+            for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(tokens[c + i] + part);
             transpose(r);
             for (int i = 0; i < 16; i++) _mm512_storeu_si512(keys + (part / 2 + i) * PAGE + c, r[i]);
         }
     const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     for (int c = 0; c < PAGE; c += 2)
         for (int part = 0; part < D; part += 32) {
-            __m512i a = _mm512_loadu_si512(first + c * token + D + part);
-            __m512i b = _mm512_loadu_si512(first + (c + 1) * token + D + part);
+            __m512i a = _mm512_loadu_si512(tokens[c] + D + part);
+            __m512i b = _mm512_loadu_si512(tokens[c + 1] + D + part);
             __m512i l = _mm512_unpacklo_epi16(a, b), h = _mm512_unpackhi_epi16(a, b); // within 128 bits, ordered below
             _mm512_storeu_si512(values + c / 2 * D + part, _mm512_permutex2var_epi64(l, low, h));
             _mm512_storeu_si512(values + c / 2 * D + part + 16, _mm512_permutex2var_epi64(l, high, h));
@@ -149,14 +147,12 @@ static inline __attribute__((always_inline)) void product(int n, int add, const 
     }
 }
 
-// Unpack a page's keys as [D][64 tokens], and its values as [64 tokens][D].
-static void repack(const bf16 *page, int Hkv, int head, int D, panel *keys, panel *values) {
-    const int64_t token = (int64_t)Hkv * 2 * D;
-    const bf16 *first = page + (int64_t)head * 2 * D;
+// Unpack 64 tokens, each a key and a value: keys as [D][64 tokens], values as [64 tokens][D].
+static void repack(const bf16 *const tokens[PAGE], int D, panel *keys, panel *values) {
     for (int i = 0; i < D; i++)
-        for (int c = 0; c < PAGE; c++) keys[i * PAGE + c] = wide(first[c * token + i]);
+        for (int c = 0; c < PAGE; c++) keys[i * PAGE + c] = wide(tokens[c][i]);
     for (int c = 0; c < PAGE; c++)
-        for (int i = 0; i < D; i++) values[c * D + i] = wide(first[c * token + D + i]);
+        for (int i = 0; i < D; i++) values[c * D + i] = wide(tokens[c][D + i]);
 }
 
 // Turn one query's scores x [64] of a page into weights; `visible` has a bit for each token that the query may see.
@@ -219,9 +215,40 @@ static void multiply(int amx, int rows, int columns, int add, const factor *a, i
     }
 }
 
-void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride,
-                     const int64_t *block_table, const int64_t *positions, const uint8_t *allowed, int64_t context,
-                     int64_t window, int rows, int head, int Hkv, int G, int D, float scale, bf16 *out) {
+// The tokens that a block reads, 64 at a time, and what its rows see of them.
+struct reading {
+    const bf16 *plane;
+    int64_t page_stride;
+    const int64_t *block_table;
+    // Every position of pages first to last - 1, of which a row sees those up to its own; or those that `allowed` permits.
+    const int64_t *positions;
+    const uint8_t *allowed;
+    int64_t context, window;
+    // Or positions in any order: `chosen` [count], and a bit of `visible` [rows][words] for each.
+    const int32_t *chosen;
+    int64_t count, words;
+    const uint64_t *visible;
+    int64_t first, last; // of 64 tokens each
+};
+
+// Where the 64 tokens begin, at one KV head. After the last chosen one it is repeated, which no row sees.
+static void find(const struct reading *from, int64_t page, int Hkv, int head, int D, const bf16 *tokens[PAGE]) {
+    const int64_t token = (int64_t)Hkv * 2 * D, own = (int64_t)head * 2 * D;
+    for (int i = 0; i < PAGE; i++) {
+        int64_t position = page * PAGE + i;
+        if (from->chosen) position = from->chosen[position < from->count ? position : from->count - 1];
+        const char *at = (const char *)from->plane + from->block_table[position / PAGE] * from->page_stride;
+        tokens[i] = (const bf16 *)(const void *)at + position % PAGE * token + own;
+    }
+}
+
+static uint64_t seen_by(const struct reading *from, int row, int64_t page) {
+    if (from->chosen) return from->visible[row * from->words + page];
+    return seen(from->positions[row], from->allowed ? from->allowed + row * from->context : 0, from->window, page * PAGE);
+}
+
+static void attend_block(const struct reading *from, const bf16 *query, int64_t row_size, int rows, int head, int Hkv, int G,
+                         int D, float scale, bf16 *out) {
     const int count = rows * G, amx = dsa_amx_rows(count), unit = amx ? BLOCK : UNIT;
     const int padded = (count + unit - 1) / unit * unit;
     const int size = (int)sizeof(factor);
@@ -237,28 +264,19 @@ void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int
     memset(sums, 0, sizeof(float) * (size_t)(padded * D));
     memset(q + count * D, 0, sizeof(factor) * (size_t)((padded - count) * D));
     memset(weights, 0, sizeof(factor) * (size_t)(padded * PAGE));
-    int64_t furthest = 0, nearest = 0;
-    for (int r = 0; r < rows; r++) {
-        set_factors(q + r * G * D, query + r * row_size, G * D);
-        if (positions[r] > furthest) furthest = positions[r];
-    }
-    if (allowed) furthest = context - 1;
-    else if (window) {
-        nearest = furthest;
-        for (int r = 0; r < rows; r++)
-            if (positions[r] - window + 1 < nearest) nearest = positions[r] - window + 1;
-        if (nearest < 0) nearest = 0;
-    }
+    for (int r = 0; r < rows; r++) set_factors(q + r * G * D, query + r * row_size, G * D);
     for (int i = 0; i < count; i++) {
         most[i] = -1e30f; // not -inf: -inf minus -inf is not-a-number
         totals[i] = 0.0f;
     }
     if (amx) dsa_amx_begin();
-    for (int64_t page = nearest / PAGE; page <= furthest / PAGE; page++) {
-        repack((const bf16 *)((const char *)plane + block_table[page] * page_stride), Hkv, head, D, keys, values);
+    for (int64_t page = from->first; page < from->last; page++) {
+        const bf16 *tokens[PAGE];
+        find(from, page, Hkv, head, D, tokens);
+        repack(tokens, D, keys, values);
         multiply(amx, padded, PAGE, 0, q, D, keys, PAGE, D / DEPTH, scores, PAGE);
         for (int r = 0; r < rows; r++) {
-            uint64_t visible = seen(positions[r], allowed ? allowed + r * context : 0, window, page * PAGE);
+            const uint64_t visible = seen_by(from, r, page);
             for (int i = r * G; i < (r + 1) * G; i++) {
                 if (!visible) {
                     memset(weights + i * PAGE, 0, sizeof(factor) * PAGE);
@@ -274,4 +292,30 @@ void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int
     if (amx) dsa_amx_end();
     for (int i = 0; i < count; i++)
         for (int j = 0; j < D; j++) out[i / G * row_size + i % G * D + j] = narrow(sums[i * D + j] / totals[i]);
+}
+
+void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride,
+                     const int64_t *block_table, const int64_t *positions, const uint8_t *allowed, int64_t context,
+                     int64_t window, int rows, int head, int Hkv, int G, int D, float scale, bf16 *out) {
+    int64_t furthest = 0, nearest = 0;
+    for (int r = 0; r < rows; r++)
+        if (positions[r] > furthest) furthest = positions[r];
+    if (allowed) furthest = context - 1;
+    else if (window) {
+        nearest = furthest;
+        for (int r = 0; r < rows; r++)
+            if (positions[r] - window + 1 < nearest) nearest = positions[r] - window + 1;
+        if (nearest < 0) nearest = 0;
+    }
+    const struct reading from = {plane, page_stride, block_table, positions, allowed, context, window,
+                                 .first = nearest / PAGE, .last = furthest / PAGE + 1};
+    attend_block(&from, query, row_size, rows, head, Hkv, G, D, scale, out);
+}
+
+void dsa_chosen_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride, const int64_t *block_table,
+                      const int32_t *chosen, int count, const uint64_t *visible, int64_t words, int rows, int head, int Hkv, int G,
+                      int D, float scale, bf16 *out) {
+    const struct reading from = {.plane = plane, .page_stride = page_stride, .block_table = block_table, .chosen = chosen,
+                                 .count = count, .words = words, .visible = visible, .last = (count + PAGE - 1) / PAGE};
+    attend_block(&from, query, row_size, rows, head, Hkv, G, D, scale, out);
 }

@@ -16,4 +16,10 @@ void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int
                      const int64_t *block_table, const int64_t *positions, const uint8_t *allowed, int64_t context,
                      int64_t window, int rows, int head, int Hkv, int G, int D, float scale, bf16 *out);
 
+// The same over chosen tokens: chosen [count], positions; visible [rows][words], a bit for each that a row sees, and zeros after
+// the last. Each row sees one at least.
+void dsa_chosen_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride, const int64_t *block_table,
+                      const int32_t *chosen, int count, const uint64_t *visible, int64_t words, int rows, int head, int Hkv, int G,
+                      int D, float scale, bf16 *out);
+
 #endif

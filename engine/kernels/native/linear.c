@@ -58,15 +58,15 @@ static void linear_part(void *arg, int thread, int threads) {
             some.begins = all->begins + (size_t)row * 2 * groups;
         }
         const int unit = dsa_product_unit(job->weight, &some);
-        dsa_barrier(); // rows are finished, and of the rows before nothing is left to take
-        while (dsa_take(0, dsa_tiles(job->weight), unit, thread, threads, &first, &last))
-            for (int t = first; t < last; t += tiles) {
-                const int end = t + tiles < last ? t + tiles : last;
-                dsa_product(job->weight, &some, out, (size_t)width, t, end);
-                for (int r = 0; r < count; r++)
-                    for (int i = t; i < end; i++)
-                        store(job, row + r, i * DSA_LANES, out + r * width + (i - t) * DSA_LANES);
-            }
+        dsa_barrier(); // rows are finished
+        dsa_share(dsa_tiles(job->weight), unit, thread, threads, &first, &last);
+        for (int t = first; t < last; t += tiles) {
+            const int end = t + tiles < last ? t + tiles : last;
+            dsa_product(job->weight, &some, out, (size_t)width, t, end);
+            for (int r = 0; r < count; r++)
+                for (int i = t; i < end; i++)
+                    store(job, row + r, i * DSA_LANES, out + r * width + (i - t) * DSA_LANES);
+        }
     }
 }
 

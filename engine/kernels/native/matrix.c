@@ -6,9 +6,8 @@
 #include "pool.h"
 
 // WORD: bytes of a pair of inputs x 16 outputs; ROWS: the most rows that are multiplied with a tile at once, so that
-// their sums fit the registers; AHEAD: how many bytes ahead of their use weights are prefetched; TAKEN: how many bytes of
-// weights a thread takes at once for a few rows.
-enum { WORD = 64, ROWS = 8, AHEAD = 8192, TAKEN = 1 << 16 };
+// their sums fit the registers; AHEAD: how many bytes ahead of their use weights are prefetched.
+enum { WORD = 64, ROWS = 8, AHEAD = 8192 };
 
 static inline size_t tile_bytes(int kind, int inputs) {
     return dsa_is_integer(kind) ? dsa_tile_bytes(kind, inputs) : (size_t)inputs / 2 * WORD;
@@ -218,9 +217,7 @@ static const struct dsa_matrix *part_of(const struct dsa_matrix *w, int *t, int 
 }
 
 int dsa_product_unit(const struct dsa_matrix *w, const struct dsa_rows *rows) {
-    const int tiles = (int)(TAKEN / tile_bytes(w->kind, w->inputs));
-    if (rows->upper) return dsa_amx_unit(dsa_tiles(w), dsa_threads());
-    return rows->count >= 2 * ROWS || tiles < 1 ? 1 : tiles;
+    return rows->upper ? dsa_amx_unit(dsa_tiles(w), dsa_threads()) : 1;
 }
 
 void dsa_product(const struct dsa_matrix *w, const struct dsa_rows *x, float *out, size_t stride, int first, int last) {

@@ -65,7 +65,7 @@ void dsa_set_group(struct dsa_rows *rows, int at, int group, const float *x);
 // Compute what else row `at` has from its values.
 void dsa_finish_row(struct dsa_rows *rows, int at);
 
-// How many tiles a thread takes at once: few where a tile is multiplied with many rows or is large.
+// A thread has a multiple of so many tiles.
 int dsa_product_unit(const struct dsa_matrix *w, const struct dsa_rows *rows);
 
 // out[r * stride + o - 16 * first] = sum_i x[r, i] * w[o, i] for the outputs of tiles first to last - 1, with float32 sums. It

@@ -9,7 +9,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stdint.h>
 
 enum {
     MAX_THREADS = 256,
@@ -17,7 +16,6 @@ enum {
     JOIN_SPINS = 400,    // how long a call waits for workers that are awake
     WAKE_SPINS = 6000,   // how long it waits for workers that have to wake up
     CLOSED = 1 << 20,    // more than the number of workers
-    HELPED = 8,          // from how many threads' parts a thread takes, its own among them
 };
 
 static int threads = 1;
@@ -33,12 +31,7 @@ static atomic_int joined;      // workers that are in the current call; CLOSED o
 static atomic_int members;     // threads of the current call, with the caller; 0 until the number is known
 static atomic_int finished;    // workers that have finished the current call
 static atomic_int arrived;     // threads at the barrier
-static atomic_uint barrier_number; // of the work between two barriers; grows with each barrier and each call
-
-// How much of each part of each job was taken: in the lower half, if the upper half is the present barrier_number.
-static struct {
-    _Alignas(64) _Atomic uint64_t taken;
-} parts[DSA_JOBS][MAX_THREADS];
+static atomic_uint barrier_number;
 
 static inline void relax(void) {
 #if defined(__x86_64__)
@@ -114,7 +107,6 @@ void dsa_set_threads(int wanted) {
 int dsa_threads(void) { return threads; }
 
 void dsa_parallel(void (*fn)(void *, int, int), void *arg) {
-    atomic_fetch_add(&barrier_number, 1);
     if (threads == 1) {
         fn(arg, 0, 1);
         return;
@@ -141,10 +133,7 @@ void dsa_parallel(void (*fn)(void *, int, int), void *arg) {
 
 void dsa_barrier(void) {
     const int count = threads == 1 ? 1 : atomic_load_explicit(&members, memory_order_relaxed);
-    if (count == 1) {
-        atomic_fetch_add(&barrier_number, 1);
-        return;
-    }
+    if (count == 1) return;
     unsigned number = atomic_load(&barrier_number);
     if (atomic_fetch_add(&arrived, 1) == count - 1) {
         atomic_store(&arrived, 0);
@@ -152,27 +141,6 @@ void dsa_barrier(void) {
         return;
     }
     for (unsigned i = 0; atomic_load_explicit(&barrier_number, memory_order_acquire) == number; i++) pause_number(i);
-}
-
-int dsa_take(int job, int n, int unit, int thread, int count, int *first, int *last) {
-    const uint64_t number = (uint64_t)atomic_load_explicit(&barrier_number, memory_order_relaxed) << 32;
-    for (int i = 0; i < count && i < HELPED; i++) {
-        const int of = (thread + i) % count;
-        _Atomic uint64_t *taken = &parts[job][of].taken;
-        uint64_t seen = atomic_load_explicit(taken, memory_order_relaxed), then;
-        int begin, end, at;
-        dsa_share(n, unit, of, count, &begin, &end);
-        do {
-            at = begin + (seen >> 32 == number >> 32 ? (int)(uint32_t)seen : 0);
-            if (at >= end) break;
-            then = number | (uint32_t)(at + unit - begin);
-        } while (!atomic_compare_exchange_weak_explicit(taken, &seen, then, memory_order_relaxed, memory_order_relaxed));
-        if (at >= end) continue;
-        *first = at;
-        *last = at + unit < end ? at + unit : end;
-        return 1;
-    }
-    return 0;
 }
 
 // Identifies the sources that the library was compiled from; see levels.py.

@@ -22,10 +22,4 @@ static inline void dsa_share(int n, int unit, int thread, int threads, int *firs
     *last = to < n ? to : n;
 }
 
-// Take the next `unit` of n rows that no thread has: first of this thread's part, then of the parts of a few others, so that a
-// core that is busy with something else holds up nobody. Returns 0 when nothing is left to take. A thread goes through its
-// part in order. `job` (below DSA_JOBS) names the work: no two works between two barriers may have the same.
-enum { DSA_JOBS = 8 };
-int dsa_take(int job, int n, int unit, int thread, int threads, int *first, int *last);
-
 #endif

@@ -8,9 +8,6 @@
 
 enum { AT_ONCE = 256 }; // how many rows go through a layer together
 
-// Works that threads take between the same barriers; see dsa_take.
-enum { MAIN, INDEX_KEY, INDEX_QUERY, INDEX_WEIGHTS, ADAPTER_DOWN, ADAPTER_UP, RESIDUAL };
-
 static size_t cut(uint8_t **at, size_t bytes) {
     size_t used = (bytes + 63) / 64 * 64;
     if (*at) *at += used;
@@ -73,7 +70,7 @@ static size_t lay_out(struct work *w, const struct dsa_model *m, int rows, int l
     w->own_bytes = scores_bytes(longest) + select_bytes(longest) + sizeof(int32_t) * (size_t)longest +
                    (size_t)dsa_attend_scratch(longest) + 4 * 64;
     if (w->own_bytes < sizeof(float) * (size_t)m->hidden) w->own_bytes = sizeof(float) * (size_t)m->hidden;
-    w->own_bytes = (w->own_bytes + 63) / 64 * 64;
+    w->own_bytes = (w->own_bytes + 63) / 64 * 64 + united_bytes(m, longest);
     TAKE(w->own, uint8_t, w->own_bytes * (size_t)dsa_threads());
 #undef TAKE_ROWS
 #undef TAKE
@@ -126,12 +123,13 @@ static void norm_rows(struct work *w, const float *weight, int thread, int threa
     }
 }
 
-// Compute outputs of weight * rows, to out[r * stride]; the threads take them as they come.
-static void product(int job, const struct dsa_matrix *weight, const struct dsa_rows *rows, float *out, int stride,
+// Compute outputs of weight * rows, to out[r * stride]; each thread its part.
+static void product(const struct dsa_matrix *weight, const struct dsa_rows *rows, float *out, int stride,
                     int thread, int threads) {
     const int unit = dsa_product_unit(weight, rows);
     int first, last;
-    while (dsa_take(job, dsa_tiles(weight), unit, thread, threads, &first, &last))
+    dsa_share(dsa_tiles(weight), unit, thread, threads, &first, &last);
+    if (first < last)
         dsa_product(weight, rows, out + first * DSA_LANES, (size_t)stride, first, last);
 }
 
@@ -143,7 +141,7 @@ static void correct(struct work *w, const struct dsa_matrix *up, int thread, int
     dsa_share(w->step->rows, 1, thread, threads, &first, &last);
     for (int r = first; r < last; r++) dsa_set_row(&w->narrowed, r, w->inner + (size_t)r * rank);
     dsa_barrier();
-    product(ADAPTER_UP, up, &w->narrowed, w->correction, w->widest, thread, threads);
+    product(up, &w->narrowed, w->correction, w->widest, thread, threads);
 }
 
 // Add weight * rows + bias to x. With `corrected`, also add the correction of each row that has a selection in that layer.
@@ -151,17 +149,17 @@ static void product_to_x(struct work *w, const struct dsa_matrix *weight, const 
                          const struct dsa_layer *corrected, int thread, int threads) {
     const int n = w->model->hidden, unit = dsa_product_unit(weight, rows);
     int first, last;
-    while (dsa_take(RESIDUAL, dsa_tiles(weight), unit, thread, threads, &first, &last)) {
-        dsa_product(weight, rows, w->wide + first * DSA_LANES, (size_t)w->widest, first, last);
-        last = last * DSA_LANES < n ? last * DSA_LANES : n;
-        for (int r = 0; r < w->step->rows; r++) {
-            const size_t at = (size_t)r * w->widest;
-            for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += w->wide[at + i];
-            if (bias)
-                for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += bias[i];
-            if (corrected && is_sparse(w->step, corrected, r))
-                for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += w->correction[at + i];
-        }
+    dsa_share(dsa_tiles(weight), unit, thread, threads, &first, &last);
+    if (first >= last) return;
+    dsa_product(weight, rows, w->wide + first * DSA_LANES, (size_t)w->widest, first, last);
+    last = last * DSA_LANES < n ? last * DSA_LANES : n;
+    for (int r = 0; r < w->step->rows; r++) {
+        const size_t at = (size_t)r * w->widest;
+        for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += w->wide[at + i];
+        if (bias)
+            for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += bias[i];
+        if (corrected && is_sparse(w->step, corrected, r))
+            for (int i = first * DSA_LANES; i < last; i++) w->x[(size_t)r * n + i] += w->correction[at + i];
     }
 }
 
@@ -224,29 +222,29 @@ static inline void silu(float *x, const float *up) {
     }
 }
 
-// silu(gate) * up of groups of outputs. The thread that takes a group computes both products itself.
+// silu(gate) * up of groups of outputs. A thread computes both products of its groups itself.
 static void gated(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
     const int n = w->model->intermediate, pairs = n / DSA_GROUP, tiles = DSA_GROUP / DSA_LANES;
     const int unit = (dsa_product_unit(&layer->gate_up, &w->normed) + 2 * tiles - 1) / (2 * tiles);
     const size_t stride = (size_t)w->widest;
     int first, last;
-    while (dsa_take(MAIN, pairs, unit, thread, threads, &first, &last)) {
-        float *gates = w->wide + first * DSA_GROUP;
-        dsa_product(&layer->gate_up, &w->normed, gates, stride, first * tiles, last * tiles);
-        dsa_product(&layer->gate_up, &w->normed, gates + n, stride, (first + pairs) * tiles, (last + pairs) * tiles);
-        for (int r = 0; r < w->step->rows; r++)
-            for (int g = first; g < last; g++) {
-                float *gate = w->wide + r * stride + (size_t)g * DSA_GROUP;
-                float *up = gate + n;
-                if (layer->gate_up_bias)
-                    for (int i = 0; i < DSA_GROUP; i++) {
-                        gate[i] += layer->gate_up_bias[g * DSA_GROUP + i];
-                        up[i] += layer->gate_up_bias[n + g * DSA_GROUP + i];
-                    }
-                silu(gate, up);
-                dsa_set_group(&w->activated, r, g, gate);
-            }
-    }
+    dsa_share(pairs, unit, thread, threads, &first, &last);
+    if (first >= last) return;
+    float *gates = w->wide + first * DSA_GROUP;
+    dsa_product(&layer->gate_up, &w->normed, gates, stride, first * tiles, last * tiles);
+    dsa_product(&layer->gate_up, &w->normed, gates + n, stride, (first + pairs) * tiles, (last + pairs) * tiles);
+    for (int r = 0; r < w->step->rows; r++)
+        for (int g = first; g < last; g++) {
+            float *gate = w->wide + r * stride + (size_t)g * DSA_GROUP;
+            float *up = gate + n;
+            if (layer->gate_up_bias)
+                for (int i = 0; i < DSA_GROUP; i++) {
+                    gate[i] += layer->gate_up_bias[g * DSA_GROUP + i];
+                    up[i] += layer->gate_up_bias[n + g * DSA_GROUP + i];
+                }
+            silu(gate, up);
+            dsa_set_group(&w->activated, r, g, gate);
+        }
 }
 
 static void run_layer(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
@@ -255,17 +253,17 @@ static void run_layer(struct work *w, const struct dsa_layer *layer, int thread,
     int first, last;
     norm_rows(w, layer->input_norm, thread, threads);
     dsa_barrier();
-    product(MAIN, &layer->qkv, &w->normed, w->wide, w->widest, thread, threads);
+    product(&layer->qkv, &w->normed, w->wide, w->widest, thread, threads);
     if (m->index_heads) {
         float *key = w->index_wide + padded(m->index_heads * m->index_dim);
-        product(INDEX_KEY, &layer->index_key, &w->normed, key, w->index_width, thread, threads);
+        product(&layer->index_key, &w->normed, key, w->index_width, thread, threads);
         if (w->sparse) {
-            product(INDEX_QUERY, &layer->index_query, &w->normed, w->index_wide, w->index_width, thread, threads);
-            product(INDEX_WEIGHTS, &layer->index_weights, &w->normed, key + padded(m->index_dim), w->index_width, thread, threads);
+            product(&layer->index_query, &w->normed, w->index_wide, w->index_width, thread, threads);
+            product(&layer->index_weights, &w->normed, key + padded(m->index_dim), w->index_width, thread, threads);
         }
     }
     if (corrected) {
-        product(ADAPTER_DOWN, &layer->qkv_down, &w->normed, w->inner, m->adapter_rank, thread, threads);
+        product(&layer->qkv_down, &w->normed, w->inner, m->adapter_rank, thread, threads);
         correct(w, &layer->qkv_up, thread, threads);
     }
     dsa_barrier();
@@ -275,7 +273,7 @@ static void run_layer(struct work *w, const struct dsa_layer *layer, int thread,
     dsa_step_attend(w, layer, thread, threads);
     dsa_barrier();
     if (corrected) {
-        product(ADAPTER_DOWN, &layer->o_down, &w->attended, w->inner, m->adapter_rank, thread, threads);
+        product(&layer->o_down, &w->attended, w->inner, m->adapter_rank, thread, threads);
         correct(w, &layer->o_up, thread, threads);
     }
     product_to_x(w, &layer->o, layer->o_bias, &w->attended, corrected ? layer : 0, thread, threads);

@@ -1,6 +1,7 @@
 // Attention of a step's rows: index scores, selection and sums, a row or a block of one prompt at a time.
 #include <math.h>
 
+#include "amx.h"
 #include "dense.h"
 #include "pool.h"
 #include "scratch.h"
@@ -107,14 +108,73 @@ static void attend_dense(struct work *w, const struct dsa_layer *layer, int firs
                     1.0f / sqrtf((float)D), w->attended.values + at);
 }
 
-enum { KEY_PAGES = 4, SPARSE_ROWS = 8 };
+// KEY_PAGES: pages of index keys that are scored at once; SPARSE_ROWS: rows of a block whose tokens are gathered row by row;
+// UNITED_ROWS: at most so many rows unite what they select, unless that is more than SPREAD times what one selects (measured).
+enum { KEY_PAGES = 4, SPARSE_ROWS = 8, UNITED_ROWS = 16, SPREAD = 4 };
 
-// Sparse rows of one prompt: KEY_PAGES pages of index keys are read from the nearest cache for all but the first.
+// How many rows unite what they select; 0: each gathers its own. A tile sums in another order than a row alone.
+static int united_rows(const struct dsa_model *m) {
+    const int G = m->heads / m->kv_heads, most = dsa_dense_rows(G), rows = most < UNITED_ROWS ? most : UNITED_ROWS;
+    return !m->alike && m->integer_keys && dsa_dense_known(m->head_dim) && dsa_amx_rows(rows * G) ? rows : 0;
+}
+
+// The bits of `bits` at the places where `mask` has one, without gaps.
+static inline uint64_t compressed(uint64_t bits, uint64_t mask) {
+#ifdef __BMI2__
+    return _pext_u64(bits, mask);
+#else
+    uint64_t out = 0;
+    for (int at = 0; mask; mask &= mask - 1, at++) out |= (bits >> __builtin_ctzll(mask) & 1) << at;
+    return out;
+#endif
+}
+
+// The selections of a block of rows, a bit for each position, and their union.
+struct united {
+    uint64_t *bits;    // [rows][pages]
+    uint64_t *all;     // [pages]
+    uint64_t *visible; // [rows][pages]: what a row sees of `chosen`
+    int32_t *chosen;   // the positions of the union
+    int rows, pages, count;
+};
+
+static struct united unite(const struct work *w, int rows, int pages, uint8_t *own) {
+    struct united u = {.rows = rows, .pages = pages};
+    u.bits = (uint64_t *)(void *)(own + w->own_bytes - united_bytes(w->model, w->step->longest));
+    u.all = u.bits + rows * pages;
+    u.visible = u.all + pages;
+    u.chosen = (int32_t *)(void *)(u.visible + rows * pages);
+    memset(u.bits, 0, sizeof(uint64_t) * (size_t)(2 * rows + 1) * (size_t)pages);
+    return u;
+}
+
+static void choose(struct united *u) {
+    for (int page = 0; page < u->pages; page++) {
+        uint64_t all = 0;
+        for (int r = 0; r < u->rows; r++) all |= u->bits[r * u->pages + page];
+        u->all[page] = all;
+        for (; all; all &= all - 1) u->chosen[u->count++] = page * PAGE + __builtin_ctzll(all);
+    }
+    for (int r = 0; r < u->rows; r++) {
+        uint64_t *out = u->visible + r * u->pages;
+        for (int page = 0, at = 0; page < u->pages; page++) {
+            const uint64_t own = compressed(u->bits[r * u->pages + page], u->all[page]);
+            const int from = at % 64, count = __builtin_popcountll(u->all[page]);
+            out[at / 64] |= own << from;
+            if (from + count > 64) out[at / 64 + 1] |= own >> (64 - from);
+            at += count;
+        }
+    }
+}
+
+// Sparse rows of one prompt: KEY_PAGES pages of index keys are read from the nearest cache for all but the first. Neighbours
+// select much the same tokens, so a block of rows reads the union of their selections as a tile, in which each row sees its own.
 static void attend_sparse(struct work *w, const struct dsa_layer *layer, int first, int last, uint8_t *own) {
     const struct dsa_model *m = w->model;
     const struct dsa_step *step = w->step;
     const int H = m->index_heads, d = m->index_dim, pages = (int)(step->positions[last - 1] / PAGE) + 1;
-    float *scores = dsa_scratch((int64_t)sizeof(float) * PAGE * pages * (last - first));
+    const int G = m->heads / m->kv_heads, D = m->head_dim, rows = last - first;
+    float *scores = dsa_scratch((int64_t)sizeof(float) * PAGE * pages * rows);
     for (int page = first_seen(step, layer, first) / PAGE; page < pages; page += KEY_PAGES)
         for (int r = first; r < last; r++) {
             const int own_pages = (int)(step->positions[r] / PAGE) + 1;
@@ -123,41 +183,65 @@ static void attend_sparse(struct work *w, const struct dsa_layer *layer, int fir
                                  w->index_begins + (size_t)r * H, layer->index_plane, m->index_stride, table_of(step, r),
                                  page, end, H, d, scores + (r - first) * pages * PAGE);
         }
-    for (int r = first; r < last; r++) select_and_attend(w, layer, r, scores + (r - first) * pages * PAGE, own);
+    if (!united_rows(m) || !dsa_amx_rows(rows * G)) {
+        for (int r = first; r < last; r++) select_and_attend(w, layer, r, scores + (r - first) * pages * PAGE, own);
+        return;
+    }
+    int32_t *selected = (int32_t *)(void *)(own + scores_bytes(step->longest));
+    uint8_t *rest = own + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
+    struct united u = unite(w, rows, pages, own);
+    int64_t total = 0;
+    for (int r = first; r < last; r++) {
+        uint64_t *bits = u.bits + (r - first) * pages;
+        const int found = select_row(step, r, scores + (r - first) * pages * PAGE, first_seen(step, layer, r),
+                                     (int)step->positions[r] + 1, selected, (float *)(void *)rest);
+        for (int i = 0; i < found; i++) bits[selected[i] / PAGE] |= 1ull << (selected[i] % PAGE);
+        total += found;
+    }
+    choose(&u);
+    const bf16 *plane = (const bf16 *)(const void *)layer->kv_plane;
+    const float scale = 1.0f / sqrtf((float)D);
+    const size_t size = (size_t)m->heads * D;
+    const bf16 *query = w->query + (size_t)first * size;
+    bf16 *out = w->attended.values + (size_t)first * size;
+    if (u.count * (int64_t)rows <= SPREAD * total) {
+        for (int head = 0; head < m->kv_heads; head++)
+            dsa_chosen_block(query + (size_t)head * G * D, (int64_t)size, plane, m->page_stride, table_of(step, first), u.chosen,
+                             u.count, u.visible, pages, rows, head, m->kv_heads, G, D, scale, out + (size_t)head * G * D);
+        return;
+    }
+    for (int r = 0; r < rows; r++) {
+        int found = 0;
+        for (int page = 0; page < pages; page++)
+            for (uint64_t bits = u.bits[r * pages + page]; bits; bits &= bits - 1)
+                selected[found++] = page * PAGE + __builtin_ctzll(bits);
+        dsa_attend_row(query + r * size, plane, m->page_stride, table_of(step, first), selected, 0, found, 0, m->kv_heads,
+                       m->kv_heads, G, D, scale, out + r * size, rest);
+    }
 }
 
-// The next block that no thread has, of at most so many; -1: there is none. All threads take of one part, so in order.
-static int next_turn(int most) {
-    int mine, end;
-    return dsa_take(0, most, 1, 0, 1, &mine, &end) ? mine : -1;
-}
-
-// Rows by blocks of one prompt, which threads take as they come. A tile sums in another order than a row alone, so where rows are
+// Rows by blocks of one prompt, which threads take in turn. A tile sums in another order than a row alone, so where rows are
 // to be alike, dense ones are attended one by one, as decodes are; all else sums each row in one order.
 static void attend_blocks(struct work *w, const struct dsa_layer *layer, int thread, int threads) {
     const struct dsa_step *step = w->step;
     const struct dsa_model *m = w->model;
     const int dense_rows = dsa_dense_rows(m->heads / m->kv_heads);
-    const int most = step->rows * m->kv_heads;
-    int turn = 0, mine = next_turn(most);
+    const int united = united_rows(m);
+    int turn = 0;
     uint8_t *own = w->own + w->own_bytes * (size_t)thread;
     for (int first = 0; first < step->rows;) {
         int end = run_end(step, layer, first), sparse = is_sparse(step, layer, first);
         for (int from = first; from < end;) {
             const int share = (end - first + threads - 1) / threads;
-            int to = from + (!sparse ? dense_rows : share < SPARSE_ROWS ? share : SPARSE_ROWS);
+            int to = from + (!sparse ? dense_rows : united ? united : share < SPARSE_ROWS ? share : SPARSE_ROWS);
             to = to < end ? to : end;
             if (!sparse && !m->alike && dsa_dense_known(m->head_dim) && to - from > 1) {
                 for (int head = 0; head < m->kv_heads; head++)
-                    if (turn++ == mine) {
-                        attend_dense(w, layer, from, to, head);
-                        mine = next_turn(most);
-                    }
-            } else if (turn++ == mine) {
+                    if (turn++ % threads == thread) attend_dense(w, layer, from, to, head);
+            } else if (turn++ % threads == thread) {
                 if (sparse && m->integer_keys) attend_sparse(w, layer, from, to, own);
                 else
                     for (int r = from; r < to; r++) attend(w, layer, r, own, own, 0, 1);
-                mine = next_turn(most);
             }
             from = to;
         }

@@ -3,6 +3,7 @@
 #define DSA_STEP_WORK_H
 
 #include "attention.h"
+#include "dense.h"
 #include "step.h"
 
 // What a step computes with, in the scratch memory.
@@ -49,6 +50,12 @@ static inline const int64_t *table_of(const struct dsa_step *step, int row) {
 // Of a row's index scores, whole pages.
 static inline size_t scores_bytes(int longest) {
     return sizeof(float) * (size_t)((longest + PAGE - 1) / PAGE * PAGE);
+}
+
+// What a block of sparse rows of a prompt needs of `own`, at its end: see `struct united` in step_attend.c.
+static inline size_t united_bytes(const struct dsa_model *m, int longest) {
+    const size_t pages = (size_t)(longest + PAGE - 1) / PAGE, rows = (size_t)dsa_dense_rows(m->heads / m->kv_heads);
+    return ((2 * rows + 1) * pages * sizeof(uint64_t) + pages * PAGE * sizeof(int32_t) + 63) / 64 * 64;
 }
 
 // Attention of all rows, from their queries to `attended`, by all threads.

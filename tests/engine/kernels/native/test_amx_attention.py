@@ -1,7 +1,9 @@
-"""Dense attention with AMX: that in float64, and that without AMX but for the order of sums."""
+"""Attention of blocks of rows with AMX, over a whole context or over chosen tokens: that in float64, and that without AMX but
+for the order of sums."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import pytest
@@ -72,3 +74,62 @@ def test_not_a_number_is_seen_by_the_rows_that_may_see_it() -> None:
     # A block of rows multiplies all tokens of a page, the hidden ones with weights of zero.
     native.use_amx(False)
     assert torch.equal(case.attended().isnan(), found)
+
+
+class Chosen(Case):
+    """Rows of which each sees some of `count` chosen positions."""
+
+    def __init__(self, heads: int, group: int, dim: int, rows: int, count: int) -> None:
+        super().__init__(heads, group, dim, rows, 0)
+        draw = torch.Generator().manual_seed(count)
+        self.chosen = torch.randperm(64 * PAGES, generator=draw)[:count].sort().values
+        self.seen = torch.rand(rows, count, generator=draw) < 0.6
+        self.seen[:, 0] |= ~self.seen.any(1)
+
+    def attended(self) -> Tensor:
+        """[rows, heads, group, dim], by dsa_chosen_block."""
+        rows, heads, group, dim = self.query.shape[1:]
+        words = -(-len(self.chosen) // 64) + 1  # one more than it needs
+        bits = [
+            [sum(int(x) << i for i, x in enumerate(row[64 * word : 64 * word + 64])) for word in range(words)]
+            for row in self.seen.tolist()
+        ]
+        visible = (ctypes.c_uint64 * (rows * words))(*[word for row in bits for word in row])
+        chosen = self.chosen.int().contiguous()
+        out = torch.empty(rows, heads, group, dim, dtype=torch.bfloat16)
+        library = native.library()
+        assert library is not None
+        address, long = ctypes.c_void_p, ctypes.c_int64
+        for head in range(heads):
+            offset = 2 * head * group * dim
+            library.dsa_chosen_block(
+                address(self.query.data_ptr() + offset), long(heads * group * dim), address(self.plane.data_ptr()),
+                long(2 * 64 * heads * 2 * dim), address(self.table.data_ptr()), address(chosen.data_ptr()), len(chosen), visible,
+                long(words), rows, head, heads, group, dim, ctypes.c_float(0.2), address(out.data_ptr() + offset),
+            )  # fmt: skip
+        return out
+
+    def exact(self) -> Tensor:
+        cache = self.plane[self.table[0]].flatten(0, 1)[self.chosen].double()
+        scores = torch.einsum("rhgd,chd->rhgc", self.query[0].double(), cache[:, :, 0]) * 0.2
+        weights = scores.masked_fill(~self.seen[:, None, None], -torch.inf).softmax(-1)
+        return torch.einsum("rhgc,chd->rhgd", weights, cache[:, :, 1])
+
+
+@pytest.mark.parametrize(
+    ("heads", "group", "dim"), [(3, 3, 64), (2, 6, 128), (1, 1, 32), (2, 5, 96), (1, 16, 256)]
+)
+@pytest.mark.parametrize(("rows", "count"), [(16, 1), (16, 64), (7, 100), (16, 300)])
+def test_attention_over_chosen_tokens_is_that_in_float64(
+    heads: int, group: int, dim: int, rows: int, count: int
+) -> None:
+    case = Chosen(heads, group, dim, rows, count)
+    found, exact = case.attended(), case.exact()
+    assert error(found, exact) < 4e-3
+    native.use_amx(False)
+    without = case.attended()
+    assert error(found, exact) <= 1.02 * error(without, exact)
+    assert error(found, without) < 1.5e-3
+    case.seen = ~case.seen
+    case.seen[:, 0] |= ~case.seen.any(1)
+    assert count == 1 or error(found, case.exact()) > 0.1
