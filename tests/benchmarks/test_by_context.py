@@ -60,7 +60,7 @@ def test_agreement_is_that_of_the_default_top_k_by_length() -> None:
     rows = results.faithful.rows
     assert [one.share for one in found] == [
         rows[str(results.default_top_k)][name].agreement
-        for name in ("from 4096", "from 8192", "from 16384")
+        for name in ("from 2048", "from 4096", "from 8192", "from 16384")
         if rows["dense"][name].prompts
     ]
     assert sum(one.prompts for one in found) == len(
