@@ -64,7 +64,7 @@ def test_agreement_is_that_of_the_default_top_k_by_length() -> None:
         if rows["dense"][name].prompts
     ]
     assert sum(one.prompts for one in found) == len(
-        [p for p in results.faithful.prompts if p.prompt_tokens >= 4096]
+        [p for p in results.faithful.prompts if p.prompt_tokens >= 2048]
     )
     assert [one.mean_tokens for one in found] == sorted(one.mean_tokens for one in found)
 
