@@ -217,9 +217,6 @@ static void multiply(int amx, int rows, int columns, int add, const factor *a, i
 
 // The tokens that a block reads, 64 at a time, and what its rows see of them.
 struct reading {
-    const bf16 *plane;
-    int64_t page_stride;
-    const int64_t *block_table;
     // Every position of pages first to last - 1, of which a row sees those up to its own; or those that `allowed` permits.
     const int64_t *positions;
     const uint8_t *allowed;
@@ -232,12 +229,12 @@ struct reading {
 };
 
 // Where the 64 tokens begin, at one KV head. After the last chosen one it is repeated, which no row sees.
-static void find(const struct reading *from, int64_t page, int Hkv, int head, int D, const bf16 *tokens[PAGE]) {
-    const int64_t token = (int64_t)Hkv * 2 * D, own = (int64_t)head * 2 * D;
+static void find(const struct dsa_block *b, const struct reading *from, int64_t page, const bf16 *tokens[PAGE]) {
+    const int64_t token = (int64_t)b->Hkv * 2 * b->D, own = (int64_t)b->head * 2 * b->D;
     for (int i = 0; i < PAGE; i++) {
         int64_t position = page * PAGE + i;
         if (from->chosen) position = from->chosen[position < from->count ? position : from->count - 1];
-        const char *at = (const char *)from->plane + from->block_table[position / PAGE] * from->page_stride;
+        const char *at = (const char *)b->plane + b->block_table[position / PAGE] * b->page_stride;
         tokens[i] = (const bf16 *)(const void *)at + position % PAGE * token + own;
     }
 }
@@ -247,8 +244,8 @@ static uint64_t seen_by(const struct reading *from, int row, int64_t page) {
     return seen(from->positions[row], from->allowed ? from->allowed + row * from->context : 0, from->window, page * PAGE);
 }
 
-static void attend_block(const struct reading *from, const bf16 *query, int64_t row_size, int rows, int head, int Hkv, int G,
-                         int D, float scale, bf16 *out) {
+static void attend_block(const struct dsa_block *b, const struct reading *from) {
+    const int rows = b->rows, G = b->G, D = b->D;
     const int count = rows * G, amx = dsa_amx_rows(count), unit = amx ? BLOCK : UNIT;
     const int padded = (count + unit - 1) / unit * unit;
     const int size = (int)sizeof(factor);
@@ -264,7 +261,7 @@ static void attend_block(const struct reading *from, const bf16 *query, int64_t 
     memset(sums, 0, sizeof(float) * (size_t)(padded * D));
     memset(q + count * D, 0, sizeof(factor) * (size_t)((padded - count) * D));
     memset(weights, 0, sizeof(factor) * (size_t)(padded * PAGE));
-    for (int r = 0; r < rows; r++) set_factors(q + r * G * D, query + r * row_size, G * D);
+    for (int r = 0; r < rows; r++) set_factors(q + r * G * D, b->query + r * b->row_size, G * D);
     for (int i = 0; i < count; i++) {
         most[i] = -1e30f; // not -inf: -inf minus -inf is not-a-number
         totals[i] = 0.0f;
@@ -272,7 +269,7 @@ static void attend_block(const struct reading *from, const bf16 *query, int64_t 
     if (amx) dsa_amx_begin();
     for (int64_t page = from->first; page < from->last; page++) {
         const bf16 *tokens[PAGE];
-        find(from, page, Hkv, head, D, tokens);
+        find(b, from, page, tokens);
         repack(tokens, D, keys, values);
         multiply(amx, padded, PAGE, 0, q, D, keys, PAGE, D / DEPTH, scores, PAGE);
         for (int r = 0; r < rows; r++) {
@@ -282,7 +279,7 @@ static void attend_block(const struct reading *from, const bf16 *query, int64_t 
                     memset(weights + i * PAGE, 0, sizeof(factor) * PAGE);
                     continue;
                 }
-                float shrink = soften(scores + i * PAGE, visible, scale, most + i, totals + i, weights + i * PAGE);
+                float shrink = soften(scores + i * PAGE, visible, b->scale, most + i, totals + i, weights + i * PAGE);
                 if (shrink != 1.0f)
                     for (int j = 0; j < D; j++) sums[i * D + j] *= shrink;
             }
@@ -291,31 +288,27 @@ static void attend_block(const struct reading *from, const bf16 *query, int64_t 
     }
     if (amx) dsa_amx_end();
     for (int i = 0; i < count; i++)
-        for (int j = 0; j < D; j++) out[i / G * row_size + i % G * D + j] = narrow(sums[i * D + j] / totals[i]);
+        for (int j = 0; j < D; j++) b->out[i / G * b->row_size + i % G * D + j] = narrow(sums[i * D + j] / totals[i]);
 }
 
-void dsa_dense_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride,
-                     const int64_t *block_table, const int64_t *positions, const uint8_t *allowed, int64_t context,
-                     int64_t window, int rows, int head, int Hkv, int G, int D, float scale, bf16 *out) {
+void dsa_dense_block(const struct dsa_block *block, const int64_t *positions, const uint8_t *allowed, int64_t context,
+                     int64_t window) {
     int64_t furthest = 0, nearest = 0;
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < block->rows; r++)
         if (positions[r] > furthest) furthest = positions[r];
     if (allowed) furthest = context - 1;
     else if (window) {
         nearest = furthest;
-        for (int r = 0; r < rows; r++)
+        for (int r = 0; r < block->rows; r++)
             if (positions[r] - window + 1 < nearest) nearest = positions[r] - window + 1;
         if (nearest < 0) nearest = 0;
     }
-    const struct reading from = {plane, page_stride, block_table, positions, allowed, context, window,
-                                 .first = nearest / PAGE, .last = furthest / PAGE + 1};
-    attend_block(&from, query, row_size, rows, head, Hkv, G, D, scale, out);
+    const struct reading from = {positions, allowed, context, window, .first = nearest / PAGE, .last = furthest / PAGE + 1};
+    attend_block(block, &from);
 }
 
-void dsa_chosen_block(const bf16 *query, int64_t row_size, const bf16 *plane, int64_t page_stride, const int64_t *block_table,
-                      const int32_t *chosen, int count, const uint64_t *visible, int64_t words, int rows, int head, int Hkv, int G,
-                      int D, float scale, bf16 *out) {
-    const struct reading from = {.plane = plane, .page_stride = page_stride, .block_table = block_table, .chosen = chosen,
-                                 .count = count, .words = words, .visible = visible, .last = (count + PAGE - 1) / PAGE};
-    attend_block(&from, query, row_size, rows, head, Hkv, G, D, scale, out);
+void dsa_chosen_block(const struct dsa_block *block, const int32_t *chosen, int count, const uint64_t *visible, int64_t words) {
+    const struct reading from = {.chosen = chosen, .count = count, .words = words, .visible = visible,
+                                 .last = (count + PAGE - 1) / PAGE};
+    attend_block(block, &from);
 }

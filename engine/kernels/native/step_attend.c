@@ -98,14 +98,29 @@ static int run_end(const struct dsa_step *step, const struct dsa_layer *layer, i
     return r;
 }
 
-// Dense rows of one prompt as a tile.
-static void attend_dense(struct work *w, const struct dsa_layer *layer, int first, int last, int head) {
+// Rows `first` to last - 1, of one prompt, as one KV head attends with them.
+static struct dsa_block block_of(const struct work *w, const struct dsa_layer *layer, int first, int last, int head) {
     const struct dsa_model *m = w->model;
     const int G = m->heads / m->kv_heads, D = m->head_dim;
     const size_t size = (size_t)m->heads * D, at = (size_t)first * size + (size_t)head * G * D;
-    dsa_dense_block(w->query + at, (int64_t)size, (const bf16 *)(const void *)layer->kv_plane, m->page_stride,
-                    table_of(w->step, first), w->step->positions + first, 0, 0, layer->window, last - first, head, m->kv_heads, G, D,
-                    1.0f / sqrtf((float)D), w->attended.values + at);
+    return (struct dsa_block){.query = w->query + at,
+                              .out = w->attended.values + at,
+                              .row_size = (int64_t)size,
+                              .plane = (const bf16 *)(const void *)layer->kv_plane,
+                              .page_stride = m->page_stride,
+                              .block_table = table_of(w->step, first),
+                              .rows = last - first,
+                              .head = head,
+                              .Hkv = m->kv_heads,
+                              .G = G,
+                              .D = D,
+                              .scale = 1.0f / sqrtf((float)D)};
+}
+
+// Dense rows of one prompt as a tile.
+static void attend_dense(struct work *w, const struct dsa_layer *layer, int first, int last, int head) {
+    const struct dsa_block block = block_of(w, layer, first, last, head);
+    dsa_dense_block(&block, w->step->positions + first, 0, 0, layer->window);
 }
 
 // KEY_PAGES: pages of index keys that are scored at once; SPARSE_ROWS: rows of a block whose tokens are gathered row by row;
@@ -173,7 +188,7 @@ static void attend_sparse(struct work *w, const struct dsa_layer *layer, int fir
     const struct dsa_model *m = w->model;
     const struct dsa_step *step = w->step;
     const int H = m->index_heads, d = m->index_dim, pages = (int)(step->positions[last - 1] / PAGE) + 1;
-    const int G = m->heads / m->kv_heads, D = m->head_dim, rows = last - first;
+    const int G = m->heads / m->kv_heads, rows = last - first;
     float *scores = dsa_scratch((int64_t)sizeof(float) * PAGE * pages * rows);
     for (int page = first_seen(step, layer, first) / PAGE; page < pages; page += KEY_PAGES)
         for (int r = first; r < last; r++) {
@@ -199,24 +214,21 @@ static void attend_sparse(struct work *w, const struct dsa_layer *layer, int fir
         total += found;
     }
     choose(&u);
-    const bf16 *plane = (const bf16 *)(const void *)layer->kv_plane;
-    const float scale = 1.0f / sqrtf((float)D);
-    const size_t size = (size_t)m->heads * D;
-    const bf16 *query = w->query + (size_t)first * size;
-    bf16 *out = w->attended.values + (size_t)first * size;
     if (u.count * (int64_t)rows <= SPREAD * total) {
-        for (int head = 0; head < m->kv_heads; head++)
-            dsa_chosen_block(query + (size_t)head * G * D, (int64_t)size, plane, m->page_stride, table_of(step, first), u.chosen,
-                             u.count, u.visible, pages, rows, head, m->kv_heads, G, D, scale, out + (size_t)head * G * D);
+        for (int head = 0; head < m->kv_heads; head++) {
+            const struct dsa_block block = block_of(w, layer, first, last, head);
+            dsa_chosen_block(&block, u.chosen, u.count, u.visible, pages);
+        }
         return;
     }
+    const struct dsa_block all = block_of(w, layer, first, last, 0);
     for (int r = 0; r < rows; r++) {
         int found = 0;
         for (int page = 0; page < pages; page++)
-            for (uint64_t bits = u.bits[r * pages + page]; bits; bits &= bits - 1)
+            for (uint64_t bits = u.bits[r * u.pages + page]; bits; bits &= bits - 1)
                 selected[found++] = page * PAGE + __builtin_ctzll(bits);
-        dsa_attend_row(query + r * size, plane, m->page_stride, table_of(step, first), selected, 0, found, 0, m->kv_heads,
-                       m->kv_heads, G, D, scale, out + r * size, rest);
+        dsa_attend_row(all.query + r * all.row_size, all.plane, all.page_stride, all.block_table, selected, 0, found, 0,
+                       m->kv_heads, m->kv_heads, G, m->head_dim, all.scale, all.out + r * all.row_size, rest);
     }
 }
 

@@ -256,9 +256,11 @@ static void dense_item(void *arg, int64_t item) {
         return;
     }
     int64_t at = r * tile->rows + first, row_size = (int64_t)a->Hkv * a->G * a->D, offset = at * row_size + head * a->G * a->D;
-    dsa_dense_block(a->query + offset, row_size, a->plane, a->stride, tile->block_table + r * tile->pages,
-                    tile->positions + at, job->allowed ? job->allowed + at * context : 0, context, 0, (int)(last - first),
-                    (int)head, a->Hkv, a->G, a->D, a->scale, a->out + offset);
+    const struct dsa_block block = {
+        .query = a->query + offset, .out = a->out + offset, .row_size = row_size, .plane = a->plane, .page_stride = a->stride,
+        .block_table = tile->block_table + r * tile->pages, .rows = (int)(last - first), .head = (int)head, .Hkv = a->Hkv,
+        .G = a->G, .D = a->D, .scale = a->scale};
+    dsa_dense_block(&block, tile->positions + at, job->allowed ? job->allowed + at * context : 0, context, 0);
 }
 
 void dsa_attend_dense(const struct dsa_tile *tile, const bf16 *query, const bf16 *plane, int64_t page_stride,

@@ -1,5 +1,5 @@
-"""Attention of blocks of rows with AMX, over a whole context or over chosen tokens: that in float64, and that without AMX but
-for the order of sums."""
+"""Attention of blocks of rows, over a whole context or over chosen tokens: that in float64, with AMX, and that without AMX but for
+the order of sums."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from engine.kernels import native
 from engine.kernels.native.kernels import NativeKernels
 
-pytestmark = pytest.mark.skipif(not native.uses_amx(), reason="this processor has no AMX, or may not use it")
+with_amx = pytest.mark.skipif(not native.uses_amx(), reason="this processor has no AMX, or may not use it")
 
 PAGES = 5
 
 
 @pytest.fixture(autouse=True)
 def on() -> Iterator[None]:
-    assert native.use_amx(True)
+    native.use_amx(True)
     yield
     native.use_amx(True)
 
@@ -54,6 +54,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize(
     ("heads", "group", "dim"), [(3, 3, 64), (2, 6, 128), (1, 1, 32), (2, 5, 96), (1, 48, 256)]
 )
+@with_amx
 @pytest.mark.parametrize(("rows", "start"), [(16, 0), (17, 60), (50, 100), (300, 0)])
 def test_attention_is_that_in_float64(heads: int, group: int, dim: int, rows: int, start: int) -> None:
     case = Case(heads, group, dim, rows, start)
@@ -66,6 +67,7 @@ def test_attention_is_that_in_float64(heads: int, group: int, dim: int, rows: in
     assert error(found, without) < 1.5e-3
 
 
+@with_amx
 def test_not_a_number_is_seen_by_the_rows_that_may_see_it() -> None:
     case = Case(2, 3, 64, 100, 100)
     case.plane[case.table[0, 150 // 64], 150 % 64] = torch.nan
@@ -74,6 +76,21 @@ def test_not_a_number_is_seen_by_the_rows_that_may_see_it() -> None:
     # A block of rows multiplies all tokens of a page, the hidden ones with weights of zero.
     native.use_amx(False)
     assert torch.equal(case.attended().isnan(), found)
+
+
+class _Block(ctypes.Structure):
+    """`struct dsa_block` of dense.h."""
+
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("row_size", ctypes.c_int64),
+        ("plane", ctypes.c_void_p),
+        ("page_stride", ctypes.c_int64),
+        ("block_table", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("rows", "head", "Hkv", "G", "D")),
+        ("scale", ctypes.c_float),
+    )
 
 
 class Chosen(Case):
@@ -99,14 +116,19 @@ class Chosen(Case):
         out = torch.empty(rows, heads, group, dim, dtype=torch.bfloat16)
         library = native.library()
         assert library is not None
-        address, long = ctypes.c_void_p, ctypes.c_int64
         for head in range(heads):
             offset = 2 * head * group * dim
-            library.dsa_chosen_block(
-                address(self.query.data_ptr() + offset), long(heads * group * dim), address(self.plane.data_ptr()),
-                long(2 * 64 * heads * 2 * dim), address(self.table.data_ptr()), address(chosen.data_ptr()), len(chosen), visible,
-                long(words), rows, head, heads, group, dim, ctypes.c_float(0.2), address(out.data_ptr() + offset),
+            block = _Block(
+                self.query.data_ptr() + offset, out.data_ptr() + offset, heads * group * dim, self.plane.data_ptr(),
+                2 * 64 * heads * 2 * dim, self.table.data_ptr(), rows, head, heads, group, dim, 0.2,
             )  # fmt: skip
+            library.dsa_chosen_block(
+                ctypes.byref(block),
+                ctypes.c_void_p(chosen.data_ptr()),
+                len(chosen),
+                visible,
+                ctypes.c_int64(words),
+            )
         return out
 
     def exact(self) -> Tensor:
