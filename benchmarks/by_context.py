@@ -1,11 +1,10 @@
 r"""Draws what sparse attention buys a model by context, and what it changes: speed and price, dense beside sparse, and agreement.
 
-    dsa bench long MODEL --contexts 512,2048,8192,16384,30720 --serve 'sparse=dsa serve MODEL --port {port}' \
-        --serve 'dense=dsa serve MODEL --port {port}' --fields 'dense={"dsa": {"top_k": "dense"}}' --out results
+    python -m benchmarks.compare --model MODEL --cpus 0,1 --suites long --rounds 1 --out results
     dsa eval MODEL --corpus corpus --out agreement --only faithful
     python -m benchmarks.by_context results/long.json agreement/eval.json --out docs/by_context.png
 
-It prints the figures as a table in Markdown, too. One stream has the machine to itself, so a token costs the machine's price
+`long.json` may also be of `dsa bench long` with any two servers: `--sparse NAME --dense NAME` say which. It prints the figures as a table in Markdown, too. One stream has the machine to itself, so a token costs the machine's price
 for the time that the token takes. A prompt token's time is its share of the time to the first token of a cold prompt; an answer's
 token's time is a step's, behind that prompt.
 """
@@ -15,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import msgspec
 
 from lab.bench.results import BenchResults, load
 from lab.bench.statistics import Spread
-from lab.curve.measure import ATTENTION
+from lab.curve.measure import ATTENTION, Attention
 from lab.evaluate.faithful import LENGTHS
 from lab.evaluate.results import EvalResults
 
@@ -89,16 +89,16 @@ def usd(rate: float, price: float) -> float:
     return price / 3600 * 1e6 / rate
 
 
-def table(results: BenchResults, price: float) -> str:
-    """Make the table of rates and prices by context, in Markdown."""
+def table(results: BenchResults, names: Mapping[Attention, str], price: float) -> str:
+    """Make the table of rates and prices by context, in Markdown. `names`: of the servers."""
     lines = [
         "| context | "
         + " | ".join(f"{_NAMES[phase]}: dense tok/s | sparse | dense USD a million | sparse" for phase in _PHASES)
         + " |",
         "|---:|" + "---:|" * (4 * len(_PHASES)),
     ]  # fmt: skip
-    by = {(phase, name): speeds(results, name, phase) for phase in _PHASES for name in ATTENTION}
-    for context in sorted(results.figures):
+    by = {(phase, name): speeds(results, names[name], phase) for phase in _PHASES for name in ATTENTION}
+    for context in _contexts(by.values()):
         cells: list[str] = []
         for phase in _PHASES:
             rates = [by[phase, name][context].median for name in ATTENTION]
@@ -108,20 +108,32 @@ def table(results: BenchResults, price: float) -> str:
     return "\n".join(lines)
 
 
-def draw(results: BenchResults, found: list[Agreement], title: str, price: float, path: Path) -> None:
+def _contexts(curves: Iterable[Mapping[int, Spread]]) -> list[int]:
+    """Return the contexts that all curves have: a run that was cut off has not measured all servers at the last."""
+    return sorted(set[int].intersection(*map(set, curves)))
+
+
+def draw(
+    results: BenchResults,
+    names: Mapping[Attention, str],
+    found: list[Agreement],
+    title: str,
+    price: float,
+    path: Path,
+) -> None:
     """Draw speed of answers, price of prompts and answers, and agreement, and write the PNG `path`."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (speed, cost, same) = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
     for name in ATTENTION:
-        curve = speeds(results, name, "decode_rate")
+        curve = speeds(results, names[name], "decode_rate")
         at, rates = [context / 1024 for context in curve], list(curve.values())
         speed.plot(at, [one.median for one in rates], marker="o", color=_COLOURS[name], label=name)
         lows, highs = [one.low for one in rates], [one.high for one in rates]
         speed.fill_between(at, lows, highs, color=_COLOURS[name], alpha=0.2)
         for phase, line in (("decode_rate", "-"), ("prefill_rate", "--")):
-            curve = speeds(results, name, phase)
+            curve = speeds(results, names[name], phase)
             cost.plot(
                 [context / 1024 for context in curve], [usd(one.median, price) for one in curve.values()], line,
                 marker="o", color=_COLOURS[name], label=f"{_NAMES[phase]}, {name}",
@@ -157,10 +169,12 @@ def draw(results: BenchResults, found: list[Agreement], title: str, price: float
 def main() -> None:
     """Print the table, and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "bench", type=Path, help="long.json of dsa bench, with servers named dense and sparse"
-    )
+    parser.add_argument("bench", type=Path, help="long.json of benchmarks.compare or dsa bench")
     parser.add_argument("agreement", type=Path, help="eval.json of dsa eval")
+    parser.add_argument(
+        "--sparse", default="dsa", metavar="NAME", help="the sparse server in it (%(default)s)"
+    )
+    parser.add_argument("--dense", default="dsa dense", metavar="NAME", help="the dense one (%(default)s)")
     parser.add_argument("--price", type=float, default=PRICE, help="USD an hour of the machine (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("by_context.png"), help="the picture (%(default)s)")
     options = parser.parse_args()
@@ -172,8 +186,9 @@ def main() -> None:
     except (OSError, msgspec.DecodeError) as error:
         parser.error(f"a file cannot be read: {error}")
     found = agreements(evaluated)
-    draw(results, found, _title(results, evaluated), options.price, options.out)
-    print(table(results, options.price))
+    names: dict[Attention, str] = {"dense": options.dense, "sparse": options.sparse}
+    draw(results, names, found, _title(results, evaluated), options.price, options.out)
+    print(table(results, names, options.price))
     print("\n| prompts of about | prompts | same token | dense asked again |\n|---:|---:|---:|---:|")
     for one in found:
         print(f"| {one.mean_tokens:,.0f} | {one.prompts} | {one.share:.1%} | {one.dense_again:.1%} |")

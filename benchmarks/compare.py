@@ -4,7 +4,7 @@
 LLAMA_SERVER, OPENVINO_PYTHON, VLLM_PYTHON and VLLM_MODEL, say where the other servers are. A server that is not named is left out.
 Contexts and prompts follow from the positions of the model (`Lengths`). With a large model `--suites long --rounds 1` is the
 shortest that has everything: each server is asked once a length, and the time to the first token, the decode rate and the
-memory are those of the same request.
+memory are those of the same request. `long` has this server with dense attention, too, as `dsa dense`.
 """
 
 from __future__ import annotations
@@ -73,10 +73,14 @@ class Peers(NamedTuple):
     overlay: Path | None = None  # the indexer; None: the one that belongs to the model
     positions: int = 8192  # of the model
 
-    def dsa(self) -> list[str]:
+    def dsa(self, name: str = "dsa") -> list[str]:
         """Return the arguments for this server with its defaults."""
         overlay = [] if self.overlay is None else ["--overlay", str(self.overlay)]
-        return _serve("dsa", [*DSA, "serve", self.model, *overlay, "--ledger", "none"])
+        return _serve(name, [*DSA, "serve", self.model, *overlay, "--ledger", "none"])
+
+    def dense(self) -> list[str]:
+        """Return the arguments for this server where every request asks for dense attention."""
+        return [*self.dsa("dsa dense"), "--fields", 'dsa dense={"dsa": {"top_k": "dense"}}']
 
     def llama(self, slots: int, tokens: int, *, flash: bool, name: str = "llama.cpp") -> list[str]:
         """Return the arguments for llama-server on the same file; each slot has room for `tokens` tokens.
@@ -125,7 +129,7 @@ def suites(peers: Peers) -> dict[str, list[str]]:
         "prefill": ["--lengths", _list(lengths.prompts), *single],
         "concurrency": ["--streams", "1,8,32", *own, *many, *vllm],
         "prefix": ["--prefixes", str(lengths.longest), *own, *one, *flash, *vllm],
-        "long": ["--contexts", _list(lengths.requests), *single],
+        "long": ["--contexts", _list(lengths.requests), *own, *peers.dense(), *openvino, *flash, *one, *vllm],
         "overhead": own,
     }
 

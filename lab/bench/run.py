@@ -215,8 +215,8 @@ async def _turns(
                     server=name, case=case, turn=turn, values=values, requests=timings, peak_memory_bytes=peak
                 )
                 results.samples.append(sample)
-            results.summarise()
-            results.save(plan.out)
+                results.summarise()
+                results.save(plan.out)  # a run that is cut off keeps what it has
     for server in results.servers:
         local = asked[server.name][1] if server.name in asked else None
         if local is not None:

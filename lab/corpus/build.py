@@ -67,7 +67,7 @@ def build_corpus(
     heldout_tokens: int = 400_000,
     prompts: tuple[int, int] = PROMPTS,
     long_prompts: int = 120,
-    code_tasks: int = 100,
+    code_tasks: int = 300,
     needle_repeats: int = 3,
     lengths: Lengths = OF_8K,
     sources: Sequence[CorpusSource] = SOURCES,

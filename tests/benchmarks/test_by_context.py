@@ -11,10 +11,14 @@ import pytest
 from benchmarks.by_context import agreements, main, speeds, table, usd
 from lab.bench.results import BenchResults, Sample, Server
 from lab.bench.suites import Long
+from lab.curve.measure import Attention
 from lab.evaluate.results import EvalResults
 from tests.kit import ROOT
 
 EVAL = ROOT / "docs" / "overlays" / "qwen2.5-coder-1.5b-instruct.eval.json"
+
+
+NAMES: dict[Attention, str] = {"dense": "dense", "sparse": "sparse"}
 
 
 def bench(*, dense_name: str = "dense") -> BenchResults:
@@ -49,8 +53,14 @@ def test_a_rate_is_that_of_the_bench() -> None:
 
 def test_a_price_is_the_machines_for_the_time_of_a_million_tokens() -> None:
     assert usd(100.0, 0.36) == pytest.approx(1.0), "10,000 seconds at 0.0001 USD"
-    last = table(bench(), 0.36).splitlines()[-1]
+    last = table(bench(), NAMES, 0.36).splitlines()[-1]
     assert last == "| 8,192 | 160.0 | 320.0 | 0.62 | 0.31 | 16.0 | 32.0 | 6.25 | 3.12 |"
+
+
+def test_a_context_that_only_one_server_has_measured_is_left_out() -> None:
+    results = bench()
+    del results.figures[8192]["dense"]
+    assert table(results, NAMES, 0.36).splitlines()[-1].startswith("| 512 |")
 
 
 def test_agreement_is_that_of_the_default_top_k_by_length() -> None:
@@ -74,7 +84,8 @@ def test_the_command_draws_and_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = bench().save(tmp_path), tmp_path / "picture.png"
-    monkeypatch.setattr(sys, "argv", ["by_context", str(path), str(EVAL), "--out", str(out)])
+    arguments = [str(path), str(EVAL), "--sparse", "sparse", "--dense", "dense", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["by_context", *arguments])
     main()
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "| 512 | 400.0 | 400.0 |" in capsys.readouterr().out

@@ -43,8 +43,10 @@ def test_peers_are_run_with_their_settings_on_the_same_weights() -> None:
 def test_a_peer_that_is_not_named_is_left_out() -> None:
     found = suites(Peers(None, None, None, "tiny", WEIGHTS, "1", 1))
     assert {name: list(serves(arguments)) for name, arguments in found.items()} == {
-        key: ["dsa"] for key in found
+        key: ["dsa", "dsa dense"] if key == "long" else ["dsa"] for key in found
     }
+    fields = found["long"][found["long"].index("--fields") + 1]
+    assert fields == 'dsa dense={"dsa": {"top_k": "dense"}}'
 
 
 @pytest.mark.parametrize(

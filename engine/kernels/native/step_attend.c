@@ -182,14 +182,12 @@ static void choose(struct united *u) {
     }
 }
 
-// Sparse rows of one prompt: KEY_PAGES pages of index keys are read from the nearest cache for all but the first. Neighbours
-// select much the same tokens, so a block of rows reads the union of their selections as a tile, in which each row sees its own.
-static void attend_sparse(struct work *w, const struct dsa_layer *layer, int first, int last, uint8_t *own) {
+// Index scores of rows of one prompt, [rows][64 pages]: KEY_PAGES pages of index keys are read from the nearest cache for all but
+// the first row.
+static void score_rows(const struct work *w, const struct dsa_layer *layer, int first, int last, int pages, float *scores) {
     const struct dsa_model *m = w->model;
     const struct dsa_step *step = w->step;
-    const int H = m->index_heads, d = m->index_dim, pages = (int)(step->positions[last - 1] / PAGE) + 1;
-    const int G = m->heads / m->kv_heads, rows = last - first;
-    float *scores = dsa_scratch((int64_t)sizeof(float) * PAGE * pages * rows);
+    const int H = m->index_heads, d = m->index_dim;
     for (int page = first_seen(step, layer, first) / PAGE; page < pages; page += KEY_PAGES)
         for (int r = first; r < last; r++) {
             const int own_pages = (int)(step->positions[r] / PAGE) + 1;
@@ -198,18 +196,22 @@ static void attend_sparse(struct work *w, const struct dsa_layer *layer, int fir
                                  w->index_begins + (size_t)r * H, layer->index_plane, m->index_stride, table_of(step, r),
                                  page, end, H, d, scores + (r - first) * pages * PAGE);
         }
-    if (!united_rows(m) || !dsa_amx_rows(rows * G)) {
-        for (int r = first; r < last; r++) select_and_attend(w, layer, r, scores + (r - first) * pages * PAGE, own);
-        return;
-    }
+}
+
+// Attention of rows over their selections, as one tile if these are alike enough, else row by row.
+static void attend_united(struct work *w, const struct dsa_layer *layer, int first, int last, int pages, const float *scores,
+                          uint8_t *own) {
+    const struct dsa_model *m = w->model;
+    const struct dsa_step *step = w->step;
+    const int rows = last - first;
     int32_t *selected = (int32_t *)(void *)(own + scores_bytes(step->longest));
     uint8_t *rest = own + scores_bytes(step->longest) + (sizeof(int32_t) * (size_t)step->longest + 63) / 64 * 64;
     struct united u = unite(w, rows, pages, own);
     int64_t total = 0;
-    for (int r = first; r < last; r++) {
-        uint64_t *bits = u.bits + (r - first) * pages;
-        const int found = select_row(step, r, scores + (r - first) * pages * PAGE, first_seen(step, layer, r),
-                                     (int)step->positions[r] + 1, selected, (float *)(void *)rest);
+    for (int r = 0; r < rows; r++) {
+        uint64_t *bits = u.bits + r * pages;
+        const int found = select_row(step, first + r, scores + r * pages * PAGE, first_seen(step, layer, first + r),
+                                     (int)step->positions[first + r] + 1, selected, (float *)(void *)rest);
         for (int i = 0; i < found; i++) bits[selected[i] / PAGE] |= 1ull << (selected[i] % PAGE);
         total += found;
     }
@@ -225,11 +227,23 @@ static void attend_sparse(struct work *w, const struct dsa_layer *layer, int fir
     for (int r = 0; r < rows; r++) {
         int found = 0;
         for (int page = 0; page < pages; page++)
-            for (uint64_t bits = u.bits[r * u.pages + page]; bits; bits &= bits - 1)
+            for (uint64_t bits = u.bits[r * pages + page]; bits; bits &= bits - 1)
                 selected[found++] = page * PAGE + __builtin_ctzll(bits);
         dsa_attend_row(all.query + r * all.row_size, all.plane, all.page_stride, all.block_table, selected, 0, found, 0,
-                       m->kv_heads, m->kv_heads, G, m->head_dim, all.scale, all.out + r * all.row_size, rest);
+                       all.Hkv, all.Hkv, all.G, all.D, all.scale, all.out + r * all.row_size, rest);
     }
+}
+
+// Sparse rows of one prompt. Neighbours select much the same tokens, so a block of rows reads the union of their selections as a
+// tile, in which each row sees its own.
+static void attend_sparse(struct work *w, const struct dsa_layer *layer, int first, int last, uint8_t *own) {
+    const int pages = (int)(w->step->positions[last - 1] / PAGE) + 1, rows = last - first;
+    float *scores = dsa_scratch((int64_t)sizeof(float) * PAGE * pages * rows);
+    score_rows(w, layer, first, last, pages, scores);
+    if (united_rows(w->model) && dsa_amx_rows(rows * (w->model->heads / w->model->kv_heads)))
+        attend_united(w, layer, first, last, pages, scores, own);
+    else
+        for (int r = first; r < last; r++) select_and_attend(w, layer, r, scores + (r - first) * pages * PAGE, own);
 }
 
 // Rows by blocks of one prompt, which threads take in turn. A tile sums in another order than a row alone, so where rows are
