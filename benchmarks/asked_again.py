@@ -23,9 +23,10 @@ from lab.corpus.manifest import CorpusPrompt
 from lab.evaluate.faithful import Prompted
 from lab.evaluate.material import Material, spread
 from lab.evaluate.results import EvalResults
+from lab.evaluate.run import prompt_ids
 from lab.probe import Probe
 from lab.tool import ToolError
-from server.chat import encode_chat, load_chat_format
+from server.chat import load_chat_format
 from server.hub.models import resolve
 from server.hub.stages import Stages
 from server.text.loading import load_tokenizer
@@ -145,7 +146,7 @@ def main() -> None:
             found = []
             for done, (asked, prompt) in enumerate(pairs):
                 stages("reading", done, len(pairs))
-                ids = encode_chat(chat, text, [msgspec.to_builtins(message) for message in prompt.messages])
+                ids = prompt_ids(chat, text, prompt)
                 assert results.default_top_k is not None
                 found.append(read_again(probe, asked, ids, encode, text.eos_token_ids, results.default_top_k))
     except (OSError, msgspec.DecodeError, ToolError) as error:

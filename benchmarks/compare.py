@@ -129,6 +129,7 @@ def suites(peers: Peers) -> dict[str, list[str]]:
         "prefill": ["--lengths", _list(lengths.prompts), *single],
         "concurrency": ["--streams", "1,8,32", *own, *many, *vllm],
         "prefix": ["--prefixes", str(lengths.longest), *own, *one, *flash, *vllm],
+        # The slowest are last: a run that is cut off keeps the others.
         "long": ["--contexts", _list(lengths.requests), *own, *peers.dense(), *openvino, *flash, *one, *vllm],
         "overhead": own,
     }

@@ -151,7 +151,7 @@ def _measure_here(plan: EvalPlan, material: Material, parts: Sequence[str], resu
             if part == "faithful":
                 chat = load_chat_format(plan.files.weights)
                 asked = [
-                    (prompt, _prompt(chat, text, prompt)) for prompt in material.long_prompts(plan.limit)
+                    (prompt, prompt_ids(chat, text, prompt)) for prompt in material.long_prompts(plan.limit)
                 ]
                 results.faithful = faithful.measure(probe, asked, plan.answer_top_k, ends, decode, progress)
             elif part == "needles":
@@ -159,7 +159,7 @@ def _measure_here(plan: EvalPlan, material: Material, parts: Sequence[str], resu
                 results.needles = needles.measure(probe, rows, plan.answer_top_k, ends, decode, progress)
             elif part == "code":
                 chat = load_chat_format(plan.files.weights)
-                tasks = [(task, _prompt(chat, text, task)) for task in material.code_tasks(plan.limit)]
+                tasks = [(task, prompt_ids(chat, text, task)) for task in material.code_tasks(plan.limit)]
                 results.code = code.measure(probe, tasks, plan.answer_top_k, ends, decode, progress)
             else:
                 texts = material.held_out(2 * loss.BEYOND, plan.texts_per_kind)
@@ -175,7 +175,8 @@ def _measure_here(plan: EvalPlan, material: Material, parts: Sequence[str], resu
             results.save(plan.out)
 
 
-def _prompt(chat: ChatFormat, text: Tokenizer, asked: CorpusPrompt | CodeTask) -> list[int]:
+def prompt_ids(chat: ChatFormat, text: Tokenizer, asked: CorpusPrompt | CodeTask) -> list[int]:
+    """Return the tokens of a prompt of the corpus, in the model's chat format."""
     return encode_chat(chat, text, [msgspec.to_builtins(message) for message in asked.messages])
 
 
